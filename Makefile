@@ -1,0 +1,68 @@
+# `make run` and `make test` set up everything they need below this directory: Python packages in .venv from the lock files in
+# deploy/ (versions and hashes; no index or download address), and npm packages in tests/sdk/node_modules.
+#
+# A stamp in .venv says what is installed, so that a second run starts at once. Its name holds this directory's path: a virtual
+# environment can't be moved, and a moved clone makes its own anew.
+
+PYTHON ?= python3
+WORKERS ?= 2
+UV := uv==0.13.8
+
+HERE := $(shell pwd | cksum | cut -d ' ' -f 1)
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check --no-input --quiet
+RUNTIME := .venv/.runtime-$(HERE)
+TEST := .venv/.test-$(HERE)
+COMPILE := pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-config \
+	--no-emit-index-url --no-emit-find-links --quiet $(UPGRADE)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lock clean parts
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+run: $(RUNTIME) ## set up and start the broker with its stores and the demo; PORT=8080 HOST=localhost ARGS=--no-open
+	@exec $(BIN)/broker dev $(ARGS)
+
+test: $(TEST) parts ## run every test; ARGS='-k name' to choose
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+check: $(TEST) parts ## what CI runs: format, lint, types, tests, coverage
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
+
+parts: $(TEST)
+	@$(BIN)/python tests/parts.py
+
+lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UPGRADE=--upgrade for newer versions
+	@set -eu; tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
+	$(BIN)/python -m venv "$$tools"; \
+	"$$tools/bin/pip" --disable-pip-version-check --no-input --quiet install $(UV); \
+	"$$tools/bin/uv" $(COMPILE) --extra dev --group build --output-file deploy/requirements.lock; \
+	"$$tools/bin/uv" $(COMPILE) --extra dev --group test --constraint deploy/requirements.lock --output-file deploy/test.lock; \
+	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group node --output-file deploy/node.lock; \
+	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi
+
+clean: ## remove what make installed and what tools cached; .broker/ with its passkeys stays
+	rm -rf .venv tests/sdk/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	find broker tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.python-$(HERE):
+	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) can't make virtual environments; install the package python3-venv (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@echo "Setting up .venv; this takes a minute, once." >&2
+	@"$(PYTHON)" -m venv --clear .venv
+	@touch $@
+
+$(RUNTIME): .venv/.python-$(HERE) deploy/requirements.lock pyproject.toml
+	@$(PIP) install --require-hashes -r deploy/requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TEST): $(RUNTIME) deploy/test.lock
+	@$(PIP) install --require-hashes -r deploy/test.lock
+	@touch $@
