@@ -1,0 +1,187 @@
+"""What the broker refuses, as types.
+
+Each refusal has a stable `code` and one sentence for the person who reads it. Nothing here knows HTTP: `broker.web` and each
+dialect hold a table from these classes to a status and a vendor's code, and a test asserts that no class lacks a row.
+
+Two rules decide what a sentence may say. A caller without a key learns nothing, so one class covers unknown, expired, spent,
+wrong-kind and foreign values; `reason` tells the log, the metric and the event which of these it was, and never leaves the
+process. And a sentence tells the reader what to do, not what the code did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Retry = Literal["page", "backend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What a page may hand to the WebAuthn Signal API: the authenticator keeps a passkey that this relying party does not.
+
+    Source: WebAuthn L3 §5.1.10, `PublicKeyCredential.signalUnknownCredential(options)`.
+    """
+
+    rp_id: str
+    credential_id: bytes
+
+
+class Fault(Exception):
+    """An operator's trouble, outside of any request: one sentence that says what to do about it."""
+
+
+class Refusal(Exception):
+    """A request that is not granted. `sentence` is for the caller; `reason` (a short bounded word) is for the operator."""
+
+    code: ClassVar[str]
+    default: ClassVar[str]
+
+    def __init__(self, sentence: str | None = None, *, reason: str | None = None) -> None:
+        self.sentence = sentence or self.default
+        self.reason = reason or self.code
+        super().__init__(self.sentence)
+
+
+class InvalidRequest(Refusal):
+    """A fault of form: found before anything is taken, spends nothing."""
+
+    code = "invalid_request"
+    default = "The request is not well-formed."
+
+
+class InvalidKey(Refusal):
+    """No API key, an unknown or revoked one, or one of another app: all alike."""
+
+    code = "invalid_access_token"
+    default = "Invalid access token"
+
+
+class OperationNotAllowed(Refusal):
+    code = "operation_not_allowed"
+    default = "This origin is not registered for the app."
+
+
+class UnknownApp(Refusal):
+    code = "app_not_found"
+    default = "There is no such app."
+
+
+class UnknownUser(Refusal):
+    """Keyed callers only."""
+
+    code = "user_not_found"
+    default = "The app has no such user."
+
+
+class NoPasskeys(Refusal):
+    """Keyed callers only."""
+
+    code = "user_has_no_passkeys"
+    default = "The user has no passkeys yet; open a register transaction first."
+
+
+class UnknownPasskey(Refusal):
+    """Keyed callers only."""
+
+    code = "device_not_found"
+    default = "The user has no such passkey."
+
+
+class UnknownTransaction(Refusal):
+    """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle without a pending ceremony."""
+
+    code = "transaction_not_found"
+    default = "The transaction is unknown, expired or already used; ask the backend for a new one."
+
+
+class UnknownNonce(Refusal):
+    """Unknown, expired, redeemed, of another app, or not what the caller said it expects: all alike."""
+
+    code = "invalid_nonce"
+    default = "nonce is invalid, expired, or cannot be found"
+
+
+class CeremonyRefused(Refusal):
+    """The browser's answer does not satisfy WebAuthn L3 §7.1 or §7.2. The pending ceremony is spent.
+
+    `reason` is a bounded word ("challenge", "origin", "signature", …). `signal` is set where the server has proved that the
+    authenticator holds a passkey which no user of the app has.
+    """
+
+    code = "webauthn_login_failed"
+    default = "The passkey could not be verified."
+
+    def __init__(
+        self, sentence: str | None = None, *, reason: str | None = None, signal: Signal | None = None
+    ) -> None:
+        super().__init__(sentence, reason=reason)
+        self.signal = signal
+
+
+class DiscoverableRefused(CeremonyRefused):
+    """A refused authentication that had no transaction."""
+
+    code = "discoverable_login_failed"
+    default = "The passkey could not be verified."
+
+
+class TooManyCeremonies(Refusal):
+    """The app's cap of open discoverable ceremonies is reached. `retry_after` in seconds."""
+
+    code = "too_many_requests"
+    default = "Too many sign-ins are open; try again in a moment."
+    retry_after = 5
+
+
+class NotFound(Refusal):
+    code = "not_found"
+    default = "There is nothing at this address."
+
+
+class MethodNotAllowed(Refusal):
+    code = "method_not_allowed"
+    default = "This address does not take that method."
+
+
+class RequestTooLarge(Refusal):
+    code = "request_too_large"
+    default = "The body is larger than 64 KiB."
+
+
+class RequestTimeout(Refusal):
+    code = "request_timeout"
+    default = "The request did not arrive in time."
+
+
+class UnsupportedEncoding(Refusal):
+    code = "unsupported_media_type"
+    default = "Send the body uncompressed."
+
+
+class Unavailable(Refusal):
+    """A store is down, slow or full, or a migration is missing. `retry` says where to start again, if a step was begun."""
+
+    code = "service_unavailable"
+    default = "The service is briefly unavailable; try again."
+    retry_after = 1
+
+    def __init__(
+        self, sentence: str | None = None, *, reason: str | None = None, retry: Retry | None = None
+    ) -> None:
+        super().__init__(sentence, reason=reason)
+        self.retry = retry
+
+
+class InvalidSetting(Refusal):
+    """An operator's value (an origin, a policy, a setting) that can't be used; the sentence names it and says why."""
+
+    code = "invalid_setting"
+    default = "The setting can't be used."
+
+
+class InternalFault(Refusal):
+    """A defect of ours, as the caller sees it; the log has the exception, the answer has nothing of it."""
+
+    code = "internal_server_error"
+    default = "Something went wrong on our side."

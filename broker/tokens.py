@@ -1,0 +1,84 @@
+"""Minting and hashing one-time tokens, API keys and ids.
+
+Every token is a prefix and 43 characters of base64url: 32 bytes (256 bits) from the operating system's generator. The prefix
+lets a secret scanner recognise a leaked token and a person tell them apart; it carries no right. A store sees only
+`Mint.digest`: SHA-256 over the kind, the app and the token. Since the token has 256 bits of chance, a fast hash is enough, and
+since kind and app are hashed in, a token of another kind or of another app is not found at all: it is as unknown as a made-up
+one, without a comparison that could be forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from base64 import urlsafe_b64encode
+from typing import Literal, Protocol
+
+Kind = Literal["transaction", "handle", "nonce", "key"]
+
+PREFIX: dict[Kind, str] = {"transaction": "pbt_", "handle": "pbh_", "nonce": "pbn_", "key": "pbk_"}
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_TOKEN = re.compile(r"pb[thnk]_[A-Za-z0-9_-]{43,86}\Z")
+
+
+class Mint(Protocol):
+    """The source of chance, an argument so that tests can count and choose what it gives."""
+
+    def token(self, kind: Kind) -> str:
+        """A new token: prefix and 43 characters of base64url (256 bits)."""
+        ...
+
+    def challenge(self) -> bytes:
+        """32 random bytes. WebAuthn L3 §13.4.3 asks for at least 16."""
+        ...
+
+    def user_handle(self) -> str:
+        """43 ASCII characters: the base64url text of 32 random bytes."""
+        ...
+
+    def id(self) -> str:
+        """24 ASCII alphanumerics (142 bits)."""
+        ...
+
+
+class SystemMint:
+    """Chance from the operating system (`secrets`)."""
+
+    def token(self, kind: Kind) -> str:
+        return PREFIX[kind] + secrets.token_urlsafe(32)
+
+    def challenge(self) -> bytes:
+        return secrets.token_bytes(32)
+
+    def user_handle(self) -> str:
+        return secrets.token_urlsafe(32)
+
+    def id(self) -> str:
+        # 24 digits of base 62 out of 160 random bits: the bias is below 2^-17 in the first digit and none matters for an id.
+        number = int.from_bytes(secrets.token_bytes(20))
+        digits = []
+        for _ in range(24):
+            number, digit = divmod(number, 62)
+            digits.append(_ALPHABET[digit])
+        return "".join(digits)
+
+
+def digest(kind: Kind, app_id: str, token: str) -> bytes:
+    """SHA-256 (32 bytes) that stands for `token` in a store."""
+    return hashlib.sha256(f"{kind}:{app_id}:{token}".encode()).digest()
+
+
+def text(value: bytes) -> str:
+    """Unpadded base64url."""
+    return urlsafe_b64encode(value).rstrip(b"=").decode("ascii")
+
+
+def well_formed(token: str, kind: Kind) -> bool:
+    """Whether `token` could have been minted here. A cheap refusal before any store is asked."""
+    return token.startswith(PREFIX[kind]) and _TOKEN.match(token) is not None
+
+
+def key_hint(key: str) -> str:
+    """What lists show of an API key: enough to recognise it, nothing to use."""
+    return key[: len(PREFIX["key"]) + 4] + "…"

@@ -1,0 +1,228 @@
+"""Settings from the environment: what each takes, that every fault is told at once, and that no secret is told at all.
+
+Also that README names every setting, refusal code, metric and policy key: what is not written down can't be operated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+
+from broker.errors import Refusal
+from broker.model import Policy
+from broker.settings import PREFIX, Settings, SettingsFault
+from broker.telemetry import Metrics
+
+README = Path(__file__).parent.parent / "README.md"
+STORES = {
+    "BROKER_DATABASE_URL": "postgresql://broker@db.example/broker",
+    "BROKER_REDIS_URL": "redis://cache.example:6379/0",
+}
+
+GOOD: list[tuple[str, str, object]] = [
+    ("database_url", "postgres://u:p%40ss@db.example:5433/name", "postgres://u:p%40ss@db.example:5433/name"),
+    ("database_url", "postgresql://u@a:1,b:2/x?sslmode=require", "postgresql://u@a:1,b:2/x?sslmode=require"),
+    ("database_url", "postgresql://u@[::1]:5432/x", "postgresql://u@[::1]:5432/x"),
+    (
+        "database_url",
+        "postgresql://u@/x?host=%2Frun%2Fpg&port=1",
+        "postgresql://u@/x?host=%2Frun%2Fpg&port=1",
+    ),
+    ("redis_url", "redis://localhost", "redis://localhost"),
+    ("redis_url", "rediss://:p%2Fw@h:1/3?ssl_ca_certs=/ca", "rediss://:p%2Fw@h:1/3?ssl_ca_certs=/ca"),
+    ("redis_url", "unix:///run/valkey.sock?db=2", "unix:///run/valkey.sock?db=2"),
+    ("redis_url", "redis+cluster://h:7000", "redis+cluster://h:7000"),
+    ("redis_url", "rediss+cluster://h:7000/", "rediss+cluster://h:7000/"),
+    ("host", "0.0.0.0", "0.0.0.0"),
+    ("host", "::", "::"),
+    ("host", "node-1.example", "node-1.example"),
+    ("port", "0", 0),
+    ("port", "65535", 65535),
+    ("management_port", "9090", 9090),
+    ("public_url", "https://passkeys.example.com/", "https://passkeys.example.com"),
+    ("public_url", "http://localhost:8080/broker", "http://localhost:8080/broker"),
+    ("store_timeout", "0.05", 0.05),
+    ("store_timeout", "1.5", 1.5),
+    ("database_connections", "1", 1),
+    ("database_connections", "500", 500),
+    ("redis_connections", "2000", 2000),
+    ("cache_seconds", "0", 0.0),
+    ("cache_seconds", "1", 1.0),
+    ("drain_seconds", "60", 60.0),
+    ("log_level", "debug", "debug"),
+]
+BAD: list[tuple[str, str]] = [
+    ("database_url", "mysql://h/x"),
+    ("database_url", "db.example/x"),
+    ("database_url", "postgresql://u:zq/9w@h/x"),
+    ("database_url", "postgresql://u:12/zq9w@h/x"),
+    ("database_url", "postgresql://u:zq#9w@h/x"),
+    ("database_url", "postgresql://u:12#zq9w@h/x"),
+    ("database_url", "postgresql://u:12?zq9w@h/x"),
+    ("database_url", "postgresql://u:zq[9w@h/x"),
+    ("database_url", "postgresql://u:zq9w℀@h/x"),
+    ("database_url", "postgresql://u:zq9w@h:1x/x"),
+    ("database_url", "postgresql://u:zq9w@h:0/x"),
+    ("database_url", "postgresql://u:zq9w@h:65536/x"),
+    ("database_url", "postgresql://u:zq9w@h/x?port=y"),
+    ("database_url", "postgresql://u:zq9w@h/x?connect_timeout=10"),
+    ("database_url", "postgresql://u:zq9w@h/x\n"),
+    ("database_url", "postgresql://u:zq 9w@h/x"),
+    ("redis_url", "http://h"),
+    ("redis_url", "redis://:zq/9w@h/0"),
+    ("redis_url", "redis://h/zq9w"),
+    ("redis_url", "redis://h/0?zq9w"),
+    ("redis_url", "redis://h/0?socket_timeout=zq9w"),
+    ("redis_url", "redis://h/0?ssl_ca_certs=/ca"),
+    ("redis_url", "redis://h/?db=zq9w"),
+    ("redis_url", "redis+cluster://h/1"),
+    ("redis_url", "unix://"),
+    ("host", "a..b"),
+    ("host", "a b"),
+    ("host", "bücher.example"),
+    ("host", "x" * 64),
+    ("port", "-1"),
+    ("port", "65536"),
+    ("port", "8080.0"),
+    ("port", "٨٠"),
+    ("port", "9" * 5000),
+    ("management_port", "http"),
+    ("public_url", "passkeys.example.com"),
+    ("public_url", "ftp://h"),
+    ("public_url", "https://"),
+    ("public_url", "https://u:zq9w@h"),
+    ("public_url", "https://h/?q"),
+    ("public_url", "https://h/#f"),
+    ("public_url", "https://[h"),
+    ("store_timeout", "0.04"),
+    ("store_timeout", "1.51"),
+    ("store_timeout", "nan"),
+    ("store_timeout", "inf"),
+    ("store_timeout", "1e0"),
+    ("database_connections", "0"),
+    ("database_connections", "501"),
+    ("redis_connections", "0"),
+    ("cache_seconds", "1.01"),
+    ("cache_seconds", "-0.1"),
+    ("drain_seconds", "61"),
+    ("drain_seconds", "ten"),
+    ("log_level", "INFO"),
+]
+
+
+def load(**changes: str) -> Settings:
+    return Settings.load(STORES | {PREFIX + name.upper(): value for name, value in changes.items()})
+
+
+@pytest.mark.parametrize(("name", "text", "value"), GOOD)
+def test_takes(name: str, text: str, value: object) -> None:
+    loaded = getattr(load(**{name: text}), name)
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_refuses_with_a_sentence_that_quotes_nothing(name: str, text: str) -> None:
+    with pytest.raises(SettingsFault) as caught:
+        load(**{name: text})
+    (sentence,) = caught.value.faults
+    assert re.fullmatch(rf"BROKER_{name.upper()} (must be|has) [^\n]+\.", sentence)
+    assert "zq" not in str(caught.value)
+    assert "9w" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_the_tables_have_every_setting() -> None:
+    names = {f.name for f in fields(Settings)}
+    assert {name for name, *_ in GOOD} == names
+    assert {name for name, _ in BAD} == names
+
+
+def test_tells_every_fault_at_once() -> None:
+    environment = {
+        "BROKER_DATABASE_URL": "mysql://h",
+        "BROKER_PORT": "x",
+        "BROKER_LOG_LEVEL": "loud",
+        "BROKER_PROT": "8080",
+        "HOME": "elsewhere",
+        "PORT": "not ours",
+    }
+    with pytest.raises(SettingsFault) as caught:
+        Settings.load(environment)
+    assert caught.value.faults == (
+        "BROKER_DATABASE_URL must be a URL that begins with postgresql:// or postgres://.",
+        "BROKER_PORT must be a whole number from 0 to 65535.",
+        "BROKER_LOG_LEVEL must be one of debug, info, warning, error.",
+        "BROKER_PROT is not a setting.",
+        "BROKER_REDIS_URL is missing.",
+    )
+
+
+def test_only_what_is_needed_may_be_missing() -> None:
+    with pytest.raises(SettingsFault) as caught:
+        Settings.load({})
+    assert caught.value.faults == ("BROKER_DATABASE_URL is missing.", "BROKER_REDIS_URL is missing.")
+    assert Settings.load({}, needed=()) == Settings()
+    one = {"BROKER_DATABASE_URL": STORES["BROKER_DATABASE_URL"]}
+    assert Settings.load(one, needed=("database_url",)).redis_url == ""
+
+
+def test_an_empty_value_is_the_default() -> None:
+    assert load(port="", host="", log_level="", public_url="") == load()
+
+
+def test_the_two_ports_differ() -> None:
+    with pytest.raises(SettingsFault, match="BROKER_MANAGEMENT_PORT must not be the port of BROKER_PORT"):
+        load(port="9000", management_port="9000")
+    with pytest.raises(SettingsFault, match="BROKER_MANAGEMENT_PORT"):
+        load(management_port="8080")
+    assert load(port="0", management_port="0").management_port == 0
+
+
+def test_old_deployments_need_no_new_setting() -> None:
+    """Two URLs have been enough from the start, and must stay so."""
+    settings = Settings.load(STORES)
+    assert (settings.host, settings.port, settings.management_port) == ("localhost", 8080, 0)
+
+
+def test_repr_hides_secrets() -> None:
+    settings = load(database_url="postgresql://u:zq9w@h/x", redis_url="redis://:zq9w@h")
+    assert "zq9w" not in repr(settings)
+    assert "zq9w" not in str(settings)
+    assert "port=8080" in repr(settings)
+
+
+# -- README ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _kinds(kind: type[Refusal]) -> Iterator[type[Refusal]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+def _metric_names() -> list[str]:
+    """As a scrape shows them: counters end in `_total`."""
+    found: list[Metric] = list(Metrics().registry.collect())
+    return [m.name + ("_total" if m.type == "counter" else "") for m in found]
+
+
+DOCUMENTED = {
+    "setting": [PREFIX + f.name.upper() for f in fields(Settings)],
+    "refusal": sorted({kind.code for kind in _kinds(Refusal) if "code" in vars(kind)}),
+    "metric": _metric_names(),
+    "policy key": [f.name for f in fields(Policy)],
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTED)
+def test_readme_names_every(kind: str) -> None:
+    text = README.read_text()
+    assert len(DOCUMENTED[kind]) > 5
+    missing = [name for name in DOCUMENTED[kind] if f"`{name}`" not in text]
+    assert not missing, f"README.md lacks the {kind}s {', '.join(missing)}"
