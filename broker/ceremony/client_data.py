@@ -1,0 +1,96 @@
+"""Client data: what the browser says it did. WebAuthn L3 §5.8.1 (CollectedClientData), judged as §7.1 and §7.2 say alike.
+
+The bytes are read as UTF-8 JSON in which nothing is ambiguous: an object without equal keys, without NaN, Infinity, lone
+surrogates, or numbers that Python would refuse to read. Origins are compared as text with the app's list: nothing here takes an
+origin apart, so nothing can be fooled by how it is written.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import urlsafe_b64encode
+from typing import Any, NoReturn
+
+from broker.ceremony.verdict import refuse
+from broker.model import RelyingParty
+
+CREATE, GET = "webauthn.create", "webauthn.get"
+
+
+def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingParty) -> str:
+    """Judge `clientDataJSON` (the bytes as the browser made them); return the origin.
+
+    Raises:
+        CeremonyRefused: "malformed", "type", "challenge", "origin", "cross_origin", "top_origin".
+    """
+    data = _read(raw)
+    # WebAuthn L3 §7.1 "Verify that the value of C.type is webauthn.create", §7.2 "… is the string webauthn.get"
+    if _text(data, "type") != kind:
+        raise refuse("type", f"The client data's type is not {kind}.")
+    # §7.1, §7.2 "Verify that the value of C.challenge equals the base64url encoding of pkOptions.challenge"
+    if _text(data, "challenge") != urlsafe_b64encode(challenge).rstrip(b"=").decode():
+        raise refuse("challenge", "The challenge is not the one that was sent for this ceremony.")
+    # §7.1, §7.2 "Verify that the value of C.origin is an origin expected by the Relying Party"
+    origin = _text(data, "origin")
+    if origin not in rp.accepted_origins:
+        raise refuse("origin", "The ceremony ran on an origin that is not registered for the app.")
+    _judge_embedding(data, rp)
+    _judge_token_binding(data)
+    return origin
+
+
+def _judge_embedding(data: dict[str, Any], rp: RelyingParty) -> None:
+    crossing = data.get("crossOrigin", False)
+    if not isinstance(crossing, bool):
+        raise refuse("malformed", "The client data's crossOrigin is neither true nor false.")
+    # §7.1, §7.2 "If C.crossOrigin is present and set to true, verify that the Relying Party expects …"
+    if crossing and not rp.policy.allow_cross_origin:
+        raise refuse(
+            "cross_origin", "The ceremony ran in a cross-origin iframe, which the app does not allow."
+        )
+    # §7.1, §7.2 "If C.topOrigin is present"; §5.8.1 "It is set only if … crossOrigin is true"
+    if "topOrigin" in data:
+        top = _text(data, "topOrigin")
+        if not crossing:
+            raise refuse("top_origin", "The client data has a topOrigin without crossOrigin.")
+        if top not in rp.policy.top_origins:
+            raise refuse("top_origin", "The ceremony was embedded by a page that the app does not list.")
+
+
+def _judge_token_binding(data: dict[str, Any]) -> None:
+    """L3 §5.8.1 reserves the field; L2 §5.8.1 says what it held."""
+    binding = data.get("tokenBinding", {"status": "supported"})
+    if not isinstance(binding, dict) or binding.get("status") not in ("present", "supported"):
+        raise refuse("malformed", "The client data's tokenBinding is not well-formed.")
+
+
+def _text(data: dict[str, Any], key: str) -> str:
+    value = data.get(key)
+    if not isinstance(value, str):
+        raise refuse("malformed", f"The client data has no {key} that is text.")
+    return value
+
+
+def _read(raw: bytes) -> dict[str, Any]:
+    try:
+        # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte order mark
+        text = raw.decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_members, parse_constant=_constant)
+        if "\\u" in text or "\\U" in text:
+            json.dumps(data, ensure_ascii=False).encode()  # fails on a lone surrogate
+    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, a number of thousands of digits
+        raise refuse("malformed", "The client data is not UTF-8 JSON.") from None
+    if not isinstance(data, dict):
+        raise refuse("malformed", "The client data is not a JSON object.")
+    return data
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("equal keys")
+    return members
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(name)

@@ -1,0 +1,120 @@
+"""The JSON of an answer, WebAuthn L3 §5.1 (RegistrationResponseJSON, AuthenticationResponseJSON): faults of form.
+
+What is found here is found before anything is spent: a missing field, a wrong type, text that is not base64url, a size no
+authenticator makes. Unknown keys are ignored, as browsers add some (`authenticatorData`, `publicKey`, extension results). What
+the bytes mean is judged by `finish`.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Mapping
+from typing import Any
+
+from broker.errors import InvalidRequest
+from broker.model import Attachment, AuthenticationAnswer, RegistrationAnswer
+
+# WebAuthn L3 §5.8.4 and the older "cable", which platforms still send.
+TRANSPORTS = frozenset({"usb", "nfc", "ble", "smart-card", "hybrid", "internal", "cable"})
+
+# Bytes after decoding. 1023: §7.1 "Verify that the credentialId is ≤ 1023 bytes"; the others are several times what occurs.
+MAX_CREDENTIAL_ID = 1023
+MAX_CLIENT_DATA = 16_384
+MAX_ATTESTATION_OBJECT = 49_152
+MAX_AUTHENTICATOR_DATA = 8_192
+MAX_SIGNATURE = 2_048
+MAX_USER_HANDLE = 256  # characters
+MAX_TRANSPORTS = 32
+
+_BASE64URL = re.compile(r"[A-Za-z0-9_-]+(={0,2})\Z")
+
+
+def parse_registration(value: object) -> RegistrationAnswer:
+    """Read what `PublicKeyCredential.toJSON()` gives after `create()`; `transports` may stand in `response` or beside it.
+
+    Raises:
+        InvalidRequest: with a sentence that names the field.
+    """
+    credential_id, answer, response = _parse_common(value)
+    return RegistrationAnswer(
+        credential_id=credential_id,
+        client_data_json=_bytes(response, "clientDataJSON", MAX_CLIENT_DATA),
+        attestation_object=_bytes(response, "attestationObject", MAX_ATTESTATION_OBJECT),
+        transports=_transports(response) or _transports(answer),
+        attachment=_attachment(answer),
+    )
+
+
+def parse_authentication(value: object) -> AuthenticationAnswer:
+    """Read what `PublicKeyCredential.toJSON()` gives after `get()`; a `userHandle` that is absent, null or "" is None.
+
+    Raises:
+        InvalidRequest: with a sentence that names the field.
+    """
+    credential_id, _, response = _parse_common(value)
+    handle = response.get("userHandle")
+    if handle is not None and not isinstance(handle, str):
+        raise InvalidRequest("userHandle is text or absent.")
+    if handle and len(handle) > MAX_USER_HANDLE:
+        raise InvalidRequest("userHandle is too long.")
+    return AuthenticationAnswer(
+        credential_id=credential_id,
+        client_data_json=_bytes(response, "clientDataJSON", MAX_CLIENT_DATA),
+        authenticator_data=_bytes(response, "authenticatorData", MAX_AUTHENTICATOR_DATA),
+        signature=_bytes(response, "signature", MAX_SIGNATURE),
+        user_handle=handle or None,
+    )
+
+
+def _parse_common(value: object) -> tuple[bytes, Mapping[str, Any], Mapping[str, Any]]:
+    if not isinstance(value, dict):
+        raise InvalidRequest("The passkey's answer is a JSON object.")
+    response = value.get("response")
+    if not isinstance(response, dict):
+        raise InvalidRequest("response is missing or not an object.")
+    if value.get("type") != "public-key":
+        raise InvalidRequest('type is not "public-key".')
+    credential_id = _bytes(value, "id", MAX_CREDENTIAL_ID)
+    if _bytes(value, "rawId", MAX_CREDENTIAL_ID) != credential_id:
+        raise InvalidRequest("id and rawId differ.")
+    return credential_id, value, response
+
+
+def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
+    """Decode a base64url member (RFC 4648 §5): its alphabet only, padding as a whole or none, unused bits zero."""
+    text = holder.get(name)
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} is missing or not text.")
+    if len(text) > limit * 4 // 3 + 4:
+        raise InvalidRequest(f"{name} is longer than {limit} bytes.")
+    found = _BASE64URL.match(text)
+    if found is None or (found[1] and len(text) % 4) or len(text.rstrip("=")) % 4 == 1:
+        raise InvalidRequest(f"{name} is empty or not base64url.")
+    bare = text.rstrip("=")
+    raw = urlsafe_b64decode(bare + "=" * (-len(bare) % 4))
+    if urlsafe_b64encode(raw).decode().rstrip("=") != bare:
+        raise InvalidRequest(f"{name} is not canonical base64url.")
+    if len(raw) > limit:
+        raise InvalidRequest(f"{name} is longer than {limit} bytes.")
+    return raw
+
+
+def _transports(holder: Mapping[str, Any]) -> tuple[str, ...]:
+    given = holder.get("transports")
+    if given is None:
+        return ()
+    if not isinstance(given, list) or len(given) > MAX_TRANSPORTS:
+        raise InvalidRequest("transports is a short list of names.")
+    if not all(isinstance(name, str) for name in given):
+        raise InvalidRequest("transports holds names only.")
+    return tuple(dict.fromkeys(name for name in given if name in TRANSPORTS))
+
+
+def _attachment(answer: Mapping[str, Any]) -> Attachment | None:
+    match answer.get("authenticatorAttachment"):
+        case "platform":
+            return "platform"
+        case "cross-platform":
+            return "cross-platform"
+    return None

@@ -1,0 +1,94 @@
+"""Begin of both ceremonies: the JSON that a page hands to `parseCreationOptionsFromJSON` and `parseRequestOptionsFromJSON`.
+
+WebAuthn L3 §5.4 and §5.5, in the JSON form of §5.1.8 and §5.1.9. The options promise exactly what `finish` judges with the same
+pending ceremony and policy: algorithms, user verification, challenge, credentials offered.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from typing import Any
+
+from broker.model import Attachment, RelyingParty
+
+Descriptor = tuple[bytes, tuple[str, ...]]
+
+
+def begin_registration(
+    rp: RelyingParty,
+    *,
+    challenge: bytes,
+    user_handle: str,
+    user_name: str,
+    user_display_name: str,
+    exclude: Sequence[Descriptor],
+    life: float,
+    attachment: Attachment | None,
+) -> dict[str, Any]:
+    """The object under `publicKey` for `navigator.credentials.create()`.
+
+    `exclude` has the credential ids and transports of the user's passkeys; `life` is in seconds. `user.id` is the base64url of
+    the handle's ASCII bytes, so that platforms which treat it as text lose nothing. A passkey is discoverable, always.
+    """
+    policy = rp.policy
+    selection: dict[str, Any] = {
+        "residentKey": "required",
+        "requireResidentKey": True,
+        "userVerification": policy.user_verification,
+    }
+    if attachment is not None:
+        selection["authenticatorAttachment"] = attachment
+    options: dict[str, Any] = {
+        "rp": {"id": rp.rp_id, "name": rp.name},
+        "user": {
+            "id": _base64url(user_handle.encode()),
+            "name": user_name,
+            "displayName": user_display_name,
+        },
+        "challenge": _base64url(challenge),
+        "pubKeyCredParams": [{"type": "public-key", "alg": algorithm} for algorithm in policy.algorithms],
+        "timeout": _milliseconds(life),
+        "excludeCredentials": _descriptors(exclude),
+        "authenticatorSelection": selection,
+        "attestation": policy.attestation,
+        "extensions": {},
+    }
+    if policy.hints:
+        options["hints"] = list(policy.hints)
+    return options
+
+
+def begin_authentication(
+    rp: RelyingParty, *, challenge: bytes, allow: Sequence[Descriptor], life: float
+) -> dict[str, Any]:
+    """The object under `publicKey` for `navigator.credentials.get()`. An empty `allow` makes it discoverable; `life` in seconds."""
+    options: dict[str, Any] = {
+        "challenge": _base64url(challenge),
+        "rpId": rp.rp_id,
+        "timeout": _milliseconds(life),
+        "userVerification": rp.policy.user_verification,
+        "extensions": {},
+    }
+    if allow:
+        options["allowCredentials"] = _descriptors(allow)
+    if rp.policy.hints:
+        options["hints"] = list(rp.policy.hints)
+    return options
+
+
+def _base64url(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def _milliseconds(life: float) -> int:
+    return max(1, int(life * 1000))
+
+
+def _descriptors(credentials: Sequence[Descriptor]) -> list[dict[str, Any]]:
+    """WebAuthn L3 §5.8.3; `transports` is left out where none is known, for an empty list means "none" to some browsers."""
+    return [
+        {"type": "public-key", "id": _base64url(credential_id)}
+        | ({"transports": list(transports)} if transports else {})
+        for credential_id, transports in credentials
+    ]
