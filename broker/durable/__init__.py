@@ -1,0 +1,576 @@
+"""Relying parties, API keys, users, credentials and events, on Postgres.
+
+**The write decides.** Unique indexes and `UPDATE … WHERE` answer "already there", "counter went back" and "revoked meanwhile";
+no method reads first and trusts what it read; a foreign key answers "deleted meanwhile". Each step of a ceremony is one statement, and so one commit: a credential and the
+event that tells of it stand or fall together.
+
+**Events** are inserted by the statement that makes the change they tell of. Who acts and the request id come from
+`telemetry.context()`.
+
+Limits, faults and migrations are in `broker.durable.postgres`: whatever the server or the network does wrong is `Unavailable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, cast
+
+import asyncpg
+
+from broker.durable.postgres import MigrationFault, Postgres, sql_files
+from broker.errors import UnknownApp
+from broker.model import (
+    ApiKey,
+    Credential,
+    Event,
+    PendingRegistration,
+    Policy,
+    RelyingParty,
+    User,
+    VerifiedAuthentication,
+    VerifiedRegistration,
+)
+from broker.telemetry import context
+
+__all__ = [
+    "Durable",
+    "MigrationFault",
+    "Owned",
+    "Postgres",
+    "UserOrder",
+    "instant",
+    "sql_files",
+]
+
+_CREDENTIAL = (
+    "c.id, c.app_id, c.user_id, c.credential_id, c.user_handle, c.public_key, c.algorithm, c.sign_count, c.backup_eligible, "
+    "c.backed_up, c.transports, c.attachment, c.aaguid, c.attestation_format, c.attestation_trust, c.user_name, "
+    "c.user_display_name, c.nickname, c.live, c.confirmed_at, c.created_at, c.updated_at, c.last_used_at, c.use_count"
+)
+_USER = """
+    u.id, u.app_id, u.external_id, u.handle, u.status, u.created_at, u.updated_at,
+    u.past_logins + coalesce(k.uses, 0)::bigint AS login_count, greatest(u.past_login_at, k.used_at) AS last_login_at
+"""
+_USES = """
+    LEFT JOIN LATERAL (
+        SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at FROM credentials c WHERE c.user_id = u.id
+    ) k ON true
+"""
+_TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
+
+UserOrder = Literal["created_at", "-created_at", "updated_at", "-updated_at", "id", "-id"]
+_ORDERS: dict[UserOrder, str] = {
+    "created_at": "u.created_at, u.id",
+    "-created_at": "u.created_at DESC, u.id DESC",
+    "updated_at": "u.updated_at, u.id",
+    "-updated_at": "u.updated_at DESC, u.id DESC",
+    "id": "u.id",
+    "-id": "u.id DESC",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A credential with its user's external id, as one look-up finds them."""
+
+    credential: Credential
+    external_id: str
+
+
+class Durable:
+    """The durable store: every statement, beside its method."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._pg = postgres
+
+    # -- relying parties and keys ---------------------------------------------------------------------------------------------
+
+    async def create_app(self, app: RelyingParty, key: ApiKey, key_hash: bytes) -> None:
+        """Insert a relying party with its first key."""
+        await self._pg.row(
+            "create_app",
+            f"""
+            WITH app AS (
+                INSERT INTO relying_parties (id, name, rp_id, origins, related_origins, policy, created_at, updated_at)
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $7) RETURNING id
+            ), key AS (
+                INSERT INTO api_keys (id, app_id, hash, hint, name, created_at) SELECT $8, id, $9, $10, $11, $7 FROM app
+            )
+            {_TELL} SELECT $7, id, $12, 'app.created', NULL, NULL, 'done', NULL, $13 FROM app
+            """,
+            app.id,
+            app.name,
+            app.rp_id,
+            list(app.origins),
+            list(app.related_origins),
+            app.policy.dump(),
+            key.created_at,
+            key.id,
+            key_hash,
+            key.hint,
+            key.name,
+            *_who(),
+        )
+
+    async def update_app(self, app: RelyingParty, now: datetime) -> bool:
+        """Replace name, RP ID, origins and policy. False: no such app."""
+        row = await self._pg.row(
+            "update_app",
+            f"""
+            WITH app AS (
+                UPDATE relying_parties SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6, updated_at = $7
+                WHERE id = $1 RETURNING id
+            ), told AS ({_TELL} SELECT $7, id, $8, 'app.updated', NULL, NULL, 'done', NULL, $9 FROM app)
+            SELECT id FROM app
+            """,
+            app.id,
+            app.name,
+            app.rp_id,
+            list(app.origins),
+            list(app.related_origins),
+            app.policy.dump(),
+            now,
+            *_who(),
+        )
+        return row is not None
+
+    async def delete_app(self, app_id: str, now: datetime) -> bool:
+        """Delete a relying party with its keys, users, credentials and events. False: no such app."""
+        row = await self._pg.row(
+            "delete_app",
+            f"""
+            WITH app AS (DELETE FROM relying_parties WHERE id = $1 RETURNING id),
+            forgotten AS (DELETE FROM events WHERE app_id IN (SELECT id FROM app)),
+            told AS ({_TELL} SELECT $2, id, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4 FROM app)
+            SELECT id FROM app
+            """,
+            app_id,
+            now,
+            *_who(),
+        )
+        return row is not None
+
+    async def app(self, app_id: str) -> RelyingParty | None:
+        row = await self._pg.row(
+            "app",
+            "SELECT id, name, rp_id, origins, related_origins, policy, created_at FROM relying_parties WHERE id = $1",
+            app_id,
+        )
+        return _app(row) if row else None
+
+    async def apps(self) -> list[RelyingParty]:
+        rows = await self._pg.rows(
+            "apps",
+            "SELECT id, name, rp_id, origins, related_origins, policy, created_at FROM relying_parties ORDER BY created_at, id",
+        )
+        return [_app(row) for row in rows]
+
+    async def create_key(self, key: ApiKey, key_hash: bytes) -> bool:
+        """Insert a key. False: no such app."""
+        row = await self._pg.row(
+            "create_key",
+            f"""
+            WITH key AS (
+                INSERT INTO api_keys (id, app_id, hash, hint, name, created_at)
+                SELECT $1, a.id, $3, $4, $5, $6 FROM relying_parties a WHERE a.id = $2 RETURNING app_id
+            ), told AS ({_TELL} SELECT $6, app_id, $7, 'key.created', NULL, NULL, 'done', $1, $8 FROM key)
+            SELECT app_id FROM key
+            """,
+            key.id,
+            key.app_id,
+            key_hash,
+            key.hint,
+            key.name,
+            key.created_at,
+            *_who(),
+        )
+        return row is not None
+
+    async def keys(self, app_id: str) -> list[ApiKey]:
+        rows = await self._pg.rows(
+            "keys",
+            "SELECT id, app_id, hint, name, created_at, revoked_at FROM api_keys WHERE app_id = $1 ORDER BY created_at, id",
+            app_id,
+        )
+        return [ApiKey(**dict(row)) for row in rows]
+
+    async def revoke_key(self, app_id: str, key_id: str, now: datetime) -> bool:
+        """Revoke a key. False: no such key, or revoked before."""
+        row = await self._pg.row(
+            "revoke_key",
+            f"""
+            WITH key AS (
+                UPDATE api_keys SET revoked_at = $3 WHERE app_id = $1 AND id = $2 AND revoked_at IS NULL RETURNING id, app_id
+            ), told AS ({_TELL} SELECT $3, app_id, $4, 'key.revoked', NULL, NULL, 'done', id, $5 FROM key)
+            SELECT id FROM key
+            """,
+            app_id,
+            key_id,
+            now,
+            *_who(),
+        )
+        return row is not None
+
+    async def key(self, app_id: str, key_hash: bytes) -> str | None:
+        """The id of the app's unrevoked key with this hash."""
+        row = await self._pg.row(
+            "key",
+            "SELECT id FROM api_keys WHERE hash = $2 AND app_id = $1 AND revoked_at IS NULL",
+            app_id,
+            key_hash,
+        )
+        return cast(str, row["id"]) if row else None
+
+    # -- users ----------------------------------------------------------------------------------------------------------------
+
+    async def ensure_user(
+        self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
+    ) -> tuple[str, str]:
+        """The id and the handle of the user with this external id, made if there is none. Two at once make one row.
+
+        Raises:
+            UnknownApp: the app was deleted while the caller still remembered it.
+        """
+        while True:
+            try:
+                row = await self._ensure_user(app_id, external_id, new_id, new_handle, now)
+            except asyncpg.ForeignKeyViolationError:
+                raise UnknownApp from None
+            if row is not None:  # None: another request inserted it after our snapshot; the next look sees it
+                return row["id"], row["handle"]
+
+    async def _ensure_user(
+        self, app_id: str, external_id: str, new_id: str, new_handle: str, now: datetime
+    ) -> asyncpg.Record | None:
+        return await self._pg.row(
+            "ensure_user",
+            f"""
+            WITH old AS (SELECT id, handle FROM users WHERE app_id = $1 AND external_id = $2),
+            new AS (
+                INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
+                SELECT $3, $1, $2, $4, 'pending', $5, $5 WHERE NOT EXISTS (SELECT FROM old)
+                ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
+            ), told AS ({_TELL} SELECT $5, $1, $6, 'user.created', id, NULL, 'done', NULL, $7 FROM new)
+            SELECT id, handle FROM old UNION ALL SELECT id, handle FROM new
+            """,
+            app_id,
+            external_id,
+            new_id,
+            new_handle,
+            now,
+            *_who(),
+        )
+
+    async def user_to_sign_in(self, app_id: str, external_id: str) -> tuple[str, str, bool] | None:
+        """Id, handle and whether there is a live passkey."""
+        row = await self._pg.row(
+            "user_to_sign_in",
+            "SELECT u.id, u.handle, EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id AND c.live) AS able"
+            " FROM users u WHERE u.app_id = $1 AND u.external_id = $2",
+            app_id,
+            external_id,
+        )
+        return (row["id"], row["handle"], row["able"]) if row else None
+
+    async def user(
+        self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
+    ) -> User | None:
+        row = await self._pg.row(
+            "user",
+            f"SELECT {_USER} FROM users u {_USES} WHERE u.app_id = $1 AND "
+            + ("u.id = $2" if user_id is not None else "u.external_id = $2"),
+            app_id,
+            user_id if user_id is not None else external_id,
+        )
+        return User(**dict(row)) if row else None
+
+    async def users(
+        self,
+        app_id: str,
+        *,
+        limit: int,
+        offset: int = 0,
+        external_id: str | None = None,
+        user_id: str | None = None,
+        status: str | None = None,
+        created_before: datetime | None = None,
+        order: UserOrder = "created_at",
+    ) -> tuple[list[User], int]:
+        """A page of users and how many there are in all."""
+        conditions, values = ["u.app_id = $1"], cast(list[object], [app_id])
+        for condition, value in (
+            ("u.external_id = ", external_id),
+            ("u.id = ", user_id),
+            ("u.status = ", status),
+            ("u.created_at < ", created_before),
+        ):
+            if value is not None:
+                values.append(value)
+                conditions.append(f"{condition}${len(values)}")
+        where = " AND ".join(conditions)
+        rows = await self._pg.rows(
+            "users",
+            f"""
+            SELECT {_USER}, n.total FROM (SELECT count(*) AS total FROM users u WHERE {where}) n
+            LEFT JOIN LATERAL (
+                SELECT u.* FROM users u WHERE {where} ORDER BY {_ORDERS[order]}
+                LIMIT ${len(values) + 1} OFFSET ${len(values) + 2}
+            ) u ON true {_USES} ORDER BY {_ORDERS[order]}
+            """,
+            *values,
+            limit,
+            offset,
+        )
+        users = [
+            User(**{k: v for k, v in row.items() if k != "total"}) for row in rows if row["id"] is not None
+        ]
+        return users, rows[0]["total"]
+
+    async def delete_user(self, app_id: str, external_id: str, now: datetime) -> bool:
+        """Delete a user with credentials and events. The event that stays names nobody. False: no such user."""
+        row = await self._pg.row(
+            "delete_user",
+            f"""
+            WITH gone AS (DELETE FROM users WHERE app_id = $1 AND external_id = $2 RETURNING id, app_id),
+            forgotten AS (DELETE FROM events WHERE user_id IN (SELECT id FROM gone)),
+            told AS ({_TELL} SELECT $3, app_id, $4, 'user.deleted', NULL, NULL, 'done', NULL, $5 FROM gone)
+            SELECT id FROM gone
+            """,
+            app_id,
+            external_id,
+            now,
+            *_who(),
+        )
+        return row is not None
+
+    # -- credentials ----------------------------------------------------------------------------------------------------------
+
+    async def credentials(self, app_id: str, user_id: str, *, live_only: bool = False) -> list[Credential]:
+        """The user's credentials, oldest first."""
+        rows = await self._pg.rows(
+            "credentials",
+            f"SELECT {_CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2"
+            + (" AND c.live" if live_only else "")
+            + " ORDER BY c.created_at, c.id",
+            app_id,
+            user_id,
+        )
+        return [_credential(row) for row in rows]
+
+    async def owned(self, app_id: str, credential_id: bytes) -> Owned | None:
+        """The app's credential with this id, whoever owns it."""
+        row = await self._pg.row(
+            "credential",
+            f"SELECT {_CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
+            " WHERE c.app_id = $1 AND c.credential_id = $2",
+            app_id,
+            credential_id,
+        )
+        return Owned(_credential(row), row["external_id"]) if row else None
+
+    async def add_credential(
+        self,
+        pending: PendingRegistration,
+        verified: VerifiedRegistration,
+        *,
+        new_id: str,
+        live: bool,
+        now: datetime,
+    ) -> Literal["added", "duplicate", "no_user"]:
+        """Insert a credential; the unique index on (app, credential id) decides who was first."""
+        try:
+            row = await self._add_credential(pending, verified, new_id, live, now)
+        except asyncpg.ForeignKeyViolationError:
+            return "no_user"
+        assert row is not None, "a SELECT without FROM has one row"
+        return "added" if row["added"] else "duplicate" if row["owned"] else "no_user"
+
+    async def _add_credential(
+        self,
+        pending: PendingRegistration,
+        verified: VerifiedRegistration,
+        new_id: str,
+        live: bool,
+        now: datetime,
+    ) -> asyncpg.Record | None:
+        return await self._pg.row(
+            "add_credential",
+            f"""
+            WITH owner AS (SELECT id FROM users WHERE app_id = $2 AND id = $3),
+            new AS (
+                INSERT INTO credentials AS c (
+                    id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
+                    backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
+                    user_display_name, nickname, live, created_at, updated_at)
+                SELECT $1, $2, id, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $16, $16, $17, $18, $18 FROM owner
+                ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
+            ), active AS (
+                UPDATE users SET status = 'active', updated_at = $18 WHERE $17 AND id = (SELECT user_id FROM new)
+            ), told AS ({_TELL} SELECT $18, $2, $19, 'passkey.registered', user_id, id, 'done', NULL, $20 FROM new)
+            SELECT EXISTS (SELECT FROM owner) AS owned, EXISTS (SELECT FROM new) AS added
+            """,
+            new_id,
+            pending.app_id,
+            pending.user_id,
+            verified.credential_id,
+            pending.user_handle,
+            verified.public_key,
+            verified.algorithm,
+            verified.sign_count,
+            verified.backup_eligible,
+            verified.backed_up,
+            list(verified.transports),
+            verified.attachment,
+            verified.aaguid,
+            verified.attestation_format,
+            verified.attestation_trust,
+            pending.display_name,
+            live,
+            now,
+            *_who(),
+        )
+
+    async def use_credential(
+        self, credential: Credential, verified: VerifiedAuthentication, *, flag_counter: bool, now: datetime
+    ) -> bool:
+        """Record a sign-in. False: revoked meanwhile, or the counter went back (unless `flag_counter`).
+
+        Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
+        """
+        row = await self._pg.row(
+            "use_credential",
+            f"""
+            WITH used AS (
+                UPDATE credentials SET sign_count = greatest(sign_count, $3), backed_up = $4, last_used_at = $5, updated_at = $5,
+                       use_count = use_count + 1
+                WHERE id = $1 AND app_id = $2 AND live AND ($6 OR sign_count < $3 OR (sign_count = 0 AND $3 = 0))
+                RETURNING id, app_id, user_id
+            ), told AS ({_TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done', $9, $8 FROM used)
+            SELECT id FROM used
+            """,
+            credential.id,
+            credential.app_id,
+            verified.sign_count,
+            verified.backed_up,
+            now,
+            flag_counter,
+            *_who(),
+            "counter" if verified.counter_regressed else None,
+        )
+        return row is not None
+
+    async def confirm_credential(self, app_id: str, passkey_id: str, now: datetime) -> bool:
+        """Record that a registration's nonce was redeemed; makes the credential live. False: revoked meanwhile."""
+        row = await self._pg.row(
+            "confirm_credential",
+            f"""
+            WITH kept AS (
+                UPDATE credentials SET confirmed_at = coalesce(confirmed_at, $3), live = true, updated_at = $3
+                WHERE app_id = $1 AND id = $2 RETURNING id, app_id, user_id
+            ), active AS (
+                UPDATE users SET status = 'active', updated_at = $3
+                WHERE id = (SELECT user_id FROM kept) AND status = 'pending'
+            ), told AS ({_TELL} SELECT $3, app_id, $4, 'passkey.confirmed', user_id, id, 'done', NULL, $5 FROM kept)
+            SELECT id FROM kept
+            """,
+            app_id,
+            passkey_id,
+            now,
+            *_who(),
+        )
+        return row is not None
+
+    async def revoke_credentials(
+        self, app_id: str, user_id: str, passkey_id: str | None, now: datetime
+    ) -> list[str]:
+        """Delete one of the user's credentials, or all of them (`passkey_id` None); returns the ids deleted."""
+        rows = await self._pg.rows(
+            "revoke_credentials",
+            f"""
+            WITH gone AS (
+                DELETE FROM credentials WHERE app_id = $1 AND user_id = $2 AND ($3::text IS NULL OR id = $3)
+                RETURNING id, app_id, user_id, use_count, last_used_at
+            ), kept AS (
+                UPDATE users SET past_logins = past_logins + (SELECT sum(use_count) FROM gone)::bigint,
+                       past_login_at = greatest(past_login_at, (SELECT max(last_used_at) FROM gone)), updated_at = $4
+                WHERE id = $2 AND EXISTS (SELECT FROM gone)
+            ), told AS ({_TELL} SELECT $4, app_id, $5, 'passkey.revoked', user_id, id, 'done', NULL, $6 FROM gone)
+            SELECT id FROM gone
+            """,
+            app_id,
+            user_id,
+            passkey_id,
+            now,
+            *_who(),
+        )
+        return [row["id"] for row in rows]
+
+    # -- events ---------------------------------------------------------------------------------------------------------------
+
+    async def tell(
+        self,
+        app_id: str,
+        action: str,
+        *,
+        result: str,
+        reason: str | None,
+        user_id: str | None = None,
+        passkey_id: str | None = None,
+        now: datetime,
+    ) -> None:
+        """Insert an event of its own: for a refusal, which changes nothing else. It names nobody who was deleted meanwhile."""
+        await self._pg.row(
+            "tell",
+            f"{_TELL} SELECT $1, $2, $3, $5, u.id, CASE WHEN u.id IS NOT NULL THEN $7 END, $8, $9, $4"
+            " FROM (VALUES ($6::text)) asked (id) LEFT JOIN users u ON u.app_id = $2 AND u.id = asked.id",
+            now,
+            app_id,
+            *_who(),
+            action,
+            user_id,
+            passkey_id,
+            result,
+            reason,
+        )
+
+    async def events(self, app_id: str, *, limit: int, after: int = 0) -> Sequence[Event]:
+        """The newest `limit` events of an app with an id above `after`, oldest first."""
+        rows = await self._pg.rows(
+            "events",
+            "SELECT id, at, app_id, actor, action, user_id, passkey_id, result, reason, request_id FROM events"
+            " WHERE app_id = $1 AND id > $2 ORDER BY id DESC LIMIT $3",
+            app_id,
+            after,
+            limit,
+        )
+        return [Event(**dict(row)) for row in reversed(rows)]
+
+
+def _who() -> tuple[str, str]:
+    now = context()
+    return now.actor, now.request_id
+
+
+def _app(row: asyncpg.Record) -> RelyingParty:
+    return RelyingParty(
+        id=row["id"],
+        name=row["name"],
+        rp_id=row["rp_id"],
+        origins=tuple(row["origins"]),
+        related_origins=tuple(row["related_origins"]),
+        policy=Policy.load(cast(dict[str, Any], row["policy"])),
+        created_at=row["created_at"],
+    )
+
+
+def _credential(row: asyncpg.Record) -> Credential:
+    values = {k: v for k, v in row.items() if k != "external_id"}
+    values["transports"] = tuple(values["transports"])
+    return Credential(**values)
+
+
+def instant(epoch: float) -> datetime:
+    """Seconds since the epoch as an aware `datetime`."""
+    return datetime.fromtimestamp(epoch, UTC)

@@ -1,0 +1,317 @@
+"""One-time values with a life, on Redis: put, peek, take.
+
+**Taking is validating.** A value is there or it is not; `take` reads and deletes in one command, so of any number of callers
+on any number of instances one gets it. Nothing here answers "is it valid?".
+
+**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app). With a transaction T:
+
+    t:{T}             the transaction
+    p:{T}             its pending ceremony: SHA-256 of the handle, then the record
+
+    p:{app}:H         a pending ceremony without a transaction; H is the handle's digest
+    d:{app}           the open ones of an app, by end of life: what the cap counts
+    n:H               what a nonce stands for
+
+A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing over it, and the old handle
+finds nothing. A handle carries T behind its secret, which is how finish finds `p:{T}` from the handle alone; the script compares
+the secret's digest and leaves the record alone if it is another's. The braces keep what must change together in one slot of a
+cluster. `peek` is for transactions only.
+
+**Time.** Every record carries the end of its life by the server's clock and is also given to Redis with a TTL; a record past its
+end is never returned, even if a restored snapshot brings it back.
+
+**Nothing one-time is sent twice.** redis-py retries by default, and a repeated GETDEL answers "nothing there": the value would be
+burnt and its owner told it was never valid. Every client here has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`.
+
+An operator can compute: keys = open transactions + pending ceremonies + unredeemed nonces + one set per app with open
+discoverable ceremonies; about 0.4 kB each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import urlsafe_b64decode
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+import orjson
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import RedisClusterException, RedisError
+
+from broker.errors import TooManyCeremonies, Unavailable
+from broker.model import (
+    Pending,
+    PendingAuthentication,
+    PendingRegistration,
+    Receipt,
+    Redeemable,
+    Transaction,
+    fields_of,
+)
+from broker.telemetry import Metrics, Stopwatch, context
+from broker.tokens import digest, text
+
+T = TypeVar("T")
+
+_SECRET = len("pbh_") + 43  # characters of a handle before the transaction's digest
+_HASH = 32
+
+# What redis-py raises for a server that is down, slow, full or refuses; RedisClusterException is no RedisError.
+_DOWN = (RedisError, RedisClusterException, OSError, TimeoutError)
+_PROBE = b"ready"
+
+# KEYS: p:{T}. ARGV: digest of the handle. The record starts with the digest of the only handle that may take it.
+_TAKE_BOUND = """
+local v = redis.call('GET', KEYS[1])
+if v and string.sub(v, 1, 32) == ARGV[1] then
+  redis.call('DEL', KEYS[1])
+  return v
+end
+return false
+"""
+
+# KEYS: p:{app}:H, d:{app}. ARGV: record, life in ms, now in ms, end in ms, cap, member.
+# SET is the first write: a full server refuses it, while it lets a script that has begun to write go on past its limit.
+_PUT_OPEN = """
+if redis.call('ZCOUNT', KEYS[2], '(' .. ARGV[3], '+inf') >= tonumber(ARGV[5]) then
+  return 0
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[3])
+redis.call('ZADD', KEYS[2], ARGV[4], ARGV[6])
+redis.call('PEXPIREAT', KEYS[2], ARGV[4], 'GT')
+redis.call('PEXPIREAT', KEYS[2], ARGV[4], 'NX')
+return 1
+"""
+
+# KEYS: p:{app}:H, d:{app}. ARGV: member.
+_TAKE_OPEN = """
+redis.call('ZREM', KEYS[2], ARGV[1])
+return redis.call('GETDEL', KEYS[1])
+"""
+
+
+class _PatientCluster(RedisCluster):
+    """A cluster's client whose callers wait for their turn, as they do with `BlockingConnectionPool`. By itself redis-py refuses
+    the caller for whom no connection is left, so a short burst would be an outage."""
+
+    def __init__(self, *, turns: int, **options: Any) -> None:
+        # A connection that is being closed after a fault still counts, so there is room for as many again.
+        super().__init__(max_connections=2 * turns, **options)
+        self._turns = asyncio.Semaphore(turns)
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        async with self._turns:
+            return await super().execute_command(*args, **options)
+
+
+def connect(url: str, *, timeout: float, connections: int) -> Redis | RedisCluster:
+    """A client that never repeats a command by itself. `redis+cluster://` and `rediss+cluster://` name a cluster.
+
+    At most `connections` commands are under way at once; who comes later waits.
+    """
+    limits: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+        # With RESP3 the server may push between answers, so redis-py takes a connection with unread data for sound.
+        "protocol": 2,
+    }
+    if "+cluster://" in url:
+        return _PatientCluster.from_url(
+            url.replace("+cluster://", "://"),
+            turns=connections,
+            require_full_coverage=False,
+            **limits,
+        )
+    pool = BlockingConnectionPool.from_url(url, max_connections=connections, timeout=timeout, **limits)
+    return Redis(connection_pool=pool)
+
+
+class Ephemeral:
+    """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one wait."""
+
+    def __init__(
+        self, redis: Redis | RedisCluster, *, timeout: float, metrics: Metrics, clock: Callable[[], float]
+    ) -> None:
+        self._redis = cast(Redis, redis)
+        self._timeout = timeout
+        self._metrics = metrics
+        self._clock = clock
+        self._take_bound: AsyncScript = self._redis.register_script(_TAKE_BOUND)
+        self._put_open: AsyncScript = self._redis.register_script(_PUT_OPEN)
+        self._take_open: AsyncScript = self._redis.register_script(_TAKE_OPEN)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._redis.aclose()
+
+    async def _run(self, operation: str, command: Awaitable[T]) -> T:
+        """Await one command or script, within the limit.
+
+        Raises:
+            Unavailable: the server is down, slow, full, or refuses to write; or its reply was lost.
+        """
+        try:
+            with Stopwatch(self._metrics, "redis", operation):
+                async with asyncio.timeout(context().remaining(self._timeout)):
+                    return await command
+        except _DOWN as fault:
+            raise Unavailable(reason="redis") from fault
+
+    async def check(self) -> None:
+        """Raise `Unavailable` unless the server takes a write: one that is full, or a replica, answers PING and serves nobody."""
+        await self._run("check", self._redis.set(_PROBE, b"", px=1000))
+
+    async def facts(self) -> dict[str, Any]:
+        """For `broker doctor`: version, seconds since the epoch by the server's clock, eviction policy."""
+        server = await self._run("facts", self._redis.info("server"))
+        memory = await self._run("facts", self._redis.info("memory"))
+        now = await self._run("facts", self._redis.time())
+        return {
+            "version": str(server.get("valkey_version") or server["redis_version"]),
+            "clock": now[0] + now[1] / 1e6,
+            "eviction": str(memory.get("maxmemory_policy", "noeviction")),
+        }
+
+    # -- transactions ---------------------------------------------------------------------------------------------------------
+
+    async def put_transaction(self, transaction_id: str, transaction: Transaction) -> None:
+        """Store a transaction until `expires_at`."""
+        key = b"t:{%s}" % text(digest("transaction", transaction.app_id, transaction_id)).encode()
+        await self._put("put_transaction", key, transaction)
+
+    async def peek_transaction(self, app_id: str, transaction_id: str) -> tuple[bytes, Transaction] | None:
+        """A transaction and the digest of its id, left where it is."""
+        name = digest("transaction", app_id, transaction_id)
+        stored = await self._run("peek_transaction", self._redis.get(b"t:{%s}" % text(name).encode()))
+        found = self._load(cast(bytes | None, stored), Transaction)
+        return (name, found) if found else None
+
+    async def take_transaction(self, name: bytes) -> Transaction | None:
+        """Take the transaction whose id has this digest."""
+        stored = await self._run("take_transaction", self._redis.getdel(b"t:{%s}" % text(name).encode()))
+        return self._load(cast(bytes | None, stored), Transaction)
+
+    # -- pending ceremonies ---------------------------------------------------------------------------------------------------
+
+    async def put_pending(self, secret: str, pending: Pending, *, cap: int) -> str:
+        """Store a pending ceremony under a new handle, made from `secret` (a minted token), and return the handle.
+
+        Raises:
+            TooManyCeremonies: the app has `cap` open ceremonies without a transaction. Counted in the same round trip.
+        """
+        if pending.transaction is not None:
+            place = text(pending.transaction)
+            handle = secret + place
+            await self._put(
+                "put_pending",
+                b"p:{%s}" % place.encode(),
+                pending,
+                before=digest("handle", pending.app_id, handle),
+            )
+            return handle
+        name = digest("handle", pending.app_id, secret)
+        now = int(self._clock() * 1000)
+        end = int(pending.expires_at * 1000)
+        stored = await self._run(
+            "put_pending",
+            self._put_open(
+                keys=self._open_keys(pending.app_id, name),
+                args=[_dump(pending), max(1, end - now), now, end, cap, name],
+            ),
+        )
+        if not stored:
+            raise TooManyCeremonies(reason="discoverable_limit")
+        return secret
+
+    async def take_pending(self, app_id: str, handle: str) -> Pending | None:
+        """Take the pending ceremony that `handle` finds, of either kind."""
+        name = digest("handle", app_id, handle)
+        if len(handle) > _SECRET:
+            key = b"p:{%s}" % handle[_SECRET:].encode()
+            stored = await self._run("take_pending", self._take_bound(keys=[key], args=[name]))
+            return self._load_pending(stored[_HASH:] if stored else None)
+        stored = await self._run(
+            "take_pending", self._take_open(keys=self._open_keys(app_id, name), args=[name])
+        )
+        return self._load_pending(stored)
+
+    @staticmethod
+    def _open_keys(app_id: str, name: bytes) -> list[bytes]:
+        app = app_id.encode()
+        return [b"p:{%s}:%s" % (app, text(name).encode()), b"d:{%s}" % app]
+
+    # -- nonces ---------------------------------------------------------------------------------------------------------------
+
+    async def put_nonce(self, app_id: str, nonce: str, redeemable: Redeemable) -> None:
+        """Store what a nonce stands for until `expires_at`."""
+        await self._put("put_nonce", b"n:" + text(digest("nonce", app_id, nonce)).encode(), redeemable)
+
+    async def take_nonce(self, app_id: str, nonce: str) -> Redeemable | None:
+        """Take what a nonce stands for."""
+        key = b"n:" + text(digest("nonce", app_id, nonce)).encode()
+        stored = await self._run("take_nonce", self._redis.getdel(key))
+        return self._load(cast(bytes | None, stored), Redeemable)
+
+    # -- records --------------------------------------------------------------------------------------------------------------
+
+    async def _put(
+        self, operation: str, key: bytes, record: Transaction | Pending | Redeemable, *, before: bytes = b""
+    ) -> None:
+        life = max(1, int((record.expires_at - self._clock()) * 1000))
+        await self._run(operation, self._redis.set(key, before + _dump(record), px=life))
+
+    def _load(self, stored: bytes | None, kind: type[T]) -> T | None:
+        record = _load(stored) if stored else None
+        if not isinstance(record, kind) or cast(Transaction, record).expires_at <= self._clock():
+            return None
+        return record
+
+    def _load_pending(self, stored: bytes | None) -> Pending | None:
+        return self._load(stored, PendingRegistration) or self._load(stored, PendingAuthentication)
+
+
+_Record = Transaction | PendingRegistration | PendingAuthentication | Redeemable
+_KINDS: dict[str, type[_Record]] = {
+    "t1": Transaction,
+    "r1": PendingRegistration,
+    "a1": PendingAuthentication,
+    "n1": Redeemable,
+}
+_TAGS = {kind: tag for tag, kind in _KINDS.items()}
+_BYTES = frozenset({"challenge", "transaction", "credential_id"})
+
+
+def _dump(record: _Record) -> bytes:
+    """A JSON array: a tag with the format's number, then the fields in order; bytes as base64url."""
+    return orjson.dumps([_TAGS[type(record)], *_values(record)])
+
+
+def _values(record: object) -> list[object]:
+    return [
+        text(value) if isinstance(value, bytes) else _values(value) if isinstance(value, Receipt) else value
+        for value in fields_of(record).values()
+    ]
+
+
+def _load(stored: bytes) -> _Record | None:
+    """None for a format this code does not know: of newer code in a roll-back, say. Its owner starts over."""
+    tag, *values = orjson.loads(stored)
+    kind = _KINDS.get(tag)
+    return cast(_Record, _build(kind, values)) if kind else None
+
+
+def _build(kind: type[Any], values: list[Any]) -> object:
+    named = dict(zip(kind.__dataclass_fields__, values, strict=True))
+    for name, value in named.items():
+        if name in _BYTES and value is not None:
+            named[name] = urlsafe_b64decode(value + "==")
+        elif name == "receipt":
+            named[name] = _build(Receipt, value)
+        elif isinstance(value, list):
+            named[name] = tuple(value)
+    return cast(object, kind(**named))

@@ -1,0 +1,185 @@
+"""Fixtures: real stores once a worker, a broker on a free port per test, an app of its own per test.
+
+Tests share the two stores and are kept apart by their apps' ids, as customers are. A test that stops or fills a store starts its
+own (`own_stores`). A missing part fails the run and names what to install.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from broker.app import Parts, Service, assemble, serve
+from broker.durable import instant
+from broker.embedded import EmbeddedStores
+from broker.model import Policy
+from broker.settings import Settings
+from broker.telemetry import Log
+from tests.authenticator import Authenticator
+from tests.wire import Wire
+
+
+class Clock:
+    """The server's time, moved by hand. Starts at the real one, for the stores' own TTLs run in real time."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+@dataclass(slots=True)
+class Started:
+    """A broker that listens, with what a test looks at: its log and its clock."""
+
+    service: Service
+    clock: Clock
+    stream: io.StringIO
+
+    @property
+    def parts(self) -> Parts:
+        return self.service.parts
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.service.port}"
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Every line logged so far; each must be a JSON object."""
+        return [orjson.loads(line) for line in self.stream.getvalue().splitlines()]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value, 0 where it has none yet."""
+        return self.parts.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def events(self, app_id: str) -> list[tuple[str, str, str | None]]:
+        """Action, result and reason of an app's events, oldest first."""
+        found = await self.parts.directory.events(app_id, limit=1000)
+        return [(e.action, e.result, e.reason) for e in found]
+
+
+Starter = Callable[..., Awaitable[Started]]
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[EmbeddedStores]:
+    """PostgreSQL and Valkey, migrated, shared by the tests of one worker."""
+    with stores_in_a_new_folder() as started:
+        yield started
+
+
+@contextmanager
+def stores_in_a_new_folder() -> Iterator[EmbeddedStores]:
+    """Migrated stores in a folder directly below the system's temporary one, which the servers' unprivileged user can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="broker-test-"))
+    try:
+        with EmbeddedStores.start(folder) as started:
+            asyncio.run(_migrate(started))
+            yield started
+    finally:
+        shutil.rmtree(folder)
+
+
+async def _migrate(stores: EmbeddedStores) -> None:
+    parts = await assemble(settings_for(stores))
+    try:
+        await parts.postgres.migrate(instant(time.time()))
+    finally:
+        await parts.close()
+
+
+@pytest.fixture
+def own_stores() -> Iterator[EmbeddedStores]:
+    """PostgreSQL and Valkey of the test's own, migrated, to be stopped, slowed or filled."""
+    with stores_in_a_new_folder() as started:
+        yield started
+
+
+def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
+    """Settings for a broker on these stores, on free ports, remembering nothing between requests."""
+    values: dict[str, Any] = {
+        "database_url": stores.database_url,
+        "redis_url": stores.redis_url,
+        "host": "127.0.0.1",
+        "port": 0,
+        "cache_seconds": 0.0,
+        **changes,
+    }
+    return Settings(**values)
+
+
+@dataclass(slots=True)
+class _Brokers:
+    stores: EmbeddedStores
+    started: list[Started] = field(default_factory=list)
+
+    async def __call__(self, stores: EmbeddedStores | None = None, **changes: object) -> Started:
+        clock, stream = Clock(), io.StringIO()
+        parts = await assemble(
+            settings_for(stores or self.stores, **changes), log=Log(stream, level="debug"), clock=clock
+        )
+        started = Started(await serve(parts), clock, stream)
+        self.started.append(started)
+        return started
+
+
+@pytest.fixture
+async def start_broker(stores: EmbeddedStores) -> AsyncIterator[Starter]:
+    """Start brokers; each is an instance of its own on the same stores. Stopped at the end of the test."""
+    brokers = _Brokers(stores)
+    yield brokers
+    for started in brokers.started:
+        await started.service.close()
+
+
+@pytest.fixture
+async def broker(start_broker: Starter) -> Started:
+    """One broker."""
+    return await start_broker()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """An HTTP client without a limit on connections."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as opened:
+        yield opened
+
+
+OpenApp = Callable[..., Awaitable[Wire]]
+
+
+@pytest.fixture
+def open_app(broker: Started, session: aiohttp.ClientSession) -> OpenApp:
+    """Make an app, with a policy if given."""
+
+    async def make(policy: Policy | None = None, **options: Any) -> Wire:
+        return await Wire.open(broker.service, session, policy=policy, **options)
+
+    return make
+
+
+@pytest.fixture
+async def wire(open_app: OpenApp) -> Wire:
+    """An app of the test's own."""
+    return await open_app()
+
+
+@pytest.fixture
+def device() -> Authenticator:
+    """An authenticator that behaves."""
+    return Authenticator()

@@ -1,0 +1,200 @@
+"""Proxies on the loopback between the broker and a store, which lose what a network can lose.
+
+`RedisProxy` understands commands: it counts them (`commands`) and asks `fate` what becomes of each. `PostgresProxy` counts the
+client's messages and falls silent after `silent_after` of them. Both forward everything else untouched.
+
+    Fate.PASS      forward the command and its reply
+    Fate.SWALLOW   forward the command; its reply never comes, the connection stays open
+    Fate.CUT       forward the command; the connection is closed in place of its reply, after the store has answered
+    Fate.REFUSE    close the connection; the command never reaches the store
+    Fate.HOLD      forward the command; its reply waits until `release` is set
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connect = Callable[[], Awaitable[Streams]]
+
+
+class Fate(enum.Enum):
+    PASS = enum.auto()
+    SWALLOW = enum.auto()
+    CUT = enum.auto()
+    REFUSE = enum.auto()
+    HOLD = enum.auto()
+
+
+def _pass(_: list[bytes]) -> Fate:
+    return Fate.PASS
+
+
+def of_command(fate: Fate, *prefix: bytes) -> Callable[[list[bytes]], Fate]:
+    """This fate for commands whose name is the first word (in any case) and whose key or digest begins with the second."""
+
+    def decide(words: list[bytes]) -> Fate:
+        named = words[0].upper() == prefix[0] and (len(prefix) < 2 or words[1].startswith(prefix[1]))
+        return fate if named else Fate.PASS
+
+    return decide
+
+
+@dataclass(slots=True)
+class RedisProxy:
+    """Made by `redis_proxy`. `commands` are those that clients sent, in order of arrival."""
+
+    port: int
+    commands: list[list[bytes]] = field(default_factory=list)
+    fate: Callable[[list[bytes]], Fate] = _pass
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+    held: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def named(self, name: bytes) -> list[list[bytes]]:
+        """The commands of that name."""
+        return [words for words in self.commands if words[0].upper() == name]
+
+
+@contextlib.asynccontextmanager
+async def redis_proxy(connect: Connect) -> AsyncIterator[RedisProxy]:
+    """A proxy in front of the server that `connect` reaches."""
+    proxy = RedisProxy(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await connect()
+        fate = Fate.PASS
+
+        async def answers() -> None:
+            while data := await upstream_reader.read(65536):
+                if fate is Fate.CUT:
+                    break
+                if fate is Fate.HOLD:
+                    proxy.held.set()
+                    await proxy.release.wait()
+                if fate is not Fate.SWALLOW:
+                    writer.write(data)
+                    await writer.drain()
+            writer.close()
+
+        answering = asyncio.create_task(answers())
+        try:
+            while words := await _command(reader):
+                proxy.commands.append(words)
+                fate = proxy.fate(words)
+                if fate is Fate.REFUSE:
+                    break
+                upstream_writer.write(_packed(words))
+                await upstream_writer.drain()
+        finally:
+            answering.cancel()
+            writer.close()
+            upstream_writer.close()
+
+    async with _listening(serve) as port:
+        proxy.port = port
+        yield proxy
+
+
+async def _command(reader: asyncio.StreamReader) -> list[bytes]:
+    """One command, an array of bulk strings; empty at the end of the stream."""
+    try:
+        count = int((await reader.readuntil(b"\r\n"))[1:])
+        words = []
+        for _ in range(count):
+            length = int((await reader.readuntil(b"\r\n"))[1:])
+            words.append((await reader.readexactly(length + 2))[:-2])
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return []
+    return words
+
+
+def _packed(words: list[bytes]) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+@dataclass(slots=True)
+class PostgresProxy:
+    """Made by `postgres_proxy`. Falls `silent` when a client has sent more than `silent_after` messages on a connection: from then
+    on, and on every connection, what is sent is lost and nothing comes back, as from a machine that is frozen."""
+
+    port: int
+    silent_after: int | None = None
+    silent: bool = False
+    connections: int = 0
+
+    @property
+    def url(self) -> str:
+        """Where asyncpg finds it; without TLS, so that its first message is the start-up."""
+        return f"postgresql://broker@127.0.0.1:{self.port}/postgres?sslmode=disable"
+
+    def recover(self) -> None:
+        """Answer again."""
+        self.silent_after, self.silent = None, False
+
+
+@contextlib.asynccontextmanager
+async def postgres_proxy(connect: Connect) -> AsyncIterator[PostgresProxy]:
+    """A proxy in front of the server that `connect` reaches."""
+    proxy = PostgresProxy(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await connect()
+        proxy.connections += 1
+        seen = 0
+
+        async def answers() -> None:
+            while data := await upstream_reader.read(65536):
+                if not proxy.silent:
+                    writer.write(data)
+                    await writer.drain()
+            if not proxy.silent:
+                writer.close()
+
+        answering = asyncio.create_task(answers())
+        try:
+            while data := await reader.read(65536):
+                seen += 1
+                if proxy.silent_after is not None and seen > proxy.silent_after:
+                    proxy.silent = True
+                if not proxy.silent:
+                    upstream_writer.write(data)
+                    await upstream_writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            proxy.connections -= 1
+            answering.cancel()
+            writer.close()
+            upstream_writer.close()
+
+    async with _listening(serve) as port:
+        proxy.port = port
+        yield proxy
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[int]:
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def kept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            await serve(reader, writer)
+        tasks.discard(task)
+
+    server = await asyncio.start_server(kept, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,758 @@
+"""The contract of the ephemeral store, on everything that can be had: fakeredis, Valkey, a cluster, and the machine's own Redis.
+
+Servers here are the test's own, so a test may look at every key there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from redis.asyncio import Redis, RedisCluster
+
+from broker.ephemeral import Ephemeral, connect
+from broker.errors import TooManyCeremonies, Unavailable
+from broker.model import (
+    Pending,
+    PendingAuthentication,
+    PendingRegistration,
+    Receipt,
+    Redeemable,
+    Transaction,
+)
+from broker.telemetry import CONTEXT, Context, Metrics
+from broker.tokens import SystemMint, digest, text
+from tests.conftest import Clock
+from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
+from tests.servers import Valkey, eventually
+
+APP = "AppAppAppAppAppAppAppApp"
+OTHER = "OtherOtherOtherOtherOthe"
+TIMEOUT = 0.8
+REAL = ("valkey", "cluster", *(["redis"] if shutil.which("redis-server") else []))
+MINT = SystemMint()
+
+
+@dataclass(slots=True)
+class Place:
+    """A store to test: makes clients of it, each an instance of the broker's, and shows its keys."""
+
+    kind: str
+    server: Valkey | None
+    clock: Clock = field(default_factory=Clock)
+    metrics: Metrics = field(default_factory=Metrics)
+    made: list[Ephemeral] = field(default_factory=list)
+    fake: fakeredis.FakeServer = field(default_factory=fakeredis.FakeServer)
+
+    def store(
+        self,
+        *,
+        connections: int = 16,
+        timeout: float = TIMEOUT,
+        port: int | None = None,
+    ) -> Ephemeral:
+        """Another instance's store; `port` where it should go through a proxy."""
+        client: Redis | RedisCluster
+        if self.server is None:
+            client = fakeredis.FakeAsyncRedis(server=self.fake)
+        else:
+            client = connect(
+                self.server.url_at(port or self.server.port), timeout=timeout, connections=connections
+            )
+        store = Ephemeral(client, timeout=timeout, metrics=self.metrics, clock=self.clock)
+        self.made.append(store)
+        return store
+
+    def client(self) -> redis.Redis:
+        """A plain client that sees every key."""
+        return self.server.client() if self.server else fakeredis.FakeRedis(server=self.fake)
+
+    def failures(self, operation: str) -> float:
+        """What an operator sees of failed waits."""
+        labels = {"store": "redis", "operation": operation}
+        return self.metrics.registry.get_sample_value("broker_store_failures_total", labels) or 0.0
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Valkey]]:
+    """Started when first asked for."""
+    made: dict[str, Valkey] = {}
+
+    class Lazily(dict[str, Valkey]):
+        def __missing__(self, kind: str) -> Valkey:
+            binary = Path(shutil.which("redis-server") or "") if kind == "redis" else None
+            self[kind] = made[kind] = Valkey.start(
+                tmp_path_factory.mktemp(kind), cluster=kind == "cluster", binary=binary
+            )
+            return made[kind]
+
+    yield Lazily()
+    for server in made.values():
+        server.stop()
+
+
+async def _place(kind: str, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
+    made = Place(kind, None if kind == "fakeredis" else servers[kind])
+    with made.client() as client:
+        client.flushall()
+    yield made
+    for store in made.made:
+        await store.close()
+
+
+@pytest.fixture(params=("fakeredis", *REAL))
+async def place(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
+    """Every kind of store."""
+    async for made in _place(request.param, servers):
+        yield made
+
+
+@pytest.fixture(params=REAL)
+async def real(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
+    """Every kind of store that is a server: for what concerns connections."""
+    async for made in _place(request.param, servers):
+        yield made
+
+
+@pytest.fixture
+async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
+    """A proxy in front of the server; a cluster announces it, so that its clients stay on it."""
+    assert real.server is not None
+    async with redis_proxy(real.server.connect) as made:
+        with real.client() as client:
+            if real.server.cluster:
+                client.config_set("cluster-announce-port", made.port)
+            yield made
+            made.release.set()
+            if real.server.cluster:
+                client.config_set("cluster-announce-port", 0)
+
+
+# -- values ---------------------------------------------------------------------------------------------------------------------
+
+STRANGE = "Åsa\u0301 \u202e<ne:x> 'quoted\" %s 🔑 " + "\N{GREEK SMALL LETTER ALPHA}" * 200
+
+
+def transaction(place: Place, **changes: Any) -> Transaction:
+    ends = place.clock() + 600
+    made = Transaction(APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, ends)
+    return replace(made, **changes)
+
+
+def registration(place: Place, name: bytes, **changes: Any) -> PendingRegistration:
+    now = place.clock()
+    made = PendingRegistration(
+        app_id=APP,
+        challenge=bytes(range(32)),
+        transaction=name,
+        user_id=MINT.id(),
+        external_id=STRANGE,
+        user_handle=MINT.user_handle(),
+        display_name=STRANGE,
+        user_verification="preferred",
+        algorithms=(-7, -8),
+        begun_at=now,
+        expires_at=now + 300,
+    )
+    return replace(made, **changes)
+
+
+def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingAuthentication:
+    now = place.clock()
+    made = PendingAuthentication(
+        app_id=APP,
+        challenge=b"\xff" * 32,
+        transaction=name,
+        user_id=MINT.id() if name else None,
+        allowed=("a", "b") if name else (),
+        user_verification="required",
+        begun_at=now,
+        expires_at=now + 300,
+    )
+    return replace(made, **changes)
+
+
+def redeemable(place: Place, **changes: Any) -> Redeemable:
+    now = place.clock()
+    receipt = Receipt(
+        external_id=STRANGE,
+        user_id=MINT.id(),
+        purpose="authenticate",
+        passkey_id=MINT.id(),
+        credential_id=bytes(range(256)) * 3 + b"\0",
+        origin="https://example.org",
+        user_present=True,
+        user_verified=True,
+        backup_eligible=False,
+        backed_up=False,
+        backup_changed=True,
+        counter_regressed=True,
+        attestation="claimed",
+        authenticator_name_claimed=None,
+        at=now,
+    )
+    return replace(Redeemable(receipt, b"\0" * 32, now + 60), **changes)
+
+
+async def open_one(store: Ephemeral, place: Place) -> tuple[str, bytes]:
+    """A transaction's id and the digest of it."""
+    made = MINT.token("transaction")
+    await store.put_transaction(made, transaction(place))
+    return made, digest("transaction", APP, made)
+
+
+# -- round trips ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"external_id": "a", "display_name": ""}, {"purpose": "authenticate"}]
+)
+async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[str, Any]) -> None:
+    store, token, put = place.store(), MINT.token("transaction"), transaction(place, **changes)
+    await store.put_transaction(token, put)
+    name = digest("transaction", APP, token)
+    assert await store.peek_transaction(APP, token) == (name, put)
+    assert await store.peek_transaction(APP, token) == (name, put), "peek leaves it where it is"
+    assert await store.take_transaction(name) == put
+    assert await store.take_transaction(name) is None
+    assert await store.peek_transaction(APP, token) is None
+
+
+PENDING: dict[str, Callable[[Place], Pending]] = {
+    "registration": lambda place: registration(place, digest("transaction", APP, "t")),
+    "authentication": lambda place: authentication(place, digest("transaction", APP, "t")),
+    "one passkey": lambda place: authentication(place, digest("transaction", APP, "t"), allowed=("x" * 24,)),
+    "hundreds": lambda place: authentication(
+        place, digest("transaction", APP, "t"), allowed=("x" * 24,) * 300
+    ),
+    "discoverable": lambda place: authentication(place, None),
+}
+
+
+@pytest.mark.parametrize("kind", PENDING)
+async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) -> None:
+    store, put = place.store(), PENDING[kind](place)
+    handle = await store.put_pending(MINT.token("handle"), put, cap=10)
+    assert await store.take_pending(APP, handle) == put
+    assert await store.take_pending(APP, handle) is None
+
+
+@pytest.mark.parametrize("bound", [b"\0" * 32, None])
+async def test_what_a_nonce_stands_for_comes_back_as_it_was(place: Place, bound: bytes | None) -> None:
+    store, nonce, put = place.store(), MINT.token("nonce"), redeemable(place, transaction=bound)
+    named = replace(put, receipt=replace(put.receipt, authenticator_name_claimed="Ключ"))
+    await store.put_nonce(APP, nonce, named)
+    assert await store.take_nonce(APP, nonce) == named
+    assert await store.take_nonce(APP, nonce) is None
+
+
+async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
+    store = place.store()
+    token, name = await open_one(store, place)
+    nonce = MINT.token("nonce")
+    await store.put_nonce(APP, nonce, redeemable(place))
+    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    with place.client() as client:
+        for key in client.keys("[tnp]:*"):
+            stored = client.get(key)
+            newer = stored.replace(b'["t1"', b'["t2"').replace(b'["n1"', b'["n2"')
+            newer = newer.replace(b'["r1"', b'["r2"').replace(b'["a1"', b'["a2"')
+            assert newer != stored
+            client.set(key, newer, px=5000)
+    assert await store.peek_transaction(APP, token) is None
+    assert await store.take_transaction(name) is None
+    assert await store.take_nonce(APP, nonce) is None
+    assert await store.take_pending(APP, bound) is None
+    assert await store.take_pending(APP, free) is None
+
+
+# -- time -----------------------------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_returned_past_its_end(place: Place) -> None:
+    """Redis still holds it (its clock has not moved): as after a restored snapshot."""
+    store = place.store()
+    token, name = await open_one(store, place)
+    nonce = MINT.token("nonce")
+    await store.put_nonce(APP, nonce, redeemable(place))
+    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    place.clock.ahead = 601
+    with place.client() as client:
+        assert len(client.keys("[tnp]:*")) == 4
+    assert await store.peek_transaction(APP, token) is None
+    assert await store.take_transaction(name) is None
+    assert await store.take_nonce(APP, nonce) is None
+    assert await store.take_pending(APP, bound) is None
+    assert await store.take_pending(APP, free) is None
+
+
+async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> None:
+    """Promise 3: from a dump of everything there is, nothing can be redeemed. And nothing stays for ever."""
+    store = place.store()
+    token, name = await open_one(store, place)
+    nonce, secrets = MINT.token("nonce"), [MINT.token("handle") for _ in range(2)]
+    await store.put_nonce(APP, nonce, redeemable(place))
+    bound = await store.put_pending(secrets[0], registration(place, name), cap=0)
+    await store.put_pending(secrets[1], authentication(place, None), cap=9)
+    ends = {b"t": 600, b"p": 300, b"n": 60, b"d": 300}
+    secret = [value.partition("_")[2].encode() for value in (token, nonce, *secrets)]
+    assert bound.startswith(secrets[0])
+    with place.client() as client:
+        keys = client.keys("*")
+        assert sorted(key[:1] for key in keys) == [b"d", b"n", b"p", b"p", b"t"]
+        for key in keys:
+            left = client.pttl(key) / 1000
+            assert 0 < left <= ends[key[:1]], key
+            assert left > ends[key[:1]] - 30, key
+            value = b"".join(client.zrange(key, 0, -1)) if key[:1] == b"d" else client.get(key)
+            dumped = client.dump(key) if place.server else b""
+            for hidden in secret:
+                assert hidden not in key + value + dumped
+
+
+# -- whose it is ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_begin_replaces_the_transactions_earlier_one(place: Place) -> None:
+    store = place.store()
+    _, name = await open_one(store, place)
+    first = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    second = await store.put_pending(
+        MINT.token("handle"), registration(place, name, challenge=b"2" * 32), cap=0
+    )
+    assert await store.take_pending(APP, first) is None
+    taken = await store.take_pending(APP, second)
+    assert taken is not None
+    assert taken.challenge == b"2" * 32
+
+
+async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
+    store = place.store()
+    token, name = await open_one(store, place)
+    nonce = MINT.token("nonce")
+    await store.put_nonce(APP, nonce, redeemable(place))
+    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    assert await store.peek_transaction(OTHER, token) is None
+    assert await store.take_transaction(digest("transaction", OTHER, token)) is None
+    assert await store.take_nonce(OTHER, nonce) is None
+    assert await store.take_pending(OTHER, bound) is None
+    assert await store.take_pending(OTHER, free) is None
+
+    assert await store.take_pending(APP, free) is not None
+    assert await store.take_pending(APP, bound) is not None
+    assert await store.take_nonce(APP, nonce) is not None
+    assert await store.take_transaction(name) is not None
+
+
+async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> None:
+    store = place.store()
+    token, _ = await open_one(store, place)
+    nonce = MINT.token("nonce")
+    await store.put_nonce(APP, nonce, redeemable(place))
+    assert await store.take_nonce(APP, token) is None
+    assert await store.take_pending(APP, token) is None
+    assert await store.peek_transaction(APP, nonce) is None
+    assert await store.take_pending(APP, nonce) is None
+    assert await store.take_nonce(APP, nonce) is not None
+    assert await store.peek_transaction(APP, token) is not None
+
+
+@pytest.mark.parametrize("end", [43, 44, 0])
+async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
+    """The transaction's digest stands in the handle, so whoever saw a handle knows it; it does not open the place."""
+    store = place.store()
+    _, name = await open_one(store, place)
+    handle = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    forged = MINT.token("handle") + text(name)[:end]
+    assert await store.take_pending(APP, forged) is None
+    assert await store.take_pending(APP, handle) is not None
+
+
+# -- at most once ---------------------------------------------------------------------------------------------------------------
+
+
+async def _parallel(place: Place, take: Callable[[Ephemeral], Awaitable[object]]) -> list[object]:
+    """50 takes over five instances; the results that are something."""
+    instances = [place.store(connections=10) for _ in range(5)]
+    await asyncio.gather(*(instance.check() for instance in instances))
+    taken = await asyncio.gather(*(take(instances[n % 5]) for n in range(50)))
+    return [value for value in taken if value is not None]
+
+
+async def test_one_of_many_takes_a_transaction(place: Place) -> None:
+    _, name = await open_one(place.store(), place)
+    assert len(await _parallel(place, lambda store: store.take_transaction(name))) == 1
+
+
+@pytest.mark.parametrize("kind", PENDING)
+async def test_one_of_many_takes_a_pending_ceremony(place: Place, kind: str) -> None:
+    handle = await place.store().put_pending(MINT.token("handle"), PENDING[kind](place), cap=5)
+    assert len(await _parallel(place, lambda store: store.take_pending(APP, handle))) == 1
+
+
+async def test_one_of_many_takes_a_nonce(place: Place) -> None:
+    nonce = MINT.token("nonce")
+    await place.store().put_nonce(APP, nonce, redeemable(place))
+    assert len(await _parallel(place, lambda store: store.take_nonce(APP, nonce))) == 1
+
+
+async def test_many_callers_wait_for_few_connections(real: Place) -> None:
+    """A burst is slower than its parts, and no part of it fails."""
+    store = real.store(connections=2, timeout=10)
+    nonces = [MINT.token("nonce") for _ in range(200)]
+    await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
+    assert None not in await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces))
+
+
+# -- the cap --------------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
+    store = place.store()
+    handles = [
+        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3) for _ in range(3)
+    ]
+    with pytest.raises(TooManyCeremonies) as refused:
+        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+    assert refused.value.reason == "discoverable_limit"
+    with place.client() as client:
+        assert len(client.keys("p:*")) == 3, "the refused one left nothing"
+
+    other = authentication(place, None, app_id=OTHER)
+    assert await store.put_pending(MINT.token("handle"), other, cap=1), "each app has its own"
+    _, name = await open_one(store, place)
+    assert await store.put_pending(MINT.token("handle"), authentication(place, name), cap=0), (
+        "not counted with a transaction"
+    )
+
+    assert await store.take_pending(APP, handles[1])
+    assert await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3), (
+        "a take frees one"
+    )
+    with pytest.raises(TooManyCeremonies):
+        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+    place.clock.ahead = 301
+    for _ in range(3):
+        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+    with pytest.raises(TooManyCeremonies):
+        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+
+
+async def test_the_count_lives_as_long_as_the_longest_ceremony(place: Place) -> None:
+    """A shorter one (the policy changed) must not end the count early."""
+    store, now = place.store(), place.clock()
+    for life in (300, 600, 10):
+        await store.put_pending(
+            MINT.token("handle"), authentication(place, None, expires_at=now + life), cap=9
+        )
+    with place.client() as client:
+        assert 570 < client.pttl(b"d:{%s}" % APP.encode()) / 1000 <= 600
+    place.clock.ahead = 20
+    await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+    with pytest.raises(TooManyCeremonies):
+        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+
+
+async def test_the_cap_is_exact_in_parallel(place: Place) -> None:
+    instances = [place.store() for _ in range(4)]
+
+    async def put(number: int) -> bool:
+        try:
+            await instances[number % 4].put_pending(MINT.token("handle"), authentication(place, None), cap=20)
+        except TooManyCeremonies:
+            return False
+        return True
+
+    assert sum(await asyncio.gather(*(put(n) for n in range(50)))) == 20
+    with place.client() as client:
+        assert len(client.keys("p:*")) == client.zcard(b"d:{%s}" % APP.encode()) == 20
+
+
+async def test_counting_takes_no_round_trip_of_its_own(proxy: RedisProxy, real: Place) -> None:
+    assert real.server is not None
+    store = real.store(port=proxy.port)
+    await store.put_pending(MINT.token("handle"), authentication(real, None), cap=9)
+    proxy.commands.clear()
+    handle = await store.put_pending(MINT.token("handle"), authentication(real, None), cap=9)
+    assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
+    await store.take_pending(APP, handle)
+    proxy.commands.clear()
+    await store.take_pending(APP, handle)
+    assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
+
+
+# -- what a network can lose ----------------------------------------------------------------------------------------------------
+
+LOST = {Fate.SWALLOW: "swallowed", Fate.CUT: "cut"}
+
+
+@pytest.fixture(params=LOST, ids=lambda fate: LOST[fate])
+def fate(request: pytest.FixtureRequest) -> Fate:
+    assert isinstance(request.param, Fate)
+    return request.param
+
+
+@dataclass(slots=True)
+class Step:
+    """A step of the store: the command it sends, its name in metrics, and what must be true after its reply was lost."""
+
+    command: bytes
+    operation: str
+    run: Callable[[Ephemeral], Awaitable[object]]
+    gone: Callable[[Ephemeral], Awaitable[object]] | None = None
+
+
+async def _steps(place: Place, store: Ephemeral) -> list[Step]:
+    _, name = await open_one(store, place)
+    nonce = MINT.token("nonce")
+    await store.put_nonce(APP, nonce, redeemable(place))
+    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    _, other = await open_one(store, place)
+    return [
+        Step(
+            b"EVALSHA",
+            "put_pending",
+            lambda s: s.put_pending(MINT.token("handle"), authentication(place, None), cap=9),
+        ),
+        Step(
+            b"SET",
+            "put_pending",
+            lambda s: s.put_pending(MINT.token("handle"), registration(place, other), cap=9),
+        ),
+        Step(b"SET", "put_nonce", lambda s: s.put_nonce(APP, MINT.token("nonce"), redeemable(place))),
+        Step(
+            b"SET",
+            "put_transaction",
+            lambda s: s.put_transaction(MINT.token("transaction"), transaction(place)),
+        ),
+        Step(
+            b"EVALSHA",
+            "take_pending",
+            lambda s: s.take_pending(APP, bound),
+            lambda s: s.take_pending(APP, bound),
+        ),
+        Step(
+            b"EVALSHA",
+            "take_pending",
+            lambda s: s.take_pending(APP, free),
+            lambda s: s.take_pending(APP, free),
+        ),
+        Step(b"GETDEL", "take_nonce", lambda s: s.take_nonce(APP, nonce), lambda s: s.take_nonce(APP, nonce)),
+        Step(
+            b"GETDEL",
+            "take_transaction",
+            lambda s: s.take_transaction(name),
+            lambda s: s.take_transaction(name),
+        ),
+    ]
+
+
+async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
+    proxy: RedisProxy, real: Place, fate: Fate
+) -> None:
+    store = real.store(port=proxy.port, timeout=0.4)
+    for step in await _steps(real, store):
+        before, failed = len(proxy.named(step.command)), real.failures(step.operation)
+        proxy.fate = of_command(fate, step.command)
+        with pytest.raises(Unavailable) as refused:
+            await step.run(store)
+        assert refused.value.reason == "redis"
+        assert real.failures(step.operation) == failed + 1
+        proxy.fate = of_command(Fate.PASS, b"")
+        assert len(proxy.named(step.command)) == before + 1, step
+        if step.gone is not None:
+            assert await step.gone(store) is None, "it was taken; it never comes twice"
+
+
+async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) -> None:
+    store = place.store()
+    for _ in range(2):
+        _, name = await open_one(store, place)
+        bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+        free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+        for handle in (bound, free):
+            with place.client() as client:
+                client.script_flush()
+            assert await store.take_pending(APP, handle) is not None
+        with place.client() as client:
+            client.script_flush()
+
+
+async def test_a_command_that_never_arrived_spends_nothing(proxy: RedisProxy, real: Place) -> None:
+    store, nonce = real.store(port=proxy.port), MINT.token("nonce")
+    await store.put_nonce(APP, nonce, redeemable(real))
+    proxy.fate = of_command(Fate.REFUSE, b"GETDEL")
+    with pytest.raises(Unavailable):
+        await store.take_nonce(APP, nonce)
+    assert len(proxy.named(b"GETDEL")) == 1
+    proxy.fate = of_command(Fate.PASS, b"")
+    assert await store.take_nonce(APP, nonce) is not None
+
+
+async def test_a_cancelled_wait_leaves_no_answer_for_the_next(proxy: RedisProxy, real: Place) -> None:
+    """The next caller on the pool's only connection must get its own answer, not the one that came too late."""
+    store = real.store(port=proxy.port, connections=1)
+    mine, theirs = MINT.token("nonce"), MINT.token("nonce")
+    await store.put_nonce(APP, mine, redeemable(real, transaction=b"1" * 32))
+    await store.put_nonce(APP, theirs, redeemable(real, transaction=b"2" * 32))
+    proxy.fate = of_command(Fate.HOLD, b"GETDEL")
+    cancelled = asyncio.create_task(store.take_nonce(APP, mine))
+    await proxy.held.wait()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    proxy.fate = of_command(Fate.PASS, b"")
+    following = asyncio.create_task(store.take_nonce(APP, theirs))
+    proxy.release.set()
+    taken = await following
+    assert taken is not None
+    assert taken.transaction == b"2" * 32
+    assert await store.take_nonce(APP, mine) is None
+
+
+async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
+    """Cancel after each number of turns of the event loop; then every connection is still there and answers its own caller."""
+    store = real.store(connections=3)
+    await store.check()
+    for turns in range(40):
+        nonces = [MINT.token("nonce") for _ in range(6)]
+        await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
+        takes = [asyncio.create_task(store.take_nonce(APP, nonce)) for nonce in nonces]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for take in takes:
+            take.cancel()
+        await asyncio.gather(*takes, return_exceptions=True)
+        bound = [bytes([number]) * 32 for number in range(6)]
+        again = [MINT.token("nonce") for _ in bound]
+        for nonce, name in zip(again, bound, strict=True):
+            await store.put_nonce(APP, nonce, redeemable(real, transaction=name))
+        taken = await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in again))
+        assert [value and value.transaction for value in taken] == bound, turns
+
+
+# -- limits ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("left", "limit"), [(None, 0.4), (0.1, 0.1), (0.0, 0.0)])
+async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float | None, limit: float) -> None:
+    """Within the store's limit, and within what is left of the request. The margin is the machine's."""
+    store = real.store(port=proxy.port, timeout=0.4)
+    await store.check()
+    proxy.fate = lambda _: Fate.SWALLOW
+    deadline = None if left is None else time.monotonic() + left
+    token = CONTEXT.set(Context("", "browser", deadline=deadline))
+    began = time.monotonic()
+    try:
+        with pytest.raises(Unavailable):
+            await store.take_nonce(APP, MINT.token("nonce"))
+    finally:
+        CONTEXT.reset(token)
+    assert limit - 0.02 <= time.monotonic() - began <= limit + 1.0
+
+
+async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> None:
+    store = real.store(port=proxy.port, connections=2, timeout=0.4)
+    await store.check()
+    proxy.fate = lambda _: Fate.SWALLOW
+    began = time.monotonic()
+    results = await asyncio.gather(
+        *(store.take_nonce(APP, MINT.token("nonce")) for _ in range(50)), return_exceptions=True
+    )
+    assert time.monotonic() - began <= 2.0, "they wait side by side"
+    assert {type(result) for result in results} == {Unavailable}
+    proxy.fate = of_command(Fate.PASS, b"")
+    assert await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4))) == [None] * 4
+
+
+async def test_connections_do_not_pile_up(proxy: RedisProxy, real: Place) -> None:
+    store = real.store(port=proxy.port, connections=4, timeout=0.05)
+    await store.check()
+    proxy.fate = lambda _: Fate.SWALLOW
+    for _ in range(5):
+        await asyncio.gather(*(store.check() for _ in range(12)), return_exceptions=True)
+    proxy.fate = of_command(Fate.PASS, b"")
+    with real.client() as client:
+        await eventually(lambda: len(client.client_list()) <= 4 + 2 + 1, "few connections")
+
+
+# -- a server in distress -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+async def test_nobody_listens(cluster: bool, tmp_path: Path) -> None:
+    server = Valkey.start(tmp_path / "gone", cluster=cluster)
+    server.stop()
+    place = Place("gone", server)
+    store = place.store()
+    for run in (
+        store.check,
+        store.facts,
+        lambda: store.take_nonce(APP, MINT.token("nonce")),
+        lambda: store.take_pending(APP, MINT.token("handle")),
+        lambda: store.put_pending(MINT.token("handle"), authentication(place, None), cap=9),
+    ):
+        with pytest.raises(Unavailable) as refused:
+            await run()
+        assert refused.value.reason == "redis"
+    server = Valkey.start(tmp_path / "again", cluster=cluster, port=server.port)
+    try:
+        await store.check()
+        assert await store.take_nonce(APP, MINT.token("nonce")) is None
+    finally:
+        await store.close()
+        server.stop()
+
+
+@pytest.mark.parametrize("trouble", ["full", "replica"])
+async def test_a_server_that_takes_no_writes_is_unavailable(tmp_path: Path, trouble: str) -> None:
+    """Also by `check`: a store that can't be written to serves nobody."""
+    server = Valkey.start(tmp_path / "valkey")
+    place = Place("valkey", server)
+    store = place.store()
+    try:
+        nonce = MINT.token("nonce")
+        await store.put_nonce(APP, nonce, redeemable(place))
+        await store.check()
+        with server.client() as client:
+            if trouble == "full":
+                client.config_set("maxmemory", 1)
+            else:
+                client.replicaof("127.0.0.1", "1")
+            for run in (
+                store.check,
+                lambda: store.put_nonce(APP, MINT.token("nonce"), redeemable(place)),
+                lambda: store.put_pending(MINT.token("handle"), authentication(place, None), cap=9),
+            ):
+                with pytest.raises(Unavailable) as refused:
+                    await run()
+                assert refused.value.reason == "redis"
+            if trouble == "full":
+                assert await store.take_nonce(APP, nonce) is not None, "what is there can be taken"
+                client.config_set("maxmemory", 0)
+            else:
+                client.replicaof("NO", "ONE")
+            await store.check()
+            assert all(client.pttl(key) > 0 for key in client.keys("*"))
+    finally:
+        await store.close()
+        server.stop()
+
+
+async def test_facts_for_the_operator(real: Place) -> None:
+    facts = await real.store().facts()
+    assert facts["eviction"] == "noeviction"
+    assert abs(facts["clock"] - time.time()) < 60
+    assert int(facts["version"].split(".")[0]) >= 7
