@@ -1,0 +1,263 @@
+"""The composition root: settings to stores to verbs to HTTP.
+
+Everything is made here and handed down through `__init__`; handlers find the verbs under typed keys. A process serves one port
+for everything, or, with a management port, pages on one and keyed callers, health and metrics on the other.
+
+The dialects are listed in `DIALECTS`: a further one is one module and one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from broker.broker import Broker
+from broker.dialects import flex
+from broker.directory import Directory
+from broker.durable import Durable, Postgres
+from broker.ephemeral import Ephemeral, connect
+from broker.errors import Unavailable
+from broker.settings import Settings
+from broker.telemetry import Log, Metrics
+from broker.tokens import Mint, SystemMint
+from broker.web import (
+    BROKER,
+    DIRECTORY,
+    LIMITS,
+    METRICS,
+    PUBLIC_URL,
+    Edge,
+    Limits,
+    Listener,
+    json_answer,
+    listen,
+    public,
+)
+from broker.web.server import bind
+
+DIALECTS: tuple[ModuleType, ...] = (flex,)
+
+_SDK = Path(__file__).parent / "sdk"
+_SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a process is made of. `close` ends it in the right order."""
+
+    settings: Settings
+    postgres: Postgres
+    durable: Durable
+    ephemeral: Ephemeral
+    broker: Broker
+    directory: Directory
+    metrics: Metrics
+    log: Log
+
+    async def close(self) -> None:
+        """Close the stores' connections."""
+        await self.ephemeral.close()
+        await self.postgres.close()
+
+
+async def assemble(
+    settings: Settings,
+    *,
+    log: Log | None = None,
+    clock: Callable[[], float] = time.time,
+    mint: Mint | None = None,
+) -> Parts:
+    """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is down."""
+    metrics, log, mint = Metrics(), log or Log(level=settings.log_level), mint or SystemMint()
+    postgres = Postgres(
+        settings.database_url,
+        timeout=settings.store_timeout,
+        connections=settings.database_connections,
+        metrics=metrics,
+    )
+    await postgres.open()
+    durable = Durable(postgres)
+    ephemeral = Ephemeral(
+        connect(settings.redis_url, timeout=settings.store_timeout, connections=settings.redis_connections),
+        timeout=settings.store_timeout,
+        metrics=metrics,
+        clock=clock,
+    )
+    return Parts(
+        settings=settings,
+        postgres=postgres,
+        durable=durable,
+        ephemeral=ephemeral,
+        broker=Broker(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
+        directory=Directory(durable=durable, clock=clock, mint=mint, cache_seconds=settings.cache_seconds),
+        metrics=metrics,
+        log=log,
+    )
+
+
+def application(
+    parts: Parts,
+    *,
+    management: bool,
+    browser: bool,
+    subapps: Mapping[str, web.Application] | None = None,
+    limits: Limits | None = None,
+) -> web.Application:
+    """The routes of one port."""
+    app = web.Application(client_max_size=64 * 1024)
+    app[BROKER] = parts.broker
+    app[DIRECTORY] = parts.directory
+    app[METRICS] = parts.metrics
+    app[PUBLIC_URL] = parts.settings.public_url
+    app[LIMITS] = limits or Limits()
+    for dialect in DIALECTS:
+        app.add_routes(dialect.routes(management=management, browser=browser))
+    app.add_routes(_health(parts))
+    if management:
+        app.router.add_get("/metrics", _metrics(parts.metrics), allow_head=False)
+    if browser:
+        app.add_routes(_sdk())
+    for prefix, subapp in (subapps or {}).items():
+        app.add_routes([web.get(path, _to(prefix)) for path in ("/", prefix.rstrip("/"))])
+        app.add_subapp(prefix, subapp)
+    return app
+
+
+def _health(parts: Parts) -> list[web.RouteDef]:
+    @public
+    async def live(_: web.Request) -> web.StreamResponse:
+        """The process runs. Never asks a store: a restart would not mend one."""
+        return json_answer({"status": "live"})
+
+    @public
+    async def ready(_: web.Request) -> web.StreamResponse:
+        """The stores answer and the schema is there."""
+        checks = {"postgres": parts.postgres.check(), "redis": parts.ephemeral.check()}
+        results = await asyncio.gather(*checks.values(), return_exceptions=True)
+        missing = []
+        for name, result in zip(checks, results, strict=True):
+            if isinstance(result, Unavailable):
+                missing.append(result.reason if result.reason.startswith(name) else name)
+            elif isinstance(result, BaseException):
+                raise result
+        if missing:
+            body = {"code": "not_ready", "error": f"Not ready: {', '.join(missing)}.", "missing": missing}
+            return json_answer(body, status=503, headers={"Retry-After": "1"})
+        return json_answer({"status": "ready"})
+
+    return [
+        web.get("/health/live", live, allow_head=False),
+        web.get("/health/ready", ready, allow_head=False),
+    ]
+
+
+def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
+    @public
+    async def answer(_: web.Request) -> web.StreamResponse:
+        """Prometheus' text format."""
+        return web.Response(
+            body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    return answer
+
+
+def _to(place: str) -> Callable[[web.Request], Any]:
+    @public
+    async def answer(_: web.Request) -> web.StreamResponse:
+        """Where a person who types the bare address wants to go."""
+        raise web.HTTPFound(place)
+
+    return answer
+
+
+def _sdk() -> list[web.RouteDef]:
+    def of(name: str) -> web.RouteDef:
+        body = (_SDK / name).read_bytes()
+
+        @public
+        async def answer(_: web.Request) -> web.StreamResponse:
+            """The page's side. Any page may import it; it is the same for everybody."""
+            return web.Response(
+                body=body,
+                content_type=_SDK_TYPES[name],
+                charset="utf-8",
+                headers={"Cache-Control": "public, max-age=300", "Access-Control-Allow-Origin": "*"},
+            )
+
+        return web.get(f"/sdk/{name}", answer, allow_head=False)
+
+    return [of(name) for name in _SDK_TYPES]
+
+
+class Service:
+    """A process that listens. `port` and `management_port` are the ports in use, also where 0 was asked."""
+
+    def __init__(self, parts: Parts, listeners: Sequence[Listener], stack: AsyncExitStack) -> None:
+        self.parts = parts
+        self.port = listeners[0].ports[0]
+        self.management_port = listeners[-1].ports[0]
+        self._stack = stack
+
+    async def close(self) -> None:
+        """Refuse new work, let running requests end (`drain_seconds` at most), then close the stores."""
+        await self._stack.aclose()
+
+
+async def _close_all(listeners: Sequence[Listener]) -> None:
+    """All at once: the drain has one limit, and no port takes new work while another one drains."""
+    await asyncio.gather(*(listener.close() for listener in listeners))
+
+
+async def serve(
+    parts: Parts,
+    *,
+    prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
+    limits: Limits | None = None,
+) -> Service:
+    """Listen. `prepare` is given the port before the first request is answered, and returns further applications by path
+    prefix; `limits` bounds slow callers.
+
+    Raises:
+        OSError: an address is in use or not ours.
+    """
+    settings = parts.settings
+    stack = AsyncExitStack()
+    stack.push_async_callback(parts.close)
+    try:
+        sockets = bind(settings.host, settings.port)
+        port = sockets[0].getsockname()[1]
+        extra = await prepare(port) if prepare else {}
+        if settings.management_port:
+            both = bind(settings.host, settings.management_port)
+            plan = [
+                (sockets, application(parts, management=False, browser=True, subapps=extra, limits=limits)),
+                (both, application(parts, management=True, browser=False, limits=limits)),
+            ]
+        else:
+            combined = application(parts, management=True, browser=True, subapps=extra, limits=limits)
+            plan = [(sockets, combined)]
+        listeners: list[Listener] = []
+        stack.push_async_callback(_close_all, listeners)
+        for opened, app in plan:
+            edge = Edge(
+                app._handle,  # what aiohttp's own server calls; the edge has to stand outside of it
+                renderers={dialect.PREFIX: dialect.render for dialect in DIALECTS} | {"": flex.render},
+                metrics=parts.metrics,
+                log=parts.log,
+            )
+            listener = await listen(app, opened, edge=edge, drain_seconds=settings.drain_seconds)
+            listeners.append(listener)
+    except BaseException:
+        await stack.aclose()
+        raise
+    return Service(parts, listeners, stack)

@@ -1,0 +1,52 @@
+"""Shared aiohttp plumbing of every dialect: guards, bodies, the edge that turns refusals into answers, the HTTP server.
+
+body     bytes -> an object every JSON parser agrees on; limits of size and time
+guards   who may call a route: API key, registered origin, anybody; CORS
+edge     one place where requests get an id, a deadline, a log line, and refusals a status
+server   aiohttp's protocol with limits on slow heads, and error answers that hold no request bytes
+"""
+
+from __future__ import annotations
+
+from broker.web.body import LIMITS, Limits, read_object
+from broker.web.edge import Edge, Renderer, json_answer
+from broker.web.guards import (
+    BROKER,
+    DIRECTORY,
+    METRICS,
+    PUBLIC_URL,
+    Access,
+    Handler,
+    access_of,
+    bearer,
+    browser_routes,
+    keyed,
+    preflight_any,
+    public,
+    public_app,
+)
+from broker.web.server import Listener, listen
+
+__all__ = [
+    "BROKER",
+    "DIRECTORY",
+    "LIMITS",
+    "METRICS",
+    "PUBLIC_URL",
+    "Access",
+    "Edge",
+    "Handler",
+    "Limits",
+    "Listener",
+    "Renderer",
+    "access_of",
+    "bearer",
+    "browser_routes",
+    "json_answer",
+    "keyed",
+    "listen",
+    "preflight_any",
+    "public",
+    "public_app",
+    "read_object",
+]

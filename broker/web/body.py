@@ -1,0 +1,175 @@
+"""Request bodies: bounded, and read in the one way that every JSON parser agrees on.
+
+Two parsers that read one body differently are a hole: the proxy in front sees one user, the broker another. So what RFC 8259
+leaves open is refused here: duplicate keys (§4), lone surrogates (§8.2), numbers beyond a double (§6), NaN, invalid UTF-8, NUL in
+strings, deep nesting. orjson refuses most of it. Duplicate keys it merges silently; they are found without a second parse where the body is
+exactly what orjson would write (as browsers' `JSON.stringify` bodies are), because a merged key would be missing there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import parse_qsl
+
+import orjson
+from aiohttp import web
+from multidict import MultiDict
+
+from broker.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedEncoding
+from broker.telemetry import context
+
+MAX_BODY = 64 * 1024
+ANSWER_SECONDS = 1.8
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a caller may take, in seconds: for a whole head, for a whole body, between two requests of a connection."""
+
+    head: float = 10.0
+    body: float = 10.0
+    idle: float = 75.0
+
+
+LIMITS = web.AppKey("LIMITS", Limits)
+_DEFAULT = Limits()
+
+
+async def read_bytes(request: web.Request) -> bytes:
+    """The body, at most 64 KiB, complete in time and not compressed. The deadline of the answer starts when it is here.
+
+    Raises:
+        RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, caller gone).
+    """
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedEncoding
+    if (request.content_length or 0) > MAX_BODY:
+        raise RequestTooLarge
+    try:
+        async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
+            body = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise RequestTooLarge from None
+    except TimeoutError:
+        raise RequestTimeout from None
+    except web.RequestPayloadError:
+        raise InvalidRequest("The body is not framed as HTTP/1.1 asks.", reason="framing") from None
+    except ConnectionError:  # nobody is there to read the answer; it is no defect of ours
+        raise InvalidRequest("The body ended early.", reason="disconnected") from None
+    context().deadline = time.monotonic() + ANSWER_SECONDS
+    return body
+
+
+async def read_object(request: web.Request, *, empty: bool = False) -> dict[str, Any]:
+    """The body as a JSON object, whatever its content type says. With `empty`, no body at all is `{}`.
+
+    Raises:
+        InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what `read_bytes` raises.
+    """
+    body = await read_bytes(request)
+    if empty and not body.strip():
+        return {}
+    return parse_object(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """`body` as a JSON object.
+
+    Raises:
+        InvalidRequest: see `read_object`.
+    """
+    try:
+        value = orjson.loads(body)
+        if orjson.dumps(value) != body:
+            value = json.loads(body, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+            _judge(value, 0)
+    except InvalidRequest:
+        raise
+    except (ValueError, RecursionError, orjson.JSONEncodeError):
+        raise InvalidRequest("The body is not JSON (RFC 8259, UTF-8).", reason="not_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body is not a JSON object.", reason="not_an_object")
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH or b"\\u0000" in body:
+        _judge(value, 0)
+    return cast(dict[str, Any], value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise InvalidRequest("The body names a key twice.", reason="duplicate_key")
+    return found
+
+
+def _no_constant(_: str) -> object:
+    raise ValueError
+
+
+def _judge(value: object, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"The body is nested more than {MAX_DEPTH} deep.", reason="nesting")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _judge(name, depth + 1)
+            _judge(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _judge(item, depth + 1)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise InvalidRequest("The body has a NUL character.", reason="nul")
+    elif (isinstance(value, float) and not math.isfinite(value)) or (
+        isinstance(value, int) and not -(2**63) <= value < 2**64
+    ):
+        raise InvalidRequest("The body has a number out of range.", reason="number")
+
+
+def read_query(request: web.Request) -> MultiDict[str]:
+    """The query, decoded as a form: `+` is a space (URL Standard, application/x-www-form-urlencoded).
+
+    Raises:
+        InvalidRequest: not UTF-8, or more than 32 fields.
+    """
+    raw = request.raw_path.partition("?")[2]
+    try:
+        return MultiDict(
+            parse_qsl(raw, keep_blank_values=True, encoding="utf-8", errors="strict", max_num_fields=32)
+        )
+    except ValueError:
+        raise InvalidRequest("The query is not form-encoded UTF-8.", reason="query") from None
+
+
+def text_field(body: dict[str, Any], name: str) -> str:
+    """A field that must be a non-empty string.
+
+    Raises:
+        InvalidRequest: missing, null, empty or of another type.
+    """
+    value = body.get(name)
+    if name not in body:
+        raise InvalidRequest(f"{name} is missing.", reason="missing_field")
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is not a string.", reason="field_type")
+    if not value:
+        raise InvalidRequest(f"{name} is empty.", reason="empty_field")
+    return value
+
+
+def optional_text(body: dict[str, Any], name: str) -> str | None:
+    """A field that may be missing, null or "" (all None), and is otherwise a string.
+
+    Raises:
+        InvalidRequest: of another type.
+    """
+    value = body.get(name)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is not a string.", reason="field_type")
+    return value

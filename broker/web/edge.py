@@ -1,0 +1,186 @@
+"""The edge: the one place between HTTP and everything else.
+
+Each request gets an id (the caller's `X-Request-Id` where well-formed), a deadline, one log line and one observation in the
+metrics. Each `Refusal` becomes an answer in the shape of the dialect whose path was asked, on every path: also 404, 405, 413, 415,
+500 and 503. What is not a refusal is a defect of ours: it is logged by type and place, and answered with 500 and nothing else.
+
+The edge stands outside aiohttp's router and middlewares, so what those raise by themselves (no route, wrong method, an odd Expect
+header, whose bytes aiohttp would echo) passes here as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from broker.errors import (
+    InternalFault,
+    InvalidKey,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    Refusal,
+    RequestTooLarge,
+    TooManyCeremonies,
+    Unavailable,
+)
+from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
+from broker.web.body import ANSWER_SECONDS
+
+Renderer = Callable[[Refusal], web.Response]
+
+CORS = web.RequestKey("CORS", dict[str, str])
+
+# Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs and events.
+_REQUEST_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "passkey-broker"}
+_NO_HEADERS: Mapping[str, str] = {}
+
+
+def json_answer(
+    value: object, *, status: int = 200, headers: Mapping[str, str] = _NO_HEADERS
+) -> web.Response:
+    """A JSON answer."""
+    return web.Response(
+        body=orjson.dumps(value), status=status, content_type="application/json", headers=headers
+    )
+
+
+def refusal_headers(refusal: Refusal) -> dict[str, str]:
+    """Headers that every dialect's refusal carries: Retry-After in seconds (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
+    if isinstance(refusal, Unavailable | TooManyCeremonies):
+        return {"Retry-After": str(refusal.retry_after)}
+    if isinstance(refusal, InvalidKey):
+        return {"WWW-Authenticate": "Bearer"}
+    return {}
+
+
+class Edge:
+    """Wraps `handle` (the aiohttp application). `renderers` maps path prefixes to dialects' shapes; "" is the default."""
+
+    def __init__(
+        self,
+        handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
+        *,
+        renderers: Mapping[str, Renderer],
+        metrics: Metrics,
+        log: Log,
+    ) -> None:
+        self._handle = handle
+        self._renderers = sorted(renderers.items(), key=lambda item: -len(item[0]))
+        self._metrics = metrics
+        self._log = log
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        began = time.monotonic()
+        now = Context(
+            request_id=_request_id(request.headers.get("X-Request-Id", "")),
+            actor="browser",
+            deadline=began + ANSWER_SECONDS,
+        )
+        CONTEXT.set(now)
+        refusal: Refusal | None = None
+        response: web.StreamResponse
+        headers: dict[str, str] = {}
+        try:
+            response = await self._handle(request)
+        except Refusal as raised:
+            refusal = raised
+        except web.HTTPException as raised:
+            refusal = _of_aiohttp(raised)
+            headers = {name: raised.headers[name] for name in ("Allow", "Location") if name in raised.headers}
+            response = web.Response(status=raised.status, headers=headers)
+        except Exception as error:  # noqa: BLE001 - the last line: a defect is logged and answered, never shown
+            self._log(
+                "defect",
+                severity=logging.ERROR,
+                request_id=now.request_id,
+                route=_route(request),
+                **fault(error),
+            )
+            refusal = InternalFault()
+        if refusal is not None:
+            response = self._render(request.path, refusal)
+            response.headers.update(headers)
+            self._metrics.refusals.labels(refusal.code, refusal.reason).inc()
+        if not response.prepared:
+            response.headers.update(request.get(CORS, _NO_HEADERS))
+            _finish(response, now.request_id)
+        self._tell(request, response.status, began, now, refusal)
+        return response
+
+    def malformed(self, kind: str) -> web.Response:
+        """The answer to bytes that are not HTTP. Nothing of them is in it, nor in the log: `kind` is the parser's word."""
+        refusal = InvalidRequest("The request is not well-formed HTTP/1.1.", reason="http")
+        self._metrics.refusals.labels(refusal.code, refusal.reason).inc()
+        response = self._render("", refusal)
+        request_id = _request_id("")
+        _finish(response, request_id)
+        self._log("malformed_request", status=response.status, kind=kind, request_id=request_id)
+        return response
+
+    def _render(self, path: str, refusal: Refusal) -> web.Response:
+        for prefix, renderer in self._renderers:
+            if path.startswith(prefix):
+                return renderer(refusal)
+        raise AssertionError("the default renderer has the empty prefix")
+
+    def _tell(
+        self, request: web.Request, status: int, began: float, now: Context, refusal: Refusal | None
+    ) -> None:
+        seconds = time.monotonic() - began
+        route = _route(request)
+        self._metrics.requests.labels(route, str(status)).observe(seconds)
+        values: dict[str, Any] = {
+            "method": request.method if request.method in _METHODS else "other",
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 2),
+            "app": now.app_id,
+            "request_id": now.request_id,
+        }
+        if refusal is not None:
+            values |= {"code": refusal.code, "reason": refusal.reason}
+        self._log("request", **values)
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def _request_id(given: str) -> str:
+    """The caller's id where it is well-formed, else a new one."""
+    return given if _REQUEST_ID.match(given) else secrets.token_hex(12)
+
+
+def _finish(response: web.StreamResponse, request_id: str) -> None:
+    """The headers that every answer carries."""
+    response.headers["X-Request-Id"] = request_id
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+
+
+def _route(request: web.Request) -> str:
+    """The route's template; "unmatched" where there is none, so labels stay bounded and no path is logged."""
+    match = getattr(request, "_match_info", None)
+    resource = match.route.resource if match is not None else None
+    return resource.canonical if resource is not None else "unmatched"
+
+
+def _of_aiohttp(raised: web.HTTPException) -> Refusal | None:
+    """What aiohttp refused by itself, as a refusal of ours. None: a redirect, which stands."""
+    if raised.status < 400:
+        return None
+    if raised.status == 404:
+        return NotFound()
+    if raised.status == 405:
+        return MethodNotAllowed()
+    if raised.status == 413:
+        return RequestTooLarge()
+    return InvalidRequest(reason=f"http_{raised.status}")

@@ -1,0 +1,142 @@
+"""Who may call a route. Every handler says so by its decorator, and a test walks the router to see that none forgot.
+
+    keyed        an API key of the app in the path, checked before the body, the app or the user is looked at
+    browser      a page: an `Origin`, if sent, must be registered for the app; answers carry CORS headers
+    public       anybody (health, metrics, static files)
+    public_app   anybody, and any origin: the app's public subset
+
+A handler behind `keyed`, `browser` or `public_app` is called with the relying party, so it can't forget to look it up either.
+
+CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with credentials. An unregistered one is
+refused without CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal, cast
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler as AnyHandler
+
+from broker.broker import Broker
+from broker.directory import Directory
+from broker.errors import InvalidKey, OperationNotAllowed
+from broker.model import RelyingParty
+from broker.telemetry import Metrics, context
+from broker.web.edge import CORS
+
+Access = Literal["key", "browser", "public"]
+Handler = Callable[[web.Request, RelyingParty], Awaitable[web.StreamResponse]]
+
+BROKER = web.AppKey("BROKER", Broker)
+DIRECTORY = web.AppKey("DIRECTORY", Directory)
+METRICS = web.AppKey("METRICS", Metrics)
+PUBLIC_URL = web.AppKey("PUBLIC_URL", str)
+
+_ACCESS = "broker_access"
+_PREFLIGHT_SECONDS = "600"
+
+
+def _marked(handler: AnyHandler, access: Access) -> AnyHandler:
+    setattr(handler, _ACCESS, access)
+    return handler
+
+
+def access_of(handler: object) -> Access | None:
+    """How a route's handler is guarded; None where nobody said."""
+    return cast(Access | None, getattr(handler, _ACCESS, None))
+
+
+def bearer(request: web.Request) -> str:
+    """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is case-insensitive."""
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+async def authorise(request: web.Request) -> RelyingParty:
+    """The relying party of the path, if the request has one of its keys.
+
+    Raises:
+        InvalidKey: none, wrong, revoked, of another app, or no such app: all alike.
+    """
+    directory = request.app[DIRECTORY]
+    app_id = request.match_info["app_id"]
+    key = bearer(request)
+    if not key:
+        raise InvalidKey(reason="key_missing")
+    key_id = await directory.authorise(app_id, key)
+    now = context()
+    now.actor, now.app_id = f"key:{key_id}", app_id
+    return await directory.app(app_id)
+
+
+def keyed(handler: Handler) -> AnyHandler:
+    """Guard a handler by an API key."""
+
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        return await handler(request, await authorise(request))
+
+    return _marked(guarded, "key")
+
+
+async def _app_of(request: web.Request) -> RelyingParty:
+    app = await request.app[DIRECTORY].app(request.match_info["app_id"])
+    context().app_id = app.id
+    return app
+
+
+def _browser(handler: Handler) -> AnyHandler:
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        app = await _app_of(request)
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is not None:
+            if origin not in app.web_origins:
+                raise OperationNotAllowed(reason="origin")
+            request[CORS] = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        return await handler(request, app)
+
+    return _marked(guarded, "browser")
+
+
+def _preflight(headers: str) -> Handler:
+    async def answer(request: web.Request, _: RelyingParty) -> web.StreamResponse:
+        request[CORS] = request.get(CORS, {}) | (
+            {
+                "Access-Control-Allow-Methods": "GET, POST",
+                "Access-Control-Allow-Headers": headers,
+                "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
+            }
+        )
+        return web.Response(status=204)
+
+    return answer
+
+
+def browser_routes(posts: Mapping[str, Handler], *, headers: str) -> list[web.RouteDef]:
+    """POST routes for pages, each with its preflight. `headers` are those a page may send."""
+    routes = []
+    for path, handler in posts.items():
+        routes.append(web.post(path, _browser(handler)))
+        routes.append(web.route(hdrs.METH_OPTIONS, path, _browser(_preflight(headers))))
+    return routes
+
+
+def public(handler: AnyHandler) -> AnyHandler:
+    """Mark a handler as open to anybody."""
+    return _marked(handler, "public")
+
+
+def public_app(handler: Handler) -> AnyHandler:
+    """Call `handler` with the relying party of the path; anybody may ask, from any origin."""
+
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        request[CORS] = {"Access-Control-Allow-Origin": "*"}
+        return await handler(request, await _app_of(request))
+
+    return _marked(guarded, "public")
+
+
+def preflight_any(headers: str) -> AnyHandler:
+    """The preflight of a `public_app` route."""
+    return public_app(_preflight(headers))

@@ -1,0 +1,212 @@
+"""aiohttp's HTTP server, bounded and discreet.
+
+aiohttp has no limit on how long a request's head may take, keeps idle connections for an hour, unpacks compressed bodies, and
+answers and logs malformed requests with the bytes it could not parse (a control byte in a header makes it print the Authorization
+header). Here: a head is complete within 10 s, an idle connection ends after 75 s (`Limits`), compressed bodies stay compressed (and
+are refused), and a malformed request gets one fixed JSON sentence and a log line without a byte of it. Two more things aiohttp does
+otherwise: a body whose chunks break leaves its reader waiting, and at shut-down the rest of a body that is under way is dropped.
+
+aiohttp offers no public way to choose the protocol class; `_Runner` therefore overrides `AppRunner._make_server` and hands our
+`_Protocol` out. tests/test_server.py sends what would reveal a change of those internals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
+
+from broker.web.body import LIMITS, Limits
+from broker.web.edge import Edge
+
+LINGER_SECONDS = 1.0
+_BACKLOG = 1024
+
+
+class _Protocol(RequestHandler):
+    """One connection."""
+
+    __slots__ = ("_head_timer", "_last_body")
+
+    def __init__(self, manager: _Server, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._last_body: StreamReader | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._head_is_here()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        complete = self._request_count
+        if (self._close or self._force_close) and self._request_in_progress and self.transport is not None:
+            # Shutting down: aiohttp would drop these bytes, and with them the body of a request that may still end well.
+            closing = self._close, self._force_close
+            self._close = self._force_close = False
+            super().data_received(data)
+            self._close, self._force_close = closing
+            self._judge_framing()
+            return
+        super().data_received(data)
+        if self._request_count != complete:
+            self._head_is_here()
+            self._judge_framing()
+        elif self._waiter is not None and self._head_timer is None:
+            self._expect_head()  # the first bytes of the next head on an idle connection
+
+    def _judge_framing(self) -> None:
+        """A body whose framing breaks fails at once; aiohttp would let its reader wait for more until the time is over."""
+        if not self._messages:
+            return
+        message, body = self._messages[-1]
+        if not isinstance(message, _ErrInfo):
+            self._last_body = body
+        elif self._last_body is not None and not self._last_body.is_eof():
+            self._messages.pop()  # the request that has this body gets the answer
+            self._close = True
+            self._last_body.set_exception(web.RequestPayloadError())
+            self._last_body.feed_eof()
+
+    def _expect_head(self) -> None:
+        manager = self._manager
+        assert isinstance(manager, _Server)
+        self._head_timer = self._loop.call_later(manager.limits.head, self.force_close)
+
+    def _head_is_here(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is not HTTP, and close the connection."""
+        manager = self._manager
+        assert isinstance(manager, _Server)
+        response = manager.edge.malformed(
+            type(exc).__name__ if isinstance(exc, HttpProcessingError) else "other"
+        )
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way already")
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    """Makes a `_Protocol` for each connection."""
+
+    def __init__(self, edge: Edge, *, limits: Limits, **options: Any) -> None:
+        super().__init__(edge, keepalive_timeout=limits.idle, **options)  # type: ignore[arg-type]  # our request factory makes web.Request
+        self.edge = edge
+        self.limits = limits
+
+    def __call__(self) -> RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    __slots__ = ("_edge",)
+
+    def __init__(self, app: web.Application, *, edge: Edge, drain_seconds: float) -> None:
+        super().__init__(app, shutdown_timeout=drain_seconds, access_log=None)
+        self._edge = edge
+
+    async def _make_server(self) -> web.Server:
+        loop = asyncio.get_running_loop()
+        self._app._set_loop(loop)
+        self._app.on_startup.freeze()
+        await self._app.startup()
+        self._app.freeze()
+        return _Server(
+            self._edge,
+            limits=self._app.get(LIMITS, Limits()),
+            request_factory=self._app._make_request,
+            loop=loop,
+            lingering_time=LINGER_SECONDS,
+            auto_decompress=False,
+            access_log=None,
+        )
+
+
+class Listener:
+    """A running server. `ports` are those it listens on (useful where 0 was asked)."""
+
+    def __init__(self, runner: _Runner, sockets: Sequence[socket.socket]) -> None:
+        self._runner = runner
+        self.ports = tuple(dict.fromkeys(s.getsockname()[1] for s in sockets))
+
+    async def close(self) -> None:
+        """Refuse new connections, let running requests end (up to the drain limit), then close."""
+        await self._runner.cleanup()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets for `host`; "localhost" means 127.0.0.1 and ::1, as browsers try both.
+
+    Raises:
+        OSError: the address is in use or not ours.
+    """
+    sockets: list[socket.socket] = []
+    hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+    try:
+        for name in hosts:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            if family == socket.AF_INET6 and not _has_ipv6():
+                continue
+            listening = socket.socket(family, kind, protocol)
+            sockets.append(listening)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                address = (address[0], port, *address[2:])
+            listening.bind(address)
+            if port == 0:
+                port = listening.getsockname()[1]
+            listening.listen(_BACKLOG)
+            listening.setblocking(False)
+    except OSError:
+        for opened in sockets:
+            opened.close()
+        raise
+    return sockets
+
+
+def _has_ipv6() -> bool:
+    """Whether ::1 can be bound: containers are often without IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+async def listen(
+    app: web.Application,
+    sockets: Sequence[socket.socket],
+    *,
+    edge: Edge,
+    drain_seconds: float,
+) -> Listener:
+    """Serve `app` behind `edge` on bound sockets. How long callers may take is `app[LIMITS]`, where it is set."""
+    runner = _Runner(app, edge=edge, drain_seconds=drain_seconds)
+    await runner.setup()
+    for listening in sockets:
+        await web.SockSite(runner, listening).start()
+    return Listener(runner, sockets)
