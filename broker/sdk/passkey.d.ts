@@ -1,0 +1,65 @@
+/** Why a ceremony gave no nonce; stable words, for programs. */
+export type PasskeyErrorCode =
+  /** The prompt ended without a passkey: the person closed it, or no passkey fits. Trying again may help. */
+  | "cancelled"
+  /** This browser, device or page can't do it; trying again won't help. */
+  | "unsupported"
+  /** This authenticator already has a passkey of this user: not an error to fear. */
+  | "already_registered"
+  /** The broker said no; `refusal` says which no. */
+  | "refused"
+  /** The broker has trouble; `retry`, where given, says where to start again. */
+  | "unavailable"
+  /** No answer: offline, blocked, or later than 15 seconds. */
+  | "network"
+  /** Another ceremony began in this page, or the caller's signal was aborted. */
+  | "aborted";
+
+export interface PasskeyErrorDetails {
+  message?: string;
+  cause?: unknown;
+  refusal?: string;
+  status?: number;
+  retry?: "page" | "backend";
+}
+
+export class PasskeyError extends Error {
+  constructor(code: PasskeyErrorCode, details?: PasskeyErrorDetails);
+  readonly name: "PasskeyError";
+  readonly code: PasskeyErrorCode;
+  /** The browser's own error, where there was one. */
+  readonly cause?: unknown;
+  /** The broker's code, like "transaction_not_found"; for "refused" and "unavailable". */
+  readonly refusal: string | undefined;
+  /** The HTTP status that came with it. */
+  readonly status: number | undefined;
+  /** After "unavailable": call again ("page"), or begin with a new transaction ("backend"). */
+  readonly retry: "page" | "backend" | undefined;
+}
+
+export interface RegisterOptions {
+  /** Which authenticators to offer; the app's policy decides where it is left out. */
+  authenticatorAttachment?: "platform" | "cross-platform" | "any";
+  signal?: AbortSignal;
+}
+
+export interface AuthenticateOptions {
+  /** From the backend, for a known user. Without one, whoever the chosen passkey belongs to signs in. */
+  transactionId?: string;
+  /** Wait for a choice in the autofill of an `<input autocomplete="username webauthn">`. */
+  conditional?: boolean;
+  signal?: AbortSignal;
+}
+
+export class Passkeys {
+  /** @param baseUrl where the broker is, like "https://broker.example"; "" for the page's own origin */
+  constructor(baseUrl: string, appId: string);
+  /** Make a passkey. Resolves with the nonce. @throws {PasskeyError} */
+  register(transactionId: string, options?: RegisterOptions): Promise<string>;
+  /** Sign in with a passkey. Resolves with the nonce. @throws {PasskeyError} */
+  authenticate(options?: AuthenticateOptions): Promise<string>;
+  /** Whether this page can make passkeys. */
+  canRegister(): Promise<boolean>;
+  /** Whether `authenticate({ conditional: true })` can work in this browser. */
+  canAutofill(): Promise<boolean>;
+}

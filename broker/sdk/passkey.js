@@ -1,0 +1,356 @@
+/**
+ * Passkeys in a page: two verbs, one kind of error.
+ *
+ *     import { Passkeys, PasskeyError } from "https://broker.example/sdk/passkey.js";
+ *     const passkeys = new Passkeys("https://broker.example", "app id");
+ *     const nonce = await passkeys.register(transactionId);            // transaction and nonce go through your backend
+ *     const nonce = await passkeys.authenticate({ transactionId });    // a known person
+ *     const nonce = await passkeys.authenticate();                     // whoever the passkey belongs to
+ *     const nonce = await passkeys.authenticate({ conditional: true }) // from autofill: <input autocomplete="username webauthn">
+ *
+ * A page has one passkey prompt, so starting a ceremony ends the last one, whichever `Passkeys` began it; the ended one rejects
+ * with code "aborted". Each ceremony has an AbortController of its own, so autofill works again afterwards.
+ *
+ * A conditional ceremony waits as long as the page is open, a challenge lives some minutes: the challenge is renewed before it
+ * dies, silently, and only while somebody can see the page.
+ *
+ * Nothing is sent twice: an answer to the broker is one-time, and whoever gets "unavailable" or "network" starts over.
+ */
+
+/** How long one request to the broker may take, its body included. */
+const REQUEST_LIFE = 15_000;
+/** The life of a challenge whose options name none (milliseconds). */
+const CHALLENGE_LIFE = 300_000;
+
+/** @typedef {"cancelled"|"unsupported"|"already_registered"|"refused"|"unavailable"|"network"|"aborted"} Code */
+
+/** @type {Record<Code, string>} */
+const SENTENCES = {
+  cancelled: "The passkey prompt ended without a passkey.",
+  unsupported: "This browser or device can't use passkeys here.",
+  already_registered: "This device already has a passkey for this account.",
+  refused: "The request was refused.",
+  unavailable: "The service is briefly unavailable.",
+  network: "The service can't be reached.",
+  aborted: "Another passkey request began, or the page ended this one.",
+};
+
+/** Why a ceremony gave no nonce. `code` is stable and for programs, `message` is English and for developers. */
+export class PasskeyError extends Error {
+  /**
+   * @param {Code} code
+   * @param {{message?: string, cause?: unknown, refusal?: string, status?: number, retry?: "page"|"backend"}} [details]
+   */
+  constructor(code, { message, cause, refusal, status, retry } = {}) {
+    super(message || SENTENCES[code], { cause });
+    this.name = "PasskeyError";
+    this.code = code;
+    /** The broker's own code, like "transaction_not_found"; for "refused" and "unavailable". */
+    this.refusal = refusal;
+    /** The HTTP status that came with it. */
+    this.status = status;
+    /** Where to start again after "unavailable": call again ("page"), or with a new transaction ("backend"). */
+    this.retry = retry;
+  }
+}
+
+/** One app's passkeys. Makes no request until a verb is called. */
+export class Passkeys {
+  /** @type {string} */
+  #app;
+
+  /**
+   * @param {string} baseUrl where the broker is, like "https://broker.example"; "" for the page's own origin
+   * @param {string} appId
+   */
+  constructor(baseUrl, appId) {
+    this.#app = `${baseUrl.replace(/\/+$/, "")}/v1/apps/${encodeURIComponent(appId)}`;
+  }
+
+  /**
+   * Make a passkey for the user of a register transaction. Resolves with the nonce.
+   *
+   * @param {string} transactionId
+   * @param {{authenticatorAttachment?: "platform"|"cross-platform"|"any", signal?: AbortSignal}} [options]
+   * @returns {Promise<string>}
+   */
+  register(transactionId, { authenticatorAttachment, signal } = {}) {
+    return ceremony(signal, async (ended) => {
+      const begun = await this.#begin("register", transactionId, ended, {
+        authenticator_attachment: authenticatorAttachment,
+      });
+      return this.#finish(begun, await prompt("create", begun.options, ended), ended);
+    });
+  }
+
+  /**
+   * Sign in with a passkey. Resolves with the nonce. `conditional` waits for a choice in the autofill of a form field.
+   *
+   * @param {{transactionId?: string, conditional?: boolean, signal?: AbortSignal}} [options]
+   * @returns {Promise<string>}
+   */
+  authenticate({ transactionId, conditional = false, signal } = {}) {
+    return ceremony(signal, async (ended) => {
+      if (conditional) return this.#autofill(transactionId, ended);
+      const begun = await this.#begin("authenticate", transactionId, ended);
+      return this.#finish(begun, await prompt("get", begun.options, ended), ended);
+    });
+  }
+
+  /** Whether this page can make passkeys. A phone or a security key will do, so only the API is asked for. */
+  async canRegister() {
+    return typeof PublicKeyCredential === "function" && typeof navigator.credentials?.create === "function";
+  }
+
+  /** Whether `authenticate({conditional: true})` can work in this browser. @returns {Promise<boolean>} */
+  async canAutofill() {
+    if (!(await this.canRegister())) return false;
+    try {
+      const { conditionalGet } = (await PublicKeyCredential.getClientCapabilities?.()) ?? {};
+      return conditionalGet ?? (await PublicKeyCredential.isConditionalMediationAvailable?.()) ?? false;
+    } catch {
+      return false;
+    }
+  }
+
+  /**
+   * Offer passkeys in autofill until one is chosen, with a fresh challenge whenever four fifths of the last one's life are over.
+   * @param {string|undefined} transactionId @param {AbortSignal} ended
+   */
+  async #autofill(transactionId, ended) {
+    if (!(await this.canAutofill())) throw new PasskeyError("unsupported");
+    let life = 0;
+    for (;;) {
+      let begun;
+      try {
+        begun = await this.#begin("authenticate", transactionId, ended);
+      } catch (error) {
+        if (!life || !passes(error)) throw error;
+        await pause(Math.max(1000, Math.min(10_000, life / 5)), ended);
+        continue;
+      }
+      life = begun.options.timeout || CHALLENGE_LIFE;
+      const round = follow(ended);
+      const renewal = pause(Math.max(1000, life * 0.8), round.signal).then(() => seen(round.signal));
+      const credential = await Promise.race([prompt("get", begun.options, round.signal, "conditional"), renewal]);
+      round.abort();
+      if (credential) return this.#finish(begun, credential, ended);
+    }
+  }
+
+  /** @param {string} purpose @param {string|undefined} transactionId @param {AbortSignal} ended @param {object} [more] */
+  async #begin(purpose, transactionId, ended, more) {
+    const path = `${purpose}/transactions/webauthn/`;
+    const { handshake } = await this.#post(path + "start", { transaction_id: transactionId, ...more }, ended);
+    const options = handshake?.challenge?.publicKey;
+    if (!options) throw new PasskeyError("unavailable", { message: "The service gave an answer without a challenge." });
+    return { path, transactionId, handshake: handshake.id, options };
+  }
+
+  /**
+   * @param {{path: string, transactionId?: string, handshake: string}} begun
+   * @param {Credential} credential @param {AbortSignal} ended
+   */
+  async #finish({ path, transactionId, handshake }, credential, ended) {
+    const body = { handshake_id: handshake, handshake_response: toJSON(credential), transaction_id: transactionId };
+    const { nonce } = await this.#post(path + "finish", body, ended);
+    if (!nonce) throw new PasskeyError("unavailable", { message: "The service gave an answer without a nonce." });
+    return nonce;
+  }
+
+  /**
+   * One request, never repeated. Returns the answer's JSON object.
+   * @param {string} path @param {object} body @param {AbortSignal} ended
+   */
+  async #post(path, body, ended) {
+    const request = follow(ended);
+    const clock = setTimeout(() => request.abort(new DOMException("No answer in time", "TimeoutError")), REQUEST_LIFE);
+    let response, text;
+    try {
+      response = await fetch(`${this.#app}/${path}`, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(body),
+        credentials: "omit",
+        redirect: "error",
+        signal: request.signal,
+      });
+      text = await response.text();
+    } catch (cause) {
+      throw ended.aborted ? cause : new PasskeyError("network", { cause });
+    } finally {
+      clearTimeout(clock);
+      request.abort();
+    }
+    const answer = parsed(text);
+    if (response.ok && answer) return answer;
+    forget(answer?.signal);
+    throw new PasskeyError(response.status >= 400 && response.status < 500 ? "refused" : "unavailable", {
+      message: answer?.error,
+      refusal: answer?.code,
+      status: response.status,
+      retry: answer?.retry,
+    });
+  }
+}
+
+/** The ceremony that the page runs now. @type {AbortController|undefined} */
+let current;
+
+/**
+ * Run `steps` as the page's only ceremony.
+ * @param {AbortSignal|undefined} signal @param {(ended: AbortSignal) => Promise<string>} steps
+ */
+async function ceremony(signal, steps) {
+  if (signal?.aborted) throw new PasskeyError("aborted", { cause: signal.reason });
+  current?.abort(new DOMException("Another ceremony began", "AbortError"));
+  const mine = (current = follow(signal));
+  try {
+    if (typeof PublicKeyCredential !== "function") throw new PasskeyError("unsupported");
+    return await steps(mine.signal);
+  } catch (cause) {
+    if (cause instanceof PasskeyError) throw cause;
+    throw new PasskeyError(mine.signal.aborted ? "aborted" : "unsupported", { cause });
+  } finally {
+    if (current === mine) current = undefined;
+    mine.abort();
+  }
+}
+
+/**
+ * Ask the platform. A signal's abort ends the wait at once, also where a browser extension stands in for the platform.
+ * @param {"create"|"get"} verb @param {any} options in JSON form
+ * @param {AbortSignal} signal @param {CredentialMediationRequirement} [mediation] @returns {Promise<Credential>}
+ */
+async function prompt(verb, options, signal, mediation) {
+  try {
+    signal.throwIfAborted();
+    const publicKey = fromJSON(verb, options);
+    const credential = await new Promise((resolve, reject) => {
+      signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+      navigator.credentials[verb]({ publicKey, signal, ...(mediation && { mediation }) }).then(resolve, reject);
+    });
+    if (!credential) throw new DOMException("No credential was returned", "NotAllowedError");
+    return credential;
+  } catch (cause) {
+    if (signal.aborted) throw cause;
+    throw new PasskeyError(platformCode(verb, cause), { cause });
+  }
+}
+
+/**
+ * "cancelled" where trying again may help, "unsupported" where it won't. Source: WebAuthn L3 §5.1.3 and §5.1.4 (exceptions).
+ * @param {"create"|"get"} verb @param {any} error @returns {Code}
+ */
+function platformCode(verb, error) {
+  const name = error?.name;
+  if (name === "InvalidStateError") return verb === "create" ? "already_registered" : "cancelled";
+  if (name === "AbortError") return "aborted";
+  const passing = ["NotAllowedError", "OperationError", "UnknownError", "NotReadableError", "TimeoutError"];
+  return passing.includes(name) ? "cancelled" : "unsupported";
+}
+
+/** Whether a failed renewal may succeed in a moment. @param {unknown} error */
+function passes(error) {
+  return error instanceof PasskeyError && (["network", "unavailable"].includes(error.code) || error.status === 429);
+}
+
+/**
+ * Tell the authenticator that it keeps a passkey which nobody here has (WebAuthn L3 §5.1.10). Never fails, never waits.
+ * @param {{type: string, rp_id: string, credential_id: string}|undefined} signal
+ */
+function forget(signal) {
+  if (signal?.type !== "unknown_credential") return;
+  const { rp_id: rpId, credential_id: credentialId } = signal;
+  Promise.resolve()
+    .then(() => PublicKeyCredential.signalUnknownCredential?.({ rpId, credentialId }))
+    .catch(() => {});
+}
+
+/** A controller that also aborts when `signal` does, until it is aborted itself. @param {AbortSignal} [signal] */
+function follow(signal) {
+  const controller = new AbortController();
+  if (signal?.aborted) controller.abort(signal.reason);
+  signal?.addEventListener("abort", () => controller.abort(signal.reason), { signal: controller.signal });
+  return controller;
+}
+
+/** @param {number} milliseconds @param {AbortSignal} signal @returns {Promise<void>} */
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const clock = setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => (clearTimeout(clock), reject(signal.reason)), { once: true });
+  });
+}
+
+/** Resolves when the page is visible. @param {AbortSignal} signal @returns {Promise<void>} */
+function seen(signal) {
+  return new Promise((resolve) => {
+    const look = () => document.visibilityState === "visible" && resolve();
+    document.addEventListener("visibilitychange", look, { signal });
+    look();
+  });
+}
+
+/** A JSON object, or undefined. @param {string} text */
+function parsed(text) {
+  try {
+    const value = JSON.parse(text);
+    return value && typeof value === "object" ? value : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+// The platform's JSON conversions (WebAuthn L3 §5.1.8, §5.1.9, §5.1.1 toJSON), with our own where they are missing or fail:
+// Safari has them since 18.4, and extensions that stand in for the platform return objects on which toJSON throws.
+
+/** @param {"create"|"get"} verb @param {any} options */
+function fromJSON(verb, options) {
+  const method = verb === "create" ? "parseCreationOptionsFromJSON" : "parseRequestOptionsFromJSON";
+  try {
+    return PublicKeyCredential[method](options);
+  } catch {
+    const { challenge, user, excludeCredentials, allowCredentials, ...rest } = options;
+    return {
+      ...rest,
+      challenge: bytes(challenge),
+      ...(user && { user: { ...user, id: bytes(user.id) } }),
+      ...(excludeCredentials && { excludeCredentials: excludeCredentials.map(descriptor) }),
+      ...(allowCredentials && { allowCredentials: allowCredentials.map(descriptor) }),
+    };
+  }
+}
+
+/** @param {any} credential */
+function toJSON(credential) {
+  try {
+    return credential.toJSON();
+  } catch {
+    const { response } = credential;
+    const fields = ["clientDataJSON", "attestationObject", "authenticatorData", "signature", "userHandle"];
+    const present = fields.filter((field) => response[field]).map((field) => [field, base64url(response[field])]);
+    return {
+      id: credential.id,
+      rawId: base64url(credential.rawId),
+      type: credential.type,
+      authenticatorAttachment: credential.authenticatorAttachment ?? undefined,
+      clientExtensionResults: credential.getClientExtensionResults?.() ?? {},
+      response: { ...Object.fromEntries(present), transports: response.getTransports?.() },
+    };
+  }
+}
+
+/** @param {{id: string}} json */
+const descriptor = (json) => ({ ...json, id: bytes(json.id) });
+
+/** @param {string} text base64url */
+const bytes = (text) =>
+  Uint8Array.from(atob(text.replace(/-/g, "+").replace(/_/g, "/")), (character) => character.charCodeAt(0));
+
+/** @param {ArrayBuffer} buffer */
+const base64url = (buffer) =>
+  btoa(Array.from(new Uint8Array(buffer), (byte) => String.fromCharCode(byte)).join(""))
+    .replace(/\+/g, "-")
+    .replace(/\//g, "_")
+    .replace(/=+$/, "");

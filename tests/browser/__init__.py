@@ -1,0 +1,1 @@
+"""Tests in a real Chromium: `chromium.py` is the driver, `pages/` holds fixture pages."""
