@@ -1,0 +1,347 @@
+"""Commands on data: apps, keys, passkeys, users, events, migrations. Each is one verb, and one way to print its answer.
+
+Printed values are made harmless: a user's name or a passkey's may hold control characters, which a terminal would obey.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from broker.cli.dev import DATA, read
+from broker.cli.serving import run, with_parts
+from broker.errors import InvalidSetting
+from broker.model import ApiKey, Credential, Event, Policy, RelyingParty, fields_of
+from broker.settings import Settings
+from broker.telemetry import CONTEXT, Context
+from broker.tokens import text
+
+if TYPE_CHECKING:
+    from broker.app import Parts
+
+Row = Mapping[str, object]
+Work: TypeAlias = "Callable[[Parts, argparse.Namespace], Awaitable[object]]"
+
+
+def settings_for_data(*needed: str) -> Settings:
+    """The settings of a command on data: the environment's, or those of the `broker dev` that runs below here.
+
+    Raises:
+        SettingsFault: one can't be used, or one of those `needed` (default: the database's URL) is missing.
+    """
+    environment = dict(os.environ)
+    if not environment.get("BROKER_DATABASE_URL") and (stored := read(Path(DATA) / "dev.json")):
+        sys.stderr.write(f"broker: acting on the dev instance of {DATA}/dev.json.\n")
+        environment["BROKER_DATABASE_URL"] = str(stored.get("database_url", ""))
+        environment["BROKER_REDIS_URL"] = environment.get("BROKER_REDIS_URL") or str(
+            stored.get("redis_url", "")
+        )
+    return Settings.load(environment, needed=needed or ("database_url",))
+
+
+def _command(work: Work, empty: str) -> Callable[[argparse.Namespace], int]:
+    def act(options: argparse.Namespace) -> int:
+        async def main(parts: Parts) -> object:
+            CONTEXT.set(Context(request_id=f"cli-{secrets.token_hex(8)}", actor="cli"))
+            return await work(parts, options)
+
+        result = run(with_parts(settings_for_data(), main))
+        _print(result, as_json=options.json, empty=empty)
+        return 0
+
+    return act
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `migrate`, `app`, `key`, `passkey`, `user` and `events`."""
+    _add(commands, "migrate", "apply missing migrations", migrate, empty="Nothing to apply.")
+
+    group = commands.add_parser("app", help="relying parties").add_subparsers(required=True, metavar="action")
+    command = _add(group, "create", "make an app and its first key", create_app)
+    command.add_argument("--name", required=True)
+    command.add_argument("--rp-id", required=True, help="the domain passkeys belong to, like example.com")
+    _origins(command, required=True)
+    _policy(command)
+    _add(group, "list", "every app", list_apps)
+    _app(_add(group, "show", "one app", show_app))
+    command = _app(_add(group, "update", "change an app", update_app))
+    command.add_argument("--name")
+    command.add_argument("--rp-id")
+    _origins(command, required=False)
+    _policy(command)
+    _app(_add(group, "delete", "delete an app with its keys, users and passkeys", delete_app))
+
+    group = commands.add_parser("key", help="API keys").add_subparsers(required=True, metavar="action")
+    command = _app(_add(group, "create", "make a key; it is shown this once", create_key))
+    command.add_argument("--name", default="", help="what it is for")
+    _app(_add(group, "list", "an app's keys", list_keys))
+    command = _app(_add(group, "revoke", "revoke a key", revoke_key))
+    command.add_argument("--key", required=True, metavar="ID", help="the key's id, as `key list` shows it")
+
+    group = commands.add_parser("passkey", help="users' passkeys").add_subparsers(
+        required=True, metavar="action"
+    )
+    _user(_app(_add(group, "list", "a user's passkeys", list_passkeys)))
+    command = _user(_app(_add(group, "revoke", "revoke passkeys of a user", revoke_passkeys)))
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--passkey", metavar="ID")
+    which.add_argument("--all", action="store_true")
+
+    group = commands.add_parser("user", help="users").add_subparsers(required=True, metavar="action")
+    _user(_app(_add(group, "delete", "delete a user with all traces", delete_user)))
+
+    command = _app(_add(commands, "events", "what happened in an app", list_events))
+    command.add_argument(
+        "--limit", type=_whole(1, 10_000), default=100, metavar="N", help="the newest N (default 100)"
+    )
+    command.add_argument(
+        "--after", type=_whole(0, 2**63 - 1), default=0, metavar="ID", help="only those after this event"
+    )
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"a whole number from {low} to {high} is needed")
+        return int(text)
+
+    return parse
+
+
+def _add(
+    group: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    says: str,
+    work: Work,
+    empty: str = "None.",
+) -> argparse.ArgumentParser:
+    command = group.add_parser(name, help=says)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_command(work, empty))
+    return command
+
+
+def _app(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("--app", required=True, metavar="ID")
+    return command
+
+
+def _user(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("--user", required=True, metavar="EXTERNAL_ID")
+    return command
+
+
+def _origins(command: argparse.ArgumentParser, *, required: bool) -> None:
+    says = "like https://example.com or android:apk-key-hash:…; may be repeated" + (
+        "" if required else "; replaces those there are"
+    )
+    command.add_argument("--origin", action="append", required=required, metavar="ORIGIN", help=says)
+    command.add_argument(
+        "--related-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="one outside the RP ID's domain" + ("" if required else "; '' removes those there are"),
+    )
+
+
+def _policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a policy key; see README"
+    )
+
+
+def _changed(policy: Policy, changes: Sequence[str]) -> Policy:
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InvalidSetting(f"--set takes KEY=VALUE, not {change!r}.")
+        policy = policy.set(key, value)
+    return policy
+
+
+# -- the commands ---------------------------------------------------------------------------------------------------------------------
+
+
+async def migrate(parts: Parts, _: argparse.Namespace) -> list[str]:
+    """The names of the migrations applied."""
+    return await parts.postgres.migrate(parts.directory.now())
+
+
+async def create_app(parts: Parts, options: argparse.Namespace) -> Row:
+    """`{"app_id", "api_key"}`."""
+    app, key = await parts.directory.create_app(
+        options.name,
+        options.rp_id,
+        options.origin,
+        related_origins=options.related_origin or (),
+        policy=_changed(Policy(), options.set),
+    )
+    return {"app_id": app.id, "api_key": key}
+
+
+async def list_apps(parts: Parts, _: argparse.Namespace) -> list[Row]:
+    """Every app."""
+    return [_app_row(app) for app in await parts.directory.apps()]
+
+
+async def show_app(parts: Parts, options: argparse.Namespace) -> Row:
+    """One app."""
+    return _app_row(await parts.directory.app(options.app))
+
+
+async def update_app(parts: Parts, options: argparse.Namespace) -> Row:
+    """The changed app."""
+    given = (options.name, options.rp_id, options.origin, options.related_origin, options.set or None)
+    if all(value is None for value in given):
+        raise InvalidSetting("Nothing to change; give --name, --rp-id, --origin, --related-origin or --set.")
+    app = await parts.directory.app(options.app)
+    app = replace(
+        app,
+        name=options.name if options.name is not None else app.name,
+        rp_id=options.rp_id if options.rp_id is not None else app.rp_id,
+        origins=tuple(options.origin) if options.origin else app.origins,
+        related_origins=tuple(filter(None, options.related_origin))
+        if options.related_origin is not None
+        else app.related_origins,
+        policy=_changed(app.policy, options.set),
+    )
+    return _app_row(await parts.directory.update_app(app))
+
+
+async def delete_app(parts: Parts, options: argparse.Namespace) -> Row:
+    """`{"deleted": id}`."""
+    await parts.directory.delete_app(options.app)
+    return {"deleted": options.app}
+
+
+async def create_key(parts: Parts, options: argparse.Namespace) -> Row:
+    """`{"key_id", "api_key"}`."""
+    key, secret = await parts.directory.create_key(options.app, options.name)
+    return {"key_id": key.id, "api_key": secret}
+
+
+async def list_keys(parts: Parts, options: argparse.Namespace) -> list[Row]:
+    """An app's keys, revoked ones too."""
+    await parts.directory.app(options.app)
+    return [_key_row(key) for key in await parts.directory.keys(options.app)]
+
+
+async def revoke_key(parts: Parts, options: argparse.Namespace) -> Row:
+    """`{"revoked": id}`."""
+    if not await parts.directory.revoke_key(options.app, options.key):
+        raise InvalidSetting("The app has no such unrevoked key; `broker key list` shows the ids.")
+    return {"revoked": options.key}
+
+
+async def list_passkeys(parts: Parts, options: argparse.Namespace) -> list[Row]:
+    """A user's passkeys."""
+    app = await parts.directory.app(options.app)
+    user = await parts.directory.user(app, external_id=options.user)
+    return [_passkey_row(c) for c in await parts.directory.credentials(app, user)]
+
+
+async def revoke_passkeys(parts: Parts, options: argparse.Namespace) -> Row:
+    """`{"revoked": [ids]}`."""
+    app = await parts.directory.app(options.app)
+    user = await parts.directory.user(app, external_id=options.user)
+    return {"revoked": await parts.directory.revoke(app, user, None if options.all else options.passkey)}
+
+
+async def delete_user(parts: Parts, options: argparse.Namespace) -> Row:
+    """`{"deleted": external id}`."""
+    app = await parts.directory.app(options.app)
+    await parts.directory.delete_user(app, options.user)
+    return {"deleted": options.user}
+
+
+async def list_events(parts: Parts, options: argparse.Namespace) -> list[Row]:
+    """The newest events, oldest first. Also of an app deleted since, of which one event stays."""
+    found = await parts.directory.events(options.app, limit=options.limit, after=options.after)
+    if not found:
+        await parts.directory.app(options.app)
+    return [_event_row(event) for event in found]
+
+
+# -- printing -------------------------------------------------------------------------------------------------------------------------
+
+
+def _app_row(app: RelyingParty) -> Row:
+    policy = {**fields_of(app.policy), "attestation_roots": len(app.policy.attestation_roots)}
+    return {
+        "app_id": app.id,
+        "name": app.name,
+        "rp_id": app.rp_id,
+        "origins": list(app.origins),
+        "related_origins": list(app.related_origins),
+        "policy": policy,
+        "created_at": app.created_at,
+    }
+
+
+def _key_row(key: ApiKey) -> Row:
+    return {
+        "key_id": key.id,
+        "hint": key.hint,
+        "name": key.name,
+        "created_at": key.created_at,
+        "revoked_at": key.revoked_at,
+    }
+
+
+def _passkey_row(credential: Credential) -> Row:
+    return {
+        "passkey_id": credential.id,
+        "name": credential.nickname,
+        "credential_id": text(credential.credential_id),
+        "sign_count": credential.sign_count,
+        "use_count": credential.use_count,
+        "backup_eligible": credential.backup_eligible,
+        "backed_up": credential.backed_up,
+        "attestation": credential.attestation_trust,
+        "aaguid": credential.aaguid,
+        "live": credential.live,
+        "created_at": credential.created_at,
+        "confirmed_at": credential.confirmed_at,
+        "last_used_at": credential.last_used_at,
+    }
+
+
+def _event_row(event: Event) -> Row:
+    return fields_of(event)
+
+
+def _print(result: object, *, as_json: bool, empty: str) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2, default=_as_text))  # noqa: T201 - the command's answer
+    elif isinstance(result, list):
+        print("\n".join(_line(row) for row in result) or empty)  # noqa: T201
+    elif isinstance(result, Mapping):
+        print("\n".join(f"{name:<17}{_cell(value)}" for name, value in result.items()))  # noqa: T201
+
+
+def _line(row: Row | str) -> str:
+    if isinstance(row, str):
+        return row
+    return "  ".join(_cell(value) for value in row.values() if not isinstance(value, Mapping))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={_cell(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ",".join(map(_cell, value)) or "-"
+    return "-" if value in (None, "") else _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat(timespec="seconds"))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(value))

@@ -1,0 +1,159 @@
+"""`broker doctor`: looks at settings, stores, clocks and origins, and says what to do about each fault."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from broker.cli.admin import settings_for_data
+from broker.cli.serving import run, with_parts
+from broker.errors import InvalidSetting, Unavailable
+from broker.settings import Settings, SettingsFault
+
+if TYPE_CHECKING:
+    from broker.app import Parts
+
+MAX_SKEW = 2.0
+MIN_POSTGRES = 15
+MIN_REDIS = (7, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `todo` is empty where nothing is to be done."""
+
+    check: str
+    ok: bool
+    found: str
+    todo: str = ""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `doctor`."""
+    command = commands.add_parser("doctor", help="check settings, stores, clocks and origins")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run_doctor)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """0: all is well. 1: something is to be done."""
+    try:
+        settings = settings_for_data("database_url", "redis_url")
+    except SettingsFault as fault:
+        findings = [
+            Finding("settings", False, sentence, "Set it right and run again.") for sentence in fault.faults
+        ]
+    else:
+        findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
+    if options.json:
+        print(json.dumps([asdict(f) for f in findings], indent=2))  # noqa: T201 - the command's answer
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.ok else "FAIL"
+            print(f"{mark} {finding.check}: {finding.found} {finding.todo}".rstrip())  # noqa: T201
+    return 0 if all(f.ok for f in findings) else 1
+
+
+async def _look(parts: Parts) -> list[Finding]:
+    return [
+        *_ports(parts.settings),
+        *await _postgres(parts),
+        *await _redis(parts),
+        *await _origins(parts),
+    ]
+
+
+def _ports(settings: Settings) -> list[Finding]:
+    if settings.management_port:
+        return [Finding("ports", True, "keyed routes and metrics have a port of their own")]
+    return [
+        Finding("ports", True, "keyed routes and metrics share the public port; --management-port parts them")
+    ]
+
+
+async def _postgres(parts: Parts) -> list[Finding]:
+    try:
+        facts = await parts.postgres.facts()
+    except Unavailable:
+        todo = "Check BROKER_DATABASE_URL, or start `broker dev`."
+        return [Finding("postgres", False, "does not answer.", todo)]
+    findings = [postgres_version(facts["version"]), clock("postgres", facts["clock"] - time.time())]
+    try:
+        await parts.postgres.check()
+        findings.append(Finding("migrations", True, "complete"))
+    except Unavailable as fault:
+        findings.append(
+            Finding(
+                "migrations", False, "can't be seen.", "Make the database's role the owner of the tables."
+            )
+            if fault.reason == "postgres_denied"
+            else Finding("migrations", False, "some are missing.", "Run `broker migrate`.")
+        )
+    return findings
+
+
+async def _redis(parts: Parts) -> list[Finding]:
+    try:
+        facts = await parts.ephemeral.facts()
+    except Unavailable:
+        return [Finding("redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`.")]
+    return [
+        redis_version(facts["version"]),
+        clock("redis", facts["clock"] - time.time()),
+        eviction(facts["eviction"]),
+    ]
+
+
+def postgres_version(major: int) -> Finding:
+    """Whether this major version of Postgres is new enough."""
+    if major >= MIN_POSTGRES:
+        return Finding("postgres", True, f"version {major}")
+    return Finding("postgres", False, f"version {major}.", f"Use Postgres {MIN_POSTGRES} or newer.")
+
+
+def redis_version(version: str) -> Finding:
+    """Whether this version of Redis or Valkey is new enough. Valkey's numbers began above Redis's limit."""
+    if tuple(int(part) for part in version.split(".")[:2]) >= MIN_REDIS:
+        return Finding("redis", True, f"version {version}")
+    return Finding("redis", False, f"version {version}.", "Use Redis 7.0, Valkey 7.2 or newer.")
+
+
+def eviction(policy: str) -> Finding:
+    """Whether a full Redis refuses to write instead of forgetting one-time values."""
+    if policy == "noeviction":
+        return Finding("eviction", True, policy)
+    return Finding(
+        "eviction",
+        False,
+        f"maxmemory-policy is {policy}: one-time values may vanish early.",
+        "Set it to noeviction; a full Redis then answers 503.",
+    )
+
+
+def clock(store: str, ahead: float) -> Finding:
+    """Whether a store's clock, `ahead` seconds before ours, agrees well enough."""
+    if abs(ahead) <= MAX_SKEW:
+        return Finding("clock", True, f"within {MAX_SKEW:g} s of {store}'s")
+    return Finding("clock", False, f"{abs(ahead):.0f} s off {store}'s.", "Run NTP on both machines.")
+
+
+async def _origins(parts: Parts) -> list[Finding]:
+    try:
+        apps = await parts.directory.apps()
+    except Unavailable:
+        return []
+    if not apps:
+        return [Finding("apps", True, "none yet; `broker app create` makes one")]
+    findings = []
+    for app in apps:
+        try:
+            app.checked()
+            findings.append(Finding("app", True, f"{app.id} {app.rp_id}: {', '.join(app.accepted_origins)}"))
+        except InvalidSetting as fault:
+            findings.append(
+                Finding("app", False, f"{app.id}: {fault.sentence}", "Mend it with `broker app update`.")
+            )
+    return findings

@@ -1,0 +1,139 @@
+"""`broker serve`, and the life of a serving process: start, signals, drain. And how any command gets at the stores."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from broker.errors import Fault
+from broker.settings import Settings
+from broker.telemetry import Log, capture_library_records
+
+if TYPE_CHECKING:  # the service is imported when a command needs it: `dev` does so while its stores start
+    from aiohttp import web
+
+    from broker.app import Parts, Service
+
+T = TypeVar("T")
+
+
+class ServingFault(Fault):
+    """The process can't listen; the sentence says why and what to do."""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `serve`."""
+    command = commands.add_parser("serve", help="run the service; settings come from BROKER_… variables")
+    command.add_argument("--host", help="address to listen on (BROKER_HOST; default localhost)")
+    command.add_argument(
+        "--port", type=int, help="port for pages, and for everything without a management port"
+    )
+    command.add_argument("--management-port", type=int, help="port for keyed callers, health and metrics")
+    command.add_argument("--migrate", action="store_true", help="apply missing migrations first")
+    command.set_defaults(run=run_serve)
+
+
+def listening(environment: Mapping[str, str], options: argparse.Namespace) -> dict[str, str]:
+    """The environment with what the command line said about host and ports."""
+    given = {
+        f"BROKER_{name.upper()}": str(value)
+        for name in ("host", "port", "management_port")
+        if (value := getattr(options, name, None)) is not None
+    }
+    return {**environment, **given}
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    settings = Settings.load(listening(os.environ, options))
+    run(_serve(settings, migrate=options.migrate))
+    return 0
+
+
+async def _serve(settings: Settings, *, migrate: bool) -> None:
+    log = Log(level=settings.log_level)
+    capture_library_records(log)
+    from broker.app import assemble
+
+    parts = await assemble(settings, log=log)
+    if migrate:
+        try:
+            await parts.postgres.migrate(datetime.now(UTC))
+        except BaseException:
+            await parts.close()
+            raise
+    service = await start(parts)
+    log("listening", host=settings.host, port=service.port, management_port=service.management_port)
+    await until_told()
+    log("draining", seconds=settings.drain_seconds)
+    await service.close()
+    log("stopped")
+
+
+async def start(
+    parts: Parts, prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None
+) -> Service:
+    """Listen.
+
+    Raises:
+        ServingFault: an address is in use or not ours; everything opened is closed again.
+    """
+    from broker.app import serve
+
+    settings = parts.settings
+    try:
+        return await serve(parts, prepare=prepare)
+    except OSError as fault:
+        ports = f"port {settings.port}" + (
+            f" or {settings.management_port}" if settings.management_port else ""
+        )
+        if fault.errno == errno.EADDRINUSE:
+            raise ServingFault(
+                f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; stop what uses it or choose another one."
+            ) from None
+        raise ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.") from None
+
+
+async def until_told() -> None:
+    """Wait for SIGTERM or SIGINT. A second one ends the process at once, as its default does."""
+    loop = asyncio.get_running_loop()
+    told = loop.create_future()
+
+    def tell() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        if not told.done():
+            told.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, tell)
+    await told
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop where there is one (everywhere but Windows)."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+async def with_parts(settings: Settings, work: Callable[[Parts], Awaitable[T]]) -> T:
+    """Do `work` with the stores and the verbs, and close them. Without a Redis URL the ephemeral store is `Unavailable`."""
+    if not settings.redis_url:
+        settings = replace(settings, redis_url=f"unix://{os.devnull}")  # nothing ever listens there
+    from broker.app import assemble
+
+    parts = await assemble(settings)
+    try:
+        return await work(parts)
+    finally:
+        await parts.close()

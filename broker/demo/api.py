@@ -1,0 +1,332 @@
+"""The sample site's own backend: what a site of yours would add to offer passkeys.
+
+Each ceremony is two requests of the page. `start` asks the broker for a transaction, notes in the session what it expects, and
+gives the transaction id to the page. The page runs the ceremony against the broker and gets a nonce. `finish` takes the note out of the
+session (the first answer spends it, right or wrong) and redeems the nonce while stating purpose, transaction and user: a nonce of
+another purpose, of another transaction or of another person is worth nothing here.
+
+Signing in without a name has no transaction, for nobody knows yet who it will be; its nonce is redeemed for the purpose alone,
+and the external id on the receipt must be an account of ours.
+
+By decision: sign-in by name says when a name has no account, since sign-up has to say when a name has one; and a signed-in
+visitor may revoke the last passkey, after a clear warning (`last: true`), because a site that refuses keeps a lost key alive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from broker.demo.accounts import (
+    NAME_LIMIT,
+    Account,
+    Ceremony,
+    InvalidName,
+    Kind,
+    NameTaken,
+    Session,
+    parse_name,
+)
+from broker.demo.guard import (
+    ACCOUNTS,
+    APP_ID,
+    CLIENT,
+    DemoRefusal,
+    answer,
+    clear_cookie,
+    current_session,
+    read_body,
+    set_cookie,
+    text_field,
+)
+from broker.sdk.client import (
+    InvalidNonce,
+    InvalidRequest,
+    NoPasskeys,
+    PasskeyNotFound,
+    Purpose,
+    Receipt,
+    UserNotFound,
+)
+
+routes = web.RouteTableDef()
+
+NAME_BYTES = 256  # characters taken from the wire before Unicode normalisation; a name proper has at most 64
+TOKEN_LIMIT = 256
+
+
+def _person(account: Account) -> dict[str, Any]:
+    return {"name": account.name, "external_id": account.external_id, "since": account.created_at}
+
+
+def _name(body: dict[str, Any], field: str = "name") -> tuple[str, str]:
+    try:
+        return parse_name(text_field(body, field, NAME_BYTES))
+    except InvalidName as fault:
+        raise DemoRefusal(400, "invalid_name", str(fault)) from None
+
+
+async def _visit(request: web.Request) -> tuple[Session, str | None]:
+    """The request's session, or a new one with the token that the answer has to set."""
+    session = await current_session(request)
+    if session is not None:
+        return session, None
+    accounts = request.app[ACCOUNTS]
+    token, visit = await accounts.call(accounts.begin_visit)
+    return visit, token
+
+
+async def _signed_in(request: web.Request) -> tuple[Session, Account]:
+    session = await current_session(request)
+    if session is None or session.account is None:
+        raise DemoRefusal(401, "not_signed_in", "You're signed out. Sign in to go on.")
+    return session, session.account
+
+
+async def _expected(request: web.Request, kind: Kind) -> tuple[Session, Ceremony]:
+    """The session, and what it expects of this kind; the note is gone afterwards."""
+    session = await current_session(request)
+    accounts = request.app[ACCOUNTS]
+    ceremony = await accounts.call(accounts.take, session, kind) if session is not None else None
+    if session is None or ceremony is None:
+        raise DemoRefusal(409, "nothing_begun", "That took too long, or was already finished. Start again.")
+    return session, ceremony
+
+
+async def _redeem(request: web.Request, nonce: str, purpose: Purpose, ceremony: Ceremony | None) -> Receipt:
+    try:
+        return await request.app[CLIENT].verify_nonce(
+            nonce,
+            purpose=purpose,
+            transaction_id=ceremony.transaction_id if ceremony else None,
+            external_id=ceremony.external_id if ceremony else None,
+        )
+    except (InvalidNonce, InvalidRequest):
+        sentence = "That proof was too late, already used, or meant for something else. Start again."
+        raise DemoRefusal(401, "nonce_refused", sentence) from None
+
+
+async def _keep_claimed_name(request: web.Request, receipt: Receipt) -> None:
+    """Until its owner names it, a new passkey is called what its authenticator claims to be (a claim: WebAuthn L3 §6.5.2)."""
+    if receipt.authenticator_name_claimed:
+        accounts = request.app[ACCOUNTS]
+        await accounts.call(
+            accounts.set_label,
+            receipt.external_id,
+            receipt.passkey_id,
+            receipt.authenticator_name_claimed[:NAME_LIMIT],
+        )
+
+
+async def _welcome(request: web.Request, session: Session | None, receipt: Receipt) -> web.Response:
+    """Sign in as whom the receipt names, under a new session token."""
+    accounts = request.app[ACCOUNTS]
+    token = await accounts.call(accounts.sign_in, session, receipt.external_id, receipt.passkey_id)
+    account = await accounts.call(accounts.owner, receipt.external_id)
+    if token is None or account is None:
+        sentence = (
+            "This passkey is good, but its account isn't on this site any more. Sign up to make a new one."
+        )
+        raise DemoRefusal(404, "no_such_account", sentence)
+    response = answer(account=_person(account), receipt=_highlights(receipt))
+    set_cookie(request, response, token)
+    return response
+
+
+def _highlights(receipt: Receipt) -> dict[str, Any]:
+    """What the page shows of a receipt."""
+    return {
+        "purpose": receipt.purpose,
+        "external_id": receipt.external_id,
+        "passkey_id": receipt.passkey_id,
+        "origin": receipt.origin,
+        "user_verified": receipt.user_verified,
+        "backup_eligible": receipt.backup_eligible,
+        "backed_up": receipt.backed_up,
+        "attestation": receipt.attestation,
+        "authenticator": receipt.authenticator_name_claimed,
+    }
+
+
+@routes.get("/api/state")
+async def state(request: web.Request) -> web.Response:
+    """Which app the page talks to, and who is signed in."""
+    session = await current_session(request)
+    account = session.account if session else None
+    return answer(app_id=request.app[APP_ID], account=_person(account) if account else None)
+
+
+@routes.post("/api/sign-up/start")
+async def sign_up_start(request: web.Request) -> web.Response:
+    """Reserve the name for this session and open a register transaction for its new external id."""
+    name, key = _name(await read_body(request))
+    session, token = await _visit(request)
+    if session.account is not None:
+        raise DemoRefusal(409, "signed_in", f"You're signed in as {session.account.name}. Sign out first.")
+    accounts = request.app[ACCOUNTS]
+    try:
+        account = await accounts.call(accounts.reserve, name, key, session)
+    except NameTaken:
+        sentence = f"The name “{name}” is taken. If it's yours, sign in; otherwise pick another one."
+        raise DemoRefusal(409, "name_taken", sentence) from None
+    transaction_id = await request.app[CLIENT].create_register_transaction(account.external_id, account.name)
+    await accounts.call(accounts.expect, session, "sign-up", account.external_id, transaction_id)
+    response = answer(transaction_id=transaction_id)
+    if token is not None:
+        set_cookie(request, response, token)
+    return response
+
+
+@routes.post("/api/sign-up/finish")
+async def sign_up_finish(request: web.Request) -> web.Response:
+    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
+    session, ceremony = await _expected(request, "sign-up")
+    receipt = await _redeem(request, nonce, "register", ceremony)
+    response = await _welcome(request, session, receipt)
+    await _keep_claimed_name(request, receipt)
+    return response
+
+
+@routes.post("/api/sign-in/start")
+async def sign_in_start(request: web.Request) -> web.Response:
+    """Open an authenticate transaction for the account of a name."""
+    name, key = _name(await read_body(request))
+    accounts = request.app[ACCOUNTS]
+    account = await accounts.call(accounts.find, key)
+    if account is None:
+        raise DemoRefusal(
+            404, "unknown_name", f"There's no account called “{name}” here. Sign up to make one."
+        )
+    try:
+        transaction_id = await request.app[CLIENT].create_authenticate_transaction(account.external_id)
+    except (NoPasskeys, UserNotFound):
+        sentence = f"“{account.name}” has no passkeys left, so nobody can sign in to it any more."
+        raise DemoRefusal(409, "no_passkeys", sentence) from None
+    session, token = await _visit(request)
+    await accounts.call(accounts.expect, session, "sign-in", account.external_id, transaction_id)
+    response = answer(transaction_id=transaction_id)
+    if token is not None:
+        set_cookie(request, response, token)
+    return response
+
+
+@routes.post("/api/sign-in/finish")
+async def sign_in_finish(request: web.Request) -> web.Response:
+    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
+    session, ceremony = await _expected(request, "sign-in")
+    receipt = await _redeem(request, nonce, "authenticate", ceremony)
+    return await _welcome(request, session, receipt)
+
+
+@routes.post("/api/sign-in/discoverable")
+async def sign_in_discoverable(request: web.Request) -> web.Response:
+    """Sign in as whoever the passkey belongs to; there was no transaction and no name."""
+    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
+    receipt = await _redeem(request, nonce, "authenticate", None)
+    return await _welcome(request, await current_session(request), receipt)
+
+
+@routes.post("/api/sign-out")
+async def sign_out(request: web.Request) -> web.Response:
+    await read_body(request)
+    session = await current_session(request)
+    accounts = request.app[ACCOUNTS]
+    if session is not None:
+        await accounts.call(accounts.sign_out, session)
+    response = answer()
+    clear_cookie(request, response)
+    return response
+
+
+@routes.get("/api/passkeys")
+async def passkeys(request: web.Request) -> web.Response:
+    session, account = await _signed_in(request)
+    return answer(passkeys=await _list(request, session, account))
+
+
+async def _list(request: web.Request, session: Session, account: Account) -> list[dict[str, Any]]:
+    """The account's passkeys as the page shows them, oldest first."""
+    accounts = request.app[ACCOUNTS]
+    labels = await accounts.call(accounts.labels, account.external_id)
+    found = await request.app[CLIENT].list_passkeys(account.external_id)
+    return [
+        {
+            "id": passkey.id,
+            "name": passkey.name,
+            "label": labels.get(passkey.id),
+            "kind": passkey.type,
+            "created_at": passkey.created_at.isoformat(),
+            "last_used_at": passkey.last_used_at.isoformat() if passkey.last_used_at else None,
+            "backed_up": passkey.backed_up,
+            "current": passkey.id == session.passkey_id,
+        }
+        for passkey in sorted(found, key=lambda passkey: passkey.created_at)
+    ]
+
+
+@routes.post("/api/passkeys/start")
+async def add_start(request: web.Request) -> web.Response:
+    """Open a register transaction for the signed-in account; nobody else can ask for one."""
+    await read_body(request)
+    session, account = await _signed_in(request)
+    transaction_id = await request.app[CLIENT].create_register_transaction(account.external_id, account.name)
+    accounts = request.app[ACCOUNTS]
+    await accounts.call(accounts.expect, session, "add", account.external_id, transaction_id)
+    return answer(transaction_id=transaction_id)
+
+
+@routes.post("/api/passkeys/finish")
+async def add_finish(request: web.Request) -> web.Response:
+    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
+    session, account = await _signed_in(request)
+    _, ceremony = await _expected(request, "add")
+    receipt = await _redeem(request, nonce, "register", ceremony)
+    await _keep_claimed_name(request, receipt)
+    return answer(receipt=_highlights(receipt), passkeys=await _list(request, session, account))
+
+
+@routes.post("/api/passkeys/{passkey_id:[A-Za-z0-9]{24}}/label")
+async def label(request: web.Request) -> web.Response:
+    """Name a passkey of one's own. The label is this site's; the broker and the device keep theirs."""
+    text, _ = _name(await read_body(request), "label")
+    session, account = await _signed_in(request)
+    passkey_id = request.match_info["passkey_id"]
+    if all(
+        passkey.id != passkey_id for passkey in await request.app[CLIENT].list_passkeys(account.external_id)
+    ):
+        raise _unknown_passkey()
+    accounts = request.app[ACCOUNTS]
+    await accounts.call(accounts.set_label, account.external_id, passkey_id, text)
+    return answer(passkeys=await _list(request, session, account))
+
+
+@routes.post("/api/passkeys/{passkey_id:[A-Za-z0-9]{24}}/revoke")
+async def revoke(request: web.Request) -> web.Response:
+    """Revoke a passkey of one's own; the last one only when the page says that the visitor was warned."""
+    body = await read_body(request)
+    session, account = await _signed_in(request)
+    passkey_id = request.match_info["passkey_id"]
+    client = request.app[CLIENT]
+    owned = {passkey.id for passkey in await client.list_passkeys(account.external_id)}
+    if passkey_id not in owned:
+        raise _unknown_passkey()
+    if len(owned) == 1 and body.get("last") is not True:
+        sentence = "This is your only passkey. Without it nobody can sign in to this account again."
+        raise DemoRefusal(409, "last_passkey", sentence)
+    try:
+        await client.revoke_passkey(account.external_id, passkey_id)
+    except PasskeyNotFound:
+        raise _unknown_passkey() from None
+    accounts = request.app[ACCOUNTS]
+    await accounts.call(accounts.drop_label, account.external_id, passkey_id)
+    ended = await accounts.call(
+        accounts.end_sessions_of_passkey, account.external_id, passkey_id, keep=session
+    )
+    return answer(ended=ended, passkeys=await _list(request, session, account))
+
+
+def _unknown_passkey() -> DemoRefusal:
+    return DemoRefusal(
+        404, "unknown_passkey", "That passkey isn't one of yours; perhaps it's revoked already."
+    )

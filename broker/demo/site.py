@@ -1,0 +1,112 @@
+"""The sample site as an aiohttp application: its pages, its API, and the one client through which it talks to the broker.
+
+The pages are files of `static/`, read once when the application is made and served from memory with a validator (ETag), so a
+file that changed is fetched again and others are not. Nothing outside that folder can be named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from broker.demo.accounts import Accounts
+from broker.demo.api import routes
+from broker.demo.guard import ACCOUNTS, APP_ID, CLIENT, ORIGINS, DemoRefusal, guard
+from broker.demo.wire import TracedClient
+from broker.web import public
+
+FILE = "demo.sqlite3"
+STATIC = Path(__file__).parent / "static"
+
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_IP_LITERALS = ("127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    content: bytes
+    content_type: str
+    etag: str
+
+
+PAGES = web.AppKey("pages", dict[str, Page])
+
+
+def demo_app(
+    *,
+    broker_url: str,
+    app_id: str,
+    api_key: str,
+    data: Path,
+    origins: Callable[[], Collection[str]] | Collection[str],
+    clock: Callable[[], float] = time.time,
+) -> web.Application:
+    """The site, to be mounted at `/demo/`.
+
+    `broker_url` is the broker's root as this process reaches it, `app_id` and `api_key` name the app there, `data` is the folder
+    of the accounts file, `origins` says from which origins (scheme, host, port) the pages may call the API; a callable is asked
+    at each request, since a port may be known only after the server has begun to listen. `clock` gives seconds since 1970.
+    """
+    app = web.Application(middlewares=[guard])
+    app[APP_ID] = app_id
+    app[ACCOUNTS] = Accounts(data / FILE, clock=clock)
+    app[ORIGINS] = origins if callable(origins) else lambda: origins
+    app[PAGES] = {path.name: _read(path) for path in STATIC.iterdir() if path.suffix in _TYPES}
+    for route in (*routes, web.get("/", index), web.get("/static/{name}", static)):
+        assert isinstance(route, web.RouteDef)
+        public(
+            route.handler
+        )  # open to anybody, as far as the broker's API keys go; sessions are this site's own matter
+        app.router.add_route(route.method, route.path, route.handler)
+
+    async def open_and_close(app: web.Application) -> AsyncIterator[None]:
+        accounts = app[ACCOUNTS]
+        try:
+            await accounts.call(accounts.open)
+            async with TracedClient(broker_url, app_id, api_key) as client:
+                app[CLIENT] = client
+                yield
+        finally:
+            await accounts.close()
+
+    app.cleanup_ctx.append(open_and_close)
+    return app
+
+
+def _read(path: Path) -> Page:
+    content = path.read_bytes()
+    return Page(content, _TYPES[path.suffix], hashlib.sha256(content).hexdigest()[:32])
+
+
+async def index(request: web.Request) -> web.Response:
+    """The page; opened at a bare loopback address it moves to an origin of ours, because passkeys need a host name.
+
+    WebAuthn L3 §5.1.3 "effective domain": an IP address is no valid domain. The target comes from our origins, never from the request.
+    """
+    origins = sorted(request.app[ORIGINS]())
+    asked = urlsplit(f"//{request.host}")
+    if asked.hostname in _IP_LITERALS and f"{request.scheme}://{request.host}" not in origins:
+        same_port = [origin for origin in origins if urlsplit(origin).port == asked.port]
+        if same_port:
+            return web.Response(status=302, headers={"Location": f"{same_port[0]}/demo/"})
+    return _page(request, "index.html")
+
+
+async def static(request: web.Request) -> web.Response:
+    return _page(request, request.match_info["name"])
+
+
+def _page(request: web.Request, name: str) -> web.Response:
+    page = request.app[PAGES].get(name)
+    if page is None:
+        raise DemoRefusal(404, "not_found", "There is nothing at this address.")
+    headers = {"Cache-Control": "no-cache", "ETag": f'"{page.etag}"'}
+    if any(tag.value == page.etag for tag in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=page.content, content_type=page.content_type, charset="utf-8", headers=headers)

@@ -1,0 +1,442 @@
+/**
+ * The page's side of every step. Each ceremony is three lines: ask our backend for a transaction, run it with the SDK, hand the
+ * nonce to our backend. What else is here shows it: forms, focus, sentences, and the diagram in wire.js.
+ */
+
+import { Passkeys, PasskeyError } from "/sdk/passkey.js";
+import { SiteError, UNSUPPORTED, ago, wordsFor } from "/demo/static/words.js";
+import { Wire, drawing, element, short, watchFetch } from "/demo/static/wire.js";
+
+const API = "/demo/api";
+const TOUR = "passkey-demo-tour";
+
+/** @param {string} id @returns {any} */
+const byId = (id) => document.getElementById(id);
+
+const wire = new Wire({ flow: byId("flow"), empty: byId("wire-empty"), clear: byId("clear") });
+
+/** @type {Passkeys} */
+let passkeys;
+/** @type {ReturnType<typeof watchFetch>} */
+let watch;
+/** The exchange to which the SDK's calls belong. @type {any} */
+let running;
+/** The exchange of the autofill that waits in the background. @type {any} */
+let waiting;
+/** @type {{name: string, external_id: string, since: number}|null} */
+let account = null;
+let autofillWorks = false;
+let autofillArmed = false;
+
+// Our backend
+
+/**
+ * Call our backend and show the call. Throws SiteError with a sentence for the visitor.
+ *
+ * @param {string} method
+ * @param {string} path
+ * @param {object|undefined} body
+ * @param {any} [exchange]
+ */
+async function backend(method, path, body, exchange) {
+  const answered = exchange?.call("page", "backend", method, API + path, facts(body ?? {}));
+  let response, answer;
+  try {
+    response = await fetch(API + path, {
+      method,
+      headers: body && { "Content-Type": "application/json" },
+      body: body && JSON.stringify(body),
+    });
+    answer = await response.json();
+  } catch {
+    answered?.("no answer");
+    throw new SiteError("offline", "This site can't be reached. Check the connection, then try again.");
+  }
+  exchange?.hops(answer.trace);
+  answered?.(response.status, facts(answer));
+  if (response.ok) return answer;
+  if (answer.code === "not_signed_in") show(null, { notice: answer.error });
+  throw new SiteError(answer.code, answer.error);
+}
+
+/** What the diagram shows of a body. @param {any} body */
+function facts({ name, nonce, transaction_id, account, code, label, passkeys }) {
+  return {
+    ...(name && { name }),
+    ...(label && { label }),
+    ...(transaction_id && { transaction: short(transaction_id) }),
+    ...(nonce && { nonce: short(nonce) }),
+    ...(account && { "external id": short(account.external_id), session: "new cookie" }),
+    ...(passkeys && { passkeys: String(passkeys.length) }),
+    ...(code && { code }),
+  };
+}
+
+// Ceremonies
+
+/**
+ * Run one step: a diagram of its own, one sentence for what went wrong, nothing twice.
+ *
+ * @param {{step: string, title: string, button?: HTMLElement, notice: HTMLElement, input?: HTMLInputElement}} about
+ * @param {(exchange: any) => Promise<void>} work
+ */
+async function run({ step, title, button, notice, input }, work) {
+  if (button?.ariaBusy === "true") return;
+  if (button) button.ariaBusy = "true";
+  tell(notice, "");
+  if (input) input.ariaInvalid = "false";
+  const exchange = (running = wire.exchange(title));
+  try {
+    await work(exchange);
+    exchange.end(true);
+    done(step);
+  } catch (error) {
+    const words = wordsFor(error, step);
+    if (error instanceof PasskeyError && ["cancelled", "aborted", "already_registered", "unsupported"].includes(error.code))
+      watch.refused(exchange, `Your device gave no passkey: ${error.code.replace("_", " ")}.`);
+    exchange.end(false);
+    tell(notice, words, "bad");
+    if (input && error instanceof SiteError && ["invalid_name", "name_taken", "unknown_name"].includes(error.code)) {
+      input.ariaInvalid = "true";
+      input.focus();
+    }
+  } finally {
+    if (button) button.ariaBusy = "false";
+    if (running === exchange) running = undefined;
+    if (!account) void armAutofill();
+  }
+}
+
+async function signUp() {
+  const input = byId("sign-up-name");
+  const about = { step: "sign-up", title: "Sign up", button: byId("sign-up-form"), notice: byId("sign-up-notice"), input };
+  await run(about, async (exchange) => {
+    const { transaction_id } = await backend("POST", "/sign-up/start", { name: input.value }, exchange);
+    const nonce = await passkeys.register(transaction_id, { authenticatorAttachment: "any" });
+    const answer = await backend("POST", "/sign-up/finish", { nonce }, exchange);
+    input.value = "";
+    welcome(answer, exchange, "Your account is open and its first passkey is kept.");
+  });
+}
+
+async function signInByName() {
+  const input = byId("sign-in-name");
+  const about = { step: "by-name", title: "Sign in by name", button: byId("sign-in-form"), notice: byId("sign-in-notice"), input };
+  await run(about, async (exchange) => {
+    const { transaction_id } = await backend("POST", "/sign-in/start", { name: input.value }, exchange);
+    const nonce = await passkeys.authenticate({ transactionId: transaction_id });
+    const answer = await backend("POST", "/sign-in/finish", { nonce }, exchange);
+    welcome(answer, exchange, "You signed in by name.");
+  });
+}
+
+async function signInWithoutName() {
+  const button = byId("without-name");
+  const about = { step: "without-name", title: "Sign in without a name", button, notice: byId("sign-in-notice") };
+  await run(about, async (exchange) => {
+    const nonce = await passkeys.authenticate();
+    const answer = await backend("POST", "/sign-in/discoverable", { nonce }, exchange);
+    welcome(answer, exchange, "You signed in without typing a name.");
+  });
+}
+
+/** Offer passkeys in the name field's autofill; waits in the background until one is chosen or another ceremony begins. */
+async function armAutofill() {
+  if (!autofillWorks || autofillArmed || account || running) return;
+  autofillArmed = true;
+  byId("autofill-text").textContent = "Click the field: your browser suggests your passkeys in it.";
+  const exchange = (waiting = wire.exchange("Autofill, waiting for a choice", false));
+  try {
+    const nonce = await passkeys.authenticate({ conditional: true });
+    exchange.heading.textContent = "Sign in from autofill";
+    exchange.open();
+    const answer = await backend("POST", "/sign-in/discoverable", { nonce }, exchange);
+    welcome(answer, exchange, "You signed in from the field’s autofill.");
+    exchange.end(true);
+    done("autofill");
+  } catch (error) {
+    const silent = error instanceof PasskeyError && ["aborted", "cancelled"].includes(error.code);
+    if (silent) exchange.discard();
+    else {
+      exchange.end(false);
+      exchange.open();
+      tell(byId("sign-in-notice"), wordsFor(error, "autofill"), "bad");
+    }
+    if (!(error instanceof PasskeyError) || error.code !== "aborted")
+      byId("autofill-text").textContent = "Nothing to suggest right now. Click the field to look again.";
+  } finally {
+    autofillArmed = false;
+    waiting = undefined;
+  }
+}
+
+async function addPasskey() {
+  await run({ step: "second", title: "Add a passkey", button: byId("add"), notice: byId("passkeys-notice") }, async (exchange) => {
+    const { transaction_id } = await backend("POST", "/passkeys/start", {}, exchange);
+    const nonce = await passkeys.register(transaction_id, { authenticatorAttachment: "any" });
+    const answer = await backend("POST", "/passkeys/finish", { nonce }, exchange);
+    showPasskeys(answer.passkeys);
+    showReceipt(answer.receipt);
+    tell(byId("passkeys-notice"), "Added. You can sign in with either passkey now.", "good");
+    exchange.verdict("The passkey belongs to this account.");
+  });
+}
+
+// Managing passkeys
+
+/** @param {any} key @param {number} count */
+async function revoke(key, count) {
+  const dialog = byId("revoke-dialog");
+  byId("revoke-text").textContent = `“${key.shown}” stops working at once, also where it is signed in elsewhere. Your device may keep showing it.`;
+  byId("revoke-last").hidden = count > 1;
+  if ((await ask(dialog)) !== "confirm") return;
+  await run({ step: "revoke", title: "Revoke a passkey", notice: byId("passkeys-notice") }, async (exchange) => {
+    const answer = await backend("POST", `/passkeys/${key.id}/revoke`, { last: count === 1 }, exchange);
+    showPasskeys(answer.passkeys);
+    const words = answer.passkeys.length ? `“${key.shown}” is revoked.` : `“${key.shown}” is revoked. Add a new passkey before you sign out, or this account is closed for good.`;
+    tell(byId("passkeys-notice"), words, answer.passkeys.length ? "good" : "bad");
+    byId("passkeys-title").focus();
+  });
+}
+
+/** @param {any} key */
+async function rename(key) {
+  const text = byId("label-text");
+  text.value = key.shown;
+  if ((await ask(byId("label-dialog"))) !== "confirm") return;
+  await run({ step: "rename", title: "Name a passkey", notice: byId("passkeys-notice") }, async (exchange) => {
+    const answer = await backend("POST", `/passkeys/${key.id}/label`, { label: text.value }, exchange);
+    showPasskeys(answer.passkeys);
+    tell(byId("passkeys-notice"), "Renamed.", "good");
+    document.querySelector(`[data-passkey="${key.id}"] button`)?.focus();
+  });
+}
+
+/** Show a dialog; resolves with the value of the button that closed it, "" for Escape. @param {HTMLDialogElement} dialog */
+function ask(dialog) {
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
+}
+
+async function signOut() {
+  await run({ step: "sign-out", title: "Sign out", button: byId("sign-out"), notice: byId("account-notice") }, async (exchange) => {
+    await backend("POST", "/sign-out", {}, exchange);
+    show(null, { notice: "You're signed out. Your passkeys still work.", kind: "good" });
+    byId("sign-in-title").focus();
+  });
+}
+
+// What the visitor sees
+
+/** @param {any} answer @param {any} exchange @param {string} words */
+function welcome(answer, exchange, words) {
+  exchange.verdict(`Redeemed: the backend knows that this is ${answer.account.name}.`);
+  show(answer.account, { receipt: answer.receipt, notice: words, kind: "good" });
+  byId("account-title").focus();
+}
+
+/**
+ * Switch between the signed-out and the signed-in page.
+ *
+ * @param {typeof account} person
+ * @param {{receipt?: any, notice?: string, kind?: string}} [about]
+ */
+function show(person, { receipt, notice = "", kind = "bad" } = {}) {
+  account = person;
+  for (const section of document.querySelectorAll("[data-when]"))
+    section.toggleAttribute("hidden", (section.getAttribute("data-when") === "signed-in") !== Boolean(person));
+  for (const id of ["sign-up-notice", "sign-in-notice", "account-notice", "passkeys-notice"]) tell(byId(id), "");
+  tell(byId(person ? "account-notice" : "sign-in-notice"), notice, kind);
+  if (!person) {
+    byId("keys").replaceChildren();
+    return;
+  }
+  byId("account-title").textContent = `Hello, ${person.name}`;
+  byId("avatar").textContent = [...person.name][0].toLocaleUpperCase();
+  byId("external-id").textContent = person.external_id;
+  showReceipt(receipt);
+  void listPasskeys();
+}
+
+async function listPasskeys() {
+  try {
+    showPasskeys((await backend("GET", "/passkeys", undefined)).passkeys);
+  } catch (error) {
+    tell(byId("passkeys-notice"), wordsFor(error, "list"), "bad");
+  }
+}
+
+/** @param {any} receipt */
+function showReceipt(receipt) {
+  byId("receipt").hidden = !receipt;
+  if (!receipt) return;
+  const yes = (/** @type {string} */ text) => element("li", "yes", drawing("check"), text);
+  const plain = (/** @type {string} */ text) => element("li", "", text);
+  byId("receipt-facts").replaceChildren(
+    plain(receipt.purpose === "register" ? "Proves a new passkey" : "Proves a sign-in"),
+    receipt.user_verified ? yes("Person verified by the device") : plain("Person present, not verified"),
+    receipt.backed_up ? yes("Synced between devices") : plain(receipt.backup_eligible ? "Can be synced" : "Stays on one device"),
+    plain(`From ${receipt.origin}`),
+    plain(`Attestation: ${receipt.attestation}`),
+    ...(receipt.authenticator ? [plain(`Claims to be ${receipt.authenticator}`)] : []),
+  );
+}
+
+const KINDS = { platform: "Device passkey", security_key: "Security key", passkey: "Passkey" };
+
+/** The owner's label; else what the list calls it, unless that is only the account's name. @param {any} key */
+const plainName = (key) => key.label || (key.name !== account?.name && key.name) || KINDS[key.kind] || KINDS.passkey;
+
+/** A name for each passkey, none twice. @param {Array<any>} keys */
+function nameAll(keys) {
+  const used = new Map();
+  for (const key of keys) {
+    const name = plainName(key);
+    used.set(name, (used.get(name) ?? 0) + 1);
+    key.shown = used.get(name) > 1 ? `${name} ${used.get(name)}` : name;
+  }
+}
+
+/** @param {Array<any>} keys */
+function showPasskeys(keys) {
+  nameAll(keys);
+  byId("keys").replaceChildren(
+    ...(keys.length ? keys.map((key) => passkeyRow(key, keys.length)) : [element("li", "nothing", "No passkeys left. Add one before you sign out.")]),
+  );
+}
+
+/** @param {any} key @param {number} count */
+function passkeyRow(key, count) {
+  const title = element("h3", "", key.shown);
+  if (key.current) title.append(element("span", "tag", "signed in with"));
+  if (key.backed_up) title.append(element("span", "tag", "synced"));
+  const about = element("p", "", "Made ", moment(key.created_at));
+  if (key.last_used_at) about.append(", last used ", moment(key.last_used_at));
+  else about.append(", not used to sign in yet");
+  const pencil = tool("pencil", `Rename ${key.shown}`, () => rename(key));
+  const bin = tool("bin", `Revoke ${key.shown}`, () => revoke(key, count));
+  const row = element("li", "key", drawing(key.kind === "security_key" ? "stick" : key.kind === "platform" ? "device" : "key"));
+  row.append(element("div", "", title, about), element("div", "tools", pencil, bin));
+  row.dataset.passkey = key.id;
+  return row;
+}
+
+/** @param {string} icon @param {string} label @param {() => void} work */
+function tool(icon, label, work) {
+  const button = element("button", "", drawing(icon));
+  button.setAttribute("type", "button");
+  button.ariaLabel = label;
+  button.title = label;
+  button.addEventListener("click", work);
+  return button;
+}
+
+/** @param {string} when */
+function moment(when) {
+  const time = /** @type {HTMLTimeElement} */ (element("time", "", ago(new Date(when))));
+  time.dateTime = when;
+  time.title = new Date(when).toLocaleString("en");
+  return time;
+}
+
+/**
+ * Show a sentence where it belongs, and have it read aloud: one live region that is always there, for a notice may be in a part of
+ * the page that appears with it.
+ *
+ * @param {HTMLElement} notice
+ * @param {string} words "" takes the last one away
+ * @param {string} [kind]
+ */
+function tell(notice, words, kind = "") {
+  notice.className = `notice ${kind}`;
+  notice.textContent = words;
+  byId("announcer").textContent = words;
+}
+
+// The tour
+
+/** @returns {Set<string>} */
+function tried() {
+  try {
+    return new Set(JSON.parse(localStorage.getItem(TOUR) ?? "[]"));
+  } catch {
+    return new Set();
+  }
+}
+
+/** @param {string} [step] */
+function done(step) {
+  const steps = tried();
+  if (step) steps.add(step);
+  try {
+    localStorage.setItem(TOUR, JSON.stringify([...steps]));
+  } catch {
+    // Storage may be switched off; the ticks then last as long as the page.
+  }
+  const items = [...document.querySelectorAll("#tour li")];
+  let count = 0;
+  for (const item of items) {
+    const ticked = item.classList.contains("done") || steps.has(item.dataset.step);
+    item.classList.toggle("done", ticked);
+    if (ticked && !item.querySelector(".vh")) item.firstElementChild?.append(element("span", "vh", ", done"));
+    count += Number(ticked);
+  }
+  byId("tour-count").textContent = `${count} of ${items.length} done`;
+}
+
+/** A link to a step that is hidden now says what to do first. @param {MouseEvent} event */
+function followLink(event) {
+  const link = /** @type {Element} */ (event.target).closest("a[href^='#']");
+  const target = link && byId(link.getAttribute("href").slice(1));
+  if (!target) return;
+  if (target.hidden) {
+    event.preventDefault();
+    tell(byId(account ? "account-notice" : "sign-up-notice"), account ? "Sign out first, then try this." : "Sign up or sign in first, then try this.");
+    const heading = byId(account ? "account-title" : "sign-up-title");
+    heading.focus();
+    heading.scrollIntoView({ block: "center" });
+  } else target.querySelector("h2[tabindex], h1")?.focus({ preventScroll: true });
+}
+
+async function start() {
+  done();
+  document.addEventListener("click", followLink);
+  const forms = [
+    ["sign-up-form", signUp],
+    ["sign-in-form", signInByName],
+  ];
+  for (const [id, work] of forms)
+    byId(id).addEventListener("submit", (/** @type {Event} */ event) => {
+      event.preventDefault();
+      void work();
+    });
+  byId("without-name").addEventListener("click", signInWithoutName);
+  byId("add").addEventListener("click", addPasskey);
+  byId("sign-out").addEventListener("click", signOut);
+  byId("label-cancel").addEventListener("click", () => byId("label-dialog").close());
+  byId("sign-in-name").addEventListener("focus", armAutofill);
+
+  let state;
+  try {
+    state = await backend("GET", "/state", undefined);
+  } catch (error) {
+    if (!(error instanceof SiteError)) throw error;
+    show(null, { notice: error.message });
+    return;
+  }
+  const base = `/v1/apps/${state.app_id}`;
+  passkeys = new Passkeys(location.origin, state.app_id);
+  watch = watchFetch(base, () => running ?? waiting);
+  show(state.account);
+  if (!(await passkeys.canRegister())) {
+    byId("unsupported").textContent = UNSUPPORTED;
+    byId("unsupported").hidden = false;
+    for (const control of document.querySelectorAll(".steps :is(.primary, #without-name, #add)")) control.disabled = true;
+  }
+  autofillWorks = await passkeys.canAutofill();
+  if (!autofillWorks) byId("autofill-text").textContent = "This browser doesn't suggest passkeys in fields; the other two ways work without it.";
+  if (!account) void armAutofill();
+}
+
+await start();

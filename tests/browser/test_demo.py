@@ -1,0 +1,698 @@
+"""The sample site in a real Chromium, with virtual authenticators, on a real broker and its stores.
+
+Every test ends with the same look at what the browser said: no script error, no breach of the content security policy, and no
+request to anywhere but the site. The virtual authenticator answers a conditional get at once, so tests that are not about
+autofill run in a browser that reports no support for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from aiohttp import web
+
+from broker.app import Service, assemble, serve
+from broker.demo import demo_app
+from broker.embedded import EmbeddedStores
+from broker.telemetry import Log
+from tests.browser.chromium import Answer, Authenticator, Chromium, Named, Page, Request, button, textbox
+from tests.conftest import settings_for
+
+T = TypeVar("T")
+
+NO_AUTOFILL = "PublicKeyCredential.getClientCapabilities = async () => ({ conditionalGet: false });"
+COUNT_PROMPTS = """
+  const real = navigator.credentials.get.bind(navigator.credentials);
+  globalThis.prompts = [];
+  navigator.credentials.get = (options) => {
+    const got = real(options);
+    prompts.push(options.mediation ?? "modal");
+    return got;
+  };
+"""
+
+CREATE, SIGN_IN, WITHOUT, ADD, OUT = map(
+    button, ("Create account", "Sign in", "Sign in without a name", "Add another passkey", "Sign out")
+)
+NEW_NAME, NAME = textbox("New name"), textbox("Your name")
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    service: Service
+
+    @property
+    def origin(self) -> str:
+        return f"http://localhost:{self.service.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.origin}/demo/"
+
+
+@pytest.fixture(scope="module")
+def demo(stores: EmbeddedStores, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The broker with the demo, in an event loop on a thread of its own: the browser's client blocks."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="demo server")
+    thread.start()
+
+    def run(work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+    service = run(_serve(stores, tmp_path_factory.mktemp("demo")))
+    yield Demo(service)
+    run(service.close())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+async def _serve(stores: EmbeddedStores, data: Path) -> Service:
+    parts = await assemble(
+        settings_for(stores, host="localhost", store_timeout=1.5), log=Log(io.StringIO(), level="warning")
+    )
+    app, key = await parts.directory.create_app("Demo", "localhost", ["http://localhost:1"])
+
+    async def prepare(port: int) -> dict[str, web.Application]:
+        demo = demo_app(
+            broker_url=f"http://127.0.0.1:{port}",
+            app_id=app.id,
+            api_key=key,
+            data=data,
+            origins={f"http://localhost:{port}"},
+        )
+        return {"/demo/": demo}
+
+    service = await serve(parts, prepare=prepare)
+    await parts.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
+    return service
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
+    with Chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Chromium, demo: Demo) -> Iterator[Page]:
+    """A tab in a context of its own; what the browser said in it is judged at the end."""
+    with browser.page() as opened:
+        yield opened
+        assert opened.errors == []
+        said = [
+            line
+            for line in opened.console
+            if not re.search(r"the server responded with|ERR_INTERNET_DISCONNECTED", line)
+        ]
+        assert said == []
+        elsewhere = [r.url for r in opened.requests if not r.url.startswith((demo.origin + "/", "about:"))]
+        assert elsewhere == []
+
+
+@pytest.fixture
+def device(page: Page) -> Authenticator:
+    return page.authenticator()
+
+
+@pytest.fixture
+def site(page: Page, demo: Demo, device: Authenticator) -> Page:
+    """The demo, opened in a browser with a platform authenticator and no autofill of passkeys."""
+    page.before_scripts(NO_AUTOFILL)
+    page.goto(demo.url)
+    page.wait_for(CREATE)
+    page.wait_for_text("doesn't suggest passkeys")
+    return page
+
+
+_names = iter(range(1000))
+
+
+def fresh_name() -> str:
+    return f"Visitor {next(_names)}"
+
+
+def sign_up(page: Page) -> str:
+    name = fresh_name()
+    page.fill(NEW_NAME, name)
+    page.click(CREATE)
+    page.wait_for_text(f"Hello, {name}")
+    page.wait_until("document.querySelectorAll('.key').length === 1")
+    return name
+
+
+def sign_out(page: Page) -> None:
+    page.click(OUT)
+    page.wait_for(WITHOUT)
+    page.wait_for_text("You're signed out")
+
+
+def sign_in(page: Page, name: str) -> None:
+    page.fill(NAME, name)
+    page.click(SIGN_IN)
+
+
+def steps_done(page: Page) -> list[str]:
+    done: list[str] = page.js(
+        "[...document.querySelectorAll('#tour .done')].map((item) => item.dataset.step)"
+    )
+    return done
+
+
+def finished(page: Page, path: str) -> Any:
+    """The body with which the page finished a step at its backend."""
+    return json.loads(page.wait_sent(path).body or "")
+
+
+# The six things to try
+
+
+def test_sign_up_with_a_name_makes_a_passkey_and_shows_what_travelled(
+    site: Page, device: Authenticator
+) -> None:
+    name = sign_up(site)
+    assert len(device.credentials()) == 1
+    assert site.text("#announcer") == "Your account is open and its first passkey is kept."
+    assert site.focused() == Named("heading", f"Hello, {name}")
+    assert "its first passkey is kept" in site.text("#account-notice")
+    assert "Person verified by the device" in site.text("#receipt-facts")
+
+    nonce = finished(site, "/api/sign-up/finish")["nonce"]
+    transaction = json.loads(site.wait_sent("/register/transactions/webauthn/start").body or "")[
+        "transaction_id"
+    ]
+    external_id = site.text("#external-id")
+    shown = site.text("#flow")
+    for token in (nonce, transaction):
+        assert f"{token[:8]}…{token[-2:]}" in shown
+        assert token not in site.js("document.documentElement.innerHTML")
+    assert f"{external_id[:8]}…{external_id[-2:]}" in shown
+    hops = site.js(
+        "[...document.querySelectorAll('#flow .hop:not(.back)')].map((hop) => hop.querySelector('.what').textContent)"
+    )
+    assert [re.sub(r"\s+", " ", hop) for hop in hops] == [
+        "This page to its backend: POST /demo/api/sign-up/start",
+        "Its backend to broker: POST /transactions/register",
+        "This page to broker: POST /register/transactions/webauthn/start",
+        "This page to broker: POST /register/transactions/webauthn/finish",
+        "This page to its backend: POST /demo/api/sign-up/finish",
+        "Its backend to broker: POST /authenticate/verify",
+    ]
+    assert site.count("#flow .hop.back") == 6
+    assert steps_done(site) == ["sign-up"]
+
+
+def test_sign_in_by_name(site: Page) -> None:
+    name = sign_up(site)
+    sign_out(site)
+    sign_in(site, name.upper())
+    site.wait_for_text("You signed in by name.")
+    assert site.focused() == Named("heading", f"Hello, {name}")
+    assert "Proves a sign-in" in site.text("#receipt-facts")
+    assert site.sent("/api/sign-in/finish")[0].status == 200
+    assert steps_done(site) == ["sign-up", "by-name"]
+
+
+def test_sign_in_without_a_name(site: Page) -> None:
+    name = sign_up(site)
+    sign_out(site)
+    site.click(WITHOUT)
+    site.wait_for_text("You signed in without typing a name.")
+    assert site.text("#account-title") == f"Hello, {name}"
+    body = json.loads(site.sent("/authenticate/transactions/webauthn/start")[0].body or "")
+    assert "transaction_id" not in body
+    assert steps_done(site) == ["sign-up", "without-name"]
+
+
+def test_sign_in_from_autofill(page: Page, demo: Demo, device: Authenticator) -> None:
+    page.goto(demo.url)
+    page.wait_for(CREATE)
+    page.wait_for_text(
+        "Nothing to suggest right now"
+    )  # this authenticator refuses at once when it has no passkey
+    assert page.count("#sign-in-notice") == 0, "nobody asked, so nobody is told"
+    name = sign_up(page)
+    page.click(OUT)
+    page.wait_for_text("You signed in from the field\u2019s autofill.")  # and this one chooses by itself
+    assert page.text("#account-title") == f"Hello, {name}"
+    assert page.js("document.querySelector('#flow details[open] h3').textContent") == "Sign in from autofill"
+    assert steps_done(page) == ["sign-up", "autofill"]
+
+
+def test_autofill_that_waits_gives_way_to_a_button_and_waits_again(
+    page: Page, demo: Demo, device: Authenticator
+) -> None:
+    page.before_scripts(COUNT_PROMPTS)
+    device.present(False)
+    page.goto(demo.url)
+    page.wait_until("prompts.length === 1")
+    device.present(True)
+    name = sign_up(page)
+    device.present(False)
+    sign_out(page)
+    page.wait_until("prompts.length === 2")
+    assert page.count("#wire-empty") == 0
+    device.present(True)
+    sign_in(page, name)
+    page.wait_for_text("You signed in by name.")
+    assert page.js("prompts") == ["conditional", "conditional", "modal"]
+    device.present(False)
+    sign_out(page)
+    page.wait_until("prompts.length === 4")
+    assert page.js("prompts.at(-1)") == "conditional"
+
+
+def test_a_second_passkey_on_another_device(site: Page, device: Authenticator) -> None:
+    sign_up(site)
+    stick = site.authenticator(transport="usb")
+    site.click(ADD)
+    site.wait_for_text("You can sign in with either passkey now.")
+    assert (len(device.credentials()), len(stick.credentials())) == (1, 1)
+    assert site.count(button("Revoke Device passkey")) == site.count(button("Revoke Security key")) == 1
+    stick.unplug()
+    site.authenticator(transport="nfc")
+    site.click(ADD)
+    site.wait_for(button("Revoke Security key 2"))
+    sign_out(site)
+    device.unplug()
+    site.click(WITHOUT)
+    site.wait_for_text("You signed in without typing a name.")
+    assert steps_done(site) == ["sign-up", "without-name", "second"]
+
+
+def test_passkeys_can_be_named(site: Page) -> None:
+    sign_up(site)
+    site.click("#keys .tools button:first-child")
+    site.wait_for(Named("dialog", "Name this passkey"))
+    assert site.focused() == textbox("Name")
+    site.fill(textbox("Name"), "Work <laptop>")
+    site.press("Enter")
+    site.wait_for_text("Use letters, digits")
+    assert site.count("#keys laptop") == 0
+    site.click("#keys .tools button:first-child")
+    site.fill(textbox("Name"), "Work laptop")
+    site.click(button("Save"))
+    site.wait_for(button("Revoke Work laptop"))
+    assert site.focused() == button("Rename Work laptop")
+    site.reload()
+    site.wait_for(button("Revoke Work laptop"))
+
+
+def test_a_revoked_passkey_no_longer_signs_in_and_the_page_says_so(site: Page, device: Authenticator) -> None:
+    sign_up(site)
+    stick = site.authenticator(transport="usb")
+    site.click(ADD)
+    site.wait_for_text("You can sign in with either passkey now.")
+    site.click("#keys .key:first-child .tools button:last-child")
+    site.wait_for(Named("dialog", "Revoke this passkey?"))
+    assert site.focused() == button("Keep it")
+    assert site.count("#revoke-last") == 0
+    site.click(button("Revoke"))
+    site.wait_for_text("is revoked.")
+    assert site.count(".key") == 1
+    assert site.focused() == Named("heading", "Your passkeys")
+    assert steps_done(site) == ["sign-up", "second", "revoke"]
+    sign_out(site)
+    stick.unplug()
+    site.click(WITHOUT)
+    site.wait_for_text("it may have been revoked", within="#sign-in-notice")
+    refused = site.wait_sent("/authenticate/transactions/webauthn/finish")
+    assert refused.status == 401
+    device.wait_event("deleted")  # the WebAuthn Signal API: the device forgets it too
+    assert device.credentials() == []
+
+
+def test_the_last_passkey_is_revoked_after_a_warning(site: Page) -> None:
+    name = sign_up(site)
+    site.click("#keys .tools button:last-child")
+    site.wait_for(Named("dialog", "Revoke this passkey?"))
+    site.wait_for_text("This is your only passkey.", within="#revoke-last")
+    site.press("Escape")
+    site.wait_gone(Named("dialog", "Revoke this passkey?"))
+    assert site.sent("/revoke") == []
+    assert site.focused().role == "button"
+    site.click("#keys .tools button:last-child")
+    site.click(button("Revoke"))
+    site.wait_for_text("Add a new passkey before you sign out")
+    sign_out(site)
+    sign_in(site, name)
+    site.wait_for_text("has no passkeys left", within="#sign-in-notice")
+
+
+# What goes wrong
+
+
+def test_a_refused_prompt_is_a_sentence_and_can_be_tried_again(site: Page, device: Authenticator) -> None:
+    name = fresh_name()
+    device.verified(False)
+    site.fill(NEW_NAME, name)
+    site.click(CREATE)
+    site.wait_for_text("No passkey was made", within="#sign-up-notice")
+    site.wait_for_text("Your device gave no passkey: cancelled.", within="#flow")
+    assert site.sent("/register/transactions/webauthn/finish") == []
+    device.verified(True)
+    site.click(CREATE)
+    site.wait_for_text(f"Hello, {name}")
+    device.verified(False)
+    sign_out(site)
+    site.click(WITHOUT)
+    site.wait_for_text("No passkey was used", within="#sign-in-notice")
+    sign_in(site, name)
+    site.wait_for_text("this device has none for that name", within="#sign-in-notice")
+
+
+def test_another_button_ends_a_prompt_that_waits(site: Page, device: Authenticator) -> None:
+    name = sign_up(site)
+    device.present(False)
+    sign_out(site)
+    site.fill(NEW_NAME, fresh_name())
+    site.click(CREATE)
+    site.wait_for_text("Your device asks you to make a passkey.", within="#flow")
+    device.present(True)
+    sign_in(site, name)
+    site.wait_for_text("You signed in by name.")
+    assert (
+        site.sent("/register/transactions/webauthn/finish") != []
+        or site.text("#account-title") == f"Hello, {name}"
+    )
+    assert site.sent("/api/sign-up/finish")[1:] == [], "the ended sign-up came to nothing"
+
+
+@pytest.mark.parametrize(
+    ("platform", "sentence"),
+    [
+        ("NotAllowedError", "No passkey was made"),
+        ("InvalidStateError", "already made a passkey for this name"),
+        ("NotSupportedError", "This browser can't use passkeys here."),
+        ("SecurityError", "This browser can't use passkeys here."),
+    ],
+)
+def test_what_the_platform_says_is_said_in_words(
+    page: Page, demo: Demo, platform: str, sentence: str
+) -> None:
+    page.before_scripts(NO_AUTOFILL)
+    page.before_scripts(
+        f"navigator.credentials.create = () => Promise.reject(new DOMException('secret words', '{platform}'))"
+    )
+    page.goto(demo.url)
+    page.fill(NEW_NAME, fresh_name())
+    page.click(CREATE)
+    page.wait_for_text(sentence, within="#sign-up-notice")
+    assert "secret words" not in page.text()
+    assert page.focused() == CREATE, "the focus stays where the visitor was"
+
+
+def test_a_browser_without_passkeys_is_told_before_it_tries(page: Page, demo: Demo) -> None:
+    page.before_scripts("delete globalThis.PublicKeyCredential")
+    page.goto(demo.url)
+    page.wait_for_text("This browser can't use passkeys here.", within="#unsupported")
+    assert page.attribute("#unsupported", "role") == "alert"
+    assert page.js(
+        "[...document.querySelectorAll('.card button')].filter((b) => !b.hidden && b.checkVisibility()).every((b) => b.disabled)"
+    )
+
+
+def test_a_browser_without_scripts_is_told_why_nothing_happens(page: Page, demo: Demo) -> None:
+    page.send("Emulation.setScriptExecutionDisabled", value=True)
+    page.goto(demo.url)
+    assert "This demo needs JavaScript" in page.text()
+
+
+def test_this_device_already_has_one(site: Page, device: Authenticator) -> None:
+    sign_up(site)
+    site.click(ADD)
+    site.wait_for_text("This device already has a passkey for this account.", within="#passkeys-notice")
+    assert site.count(".key") == 1
+    assert len(device.credentials()) == 1
+
+
+def test_an_existing_name_is_refused_at_its_field(site: Page, device: Authenticator) -> None:
+    name = sign_up(site)
+    sign_out(site)
+    site.fill(NEW_NAME, name.lower())
+    site.click(CREATE)
+    site.wait_for_text("is taken", within="#sign-up-notice")
+    assert site.focused() == NEW_NAME
+    assert site.attribute("#sign-up-name", "aria-invalid") == "true"
+    assert "sign-up-notice" in (site.attribute("#sign-up-name", "aria-describedby") or "")
+    assert len(device.credentials()) == 1
+
+
+def test_an_unknown_name_is_refused_at_its_field(site: Page) -> None:
+    sign_in(site, "Nobody at all")
+    site.wait_for_text("There's no account called “Nobody at all” here.", within="#sign-in-notice")
+    assert site.focused() == NAME
+
+
+def test_a_broker_that_is_down_is_a_sentence(site: Page) -> None:
+    def down(_: Request) -> Answer:
+        body = {"code": "service_unavailable", "error": "secret words"}
+        return Answer(503, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    site.intercept("*/v1/apps/*", down)
+    site.click(WITHOUT)
+    site.wait_for_text("The passkey service can't be reached right now.", within="#sign-in-notice")
+    assert "secret words" not in site.text()
+    assert "503" in site.text("#flow")
+
+
+def test_a_site_that_is_down_is_a_sentence(site: Page) -> None:
+    site.fill(NEW_NAME, fresh_name())
+    site.offline()
+    site.click(CREATE)
+    site.wait_for_text("This site can't be reached.", within="#sign-up-notice")
+    site.offline(False)
+    site.click(CREATE)
+    site.wait_for(OUT)
+
+
+def test_a_session_that_ended_leads_back_to_sign_in(site: Page) -> None:
+    sign_up(site)
+    site.send("Network.clearBrowserCookies")
+    site.click(ADD)
+    site.wait_for_text("You're signed out. Sign in to go on.", within="#sign-in-notice")
+    assert site.count(ADD) == 0
+
+
+# For everybody
+
+
+def tab_to(page: Page, target: Named) -> None:
+    """Press Tab until the focus is there, as a person without a mouse does."""
+    for _ in range(60):
+        page.press("Tab")
+        if page.focused() == target:
+            return
+    raise AssertionError(f"{target} is not reached by Tab")
+
+
+def test_the_whole_visit_by_keyboard(site: Page) -> None:
+    name = fresh_name()
+    site.press("Tab")
+    assert site.focused() == Named("link", "Skip to the demo")
+    site.press("Enter")
+    tab_to(site, NEW_NAME)
+    site.send("Input.insertText", text=name)
+    site.press("Enter")
+    site.wait_for_text(f"Hello, {name}")
+    site.wait_until("document.activeElement.id === 'account-title'")
+    tab_to(site, OUT)
+    site.press("Enter")
+    site.wait_until("document.activeElement.id === 'sign-in-title'")
+    tab_to(site, NAME)
+    site.send("Input.insertText", text=name)
+    tab_to(site, SIGN_IN)
+    site.press("Space")
+    site.wait_for_text("You signed in by name.")
+    site.wait_until("document.activeElement.id === 'account-title' && !!document.querySelector('.key')")
+    tab_to(site, button(site.js("document.querySelector('#keys .tools button:last-child').ariaLabel")))
+    site.press("Enter")
+    site.wait_for(Named("dialog", "Revoke this passkey?"))
+    site.press("Escape")
+    site.wait_gone(Named("dialog", "Revoke this passkey?"))
+
+
+def test_the_focus_is_always_visible(site: Page) -> None:
+    hidden = []
+    for _ in range(60):
+        site.press("Tab")
+        if site.js("document.activeElement === document.body"):
+            break  # round the end of the page
+        outline = site.js(
+            "(() => { const s = getComputedStyle(document.activeElement);"
+            " return [s.outlineStyle, parseFloat(s.outlineWidth), document.activeElement.outerHTML.slice(0, 80)] })()"
+        )
+        if outline[0] == "none" or outline[1] < 2:
+            hidden.append(outline)
+    else:
+        raise AssertionError("Tab never reaches the end of the page")
+    assert hidden == []
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+def test_nothing_scrolls_sideways(site: Page, width: int) -> None:
+    site.view(width, 800)
+    measure = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert site.js(measure) == 0
+    sign_up(site)
+    assert site.js(measure) == 0
+    clipped = """[...document.querySelectorAll("main :is(p, h1, h2, h3, button, li, dd, code, input)")]
+      .filter((e) => e.checkVisibility() && !e.closest("pre") && !e.closest(".vh") && !e.matches(".vh"))
+      .filter((e) => { const r = e.getBoundingClientRect(); return r.right > innerWidth + 0.5 || r.left < -0.5; })
+      .map((e) => e.outerHTML.slice(0, 100))"""
+    assert site.js(clipped) == []
+
+
+def test_targets_are_large_enough_for_a_finger(site: Page) -> None:
+    site.view(360, 800)
+    sign_up(site)
+    small = """[...document.querySelectorAll("button, input, summary")].filter((e) => e.checkVisibility())
+      .filter((e) => e.getBoundingClientRect().height < 44).map((e) => e.outerHTML.slice(0, 100))"""
+    assert site.js(small) == []
+
+
+AUDIT = r"""(() => {
+  const all = (s) => [...document.querySelectorAll(s)].filter((e) => e.checkVisibility());
+  const faults = [];
+  const say = (what, e) => faults.push(`${what}: ${e.outerHTML.slice(0, 90)}`);
+  if (!document.documentElement.lang) faults.push("no language");
+  if (!document.title) faults.push("no title");
+  if (all("h1").length !== 1) faults.push("not one h1");
+  for (const landmark of ["header", "main", "nav", "footer"]) if (!all(landmark).length) faults.push(`no ${landmark}`);
+  if (all("main").length !== 1) faults.push("not one main");
+  for (const e of all("nav, section"))
+    if (!e.ariaLabel && !document.getElementById(e.getAttribute("aria-labelledby"))) say("unnamed region", e);
+  for (const e of all("input")) if (!e.labels.length || !e.labels[0].textContent.trim()) say("no label", e);
+  for (const e of all("button, a, summary")) if (!(e.ariaLabel || e.textContent.trim() || e.querySelector("img[alt]")?.alt)) say("no name", e);
+  for (const e of all("img")) if (!e.hasAttribute("alt")) say("no alt", e);
+  for (const e of all("svg")) if (!e.closest("[aria-hidden=true]")) say("drawing read aloud", e);
+  const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
+  for (const id of ids) if (ids.indexOf(id) !== ids.lastIndexOf(id)) faults.push(`id twice: ${id}`);
+  for (const name of ["aria-labelledby", "aria-describedby", "for"])
+    for (const e of document.querySelectorAll(`[${name}]`))
+      for (const id of e.getAttribute(name).split(" ")) if (!document.getElementById(id)) say(`${name} leads nowhere`, e);
+  for (const e of all("a[href^='#']")) if (!document.getElementById(e.hash.slice(1))) say("link leads nowhere", e);
+  let level = 0;
+  for (const e of all("h1, h2, h3, h4")) {
+    const mine = Number(e.tagName[1]);
+    if (mine > level + 1) say("heading skips a level", e);
+    level = mine;
+  }
+  if (document.querySelectorAll("[style], [onclick], style").length) faults.push("inline style or script");
+  for (const e of document.querySelectorAll("[tabindex]")) if (e.tabIndex > 0) say("tab order forced", e);
+  if (all("[role=status]").length !== 1) faults.push("not one live region");
+  return faults;
+})()"""
+
+
+def test_structure_is_there_for_those_who_do_not_see_the_page(site: Page) -> None:
+    assert site.js(AUDIT) == []
+    sign_up(site)
+    assert site.js(AUDIT) == []
+
+
+# WCAG 2.2, 1.4.3 (text 4.5:1) and 1.4.11 (edges of controls 3:1); colours as computed, backgrounds composed from the ancestors.
+CONTRAST = r"""(() => {
+  const parse = (text) => {
+    const n = text.match(/[\d.]+/g).map(Number);
+    return text.startsWith("color(srgb") ? [n[0] * 255, n[1] * 255, n[2] * 255, n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1];
+  };
+  const over = (top, under) => top.slice(0, 3).map((c, i) => c * top[3] + under[i] * (1 - top[3]));
+  const behind = (e) => {
+    const layers = [];
+    for (let at = e; at; at = at.parentElement) layers.push(parse(getComputedStyle(at).backgroundColor));
+    return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255]);
+  };
+  const light = (c) => {
+    const [r, g, b] = c.map((v) => ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const faults = [];
+  let judged = 0;
+  for (const e of document.querySelectorAll("body *")) {
+    if (!e.checkVisibility() || e.closest(".vh, .skip, noscript")) continue;
+    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+    judged += 1;
+    const ground = behind(e);
+    const found = ratio(over(parse(getComputedStyle(e).color), ground), ground);
+    if (found < 4.5 && !e.closest(":disabled")) faults.push(`${found.toFixed(2)} ${e.outerHTML.slice(0, 90)}`);
+  }
+  for (const e of document.querySelectorAll("input")) {
+    if (!e.checkVisibility()) continue;
+    const ground = behind(e.parentElement);
+    const found = ratio(over(parse(getComputedStyle(e).borderTopColor), ground), ground);
+    if (found < 3) faults.push(`edge ${found.toFixed(2)} ${e.outerHTML.slice(0, 90)}`);
+  }
+  return judged > 40 ? faults : [`only ${judged} texts judged`];
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_contrast_is_enough_in_both_schemes(site: Page, dark: bool) -> None:
+    site.view(1280, 900, dark=dark, prefers_reduced_motion="reduce")
+    assert site.js(CONTRAST) == []
+    sign_in(site, "Nobody at all")
+    site.wait_for_text("There's no account", within="#sign-in-notice")
+    assert site.js(CONTRAST) == []
+    sign_up(site)
+    assert site.js(CONTRAST) == []
+    background = site.js("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(12, 18, 16)" if dark else "rgb(244, 246, 242)")
+
+
+def test_nothing_moves_for_those_who_asked_for_that(site: Page) -> None:
+    site.view(1280, 900, prefers_reduced_motion="reduce")
+    sign_up(site)
+    assert site.js("document.getAnimations().length") == 0
+
+
+def test_links_to_steps_that_are_hidden_say_what_to_do_first(site: Page) -> None:
+    site.click(Named("link", "Revoke one"))
+    site.wait_for_text("Sign up or sign in first", within="#sign-up-notice")
+    sign_up(site)
+    site.click(Named("link", "Sign in by name"))
+    site.wait_for_text("Sign out first", within="#account-notice")
+
+
+def test_the_diagram_can_be_cleared(site: Page) -> None:
+    sign_up(site)
+    site.click(button("Clear"))
+    site.wait_for_text("Nothing has travelled yet.", within="#flow")
+    assert site.count("#flow .hop") == 0
+
+
+def test_a_name_is_shown_as_text_wherever_it_comes_from(site: Page) -> None:
+    """Were a hostile name to pass the backend, the page still shows it as text (and the policy forbids it to act)."""
+
+    markup = "<img src=x onerror=document.title='owned'>"
+
+    def hostile(request: Request) -> Answer:
+        account = {"name": markup, "external_id": markup, "since": time.time()}
+        key = {
+            "id": "A" * 24,
+            "label": markup,
+            "name": markup,
+            "kind": "passkey",
+            "created_at": "2026-01-01T00:00:00Z",
+        }
+        body = {"app_id": "A" * 24, "account": account, "passkeys": [key], "trace": []}
+        return Answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    site.intercept("*/demo/api/*", hostile)
+    site.reload()
+    site.wait_for_text("Hello, <img src=x")
+    site.wait_for(button(f"Revoke {markup}"))
+    assert site.js("document.title") == "Passkey broker: live demo"
+    assert site.count("#account img, #passkeys img") == 0

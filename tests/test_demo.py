@@ -1,0 +1,872 @@
+"""The sample site's backend, over HTTP, on a real broker: what a visitor can do, and what an attacker can't.
+
+A `Visitor` is a browser reduced to what matters here: one cookie, an Origin header, and a software authenticator that answers
+the broker. Attacks are sent as a browser, or a program, would send them; each test looks at the answer and at what is true after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import sqlite3
+import stat
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+
+from broker.app import Parts, Service, assemble, serve
+from broker.demo import demo_app
+from broker.demo.accounts import CEREMONY, NAME_LIMIT, RESERVATION, SESSION, InvalidName, parse_name
+from broker.demo.api import routes
+from broker.demo.guard import BODY_LIMIT, COOKIE
+from broker.demo.wire import short
+from broker.embedded import EmbeddedStores
+from broker.telemetry import Log
+from tests.authenticator import Authenticator, flex_wire_form
+from tests.conftest import Clock, settings_for
+
+POSTS = sorted(
+    route.path.replace("{passkey_id:[A-Za-z0-9]{24}}", "A" * 24)
+    for route in routes
+    if isinstance(route, web.RouteDef) and route.method == "POST"
+)
+
+
+@dataclass(slots=True)
+class Reply:
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The refusal's code; each has a sentence that ends like one."""
+        assert self.json["error"].endswith((".", "?")), self.body
+        return str(self.json["code"])
+
+
+@dataclass(slots=True)
+class Site:
+    """The demo, mounted on a broker as `broker dev` mounts it."""
+
+    service: Service
+    session: aiohttp.ClientSession
+    clock: Clock
+    data: Path
+    app_id: str
+    key: str
+    subapp: web.Application
+
+    @property
+    def origin(self) -> str:
+        return f"http://localhost:{self.service.port}"
+
+    @property
+    def parts(self) -> Parts:
+        return self.service.parts
+
+    def visitor(self) -> Visitor:
+        return Visitor(self)
+
+    def database(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.data / "demo.sqlite3", isolation_level=None)
+
+
+@dataclass(slots=True)
+class Visitor:
+    site: Site
+    device: Authenticator = field(default_factory=Authenticator)
+    cookie: str | None = None
+    set_cookies: list[str] = field(default_factory=list)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        data: Any = None,
+        origin: str | None = "",
+        content_type: str = "application/json",
+    ) -> Reply:
+        """One request to the demo; `origin` "" means the site's own, None sends none."""
+        headers = {"Content-Type": content_type} if method == "POST" else {}
+        if origin is not None and method == "POST":
+            headers["Origin"] = origin or self.site.origin
+        if self.cookie:
+            headers["Cookie"] = f"{COOKIE}={self.cookie}"
+        url = f"{self.site.origin}/demo{path}"
+        sent = orjson.dumps(body) if data is None and method == "POST" else data
+        async with self.site.session.request(
+            method, url, data=sent, headers=headers, allow_redirects=False
+        ) as response:
+            for line in response.headers.getall("Set-Cookie", []):
+                self.set_cookies.append(line)
+                self.cookie = line.split(";")[0].partition("=")[2].strip('"') or None
+            return Reply(response.status, response.headers, await response.read())
+
+    async def post(self, path: str, **body: object) -> Reply:
+        return await self.send("POST", path, body)
+
+    async def get(self, path: str) -> Reply:
+        return await self.send("GET", path)
+
+    # The page's part of a ceremony, against the broker
+
+    async def _step(self, path: str, body: object) -> Any:
+        url = f"{self.site.origin}/v1/apps/{self.site.app_id}/{path}"
+        async with self.site.session.post(
+            url, data=orjson.dumps(body), headers={"Origin": self.site.origin}
+        ) as response:
+            answer = orjson.loads(await response.read())
+            assert response.status == 200, answer
+            return answer
+
+    async def register(self, transaction: str) -> str:
+        """A nonce for a new passkey on the visitor's device."""
+        begun = await self._step("register/transactions/webauthn/start", {"transaction_id": transaction})
+        options = begun["handshake"]["challenge"]["publicKey"]
+        answer = flex_wire_form(self.device.register(options, self.site.origin))
+        body = {
+            "handshake_id": begun["handshake"]["id"],
+            "handshake_response": answer,
+            "transaction_id": transaction,
+        }
+        return str((await self._step("register/transactions/webauthn/finish", body))["nonce"])
+
+    async def authenticate(self, transaction: str | None = None) -> str:
+        """A nonce for a sign-in with the visitor's device."""
+        begun = await self._step("authenticate/transactions/webauthn/start", {"transaction_id": transaction})
+        options = begun["handshake"]["challenge"]["publicKey"]
+        answer = self.device.authenticate(options, self.site.origin)
+        body = {"handshake_id": begun["handshake"]["id"], "handshake_response": answer}
+        return str((await self._step("authenticate/transactions/webauthn/finish", body))["nonce"])
+
+    # Whole steps
+
+    async def begin_sign_up(self, name: str) -> str:
+        started = await self.post("/api/sign-up/start", name=name)
+        assert started.status == 200, started.body
+        return str(started.json["transaction_id"])
+
+    async def sign_up(self, name: str) -> Reply:
+        nonce = await self.register(await self.begin_sign_up(name))
+        done = await self.post("/api/sign-up/finish", nonce=nonce)
+        assert done.status == 200, done.body
+        return done
+
+    async def begin_sign_in(self, name: str) -> str:
+        started = await self.post("/api/sign-in/start", name=name)
+        assert started.status == 200, started.body
+        return str(started.json["transaction_id"])
+
+    async def passkeys(self) -> list[dict[str, Any]]:
+        listed = await self.get("/api/passkeys")
+        assert listed.status == 200, listed.body
+        found: list[dict[str, Any]] = listed.json["passkeys"]
+        return found
+
+    async def account(self) -> str | None:
+        """Who the site says is signed in."""
+        state = (await self.get("/api/state")).json["account"]
+        return None if state is None else str(state["name"])
+
+
+StartSite = Callable[..., Any]
+
+
+@pytest.fixture
+async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[StartSite]:
+    """Start the demo on a broker; again on the same data is a restart. Arguments replace those of `demo_app`."""
+    opened: list[tuple[Service, aiohttp.ClientSession]] = []
+
+    async def start(again: Site | None = None, **changes: Any) -> Site:
+        clock = again.clock if again else Clock()
+        parts = await assemble(
+            settings_for(stores, host="localhost", store_timeout=1.5),
+            log=Log(io.StringIO(), level="debug"),
+            clock=clock,
+        )
+        if again is None:
+            app, key = await parts.directory.create_app("Demo", "localhost", ["http://localhost:1"])
+        else:
+            app, key = await parts.directory.app(again.app_id), again.key
+        made: list[web.Application] = []
+
+        async def prepare(port: int) -> dict[str, web.Application]:
+            arguments: dict[str, Any] = {
+                "broker_url": f"http://127.0.0.1:{port}",
+                "app_id": app.id,
+                "api_key": key,
+                "data": tmp_path,
+                "origins": lambda: {f"http://localhost:{port}", "https://demo.example"},
+                "clock": clock,
+            }
+            made.append(demo_app(**arguments | changes))
+            return {"/demo/": made[0]}
+
+        service = await serve(parts, prepare=prepare)
+        await parts.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
+        session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        opened.append((service, session))
+        return Site(service, session, clock, tmp_path, app.id, key, made[0])
+
+    yield start
+    for service, session in opened:
+        await session.close()
+        await service.close()
+
+
+@pytest.fixture
+async def site(start_site: StartSite) -> Site:
+    started: Site = await start_site()
+    return started
+
+
+@pytest.fixture
+def ada(site: Site) -> Visitor:
+    return site.visitor()
+
+
+@pytest.fixture
+def eve(site: Site) -> Visitor:
+    return site.visitor()
+
+
+# What a visitor can do
+
+
+async def test_a_visit_from_sign_up_to_revocation(ada: Visitor) -> None:
+    done = await ada.sign_up("Ada Lovelace")
+    assert done.json["account"]["name"] == "Ada Lovelace"
+    assert done.json["receipt"]["purpose"] == "register"
+    assert done.json["receipt"]["external_id"] == done.json["account"]["external_id"] != "Ada Lovelace"
+    assert await ada.account() == "Ada Lovelace"
+
+    assert (await ada.post("/api/sign-out")).status == 200
+    assert await ada.account() is None
+
+    by_name = await ada.post(
+        "/api/sign-in/finish", nonce=await ada.authenticate(await ada.begin_sign_in("ada  LOVELACE"))
+    )
+    assert by_name.json["account"]["name"] == "Ada Lovelace"
+    assert by_name.json["receipt"]["purpose"] == "authenticate"
+
+    await ada.post("/api/sign-out")
+    without = await ada.post("/api/sign-in/discoverable", nonce=await ada.authenticate())
+    assert without.json["account"]["name"] == "Ada Lovelace"
+
+    second = Visitor(ada.site, cookie=ada.cookie)
+    added = await ada.post("/api/passkeys/start")
+    done = await ada.post("/api/passkeys/finish", nonce=await second.register(added.json["transaction_id"]))
+    assert [key["current"] for key in done.json["passkeys"]] == [True, False]
+    extra = done.json["passkeys"][1]["id"]
+
+    renamed = await ada.post(f"/api/passkeys/{extra}/label", label="Blue key")
+    assert [key["label"] for key in renamed.json["passkeys"]] == [None, "Blue key"]
+
+    revoked = await ada.post(f"/api/passkeys/{extra}/revoke")
+    assert [key["current"] for key in revoked.json["passkeys"]] == [True]
+    assert await ada.passkeys() == revoked.json["passkeys"]
+
+
+async def test_the_trace_tells_of_every_call_and_holds_no_secret(ada: Visitor) -> None:
+    transaction = await ada.begin_sign_up("Ada")
+    nonce = await ada.register(transaction)
+    done = await ada.post("/api/sign-up/finish", nonce=nonce)
+    (hop,) = done.json["trace"]
+    assert (hop["method"], hop["path"], hop["status"]) == ("POST", "/authenticate/verify", 200)
+    assert hop["sent"]["nonce"] == short(nonce)
+    assert hop["sent"]["transaction"] == short(transaction)
+    assert hop["got"]["external id"] == short(done.json["account"]["external_id"])
+    listed = await ada.get("/api/passkeys")
+    assert [h["path"].split("/")[-1] for h in listed.json["trace"]] == ["users", "devices"]
+    for reply in (done, listed):
+        for secret in (nonce, ada.site.key, ada.cookie or "no cookie"):
+            assert secret.encode() not in reply.body
+
+
+async def test_accounts_and_sessions_survive_a_restart(
+    start_site: StartSite, site: Site, ada: Visitor
+) -> None:
+    await ada.sign_up("Ada")
+    await site.service.close()
+    ada.site = await start_site(site)
+    assert await ada.account() == "Ada"
+    await ada.post("/api/sign-out")
+    nonce = await ada.authenticate()
+    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).json["account"]["name"] == "Ada"
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("Ada", "Ada"),
+        ("  Ada   Lovelace ", "Ada Lovelace"),
+        ("\uff21\uff44\uff41", "Ada"),
+        ("Zoë O'Neill-Ümit", "Zoë O'Neill-Ümit"),
+        ("李小龙", "李小龙"),
+        ("नमस्ते", "नमस्ते"),
+        ("a@b.example", "a@b.example"),
+        ("x" * NAME_LIMIT, "x" * NAME_LIMIT),
+    ],
+)
+def test_names_are_shown_as_typed_but_for_their_form(typed: str, shown: str) -> None:
+    assert parse_name(typed)[0] == shown
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "   ",
+        "---",
+        "a" * (NAME_LIMIT + 1),
+        "a\x00b",
+        "a\u202eb",
+        "a\u200db",
+        "<b>",
+        "a\ud800",
+        "a/b",
+        "🦊",
+    ],
+)
+def test_names_that_mislead_or_break_are_refused_with_a_sentence(typed: str) -> None:
+    with pytest.raises(InvalidName, match=r"\.$"):
+        parse_name(typed)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Ada", "aDA"), ("Straße", "STRASSE"), ("ﬁn", "FIN"), ("Å", "a\u030a")]
+)
+def test_names_are_compared_without_case_and_form(one: str, other: str) -> None:
+    assert parse_name(one)[1] == parse_name(other)[1]
+
+
+@pytest.mark.parametrize("name", ["Ada", "aDa", "  ADA ", "\uff21da"])
+async def test_an_existing_name_is_not_signed_up_again(ada: Visitor, eve: Visitor, name: str) -> None:
+    await ada.sign_up("Ada")
+    refused = await eve.post("/api/sign-up/start", name=name)
+    assert (refused.status, refused.code) == (409, "name_taken")
+    assert "transaction_id" not in refused.json
+    assert refused.json["trace"] == []
+    assert len(await ada.passkeys()) == 1
+
+
+async def test_an_unfinished_name_is_held_for_its_session_and_then_free(
+    site: Site, ada: Visitor, eve: Visitor
+) -> None:
+    await ada.begin_sign_up("Ada")
+    refused = await eve.post("/api/sign-up/start", name="ada")
+    assert (refused.status, refused.code) == (409, "name_taken")
+
+    again = await ada.post("/api/sign-up/start", name="ADA")
+    assert again.status == 200
+    first = again.json["trace"][0]["sent"]["external id"]
+
+    site.clock.ahead += RESERVATION + 1
+    taken = await eve.post("/api/sign-up/start", name="Ada")
+    assert taken.status == 200
+    assert taken.json["trace"][0]["sent"]["external id"] != first, (
+        "a name's next owner must not get old passkeys"
+    )
+
+
+async def test_a_retry_of_the_same_session_keeps_its_external_id(ada: Visitor) -> None:
+    first = await ada.post("/api/sign-up/start", name="Ada")
+    second = await ada.post("/api/sign-up/start", name="Ada")
+    assert first.json["trace"][0]["sent"]["external id"] == second.json["trace"][0]["sent"]["external id"]
+    assert first.json["transaction_id"] != second.json["transaction_id"]
+    nonce = await ada.register(first.json["transaction_id"])
+    refused = await ada.post("/api/sign-up/finish", nonce=nonce)
+    assert (refused.status, refused.code) == (401, "nonce_refused"), (
+        "the session expects the second transaction"
+    )
+
+
+async def test_a_session_holds_one_unfinished_name_only(ada: Visitor, eve: Visitor) -> None:
+    await ada.begin_sign_up("Ada")
+    await ada.begin_sign_up("Grace")
+    assert (await eve.post("/api/sign-up/start", name="Ada")).status == 200
+    assert (await eve.post("/api/sign-up/start", name="Grace")).code == "name_taken"
+
+
+async def test_an_unfinished_account_is_found_by_no_name(ada: Visitor, eve: Visitor) -> None:
+    await ada.begin_sign_up("Ada")
+    refused = await eve.post("/api/sign-in/start", name="Ada")
+    assert (refused.status, refused.code) == (404, "unknown_name")
+
+
+async def test_a_passkey_whose_answer_was_lost_finishes_the_sign_up(ada: Visitor) -> None:
+    await ada.register(await ada.begin_sign_up("Ada"))  # and the page never brings the nonce
+    nonce = await ada.authenticate()
+    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).json["account"]["name"] == "Ada"
+    assert len(await ada.passkeys()) == 1
+
+
+# Requests that are not our page's
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    "origin", [None, "null", "https://evil.example", "http://localhost:1", "HTTPS://DEMO.EXAMPLE"]
+)
+async def test_a_request_from_elsewhere_is_refused_before_it_is_read(
+    ada: Visitor, path: str, origin: str | None
+) -> None:
+    refused = await ada.send("POST", path, {"name": "Ada"}, origin=origin)
+    assert (refused.status, refused.code) == (403, "foreign_origin")
+    assert "Access-Control-Allow-Origin" not in refused.headers
+    assert ada.set_cookies == []
+
+
+async def test_a_foreign_page_cannot_sign_a_visitor_out_or_revoke(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    (key,) = await ada.passkeys()
+    for path in ("/api/sign-out", f"/api/passkeys/{key['id']}/revoke"):
+        assert (await ada.send("POST", path, {"last": True}, origin="https://evil.example")).status == 403
+    assert await ada.account() == "Ada"
+    assert len(await ada.passkeys()) == 1
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx"]
+)
+async def test_only_json_is_read(ada: Visitor, path: str, content_type: str) -> None:
+    refused = await ada.send("POST", path, {"name": "Ada"}, content_type=content_type)
+    assert (refused.status, refused.code) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"", 400, "invalid_request"),
+        (b"[]", 400, "invalid_request"),
+        (b"null", 400, "invalid_request"),
+        (b"{", 400, "invalid_request"),
+        (b"\xff{}", 400, "invalid_request"),
+        (b"[" * BODY_LIMIT, 400, "invalid_request"),
+        (b'{"name":"a","name":"b"}', 400, "invalid_request"),
+        (b'{"name":NaN}', 400, "invalid_request"),
+        (b"{}", 400, "invalid_request"),
+        (b'{"name":null}', 400, "invalid_request"),
+        (b'{"name":7}', 400, "invalid_request"),
+        (b'{"name":""}', 400, "invalid_request"),
+        (b'{"name":" "}', 400, "invalid_name"),
+        (b'{"name":"\\ud800"}', 400, "invalid_request"),
+        (b'{"name":"\\u0000"}', 400, "invalid_name"),
+        (b'{"name":"' + b"a" * 65 + b'"}', 400, "invalid_name"),
+        (b'{"name":"' + b"a" * 257 + b'"}', 400, "invalid_request"),
+        (b'{"name":"' + b"a" * BODY_LIMIT + b'"}', 413, "request_too_large"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/sign-up/start", "/api/sign-in/start"])
+async def test_bad_bodies_get_a_sentence(
+    ada: Visitor, path: str, data: bytes, status: int, code: str
+) -> None:
+    refused = await ada.send("POST", path, data=data)
+    assert (refused.status, refused.code) == (status, code)
+    assert refused.json["trace"] == []
+
+
+async def test_a_body_without_a_length_is_bounded_too(ada: Visitor) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b" " * 1024
+
+    refused = await ada.send("POST", "/api/sign-up/start", data=endless())
+    assert (refused.status, refused.code) == (413, "request_too_large")
+
+
+async def test_a_body_that_breaks_off_is_a_sentence(site: Site) -> None:
+    head = (
+        f"POST /demo/api/sign-up/start HTTP/1.1\r\nHost: localhost\r\nOrigin: {site.origin}\r\n"
+        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection("localhost", site.service.port)
+    writer.write(head.encode() + b'5\r\n{"nam\r\nnot a size\r\n')
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer.split()[1] == b"400"
+    assert b'"code":"' in answer
+    assert b"nam" not in answer
+
+
+# Sessions
+
+
+async def test_cookies_are_out_of_reach_of_scripts_and_other_sites(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    await ada.post("/api/sign-out")
+    assert len(ada.set_cookies) == 3  # visit, signed in, cleared
+    for line in ada.set_cookies:
+        flags = {part.strip().lower() for part in line.split(";")[1:]}
+        assert {"httponly", "samesite=strict", "path=/demo/"} <= flags
+        assert "secure" not in flags, "plain http on localhost"
+        assert not any(flag.startswith("domain") for flag in flags)
+
+
+async def test_cookies_are_secure_over_https(ada: Visitor) -> None:
+    await ada.send("POST", "/api/sign-up/start", {"name": "Ada"}, origin="https://demo.example")
+    await ada.send("POST", "/api/sign-out", {}, origin="https://demo.example")
+    assert len(ada.set_cookies) == 2
+    assert all("secure" in line.lower() for line in ada.set_cookies)
+
+
+async def test_a_planted_session_is_worth_nothing_after_sign_in(ada: Visitor, eve: Visitor) -> None:
+    """Session fixation: Eve gives Ada's browser a session that Eve knows; Ada signs in with it."""
+    await eve.begin_sign_up("Eve")
+    ada.cookie = planted = eve.cookie
+    await ada.sign_up("Ada")
+    assert ada.cookie != planted
+    assert await ada.account() == "Ada"
+    assert await eve.account() is None
+    assert (await eve.get("/api/passkeys")).code == "not_signed_in"
+
+
+async def test_a_session_of_the_visitors_own_making_is_not_taken_up(ada: Visitor) -> None:
+    ada.cookie = "A" * 43
+    await ada.begin_sign_up("Ada")
+    assert ada.cookie != "A" * 43
+
+
+async def test_sign_in_renews_and_ends_the_session_before(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    old = ada.cookie
+    done = await ada.post("/api/sign-in/discoverable", nonce=await ada.authenticate())
+    assert done.status == 200
+    assert ada.cookie != old
+    ada.cookie = old
+    assert await ada.account() is None
+
+
+async def test_sign_out_ends_the_session_on_the_server(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    stolen = ada.cookie
+    await ada.post("/api/sign-out")
+    ada.cookie = stolen
+    assert await ada.account() is None
+
+
+async def test_sessions_end_by_time(site: Site, ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    site.clock.ahead += SESSION - 60
+    assert await ada.account() == "Ada"
+    site.clock.ahead += 61
+    assert await ada.account() is None
+    assert (await ada.get("/api/passkeys")).status == 401
+
+
+async def test_the_file_is_private_and_holds_no_token(site: Site, ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    await ada.begin_sign_in("Ada")
+    files = sorted(site.data.glob("demo.sqlite3*"))
+    assert len(files) >= 1
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        content = path.read_bytes()
+        assert (ada.cookie or "no cookie").encode() not in content
+        assert site.key.encode() not in content
+
+
+@pytest.mark.parametrize("path", [path for path in POSTS if path.startswith("/api/passkeys/")])
+async def test_passkeys_need_a_session(ada: Visitor, path: str) -> None:
+    await ada.begin_sign_up("Ada")  # a session, but nobody's
+    for cookie in (ada.cookie, None, "forged"):
+        ada.cookie = cookie
+        refused = await ada.send("POST", path, {"nonce": "pbn_x", "label": "x"})
+        assert (refused.status, refused.code) == (401, "not_signed_in")
+        assert refused.json["trace"] == [], "the broker isn't asked"
+    assert (await ada.get("/api/passkeys")).code == "not_signed_in"
+
+
+async def test_a_signed_in_visitor_signs_out_before_another_sign_up(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    refused = await ada.post("/api/sign-up/start", name="Grace")
+    assert (refused.status, refused.code) == (409, "signed_in")
+
+
+# Nonces
+
+
+async def test_a_registration_buys_no_sign_in(ada: Visitor, eve: Visitor) -> None:
+    """Eve registers a passkey in her own sign-up, and brings that nonce to each way in."""
+    await ada.sign_up("Ada")
+    for path in ("/api/sign-in/discoverable", "/api/sign-in/finish"):
+        nonce = await eve.register(await eve.begin_sign_up("Eve"))
+        await eve.begin_sign_in("Ada")
+        refused = await eve.post(path, nonce=nonce)
+        assert (refused.status, refused.code) == (401, "nonce_refused")
+        assert await eve.account() is None
+        eve.device = Authenticator()
+
+
+async def test_another_persons_nonce_buys_nothing(ada: Visitor, eve: Visitor) -> None:
+    await ada.sign_up("Ada")
+    await eve.sign_up("Eve")
+    await eve.post("/api/sign-out")
+    await eve.begin_sign_in("Ada")
+    refused = await eve.post("/api/sign-in/finish", nonce=await eve.authenticate())
+    assert (refused.status, refused.code) == (401, "nonce_refused")
+    assert await eve.account() is None
+
+
+async def test_the_nonce_of_another_transaction_buys_nothing(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    await ada.post("/api/sign-out")
+    first = await ada.begin_sign_in("Ada")
+    await ada.begin_sign_in("Ada")
+    refused = await ada.post("/api/sign-in/finish", nonce=await ada.authenticate(first))
+    assert (refused.status, refused.code) == (401, "nonce_refused")
+
+
+async def test_a_sign_in_buys_no_sign_up(ada: Visitor, eve: Visitor) -> None:
+    await eve.sign_up("Eve")
+    await eve.post("/api/sign-out")
+    await eve.begin_sign_up("Mallory")
+    refused = await eve.post("/api/sign-up/finish", nonce=await eve.authenticate())
+    assert (refused.status, refused.code) == (401, "nonce_refused")
+    assert (await ada.post("/api/sign-in/start", name="Mallory")).code == "unknown_name"
+
+
+async def test_a_passkey_of_another_account_is_not_added(ada: Visitor, eve: Visitor) -> None:
+    await ada.sign_up("Ada")
+    nonce = await eve.register(await eve.begin_sign_up("Eve"))
+    await ada.post("/api/passkeys/start")
+    refused = await ada.post("/api/passkeys/finish", nonce=nonce)
+    assert (refused.status, refused.code) == (401, "nonce_refused")
+    assert len(await ada.passkeys()) == 1
+
+
+async def test_a_nonce_and_a_ceremony_are_good_once(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    nonce = await ada.authenticate()
+    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).status == 200
+    again = await ada.post("/api/sign-in/discoverable", nonce=nonce)
+    assert (again.status, again.code) == (401, "nonce_refused")
+
+    transaction = await ada.begin_sign_in("Ada")
+    wrong = await ada.post("/api/sign-in/finish", nonce="pbn_" + "x" * 43)
+    assert wrong.code == "nonce_refused"
+    spent = await ada.post("/api/sign-in/finish", nonce=await ada.authenticate(transaction))
+    assert (spent.status, spent.code) == (409, "nothing_begun"), "a wrong answer can't be retried"
+
+
+@pytest.mark.parametrize("nonce", ["x", "\x00", "é", "a" * 256])
+async def test_what_is_no_nonce_is_refused_as_one(ada: Visitor, nonce: str) -> None:
+    data = json.dumps({"nonce": nonce}).encode()
+    refused = await ada.send("POST", "/api/sign-in/discoverable", data=data)
+    assert (refused.status, refused.code) == (401, "nonce_refused")
+
+
+@pytest.mark.parametrize("nonce", [None, "", 7, ["x"], "\ud800", "a" * 257])
+async def test_what_is_no_text_is_not_even_asked_about(ada: Visitor, nonce: object) -> None:
+    data = json.dumps({"nonce": nonce}).encode()
+    for path in (
+        "/api/sign-up/finish",
+        "/api/sign-in/finish",
+        "/api/sign-in/discoverable",
+        "/api/passkeys/finish",
+    ):
+        refused = await ada.send("POST", path, data=data)
+        assert (refused.status, refused.code) == (400, "invalid_request")
+        assert refused.json["trace"] == []
+
+
+@pytest.mark.parametrize("path", ["/api/sign-up/finish", "/api/sign-in/finish"])
+async def test_finishing_needs_a_session_that_began(ada: Visitor, eve: Visitor, path: str) -> None:
+    await ada.sign_up("Ada")
+    nonce = await ada.authenticate(await ada.begin_sign_in("Ada"))
+    refused = await eve.post(path, nonce=nonce)
+    assert (refused.status, refused.code) == (409, "nothing_begun")
+    assert refused.json["trace"] == [], "the nonce is not redeemed, its owner still can"
+    assert (await ada.post("/api/sign-in/finish", nonce=nonce)).status == 200
+
+
+async def test_a_begun_ceremony_is_forgotten_in_time(site: Site, ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    transaction = await ada.begin_sign_in("Ada")
+    nonce = await ada.authenticate(transaction)
+    site.clock.ahead += CEREMONY + 1
+    refused = await ada.post("/api/sign-in/finish", nonce=nonce)
+    assert (refused.status, refused.code) == (409, "nothing_begun")
+
+
+async def test_a_good_passkey_of_nobody_here_opens_nothing(site: Site, ada: Visitor) -> None:
+    """The app's other sites may have users of their own; the receipt names one of them."""
+    await ada.sign_up("Ada")
+    await ada.post("/api/sign-out")
+    with site.database() as db:
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("DELETE FROM account")
+    refused = await ada.post("/api/sign-in/discoverable", nonce=await ada.authenticate())
+    assert (refused.status, refused.code) == (404, "no_such_account")
+    assert await ada.account() is None
+
+
+# Passkeys
+
+
+async def test_a_passkey_of_somebody_else_is_not_renamed_or_revoked(ada: Visitor, eve: Visitor) -> None:
+    await ada.sign_up("Ada")
+    await eve.sign_up("Eve")
+    (key,) = await ada.passkeys()
+    for verb, body in (("label", {"label": "mine"}), ("revoke", {"last": True})):
+        refused = await eve.post(f"/api/passkeys/{key['id']}/{verb}", **body)
+        assert (refused.status, refused.code) == (404, "unknown_passkey")
+    assert await ada.passkeys() == [key]
+
+
+async def test_the_last_passkey_goes_only_after_a_warning(ada: Visitor, eve: Visitor) -> None:
+    await ada.sign_up("Ada")
+    (key,) = await ada.passkeys()
+    for last in (None, False, "true", 1):
+        refused = await ada.post(f"/api/passkeys/{key['id']}/revoke", last=last)
+        assert (refused.status, refused.code) == (409, "last_passkey")
+    gone = await ada.post(f"/api/passkeys/{key['id']}/revoke", last=True)
+    assert gone.json["passkeys"] == []
+    assert await ada.account() == "Ada", "still signed in, so a new passkey can be added"
+    refused = await eve.post("/api/sign-in/start", name="Ada")
+    assert (refused.status, refused.code) == (409, "no_passkeys")
+    assert (await eve.post("/api/sign-up/start", name="Ada")).code == "name_taken"
+
+
+async def test_a_revoked_passkey_ends_the_sessions_it_opened(site: Site, ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    thief = Visitor(site, device=ada.device)
+    await thief.post("/api/sign-in/discoverable", nonce=await thief.authenticate())
+    assert await thief.account() == "Ada"
+    (key,) = await ada.passkeys()
+    assert (await ada.post(f"/api/passkeys/{key['id']}/revoke", last=True)).json["ended"] == 1
+    assert await thief.account() is None
+    assert await ada.account() == "Ada"
+
+
+async def test_a_new_passkey_is_called_what_its_authenticator_claims_to_be(ada: Visitor) -> None:
+    ada.device = Authenticator(aaguid=bytes.fromhex("fbfc3007154e4ecc8c0b6e020557d7bd"))
+    await ada.sign_up("Ada")
+    ((label, backed_up),) = [(key["label"], key["backed_up"]) for key in await ada.passkeys()]
+    assert (label, backed_up) == ("iCloud Keychain", True)
+
+
+@pytest.mark.parametrize("label", ["", " ", "a" * 65, "a\u202eb"])
+async def test_a_label_is_judged_like_a_name(ada: Visitor, label: str) -> None:
+    await ada.sign_up("Ada")
+    (key,) = await ada.passkeys()
+    assert (await ada.post(f"/api/passkeys/{key['id']}/label", label=label)).status == 400
+    assert (await ada.passkeys())[0]["label"] is None
+
+
+# What is down
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"broker_url": "http://127.0.0.1:9"}, 503, "broker_down"),
+        ({"api_key": "pbk_" + "x" * 43}, 502, "broker_refused"),
+    ],
+)
+async def test_a_broker_that_is_down_or_refuses_is_one_sentence(
+    start_site: StartSite, change: dict[str, str], status: int, code: str
+) -> None:
+    site: Site = await start_site(**change)
+    refused = await site.visitor().post("/api/sign-up/start", name="Ada")
+    assert (refused.status, refused.code) == (status, code)
+    assert ("Retry-After" in refused.headers) == (status == 503)
+    assert [hop["path"] for hop in refused.json["trace"]] == ["/transactions/register"]
+    assert b"pbk_" not in refused.body
+
+
+async def test_a_file_that_cannot_be_used_is_one_sentence(site: Site, ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    with site.database() as db:
+        db.execute("DROP TABLE ceremony")
+        db.execute("DROP TABLE session")
+    refused = await ada.get("/api/state")
+    assert (refused.status, refused.code) == (503, "accounts_down")
+    assert b"no such table" not in refused.body
+
+
+# Pages
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        ("/", "text/html"),
+        ("/static/demo.js", "text/javascript"),
+        ("/static/wire.js", "text/javascript"),
+        ("/static/words.js", "text/javascript"),
+        ("/static/demo.css", "text/css"),
+        ("/static/icons.svg", "image/svg+xml"),
+        ("/static/favicon.svg", "image/svg+xml"),
+        ("/api/state", "application/json"),
+        ("/static/guard.py", "application/json"),
+    ],
+)
+async def test_every_answer_has_the_security_headers(ada: Visitor, path: str, content_type: str) -> None:
+    answer = await ada.get(path)
+    assert answer.headers["Content-Type"].startswith(content_type)
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    assert (
+        policy["script-src"]
+        == policy["style-src"]
+        == policy["connect-src"]
+        == policy["form-action"]
+        == "'self'"
+    )
+    assert "unsafe" not in answer.headers["Content-Security-Policy"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "same-origin"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert "publickey-credentials-get=(self)" in answer.headers["Permissions-Policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/static/guard.py", "/static/..%2fguard.py", "/static/%2e%2e%2fdemo.sqlite3", "/static/", "/nothing"],
+)
+async def test_nothing_but_the_pages_is_served(ada: Visitor, path: str) -> None:
+    refused = await ada.get(path)
+    assert (refused.status, refused.code) == (404, "not_found")
+
+
+async def test_a_page_that_did_not_change_is_not_sent_again(site: Site, ada: Visitor) -> None:
+    tag = (await ada.get("/static/demo.css")).headers["ETag"]
+    async with site.session.get(
+        f"{site.origin}/demo/static/demo.css", headers={"If-None-Match": tag}
+    ) as again:
+        assert again.status == 304
+        assert "Content-Security-Policy" in again.headers
+
+
+async def test_the_bare_address_leads_to_the_host_that_passkeys_work_on(site: Site) -> None:
+    url = f"http://127.0.0.1:{site.service.port}/demo/"
+    async with site.session.get(url, allow_redirects=False) as moved:
+        assert moved.status == 302
+        assert moved.headers["Location"] == f"{site.origin}/demo/"
+    async with site.session.get(url, headers={"Host": "evil.example"}, allow_redirects=False) as served:
+        assert served.status == 200
+
+
+async def test_a_wrong_method_is_refused_in_the_same_shape(ada: Visitor) -> None:
+    refused = await ada.get("/api/sign-out")
+    assert (refused.status, refused.code) == (405, "method_not_allowed")
+    assert refused.headers["Allow"] == "POST"

@@ -1,0 +1,274 @@
+"""README's commands and snippets, run as a newcomer would: in a fresh folder beside a running `broker dev`.
+
+Every fenced block in a language that runs is run here: `sh` blocks in bash, the Python block as the backend and the HTML block
+as the page of one small site, in a real Chromium. A new block without a test fails `test_every_block_is_run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.authenticator import Authenticator
+from tests.browser.chromium import Chromium, button, textbox
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
+MAKE, CURL, SERVE, APPS = (text for language, text in BLOCKS if language == "sh")
+(PYTHON,) = (text for language, text in BLOCKS if language == "python")
+(PAGE,) = (text for language, text in BLOCKS if language == "html")
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Dev:
+    """A running `broker dev` and the folder it was started in."""
+
+    folder: Path
+    facts: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_ready(url: str, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        assert process.poll() is None, "the process ended"
+        try:
+            if httpx.get(f"{url}/health/ready", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, f"{url} was not ready in time"
+        time.sleep(0.02)  # between two looks
+
+
+def wait_registered(dev: Dev, origin: str) -> None:
+    """Until the running broker, which remembers apps for up to a second, answers pages of `origin`."""
+    path = f"/v1/apps/{dev.facts['app_id']}/authenticate/transactions/webauthn/start"
+    deadline = time.monotonic() + 10
+    while httpx.options(dev.facts["url"] + path, headers={"Origin": origin}, trust_env=False).is_error:
+        assert time.monotonic() < deadline, f"{origin} was not registered in time"
+        time.sleep(0.02)  # between two looks
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    process.send_signal(signal.SIGTERM)
+    return process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
+    """What `make run` starts, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    port = free_port()
+    process = subprocess.Popen(
+        ["broker", "dev", "--no-open"], cwd=folder, env={**os.environ, "PATH": PATH, "PORT": str(port)}
+    )
+    wait_ready(f"http://127.0.0.1:{port}", process)
+    yield Dev(folder, json.loads((folder / ".broker/dev.json").read_text()))
+    assert stop(process) == 0
+
+
+def bash(script: str, folder: Path, **environment: str) -> str:
+    """Run a block; any failing command fails the test."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": PATH, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_block_is_run() -> None:
+    assert sorted(language for language, _ in BLOCKS if language != "mermaid") == [
+        "html",
+        "python",
+        *["sh"] * 4,
+    ]
+
+
+def test_make_run_starts_what_the_other_blocks_use() -> None:
+    assert MAKE.strip() == "make run"
+    shown = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"broker dev\b", shown), shown
+
+
+def test_curl(dev: Dev) -> None:
+    answers = [
+        json.loads(line) for line in re.findall(r"\{.*?\}(?=\{|\Z)", bash(CURL, dev.folder).strip(), re.S)
+    ]
+    opened, begun, refused, found = answers
+    assert opened["transaction_id"].startswith("pbt_")
+    assert begun["handshake"]["challenge"]["publicKey"]["rpId"] == "localhost"
+    assert refused["code"] == "invalid_nonce"
+    assert found["users"][0]["external_id"] == "user-7"
+
+
+def test_apps(dev: Dev) -> None:
+    out = bash(APPS, dev.folder)
+    assert '"api_key": "pbk_' in out
+    assert "user_verification=preferred" in out
+    assert '"action": "key.created"' in out
+    left = json.loads(bash("broker app list --json", dev.folder))
+    assert [app["name"] for app in left] == ["Passkey broker demo"]
+
+
+def test_serve(dev: Dev) -> None:
+    """Beside the running one, on its stores: two instances are interchangeable."""
+    page, management = free_port(), free_port()
+    script = re.sub(r"postgresql://\S+ ", f"'{dev.facts['database_url']}' ", SERVE.replace("8000", str(page)))
+    script = re.sub(r"redis://\S+", f"'{dev.facts['redis_url']}'", script).replace("9000", str(management))
+    script = script.replace("0.0.0.0", "127.0.0.1").replace("broker serve", "exec broker serve")
+    process = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=dev.folder, env={**os.environ, "PATH": PATH}
+    )
+    try:
+        wait_ready(f"http://127.0.0.1:{page}", process)
+        app = f"/v1/apps/{dev.facts['app_id']}"
+        keyed = {"Authorization": f"Bearer {dev.facts['api_key']}"}
+        opened = httpx.get(f"http://127.0.0.1:{management}{app}/users", headers=keyed, trust_env=False)
+        hidden = httpx.get(f"http://127.0.0.1:{page}{app}/users", headers=keyed, trust_env=False)
+        assert (opened.status_code, hidden.status_code) == (200, 404)
+    finally:
+        assert stop(process) == 0
+
+
+class Backend:
+    """README's Python block, run in the newcomer's folder, and a session."""
+
+    def __init__(self, dev: Dev) -> None:
+        here = Path.cwd()
+        os.chdir(dev.folder)
+        self.names: dict[str, Any] = {}
+        try:
+            exec(compile(PYTHON, "README.md", "exec"), self.names)
+        finally:
+            os.chdir(here)
+        self.session: dict[str, Any] = {}
+
+    def __call__(self, function: str, *arguments: str) -> Any:
+        return self.names[function](self.session, *arguments)
+
+
+def finish(dev: Dev, kind: str, transaction: str | None, device: Authenticator) -> str:
+    """The page's part over HTTP, and the nonce."""
+    base = f"{dev.facts['url'].replace('localhost', '127.0.0.1')}/v1/apps/{dev.facts['app_id']}/{kind}"
+    with httpx.Client(trust_env=False, headers={"Origin": dev.facts["url"]}) as http:
+        body = {"transaction_id": transaction} if transaction else {}
+        begun = http.post(f"{base}/transactions/webauthn/start", json=body).json()["handshake"]
+        answer = (device.register if kind == "register" else device.authenticate)(
+            begun["challenge"]["publicKey"], dev.facts["url"]
+        )
+        done = http.post(
+            f"{base}/transactions/webauthn/finish",
+            json={**body, "handshake_id": begun["id"], "handshake_response": answer},
+        )
+        return str(done.json()["nonce"])
+
+
+def test_python(dev: Dev) -> None:
+    backend, device = Backend(dev), Authenticator()
+    transaction = backend("begin_sign_up", "user-8", "Bea")
+    backend("finish", "user-8", "register", finish(dev, "register", transaction, device))
+    transaction = backend("begin_sign_in", "user-8")
+    receipt = backend("finish", "user-8", "authenticate", finish(dev, "authenticate", transaction, device))
+    assert receipt.user_verified
+    assert backend.session == {"account": "user-8"}
+
+    backend.session.clear()
+    backend("finish_without_a_name", finish(dev, "authenticate", None, device))
+    assert backend.session == {"account": "user-8"}
+
+    errors = sys.modules["broker.sdk.client"]
+    transaction = backend("begin_sign_up", "user-8", "Bea again")
+    nonce = finish(dev, "register", transaction, Authenticator())
+    with pytest.raises(errors.InvalidNonce):
+        backend("finish", "user-8", "authenticate", nonce)
+
+
+@pytest.fixture
+def site(dev: Dev) -> Iterator[str]:
+    """README's page and README's backend on an origin of their own, which the app gets to know."""
+    backend = Backend(dev)
+    purpose = {"begin-sign-up": "register", "begin-sign-in": "authenticate"}
+    page = PAGE.replace("http://localhost:8080", dev.facts["url"]).replace("APP_ID", dev.facts["app_id"])
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer("text/html; charset=utf-8", page)
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            path, session = self.path.strip("/"), backend.session
+            if path in purpose:
+                session["name"], session["purpose"] = body["name"], purpose[path]
+                arguments = (body["name"], body["name"])[: 2 if path == "begin-sign-up" else 1]
+                result = {"transaction": backend(path.replace("-", "_"), *arguments)}
+            else:
+                if "transaction" in session:
+                    backend("finish", session["name"], session["purpose"], body["nonce"])
+                else:
+                    backend("finish_without_a_name", body["nonce"])
+                result = {"account": session["account"]}
+            self.answer("application/json", json.dumps(result))
+
+        def answer(self, kind: str, body: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        url = f"http://localhost:{server.server_port}"
+        update = f"broker app update --app {dev.facts['app_id']} --origin {dev.facts['url']} --origin {url}"
+        bash(update, dev.folder)
+        Thread(target=server.serve_forever, daemon=True).start()
+        wait_registered(dev, url)
+        yield url
+        server.shutdown()
+
+
+def test_page(site: str) -> None:
+    with Chromium() as browser, browser.page() as page:
+        device = page.authenticator()
+        page.goto(site)
+        page.fill(textbox("Name"), "user-9")
+        page.click(button("Add a passkey"))
+        page.wait_for_text("Signed in as user-9")
+        assert len(device.credentials()) == 1
+
+        page.js("document.querySelector('output').textContent = ''")
+        page.click(button("Sign in"))
+        page.wait_for_text("Signed in as user-9")
+
+        page.reload()  # the form's autofill offers the passkey, and the virtual authenticator takes it
+        page.wait_for_text("Signed in as user-9")
+        assert page.errors == []
