@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 from broker.durable import Durable, UserOrder, instant
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import ID, ApiKey, Credential, Event, Policy, RelyingParty, User
-from broker.tokens import Mint, SystemMint, digest, key_hint, well_formed
+from broker.tokens import Mint, SystemMint, key_digest, key_hint, well_formed
 
 _REMEMBERED = 10_000
 
@@ -63,7 +63,7 @@ class Directory:
         self._clock = clock
         self._mint = mint or SystemMint()
         self._apps: _Remembered[RelyingParty] = _Remembered(cache_seconds, clock)
-        self._keys: _Remembered[str] = _Remembered(cache_seconds, clock)
+        self._keys: _Remembered[tuple[str, str]] = _Remembered(cache_seconds, clock)
 
     def now(self) -> datetime:
         """The server's time."""
@@ -93,17 +93,31 @@ class Directory:
             InvalidKey: malformed, unknown, revoked, or of another app; also for an unknown app.
             Unavailable.
         """
-        if not well_formed(key, "key") or not ID.match(app_id):
+        if not ID.match(app_id):
             raise InvalidKey(reason="key_malformed")
-        name = digest("key", app_id, key)
-        key_id = self._keys.get(name)
-        if key_id is None:
-            asked = self._clock()
-            key_id = await self._durable.key(app_id, name)
-            if key_id is None:
-                raise InvalidKey(reason="key_unknown")
-            self._keys.put(name, key_id, asked)
+        key_id, owner = await self.owner(key)
+        if owner != app_id:
+            raise InvalidKey(reason="key_of_another_app")
         return key_id
+
+    async def owner(self, key: str) -> tuple[str, str]:
+        """The id of the API key `key` and the app it belongs to.
+
+        Raises:
+            InvalidKey: malformed, unknown or revoked.
+            Unavailable.
+        """
+        if not well_formed(key, "key"):
+            raise InvalidKey(reason="key_malformed")
+        name = key_digest(key)
+        found = self._keys.get(name)
+        if found is None:
+            asked = self._clock()
+            found = await self._durable.key(name)
+            if found is None:
+                raise InvalidKey(reason="key_unknown")
+            self._keys.put(name, found, asked)
+        return found
 
     # -- users and passkeys (keyed) -------------------------------------------------------------------------------------------
 
@@ -193,7 +207,7 @@ class Directory:
             self._mint.id(), name, rp_id, tuple(origins), tuple(related_origins), policy or Policy()
         ).checked()
         secret, key = self._new_key(app.id, "first")
-        await self._durable.create_app(app, key, digest("key", app.id, secret))
+        await self._durable.create_app(app, key, key_digest(secret))
         return app, secret
 
     async def apps(self) -> list[RelyingParty]:
@@ -229,7 +243,7 @@ class Directory:
             UnknownApp, Unavailable.
         """
         secret, key = self._new_key(app_id, name)
-        if not await self._durable.create_key(key, digest("key", app_id, secret)):
+        if not await self._durable.create_key(key, key_digest(secret)):
             raise UnknownApp
         return key, secret
 

@@ -11,6 +11,7 @@ on any number of instances one gets it. Nothing here answers "is it valid?".
     p:{app}:H         a pending ceremony without a transaction; H is the handle's digest
     d:{app}           the open ones of an app, by end of life: what the cap counts
     n:H               what a nonce stands for
+    ready             nothing, for a second: what `check` writes
 
 A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing over it, and the old handle
 finds nothing. A handle carries T behind its secret, which is how finish finds `p:{T}` from the handle alone; the script compares
@@ -21,7 +22,8 @@ cluster. `peek` is for transactions only.
 end is never returned, even if a restored snapshot brings it back.
 
 **Nothing one-time is sent twice.** redis-py retries by default, and a repeated GETDEL answers "nothing there": the value would be
-burnt and its owner told it was never valid. Every client here has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`.
+burnt and its owner told it was never valid. Every client here has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`. A
+connection whose reply was not awaited to its end is closed, so nobody reads another's answer.
 
 An operator can compute: keys = open transactions + pending ceremonies + unredeemed nonces + one set per app with open
 discoverable ceremonies; about 0.4 kB each.
@@ -114,7 +116,9 @@ def connect(url: str, *, timeout: float, connections: int) -> Redis | RedisClust
     At most `connections` commands are under way at once; who comes later waits.
     """
     limits: dict[str, Any] = {
-        "socket_timeout": timeout,
+        # `_run` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a cancelled asyncio.wait_for
+        # returns what happens to be there, and the wait goes on past the request's deadline.
+        "socket_timeout": None,
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         # With RESP3 the server may push between answers, so redis-py takes a connection with unread data for sound.

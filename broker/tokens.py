@@ -15,6 +15,7 @@ import secrets
 from base64 import urlsafe_b64encode
 from typing import Literal, Protocol
 
+OneTime = Literal["transaction", "handle", "nonce"]
 Kind = Literal["transaction", "handle", "nonce", "key"]
 
 PREFIX: dict[Kind, str] = {"transaction": "pbt_", "handle": "pbh_", "nonce": "pbn_", "key": "pbk_"}
@@ -64,9 +65,14 @@ class SystemMint:
         return "".join(digits)
 
 
-def digest(kind: Kind, app_id: str, token: str) -> bytes:
-    """SHA-256 (32 bytes) that stands for `token` in a store."""
+def digest(kind: OneTime, app_id: str, token: str) -> bytes:
+    """SHA-256 (32 bytes) that stands for a one-time value in a store."""
     return hashlib.sha256(f"{kind}:{app_id}:{token}".encode()).digest()
+
+
+def key_digest(key: str) -> bytes:
+    """SHA-256 (32 bytes) that stands for an API key. Without the app: a wire format may name the app by the key alone."""
+    return hashlib.sha256(f"key:{key}".encode()).digest()
 
 
 def text(value: bytes) -> str:

@@ -243,9 +243,9 @@ async def test_all_wrong_keys_are_alike(broker: Started, wire: Wire, open_app: O
         ("key_malformed", lambda: bare(f"Bearer {wire.key}é")),
         ("key_malformed", lambda: bare("Bearer " + wire.key.replace("pbk_", "pbn_"))),
         ("key_unknown", lambda: bare("Bearer pbk_" + "a" * 43)),
-        ("key_unknown", lambda: wire.keyed("POST", "/transactions/register", fields, key=other.key)),
+        ("key_of_another_app", lambda: wire.keyed("POST", "/transactions/register", fields, key=other.key)),
         ("key_unknown", lambda: wire.keyed("POST", "/transactions/register", fields, key=secret)),
-        ("key_unknown", lambda: unknown.keyed("POST", "/transactions/register", fields)),
+        ("key_of_another_app", lambda: unknown.keyed("POST", "/transactions/register", fields)),
         ("key_malformed", lambda: malformed.keyed("POST", "/transactions/register", fields)),
     ]
     answers = []

@@ -56,7 +56,7 @@ async def test_2_a_key_on_management_none_in_the_browser(
 ) -> None:
     other = await open_app()
     fields = {"external_id": "ann", "passkey_display_name": "Ann"}
-    with refused(broker, "invalid_access_token", "key_unknown"):
+    with refused(broker, "invalid_access_token", "key_of_another_app"):
         answer = await wire.keyed("POST", "/transactions/register", fields, key=other.key)
     assert (answer.status, answer.code) == (401, "invalid_access_token")
     with refused(broker, "invalid_access_token", "key_malformed"):

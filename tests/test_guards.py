@@ -97,7 +97,7 @@ async def test_the_key_is_checked_before_anything_else(
     url = filled(template, wire)
     first = None
     for headers in ({}, {"Authorization": f"Bearer {other.key}"}):
-        reason = "key_unknown" if headers else "key_missing"
+        reason = "key_of_another_app" if headers else "key_missing"
         for body, encoding in (
             (b"{", None),
             (b"\xff" * 100, None),
@@ -115,7 +115,7 @@ async def test_the_key_is_checked_before_anything_else(
 
 async def test_an_unknown_app_is_as_unknown_as_a_wrong_key(broker: Started, wire: Wire) -> None:
     for method, template in sorted(KEYED):
-        with refused(broker, "invalid_access_token", "key_unknown"):
+        with refused(broker, "invalid_access_token", "key_of_another_app"):
             unknown = await wire.send(
                 method,
                 filled(template, Wire(wire.session, wire.url, "x" * 24, "")),

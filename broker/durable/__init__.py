@@ -213,15 +213,12 @@ class Durable:
         )
         return row is not None
 
-    async def key(self, app_id: str, key_hash: bytes) -> str | None:
-        """The id of the app's unrevoked key with this hash."""
+    async def key(self, key_hash: bytes) -> tuple[str, str] | None:
+        """The id and the app of the unrevoked key with this hash."""
         row = await self._pg.row(
-            "key",
-            "SELECT id FROM api_keys WHERE hash = $2 AND app_id = $1 AND revoked_at IS NULL",
-            app_id,
-            key_hash,
+            "key", "SELECT id, app_id FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", key_hash
         )
-        return cast(str, row["id"]) if row else None
+        return (row["id"], row["app_id"]) if row else None
 
     # -- users ----------------------------------------------------------------------------------------------------------------
 

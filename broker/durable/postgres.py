@@ -205,6 +205,10 @@ class Postgres:
                     )
                 names.append(name)
             return names
+        except asyncpg.InsufficientPrivilegeError as fault:
+            raise MigrationFault(
+                "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
+            ) from fault
         except (*_DOWN, asyncpg.PostgresError) as fault:
             raise MigrationFault(f"{step} failed ({type(fault).__name__}: {fault}).") from fault
         finally:
