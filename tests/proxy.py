@@ -53,6 +53,13 @@ class RedisProxy:
     fate: Callable[[list[bytes]], Fate] = _pass
     release: asyncio.Event = field(default_factory=asyncio.Event)
     held: asyncio.Event = field(default_factory=asyncio.Event)
+    clients: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    async def push(self, data: bytes) -> None:
+        """Send bytes that nobody asked for to every client."""
+        for client in self.clients:
+            client.write(data)
+            await client.drain()
 
     def named(self, name: bytes) -> list[list[bytes]]:
         """The commands of that name."""
@@ -81,6 +88,7 @@ async def redis_proxy(connect: Connect) -> AsyncIterator[RedisProxy]:
             writer.close()
 
         answering = asyncio.create_task(answers())
+        proxy.clients.add(writer)
         try:
             while words := await _command(reader):
                 proxy.commands.append(words)
@@ -90,6 +98,7 @@ async def redis_proxy(connect: Connect) -> AsyncIterator[RedisProxy]:
                 upstream_writer.write(_packed(words))
                 await upstream_writer.drain()
         finally:
+            proxy.clients.discard(writer)
             answering.cancel()
             writer.close()
             upstream_writer.close()

@@ -123,6 +123,13 @@ async def real(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> As
 
 
 @pytest.fixture
+async def single(servers: dict[str, Valkey]) -> AsyncIterator[Place]:
+    """One Valkey."""
+    async for made in _place("valkey", servers):
+        yield made
+
+
+@pytest.fixture
 async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
     """A proxy in front of the server; a cluster announces it, so that its clients stay on it."""
     assert real.server is not None
@@ -622,6 +629,25 @@ async def test_a_cancelled_wait_leaves_no_answer_for_the_next(proxy: RedisProxy,
     assert await store.take_nonce(APP, mine) is None
 
 
+async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None:
+    """An answer without a question on an idle connection is nobody's answer."""
+    assert single.server is not None
+    async with redis_proxy(single.server.connect) as proxy:
+        store, nonce = single.store(port=proxy.port, connections=1), MINT.token("nonce")
+        await store.put_nonce(APP, nonce, redeemable(single, transaction=b"2" * 32))
+        await store.put_nonce(APP, MINT.token("nonce"), redeemable(single, transaction=b"1" * 32))
+        with single.client() as client:
+            stale = next(v for v in map(client.get, client.keys("n:*")) if text(b"1" * 32).encode() in v)
+        assert len(proxy.clients) == 1
+        await proxy.push(b"$%d\r\n%s\r\n" % (len(stale), stale))
+        idle: Any = store._redis.connection_pool._available_connections[0]
+        await eventually(lambda: len(idle._reader._buffer) > 0, "the bytes have arrived")
+        taken = await store.take_nonce(APP, nonce)
+        assert taken is not None
+        assert taken.transaction == b"2" * 32
+        await store.close()
+
+
 async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
     """Cancel after each number of turns of the event loop; then every connection is still there and answers its own caller."""
     store = real.store(connections=3)
@@ -649,7 +675,7 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
 @pytest.mark.parametrize(("left", "limit"), [(None, 0.4), (0.1, 0.1), (0.0, 0.0)])
 async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float | None, limit: float) -> None:
     """Within the store's limit, and within what is left of the request. The margin is the machine's."""
-    store = real.store(port=proxy.port, timeout=0.4)
+    store = real.store(port=proxy.port, timeout=0.4 if left is None else 5)
     await store.check()
     proxy.fate = lambda _: Fate.SWALLOW
     deadline = None if left is None else time.monotonic() + left
@@ -678,7 +704,7 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
 
 
 async def test_connections_do_not_pile_up(proxy: RedisProxy, real: Place) -> None:
-    store = real.store(port=proxy.port, connections=4, timeout=0.05)
+    store = real.store(port=proxy.port, connections=4, timeout=0.25)
     await store.check()
     proxy.fate = lambda _: Fate.SWALLOW
     for _ in range(5):

@@ -27,6 +27,8 @@ from broker.tokens import text
 if TYPE_CHECKING:
     from broker.app import Parts
 
+PATIENCE = 60.0  # seconds
+
 Row = Mapping[str, object]
 Work: TypeAlias = "Callable[[Parts, argparse.Namespace], Awaitable[object]]"
 
@@ -53,7 +55,9 @@ def _command(work: Work, empty: str) -> Callable[[argparse.Namespace], int]:
             CONTEXT.set(Context(request_id=f"cli-{secrets.token_hex(8)}", actor="cli"))
             return await work(parts, options)
 
-        result = run(with_parts(settings_for_data(), main))
+        # A person waits for the answer, and deleting a large app takes longer than a request may.
+        settings = replace(settings_for_data(), store_timeout=PATIENCE)
+        result = run(with_parts(settings, main))
         _print(result, as_json=options.json, empty=empty)
         return 0
 

@@ -21,7 +21,7 @@ from aiohttp.typedefs import Handler as AnyHandler
 
 from broker.broker import Broker
 from broker.directory import Directory
-from broker.errors import InvalidKey, OperationNotAllowed
+from broker.errors import InvalidKey, OperationNotAllowed, Unavailable
 from broker.model import RelyingParty
 from broker.telemetry import Metrics, context
 from broker.web.edge import CORS
@@ -88,7 +88,11 @@ async def _app_of(request: web.Request) -> RelyingParty:
 
 def _browser(handler: Handler) -> AnyHandler:
     async def guarded(request: web.Request) -> web.StreamResponse:
-        app = await _app_of(request)
+        try:
+            app = await _app_of(request)
+        except Unavailable as fault:
+            fault.retry = "page"  # nothing was taken yet
+            raise
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is not None:
             if origin not in app.web_origins:

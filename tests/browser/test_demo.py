@@ -275,6 +275,7 @@ def test_autofill_that_waits_gives_way_to_a_button_and_waits_again(
 
 def test_a_second_passkey_on_another_device(site: Page, device: Authenticator) -> None:
     sign_up(site)
+    device.present(False)  # the person touches the stick; otherwise the two race to answer
     stick = site.authenticator(transport="usb")
     site.click(ADD)
     site.wait_for_text("You can sign in with either passkey now.")
@@ -284,8 +285,8 @@ def test_a_second_passkey_on_another_device(site: Page, device: Authenticator) -
     site.authenticator(transport="nfc")
     site.click(ADD)
     site.wait_for(button("Revoke Security key 2"))
-    sign_out(site)
     device.unplug()
+    sign_out(site)
     site.click(WITHOUT)
     site.wait_for_text("You signed in without typing a name.")
     assert steps_done(site) == ["sign-up", "without-name", "second"]
@@ -311,9 +312,11 @@ def test_passkeys_can_be_named(site: Page) -> None:
 
 def test_a_revoked_passkey_no_longer_signs_in_and_the_page_says_so(site: Page, device: Authenticator) -> None:
     sign_up(site)
+    device.present(False)  # the person touches the stick; otherwise the two race to answer
     stick = site.authenticator(transport="usb")
     site.click(ADD)
     site.wait_for_text("You can sign in with either passkey now.")
+    device.present(True)
     site.click("#keys .key:first-child .tools button:last-child")
     site.wait_for(Named("dialog", "Revoke this passkey?"))
     assert site.focused() == button("Keep it")
