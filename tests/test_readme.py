@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,9 +79,10 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 @pytest.fixture(scope="module")
-def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
-    """What `make run` starts, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("newcomer")
+def dev() -> Iterator[Dev]:
+    """What `make run` starts, in a folder of its own, which the servers' unprivileged user can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
+    folder.chmod(0o755)
     port = free_port()
     process = subprocess.Popen(
         ["broker", "dev", "--no-open"], cwd=folder, env={**os.environ, "PATH": PATH, "PORT": str(port)}
@@ -87,6 +90,7 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
     wait_ready(f"http://127.0.0.1:{port}", process)
     yield Dev(folder, json.loads((folder / ".broker/dev.json").read_text()))
     assert stop(process) == 0
+    shutil.rmtree(folder)
 
 
 def bash(script: str, folder: Path, **environment: str) -> str:
