@@ -9,6 +9,7 @@ The dialects are listed in `DIALECTS`: a further one is one module and one line.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -25,7 +26,7 @@ from broker.dialects import flex
 from broker.directory import Directory
 from broker.durable import Durable, Postgres
 from broker.ephemeral import Ephemeral, connect
-from broker.errors import Unavailable
+from broker.errors import NotFound, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, Metrics
 from broker.tokens import Mint, SystemMint
@@ -123,7 +124,7 @@ def application(
         app.add_routes(dialect.routes(management=management, browser=browser))
     app.add_routes(_health(parts))
     if management:
-        app.router.add_get("/metrics", _metrics(parts.metrics), allow_head=False)
+        app.router.add_get("/metrics", _metrics(parts.metrics, shared=browser), allow_head=False)
     if browser:
         app.add_routes(_sdk())
     for prefix, subapp in (subapps or {}).items():
@@ -160,15 +161,27 @@ def _health(parts: Parts) -> list[web.RouteDef]:
     ]
 
 
-def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
+def _metrics(metrics: Metrics, *, shared: bool) -> Callable[[web.Request], Any]:
     @public
-    async def answer(_: web.Request) -> web.StreamResponse:
-        """Prometheus' text format."""
+    async def answer(request: web.Request) -> web.StreamResponse:
+        """Prometheus' text format. On a port that pages reach, for this machine only: `reason` is for the operator."""
+        if shared and not _from_this_machine(request):
+            raise NotFound
         return web.Response(
             body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
 
     return answer
+
+
+def _from_this_machine(request: web.Request) -> bool:
+    """Whether the peer is on loopback and speaks for itself. A proxy on this machine says for whom it asks."""
+    if any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")):
+        return False
+    try:
+        return ipaddress.ip_address((request.remote or "").partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _to(place: str) -> Callable[[web.Request], Any]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
@@ -63,6 +63,7 @@ from broker.telemetry import Metrics
 from broker.tokens import Mint, SystemMint, digest, well_formed
 
 MAX_TEXT = 256
+_SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
 
 
@@ -156,7 +157,8 @@ class Broker:
             UnknownTransaction, Unavailable.
         """
         name, transaction = await self._peek(app, transaction_id, "register")
-        held = await self._durable.credentials(app.id, transaction.user_id)
+        # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
+        held = await self._durable.credentials(app.id, transaction.user_id, live_only=True)
         now = self._clock()
         pending = PendingRegistration(
             app_id=app.id,
@@ -198,7 +200,9 @@ class Broker:
             Unavailable.
         """
         async with self._counted("register"):
-            pending = await self._take_pending(app, handle, transaction_id, PendingRegistration)
+            pending = _as_strict_as(
+                app, await self._take_pending(app, handle, transaction_id, PendingRegistration)
+            )
             signal = Signal(app.rp_id, answer.credential_id)
             try:
                 verified = ceremony.finish_registration(pending, app, answer)
@@ -300,15 +304,19 @@ class Broker:
             Unavailable.
         """
         async with self._counted("authenticate") as counted:
-            pending = await self._take_pending(app, handle, transaction_id, PendingAuthentication)
+            pending = _as_strict_as(
+                app, await self._take_pending(app, handle, transaction_id, PendingAuthentication)
+            )
             if pending.transaction is None:
                 counted.kind = "discoverable"
             owned: Owned | None = None
             try:
                 owned = await self._durable.owned(app.id, answer.credential_id)
                 if owned is None:
+                    unknown = await self._nobody_has(app, answer.credential_id)
                     raise CeremonyRefused(
-                        reason="unknown_credential", signal=Signal(app.rp_id, answer.credential_id)
+                        reason="unknown_credential",
+                        signal=Signal(app.rp_id, answer.credential_id) if unknown else None,
                     )
                 if not owned.credential.live:
                     raise CeremonyRefused(reason="not_live")
@@ -331,7 +339,7 @@ class Broker:
         recorded = await self._durable.use_credential(
             credential, verified, flag_counter=app.policy.counter == "flag", now=instant(now)
         )
-        if not recorded:
+        if recorded is None:
             await self._refuse_authentication(
                 app, pending, owned, CeremonyRefused(reason="revoked_or_counter")
             )
@@ -346,8 +354,8 @@ class Broker:
             user_verified=verified.user_verified,
             backup_eligible=verified.backup_eligible,
             backed_up=verified.backed_up,
-            backup_changed=verified.backup_changed,
-            counter_regressed=verified.counter_regressed,
+            backup_changed=recorded.backup_changed,
+            counter_regressed=recorded.counter_regressed,
             attestation=credential.attestation_trust,
             authenticator_name_claimed=ceremony.authenticator_name(credential.aaguid),
             at=now,
@@ -358,7 +366,8 @@ class Broker:
         self, app: RelyingParty, pending: PendingAuthentication, owned: Owned | None, refusal: CeremonyRefused
     ) -> NoReturn:
         """Tell of the refusal, where it concerns somebody, and raise it as what the caller may learn."""
-        if owned is not None or pending.user_id is not None:
+        # Without a transaction anybody can have answers refused, so only what a genuine passkey signed is worth an event.
+        if pending.user_id is not None or refusal.reason in _SIGNED:
             await self._tell_refusal(
                 app,
                 "passkey.used",
@@ -454,9 +463,12 @@ class Broker:
             raise UnknownTransaction(reason="transaction_spent")
 
     async def _nobody_has(self, app: RelyingParty, credential_id: bytes) -> bool:
-        """Whether it is proved that no user of the app has this credential; a store that can't tell proves nothing."""
+        """Whether it is proved that nobody of the RP ID has this credential; a store that can't tell proves nothing.
+
+        Of the RP ID, not of the app: the signal reaches an authenticator, which knows no apps, and two apps may share an RP ID.
+        """
         try:
-            return await self._durable.owned(app.id, credential_id) is None
+            return not await self._durable.held(app.rp_id, credential_id)
         except Unavailable:
             return False
 
@@ -518,6 +530,13 @@ async def _retry_from(place: Retry) -> AsyncIterator[None]:
     except Unavailable as fault:
         fault.retry = fault.retry or place
         raise
+
+
+def _as_strict_as(app: RelyingParty, pending: P) -> P:
+    """A pending ceremony that asks for user verification if the policy does by now: a policy made stricter applies at once."""
+    if app.policy.user_verification == "required":
+        return replace(pending, user_verification="required")
+    return pending
 
 
 def _checked(value: str, name: str) -> None:

@@ -194,8 +194,8 @@ class RelyingParty:
         rp_id = _domain(self.rp_id, "The RP ID")
         if not self.accepted_origins:
             raise InvalidSetting("An app needs at least one origin, like https://example.com.")
-        origins = tuple(dict.fromkeys(self._origin(origin, rp_id) for origin in self.origins))
         related = tuple(dict.fromkeys(web_origin(origin) for origin in self.related_origins))
+        origins = tuple(dict.fromkeys(self._origin(o, rp_id) for o in self.origins if not _is(o, related)))
         return replace(self, rp_id=rp_id, origins=origins, related_origins=related)
 
     @staticmethod
@@ -211,6 +211,11 @@ class RelyingParty:
                 f"The host of {canonical} is neither {rp_id} nor below it; list it as a related origin or change the RP ID."
             )
         return canonical
+
+
+def _is(origin: str, related: tuple[str, ...]) -> bool:
+    """Whether an origin is given as a related one too: once is enough."""
+    return not origin.startswith("android:") and web_origin(origin) in related
 
 
 def _domain(text: str, what: str) -> str:

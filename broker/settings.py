@@ -80,11 +80,12 @@ def _target_is_sound(parts: SplitResult) -> bool:
 
 
 def _host(text: str) -> str:
-    labels = text.removesuffix(".").split(".")
-    if not re.fullmatch(r"[A-Za-z0-9._:%-]+", text) or (
-        ":" not in text and not all(1 <= len(label) <= 63 for label in labels)
-    ):
-        raise ValueError("must be a host name or an IP address, like localhost, 0.0.0.0 or ::")
+    for name in text.split(","):
+        labels = name.removesuffix(".").split(".")
+        if not re.fullmatch(r"[A-Za-z0-9._:%-]+", name) or (
+            ":" not in name and not all(1 <= len(label) <= 63 for label in labels)
+        ):
+            raise ValueError("must be a host name or an IP address, like localhost, 0.0.0.0 or ::")
     return text
 
 

@@ -15,6 +15,8 @@ CREATE TABLE relying_parties (
     updated_at      timestamptz NOT NULL
 );
 
+CREATE INDEX relying_parties_rp_id ON relying_parties (rp_id); -- which apps an authenticator takes for one
+
 CREATE TABLE api_keys (
     id         text        PRIMARY KEY,
     app_id     text        NOT NULL REFERENCES relying_parties ON DELETE CASCADE,

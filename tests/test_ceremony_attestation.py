@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from broker.ceremony import Reason, keys
-from broker.ceremony.attestation import read_der
+from broker.ceremony.attestation import read_chain, read_der
 from broker.ceremony.verdict import REASONS
 from broker.errors import CeremonyRefused
 from tests.authenticator import (
@@ -524,3 +524,19 @@ def test_registered_keys_are_kept_byte_for_byte() -> None:
     made, device = registered(rp)
     held = device.credentials("example.com")[0]
     assert keys.load_stored(made.public_key) == held.key.public_key()
+
+
+def test_a_chain_that_would_keep_us_busy_is_refused() -> None:
+    """A stranger's certificates are verified in the event loop, so their number and their keys are bounded."""
+    authority = Authority()
+    small = ec.generate_private_key(ec.SECP256R1()).public_key()
+    leaf = authority.issue(small, [])
+    for chain in ([leaf, leaf], [leaf, *(authority.issue(small, []) for _ in range(4))]):
+        with pytest.raises(CeremonyRefused) as refusal:
+            read_chain({"x5c": chain})
+        assert refusal.value.reason == "attestation"
+    huge = rsa.RSAPublicNumbers(65537, (1 << 4200) + 1).public_key()
+    with pytest.raises(CeremonyRefused) as refusal:
+        read_chain({"x5c": [leaf, authority.issue(huge, [])]})
+    assert refusal.value.reason == "attestation"
+    assert len(read_chain({"x5c": [leaf, authority.der]})[1]) == 1

@@ -28,6 +28,7 @@ from broker.demo.api import routes
 from broker.demo.guard import BODY_LIMIT, COOKIE
 from broker.demo.wire import short
 from broker.embedded import EmbeddedStores
+from broker.errors import Fault
 from broker.telemetry import Log
 from tests.authenticator import Authenticator, flex_wire_form
 from tests.conftest import Clock, settings_for
@@ -466,7 +467,7 @@ async def test_only_json_is_read(ada: Visitor, path: str, content_type: str) -> 
         (b"{}", 400, "invalid_request"),
         (b'{"name":null}', 400, "invalid_request"),
         (b'{"name":7}', 400, "invalid_request"),
-        (b'{"name":""}', 400, "invalid_request"),
+        (b'{"name":""}', 400, "invalid_name"),
         (b'{"name":" "}', 400, "invalid_name"),
         (b'{"name":"\\ud800"}', 400, "invalid_request"),
         (b'{"name":"\\u0000"}', 400, "invalid_name"),
@@ -768,7 +769,8 @@ async def test_a_new_passkey_is_called_what_its_authenticator_claims_to_be(ada: 
 async def test_a_label_is_judged_like_a_name(ada: Visitor, label: str) -> None:
     await ada.sign_up("Ada")
     (key,) = await ada.passkeys()
-    assert (await ada.post(f"/api/passkeys/{key['id']}/label", label=label)).status == 400
+    refused = await ada.post(f"/api/passkeys/{key['id']}/label", label=label)
+    assert (refused.status, refused.code) == (400, "invalid_name")
     assert (await ada.passkeys())[0]["label"] is None
 
 
@@ -801,6 +803,29 @@ async def test_a_file_that_cannot_be_used_is_one_sentence(site: Site, ada: Visit
     refused = await ada.get("/api/state")
     assert (refused.status, refused.code) == (503, "accounts_down")
     assert b"no such table" not in refused.body
+
+
+def _garbage(place: Path) -> None:
+    place.write_bytes(b"garbage " * 1000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(_garbage, "file is not a database"), (Path.mkdir, "Is a directory")]
+)
+async def test_a_file_that_cannot_be_opened_is_a_fault_with_its_name(
+    start_site: StartSite, tmp_path: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    place = tmp_path / "demo.sqlite3"
+    spoil(place)
+    with pytest.raises(Fault) as told:
+        await start_site()
+    assert str(told.value) == (
+        f"The demo's accounts file {place} can't be used ({reason}); "
+        "move it away and start again, then the demo begins a new one."
+    )
+    place.rename(tmp_path / "moved")
+    site: Site = await start_site()
+    await site.visitor().sign_up("Ada")
 
 
 # Pages

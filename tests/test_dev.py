@@ -252,6 +252,21 @@ def test_a_damaged_data_directory(data: Path, dev: Callable[..., Dev], name: str
     assert str(data) in sentence
 
 
+def test_a_damaged_accounts_file(data: Path, dev: Callable[..., Dev]) -> None:
+    """What the sentence says to do helps, and the stores that had been started are stopped."""
+    accounts = data / "demo.sqlite3"
+    accounts.write_bytes(b"garbage " * 1000)
+    broken = dev(data)
+    sentence = one_sentence(broken)
+    assert f"accounts file {accounts} can't be used (file is not a database); move it away" in sentence
+    assert broken.told()["url"] == f"http://localhost:{broken.port}", "the stores had been started"
+    assert not (data / "postgres" / "postmaster.pid").exists(), "and were stopped in order"
+    accounts.rename(data / "demo.sqlite3.damaged")
+    again = dev(data)
+    again.ready()
+    assert get(again.port, "/demo/", "localhost") == 200
+
+
 def test_a_file_in_place_of_the_data_directory(base: Path, dev: Callable[..., Dev]) -> None:
     (base / ".broker").write_text("")
     assert "is a file" in one_sentence(dev(base / ".broker"))

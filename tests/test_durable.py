@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from broker.durable import Durable, Postgres
+from broker.durable import Durable, Postgres, Used
 from broker.embedded import EmbeddedStores
 from broker.errors import Unavailable, UnknownApp
 from broker.model import (
@@ -644,7 +644,8 @@ async def test_the_counter_rule(
     key = await add(durable, app, user_id, sign_count=before)
     regressed = flagging and answered <= before and (answered, before) != (0, 0)
     verdict = signed_in(answered, counter_regressed=regressed)
-    assert await durable.use_credential(key, verdict, flag_counter=flagging, now=LATER) is recorded
+    used = await durable.use_credential(key, verdict, flag_counter=flagging, now=LATER)
+    assert used == (Used(regressed, not key.backed_up) if recorded else None)
     now = await stored(durable, app)
     if recorded:
         assert now == replace(
@@ -663,8 +664,20 @@ async def test_the_database_judges_the_counter_and_not_what_was_read(
     done = await asyncio.gather(
         *(durable.use_credential(key, signed_in(6), flag_counter=False, now=LATER) for _ in range(20))
     )
-    assert sum(done) == 1, "the same answer of a cloned authenticator counts once"
+    assert done.count(None) == 19, "the same answer of a cloned authenticator counts once"
     assert (await stored(durable, app)).use_count == 1
+
+
+async def test_of_two_clones_that_answer_at_once_one_is_told(durable: Durable, app: RelyingParty) -> None:
+    """The policy lets both in; the row as it is locked says which of them came second."""
+    key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
+    for answered in range(6, 16):
+        both = (
+            durable.use_credential(key, signed_in(answered), flag_counter=True, now=LATER) for _ in range(2)
+        )
+        flagged = [used.counter_regressed for used in await asyncio.gather(*both) if used is not None]
+        assert sorted(flagged) == [False, True]
+    assert (await told(durable, app)).count(("passkey.used", "done", "counter")) == 10
 
 
 async def test_what_can_not_sign_in(durable: Durable, app: RelyingParty) -> None:

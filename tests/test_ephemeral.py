@@ -571,7 +571,9 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
 ) -> None:
     store = real.store(port=proxy.port, timeout=0.4)
     for handle in (MINT.token("handle"), MINT.token("handle") + text(bytes(32))):
-        assert await store.take_pending(APP, handle) is None  # the server has the scripts: no reply is NOSCRIPT below
+        assert (
+            await store.take_pending(APP, handle) is None
+        )  # the server has the scripts: no reply is NOSCRIPT below
     for step in await _steps(real, store):
         before, failed = len(proxy.named(step.command)), real.failures(step.operation)
         proxy.fate = of_command(fate, step.command)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.authenticator import Authenticator, flex_wire_form
-from tests.conftest import OpenApp, Started
+from tests.conftest import Started
 from tests.golden import (
     APP,
     DEVICES,
@@ -200,7 +200,7 @@ async def test_a4_finish_authentication(broker: Started, wire: Wire, device: Aut
     strict((await golden(wire, "flex/a4-discoverable", "POST", path, body, headers=PAGE)).json, NONCE)
 
 
-async def test_a4_refused(broker: Started, wire: Wire, device: Authenticator, open_app: OpenApp) -> None:
+async def test_a4_refused(broker: Started, wire: Wire, device: Authenticator) -> None:
     await wire.user("ann", device)
     path = "/authenticate/transactions/webauthn/finish"
     transaction = await wire.open_authentication("ann")
@@ -210,7 +210,7 @@ async def test_a4_refused(broker: Started, wire: Wire, device: Authenticator, op
     with refused(broker, "webauthn_login_failed", "signature"):
         strict((await golden(wire, "flex/a4-refused", "POST", path, body, headers=PAGE)).json, ERROR)
     stranger = Authenticator()
-    await (await open_app()).user("eve", stranger)
+    stranger.register((await wire.begin("register", await wire.open_registration("eve")))[1], ORIGIN)
     handle, options = await wire.begin("authenticate", None)
     body = {
         "handshake_id": handle,

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 from cryptography.x509.verification import (
     Criticality,
@@ -33,7 +33,7 @@ from broker.model import Policy, Trust
 FIDO_AAGUID = ObjectIdentifier("1.3.6.1.4.1.45724.1.1.4")
 APPLE_NONCE = ObjectIdentifier("1.2.840.113635.100.8.2")
 ANDROID_KEY_DESCRIPTION = ObjectIdentifier("1.3.6.1.4.1.11129.2.1.17")
-MAX_CHAIN = 8
+MAX_CHAIN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,22 @@ def read_chain(statement: Mapping[Any, Any]) -> tuple[Certificate, list[x509.Cer
         or not all(type(c) is bytes for c in chain)
     ):
         raise wrong("The attestation statement's x5c is no list of certificates.")
+    if len(set(chain)) != len(chain):
+        raise wrong("The attestation statement's x5c names a certificate twice.")
     try:
         leaf, *rest = [x509.load_der_x509_certificate(raw) for raw in chain]
+        if not all(_cheap(certificate.public_key()) for certificate in (leaf, *rest)):
+            raise wrong("The attestation statement's x5c has a key that no attestation uses.")
         return Certificate(chain[0], leaf, leaf.public_key(), leaf.extensions, leaf.subject), rest
     except PARSER_FAULTS:
         raise wrong("A certificate of the attestation statement can't be read.") from None
+
+
+def _cheap(key: object) -> bool:
+    """Whether verifying with this key takes well under a millisecond: a stranger's certificates must not hold the event loop."""
+    if isinstance(key, rsa.RSAPublicKey):
+        return bool(key.key_size <= 4096 and key.public_numbers().e < 2**32)
+    return isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey)
 
 
 def demand_end_entity(certificate: Certificate) -> None:

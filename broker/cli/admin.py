@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from broker.cli.dev import DATA, read
 from broker.cli.serving import run, with_parts
 from broker.errors import InvalidSetting
-from broker.model import ApiKey, Credential, Event, Policy, RelyingParty, fields_of
+from broker.model import ALGORITHMS, ApiKey, Credential, Event, Policy, RelyingParty, fields_of
 from broker.settings import Settings
 from broker.telemetry import CONTEXT, Context
 from broker.tokens import text
@@ -278,7 +278,11 @@ async def list_events(parts: Parts, options: argparse.Namespace) -> list[Row]:
 
 
 def _app_row(app: RelyingParty) -> Row:
-    policy = {**fields_of(app.policy), "attestation_roots": len(app.policy.attestation_roots)}
+    policy = {
+        **fields_of(app.policy),
+        "algorithms": [ALGORITHMS[number] for number in app.policy.algorithms],
+        "attestation_roots": len(app.policy.attestation_roots),  # how many; they are long
+    }
     return {
         "app_id": app.id,
         "name": app.name,
@@ -342,6 +346,8 @@ def _cell(value: object) -> str:
         return " ".join(f"{name}={_cell(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
         return ",".join(map(_cell, value)) or "-"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "-" if value in (None, "") else _as_text(value)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import webbrowser
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from broker.cli.serving import run, start, until_told
 from broker.embedded import EmbeddedStores
 from broker.errors import InvalidKey, UnknownApp
 from broker.model import RelyingParty
-from broker.settings import Settings
+from broker.settings import Settings, SettingsFault
 from broker.telemetry import CONTEXT, Context, Log, capture_library_records
 
 if TYPE_CHECKING:
@@ -45,22 +46,35 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run_dev(options: argparse.Namespace) -> int:
     """Start the stores, serve until told to stop, stop the stores."""
-    environment = dict(os.environ)
+    environment, said = dict(os.environ), {}
     for name in ("host", "port"):
-        value = getattr(options, name) or environment.get(name.upper())
+        given, value = f"--{name}", getattr(options, name)
+        if value is None:
+            given, value = name.upper(), environment.get(name.upper())
         if value is not None:
             environment[f"BROKER_{name.upper()}"] = str(value)
+            said[f"BROKER_{name.upper()}"] = given
     environment.setdefault("BROKER_LOG_LEVEL", "warning")  # the banner is what a person looks for
     stores = {
         name: environment.get(f"BROKER_{name.upper()}") or None for name in ("database_url", "redis_url")
     }
-    Settings.load(environment, needed=())  # faults are reported before anything is started
+    try:
+        Settings.load(environment, needed=())  # faults are reported before anything is started
+    except SettingsFault as fault:
+        raise SettingsFault([_as_given(sentence, said) for sentence in fault.faults]) from None
     with EmbeddedStores.start(options.data, _load, **stores) as embedded:
         environment["BROKER_DATABASE_URL"] = embedded.database_url
         environment["BROKER_REDIS_URL"] = embedded.redis_url
         settings = Settings.load(environment)
-        run(_dev(settings, options.data, embedded.notes, opens=not options.no_open))
+        settings = replace(settings, host=_with_loopback(settings.host))
+        run(_dev(settings, embedded.data, embedded.notes, opens=not options.no_open))
     return 0
+
+
+def _as_given(sentence: str, said: Mapping[str, str]) -> str:
+    """A fault, naming what the person typed instead of the setting it became."""
+    name, _, rest = sentence.partition(" ")
+    return f"{said.get(name, name)} {rest}"
 
 
 def _load() -> None:
@@ -83,8 +97,6 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
     except BaseException:
         await parts.close()
         raise
-    address = "127.0.0.1" if settings.host in ("localhost", "0.0.0.0", "") else settings.host  # noqa: S104 - compared, not bound
-    address = f"[{address}]" if ":" in address else address
 
     async def prepare(port: int) -> dict[str, web.Application]:
         """Whoever finds the service ready finds this start's origin and `dev.json` too."""
@@ -100,7 +112,11 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
         }
         _write(data / "dev.json", facts)
         demo = demo_app(
-            broker_url=f"http://{address}:{port}", app_id=app.id, api_key=key, data=data, origins=(url,)
+            broker_url=f"http://{_reachable(settings.host)}:{settings.management_port or port}",
+            app_id=app.id,
+            api_key=key,
+            data=data,
+            origins=(url,),
         )
         return {"/demo/": demo}
 
@@ -131,13 +147,32 @@ async def _dev_app(parts: Parts, place: Path) -> tuple[RelyingParty, str]:
     return await parts.directory.create_app(NAME, "localhost", [f"http://localhost:{port}"])
 
 
+def _with_loopback(host: str) -> str:
+    """`host`, and loopback too: passkeys of `localhost` need a page there, and so do the demo's backend and `dev.json`."""
+    if host in ("localhost", "0.0.0.0", "::", "127.0.0.1", "::1"):  # noqa: S104 - compared, not bound
+        return host
+    return f"localhost,{host}"
+
+
+def _reachable(host: str) -> str:
+    """An address of this machine at which a listener on `host` answers."""
+    return "[::1]" if host in ("::", "::1") else "127.0.0.1"
+
+
 def read(place: Path) -> dict[str, Any] | None:
     """A `dev.json`; None where there is none or it is not one."""
     try:
-        value = json.loads(place.read_text())
+        with open(os.open(place, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+            if not _is_ours(os.fstat(file.fileno())):
+                return None  # whoever wrote it would choose where our commands and passwords go
+            value = json.loads(file.read())
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_ours(file: os.stat_result) -> bool:
+    return file.st_uid == os.geteuid() and not file.st_mode & 0o077
 
 
 def _write(place: Path, value: dict[str, str]) -> None:

@@ -32,6 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
+from broker.errors import Fault
+
 Kind = Literal["sign-up", "sign-in", "add"]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,6 +108,10 @@ class Ceremony:
     transaction_id: str
 
 
+class AccountsFault(Fault):
+    """The file can't be opened: damaged, not an accounts file, or not ours to write."""
+
+
 class NameTaken(Exception):
     """The name belongs to an account, or to another session's unfinished sign-up."""
 
@@ -151,17 +157,27 @@ class Accounts:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(verb, *args, **kwargs))
 
     def open(self) -> None:
-        """Make or open the file. `OSError` or `sqlite3.Error` when that is not possible."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(
-            os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        )  # SQLite gives its side files the same mode
-        self._path.chmod(0o600)
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=5)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.executescript(_SCHEMA)
-        self._db = db
+        """Make or open the file.
+
+        Raises:
+            AccountsFault: that is not possible; the sentence names the file and says what to do.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(
+                os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            )  # SQLite gives its side files the same mode
+            self._path.chmod(0o600)
+            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=5)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as fault:
+            reason = (fault.strerror if isinstance(fault, OSError) else None) or fault
+            raise AccountsFault(
+                f"The demo's accounts file {self._path} can't be used ({reason}); "
+                "move it away and start again, then the demo begins a new one."
+            ) from None
 
     async def close(self) -> None:
         """Close the file and end its thread."""

@@ -61,8 +61,9 @@ def _person(account: Account) -> dict[str, Any]:
 
 
 def _name(body: dict[str, Any], field: str = "name") -> tuple[str, str]:
+    """A name or a label. No text at all is a fault of the person who types, not of the page: `parse_name` has the words for it."""
     try:
-        return parse_name(text_field(body, field, NAME_BYTES))
+        return parse_name(text_field(body, field, NAME_BYTES, least=0))
     except InvalidName as fault:
         raise DemoRefusal(400, "invalid_name", str(fault)) from None
 

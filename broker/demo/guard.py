@@ -158,16 +158,16 @@ def _no_constant(text: str) -> None:
     raise ValueError(text)
 
 
-def text_field(body: dict[str, Any], name: str, limit: int) -> str:
-    """A field that has to be a string of 1 to `limit` Unicode characters (a lone surrogate, RFC 8259 §8.2, is none)."""
+def text_field(body: dict[str, Any], name: str, limit: int, *, least: int = 1) -> str:
+    """A field that has to be a string of `least` to `limit` Unicode characters (a lone surrogate, RFC 8259 §8.2, is none)."""
     value = body.get(name)
     if (
         not isinstance(value, str)
-        or not 0 < len(value) <= limit
+        or not least <= len(value) <= limit
         or any("\ud800" <= c <= "\udfff" for c in value)
     ):
         raise DemoRefusal(
-            400, "invalid_request", f"The request needs {name}, 1 to {limit} characters of text."
+            400, "invalid_request", f"The request needs {name}, {least} to {limit} characters of text."
         )
     return value
 

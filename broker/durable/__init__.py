@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 import asyncpg
 
-from broker.durable.postgres import MigrationFault, Postgres, sql_files
+from broker.durable.postgres import Connection, MigrationFault, Postgres, sql_files
 from broker.errors import UnknownApp
 from broker.model import (
     ApiKey,
@@ -39,6 +39,7 @@ __all__ = [
     "MigrationFault",
     "Owned",
     "Postgres",
+    "Used",
     "UserOrder",
     "instant",
     "sql_files",
@@ -77,6 +78,14 @@ class Owned:
 
     credential: Credential
     external_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a recorded sign-in changed."""
+
+    counter_regressed: bool
+    backup_changed: bool
 
 
 class Durable:
@@ -138,19 +147,19 @@ class Durable:
 
     async def delete_app(self, app_id: str, now: datetime) -> bool:
         """Delete a relying party with its keys, users, credentials and events. False: no such app."""
-        row = await self._pg.row(
-            "delete_app",
-            f"""
-            WITH app AS (DELETE FROM relying_parties WHERE id = $1 RETURNING id),
-            forgotten AS (DELETE FROM events WHERE app_id IN (SELECT id FROM app)),
-            told AS ({_TELL} SELECT $2, id, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4 FROM app)
-            SELECT id FROM app
-            """,
-            app_id,
-            now,
-            *_who(),
-        )
-        return row is not None
+
+        async def delete(connection: Connection) -> bool:
+            async with connection.transaction():
+                deleted = "DELETE FROM relying_parties WHERE id = $1 RETURNING id"
+                if await connection.fetchrow(deleted, app_id) is None:
+                    return False
+                # A statement of its own sees what others committed while the first one waited for them.
+                await connection.execute("DELETE FROM events WHERE app_id = $1", app_id)
+                told = f"{_TELL} VALUES ($1, $2, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4)"
+                await connection.execute(told, now, app_id, *_who())
+            return True
+
+        return await self._pg.run("delete_app", delete)
 
     async def app(self, app_id: str) -> RelyingParty | None:
         row = await self._pg.row(
@@ -327,20 +336,20 @@ class Durable:
 
     async def delete_user(self, app_id: str, external_id: str, now: datetime) -> bool:
         """Delete a user with credentials and events. The event that stays names nobody. False: no such user."""
-        row = await self._pg.row(
-            "delete_user",
-            f"""
-            WITH gone AS (DELETE FROM users WHERE app_id = $1 AND external_id = $2 RETURNING id, app_id),
-            forgotten AS (DELETE FROM events WHERE user_id IN (SELECT id FROM gone)),
-            told AS ({_TELL} SELECT $3, app_id, $4, 'user.deleted', NULL, NULL, 'done', NULL, $5 FROM gone)
-            SELECT id FROM gone
-            """,
-            app_id,
-            external_id,
-            now,
-            *_who(),
-        )
-        return row is not None
+
+        async def delete(connection: Connection) -> bool:
+            async with connection.transaction():
+                deleted = "DELETE FROM users WHERE app_id = $1 AND external_id = $2 RETURNING id"
+                gone = await connection.fetchrow(deleted, app_id, external_id)
+                if gone is None:
+                    return False
+                # A statement of its own sees what others committed while the first one waited for them.
+                await connection.execute("DELETE FROM events WHERE user_id = $1", gone["id"])
+                told = f"{_TELL} VALUES ($1, $2, $3, 'user.deleted', NULL, NULL, 'done', NULL, $4)"
+                await connection.execute(told, now, app_id, *_who())
+            return True
+
+        return await self._pg.run("delete_user", delete)
 
     # -- credentials ----------------------------------------------------------------------------------------------------------
 
@@ -366,6 +375,17 @@ class Durable:
             credential_id,
         )
         return Owned(_credential(row), row["external_id"]) if row else None
+
+    async def held(self, rp_id: str, credential_id: bytes) -> bool:
+        """Whether any app of this RP ID has a credential with this id: authenticators know RP IDs, not apps."""
+        row = await self._pg.row(
+            "held",
+            "SELECT EXISTS (SELECT FROM relying_parties r JOIN credentials c ON c.app_id = r.id AND c.credential_id = $2"
+            " WHERE r.rp_id = $1) AS held",
+            rp_id,
+            credential_id,
+        )
+        return row is not None and bool(row["held"])
 
     async def add_credential(
         self,
@@ -431,21 +451,29 @@ class Durable:
 
     async def use_credential(
         self, credential: Credential, verified: VerifiedAuthentication, *, flag_counter: bool, now: datetime
-    ) -> bool:
-        """Record a sign-in. False: revoked meanwhile, or the counter went back (unless `flag_counter`).
+    ) -> Used | None:
+        """Record a sign-in. None: revoked meanwhile, or the counter went back (unless `flag_counter`).
 
-        Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
+        What changed is judged against the locked row: of two clones that answer at once, one is told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
         """
         row = await self._pg.row(
             "use_credential",
             f"""
             WITH used AS (
-                UPDATE credentials SET sign_count = greatest(sign_count, $3), backed_up = $4, last_used_at = $5, updated_at = $5,
-                       use_count = use_count + 1
-                WHERE id = $1 AND app_id = $2 AND live AND ($6 OR sign_count < $3 OR (sign_count = 0 AND $3 = 0))
-                RETURNING id, app_id, user_id
-            ), told AS ({_TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done', $9, $8 FROM used)
-            SELECT id FROM used
+                UPDATE credentials c
+                SET sign_count = greatest(c.sign_count, $3), backed_up = $4, last_used_at = $5, updated_at = $5,
+                    use_count = c.use_count + 1
+                FROM (
+                    SELECT id, backed_up, NOT (sign_count < $3 OR (sign_count = 0 AND $3 = 0)) AS regressed
+                    FROM credentials WHERE id = $1 AND app_id = $2 AND live FOR UPDATE
+                ) old
+                WHERE c.id = old.id AND ($6 OR NOT old.regressed)
+                RETURNING c.id, c.app_id, c.user_id, old.regressed, old.backed_up <> $4 AS backup_changed
+            ), told AS (
+                {_TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done',
+                               CASE WHEN regressed THEN 'counter' END, $8 FROM used
+            )
+            SELECT regressed, backup_changed FROM used
             """,
             credential.id,
             credential.app_id,
@@ -454,9 +482,8 @@ class Durable:
             now,
             flag_counter,
             *_who(),
-            "counter" if verified.counter_regressed else None,
         )
-        return row is not None
+        return Used(row["regressed"], row["backup_changed"]) if row else None
 
     async def confirm_credential(self, app_id: str, passkey_id: str, now: datetime) -> bool:
         """Record that a registration's nonce was redeemed; makes the credential live. False: revoked meanwhile."""
@@ -517,11 +544,11 @@ class Durable:
         passkey_id: str | None = None,
         now: datetime,
     ) -> None:
-        """Insert an event of its own: for a refusal, which changes nothing else. It names nobody who was deleted meanwhile."""
+        """Insert an event of its own: for a refusal, which changes nothing else. It names nobody deleted meanwhile."""
         await self._pg.row(
             "tell",
-            f"{_TELL} SELECT $1, $2, $3, $5, u.id, CASE WHEN u.id IS NOT NULL THEN $7 END, $8, $9, $4"
-            " FROM (VALUES ($6::text)) asked (id) LEFT JOIN users u ON u.app_id = $2 AND u.id = asked.id",
+            f"{_TELL} SELECT $1, a.id, $3, $5, u.id, CASE WHEN u.id IS NOT NULL THEN $7 END, $8, $9, $4"
+            " FROM relying_parties a LEFT JOIN users u ON u.app_id = a.id AND u.id = $6 WHERE a.id = $2",
             now,
             app_id,
             *_who(),

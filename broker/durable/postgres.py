@@ -101,7 +101,7 @@ class Postgres:
             except _DOWN:
                 pool.terminate()
 
-    async def _run(self, operation: str, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def run(self, operation: str, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Do `work` on a connection, within the limit.
 
         Raises:
@@ -135,10 +135,10 @@ class Postgres:
             await self._pool.release(connection)
 
     async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
-        return await self._run(operation, lambda c: c.fetchrow(sql, *values))
+        return await self.run(operation, lambda c: c.fetchrow(sql, *values))
 
     async def rows(self, operation: str, sql: str, *values: object) -> list[asyncpg.Record]:
-        return await self._run(operation, lambda c: c.fetch(sql, *values))
+        return await self.run(operation, lambda c: c.fetch(sql, *values))
 
     # -- schema ---------------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ pages, JIT, time zone detection) is off. Logs hold faults only and no statements
 carry external ids.
 
 Layout of the place (`place` says where that is): `postgres/`, `valkey/`, `run/` (sockets), `postgres.log`, `valkey.log`,
-`servers.json`, and as root sometimes `binaries/`.
+`servers.json`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ from broker.embedded.place import (
     Account,
     Claim,
     EmbeddedFault,
+    binaries_directory,
     claim,
+    entered,
     own,
     place_elsewhere,
     recorded_place,
@@ -114,6 +116,7 @@ class EmbeddedStores:
         self._running: list[Server] = []
         self._logs: list[Log] = []
         self._sockets: Path | None = None
+        self._account: Account | None = None
         self._process = os.getpid()
         self._meanwhile: Callable[[], object] | None = None
 
@@ -157,13 +160,15 @@ class EmbeddedStores:
             return
         stop(self._running)
         if self._running:
-            (self.place / "servers.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.place / "servers.json").unlink()
         self._running.clear()
         for log in self._logs:
             log.close()
-        if self._sockets is not None:
+        if self._sockets is not None and self._account is not None:
             if self._sockets.parent == self.place:
-                _empty(self._sockets)
+                with contextlib.suppress(EmbeddedFault, OSError):
+                    _empty(self._sockets, self._account)
             else:
                 shutil.rmtree(self._sockets, ignore_errors=True)
             self._sockets = None
@@ -183,7 +188,7 @@ class EmbeddedStores:
             meanwhile()
 
     def _start(self, *, postgres: bool, redis: bool) -> None:
-        account = server_account()
+        account = self._account = server_account()
         recorded = recorded_place(self.data)
         home = recorded or self.data
         major = _made_by(home / "postgres", account) if postgres else None
@@ -192,12 +197,12 @@ class EmbeddedStores:
         found = [binaries for binaries in (pg, valkey) if binaries]
         self.place = self._settle(account, recorded, found, has_data=major is not None)
         if pg and not pg.reachable:
-            pg = pg.carried_to(self.place)
+            pg = pg.carried_to(binaries_directory(self.place))
         if valkey and not valkey.reachable:
-            valkey = valkey.carried_to(self.place)
-        reap(self.place / "servers.json")
+            valkey = valkey.carried_to(binaries_directory(self.place))
+        reap(self.place / "servers.json", account)
         self._sockets = socket_directory(self.place, account)
-        _empty(self._sockets)
+        _empty(self._sockets, account)
         waiting: list[_Valkey | _Postgres] = []
         if valkey:
             waiting.append(self._valkey(valkey, account, self._sockets))
@@ -268,15 +273,17 @@ class EmbeddedStores:
         log = self._log("postgres.log")
         if fresh:
             self._initialise(binaries, account, home, log)
-        _forget_stranger(home)
         names = {pwd.getpwuid(0).pw_name, user_name(os.geteuid())}
-        write(home / "pg_hba.conf", f"local all {ROLE} peer map={ROLE}\n", account)
-        write(home / "pg_ident.conf", "".join(f'{ROLE} "{name}" {ROLE}\n' for name in sorted(names)), account)
+        users = "".join(f'{ROLE} "{name}" {ROLE}\n' for name in sorted(names))
+        with entered(home, account) as directory:
+            _forget_stranger(directory, home, account)
+            write("pg_hba.conf", f"local all {ROLE} peer map={ROLE}\n", account, directory=directory)
+            write("pg_ident.conf", users, account, directory=directory)
         argv = [str(binaries.directory / "postgres"), "-D", str(home)]
         for name, value in {**_POSTGRES_SETTINGS, "unix_socket_directories": str(sockets)}.items():
             argv += ["-c", f"{name}={value}"]
         self.database_url = f"postgresql://{ROLE}@/postgres?host={quote(str(sockets), safe='')}"
-        return _Postgres(self._spawn(binaries.title, argv, account, home, log, home), home)
+        return _Postgres(self._spawn(binaries.title, argv, account, home, log, home), home, account)
 
     def _initialise(self, binaries: Binaries, account: Account, home: Path, log: Log) -> None:
         new = home.with_name("postgres.new")
@@ -317,13 +324,18 @@ class _Valkey:
 
 
 class _Postgres:
-    def __init__(self, server: Server, home: Path) -> None:
+    def __init__(self, server: Server, home: Path, account: Account) -> None:
         self.server = server
         self._home = home
+        self._account = account
 
     def ready(self) -> bool:
         """Whether the postmaster says so: line 8 of postmaster.pid (PostgreSQL, src/include/utils/pidfile.h)."""
-        lines = _pid_file(self._home)
+        try:
+            with entered(self._home, self._account) as directory:
+                lines = _read(directory, "postmaster.pid").splitlines()
+        except OSError:
+            return False
         return len(lines) >= 8 and lines[0] == str(self.server.process.pid) and lines[7].strip() == "ready"
 
 
@@ -344,24 +356,16 @@ def _until_ready(waiting: list[_Valkey | _Postgres]) -> None:
 def _made_by(home: Path, account: Account, mark: str = "PG_VERSION") -> int | None:
     """The major version that made a server's directory; nothing where there is none yet.
 
-    Raises EmbeddedFault for a file in its place, somebody else's directory, and one that has content but not the mark.
+    Raises EmbeddedFault for a file or a link in its place, somebody else's directory, and one that has content but not the mark.
     """
     try:
-        status = home.stat()
-        names = os.listdir(home)
+        with entered(home, account) as directory:
+            names = os.listdir(directory)
+            version = _read(directory, "PG_VERSION") if mark == "PG_VERSION" and mark in names else ""
     except FileNotFoundError:
         return None
-    except NotADirectoryError:
-        raise EmbeddedFault(
-            f"{home} is not a directory, so the embedded stores can't use it; remove it."
-        ) from None
     except OSError as fault:
         raise EmbeddedFault(f"{home} can't be read: {fault.strerror}.") from None
-    if status.st_uid not in (account.uid, os.geteuid()):
-        raise EmbeddedFault(
-            f"{home} belongs to the user {user_name(status.st_uid)}, not to {account.name}, whom the servers run as; "
-            "give it back or name another data directory."
-        )
     if not names:
         return None
     if mark not in names:
@@ -371,33 +375,42 @@ def _made_by(home: Path, account: Account, mark: str = "PG_VERSION") -> int | No
     if mark != "PG_VERSION":
         return None
     try:
-        return int((home / mark).read_text(encoding="ascii"))
-    except (OSError, ValueError):
+        return int(version)
+    except ValueError:
         raise EmbeddedFault(
             f"{home / mark} does not hold a version; restore the data directory, or move it away to begin anew."
         ) from None
 
 
-def _pid_file(home: Path) -> list[str]:
+def _read(directory: int, name: str) -> str:
+    """The text of one of a server's own small files; empty where there is none, or a link or something else in its place."""
     try:
-        return (home / "postmaster.pid").read_text(encoding="utf-8", errors="replace").splitlines()
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     except OSError:
-        return []
+        return ""
+    try:
+        return os.read(descriptor, 4096).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
 
 
-def _forget_stranger(home: Path) -> None:
+def _forget_stranger(directory: int, home: Path, account: Account) -> None:
     """Remove a postmaster.pid whose number now belongs to another program, which would keep PostgreSQL from starting.
 
     Numbers come back after a reboot, and in containers at every start. The lock of the data directory is ours and the servers
     of an earlier broker have ended, so such a file is stale. One whose process has ended PostgreSQL removes itself.
     """
-    lines = _pid_file(home)
-    if lines and lines[0].isdigit() and exists(int(lines[0])) and not runs(int(lines[0]), str(home)):
-        (home / "postmaster.pid").unlink(missing_ok=True)
-
-
-def _empty(sockets: Path) -> None:
-    """Remove what an earlier server left: a stale socket keeps Valkey from binding."""
-    for path in sockets.iterdir():
+    number = _read(directory, "postmaster.pid").partition("\n")[0]
+    if number.isdecimal() and exists(int(number)) and not runs(int(number), str(home), account):
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            os.unlink("postmaster.pid", dir_fd=directory)
+
+
+def _empty(sockets: Path, account: Account) -> None:
+    """Remove what an earlier server left: a stale socket keeps Valkey from binding."""
+    with entered(sockets, account) as directory:
+        for name in os.listdir(directory):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)

@@ -13,6 +13,7 @@ reached, it can be executed (libraries included), and it is new enough. What fai
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -53,16 +54,10 @@ class Binaries:
     def title(self) -> str:
         return f"{self.product} {'.'.join(map(str, self.version))}"
 
-    def carried_to(self, place: Path) -> Binaries:
-        """A copy below the place, made once per version. Root only. Raises OSError, EmbeddedFault."""
+    def carried_to(self, home: Path) -> Binaries:
+        """A copy in a directory that only root can change, made once per version. Root only. Raises OSError, EmbeddedFault."""
         if self.carrier is None:
             raise EmbeddedFault(f"{self.directory / self.server} can't be executed by the servers' user.")
-        home = place / "binaries"
-        home.mkdir(mode=0o755, exist_ok=True)
-        status = home.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise EmbeddedFault(f"{home} is not a directory of the broker's; remove it.")
-        home.chmod(0o755)
         copy = home / f"{self.product.lower()}-{'.'.join(map(str, self.version))}"
         if not copy.exists():
             partial = copy.with_name(copy.name + ".partial")
@@ -70,11 +65,15 @@ class Binaries:
             for source in (self.carrier, self.carrier.with_name(self.carrier.name + ".libs")):
                 if source.is_dir():
                     shutil.copytree(
-                        source, partial / source.name, symlinks=True, ignore=_only_what_servers_need
+                        source,
+                        partial / source.name,
+                        symlinks=True,
+                        ignore=_only_what_servers_need,
+                        copy_function=_link_or_copy,
                     )
             for path in (partial, *partial.rglob("*")):
-                if not path.is_symlink():
-                    path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+                if path.is_dir() and not path.is_symlink():
+                    path.chmod(0o755)
             partial.rename(copy)
         moved = copy / self.carrier.name / self.directory.relative_to(self.carrier)
         return replace(self, directory=moved, reachable=True)
@@ -84,6 +83,27 @@ def _only_what_servers_need(directory: str, names: list[str]) -> set[str]:
     if Path(directory).name == "bin":
         return set(names) - {"postgres", "initdb"}
     return {"include", "__pycache__"} & set(names)
+
+
+def _link_or_copy(source: str | os.PathLike[str], target: str) -> None:
+    """A second name for the same file where everybody may use it and only we can change it, else a copy for everybody.
+
+    A name costs no time and no space; 30 MB of copies are most of a first start. What is judged is the new name, which only we
+    can change: the source may be replaced at any time. A file whose mode would have to change is copied.
+    """
+    with contextlib.suppress(OSError):
+        os.link(source, target, follow_symlinks=False)
+        status = os.lstat(target)
+        wanted = 0o555 if status.st_mode & 0o100 else 0o444
+        if (
+            stat.S_ISREG(status.st_mode)
+            and status.st_uid == os.geteuid()
+            and stat.S_IMODE(status.st_mode) & 0o7577 == wanted & 0o7577
+        ):
+            return
+        os.unlink(target)
+    shutil.copyfile(source, target)
+    os.chmod(target, 0o755 if os.stat(source).st_mode & 0o100 else 0o644)
 
 
 def find_postgres(account: Account, major: int | None) -> Binaries:

@@ -7,8 +7,10 @@ parent that ended even before is noticed by comparing parent ids. The signal fol
 servers are started from the main thread only.
 
 Elsewhere, and for a server that is slow to go, there is the record: `servers.json` in the place names each process and a path
-that occurs in its command line. Whoever holds the lock of the data directory owns every process in the record, and `reap` ends
-them before anything is started. The path guards against a number that the system has given to somebody else.
+that is an argument of its command line. Whoever holds the lock of the data directory owns every process in the record, and
+`reap` ends them before anything is started. The path guards against a number that the system has given to somebody else. As
+root the record is in a directory of the servers' account: it is believed only when root wrote it, and even then no process of
+another account is ever signalled.
 """
 
 from __future__ import annotations
@@ -26,12 +28,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from broker.embedded.place import Account, EmbeddedFault, server_environment, write
+from broker.embedded.place import (
+    Account,
+    EmbeddedFault,
+    NotOurs,
+    read_ours,
+    server_environment,
+    sole_file,
+    write,
+)
 
 LOG_BYTES = 1024 * 1024
 GRACE = 6.0
 
 _PR_SET_PDEATHSIG = 1
+_OWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REAL_USER = re.compile(rb"^Uid:\s+(\d+)", re.MULTILINE)
 _TELLING = re.compile(r"\b(FATAL|PANIC|error|ERROR|Fatal|Bad file|Can't)\b")
 
 
@@ -46,6 +58,11 @@ class Log:
         self.descriptor = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
+        try:
+            sole_file(self.descriptor, path)
+        except EmbeddedFault:
+            os.close(self.descriptor)
+            raise
         self._start = os.fstat(self.descriptor).st_size
 
     def last_words(self) -> str:
@@ -77,7 +94,7 @@ class Server:
         stop_signal: signal.Signals,
         mark: Path,
     ) -> None:
-        """Start it. `mark` is a path in `argv`, by which `reap` recognises the process. Raises EmbeddedFault."""
+        """Start it. `mark` is an absolute path that is one of `argv`, by which `reap` recognises the process. Raises EmbeddedFault."""
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "servers die with the thread that starts them; start them from the main thread"
@@ -130,29 +147,23 @@ def record(path: Path, servers: list[Server]) -> None:
     write(path, json.dumps(entries) + "\n")
 
 
-def reap(path: Path) -> None:
-    """End what an earlier broker on this data left running. Call with the data directory's lock held.
+def reap(path: Path, account: Account) -> None:
+    """End what an earlier broker on this data left running as the account. Call with the data directory's lock held.
 
     On Linux such servers are stopping already and get their time; elsewhere nobody has told them yet. Raises EmbeddedFault
-    where one can't be ended.
+    where one can't be ended, and for a link in place of the record.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        left = [(int(pid), int(ask), str(mark)) for pid, ask, mark in entries]
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError):
-        left = []
+    left = _recorded(path)
     told = sys.platform == "linux"
     for ask, limit in ((0 if told else None, GRACE), (None, GRACE), (signal.SIGKILL, 5.0)):
-        left = [entry for entry in left if runs(entry[0], entry[2])]
+        left = [entry for entry in left if runs(entry[0], entry[2], account)]
         for pid, own_signal, _ in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, own_signal if ask is None else ask)
         deadline = time.monotonic() + limit
         while left and time.monotonic() < deadline:
             time.sleep(0.01)
-            left = [entry for entry in left if runs(entry[0], entry[2])]
+            left = [entry for entry in left if runs(entry[0], entry[2], account)]
     if left:
         raise EmbeddedFault(
             f"The process {left[0][0]} of an earlier broker does not end; end it and start again."
@@ -160,28 +171,52 @@ def reap(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def _recorded(path: Path) -> list[tuple[int, int, str]]:
+    """The entries that `record` could have written; none from a file that somebody else put there."""
+    try:
+        entries = json.loads(read_ours(path))
+    except (FileNotFoundError, NotOurs, ValueError):
+        return []
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        match entry:
+            case [int(pid), int(ask), str(mark)] if pid > 1 and ask in _OWN_SIGNALS and _is_mark(mark):
+                found.append((pid, ask, mark))
+    return found
+
+
+def _is_mark(mark: str) -> bool:
+    return mark.startswith("/") and len(Path(mark).parts) > 2
+
+
 def exists(pid: int) -> bool:
     """Whether there is a process with that number, whoever owns it."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
     return True
 
 
-def runs(pid: int, mark: str) -> bool:
-    """Whether the process exists and has the mark in its command line."""
+def runs(pid: int, mark: str, account: Account) -> bool:
+    """Whether the process exists, its real user is the account's, and the mark is an argument of its command line."""
     if sys.platform == "linux":
         try:
-            return os.fsencode(mark) in Path(f"/proc/{pid}/cmdline").read_bytes()
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            user = _REAL_USER.search(Path(f"/proc/{pid}/status").read_bytes())
         except (FileNotFoundError, ProcessLookupError):
             return False
+        return os.fsencode(mark) in arguments and user is not None and int(user[1]) == account.uid
     answer = subprocess.run(  # noqa: S603
-        ["/bin/ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False
+        ["/bin/ps", "-ww", "-o", "ruid=,command=", "-p", str(pid)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return mark in answer.stdout
+    owner, _, command = answer.stdout.strip().partition(" ")
+    return owner == str(account.uid) and mark in command
 
 
 def _libc_prctl() -> Callable[[int, int], int] | None:

@@ -12,9 +12,15 @@ Three directories matter, and each is 0700 and belongs to the account that the s
   (`sun_path`: 108 bytes with the NUL on Linux, 104 on macOS and the BSDs). Then it is a short directory elsewhere, with a
   name derived from the place, so that URLs stay the same between runs.
 
-As root the servers' account owns directories in which root writes. Whoever took over a server could plant links there;
-therefore everything here is opened with O_NOFOLLOW, written as a new file and renamed, and `where` is believed only when it
-names a folder that root alone could have made.
+As root the servers' account, which other daemons may share, owns directories in which root works, and can put anything in
+place of anything there at any time. Therefore
+
+- no link is followed below the data directory: files are opened with O_NOFOLLOW, directories are entered once (`entered`) and
+  what happens in them happens through that descriptor;
+- files are written anew and renamed, and what is opened to be written has no second name;
+- `where` and the record of processes are believed only when root wrote them, and `where` only when it names a folder that root
+  alone could have made;
+- copies of binaries, which root writes path by path, are beside the places in the system's state directory, where only root can.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +54,10 @@ _PLACE_NAME = re.compile(r"[0-9a-f]{16}")
 
 class EmbeddedFault(Fault):
     """The embedded stores can't run. The message is one sentence that says what to do; the caller shows it and ends."""
+
+
+class NotOurs(EmbeddedFault):
+    """A file that the broker reads was not written by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +189,7 @@ def claim(data: Path) -> Claim:
             )
         lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=directory)
         try:
+            sole_file(lock, path / "lock")
             _hold(lock, path)
         except BaseException:
             os.close(lock)
@@ -208,12 +220,25 @@ def own(directory: Path, account: Account) -> None:
     somebody else's directory; OSError where the file system refuses."""
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
+    with entered(directory, account) as descriptor:
+        if os.fstat(descriptor).st_uid != account.uid:
+            os.fchown(descriptor, account.uid, account.gid)
+        os.fchmod(descriptor, 0o700)
+
+
+@contextlib.contextmanager
+def entered(directory: Path, account: Account) -> Iterator[int]:
+    """A descriptor of a directory that is the account's or ours; what is done through it stays in it, whatever takes its name.
+
+    Raises EmbeddedFault for a file, a link, or somebody else's directory; OSError where there is none or it can't be read.
+    """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as fault:
         if fault.errno in (errno.ENOTDIR, errno.ELOOP):
+            what = "a symbolic link" if directory.is_symlink() else "not a directory"
             raise EmbeddedFault(
-                f"{directory} is not a directory, so the embedded stores can't use it; remove it."
+                f"{directory} is {what}, so the embedded stores can't use it; remove it."
             ) from None
         raise
     try:
@@ -223,9 +248,40 @@ def own(directory: Path, account: Account) -> None:
                 f"{directory} belongs to the user {user_name(owner)}, not to {account.name}, whom the servers run as; "
                 "give it back or name another data directory."
             )
-        if owner != account.uid:
-            os.fchown(descriptor, account.uid, account.gid)
-        os.fchmod(descriptor, 0o700)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def sole_file(descriptor: int, path: Path) -> None:
+    """Raise EmbeddedFault unless it is a regular file with one name: what we write must not be another file's content."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise EmbeddedFault(
+            f"{path} is not a file with a single name, so the embedded stores can't use it; remove it."
+        )
+
+
+def read_ours(path: Path) -> str:
+    """The text of a small file that the broker wrote.
+
+    Raises FileNotFoundError, EmbeddedFault for a link and for what can't be read, NotOurs for what somebody else put there.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as fault:
+        if fault.errno == errno.ELOOP:
+            raise EmbeddedFault(
+                f"{path} is a symbolic link, so the embedded stores can't use it; remove it."
+            ) from None
+        raise EmbeddedFault(f"{path} can't be read: {_reason(fault)}.") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise NotOurs(f"{path} was not written by the broker; remove it or restore it.")
+        return os.pread(descriptor, 65536, 0).decode("utf-8", "replace")
     finally:
         os.close(descriptor)
 
@@ -233,16 +289,13 @@ def own(directory: Path, account: Account) -> None:
 def recorded_place(data: Path) -> Path | None:
     """The folder that `where` names, when the data directory has one.
 
-    Raises EmbeddedFault when it names anything but a folder that we make: as root we are about to change its owner.
+    Raises EmbeddedFault when it is not ours or names anything but a folder that we make: as root we are about to change its
+    owner.
     """
     try:
-        descriptor = os.open(data / "where", os.O_RDONLY | os.O_NOFOLLOW)
+        place = Path(read_ours(data / "where").strip())
     except FileNotFoundError:
         return None
-    except OSError as fault:
-        raise EmbeddedFault(f"{data / 'where'} can't be read: {_reason(fault)}.") from None
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
-        place = Path(file.read(4096).strip())
     if place.parent != STATE or not _PLACE_NAME.fullmatch(place.name):
         raise EmbeddedFault(
             f"{data / 'where'} names {place}, which is not a folder of the broker's; remove the file {data / 'where'} or restore it."
@@ -256,13 +309,7 @@ def place_elsewhere(data: Path, account: Account, why: str) -> tuple[Path, tuple
     The name is derived from the data directory's path. Without `where` a folder of that name is what a deleted data directory
     left behind: it is set aside, because whoever deletes `.broker/` expects to begin anew.
     """
-    STATE.mkdir(mode=0o711, exist_ok=True)
-    status = STATE.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise EmbeddedFault(
-            f"{STATE} is not a directory that only root can write to; correct that and start again."
-        )
-    place = STATE / hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
+    place = _state() / _name_of(data)
     notes = [f"The stores' data is in {place}: {why}."]
     if place.exists():
         aside = place.with_suffix(".old")
@@ -271,6 +318,31 @@ def place_elsewhere(data: Path, account: Account, why: str) -> tuple[Path, tuple
         notes.append(f"The data of an earlier {data} was set aside in {aside}.")
     write(data / "where", f"{place}\n")
     return place, tuple(notes)
+
+
+def binaries_directory(place: Path) -> Path:
+    """The directory for copies of binaries that the servers' account can't execute where they are. Root only.
+
+    It is beside the places and not in one: only root can change what is in it, or put something in its place.
+    """
+    home = _state() / f"{place.name if place.parent == STATE else _name_of(place)}.binaries"
+    home.mkdir(exist_ok=True)
+    home.chmod(0o755)
+    return home
+
+
+def _state() -> Path:
+    STATE.mkdir(mode=0o711, exist_ok=True)
+    status = STATE.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise EmbeddedFault(
+            f"{STATE} is not a directory that only root can write to; correct that and start again."
+        )
+    return STATE
+
+
+def _name_of(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
 def socket_directory(place: Path, account: Account) -> Path:
@@ -282,7 +354,7 @@ def socket_directory(place: Path, account: Account) -> Path:
     if _fits(inside):
         own(inside, account)
         return inside
-    name = f"passkey-broker-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
+    name = f"passkey-broker-{_name_of(place)}"
     if account.switched:
         bases = ["/run", "/var/run"]
     else:
@@ -307,18 +379,25 @@ def _fits(directory: Path) -> bool:
     return len(longest) <= SOCKET_PATH_BYTES and _PLAIN_PATH.fullmatch(str(directory)) is not None
 
 
-def write(path: Path, text: str, account: Account | None = None) -> None:
-    """Replace a file in one step, mode 0600, owned by the account. Raises OSError."""
+def write(
+    path: Path | str, text: str, account: Account | None = None, *, directory: int | None = None
+) -> None:
+    """Replace a file in one step, mode 0600, owned by the account. With a directory's descriptor the path is a name in it.
+
+    Raises OSError.
+    """
+    path = Path(path)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if account is not None and account.switched:
                 os.fchown(descriptor, account.uid, account.gid)
             file.write(text)
-        new.replace(path)
+        os.replace(new, path, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=directory)
         raise
 
 

@@ -422,6 +422,8 @@ class _Address:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("url is the broker's, like https://broker.example")
+        if "@" in parts.netloc:
+            raise ValueError("url has a user name or a password; the API key is all that the broker asks for")
         if not app_id:
             raise ValueError("app_id is empty")
         if not api_key or not api_key.isascii() or not api_key.isprintable() or " " in api_key:

@@ -148,7 +148,7 @@ class Edge:
         }
         if refusal is not None:
             values |= {"code": refusal.code, "reason": refusal.reason}
-        self._log("request", **values)
+        self._log("request", severity=logging.WARNING if status >= 500 else logging.INFO, **values)
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -13,6 +13,7 @@ refused without CORS headers. `Access-Control-Allow-Headers` lists what the vend
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal, cast
 
@@ -21,9 +22,10 @@ from aiohttp.typedefs import Handler as AnyHandler
 
 from broker.broker import Broker
 from broker.directory import Directory
-from broker.errors import InvalidKey, OperationNotAllowed, Unavailable
+from broker.errors import InvalidKey, InvalidRequest, OperationNotAllowed, Unavailable
 from broker.model import RelyingParty
 from broker.telemetry import Metrics, context
+from broker.web.body import read_bytes
 from broker.web.edge import CORS
 
 Access = Literal["key", "browser", "public"]
@@ -36,6 +38,7 @@ PUBLIC_URL = web.AppKey("PUBLIC_URL", str)
 
 _ACCESS = "broker_access"
 _PREFLIGHT_SECONDS = "600"
+_SLOW_SECONDS = 0.1
 
 
 def _marked(handler: AnyHandler, access: Access) -> AnyHandler:
@@ -48,9 +51,26 @@ def access_of(handler: object) -> Access | None:
     return cast(Access | None, getattr(handler, _ACCESS, None))
 
 
+async def _slow_body(request: web.Request) -> bool:
+    """Read the body, if there is one; whether it took so long that what was looked up before it may have changed."""
+    if not request.can_read_body:
+        return False
+    began = time.monotonic()
+    await read_bytes(request)
+    return time.monotonic() - began > _SLOW_SECONDS
+
+
+def _only(request: web.Request, name: str) -> str | None:
+    """A header that decides who may do what. Sent twice it is refused: a proxy may have read the other one."""
+    values = request.headers.getall(name, [])
+    if len(values) > 1:
+        raise InvalidRequest(f"The header {name} is sent twice.", reason="header_twice")
+    return values[0] if values else None
+
+
 def bearer(request: web.Request) -> str:
     """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is case-insensitive."""
-    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    scheme, _, token = (_only(request, hdrs.AUTHORIZATION) or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
@@ -75,7 +95,10 @@ def keyed(handler: Handler) -> AnyHandler:
     """Guard a handler by an API key."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        return await handler(request, await authorise(request))
+        app = await authorise(request)
+        if await _slow_body(request):
+            app = await authorise(request)  # the key may be revoked by now
+        return await handler(request, app)
 
     return _marked(guarded, "key")
 
@@ -87,17 +110,24 @@ async def _app_of(request: web.Request) -> RelyingParty:
 
 
 def _browser(handler: Handler) -> AnyHandler:
-    async def guarded(request: web.Request) -> web.StreamResponse:
+    async def admitted(request: web.Request) -> RelyingParty:
         try:
             app = await _app_of(request)
         except Unavailable as fault:
             fault.retry = "page"  # nothing was taken yet
             raise
-        origin = request.headers.get(hdrs.ORIGIN)
+        origin = _only(request, hdrs.ORIGIN)
         if origin is not None:
+            request.pop(CORS, None)
             if origin not in app.web_origins:
                 raise OperationNotAllowed(reason="origin")
             request[CORS] = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        return app
+
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        app = await admitted(request)
+        if await _slow_body(request):
+            app = await admitted(request)  # origins and policy may differ by now
         return await handler(request, app)
 
     return _marked(guarded, "browser")

@@ -32,11 +32,12 @@ _BACKLOG = 1024
 class _Protocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_head_timer", "_last_body")
+    __slots__ = ("_head_timer", "_last_body", "_write_timer")
 
     def __init__(self, manager: _Server, **options: Any) -> None:
         super().__init__(manager, **options)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._last_body: StreamReader | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -45,6 +46,7 @@ class _Protocol(RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._head_is_here()
+        self._it_reads()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -76,6 +78,27 @@ class _Protocol(RequestHandler):
             self._close = True
             self._last_body.set_exception(web.RequestPayloadError())
             self._last_body.feed_eof()
+
+    def pause_writing(self) -> None:
+        """The peer does not read. It gets as long for that as for sending a body."""
+        super().pause_writing()
+        if self._write_timer is None:
+            manager = self._manager
+            assert isinstance(manager, _Server)
+            self._write_timer = self._loop.call_later(manager.limits.body, self._give_up)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._it_reads()
+
+    def _it_reads(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _give_up(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
     def _expect_head(self) -> None:
         manager = self._manager
@@ -145,23 +168,31 @@ class _Runner(web.AppRunner):
 class Listener:
     """A running server. `ports` are those it listens on (useful where 0 was asked)."""
 
-    def __init__(self, runner: _Runner, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, runner: _Runner, sockets: Sequence[socket.socket], drain_seconds: float) -> None:
         self._runner = runner
+        self._drain_seconds = drain_seconds
         self.ports = tuple(dict.fromkeys(s.getsockname()[1] for s in sockets))
 
     async def close(self) -> None:
         """Refuse new connections, let running requests end (up to the drain limit), then close."""
-        await self._runner.cleanup()
+        try:
+            async with asyncio.timeout(
+                self._drain_seconds + 1
+            ):  # aiohttp waits twice where a peer does not read
+                await self._runner.cleanup()
+        except TimeoutError:
+            pass
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets for `host`; "localhost" means 127.0.0.1 and ::1, as browsers try both.
+    """Sockets for `host`, or for several separated by commas; "localhost" means 127.0.0.1 and ::1, as browsers try both.
 
     Raises:
         OSError: the address is in use or not ours.
     """
     sockets: list[socket.socket] = []
-    hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+    names = host.split(",")
+    hosts = dict.fromkeys(h for n in names for h in (("127.0.0.1", "::1") if n == "localhost" else (n,)))
     try:
         for name in hosts:
             family, kind, protocol, _, address = socket.getaddrinfo(
@@ -209,4 +240,4 @@ async def listen(
     await runner.setup()
     for listening in sockets:
         await web.SockSite(runner, listening).start()
-    return Listener(runner, sockets)
+    return Listener(runner, sockets, drain_seconds)

@@ -41,6 +41,23 @@ COUNT_PROMPTS = """
   };
 """
 
+HOLD_LIST = """(() => {
+  const real = globalThis.fetch;
+  Object.assign(globalThis, { held: [], places: new Set(), frames: 0 });
+  globalThis.fetch = async (resource, init) => {
+    if (String(resource).endsWith("/api/passkeys")) await new Promise((resolve) => held.push(resolve));
+    return real(resource, init);
+  };
+  const add = document.getElementById("add");
+  const look = () => {
+    frames += 1;
+    const { x, y } = add.getBoundingClientRect();
+    if (add.checkVisibility({ visibilityProperty: true })) places.add(`${x},${y + scrollY}`);
+    requestAnimationFrame(look);
+  };
+  look();
+})()"""
+
 CREATE, SIGN_IN, WITHOUT, ADD, OUT = map(
     button, ("Create account", "Sign in", "Sign in without a name", "Add another passkey", "Sign out")
 )
@@ -292,6 +309,44 @@ def test_a_second_passkey_on_another_device(site: Page, device: Authenticator) -
     assert steps_done(site) == ["sign-up", "without-name", "second"]
 
 
+def test_a_new_step_takes_away_what_the_last_one_said(site: Page, device: Authenticator) -> None:
+    sign_up(site)
+    sign_out(site)
+    site.click(WITHOUT)
+    site.wait_for_text("You signed in without typing a name.", within="#account-notice")
+    device.present(False)
+    site.authenticator(transport="usb")
+    site.click(ADD)
+    site.wait_for_text("You can sign in with either passkey now.", within="#passkeys-notice")
+    assert "Proves a new passkey" in site.text("#receipt-facts")
+    assert site.count("#account-notice") == 0
+
+
+def test_the_add_button_stays_where_it_appeared(site: Page, device: Authenticator) -> None:
+    """The list is held back; the button's place is noted at every frame in which a person could click it."""
+    name = sign_up(site)
+    device.present(False)
+    site.authenticator(transport="usb")
+    site.click(ADD)
+    site.wait_until("document.querySelectorAll('.key').length === 2")
+    device.present(True)
+    sign_out(site)
+    site.js(HOLD_LIST)
+    sign_in(site, name)
+    site.wait_for_text("You signed in by name.")
+    site.wait_until("held.length === 1 && frames > 5")
+    assert site.attribute("#passkeys", "aria-busy") == "true"
+    assert site.js("document.querySelector('#keys li').getBoundingClientRect().height") == 70
+    site.js("held[0]()")
+    site.wait_until("document.querySelectorAll('.key').length === 2")
+    shown = site.js("frames")
+    site.wait_until(f"frames > {shown} + 5")
+    places = site.js("[...places]")
+    assert len(places) == 1, places
+    site.click(button("Revoke Security key"))
+    site.wait_for(Named("dialog", "Revoke this passkey?"))
+
+
 def test_passkeys_can_be_named(site: Page) -> None:
     sign_up(site)
     site.click("#keys .tools button:first-child")
@@ -299,9 +354,8 @@ def test_passkeys_can_be_named(site: Page) -> None:
     assert site.focused() == textbox("Name")
     site.fill(textbox("Name"), "Work <laptop>")
     site.press("Enter")
-    site.wait_for_text("Use letters, digits")
+    site.wait_for_text("Use letters, digits", within="#label-notice")
     assert site.count("#keys laptop") == 0
-    site.click("#keys .tools button:first-child")
     site.fill(textbox("Name"), "Work laptop")
     site.click(button("Save"))
     site.wait_for(button("Revoke Work laptop"))
@@ -456,6 +510,67 @@ def test_an_unknown_name_is_refused_at_its_field(site: Page) -> None:
     sign_in(site, "Nobody at all")
     site.wait_for_text("There's no account called “Nobody at all” here.", within="#sign-in-notice")
     assert site.focused() == NAME
+
+
+@pytest.mark.parametrize(("field", "press"), [("sign-up", CREATE), ("sign-in", SIGN_IN)])
+def test_no_name_at_all_is_a_sentence_at_its_field(site: Page, field: str, press: Named) -> None:
+    site.click(press)
+    site.wait_for_text("Type a name first.", within=f"#{field}-notice")
+    assert site.text(f"#{field}-notice") == site.text("#announcer") == "Type a name first."
+    assert site.js("document.activeElement.id") == f"{field}-name"
+    assert site.attribute(f"#{field}-name", "aria-invalid") == "true"
+    assert site.sent(f"/api/{field}/start")[0].status == 400
+    other, elsewhere = ("sign-in", SIGN_IN) if field == "sign-up" else ("sign-up", CREATE)
+    site.click(elsewhere)
+    site.wait_for_text("Type a name first.", within=f"#{other}-notice")
+    assert site.count(f"#{field}-notice") == 0
+    assert site.attribute(f"#{field}-name", "aria-invalid") == "false"
+
+
+def test_a_passkey_without_a_name_is_a_sentence_in_the_dialog(site: Page) -> None:
+    sign_up(site)
+    site.click("#keys .tools button:first-child")
+    site.fill(textbox("Name"), "")
+    site.press("Delete")
+    site.click(button("Save"))
+    site.wait_for_text("Type a name first.", within="#label-dialog")
+    assert site.text("#label-notice") == "Type a name first."
+    assert site.focused() == textbox("Name")
+    assert site.attribute("#label-text", "aria-invalid") == "true"
+    assert "label-notice" in (site.attribute("#label-text", "aria-describedby") or "")
+    assert site.js(AUDIT) == []
+    site.click(button("Cancel"))
+    site.click("#keys .tools button:first-child")
+    assert site.js("document.getElementById('label-text').value") == "Device passkey"
+    assert site.attribute("#label-text", "aria-invalid") == "false"
+    assert site.count("#label-notice") == 0
+    site.fill(textbox("Name"), "Blue key")
+    site.click(button("Save"))
+    site.wait_for(button("Rename Blue key"))
+
+
+def test_a_session_that_ended_closes_the_dialog(site: Page) -> None:
+    sign_up(site)
+    site.click("#keys .tools button:first-child")
+    site.wait_for(Named("dialog", "Name this passkey"))
+    site.send("Network.clearBrowserCookies")
+    site.click(button("Save"))
+    site.wait_for_text("You're signed out. Sign in to go on.", within="#sign-in-notice")
+    assert site.count(Named("dialog", "Name this passkey")) == 0
+
+
+def test_a_list_that_does_not_come_leaves_the_button(site: Page) -> None:
+    sign_up(site)
+
+    def down(_: Request) -> Answer:
+        body = {"code": "broker_down", "error": "Wait a moment.", "trace": []}
+        return Answer(503, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    site.intercept("*/demo/api/passkeys", down)
+    site.reload()
+    site.wait_for_text("Wait a moment.", within="#passkeys-notice")
+    site.wait_for(ADD)
+    assert site.count("#keys li") == 0
 
 
 def test_a_broker_that_is_down_is_a_sentence(site: Page) -> None:

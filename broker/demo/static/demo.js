@@ -9,6 +9,7 @@ import { Wire, drawing, element, short, watchFetch } from "/demo/static/wire.js"
 
 const API = "/demo/api";
 const TOUR = "passkey-demo-tour";
+const NOTICES = ["sign-up-notice", "sign-in-notice", "account-notice", "passkeys-notice", "label-notice"];
 
 /** @param {string} id @returns {any} */
 const byId = (id) => document.getElementById(id);
@@ -25,6 +26,8 @@ let running;
 let waiting;
 /** @type {{name: string, external_id: string, since: number}|null} */
 let account = null;
+/** The passkey that the open dialog names. @type {any} */
+let naming;
 let autofillWorks = false;
 let autofillArmed = false;
 
@@ -75,7 +78,7 @@ function facts({ name, nonce, transaction_id, account, code, label, passkeys }) 
 // Ceremonies
 
 /**
- * Run one step: a diagram of its own, one sentence for what went wrong, nothing twice.
+ * Run one step: a diagram of its own, one sentence for what went wrong, nothing twice, and nothing left of what earlier steps said.
  *
  * @param {{step: string, title: string, button?: HTMLElement, notice: HTMLElement, input?: HTMLInputElement}} about
  * @param {(exchange: any) => Promise<void>} work
@@ -83,8 +86,7 @@ function facts({ name, nonce, transaction_id, account, code, label, passkeys }) 
 async function run({ step, title, button, notice, input }, work) {
   if (button?.ariaBusy === "true") return;
   if (button) button.ariaBusy = "true";
-  tell(notice, "");
-  if (input) input.ariaInvalid = "false";
+  clearNotices();
   const exchange = (running = wire.exchange(title));
   try {
     await work(exchange);
@@ -200,15 +202,24 @@ async function revoke(key, count) {
 }
 
 /** @param {any} key */
-async function rename(key) {
-  const text = byId("label-text");
-  text.value = key.shown;
-  if ((await ask(byId("label-dialog"))) !== "confirm") return;
-  await run({ step: "rename", title: "Name a passkey", notice: byId("passkeys-notice") }, async (exchange) => {
-    const answer = await backend("POST", `/passkeys/${key.id}/label`, { label: text.value }, exchange);
+function rename(key) {
+  naming = key;
+  clearNotices();
+  byId("label-text").value = key.shown;
+  byId("label-dialog").showModal();
+}
+
+/** The dialog stays open until the name is kept: what is wrong with it is said at its field. */
+async function saveLabel() {
+  const { id } = naming;
+  const input = byId("label-text");
+  const about = { step: "rename", title: "Name a passkey", button: byId("label-form"), notice: byId("label-notice"), input };
+  await run(about, async (exchange) => {
+    const answer = await backend("POST", `/passkeys/${id}/label`, { label: input.value }, exchange);
+    byId("label-dialog").close();
     showPasskeys(answer.passkeys);
     tell(byId("passkeys-notice"), "Renamed.", "good");
-    document.querySelector(`[data-passkey="${key.id}"] button`)?.focus();
+    document.querySelector(`[data-passkey="${id}"] button`)?.focus();
   });
 }
 
@@ -246,10 +257,11 @@ function show(person, { receipt, notice = "", kind = "bad" } = {}) {
   account = person;
   for (const section of document.querySelectorAll("[data-when]"))
     section.toggleAttribute("hidden", (section.getAttribute("data-when") === "signed-in") !== Boolean(person));
-  for (const id of ["sign-up-notice", "sign-in-notice", "account-notice", "passkeys-notice"]) tell(byId(id), "");
+  clearNotices();
   tell(byId(person ? "account-notice" : "sign-in-notice"), notice, kind);
   if (!person) {
     byId("keys").replaceChildren();
+    byId("label-dialog").close();
     return;
   }
   byId("account-title").textContent = `Hello, ${person.name}`;
@@ -259,11 +271,17 @@ function show(person, { receipt, notice = "", kind = "bad" } = {}) {
   void listPasskeys();
 }
 
+/** The list and the button below it appear together, so that the button is not somewhere else a moment later. */
 async function listPasskeys() {
+  byId("passkeys").ariaBusy = "true";
+  byId("keys").replaceChildren(element("li", "key-place"));
   try {
     showPasskeys((await backend("GET", "/passkeys", undefined)).passkeys);
   } catch (error) {
+    byId("keys").replaceChildren();
     tell(byId("passkeys-notice"), wordsFor(error, "list"), "bad");
+  } finally {
+    byId("passkeys").ariaBusy = "false";
   }
 }
 
@@ -354,6 +372,12 @@ function tell(notice, words, kind = "") {
   byId("announcer").textContent = words;
 }
 
+/** Take away what earlier steps said, and the mark on a field that it was about. */
+function clearNotices() {
+  for (const id of NOTICES) tell(byId(id), "");
+  for (const input of document.querySelectorAll("input[aria-invalid='true']")) input.ariaInvalid = "false";
+}
+
 // The tour
 
 /** @returns {Set<string>} */
@@ -405,6 +429,7 @@ async function start() {
   const forms = [
     ["sign-up-form", signUp],
     ["sign-in-form", signInByName],
+    ["label-form", saveLabel],
   ];
   for (const [id, work] of forms)
     byId(id).addEventListener("submit", (/** @type {Event} */ event) => {

