@@ -809,8 +809,20 @@ def _garbage(place: Path) -> None:
     place.write_bytes(b"garbage " * 1000)
 
 
+def _link(place: Path) -> None:
+    victim = place.with_name("victim")
+    victim.write_bytes(b"")
+    victim.chmod(0o644)
+    place.symlink_to(victim)
+
+
 @pytest.mark.parametrize(
-    ("spoil", "reason"), [(_garbage, "file is not a database"), (Path.mkdir, "Is a directory")]
+    ("spoil", "reason"),
+    [
+        (_garbage, "file is not a database"),
+        (Path.mkdir, "Is a directory"),
+        (_link, "Too many levels of symbolic links"),
+    ],
 )
 async def test_a_file_that_cannot_be_opened_is_a_fault_with_its_name(
     start_site: StartSite, tmp_path: Path, spoil: Callable[[Path], None], reason: str

@@ -164,10 +164,12 @@ class Accounts:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(
-                os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            )  # SQLite gives its side files the same mode
-            self._path.chmod(0o600)
+            # Never through a link: as root, the folder may belong to the stores' user. SQLite gives its side files the same mode.
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                os.fchmod(file, 0o600)
+            finally:
+                os.close(file)
             self._db = sqlite3.connect(self._path, isolation_level=None, timeout=5)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA foreign_keys = ON")
