@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,7 +13,8 @@ import pytest
 from broker.dialects import propelauth
 from broker.errors import Refusal
 from broker.model import Policy
-from tests.authenticator import Authenticator, b64
+from broker.settings import SettingsFault
+from tests.authenticator import Authenticator, Misbehaviour, b64
 from tests.byo import ERRORS, JAVA, KEY_ERRORS, PATH, SUCCESS, Byo, judge
 from tests.conftest import OpenApp, Started, Starter
 from tests.golden import golden
@@ -111,6 +112,47 @@ async def test_too_many_passkeys(broker: Started, open_app: OpenApp, device: Aut
             answer = await golden_command(byo, name, "StartPasskeyRegistration", data, agent=agent)
             assert answer.status == 409
     await byo.begin_registration("bob")
+
+
+async def test_named_errors(broker: Started, byo: Byo, device: Authenticator) -> None:
+    user: dict[str, object] = {"userId": "ann"}
+    with refused(broker, "user_not_found", "user_not_found"):
+        await golden_command(byo, "no-passkeys", "StartPasskeyAuthentication", user)
+    await byo.register("ann", device)
+    bad = user | {"additionalAllowedOrigin": "not an origin"}
+    with refused(broker, "invalid_request", "additional_origin"):
+        await golden_command(byo, "no-origin", "StartPasskeyAuthentication", bad)
+    made = Authenticator().register(
+        await byo.begin_registration("ann"), ORIGIN, credential_id=device.credentials("example.org")[0].id
+    )
+    with refused(broker, "webauthn_login_failed", "duplicate"):
+        data = user | {"publicKey": made}
+        await golden_command(byo, "already-registered", "FinishPasskeyRegistration", data)
+    made = Authenticator().register(await byo.begin_registration("ann"), OTHER_ORIGIN)
+    with refused(broker, "webauthn_login_failed", "origin"):
+        data = user | {"publicKey": made}
+        await golden_command(byo, "registration-origin", "FinishPasskeyRegistration", data)
+    for name, origin, how, reason in (
+        ("authentication-origin", OTHER_ORIGIN, {}, "origin"),
+        ("authentication-signature", ORIGIN, {"signature": b"x"}, "signature"),
+    ):
+        options = await byo.begin_authentication("ann")
+        data = user | {"publicKey": device.authenticate(options, origin, **cast(Misbehaviour, how))}
+        with refused(broker, "webauthn_login_failed", reason):
+            await golden_command(byo, name, "FinishPasskeyAuthentication", data)
+
+
+async def test_errors_below_the_prefix(byo: Byo) -> None:
+    headers = {"Authorization": f"Bearer {byo.wire.key}"}
+    for name, method, path, status in (
+        ("error-404", "POST", "/nowhere", 404),
+        ("error-405", "GET", "/run-command", 405),
+    ):
+        answer = await golden(
+            byo.wire, f"propelauth/{name}", method, path, headers=headers, below="/propelauth"
+        )
+        judge(answer, "")
+        assert answer.status == status
 
 
 async def test_keys(broker: Started, byo: Byo) -> None:
@@ -514,6 +556,11 @@ async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authe
         writer.close()
     made = device.register(answer.json["registrationOptions"], ORIGIN)
     await byo.ok("FinishPasskeyRegistration", userId="ann", publicKey=made)
+
+
+async def test_a_dialect_that_does_not_exist(start_broker: Starter) -> None:
+    with pytest.raises(SettingsFault, match=r"^BROKER_DIALECTS must be of flex, propelauth"):
+        await start_broker(dialects=("flex", "passlock9"))
 
 
 async def test_dialects_can_be_switched_off(start_broker: Starter, session: Any) -> None:
