@@ -184,7 +184,8 @@ class Directory:
         return await self._durable.credentials(app.id, user.id) if user else []
 
     async def revoke_of(self, app: RelyingParty, external_id: str, credential_id: str | None) -> None:
-        """Revoke one passkey, by its credential id (base64url without padding), of the user with this external id, or all (`credential_id` None).
+        """Revoke one passkey of the user with this external id, by its credential id (base64url without padding), or all of them
+        (`credential_id` None).
 
         Raises:
             UnknownPasskey: no such user, or the user has no such passkey; never for all.

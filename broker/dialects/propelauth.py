@@ -55,14 +55,14 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.Unavailable: 503,
 }
 
-# What has a word of its own whatever the command: the refusal, its reason where that matters, the type. A missing row is UnexpectedError.
+# Types by refusal and its reason; what has no row is UnexpectedError. First those that any command may answer:
 _KEY_TYPES: Mapping[tuple[type[Refusal], str], str] = {
     (errors.InvalidKey, "key_missing"): "NoIntegrationKeyFoundInHeader",
     (errors.InvalidKey, "key_malformed"): "InvalidPrefix",
     (errors.InvalidKey, "key_unknown"): "IntegrationKeyNotFound",
     (errors.UnknownApp, "app_not_found"): "IntegrationKeyNotFound",
 }
-# The types that each command declares, by refusal and, where only some reasons mean it, by reason.
+# … and those that only some commands declare.
 _ORIGIN_FORM = {(errors.InvalidRequest, "additional_origin"): "CannotParseAdditionalAllowedOrigin"}
 TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     "StartPasskeyRegistration": _ORIGIN_FORM

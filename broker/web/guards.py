@@ -6,7 +6,7 @@
     public       anybody (health, metrics, static files)
     public_app   anybody, and any origin: the app's public subset
 
-A handler behind `keyed`, `keyed_alone`, `browser` or `public_app` is called with the relying party, so it can't forget to look it up either.
+A handler behind any of them but `public` is called with the relying party, so it can't forget to look it up either.
 
 CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with credentials. An unregistered one is
 refused without CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
