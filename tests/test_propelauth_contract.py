@@ -17,7 +17,7 @@ from broker.settings import SettingsFault
 from tests.authenticator import Authenticator, Misbehaviour, b64
 from tests.byo import ERRORS, JAVA, KEY_ERRORS, PATH, SUCCESS, Byo, judge
 from tests.conftest import OpenApp, Started, Starter
-from tests.golden import golden
+from tests.golden import FOLDER, golden
 from tests.signals import counted, lines, refused
 from tests.wire import ORIGIN, Answer, Wire
 
@@ -180,6 +180,14 @@ async def test_an_app_that_is_gone(broker: Started, start_broker: Starter, byo: 
     with refused(other, "app_not_found", "app_not_found"):
         answer = await byo.run("Ping")
     assert (answer.status, answer.json) == (401, {"type": "IntegrationKeyNotFound"})
+
+
+def test_golden_files_are_all_used() -> None:
+    """One that no test names would rot; and every named error has one."""
+    source, files = Path(__file__).read_text(), list((FOLDER / "propelauth").glob("*.json"))
+    assert [f.stem for f in files if f'"{f.stem}"' not in source] == []
+    seen = {json.loads(f.read_text())["answer"]["body"].get("type") for f in files}
+    assert set().union(*ERRORS.values()) | KEY_ERRORS | {"UnexpectedError"} <= seen
 
 
 # -- options ------------------------------------------------------------------------------------------------------------------------------
