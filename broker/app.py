@@ -3,7 +3,8 @@
 Everything is made here and handed down through `__init__`; handlers find the verbs under typed keys. A process serves one port
 for everything, or, with a management port, pages on one and keyed callers, health and metrics on the other.
 
-The dialects are listed in `DIALECTS`: a further one is one module and one line.
+The dialects are listed in `DIALECTS`: a further one is one module and one line. Their modules' names are what the setting
+`dialects` chooses from.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from broker.broker import Broker
-from broker.dialects import flex
+from broker.dialects import flex, propelauth
 from broker.directory import Directory
 from broker.durable import Durable, Postgres
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import NotFound, Unavailable
-from broker.settings import Settings
+from broker.settings import Settings, SettingsFault
 from broker.telemetry import Log, Metrics
 from broker.tokens import Mint, SystemMint
 from broker.web import (
@@ -45,10 +46,22 @@ from broker.web import (
 )
 from broker.web.server import bind
 
-DIALECTS: tuple[ModuleType, ...] = (flex,)
+DIALECTS: tuple[ModuleType, ...] = (flex, propelauth)
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
+
+
+def chosen(settings: Settings) -> tuple[ModuleType, ...]:
+    """The dialects that answer.
+
+    Raises:
+        SettingsFault: the setting names one that does not exist.
+    """
+    named = {dialect.__name__.rpartition(".")[2]: dialect for dialect in DIALECTS}
+    if not set(settings.dialects) <= named.keys():
+        raise SettingsFault([f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."])
+    return tuple(named[name] for name in settings.dialects) or DIALECTS
 
 
 @dataclass(slots=True)
@@ -77,7 +90,12 @@ async def assemble(
     clock: Callable[[], float] = time.time,
     mint: Mint | None = None,
 ) -> Parts:
-    """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is down."""
+    """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is down.
+
+    Raises:
+        SettingsFault: a dialect that does not exist.
+    """
+    chosen(settings)
     metrics, log, mint = Metrics(), log or Log(level=settings.log_level), mint or SystemMint()
     postgres = Postgres(
         settings.database_url,
@@ -120,7 +138,7 @@ def application(
     app[METRICS] = parts.metrics
     app[PUBLIC_URL] = parts.settings.public_url
     app[LIMITS] = limits or Limits()
-    for dialect in DIALECTS:
+    for dialect in chosen(parts.settings):
         app.add_routes(dialect.routes(management=management, browser=browser))
     app.add_routes(_health(parts))
     if management:
@@ -264,7 +282,8 @@ async def serve(
         for opened, app in plan:
             edge = Edge(
                 app._handle,  # what aiohttp's own server calls; the edge has to stand outside of it
-                renderers={dialect.PREFIX: dialect.render for dialect in DIALECTS} | {"": flex.render},
+                renderers={dialect.PREFIX: dialect.render for dialect in chosen(settings)}
+                | {"": flex.render},
                 metrics=parts.metrics,
                 log=parts.log,
             )

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 from broker.durable import Durable, UserOrder, instant
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import ID, ApiKey, Credential, Event, Policy, RelyingParty, User
-from broker.tokens import Mint, SystemMint, key_digest, key_hint, well_formed
+from broker.tokens import Mint, SystemMint, key_digest, key_hint, text, well_formed
 
 _REMEMBERED = 10_000
 
@@ -177,6 +177,33 @@ class Directory:
         if passkey_id is not None and not gone:
             raise UnknownPasskey
         return gone
+
+    async def credentials_of(self, app: RelyingParty, external_id: str) -> list[Credential]:
+        """The passkeys of the user with this external id, oldest first; none where there is no such user."""
+        user = await self._durable.user(app.id, external_id=external_id)
+        return await self._durable.credentials(app.id, user.id) if user else []
+
+    async def revoke_of(self, app: RelyingParty, external_id: str, credential_id: str | None) -> None:
+        """Revoke one passkey of the user with this external id, by its credential id (base64url without padding), or all of them
+        (`credential_id` None).
+
+        Raises:
+            UnknownPasskey: no such user, or the user has no such passkey; never for all.
+            Unavailable.
+        """
+        user = await self._durable.user(app.id, external_id=external_id)
+        if user is None:
+            if credential_id is not None:
+                raise UnknownPasskey
+            return
+        if credential_id is None:
+            await self.revoke(app, user, None)
+            return
+        for credential in await self._durable.credentials(app.id, user.id):
+            if text(credential.credential_id) == credential_id:
+                await self.revoke(app, user, credential.id)
+                return
+        raise UnknownPasskey
 
     async def delete_user(self, app: RelyingParty, external_id: str) -> None:
         """Delete a user with all traces.

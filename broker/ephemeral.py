@@ -8,7 +8,8 @@ on any number of instances one gets it. Nothing here answers "is it valid?".
     t:{T}             the transaction
     p:{T}             its pending ceremony: SHA-256 of the handle, then the record
 
-    p:{app}:H         a pending ceremony without a transaction; H is the handle's digest
+    p:{H}             a pending ceremony under a name that a keyed caller chose; H is the name's digest
+    p:{app}:H         a pending ceremony of nobody in particular (discoverable); H is the handle's digest
     d:{app}           the open ones of an app, by end of life: what the cap counts
     n:H               what a nonce stands for
     ready             nothing, for a second: what `check` writes
@@ -17,6 +18,9 @@ A transaction has one place for a pending ceremony, so a new begin replaces the 
 finds nothing. A handle carries T behind its secret, which is how finish finds `p:{T}` from the handle alone; the script compares
 the secret's digest and leaves the record alone if it is another's. The braces keep what must change together in one slot of a
 cluster. `peek` is for transactions only.
+
+A chosen name is no secret: whoever knows it could make up a handle that leads to `p:{H}`. Such a handle takes nothing, since the
+record there has no digest in front to match. A put under a name replaces what was there. No cap counts it: a key opened it.
 
 **Time.** Every record carries the end of its life by the server's clock and is also given to Redis with a TTL; a record past its
 end is never returned, even if a restored snapshot brings it back.
@@ -249,6 +253,19 @@ class Ephemeral:
         app = app_id.encode()
         return [b"p:{%s}:%s" % (app, text(name).encode()), b"d:{%s}" % app]
 
+    async def put_pending_as(self, name: str, pending: Pending) -> None:
+        """Store a pending ceremony under `name`, within its app; an earlier one of that name is gone."""
+        await self._put("put_pending", self._name_key(pending.app_id, name), pending)
+
+    async def take_pending_as(self, app_id: str, name: str) -> Pending | None:
+        """Take the pending ceremony that was put under `name`."""
+        stored = await self._run("take_pending", self._redis.getdel(self._name_key(app_id, name)))
+        return self._load_pending(cast(bytes | None, stored))
+
+    @staticmethod
+    def _name_key(app_id: str, name: str) -> bytes:
+        return b"p:{%s}" % text(digest("handle", app_id, name)).encode()
+
     # -- nonces ---------------------------------------------------------------------------------------------------------------
 
     async def put_nonce(self, app_id: str, nonce: str, redeemable: Redeemable) -> None:
@@ -282,7 +299,7 @@ class Ephemeral:
 _Record = Transaction | PendingRegistration | PendingAuthentication | Redeemable
 _KINDS: dict[str, type[_Record]] = {
     "t1": Transaction,
-    "r1": PendingRegistration,
+    "r2": PendingRegistration,
     "a1": PendingAuthentication,
     "n1": Redeemable,
 }

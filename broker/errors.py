@@ -5,7 +5,8 @@ dialect hold a table from these classes to a status and a vendor's code, and a t
 
 Two rules decide what a sentence may say. A caller without a key learns nothing, so one class covers unknown, expired, spent,
 wrong-kind and foreign values; `reason` tells the log, the metric and the event which of these it was, and never leaves the
-process. And a sentence tells the reader what to do, not what the code did.
+process, but for a keyed caller whose wire format has a word of its own for it. And a sentence tells the reader what to do, not what
+the code did.
 """
 
 from __future__ import annotations
@@ -81,6 +82,20 @@ class NoPasskeys(Refusal):
     default = "The user has no passkeys yet; open a register transaction first."
 
 
+class TooManyPasskeys(Refusal):
+    """The user has as many passkeys as the policy allows: `count` of `limit`."""
+
+    code = "too_many_passkeys"
+    default = "The user has as many passkeys as the app allows; revoke one first."
+
+    def __init__(
+        self, sentence: str | None = None, *, reason: str | None = None, limit: int = 0, count: int = 0
+    ) -> None:
+        super().__init__(sentence, reason=reason)
+        self.limit = limit
+        self.count = count
+
+
 class UnknownPasskey(Refusal):
     """Keyed callers only."""
 
@@ -89,7 +104,7 @@ class UnknownPasskey(Refusal):
 
 
 class UnknownTransaction(Refusal):
-    """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle without a pending ceremony."""
+    """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle or a user without a pending ceremony."""
 
     code = "transaction_not_found"
     default = "The transaction is unknown, expired or already used; ask the backend for a new one."

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any, Literal, cast, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from broker.errors import InvalidSetting
 
@@ -61,6 +61,7 @@ class Policy:
     ceremony_life: int = 300  # seconds, at most 600
     nonce_life: int = 60  # seconds, at most 600
     discoverable_limit: int = 10_000  # open ceremonies without a transaction
+    max_passkeys: int = 100  # of one user; a registration begins below it
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Policy:
@@ -98,6 +99,7 @@ _LIMITS = {
     "ceremony_life": (10, 600),
     "nonce_life": (5, 600),
     "discoverable_limit": (1, 1_000_000),
+    "max_passkeys": (1, 1000),
 }
 _ALGORITHM_NUMBERS = {str(number): number for number in ALGORITHMS}
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.S)
@@ -251,17 +253,18 @@ def _is_ipv6(text: str) -> bool:
     return True
 
 
-def web_origin(text: str) -> str:
-    """The canonical serialisation of a web origin: `https://host[:port]`, default port left out, host in lower case.
+def is_origin(text: str) -> bool:
+    """Whether `text` has the form of a web origin, `scheme://host[:port]`, also where no passkey could be used."""
+    return _origin_parts(text) is not None
 
-    Raises:
-        InvalidSetting: not an origin (a path, a query, credentials), or plain http on anything but localhost.
-    """
+
+def _origin_parts(text: str) -> tuple[SplitResult, str, int | None] | None:
+    """An origin's parts, host and port. None: a path, a query, credentials, another scheme, no host."""
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise InvalidSetting(f"{text!r} is not an origin like https://example.com.") from None
+        return None
     if (
         parts.scheme not in ("https", "http")
         or not parts.hostname
@@ -271,8 +274,21 @@ def web_origin(text: str) -> str:
         or "#" in text
         or not text.isprintable()
     ):
+        return None
+    return parts, parts.hostname, port
+
+
+def web_origin(text: str) -> str:
+    """The canonical serialisation of a web origin: `https://host[:port]`, default port left out, host in lower case.
+
+    Raises:
+        InvalidSetting: not an origin (a path, a query, credentials), or plain http on anything but localhost.
+    """
+    found = _origin_parts(text)
+    if found is None:
         raise InvalidSetting(f"{text!r} is not an origin like https://example.com.")
-    host = _domain(parts.hostname, "The host")
+    parts, hostname, port = found
+    host = _domain(hostname, "The host")
     if parts.scheme == "http" and host != "localhost" and not host.endswith(".localhost"):
         raise InvalidSetting(f"{text} is plain http, which browsers allow on localhost only.")
     default = {"https": 443, "http": 80}[parts.scheme]
@@ -374,15 +390,20 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class PendingRegistration:
-    """A begun registration: what was offered, to compare the answer with. Only `finish_registration` takes one."""
+    """A begun registration: what was offered, to compare the answer with. Only `finish_registration` takes one.
+
+    `transaction` (digest of its id) is None where a keyed caller named the user.
+    """
 
     app_id: str
     challenge: bytes
-    transaction: bytes  # digest of the transaction's id
+    transaction: bytes | None
     user_id: str
     external_id: str
     user_handle: str
-    display_name: str
+    user_name: str
+    user_display_name: str
+    nickname: str
     user_verification: UserVerification
     algorithms: tuple[int, ...]
     begun_at: float
@@ -391,9 +412,9 @@ class PendingRegistration:
 
 @dataclass(frozen=True, slots=True)
 class PendingAuthentication:
-    """A begun authentication. Without a transaction (`transaction` is None) it is discoverable: no user, nothing in `allowed`.
+    """A begun authentication. Without a user (`user_id` is None) it is discoverable: no transaction, nothing in `allowed`.
 
-    `allowed` holds the ids (`Credential.id`) of the passkeys offered.
+    `transaction` is also None where a keyed caller named the user. `allowed` holds the ids (`Credential.id`) of the passkeys offered.
     """
 
     app_id: str
@@ -463,6 +484,14 @@ class VerifiedAuthentication:
     backed_up: bool
     backup_changed: bool
     origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a recorded sign-in changed."""
+
+    counter_regressed: bool
+    backup_changed: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,12 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _names(text: str) -> tuple[str, ...]:
+    if not re.fullmatch(r"[a-z]{1,32}(,[a-z]{1,32})*", text):
+        raise ValueError("must be names of dialects with commas between, like flex,propelauth")
+    return tuple(dict.fromkeys(text.split(",")))
+
+
 def _setting(parse: Callable[[str], Any], default: Any, *, secret: bool = False) -> Any:
     return field(default=default, repr=not secret, metadata={"parse": parse})
 
@@ -143,6 +149,7 @@ class Settings:
     port: int = _setting(_whole(0, 65535), 8080)
     management_port: int = _setting(_whole(0, 65535), 0)  # 0: keyed routes share `port`
     public_url: str = _setting(_public_url, "")
+    dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
     store_timeout: float = _setting(_seconds(0.05, 1.5), 0.8)  # limit of one wait for a store
     database_connections: int = _setting(_whole(1, 500), 16)
     redis_connections: int = _setting(_whole(1, 2000), 64)

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from broker.durable import Durable, Postgres, Used
+from broker.durable import Durable, Postgres
 from broker.embedded import EmbeddedStores
 from broker.errors import Unavailable, UnknownApp
 from broker.model import (
@@ -22,6 +22,7 @@ from broker.model import (
     PendingRegistration,
     Policy,
     RelyingParty,
+    Used,
     VerifiedAuthentication,
     VerifiedRegistration,
 )
@@ -89,7 +90,9 @@ def pending(app: RelyingParty, user_id: str, **changes: Any) -> PendingRegistrat
         user_id=user_id,
         external_id="ann",
         user_handle="h" * 43,
-        display_name="Ann's key",
+        user_name="ann",
+        user_display_name="Ann",
+        nickname="Ann's key",
         user_verification="required",
         algorithms=(-7,),
         begun_at=0.0,
@@ -175,6 +178,7 @@ async def test_an_app_comes_back_as_it_was(durable: Durable) -> None:
         live_at="redemption",
         nonce_life=30,
         discoverable_limit=7,
+        max_passkeys=8,
     )
     app = await new_app(durable, name="Ünï \"'% 🔑", policy=policy)
     assert await durable.app(app.id) == app
@@ -500,7 +504,11 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         algorithm=-257,
     )
     outcome = await durable.add_credential(
-        pending(app, user_id, display_name="🔑"), answer, new_id="i" * 24, live=False, now=NOW
+        pending(app, user_id, user_name="🔒", user_display_name="🔑", nickname="🗝"),
+        answer,
+        new_id="i" * 24,
+        live=False,
+        now=NOW,
     )
     assert outcome == "added"
     owned = await durable.owned(app.id, credential_id)
@@ -522,9 +530,9 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         aaguid=answer.aaguid,
         attestation_format="packed",
         attestation_trust="verified",
-        user_name="🔑",
+        user_name="🔒",
         user_display_name="🔑",
-        nickname="🔑",
+        nickname="🗝",
         live=False,
         confirmed_at=None,
         created_at=NOW,
@@ -535,6 +543,13 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
     assert await durable.credentials(app.id, user_id) == [owned.credential]
     assert await durable.credentials(app.id, user_id, live_only=True) == []
     assert await durable.owned(app.id, credential_id[:-1]) is None
+    outcome = await durable.add_credential(
+        pending(app, user_id), verified(b"at once"), new_id="j" * 24, live=True, confirmed=True, now=NOW
+    )
+    assert outcome == "added"
+    owned = await durable.owned(app.id, b"at once")
+    assert owned is not None
+    assert (owned.credential.live, owned.credential.confirmed_at) == (True, NOW)
     await durable.delete_user(app.id, "Ann", NOW)
 
 

@@ -163,7 +163,9 @@ def registration(place: Place, name: bytes, **changes: Any) -> PendingRegistrati
         user_id=MINT.id(),
         external_id=STRANGE,
         user_handle=MINT.user_handle(),
-        display_name=STRANGE,
+        user_name=STRANGE,
+        user_display_name=STRANGE + "!",
+        nickname="",
         user_verification="preferred",
         algorithms=(-7, -8),
         begun_at=now,
@@ -252,6 +254,60 @@ async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) 
     assert await store.take_pending(APP, handle) is None
 
 
+NAMED: dict[str, Callable[[Place], Pending]] = {
+    "registration": lambda place: replace(registration(place, b""), transaction=None),
+    "authentication": lambda place: authentication(place, None, user_id="u" * 24, allowed=("x" * 24,)),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(place: Place, kind: str) -> None:
+    store, put = place.store(), NAMED[kind](place)
+    await store.put_pending_as(STRANGE, put)
+    assert await store.take_pending_as(OTHER, STRANGE) is None, "another app's names are others"
+    assert await store.take_pending_as(APP, STRANGE + "!") is None
+    assert await store.take_pending_as(APP, STRANGE) == put
+    assert await store.take_pending_as(APP, STRANGE) is None
+    with place.client() as client:
+        assert client.keys() == []
+
+
+@pytest.mark.parametrize("kind", NAMED)
+async def test_a_put_under_a_name_replaces_what_was_there(place: Place, kind: str) -> None:
+    store = place.store()
+    await store.put_pending_as("ann", NAMED[kind](place))
+    second = replace(NAMED[kind](place), challenge=b"2" * 32)
+    await store.put_pending_as("ann", second)
+    with place.client() as client:
+        (key,) = client.keys()
+        assert b"ann" not in key
+        assert 0 < client.pttl(key) <= 300_000
+    assert await store.take_pending_as(APP, "ann") == second
+    assert await store.take_pending_as(APP, "ann") is None
+
+
+@pytest.mark.parametrize("kind", NAMED)
+async def test_of_many_takers_of_a_name_one_gets_it(place: Place, kind: str) -> None:
+    await place.store().put_pending_as("ann", NAMED[kind](place))
+    assert len(await _parallel(place, lambda store: store.take_pending_as(APP, "ann"))) == 1
+
+
+async def test_a_handle_made_up_from_a_name_takes_nothing(place: Place) -> None:
+    """A page may know the user's id, and so the digest of the name; what a keyed caller begins is not for pages."""
+    store, put = place.store(), NAMED["authentication"](place)
+    await store.put_pending_as("authenticate:ann", put)
+    made_up = MINT.token("handle") + text(digest("handle", APP, "authenticate:ann"))
+    assert await store.take_pending(APP, made_up) is None
+    assert await store.take_pending_as(APP, "authenticate:ann") == put
+
+
+async def test_a_ceremony_under_a_name_ends_by_the_brokers_clock(place: Place) -> None:
+    store = place.store()
+    await store.put_pending_as("ann", NAMED["registration"](place))
+    place.clock.ahead = 300
+    assert await store.take_pending_as(APP, "ann") is None
+
+
 @pytest.mark.parametrize("bound", [b"\0" * 32, None])
 async def test_what_a_nonce_stands_for_comes_back_as_it_was(place: Place, bound: bytes | None) -> None:
     store, nonce, put = place.store(), MINT.token("nonce"), redeemable(place, transaction=bound)
@@ -272,7 +328,7 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
         for key in client.keys("[tnp]:*"):
             stored = client.get(key)
             newer = stored.replace(b'["t1"', b'["t2"').replace(b'["n1"', b'["n2"')
-            newer = newer.replace(b'["r1"', b'["r2"').replace(b'["a1"', b'["a2"')
+            newer = newer.replace(b'["r2"', b'["r3"').replace(b'["a1"', b'["a2"')
             assert newer != stored
             client.set(key, newer, px=5000)
     assert await store.peek_transaction(APP, token) is None
@@ -526,8 +582,16 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
     await store.put_nonce(APP, nonce, redeemable(place))
     bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
     free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    await store.put_pending_as("ann", NAMED["registration"](place))
     _, other = await open_one(store, place)
     return [
+        Step(b"SET", "put_pending", lambda s: s.put_pending_as("bob", NAMED["registration"](place))),
+        Step(
+            b"GETDEL",
+            "take_pending",
+            lambda s: s.take_pending_as(APP, "ann"),
+            lambda s: s.take_pending_as(APP, "ann"),
+        ),
         Step(
             b"EVALSHA",
             "put_pending",

@@ -527,6 +527,7 @@ def test_11_codes_and_statuses() -> None:
         ("method_not_allowed", 405),
         ("request_timeout", 408),
         ("user_has_no_passkeys", 409),
+        ("too_many_passkeys", 409),
         ("request_too_large", 413),
         ("unsupported_media_type", 415),
         ("too_many_requests", 429),
@@ -635,7 +636,7 @@ def test_every_decision_names_tests_that_exist() -> None:
     assert len(named) > 50
     assert named - there == set()
     rows = [line for line in readme.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    decided = rows[rows.index("| decision | test |") + 1 :]
+    decided = [row for row in rows[rows.index("| decision | test |") + 1 :] if not row.endswith("| test |")]
     assert [row for row in decided if "`test_" not in row.rsplit("| ", 1)[-1]] == []
     codes = {kind.code for kind in flex.STATUS}
     assert [code for code in codes if f"`{code}`" not in readme] == []

@@ -43,6 +43,10 @@ KEYED = {
     ("GET", APP + "/users/{user_id}/devices"),
     ("DELETE", APP + "/users/{user_id}/devices/{device_id}"),
 }
+KEYED |= {
+    ("POST", f"{APP}/{kind}/{step}") for kind in ("register", "authenticate") for step in ("start", "finish")
+}
+KEYED_ALONE = {("POST", "/propelauth/run-command")}
 START = "/authenticate/transactions/webauthn/start"
 HEALTH = {("GET", "/health/live"), ("GET", "/health/ready")}
 METRICS = {("GET", "/metrics")}
@@ -60,7 +64,7 @@ def guards(app: web.Application) -> dict[str | None, set[tuple[str, str]]]:
 
 async def test_one_port_for_everything(broker: Started) -> None:
     found = guards(application(broker.parts, management=True, browser=True))
-    assert found == {"key": KEYED, "browser": PAGES, "public": ANYBODY | METRICS}
+    assert found == {"key": KEYED | KEYED_ALONE, "browser": PAGES, "public": ANYBODY | METRICS}
 
 
 async def test_the_public_port_has_no_keyed_route(broker: Started) -> None:
@@ -71,7 +75,7 @@ async def test_the_public_port_has_no_keyed_route(broker: Started) -> None:
 async def test_the_management_port_has_no_page(broker: Started) -> None:
     found = guards(application(broker.parts, management=True, browser=False))
     apps = {("GET", APP), ("GET", APP + "/")}
-    assert found == {"key": KEYED | apps, "public": HEALTH | METRICS}
+    assert found == {"key": KEYED | KEYED_ALONE | apps, "public": HEALTH | METRICS}
 
 
 def test_a_route_without_a_guard_is_seen() -> None:
@@ -113,6 +117,28 @@ async def test_the_key_is_checked_before_anything_else(
             same_answer(first, answer)
 
 
+@pytest.mark.parametrize(("method", "path"), sorted(KEYED_ALONE))
+async def test_a_key_that_names_the_app_is_checked_before_anything_else(
+    broker: Started, wire: Wire, method: str, path: str
+) -> None:
+    await broker.parts.directory.revoke_key(
+        wire.app_id, (await broker.parts.directory.keys(wire.app_id))[0].id
+    )
+    for headers, reason in (
+        ({}, "key_missing"),
+        ({"Authorization": "Bearer x"}, "key_malformed"),
+        ({"Authorization": f"Bearer {wire.key}"}, "key_unknown"),
+    ):
+        first = None
+        for body, encoding in ((b"{", None), (b" " * 70_000, None), (b"x", "gzip"), (b"", None)):
+            more = headers | ({"Content-Encoding": encoding} if encoding else {})
+            with refused(broker, "invalid_access_token", reason):
+                answer = await wire.send(method, wire.url + path, data=body, headers=more)
+            assert answer.status == 401
+            first = first or answer
+            same_answer(first, answer)
+
+
 async def test_an_unknown_app_is_as_unknown_as_a_wrong_key(broker: Started, wire: Wire) -> None:
     for method, template in sorted(KEYED):
         with refused(broker, "invalid_access_token", "key_of_another_app"):
@@ -150,6 +176,12 @@ async def test_with_a_management_port(start_broker: Starter, session: Any, devic
     for method, template in sorted(PAGES):
         with refused(started, "not_found", "not_found"):
             assert (await management.send(method, filled(template, management))).status == 404
+    for method, path in sorted(KEYED_ALONE):
+        with refused(started, "not_found", "not_found"):
+            answer = await public.send(
+                method, public.url + path, headers={"Authorization": f"Bearer {public.key}"}
+            )
+        assert answer.status == 404
     key = {"Authorization": f"Bearer {public.key}"}
     assert "rsa_public_key" not in (await public.send("GET", "", headers=key)).json["app"]
     assert "rsa_public_key" in (await management.send("GET", "", headers=key)).json["app"]

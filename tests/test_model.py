@@ -63,6 +63,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("ceremony_life", "0600", 600),
     ("nonce_life", "5", 5),
     ("discoverable_limit", "1000000", 1_000_000),
+    ("max_passkeys", "1000", 1000),
 ]
 BAD: list[tuple[str, str, str]] = [
     ("user_verification", "yes", "user_verification is one of required, preferred, discouraged, not 'yes'."),
@@ -98,6 +99,8 @@ BAD: list[tuple[str, str, str]] = [
     ("nonce_life", "٦٠", "nonce_life is a whole number"),
     ("nonce_life", "9" * 5000, "nonce_life is a whole number"),
     ("discoverable_limit", "0", "discoverable_limit is a whole number from 1 to 1000000, not '0'."),
+    ("max_passkeys", "0", "max_passkeys is a whole number from 1 to 1000, not '0'."),
+    ("max_passkeys", "1001", "max_passkeys is a whole number from 1 to 1000, not '1001'."),
 ]
 
 

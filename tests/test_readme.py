@@ -32,7 +32,7 @@ from tests.browser.chromium import Chromium, button, textbox
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
 MAKE, CURL, SERVE, APPS = (text for language, text in BLOCKS if language == "sh")
-(PYTHON,) = (text for language, text in BLOCKS if language == "python")
+PYTHON, PROPELAUTH = (text for language, text in BLOCKS if language == "python")
 (PAGE,) = (text for language, text in BLOCKS if language == "html")
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
@@ -111,7 +111,7 @@ def bash(script: str, folder: Path, **environment: str) -> str:
 def test_every_block_is_run() -> None:
     assert sorted(language for language, _ in BLOCKS if language != "mermaid") == [
         "html",
-        "python",
+        *["python"] * 2,
         *["sh"] * 4,
     ]
 
@@ -163,19 +163,19 @@ def test_serve(dev: Dev) -> None:
 
 
 class Backend:
-    """README's Python block, run in the newcomer's folder, and a session."""
+    """A Python block of README, run in the newcomer's folder, and a session."""
 
-    def __init__(self, dev: Dev) -> None:
+    def __init__(self, dev: Dev, block: str = PYTHON) -> None:
         here = Path.cwd()
         os.chdir(dev.folder)
         self.names: dict[str, Any] = {}
         try:
-            exec(compile(PYTHON, "README.md", "exec"), self.names)
+            exec(compile(block, "README.md", "exec"), self.names)
         finally:
             os.chdir(here)
         self.session: dict[str, Any] = {}
 
-    def __call__(self, function: str, *arguments: str) -> Any:
+    def __call__(self, function: str, *arguments: object) -> Any:
         return self.names[function](self.session, *arguments)
 
 
@@ -213,6 +213,25 @@ def test_python(dev: Dev) -> None:
     nonce = finish(dev, "register", transaction, Authenticator())
     with pytest.raises(errors.InvalidNonce):
         backend("finish", "user-8", "authenticate", nonce)
+
+
+async def test_coming_from_propelauth(dev: Dev) -> None:
+    backend, device, url = Backend(dev, PROPELAUTH), Authenticator(), dev.facts["url"]
+    assert await backend("begin_sign_in", "user-10") is None
+    backend.session["account"] = "user-10"
+    options = await backend("begin_adding_a_passkey", "Cleo")
+    assert await backend("finish_adding_a_passkey", device.register(options, url))
+
+    backend.session.clear()
+    answer = device.authenticate(await backend("begin_sign_in", "user-10"), url)
+    assert await backend("finish_sign_in", answer)
+    assert backend.session == {"account": "user-10"}
+    backend.session["claimed"] = "user-10"
+    assert not await backend("finish_sign_in", answer)
+
+    native = Backend(dev)
+    native("finish_without_a_name", finish(dev, "authenticate", None, device))
+    assert native.session == {"account": "user-10"}
 
 
 @pytest.fixture

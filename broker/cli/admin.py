@@ -307,7 +307,7 @@ def _key_row(key: ApiKey) -> Row:
 def _passkey_row(credential: Credential) -> Row:
     return {
         "passkey_id": credential.id,
-        "name": credential.nickname,
+        "name": credential.nickname or credential.user_name,
         "credential_id": text(credential.credential_id),
         "sign_count": credential.sign_count,
         "use_count": credential.use_count,

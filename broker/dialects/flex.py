@@ -1,6 +1,7 @@
 """The native dialect: the two HTTP APIs of Passage Flex, under `/v1/apps/{app_id}` on one origin.
 
-Management (M1 to M8) needs an API key; browser routes (A1 to A5) need none and answer CORS. Facts and numbering are those of the
+Management (M1 to M8, and four ceremony routes of our own for a backend that carries the page's messages) needs an API key; browser
+routes (A1 to A5) need none and answer CORS. Facts and numbering are those of the
 wire contract summarised in README.md beside this file, with every decision where the contract is open. Strict clients fail on a
 missing or null field, so users, devices and lists are always whole; answers may carry more than the contract, never less.
 """
@@ -58,6 +59,7 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.MethodNotAllowed: 405,
     errors.RequestTimeout: 408,
     errors.NoPasskeys: 409,
+    errors.TooManyPasskeys: 409,
     errors.RequestTooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.TooManyCeremonies: 429,
@@ -66,7 +68,7 @@ STATUS: Mapping[type[Refusal], int] = {
 }
 
 
-def render(refusal: Refusal) -> web.Response:
+def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
     """`{code, error}`, with `retry` or `signal` where the refusal has one."""
     body: dict[str, Any] = {"code": refusal.code, "error": refusal.sentence}
     if isinstance(refusal, errors.Unavailable) and refusal.retry:
@@ -121,6 +123,48 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         external_id=expected.get("external_id"),
     )
     return json_answer(receipt_object(receipt))
+
+
+async def begin_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{external_id, user_name, user_display_name?, passkey_display_name?}` to `{options}`: no transaction, no handle."""
+    body = await read_object(request)
+    options = await request.app[BROKER].begin_registration_of(
+        app,
+        text_field(body, "external_id"),
+        user_name=text_field(body, "user_name"),
+        user_display_name=optional_text(body, "user_display_name"),
+        nickname=optional_text(body, "passkey_display_name"),
+        attachment=_attachment(body, app),
+    )
+    return json_answer({"options": options})
+
+
+async def finish_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{external_id, credential}` to the receipt: no nonce."""
+    body = await read_object(request)
+    external_id, answer = text_field(body, "external_id"), ceremony.parse_registration(body.get("credential"))
+    return json_answer(
+        receipt_object(await request.app[BROKER].finish_registration_of(app, external_id, answer))
+    )
+
+
+async def begin_authentication_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{external_id}` to `{options}`."""
+    body = await read_object(request)
+    options = await request.app[BROKER].begin_authentication_of(app, text_field(body, "external_id"))
+    return json_answer({"options": options})
+
+
+async def finish_authentication_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{external_id, credential}` to the receipt."""
+    body = await read_object(request)
+    external_id, answer = (
+        text_field(body, "external_id"),
+        ceremony.parse_authentication(body.get("credential")),
+    )
+    return json_answer(
+        receipt_object(await request.app[BROKER].finish_authentication_of(app, external_id, answer))
+    )
 
 
 async def list_users(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -275,6 +319,10 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
             web.post(f"{_APP}/transactions/register", keyed(open_registration)),
             web.post(f"{_APP}/transactions/authenticate", keyed(open_authentication)),
             web.post(f"{_APP}/authenticate/verify", keyed(redeem)),
+            web.post(f"{_APP}/register/start", keyed(begin_registration_of)),
+            web.post(f"{_APP}/register/finish", keyed(finish_registration_of)),
+            web.post(f"{_APP}/authenticate/start", keyed(begin_authentication_of)),
+            web.post(f"{_APP}/authenticate/finish", keyed(finish_authentication_of)),
             web.get(f"{_APP}/users", keyed(list_users), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}", keyed(get_user), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}/devices", keyed(list_devices), allow_head=False),
@@ -394,7 +442,7 @@ def device_object(credential: Credential) -> dict[str, Any]:
     return {
         "id": credential.id,
         "cred_id": text(credential.credential_id),
-        "friendly_name": credential.nickname,
+        "friendly_name": credential.nickname or credential.user_name,
         "type": _device_type(credential),
         "usage_count": min(credential.use_count, _INT32),
         "created_at": _time(credential.created_at),

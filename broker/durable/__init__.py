@@ -28,6 +28,7 @@ from broker.model import (
     PendingRegistration,
     Policy,
     RelyingParty,
+    Used,
     User,
     VerifiedAuthentication,
     VerifiedRegistration,
@@ -39,7 +40,6 @@ __all__ = [
     "MigrationFault",
     "Owned",
     "Postgres",
-    "Used",
     "UserOrder",
     "instant",
     "sql_files",
@@ -78,14 +78,6 @@ class Owned:
 
     credential: Credential
     external_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Used:
-    """What a recorded sign-in changed."""
-
-    counter_regressed: bool
-    backup_changed: bool
 
 
 class Durable:
@@ -394,11 +386,12 @@ class Durable:
         *,
         new_id: str,
         live: bool,
+        confirmed: bool = False,
         now: datetime,
     ) -> Literal["added", "duplicate", "no_user"]:
         """Insert a credential; the unique index on (app, credential id) decides who was first."""
         try:
-            row = await self._add_credential(pending, verified, new_id, live, now)
+            row = await self._add_credential(pending, verified, new_id, live, now if confirmed else None, now)
         except asyncpg.ForeignKeyViolationError:
             return "no_user"
         assert row is not None, "a SELECT without FROM has one row"
@@ -410,6 +403,7 @@ class Durable:
         verified: VerifiedRegistration,
         new_id: str,
         live: bool,
+        confirmed_at: datetime | None,
         now: datetime,
     ) -> asyncpg.Record | None:
         return await self._pg.row(
@@ -420,8 +414,8 @@ class Durable:
                 INSERT INTO credentials AS c (
                     id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
                     backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
-                    user_display_name, nickname, live, created_at, updated_at)
-                SELECT $1, $2, id, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $16, $16, $17, $18, $18 FROM owner
+                    user_display_name, nickname, live, created_at, updated_at, confirmed_at)
+                SELECT $1, $2, id, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $21, $22, $17, $18, $18, $23 FROM owner
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = $18 WHERE $17 AND id = (SELECT user_id FROM new)
@@ -443,10 +437,13 @@ class Durable:
             verified.aaguid,
             verified.attestation_format,
             verified.attestation_trust,
-            pending.display_name,
+            pending.user_name,
             live,
             now,
             *_who(),
+            pending.user_display_name,
+            pending.nickname,
+            confirmed_at,
         )
 
     async def use_credential(

@@ -34,7 +34,8 @@ from broker.errors import (
 from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
 from broker.web.body import ANSWER_SECONDS
 
-Renderer = Callable[[Refusal], web.Response]
+# A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the bytes were no HTTP.
+Renderer = Callable[[Refusal, web.Request | None], web.Response]
 
 CORS = web.RequestKey("CORS", dict[str, str])
 
@@ -107,7 +108,7 @@ class Edge:
             )
             refusal = InternalFault()
         if refusal is not None:
-            response = self._render(request.path, refusal)
+            response = self._render(refusal, request)
             response.headers.update(headers)
             self._metrics.refusals.labels(refusal.code, refusal.reason).inc()
         if not response.prepared:
@@ -120,16 +121,17 @@ class Edge:
         """The answer to bytes that are not HTTP. Nothing of them is in it, nor in the log: `kind` is the parser's word."""
         refusal = InvalidRequest("The request is not well-formed HTTP/1.1.", reason="http")
         self._metrics.refusals.labels(refusal.code, refusal.reason).inc()
-        response = self._render("", refusal)
+        response = self._render(refusal, None)
         request_id = _request_id("")
         _finish(response, request_id)
         self._log("malformed_request", status=response.status, kind=kind, request_id=request_id)
         return response
 
-    def _render(self, path: str, refusal: Refusal) -> web.Response:
+    def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
+        path = request.path if request is not None else ""
         for prefix, renderer in self._renderers:
             if path.startswith(prefix):
-                return renderer(refusal)
+                return renderer(refusal, request)
         raise AssertionError("the default renderer has the empty prefix")
 
     def _tell(

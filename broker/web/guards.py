@@ -1,11 +1,12 @@
 """Who may call a route. Every handler says so by its decorator, and a test walks the router to see that none forgot.
 
     keyed        an API key of the app in the path, checked before the body, the app or the user is looked at
+    keyed_alone  the same for a path that names no app: the key says whose it is
     browser      a page: an `Origin`, if sent, must be registered for the app; answers carry CORS headers
     public       anybody (health, metrics, static files)
     public_app   anybody, and any origin: the app's public subset
 
-A handler behind `keyed`, `browser` or `public_app` is called with the relying party, so it can't forget to look it up either.
+A handler behind any of them but `public` is called with the relying party, so it can't forget to look it up either.
 
 CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with credentials. An unregistered one is
 refused without CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
@@ -99,6 +100,31 @@ def keyed(handler: Handler) -> AnyHandler:
         if await _slow_body(request):
             app = await authorise(request)  # the key may be revoked by now
         return await handler(request, app)
+
+    return _marked(guarded, "key")
+
+
+async def authorise_alone(request: web.Request) -> RelyingParty:
+    """The relying party whose key the request has.
+
+    Raises:
+        InvalidKey: none, malformed, unknown or revoked; `reason` says which.
+    """
+    directory = request.app[DIRECTORY]
+    key = bearer(request)
+    if not key:
+        raise InvalidKey(reason="key_missing")
+    key_id, app_id = await directory.owner(key)
+    now = context()
+    now.actor, now.app_id = f"key:{key_id}", app_id
+    return await directory.app(app_id)
+
+
+def keyed_alone(handler: Handler) -> AnyHandler:
+    """Guard a handler by an API key that names the app by itself."""
+
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        return await handler(request, await authorise_alone(request))
 
     return _marked(guarded, "key")
 

@@ -1,0 +1,423 @@
+"""The steps that ceremonies are made of, whoever asks for them: with a transaction, discoverable, or of a user whom a keyed caller
+names. `Broker` puts them together.
+
+A step that takes is one atomic command, and everything after it fails closed: `retry_from` writes on the refusal where the person
+starts again. Steps that judge take the pending ceremony as it was taken, so there is no way to judge an answer that could come again.
+A refusal that concerns somebody is told as an event, where the store can write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
+
+from broker import ceremony
+from broker.durable import Durable, Owned, instant
+from broker.ephemeral import Ephemeral
+from broker.errors import (
+    CeremonyRefused,
+    DiscoverableRefused,
+    InvalidRequest,
+    NoPasskeys,
+    Refusal,
+    Retry,
+    Signal,
+    TooManyPasskeys,
+    Unavailable,
+    UnknownTransaction,
+    UnknownUser,
+)
+from broker.model import (
+    Attachment,
+    AuthenticationAnswer,
+    Credential,
+    PendingAuthentication,
+    PendingRegistration,
+    Purpose,
+    Receipt,
+    Redeemable,
+    RegistrationAnswer,
+    RelyingParty,
+    Transaction,
+)
+from broker.telemetry import Metrics
+from broker.tokens import Mint, digest, well_formed
+
+MAX_TEXT = 256
+_SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
+P = TypeVar("P", PendingRegistration, PendingAuthentication)
+
+
+class Steps:
+    """The steps, on the two stores."""
+
+    def __init__(
+        self,
+        *,
+        ephemeral: Ephemeral,
+        durable: Durable,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        mint: Mint,
+    ) -> None:
+        self._ephemeral = ephemeral
+        self._durable = durable
+        self._metrics = metrics
+        self._clock = clock
+        self._mint = mint
+
+    async def ensure_user(self, app: RelyingParty, external_id: str) -> tuple[str, str]:
+        """Id and handle of the user, who is made if the app has none with this external id."""
+        return await self._durable.ensure_user(
+            app.id,
+            external_id,
+            new_id=self._mint.id(),
+            new_handle=self._mint.user_handle(),
+            now=instant(self._clock()),
+        )
+
+    async def user_to_sign_in(self, app: RelyingParty, external_id: str) -> tuple[str, str]:
+        """Id and handle of a user with a live passkey."""
+        checked(external_id, "external_id")
+        found = await self._durable.user_to_sign_in(app.id, external_id)
+        if found is None:
+            raise UnknownUser
+        user_id, handle, able = found
+        if not able:
+            raise NoPasskeys
+        return user_id, handle
+
+    async def peek(
+        self, app: RelyingParty, transaction_id: str, purpose: Purpose
+    ) -> tuple[bytes, Transaction]:
+        if not well_formed(transaction_id, "transaction"):
+            raise UnknownTransaction(reason="transaction_malformed")
+        found = await self._ephemeral.peek_transaction(app.id, transaction_id)
+        if found is None:
+            raise UnknownTransaction(reason="transaction_unknown")
+        if found[1].purpose != purpose:
+            raise UnknownTransaction(reason="transaction_wrong_kind")
+        return found
+
+    async def take_pending(
+        self, app: RelyingParty, handle: str, transaction_id: str | None, kind: type[P]
+    ) -> P:
+        """Take the pending ceremony, before any cryptography. Its own transaction is meant where `transaction_id` is None."""
+        async with retry_from("page"):
+            pending = (
+                await self._ephemeral.take_pending(app.id, handle) if well_formed(handle, "handle") else None
+            )
+        if pending is None:
+            raise UnknownTransaction(reason="handle_unknown")
+        if not isinstance(pending, kind):
+            raise UnknownTransaction(reason="handle_wrong_kind")
+        if (
+            transaction_id is not None
+            and digest("transaction", app.id, transaction_id) != pending.transaction
+        ):
+            raise UnknownTransaction(reason="other_transaction")
+        return as_strict_as(app, pending)
+
+    async def take_pending_of(
+        self, app: RelyingParty, purpose: Purpose, external_id: str, kind: type[P]
+    ) -> P:
+        """Take the user's pending ceremony, before any cryptography."""
+        checked(external_id, "external_id")
+        pending = await self._ephemeral.take_pending_as(app.id, pending_name(purpose, external_id))
+        if not isinstance(pending, kind):
+            raise UnknownTransaction(
+                "There is no begun ceremony of this user, or it is expired or already used; begin again.",
+                reason="user_has_no_ceremony",
+            )
+        return as_strict_as(app, pending)
+
+    async def new_registration(
+        self,
+        app: RelyingParty,
+        *,
+        user: tuple[str, str, str],
+        names: tuple[str, str, str],
+        bound: tuple[bytes, float] | None,
+        attachment: Attachment | None,
+    ) -> tuple[PendingRegistration, dict[str, Any]]:
+        """A pending ceremony and its options. `bound`: the transaction and its end, which the ceremony doesn't outlive."""
+        user_id, external_id, user_handle = user
+        user_name, user_display_name, nickname = names
+        held = await self._durable.credentials(app.id, user_id)
+        if len(held) >= app.policy.max_passkeys:
+            raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
+        now = self._clock()
+        ends = now + app.policy.ceremony_life
+        pending = PendingRegistration(
+            app_id=app.id,
+            challenge=self._mint.challenge(),
+            transaction=bound[0] if bound else None,
+            user_id=user_id,
+            external_id=external_id,
+            user_handle=user_handle,
+            user_name=user_name,
+            user_display_name=user_display_name,
+            nickname=nickname,
+            user_verification=app.policy.user_verification,
+            algorithms=app.policy.algorithms,
+            begun_at=now,
+            expires_at=min(ends, bound[1]) if bound else ends,
+        )
+        return pending, ceremony.begin_registration(
+            app,
+            challenge=pending.challenge,
+            user_handle=user_handle,
+            user_name=user_name,
+            user_display_name=user_display_name,
+            # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
+            exclude=[(c.credential_id, c.transports) for c in held if c.live],
+            life=pending.expires_at - now,
+            attachment=attachment,
+        )
+
+    def new_authentication(
+        self,
+        app: RelyingParty,
+        user_id: str | None,
+        offered: list[Credential],
+        bound: tuple[bytes, float] | None,
+    ) -> tuple[PendingAuthentication, dict[str, Any]]:
+        now = self._clock()
+        ends = now + app.policy.ceremony_life
+        pending = PendingAuthentication(
+            app_id=app.id,
+            challenge=self._mint.challenge(),
+            transaction=bound[0] if bound else None,
+            user_id=user_id,
+            allowed=tuple(c.id for c in offered),
+            user_verification=app.policy.user_verification,
+            begun_at=now,
+            expires_at=min(ends, bound[1]) if bound else ends,
+        )
+        return pending, ceremony.begin_authentication(
+            app,
+            challenge=pending.challenge,
+            allow=[(c.credential_id, c.transports) for c in offered],
+            life=pending.expires_at - now,
+        )
+
+    async def registered(
+        self, app: RelyingParty, pending: PendingRegistration, answer: RegistrationAnswer, *, confirmed: bool
+    ) -> Receipt:
+        """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, store the credential."""
+        signal = Signal(app.rp_id, answer.credential_id)
+        try:
+            verified = ceremony.finish_registration(pending, app, answer)
+        except CeremonyRefused as refusal:
+            # The device made this passkey and it will never be stored: the page may tell the device so. Unless it was stored
+            # by an earlier ceremony, whose answer came again: then somebody signs in with it.
+            if await self._nobody_has(app, answer.credential_id):
+                refusal.signal = signal
+            await self._tell_refusal(app, "passkey.registered", refusal, pending.user_id)
+            raise
+        async with retry_from("backend"):
+            await self._take_transaction(pending.transaction)
+            now = self._clock()
+            passkey_id = self._mint.id()
+            outcome = await self._durable.add_credential(
+                pending,
+                verified,
+                new_id=passkey_id,
+                live=confirmed or app.policy.live_at == "finish",
+                confirmed=confirmed,
+                now=instant(now),
+            )
+        if outcome != "added":
+            # No signal for a duplicate: somebody signs in with that passkey.
+            refused = CeremonyRefused(
+                "This passkey can't be added; use another authenticator.",
+                reason=outcome,
+                signal=signal if outcome == "no_user" else None,
+            )
+            await self._tell_refusal(app, "passkey.registered", refused, pending.user_id)
+            raise refused
+        return Receipt(
+            external_id=pending.external_id,
+            user_id=pending.user_id,
+            purpose="register",
+            passkey_id=passkey_id,
+            credential_id=verified.credential_id,
+            origin=verified.origin,
+            user_present=verified.user_present,
+            user_verified=verified.user_verified,
+            backup_eligible=verified.backup_eligible,
+            backed_up=verified.backed_up,
+            backup_changed=False,
+            counter_regressed=False,
+            attestation=verified.attestation_trust,
+            authenticator_name_claimed=ceremony.authenticator_name(verified.aaguid),
+            at=now,
+        )
+
+    async def authenticated(
+        self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
+    ) -> Receipt:
+        """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, record the sign-in."""
+        owned: Owned | None = None
+        try:
+            owned = await self._durable.owned(app.id, answer.credential_id)
+            if owned is None:
+                unknown = await self._nobody_has(app, answer.credential_id)
+                raise CeremonyRefused(
+                    reason="unknown_credential",
+                    signal=Signal(app.rp_id, answer.credential_id) if unknown else None,
+                )
+            if not owned.credential.live:
+                raise CeremonyRefused(reason="not_live")
+            verified = ceremony.finish_authentication(pending, app, owned.credential, answer)
+        except CeremonyRefused as refusal:
+            await self._refuse_authentication(app, pending, owned, refusal)
+        credential = owned.credential
+        async with retry_from("page" if pending.user_id is None else "backend"):
+            await self._take_transaction(pending.transaction)
+            now = self._clock()
+            recorded = await self._durable.use_credential(
+                credential, verified, flag_counter=app.policy.counter == "flag", now=instant(now)
+            )
+        if recorded is None:
+            await self._refuse_authentication(
+                app, pending, owned, CeremonyRefused(reason="revoked_or_counter")
+            )
+        return Receipt(
+            external_id=owned.external_id,
+            user_id=credential.user_id,
+            purpose="authenticate",
+            passkey_id=credential.id,
+            credential_id=credential.credential_id,
+            origin=verified.origin,
+            user_present=verified.user_present,
+            user_verified=verified.user_verified,
+            backup_eligible=verified.backup_eligible,
+            backed_up=verified.backed_up,
+            backup_changed=recorded.backup_changed,
+            counter_regressed=recorded.counter_regressed,
+            attestation=credential.attestation_trust,
+            authenticator_name_claimed=ceremony.authenticator_name(credential.aaguid),
+            at=now,
+        )
+
+    async def _take_transaction(self, name: bytes | None) -> None:
+        """Take the transaction, if there is one, before any durable write: one transaction, one success."""
+        if name is not None and await self._ephemeral.take_transaction(name) is None:
+            raise UnknownTransaction(reason="transaction_spent")
+
+    async def put_nonce(self, app: RelyingParty, receipt: Receipt, transaction: bytes | None) -> str:
+        nonce = self._mint.token("nonce")
+        await self._ephemeral.put_nonce(
+            app.id, nonce, Redeemable(receipt, transaction, receipt.at + app.policy.nonce_life)
+        )
+        return nonce
+
+    async def _nobody_has(self, app: RelyingParty, credential_id: bytes) -> bool:
+        """Whether it is proved that nobody of the RP ID has this credential; a store that can't tell proves nothing.
+
+        Of the RP ID, not of the app: the signal reaches an authenticator, which knows no apps, and two apps may share an RP ID.
+        """
+        try:
+            return not await self._durable.held(app.rp_id, credential_id)
+        except Unavailable:
+            return False
+
+    async def _refuse_authentication(
+        self, app: RelyingParty, pending: PendingAuthentication, owned: Owned | None, refusal: CeremonyRefused
+    ) -> NoReturn:
+        """Tell of the refusal, where it concerns somebody, and raise it as what the caller may learn."""
+        # Where nobody was named anybody can have answers refused, so only what a genuine passkey signed is worth an event.
+        if pending.user_id is not None or refusal.reason in _SIGNED:
+            await self._tell_refusal(
+                app,
+                "passkey.used",
+                refusal,
+                owned.credential.user_id if owned else pending.user_id,
+                owned.credential.id if owned else None,
+            )
+        if pending.user_id is None:
+            raise DiscoverableRefused(reason=refusal.reason, signal=refusal.signal) from refusal
+        raise refusal
+
+    async def _tell_refusal(
+        self,
+        app: RelyingParty,
+        action: str,
+        refusal: Refusal,
+        user_id: str | None,
+        passkey_id: str | None = None,
+    ) -> None:
+        """Write the event of a refused ceremony. The refusal stands also when the event can't be written; a metric counts that."""
+        try:
+            await self._durable.tell(
+                app.id,
+                action,
+                result="refused",
+                reason=refusal.reason,
+                user_id=user_id,
+                passkey_id=passkey_id,
+                now=instant(self._clock()),
+            )
+        except Unavailable:
+            self._metrics.events_lost.inc()
+
+    @asynccontextmanager
+    async def counted(self, kind: str, place: Retry) -> AsyncIterator[Counted]:
+        """Count a finish by its result; an unavailable store without another place to start again means: from `place`."""
+        counted = Counted(kind)
+        try:
+            async with retry_from(place):
+                yield counted
+        except Unavailable:
+            self._metrics.ceremonies.labels(counted.kind, "finish", "unavailable").inc()
+            raise
+        except Refusal:
+            self._metrics.ceremonies.labels(counted.kind, "finish", "refused").inc()
+            raise
+        self._metrics.ceremonies.labels(counted.kind, "finish", "ok").inc()
+
+
+@dataclass(slots=True)
+class Counted:
+    kind: str
+
+
+def pending_name(purpose: Purpose, external_id: str) -> str:
+    """The name of a user's one pending ceremony of this purpose."""
+    return f"{purpose}:{external_id}"
+
+
+def kind_of(pending: PendingAuthentication) -> str:
+    return "discoverable" if pending.user_id is None else "authenticate"
+
+
+@asynccontextmanager
+async def retry_from(place: Retry) -> AsyncIterator[None]:
+    """An unavailable store inside means: start again at `place`. The innermost place counts."""
+    try:
+        yield
+    except Unavailable as fault:
+        fault.retry = fault.retry or place
+        raise
+
+
+def as_strict_as(app: RelyingParty, pending: P) -> P:
+    """A pending ceremony that asks for user verification if the policy does by now: a policy made stricter applies at once."""
+    if app.policy.user_verification == "required":
+        return replace(pending, user_verification="required")
+    return pending
+
+
+def checked(value: str, name: str) -> None:
+    """1 to 256 characters, none of them NUL (Postgres can't hold it, and C readers end there)."""
+    if not value:
+        raise InvalidRequest(f"{name} is empty; it has 1 to {MAX_TEXT} characters.")
+    if len(value) > MAX_TEXT:
+        raise InvalidRequest(f"{name} has {len(value)} characters; {MAX_TEXT} are allowed.")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidRequest(
+            f"{name} has a character that can't be stored (NUL or half of a surrogate pair)."
+        )
