@@ -35,6 +35,7 @@ check: $(TEST) parts ## what CI runs: format, lint, types, tests, coverage
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
 parts: $(TEST)
+	@$(BIN)/python -m compileall -q broker tests
 	@$(BIN)/python tests/parts.py
 
 lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UPGRADE=--upgrade for newer versions
@@ -61,6 +62,7 @@ clean: ## remove what make installed and what tools cached; .broker/ with its pa
 $(RUNTIME): .venv/.python-$(HERE) deploy/requirements.lock pyproject.toml
 	@$(PIP) install --require-hashes -r deploy/requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q broker
 	@touch $@
 
 $(TEST): $(RUNTIME) deploy/test.lock
