@@ -37,7 +37,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline, f"never came true: {what}"
-        time.sleep(0.01)
+        time.sleep(0.01)  # between two looks
 
 
 def get(port: int, path: str, host: str = "127.0.0.1") -> int:

@@ -34,7 +34,7 @@ async def eventually(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline, f"never came true: {what}"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # between two looks
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ class Stall:
             if found >= number:
                 return
             assert time.monotonic() < deadline, f"{found} of {number} statements wait for {self.table}"
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # between two looks
 
 
 @asynccontextmanager

@@ -486,7 +486,7 @@ async def blocked(stores: EmbeddedStores, holder: asyncpg.Connection[asyncpg.Rec
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid))"
         while await session.fetchval(waiting, holder.get_server_pid()) < times:
             assert time.monotonic() < deadline, "nobody waits for the lock"
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # between two looks
 
 
 # -- credentials ----------------------------------------------------------------------------------------------------------------
@@ -1001,7 +1001,7 @@ async def test_a_statement_ends_in_time_on_both_sides(
             deadline = time.monotonic() + 5
             while await session.fetchval(mine, session.get_server_pid()):
                 assert time.monotonic() < deadline, "sessions of callers long answered still wait"
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # between two looks
             await change.rollback()
         assert await durable.update_app(app, LATER)
     finally:

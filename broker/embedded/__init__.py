@@ -350,7 +350,7 @@ def _until_ready(waiting: list[_Valkey | _Postgres]) -> None:
                     f"{store.server.title} was not ready within {READY_WITHIN:.0f} s: {store.server.log.last_words()}; "
                     f"its log is {store.server.log.path}."
                 )
-        time.sleep(0.004)
+        time.sleep(0.004)  # between two looks
 
 
 def _made_by(home: Path, account: Account, mark: str = "PG_VERSION") -> int | None:

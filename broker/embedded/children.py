@@ -162,7 +162,7 @@ def reap(path: Path, account: Account) -> None:
                 os.kill(pid, own_signal if ask is None else ask)
         deadline = time.monotonic() + limit
         while left and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(0.01)  # between two looks
             left = [entry for entry in left if runs(entry[0], entry[2], account)]
     if left:
         raise EmbeddedFault(

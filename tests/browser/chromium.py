@@ -143,7 +143,7 @@ def wait_until(look: Callable[[], T | None], what: str, deadline: float = DEADLI
             return value
         if time.monotonic() > end:
             raise TooLate(f"{what}: not within {deadline} s")
-        time.sleep(POLL)
+        time.sleep(POLL)  # between two looks
 
 
 class Chromium:
