@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import shutil
 import subprocess
 import tempfile
@@ -31,7 +32,23 @@ from broker.telemetry import Log
 from tests.authenticator import Authenticator
 from tests.wire import Wire
 
+_RAM = Path("/dev/shm")
+_ROOM = 2 << 30  # bytes that the stores, profiles and environments of one run stay below
+
 _LONGEST = ("test_wheel", "test_embedded", "test_outages", "test_dev", "test_serve")
+
+
+def pytest_configure() -> None:
+    """Temporary folders, so every store that a test starts, on a RAM disk where there is a large one: each commit waits for the disk.
+
+    What a killed process had written survives there as it does on a disk; only the machine's own crash is another matter.
+    """
+    if "TMPDIR" in os.environ or not _RAM.is_dir():
+        return
+    disk = os.statvfs(_RAM)
+    if disk.f_bavail * disk.f_frsize >= _ROOM and not disk.f_flag & os.ST_NOEXEC and os.access(_RAM, os.W_OK):
+        os.environ["TMPDIR"] = str(_RAM)  # processes that tests start look there too
+        tempfile.tempdir = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
