@@ -4,13 +4,15 @@ Everything is made here and handed down through `__init__`; handlers find the ve
 for everything, or, with a management port, pages on one and keyed callers, health and metrics on the other.
 
 The dialects are listed in `DIALECTS`: a further one is one module and one line. Their modules' names are what the setting
-`dialects` chooses from.
+`dialects` chooses from. One that signs tokens says so with `SIGNS = True`, and answers only where there is a secret key to seal
+signing keys under.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -23,20 +25,28 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from broker.broker import Broker
-from broker.dialects import flex, propelauth
+from broker.dialects import flex, hanko, passlock, propelauth
 from broker.directory import Directory
-from broker.durable import Durable, Postgres
+from broker.durable import Catalogue, Durable, Postgres
+from broker.durable.signing_keys import SigningKeys
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import NotFound, Unavailable
+from broker.mailbox import Mailbox
 from broker.settings import Settings, SettingsFault
+from broker.signals import Signals
+from broker.signing import Signing
 from broker.telemetry import Log, Metrics
 from broker.tokens import Mint, SystemMint
 from broker.web import (
     BROKER,
     DIRECTORY,
     LIMITS,
+    MAILBOX,
     METRICS,
     PUBLIC_URL,
+    SETTINGS,
+    SIGNALS,
+    SIGNING,
     Edge,
     Limits,
     Listener,
@@ -46,22 +56,47 @@ from broker.web import (
 )
 from broker.web.server import bind
 
-DIALECTS: tuple[ModuleType, ...] = (flex, propelauth)
+DIALECTS: tuple[ModuleType, ...] = (flex, hanko, passlock, propelauth)
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
 
 
 def chosen(settings: Settings) -> tuple[ModuleType, ...]:
-    """The dialects that answer.
+    """The dialects that answer. Without a secret key those that sign tokens don't, unless the setting names them.
 
     Raises:
-        SettingsFault: the setting names one that does not exist.
+        SettingsFault: the setting names one that does not exist, or one that lacks a secret key.
     """
-    named = {dialect.__name__.rpartition(".")[2]: dialect for dialect in DIALECTS}
+    named = {_name(dialect): dialect for dialect in DIALECTS}
     if not set(settings.dialects) <= named.keys():
         raise SettingsFault([f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."])
-    return tuple(named[name] for name in settings.dialects) or DIALECTS
+    lacking = [name for name in settings.dialects if _signs(named[name]) and not settings.secret_key]
+    if lacking:
+        raise SettingsFault([f"BROKER_SECRET_KEY is missing; without it {' and '.join(lacking)} can't sign."])
+    left = left_out(settings)
+    return tuple(named[name] for name in settings.dialects or named if name not in left)
+
+
+def left_out(settings: Settings) -> tuple[str, ...]:
+    """The names of the dialects that don't answer because they sign tokens and there is no secret key."""
+    if settings.secret_key or settings.dialects:
+        return ()
+    return tuple(_name(dialect) for dialect in DIALECTS if _signs(dialect))
+
+
+def _name(dialect: ModuleType) -> str:
+    return dialect.__name__.rpartition(".")[2]
+
+
+def _signs(dialect: ModuleType) -> bool:
+    return bool(getattr(dialect, "SIGNS", False))
+
+
+def _paths(dialect: ModuleType) -> re.Pattern[str]:
+    """The paths that are a dialect's own: its `PATHS`, or what stands below its `PREFIX`."""
+    found: re.Pattern[str] | None = getattr(dialect, "PATHS", None)
+    return found or re.compile(re.escape(dialect.PREFIX) + r"(?:/|\Z)")
 
 
 @dataclass(slots=True)
@@ -74,6 +109,9 @@ class Parts:
     ephemeral: Ephemeral
     broker: Broker
     directory: Directory
+    signals: Signals
+    mailbox: Mailbox
+    signing: Signing
     metrics: Metrics
     log: Log
 
@@ -93,7 +131,7 @@ async def assemble(
     """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is down.
 
     Raises:
-        SettingsFault: a dialect that does not exist.
+        SettingsFault: a dialect that does not exist, or lacks a secret key.
     """
     chosen(settings)
     metrics, log, mint = Metrics(), log or Log(level=settings.log_level), mint or SystemMint()
@@ -104,7 +142,7 @@ async def assemble(
         metrics=metrics,
     )
     await postgres.open()
-    durable = Durable(postgres)
+    durable, catalogue = Durable(postgres), Catalogue(postgres)
     ephemeral = Ephemeral(
         connect(settings.redis_url, timeout=settings.store_timeout, connections=settings.redis_connections),
         timeout=settings.store_timeout,
@@ -117,7 +155,22 @@ async def assemble(
         durable=durable,
         ephemeral=ephemeral,
         broker=Broker(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
-        directory=Directory(durable=durable, clock=clock, mint=mint, cache_seconds=settings.cache_seconds),
+        directory=Directory(
+            durable=durable,
+            catalogue=catalogue,
+            clock=clock,
+            mint=mint,
+            cache_seconds=settings.cache_seconds,
+        ),
+        signals=Signals(ephemeral=ephemeral, durable=durable, catalogue=catalogue, clock=clock, mint=mint),
+        mailbox=Mailbox(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
+        signing=Signing(
+            SigningKeys(postgres),
+            settings.secret_key,
+            clock=clock,
+            mint=mint,
+            cache_seconds=settings.cache_seconds,
+        ),
         metrics=metrics,
         log=log,
     )
@@ -135,8 +188,12 @@ def application(
     app = web.Application(client_max_size=64 * 1024)
     app[BROKER] = parts.broker
     app[DIRECTORY] = parts.directory
+    app[SIGNALS] = parts.signals
+    app[MAILBOX] = parts.mailbox
     app[METRICS] = parts.metrics
     app[PUBLIC_URL] = parts.settings.public_url
+    app[SETTINGS] = parts.settings
+    app[SIGNING] = parts.signing
     app[LIMITS] = limits or Limits()
     for dialect in chosen(parts.settings):
         app.add_routes(dialect.routes(management=management, browser=browser))
@@ -282,8 +339,8 @@ async def serve(
         for opened, app in plan:
             edge = Edge(
                 app._handle,  # what aiohttp's own server calls; the edge has to stand outside of it
-                renderers={dialect.PREFIX: dialect.render for dialect in chosen(settings)}
-                | {"": flex.render},
+                renderers=[(_paths(dialect), dialect.render) for dialect in chosen(settings)],
+                default=flex.render,
                 metrics=parts.metrics,
                 log=parts.log,
             )

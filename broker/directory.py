@@ -11,41 +11,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Generic, TypeVar
 
-from broker.durable import Durable, UserOrder, instant
+from broker.durable import Catalogue, Durable, UserOrder, instant
+from broker.durable.remembered import Remembered
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
-from broker.model import ID, ApiKey, Credential, Event, Policy, RelyingParty, User
+from broker.model import (
+    ID,
+    ApiKey,
+    ApprovalRecord,
+    AuditRow,
+    Credential,
+    Event,
+    Owned,
+    Policy,
+    RelyingParty,
+    User,
+    checked,
+)
 from broker.tokens import Mint, SystemMint, key_digest, key_hint, text, well_formed
-
-_REMEMBERED = 10_000
-
-V = TypeVar("V")
-
-
-class _Remembered(Generic[V]):
-    """Look-ups remembered for at most `seconds`, so that a change is effective everywhere within that time.
-
-    The time counts from when the store was asked, not from its answer, which may have been long on the way; and a clock that was
-    set back ends the memory instead of lengthening it.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._values: dict[object, tuple[float, V]] = {}
-
-    def get(self, key: object) -> V | None:
-        found = self._values.get(key)
-        return found[1] if found and 0 <= self._clock() - found[0] < self._seconds else None
-
-    def forget(self, key: object) -> None:
-        self._values.pop(key, None)
-
-    def put(self, key: object, value: V, asked: float) -> None:
-        if len(self._values) >= _REMEMBERED:
-            self._values.clear()
-        self._values[key] = (asked, value)
 
 
 class Directory:
@@ -55,15 +38,17 @@ class Directory:
         self,
         *,
         durable: Durable,
+        catalogue: Catalogue,
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
     ) -> None:
         self._durable = durable
+        self._catalogue = catalogue
         self._clock = clock
         self._mint = mint or SystemMint()
-        self._apps: _Remembered[RelyingParty] = _Remembered(cache_seconds, clock)
-        self._keys: _Remembered[tuple[str, str]] = _Remembered(cache_seconds, clock)
+        self._apps: Remembered[RelyingParty] = Remembered(cache_seconds, clock)
+        self._keys: Remembered[tuple[str, str]] = Remembered(cache_seconds, clock)
 
     def now(self) -> datetime:
         """The server's time."""
@@ -149,7 +134,7 @@ class Directory:
         order: UserOrder = "created_at",
     ) -> tuple[list[User], int]:
         """A page of users and how many there are in all. `external_id` is compared byte for byte."""
-        return await self._durable.users(
+        return await self._catalogue.users(
             app.id,
             limit=limit,
             offset=(page - 1) * limit,
@@ -204,6 +189,150 @@ class Directory:
                 await self.revoke(app, user, credential.id)
                 return
         raise UnknownPasskey
+
+    async def passkeys(
+        self,
+        app: RelyingParty,
+        *,
+        external_id: str | None = None,
+        limit: int,
+        page: int = 1,
+        newest_first: bool = True,
+    ) -> tuple[list[Owned], int]:
+        """A page of the app's passkeys, or of one user's, and how many there are in all."""
+        return await self._catalogue.passkeys(
+            app.id,
+            external_id=external_id,
+            limit=limit,
+            offset=(page - 1) * limit,
+            newest_first=newest_first,
+        )
+
+    async def passkeys_after(
+        self, app: RelyingParty, after: tuple[datetime, str] | None, limit: int
+    ) -> list[Owned]:
+        """The app's passkeys, oldest first, behind the one made at that time with that id: a page that stays right while others come."""
+        return await self._catalogue.passkeys_after(app.id, after, limit)
+
+    async def passkey(self, app: RelyingParty, passkey_id: str) -> Owned:
+        """One passkey of the app.
+
+        Raises:
+            UnknownPasskey, Unavailable.
+        """
+        return self._found(
+            await self._catalogue.passkey(app.id, passkey_id=passkey_id) if ID.match(passkey_id) else None
+        )
+
+    async def passkey_by_credential(self, app: RelyingParty, credential_id: bytes) -> Owned:
+        """The app's passkey with this credential id.
+
+        Raises:
+            UnknownPasskey, Unavailable.
+        """
+        return self._found(await self._catalogue.passkey(app.id, credential_id=credential_id))
+
+    @staticmethod
+    def _found(owned: Owned | None) -> Owned:
+        if owned is None:
+            raise UnknownPasskey
+        return owned
+
+    async def passkeys_by_ids(self, app: RelyingParty, passkey_ids: Sequence[str]) -> list[Owned]:
+        """Those of the app's passkeys that have one of these ids, oldest first."""
+        return await self._durable.owned_by_ids(app.id, [i for i in passkey_ids if ID.match(i)])
+
+    async def rename(self, app: RelyingParty, passkey_id: str, nickname: str) -> None:
+        """Change what lists show of a passkey: 1 to 256 characters.
+
+        Raises:
+            InvalidRequest, UnknownPasskey, Unavailable.
+        """
+        checked(nickname, "nickname")
+        if not ID.match(passkey_id) or not await self._catalogue.rename(
+            app.id, passkey_id, nickname, self.now()
+        ):
+            raise UnknownPasskey
+
+    async def rename_user(self, app: RelyingParty, external_id: str, user_name: str) -> list[str]:
+        """Change the user's name on every passkey of theirs; returns the passkeys' ids. Authenticators hear of it by a signal.
+
+        Raises:
+            InvalidRequest, Unavailable.
+        """
+        checked(user_name, "user_name")
+        return await self._catalogue.rename_user(app.id, external_id, user_name, self.now())
+
+    async def rename_user_of(self, app: RelyingParty, passkey_id: str, user_name: str) -> None:
+        """The same on one passkey.
+
+        Raises:
+            InvalidRequest, UnknownPasskey, Unavailable.
+        """
+        checked(user_name, "user_name")
+        if not ID.match(passkey_id) or not await self._catalogue.rename_user_of(
+            app.id, passkey_id, user_name, self.now()
+        ):
+            raise UnknownPasskey
+
+    async def revoke_passkey(self, app: RelyingParty, passkey_id: str) -> Owned:
+        """Revoke a passkey, whoever owns it; it never signs in again. Returns what it was.
+
+        Raises:
+            UnknownPasskey, Unavailable.
+        """
+        owned = await self.passkey(app, passkey_id)
+        if not await self._durable.revoke_credentials(
+            app.id, owned.credential.user_id, passkey_id, self.now()
+        ):
+            raise UnknownPasskey
+        return owned
+
+    async def assign(self, app: RelyingParty, passkey_id: str, external_id: str) -> Owned:
+        """Give a passkey that nobody owns an owner, once; the user is made if the app has none with this external id.
+
+        Raises:
+            InvalidRequest, UnknownPasskey, OwnedAlready, Unavailable.
+        """
+        checked(external_id, "external_id")
+        if not ID.match(passkey_id):
+            raise UnknownPasskey
+        await self._catalogue.assign(
+            app.id,
+            passkey_id,
+            external_id,
+            new_id=self._mint.id(),
+            new_handle=self._mint.user_handle(),
+            now=self.now(),
+        )
+        return await self.passkey(app, passkey_id)
+
+    async def approvals(self, app: RelyingParty, user_id: str) -> list[ApprovalRecord]:
+        """What a user (our id) was asked to approve, oldest first."""
+        return await self._catalogue.approvals(app.id, user_id)
+
+    async def audit(
+        self,
+        app: RelyingParty,
+        *,
+        limit: int,
+        page: int = 1,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        kinds: Sequence[tuple[str, str]] | None = None,
+        user: str | None = None,
+    ) -> tuple[list[AuditRow], int]:
+        """A page of events, newest first, and how many there are in all. `kinds` are pairs of action and result, None for all;
+        `user` is a part of the external id; `start` and `end` are exclusive."""
+        return await self._catalogue.audit(
+            app.id,
+            limit=limit,
+            offset=(page - 1) * limit,
+            start=start,
+            end=end,
+            kinds=kinds,
+            user=user,
+        )
 
     async def delete_user(self, app: RelyingParty, external_id: str) -> None:
         """Delete a user with all traces.
@@ -288,4 +417,4 @@ class Directory:
 
     async def events(self, app_id: str, *, limit: int, after: int = 0) -> Sequence[Event]:
         """The newest events of an app, oldest first."""
-        return await self._durable.events(app_id, limit=limit, after=after)
+        return await self._catalogue.events(app_id, limit=limit, after=after)

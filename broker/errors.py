@@ -117,6 +117,27 @@ class UnknownNonce(Refusal):
     default = "nonce is invalid, expired, or cannot be found"
 
 
+class UnknownTicket(Refusal):
+    """Unknown, expired, used, of another kind or of another app: all alike."""
+
+    code = "ticket_not_found"
+    default = "The ticket is unknown, expired or already used; ask the backend for a new one."
+
+
+class OwnedAlready(Refusal):
+    """Keyed callers only: the passkey has an owner, who never changes."""
+
+    code = "passkey_has_owner"
+    default = "The passkey has an owner already; an owner never changes."
+
+
+class DuplicateApproval(Refusal):
+    """Keyed callers only: the app has used this identifier before."""
+
+    code = "approval_exists"
+    default = "There is an approval with this identifier already; each takes a new one."
+
+
 class CeremonyRefused(Refusal):
     """The browser's answer does not satisfy WebAuthn L3 §7.1 or §7.2. The pending ceremony is spent.
 
@@ -147,6 +168,45 @@ class TooManyCeremonies(Refusal):
     code = "too_many_requests"
     default = "Too many sign-ins are open; try again in a moment."
     retry_after = 5
+
+
+class UnknownMailCode(Refusal):
+    """Unknown, used, replaced or of another app, or the secret is not this code's: all alike."""
+
+    code = "mail_code_not_found"
+    default = "The mail code is unknown, already used or replaced; make a new one."
+
+
+class WrongMailCode(Refusal):
+    """The digits are not those of the mail. Counted, unless they are no six digits."""
+
+    code = "mail_code_wrong"
+    default = "The code is not the one in the mail."
+
+
+class MailCodeExpired(Refusal):
+    code = "mail_code_expired"
+    default = "The mail code has expired; make a new one."
+
+
+class MailCodeAttempts(Refusal):
+    """The code was guessed wrong too often; no guess, right or wrong, is judged any more."""
+
+    code = "mail_code_attempts_exceeded"
+    default = "The mail code was entered wrong too often; make a new one."
+
+
+class MailCodeRate(Refusal):
+    """Too many codes for one mailbox or one user. `retry_after` in whole seconds."""
+
+    code = "mail_code_rate_limited"
+    default = "Too many mail codes were made for this mailbox or user; try again later."
+
+    def __init__(
+        self, sentence: str | None = None, *, reason: str | None = None, retry_after: int = 1
+    ) -> None:
+        super().__init__(sentence, reason=reason)
+        self.retry_after = retry_after
 
 
 class NotFound(Refusal):

@@ -2,7 +2,7 @@
 
 Every setting begins with `BROKER_`; a new one has a default that keeps old deployments running. All faults are found in one
 pass and reported together, because an operator who mends one at a time restarts the service once per fault. Values that carry
-a secret (the URLs of the stores) are left out of `repr`, and no sentence quotes a value.
+a secret (the URLs of the stores, the secret key) are left out of `repr`, and no sentence quotes a value.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 PREFIX = "BROKER_"
+TOKEN_LIFE_LIMIT = 3600  # seconds: no setting lets a signed token live longer
 
 
 class SettingsFault(Exception):
@@ -133,6 +134,14 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.split(",")))
 
 
+def _secrets(text: str) -> tuple[str, ...]:
+    # Short ones can be guessed, and so can those that are one character over and over.
+    given = text.split(",")
+    if not all(re.fullmatch(r"[!-+\--~]{32,512}", secret) and len(set(secret)) > 7 for secret in given):
+        raise ValueError("must be a random text of at least 32 characters, or several with commas between")
+    return tuple(dict.fromkeys(given))
+
+
 def _setting(parse: Callable[[str], Any], default: Any, *, secret: bool = False) -> Any:
     return field(default=default, repr=not secret, metadata={"parse": parse})
 
@@ -150,6 +159,10 @@ class Settings:
     management_port: int = _setting(_whole(0, 65535), 0)  # 0: keyed routes share `port`
     public_url: str = _setting(_public_url, "")
     dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
+    secret_key: tuple[str, ...] = _setting(_secrets, (), secret=True)  # the first seals keys, all open them
+    hanko_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; the vendor's own
+    passlock_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; the vendor states none
+    passlock_code_life: int = _setting(_whole(10, 600), 300)  # seconds; the vendor's own
     store_timeout: float = _setting(_seconds(0.05, 1.5), 0.8)  # limit of one wait for a store
     database_connections: int = _setting(_whole(1, 500), 16)
     redis_connections: int = _setting(_whole(1, 2000), 64)

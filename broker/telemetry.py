@@ -15,7 +15,6 @@ no request.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+import orjson
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 
@@ -51,6 +51,9 @@ def context() -> Context:
     return CONTEXT.get(_NOBODY)
 
 
+_LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+
+
 class Log:
     """Writes one JSON line per call."""
 
@@ -61,15 +64,14 @@ class Log:
     def __call__(self, event: str, *, severity: int = logging.INFO, **values: Any) -> None:
         if severity < self.level:
             return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {
-            "at": now.replace("+00:00", "Z"),
-            "level": logging.getLevelName(severity).lower(),
+            "at": datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
             "event": event,
             **values,
         }
         with suppress(OSError):  # the reader of our standard error went away, or its disk is full
-            self._stream.write(json.dumps(line, default=str) + "\n")
+            self._stream.write(orjson.dumps(line, default=str).decode() + "\n")
             self._stream.flush()
 
 
@@ -128,6 +130,9 @@ class Metrics:
             "Age of a nonce at its redemption, as a fraction of its life.",
             buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0),
             registry=r,
+        )
+        self.mail_codes = Counter(
+            "broker_mail_codes", "Mail codes: made, judged, refused.", ["result"], registry=r
         )
         self.store_seconds = Histogram(
             "broker_store_seconds", "Time a store took.", ["store", "operation"], buckets=_STEPS, registry=r

@@ -24,6 +24,7 @@ from broker.ceremony import (
     parse_registration,
 )
 from broker.model import (
+    Asked,
     Credential,
     PendingAuthentication,
     PendingRegistration,
@@ -57,6 +58,7 @@ def pending_registration(rp: RelyingParty, *, challenge: bytes = CHALLENGE) -> P
         user_name="Alice",
         user_display_name="Alice",
         nickname="Alice",
+        asked=Asked(),
         user_verification=rp.policy.user_verification,
         algorithms=rp.policy.algorithms,
         begun_at=NOW,
@@ -74,6 +76,8 @@ def pending_authentication(
         transaction=b"t" * 32 if credential else None,
         user_id=credential.user_id if credential else None,
         allowed=(credential.id,) if credential else (),
+        approval=None,
+        asked=Asked(),
         user_verification=rp.policy.user_verification,
         begun_at=NOW,
         expires_at=NOW + 300,
@@ -103,6 +107,7 @@ def credential_of(made: VerifiedRegistration, rp: RelyingParty) -> Credential:
         user_display_name="Alice",
         nickname="",
         live=True,
+        second_factor=False,
         confirmed_at=None,
         created_at=at,
         updated_at=at,
@@ -121,12 +126,15 @@ def creation_options(rp: RelyingParty) -> dict[str, Any]:
         exclude=(),
         life=300,
         attachment=None,
+        user_verification=rp.policy.user_verification,
     )
 
 
 def request_options(rp: RelyingParty, credential: Credential | None) -> dict[str, Any]:
     allow = [(credential.credential_id, credential.transports)] if credential else []
-    return begin_authentication(rp, challenge=CHALLENGE, allow=allow, life=300)
+    return begin_authentication(
+        rp, challenge=CHALLENGE, allow=allow, life=300, user_verification=rp.policy.user_verification
+    )
 
 
 def register(rp: RelyingParty, answer: Mapping[str, Any]) -> VerifiedRegistration:

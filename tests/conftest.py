@@ -32,6 +32,10 @@ from broker.telemetry import Log
 from tests.authenticator import Authenticator
 from tests.wire import Wire
 
+SECRET_KEY = (
+    "tests-only-" + "0123456789abcdefghijklmnopqrstuvwxyz"
+)  # what every broker on the shared stores seals under
+
 _RAM = Path("/dev/shm")
 _ROOM = 2 << 30  # bytes that the stores, profiles and environments of one run stay below
 
@@ -152,6 +156,7 @@ def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
         "host": "127.0.0.1",
         "port": 0,
         "cache_seconds": 0.0,
+        "secret_key": (SECRET_KEY,),
         **changes,
     }
     return Settings(**values)

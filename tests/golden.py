@@ -4,12 +4,16 @@
 matter, body. What differs from run to run is masked, by this scheme and no other (`_MASKS` by shape, `_TIMES` and the rest by
 key), and a value is masked only where it has the shape it must have: a nonce that is no longer 43 characters shows as a difference.
 
-    <transaction> <handshake> <nonce> <key>      our tokens: prefix and 43 characters (a bound handshake: 86)
+    <transaction> <handshake> <nonce> <ticket> <key>    our tokens: prefix and 43 characters (a bound handshake: 86)
     <id>                                         24 alphanumerics: app, user, passkey
     <32 bytes>                                   43 characters of base64url: challenges, credential ids
+    <64 bytes> <256 bytes> <ES256 key>           86, 342 and 103 characters of it: a challenge with a hash, an RSA modulus, a COSE key
     <user handle>                                58 characters: the base64url of a handle's 43 characters
-    <time> <epoch>                               RFC 3339 in UTC; seconds since the epoch
+    <mail secret> <mail code>                    three groups of 24 alphanumerics; six digits, also within a message
+    <time> <epoch> <epoch ms>                    RFC 3339 in UTC; seconds, milliseconds since the epoch
+    <number>                                     an event's number
     <answer>                                     what an authenticator made, in requests (an object, or its JSON text)
+    {"header", "claims"}                         a signed token, in place of its text
 
 `GOLDEN=write` in the environment writes the files anew; without it, a missing file is a failure.
 
@@ -22,6 +26,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from base64 import urlsafe_b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,12 +45,14 @@ _HEADERS = (
     "Allow",
     "Cache-Control",
     "Content-Type",
+    "Link",
     "Location",
     "Retry-After",
     "Set-Cookie",
     "Vary",
     "WWW-Authenticate",
     "X-Content-Type-Options",
+    "X-Total-Count",
 )
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -53,17 +60,34 @@ _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"pbh_[\w-]{43}(?:[\w-]{43})?(?![\w-])"), "<handshake>"),
     (re.compile(r"pbn_[\w-]{43}(?![\w-])"), "<nonce>"),
     (re.compile(r"pbk_[\w-]{43}(?![\w-])"), "<key>"),
+    (re.compile(r"pbs_[\w-]{43}(?![\w-])"), "<ticket>"),
+    (re.compile(r"pbm_[A-Za-z0-9]{24}-[A-Za-z0-9]{24}-[A-Za-z0-9]{24}(?![\w-])"), "<mail secret>"),
     (re.compile(r"(?<![\w-])[A-Za-z0-9]{24}(?![\w-])"), "<id>"),
 )
-_BYTES = {"challenge": 43, "cred_id": 43, "credential_id": 43, "credentialId": 43, "id": 43}
-_EPOCHS = {"created_before", "timestamp"}
-_ANSWERS = {"handshake_response", "credential", "publicKey"}
-_TIMES = {"created_at", "updated_at", "last_login_at", "confirmed_at", "last_used_at", "at"}
+_BYTES = {"challenge": 43, "cred": 43, "cred_id": 43, "credential_id": 43, "credentialId": 43, "id": 43}
+_BYTES |= {"jti": 43, "allAcceptedCredentialIds": 43, "x": 43, "y": 43}
+_HANDLES = {"id", "userId"}
+_EPOCHS = {"created_before", "exp", "iat", "timestamp"}
+_MAIL_CODE = re.compile(r"(?<!\w)\d{6}(?!\w)")
+_MAIL_CODES = {"code", "html", "text"}
+_EPOCHS_MS = {"createdAt", "expiresAt", "updatedAt", "lastUsed"}
+_LONGER = {"challenge": (86, "<64 bytes>"), "n": (342, "<256 bytes>"), "public_key": (103, "<ES256 key>")}
+_LONGER["publicKey"] = _LONGER["public_key"]
+# A credential id within a name, a path or a sentence.
+_NAMED = re.compile(r"(?:(?<=cred-)|(?<=/credentials/)|(?<= id '))[\w-]{43}(?![\w-])")
+_TOKEN = re.compile(r"([\w-]+)\.([\w-]+)\.[\w-]+")
+_TOKENS = {"id_token", "token"}
+_ANSWERS = {"handshake_response", "credential", "publicKey", "response"}
+_TIMES = {"created_at", "updated_at", "last_login_at", "confirmed_at", "last_used_at", "expires_at", "at"}
+_TIMES.add("approved_at")
 
 
 def masked(value: Any, key: str = "") -> Any:
     """`value` with what differs from run to run replaced, by the scheme above."""
     if isinstance(value, dict):
+        response = value.get("response")
+        if isinstance(response, dict) and "clientDataJSON" in response:
+            return "<answer>"
         return {
             k: "<answer>" if k in _ANSWERS and "clientDataJSON" in str(v) else masked(v, k)
             for k, v in value.items()
@@ -75,15 +99,29 @@ def masked(value: Any, key: str = "") -> Any:
             return value
         if key in _TIMES and _TIME.fullmatch(value):
             return "<time>"
+        if key in _MAIL_CODES:
+            value = _MAIL_CODE.sub("<mail code>", value)
         if key in _BYTES and re.fullmatch(r"[\w-]{43}", value):
             return "<32 bytes>"
-        if key == "id" and re.fullmatch(r"[\w-]{58}", value):
+        if key in _HANDLES and re.fullmatch(r"[\w-]{58}", value):
             return "<user handle>"
+        if key == "id" and value.isdigit():
+            return "<number>"
+        if key in _LONGER and re.fullmatch(rf"[\w-]{{{_LONGER[key][0]}}}", value):
+            return _LONGER[key][1]
+        if key in _TOKENS and (parts := _TOKEN.fullmatch(value)):
+            read = [json.loads(urlsafe_b64decode(part + "==")) for part in parts.groups()]
+            return {"header": masked(read[0]), "claims": masked(read[1])}
+        value = _NAMED.sub("<32 bytes>", value)
         for pattern, name in _MASKS:
             value = pattern.sub(name, value)
         return value
+    if key == "id" and type(value) is int:
+        return "<number>"
     if key in _EPOCHS and isinstance(value, int) and 1_700_000_000 < value < 2**33:
         return "<epoch>"
+    if key in _EPOCHS_MS and isinstance(value, int) and 1_700_000_000_000 < value < 2**43:
+        return "<epoch ms>"
     return value
 
 
@@ -110,7 +148,7 @@ async def golden(
         },
         "answer": {
             "status": answer.status,
-            "headers": {k: answer.headers[k] for k in _HEADERS if k in answer.headers},
+            "headers": {k: masked(answer.headers[k]) for k in _HEADERS if k in answer.headers},
             "body": masked(answer.json) if answer.body else "",
         },
     }

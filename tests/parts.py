@@ -81,13 +81,14 @@ def node() -> Node:
     )
 
 
-def npm_packages() -> Path:
-    """The directory node_modules that belongs to the present lock file. Raises MissingPart."""
-    modules = SDK / "node_modules"
+def npm_packages(place: Path = SDK) -> Path:
+    """The directory node_modules that belongs to the present lock file of `place`. Raises MissingPart."""
+    modules = place / "node_modules"
     stamp = modules / ".installed-lock.json"
-    if not stamp.exists() or stamp.read_bytes() != (SDK / "package-lock.json").read_bytes():
+    if not stamp.exists() or stamp.read_bytes() != (place / "package-lock.json").read_bytes():
+        name = place.relative_to(ROOT)
         raise MissingPart(
-            "The packages of tests/sdk are not installed; run `make test`, or `npm ci` in tests/sdk."
+            f"The packages of {name} are not installed; run `make test`, or `npm ci` in {name}."
         )
     return modules
 
@@ -99,6 +100,12 @@ def install() -> None:
     except MissingPart:
         _install_chromium()
         chromium()
+    install_node()
+    install_npm(SDK)
+
+
+def install_node() -> None:
+    """Node from its pinned wheel, where the machine has none. Raises MissingPart."""
     try:
         node()
     except MissingPart:
@@ -107,13 +114,19 @@ def install() -> None:
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet")
         _run(*pip, "install", "--require-hashes", "-r", lock)
         node()
+
+
+def install_npm(place: Path) -> None:
+    """The npm packages of `place` from its lock file. Raises MissingPart."""
     try:
-        npm_packages()
+        npm_packages(place)
     except MissingPart:
-        _say("Installing the packages of tests/sdk.")
+        _say(f"Installing the packages of {place.relative_to(ROOT)}.")
         found = node()
-        _run(*found.npm, "ci", "--no-progress", "--loglevel=error", cwd=SDK, environment=found.environment())
-        shutil.copyfile(SDK / "package-lock.json", SDK / "node_modules" / ".installed-lock.json")
+        _run(
+            *found.npm, "ci", "--no-progress", "--loglevel=error", cwd=place, environment=found.environment()
+        )
+        shutil.copyfile(place / "package-lock.json", place / "node_modules" / ".installed-lock.json")
 
 
 def _install_chromium() -> None:

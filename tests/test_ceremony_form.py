@@ -216,6 +216,7 @@ def test_creation_options() -> None:
         exclude=[(b"\x01", ("usb", "nfc")), (b"\x02", ())],
         life=12.3456,
         attachment="cross-platform",
+        user_verification=rp.policy.user_verification,
     )
     assert options == {
         "rp": {"id": "example.com", "name": "Example"},
@@ -249,7 +250,9 @@ def test_creation_options() -> None:
 def test_request_options() -> None:
     rp = relying_party(hints=("hybrid", "client-device"))
     allow = [(b"\x01", ("internal",)), (b"\x02", ())]
-    assert begin_authentication(rp, challenge=CHALLENGE, allow=allow, life=60) == {
+    assert begin_authentication(
+        rp, challenge=CHALLENGE, allow=allow, life=60, user_verification="required"
+    ) == {
         "challenge": b64(CHALLENGE),
         "rpId": "example.com",
         "timeout": 60_000,
@@ -261,7 +264,9 @@ def test_request_options() -> None:
         ],
         "hints": ["hybrid", "client-device"],
     }
-    plain = begin_authentication(relying_party(), challenge=CHALLENGE, allow=(), life=0.0001)
+    plain = begin_authentication(
+        relying_party(), challenge=CHALLENGE, allow=(), life=0.0001, user_verification="required"
+    )
     assert plain.keys() == {"challenge", "rpId", "timeout", "userVerification", "extensions"}
     assert plain["timeout"] == 1
 

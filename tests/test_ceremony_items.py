@@ -198,6 +198,7 @@ def excluded() -> object:
         exclude=[(made.credential_id, made.transports)],
         life=60,
         attachment=None,
+        user_verification=rp.policy.user_verification,
     )
     (descriptor,) = options["excludeCredentials"]
     assert (descriptor["type"], descriptor["id"]) == ("public-key", b64(made.credential_id))

@@ -22,13 +22,14 @@ import asyncpg
 import pytest
 
 from broker import __version__
-from broker.cli import doctor, main
+from broker.cli import dev, doctor, main
 from broker.cli.doctor import Finding
 from broker.embedded import EmbeddedStores
+from broker.errors import Fault
 from broker.model import ALGORITHMS, Policy
 from broker.tokens import key_digest
 from tests.authenticator import Authenticator
-from tests.conftest import Started, Starter
+from tests.conftest import SECRET_KEY, Started, Starter
 from tests.test_model import BAD, GOOD
 from tests.wire import ORIGIN, RP_ID, Wire
 
@@ -67,6 +68,7 @@ def cli(
         monkeypatch.delenv(name)
     monkeypatch.setenv("BROKER_DATABASE_URL", stores.database_url)
     monkeypatch.setenv("BROKER_REDIS_URL", stores.redis_url)
+    monkeypatch.setenv("BROKER_SECRET_KEY", SECRET_KEY)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Done:
@@ -574,6 +576,127 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
     assert (await run("events", "--app", wire.app_id)).out.count("\n") == len(events)
 
 
+# -- signing keys ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_signing_keys_are_listed_and_rotated(cli: Cli, app: str) -> None:
+    listing = ("signing-key", "list", "--app", app, "--json")
+    assert cli(*listing).json == []
+    assert cli("signing-key", "list", "--app", app).out == "None.\n"
+    (first,) = cli("signing-key", "rotate", "--app", app, "--json").json
+    assert first.keys() == {"kid", "algorithm", "state", "signs_from", "retires_at", "created_at"}
+    assert (first["algorithm"], first["state"], first["retires_at"]) == ("RS256", "signs", None)
+    rotated = cli("signing-key", "rotate", "--app", app, "--json").json
+    assert rotated == cli(*listing).json
+    assert [(row["kid"] == first["kid"], row["state"]) for row in rotated] == [
+        (True, "signs"),
+        (False, "next"),
+    ]
+    assert rotated[0]["retires_at"] > rotated[1]["signs_from"] > rotated[1]["created_at"]
+    now = cli("signing-key", "rotate", "--app", app, "--now", "--json").json
+    assert [row["state"] for row in now] == ["old", "old", "signs"]
+    dropped = cli("signing-key", "rotate", "--app", app, "--now", "--drop", "--json").json
+    assert [row["state"] for row in dropped] == ["gone", "gone", "gone", "signs"]
+    other = cli("signing-key", "rotate", "--app", app, "--algorithm", "ES256", "--json").json
+    assert [row["state"] for row in other if row["algorithm"] == "ES256"] == ["signs"]
+    line = cli("signing-key", "list", "--app", app).out.splitlines()[-1]
+    assert re.fullmatch(rf"{ID}  RS256  signs  [0-9T:+-]{{25}}  -  [0-9T:+-]{{25}}", line)
+    actions = [row["action"] for row in cli("events", "--app", app, "--json").json]
+    assert actions == ["app.created", *["signing_key.rotated"] * 3], "a first key follows none"
+
+
+def test_the_brokers_own_signing_keys(cli: Cli) -> None:
+    before = {row["kid"] for row in cli("signing-key", "list", "--json").json}
+    rows = cli("signing-key", "rotate", "--algorithm", "EdDSA", "--json").json
+    assert len({row["kid"] for row in rows} - before) == 1
+    assert cli("signing-key", "list", "--json").json == rows
+
+
+def test_signing_keys_are_sealed_anew(cli: Cli, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "another-secret-0123456789abcdefghij"
+    monkeypatch.setenv("BROKER_SECRET_KEY", other)
+    cli("signing-key", "rotate", "--app", app, "--algorithm", "ES256")
+    monkeypatch.setenv("BROKER_SECRET_KEY", SECRET_KEY)
+    assert not next(f for f in _findings(cli("doctor", "--json").out) if f.check == "secret key").ok
+    assert cli("signing-key", "reseal", "--json").json["resealed"] == 0
+    monkeypatch.setenv("BROKER_SECRET_KEY", f"{SECRET_KEY},{other}")
+    assert next(f for f in _findings(cli("doctor", "--json").out) if f.check == "secret key").ok
+    assert cli("signing-key", "reseal", "--json").json == {"resealed": 1, "lost": 0}
+    monkeypatch.setenv("BROKER_SECRET_KEY", SECRET_KEY)
+    assert cli("signing-key", "reseal").out == "resealed         0\nlost             0\n"
+    found = next(f for f in _findings(cli("doctor", "--json").out) if f.check == "secret key")
+    assert re.fullmatch(r"opens all [0-9]+ signing keys", found.found)
+
+
+def test_signing_keys_need_a_secret_key(cli: Cli, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(cli("signing-key", "rotate", "--app", UNKNOWN)) == "There is no such app."
+    assert refusal(cli("signing-key", "rotate", "--app", "")) == "There is no such app."
+    assert refusal(cli("signing-key", "list", "--app", UNKNOWN)) == "There is no such app."
+    assert refusal(cli("signing-key", "rotate", "--app", app, "--drop")).startswith(
+        "Older keys can be dropped"
+    )
+    assert cli("signing-key", "rotate", "--app", app, "--algorithm", "HS256").status == 2
+    monkeypatch.delenv("BROKER_SECRET_KEY")
+    for command in (("rotate", "--app", app), ("reseal",)):
+        assert refusal(cli("signing-key", *command)) == "BROKER_SECRET_KEY is missing."
+    assert cli("signing-key", "list", "--app", app).out == "None.\n"
+    monkeypatch.setenv("BROKER_SECRET_KEY", "zq9w")
+    said = refusal(cli("signing-key", "list", "--app", app))
+    assert said.startswith("BROKER_SECRET_KEY must be a random text of at least 32 characters")
+    assert "zq9w" not in said
+
+
+def test_the_secret_key_of_a_dev_instance(
+    cli: Cli,
+    app: str,
+    stores: EmbeddedStores,
+    dev_json: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """It is taken with the instance's stores, and only from a file that nobody else can have written or read."""
+    monkeypatch.delenv("BROKER_SECRET_KEY")
+    dev_json({"database_url": stores.database_url, "redis_url": stores.redis_url})
+    place = tmp_path / ".broker" / "secret-key"
+    place.write_text(SECRET_KEY + "\n")
+    place.chmod(0o644)
+    assert cli("signing-key", "rotate", "--app", app).err.endswith("broker: BROKER_SECRET_KEY is missing.\n")
+    place.chmod(0o600)
+    assert json.loads(cli("signing-key", "rotate", "--app", app, "--json").out)[0]["state"] == "signs"
+    assert SECRET_KEY not in (done := cli("doctor")).out + done.err
+    assert done.status == 0
+
+
+def test_dev_makes_a_secret_key_once(tmp_path: Path) -> None:
+    place = tmp_path / "secret-key"
+    made = dev._kept_secret(tmp_path)
+    assert re.fullmatch(r"[A-Za-z0-9_-]{64}", made)
+    assert (oct(place.stat().st_mode & 0o777), place.read_text()) == ("0o600", made + "\n")
+    assert dev._kept_secret(tmp_path) == made == dev.read_secret(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["secret-key"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "open to others", "binary", "a link", "a folder"])
+def test_dev_never_replaces_a_secret_key(tmp_path: Path, damage: str) -> None:
+    """Keys may be sealed under it: a person decides."""
+    place, made = tmp_path / "secret-key", "zq9w-" + dev._kept_secret(tmp_path)
+    place.unlink()
+    match damage:
+        case "a link":
+            place.symlink_to(tmp_path / "elsewhere")
+        case "a folder":
+            place.mkdir()
+        case _:
+            content = {"empty": b"", "short": b"zq9w", "binary": b"\xff" * 40}.get(damage, made.encode())
+            place.write_bytes(content)
+            place.chmod(0o644 if damage == "open to others" else 0o600)
+    with pytest.raises(Fault) as fault:
+        dev._kept_secret(tmp_path)
+    assert str(fault.value).startswith(f"{place} is not a secret key that only this user can read")
+    assert "zq9w" not in str(fault.value)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 # -- which stores ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -724,7 +847,7 @@ def test_doctor_finds_all_well(own_stores: EmbeddedStores, cli: Cli, monkeypatch
     findings = _findings(done.out)
     assert all(f.ok and f.todo == "" for f in findings)
     assert [f.check for f in findings] == [
-        "settings", "ports", "postgres", "clock", "migrations", "redis", "clock", "eviction", "apps"
+        "settings", "ports", "postgres", "clock", "migrations", "redis", "clock", "eviction", "secret key", "apps"
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
@@ -764,6 +887,16 @@ def test_doctor_tells_every_missing_setting(cli: Cli, monkeypatch: pytest.Monkey
         Finding("settings", False, "BROKER_REDIS_URL is missing.", "Set it right and run again."),
     ]
     assert cli("doctor").out.startswith("FAIL settings: BROKER_PROT is not a setting. Set it right and run")
+
+
+def test_doctor_tells_of_a_dialect_that_can_not_answer(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults that only the composition root finds are findings, too."""
+    monkeypatch.setenv("BROKER_DIALECTS", "flex,nonsense")
+    done = cli("doctor", "--json")
+    assert (done.status, done.err) == (1, "")
+    (finding,) = _findings(done.out)
+    assert (finding.check, finding.ok) == ("settings", False)
+    assert finding.found.startswith("BROKER_DIALECTS must be of flex, ")
 
 
 def test_doctor_tells_which_store_is_down(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,44 @@ async def test_opening_transactions(call: Caller, scripted: ScriptedBroker) -> N
     assert authenticate.json == {"external_id": "ada/ü"}
 
 
+async def test_opening_transactions_with_wishes(call: Caller, scripted: ScriptedBroker) -> None:
+    """Seconds become milliseconds; what was not asked is not sent, and an empty list that was asked is."""
+    for _ in range(4):
+        scripted.says(201, {"transaction_id": "pbt_1"})
+    wishes = {"user_verification": "required", "ceremony_timeout": 90.5, "second_factor": True}
+    sent = {"user_verification": "required", "timeout": 90_500, "second_factor": True}
+    await call(
+        "create_register_transaction",
+        "ada",
+        "Ada",
+        user_name="ada@example.com",
+        exclude_passkeys=("P" * 24,),
+        **wishes,
+    )
+    await call("create_authenticate_transaction", "ada", passkeys=("P" * 24,), **wishes)
+    await call("create_authenticate_transaction", discoverable=True)
+    await call("create_authenticate_transaction", passkeys=[])
+    names = {"external_id": "ada", "passkey_display_name": "Ada", "user_name": "ada@example.com"}
+    assert [s.json for s in scripted.seen] == [
+        {**names, "exclude_passkeys": ["P" * 24], **sent},
+        {"external_id": "ada", "passkeys": ["P" * 24], **sent},
+        {"discoverable": True},
+        {"passkeys": []},
+    ]
+
+
+async def test_a_signed_receipt(call: Caller, scripted: ScriptedBroker) -> None:
+    """The token is not in the repr; without one, where one was asked for, there is no receipt."""
+    said = {**RECEIPT, "second_factor": True, "approval": "payment-7"}
+    scripted.says(200, {**said, "token": "e.y.J"}).says(200, said)
+    receipt = await call("verify_nonce", "pbn_1", signed=True)
+    assert (receipt.token, receipt.second_factor, receipt.approval) == ("e.y.J", True, "payment-7")
+    assert "e.y.J" not in repr(receipt)
+    with pytest.raises(sdk.UnexpectedAnswer):
+        await call("verify_nonce", "pbn_1", signed=True)
+    assert scripted.seen[0].json == {"nonce": "pbn_1", "signed": True}
+
+
 @pytest.mark.parametrize(
     "expected",
     [
@@ -218,6 +256,8 @@ async def test_receipt_for_something_else_is_no_receipt(
         {"at": "yesterday"},
         {"at": "2026-01-16T12:00:00"},
         {"authenticator_name_claimed": 5},
+        {"second_factor": "no"},
+        {"approval": 7},
     ],
     ids=str,
 )
@@ -289,6 +329,57 @@ async def test_listing_and_revoking(call: Caller, scripted: ScriptedBroker) -> N
     assert [(s.method, s.target) for s in scripted.seen[1::2]] == [
         ("GET", f"/v1/apps/{APP}/users/{'U' * 24}/devices"),
         ("DELETE", f"/v1/apps/{APP}/users/{'U' * 24}/devices/{'P' * 24}"),
+    ]
+
+
+OWNED: dict[str, Any] = {
+    "id": "P" * 24,
+    "external_id": None,
+    "credential_id": "AQID_-8",
+    "nickname": None,
+    "user_name": "ada",
+    "type": "passkey",
+    "second_factor": False,
+    "live": True,
+    "backed_up": True,
+    "use_count": 2,
+    "created_at": AT,
+    "last_used_at": None,
+}
+
+
+async def test_passkeys_of_the_app(call: Caller, scripted: ScriptedBroker) -> None:
+    scripted.says(200, {"passkeys": [OWNED], "total": 7}).says(200, {"passkeys": [], "total": 0})
+    page = await call("list_all_passkeys", page=2, limit=1)
+    owned = sdk.OwnedPasskey(**{**OWNED, "created_at": instant()})
+    assert page == sdk.PasskeyPage((owned,), 7)
+    assert (await call("list_all_passkeys", "a b")).passkeys == ()
+    scripted.says(200, {"passkey": {**OWNED, "nickname": "Work", "external_id": "ada"}})
+    renamed = await call("rename_passkey", owned.id, "Work")
+    assert (renamed.nickname, renamed.external_id) == ("Work", "ada")
+    with pytest.raises(sdk.PasskeyNotFound):
+        await call("rename_passkey", "..", "Work")
+    assert [(s.method, s.target) for s in scripted.seen] == [
+        ("GET", f"/v1/apps/{APP}/passkeys?page=2&limit=1"),
+        ("GET", f"/v1/apps/{APP}/passkeys?page=1&limit=100&external_id=a+b"),
+        ("PATCH", f"/v1/apps/{APP}/passkeys/{'P' * 24}"),
+    ]
+    assert scripted.seen[2].json == {"nickname": "Work"}
+
+
+async def test_preparing_signals(call: Caller, scripted: ScriptedBroker) -> None:
+    said = {"ticket": "pbs_secret", "expires_at": AT, "missing": ["P" * 24], "empty": False}
+    scripted.says(201, said).says(201, said).says(201, {**said, "missing": [1]})
+    ticket = await call("prepare_signals", "update", external_id="ada", user_name="a", user_display_name="A")
+    assert ticket == sdk.SignalTicket("pbs_secret", instant(), ("P" * 24,), False)
+    assert "pbs_secret" not in repr(ticket)
+    await call("prepare_signals", "delete", passkeys=("P" * 24,))
+    with pytest.raises(sdk.UnexpectedAnswer):
+        await call("prepare_signals", "prune", external_id="ada")
+    assert [(s.target.rpartition("/")[2], s.json) for s in scripted.seen] == [
+        ("update", {"external_id": "ada", "user_name": "a", "user_display_name": "A"}),
+        ("delete", {"passkeys": ["P" * 24]}),
+        ("prune", {"external_id": "ada"}),
     ]
 
 

@@ -144,6 +144,8 @@ def test_the_first_start_says_where_everything_is(
     assert told["api_key"].startswith("pbk_")
     assert oct((broker.data / "dev.json").stat().st_mode & 0o777) == "0o600"
     assert oct(broker.data.stat().st_mode & 0o777) == "0o700"
+    assert oct((broker.data / "secret-key").stat().st_mode & 0o777) == "0o600"
+    secret = (broker.data / "secret-key").read_text().strip()
     for address in ("127.0.0.1", "::1"):
         assert get(broker.port, "/health/ready", address) == 200, address
     assert get(broker.port, "/demo/", "localhost") == 200
@@ -158,6 +160,7 @@ def test_the_first_start_says_where_everything_is(
     ):
         assert line in output
     assert told["api_key"] not in output
+    assert secret not in output
     assert len(output.splitlines()) < 12
 
 
@@ -165,11 +168,13 @@ def test_the_next_start_has_the_same_app_and_key_and_takes_its_origin(
     data: Path, dev: Callable[..., Dev], record_property: Callable[[str, object], None]
 ) -> None:
     before = json.loads((data / "dev.json").read_text())
+    secret = (data / "secret-key").read_text()
     broker = dev(data)
     record_property("ready_seconds", round(broker.ready(), 2))
     told = broker.told()
     assert (told["app_id"], told["api_key"]) == (before["app_id"], before["api_key"])
     assert told["url"] != before["url"]
+    assert (data / "secret-key").read_text() == secret
     for origin in (before["url"], told["url"]):
         until(partial(allows, broker.port, told["app_id"], origin), f"{origin} is an origin of the app")
     assert not allows(broker.port, told["app_id"], "https://elsewhere.example")

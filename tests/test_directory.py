@@ -9,7 +9,8 @@ from dataclasses import replace
 import asyncpg
 import pytest
 
-from broker import directory
+from broker.durable import remembered
+from broker.durable.remembered import Remembered
 from broker.embedded import EmbeddedStores
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import Policy
@@ -152,15 +153,15 @@ async def test_an_ill_formed_key_is_not_even_asked_for(one: Started, key: str) -
 
 
 def test_memory_is_bounded() -> None:
-    memory: directory._Remembered[int] = directory._Remembered(1.0, lambda: 100.0)
-    for number in range(3 * directory._REMEMBERED):
+    memory: Remembered[int] = Remembered(1.0, lambda: 100.0)
+    for number in range(3 * remembered._REMEMBERED):
         memory.put(number, number, 100.0)
         assert memory.get(number) == number
-        assert len(memory._values) <= directory._REMEMBERED
+        assert len(memory._values) <= remembered._REMEMBERED
 
 
 def test_zero_seconds_is_no_memory() -> None:
-    memory: directory._Remembered[int] = directory._Remembered(0.0, lambda: 100.0)
+    memory: Remembered[int] = Remembered(0.0, lambda: 100.0)
     memory.put("a", 1, 100.0)
     assert memory.get("a") is None
 

@@ -16,11 +16,12 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
-from redis.asyncio import Redis, RedisCluster
 
 from broker.ephemeral import Ephemeral, connect
+from broker.ephemeral.client import ByClient, Commands
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
+    Asked,
     Pending,
     PendingAuthentication,
     PendingRegistration,
@@ -60,9 +61,9 @@ class Place:
         port: int | None = None,
     ) -> Ephemeral:
         """Another instance's store; `port` where it should go through a proxy."""
-        client: Redis | RedisCluster
+        client: Commands
         if self.server is None:
-            client = fakeredis.FakeAsyncRedis(server=self.fake)
+            client = ByClient(fakeredis.FakeAsyncRedis(server=self.fake))
         else:
             client = connect(
                 self.server.url_at(port or self.server.port), timeout=timeout, connections=connections
@@ -148,9 +149,22 @@ async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
 STRANGE = "Åsa\u0301 \u202e<ne:x> 'quoted\" %s 🔑 " + "\N{GREEK SMALL LETTER ALPHA}" * 200
 
 
+ASKED = Asked(
+    user_verification="discouraged",
+    life=12.5,
+    exclude=("a" * 24,),
+    allow=(),
+    second_factor=True,
+    ownerless=True,
+    mediation="conditional",
+)
+
+
 def transaction(place: Place, **changes: Any) -> Transaction:
     ends = place.clock() + 600
-    made = Transaction(APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, ends)
+    made = Transaction(
+        APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, STRANGE + "!", "", ASKED, ends
+    )
     return replace(made, **changes)
 
 
@@ -166,6 +180,7 @@ def registration(place: Place, name: bytes, **changes: Any) -> PendingRegistrati
         user_name=STRANGE,
         user_display_name=STRANGE + "!",
         nickname="",
+        asked=Asked(),
         user_verification="preferred",
         algorithms=(-7, -8),
         begun_at=now,
@@ -182,6 +197,8 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
         transaction=name,
         user_id=MINT.id() if name else None,
         allowed=("a", "b") if name else (),
+        approval=STRANGE,
+        asked=ASKED,
         user_verification="required",
         begun_at=now,
         expires_at=now + 300,
@@ -206,6 +223,8 @@ def redeemable(place: Place, **changes: Any) -> Redeemable:
         counter_regressed=True,
         attestation="claimed",
         authenticator_name_claimed=None,
+        second_factor=True,
+        approval=STRANGE,
         at=now,
     )
     return replace(Redeemable(receipt, b"\0" * 32, now + 60), **changes)
@@ -222,7 +241,7 @@ async def open_one(store: Ephemeral, place: Place) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"external_id": "a", "display_name": ""}, {"purpose": "authenticate"}]
+    "changes", [{}, {"external_id": None, "user_id": None, "asked": Asked()}, {"purpose": "authenticate"}]
 )
 async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[str, Any]) -> None:
     store, token, put = place.store(), MINT.token("transaction"), transaction(place, **changes)
@@ -327,8 +346,8 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
     with place.client() as client:
         for key in client.keys("[tnp]:*"):
             stored = client.get(key)
-            newer = stored.replace(b'["t1"', b'["t2"').replace(b'["n1"', b'["n2"')
-            newer = newer.replace(b'["r2"', b'["r3"').replace(b'["a1"', b'["a2"')
+            newer = stored.replace(b'["t2"', b'["t3"').replace(b'["n2"', b'["n3"')
+            newer = newer.replace(b'["r3"', b'["r4"').replace(b'["a2"', b'["a3"')
             assert newer != stored
             client.set(key, newer, px=5000)
     assert await store.peek_transaction(APP, token) is None
@@ -707,9 +726,10 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
         with single.client() as client:
             stale = next(v for v in map(client.get, client.keys("n:*")) if text(b"1" * 32).encode() in v)
         assert len(proxy.clients) == 1
+        sender: Any = store._commands
+        link = sender._sender._link
         await proxy.push(b"$%d\r\n%s\r\n" % (len(stale), stale))
-        idle: Any = store._redis.connection_pool._available_connections[0]
-        await eventually(lambda: len(idle._reader._buffer) > 0, "the bytes have arrived")
+        await eventually(lambda: link.ended, "the bytes have arrived")
         taken = await store.take_nonce(APP, nonce)
         assert taken is not None
         assert taken.transaction == b"2" * 32

@@ -43,6 +43,8 @@ async def test_the_receipt_is_honest(broker: Started, wire: Wire, device: Authen
         "counter_regressed": False,
         "attestation": "none",
         "authenticator_name_claimed": None,
+        "second_factor": False,
+        "approval": None,
     }
     assert at == (await device_of(wire, "ann"))["last_used_at"]
 

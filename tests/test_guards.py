@@ -12,6 +12,7 @@ from aiohttp import web
 from broker.app import application
 from broker.model import Policy
 from broker.web import access_of
+from tests import hanko, passlock
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
 from tests.signals import lines, refused, same_answer
@@ -34,6 +35,7 @@ PAGES = {
     for kind in ("register", "authenticate")
     for step in ("start", "finish")
 }
+PAGES |= {(method, APP + "/signals/exchange") for method in ("POST", "OPTIONS")}
 KEYED = {
     ("POST", APP + "/transactions/register"),
     ("POST", APP + "/transactions/authenticate"),
@@ -46,10 +48,35 @@ KEYED = {
 KEYED |= {
     ("POST", f"{APP}/{kind}/{step}") for kind in ("register", "authenticate") for step in ("start", "finish")
 }
+KEYED |= {
+    ("POST", f"{APP}/ceremonies/{kind}/{step}")
+    for kind in ("register", "authenticate")
+    for step in ("start", "finish")
+}
+KEYED |= {("POST", f"{APP}/signals/{kind}") for kind in ("update", "delete", "prune")}
+KEYED |= {
+    ("GET", APP + "/passkeys"),
+    ("GET", APP + "/passkeys/{passkey_id}"),
+    ("PATCH", APP + "/passkeys/{passkey_id}"),
+    ("DELETE", APP + "/passkeys/{passkey_id}"),
+    ("POST", APP + "/passkeys/{passkey_id}/owner"),
+    ("PATCH", APP + "/users/{user_id}"),
+    ("GET", APP + "/users/{user_id}/approvals"),
+    ("GET", APP + "/events"),
+}
+KEYED |= {
+    ("POST", APP + "/mail_codes"),
+    ("POST", APP + "/mail_codes/verify"),
+    ("GET", APP + "/mail_codes/{mail_code_id}"),
+    ("DELETE", APP + "/mail_codes/{mail_code_id}"),
+}
 KEYED_ALONE = {("POST", "/propelauth/run-command")}
 START = "/authenticate/transactions/webauthn/start"
 HEALTH = {("GET", "/health/live"), ("GET", "/health/ready")}
 METRICS = {("GET", "/metrics")}
+OTHERS_KEYED = passlock.KEYED.keys() | hanko.KEYED  # looked into in tests of their own
+OTHERS_PAGES = passlock.PAGES | hanko.PAGES
+KEY_SETS = passlock.KEY_SETS | hanko.KEY_SETS | {("GET", APP + "/.well-known/jwks.json")}
 
 
 def guards(app: web.Application) -> dict[str | None, set[tuple[str, str]]]:
@@ -64,18 +91,28 @@ def guards(app: web.Application) -> dict[str | None, set[tuple[str, str]]]:
 
 async def test_one_port_for_everything(broker: Started) -> None:
     found = guards(application(broker.parts, management=True, browser=True))
-    assert found == {"key": KEYED | KEYED_ALONE, "browser": PAGES, "public": ANYBODY | METRICS}
+    assert found == {
+        "key": KEYED | KEYED_ALONE | OTHERS_KEYED,
+        "browser": PAGES | OTHERS_PAGES,
+        "public": ANYBODY | METRICS | KEY_SETS | passlock.ICONS,
+    }
 
 
 async def test_the_public_port_has_no_keyed_route(broker: Started) -> None:
     found = guards(application(broker.parts, management=False, browser=True))
-    assert found == {"browser": PAGES, "public": ANYBODY}
+    assert found == {
+        "browser": PAGES | OTHERS_PAGES,
+        "public": ANYBODY | KEY_SETS | passlock.ICONS,
+    }
 
 
 async def test_the_management_port_has_no_page(broker: Started) -> None:
     found = guards(application(broker.parts, management=True, browser=False))
-    apps = {("GET", APP), ("GET", APP + "/")}
-    assert found == {"key": KEYED | KEYED_ALONE | apps, "public": HEALTH | METRICS}
+    keyed_here = {("GET", APP), ("GET", APP + "/"), *(place for place in hanko.PAGES if place[0] == "POST")}
+    assert found == {
+        "key": KEYED | KEYED_ALONE | OTHERS_KEYED | keyed_here,
+        "public": HEALTH | METRICS | {place for place in KEY_SETS if place[0] == "GET"},
+    }
 
 
 def test_a_route_without_a_guard_is_seen() -> None:
@@ -89,7 +126,8 @@ def test_a_route_without_a_guard_is_seen() -> None:
 
 def filled(template: str, wire: Wire) -> str:
     path = template.replace("{app_id}", wire.app_id)
-    return wire.url + path.replace("{user_id}", "u" * 24).replace("{device_id}", "d" * 24)
+    path = path.replace("{user_id}", "u" * 24).replace("{device_id}", "d" * 24)
+    return wire.url + path.replace("{mail_code_id}", "m" * 24).replace("{passkey_id}", "p" * 24)
 
 
 @pytest.mark.parametrize(("method", "template"), sorted(KEYED))

@@ -75,5 +75,5 @@ def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
     assert set(re.findall(r"export class (\w+)", types)) == set(re.findall(r"export class (\w+)", code))
     body = code[code.index("export class Passkeys") : code.index("/** The ceremony that the page runs now.")]
     methods = set(re.findall(r"^  (?:async )?(\w+)\(", body, re.M)) - {"constructor"}
-    assert methods == {"register", "authenticate", "canRegister", "canAutofill"}
+    assert methods == {"register", "authenticate", "applySignals", "canRegister", "canAutofill"}
     assert all(re.search(rf"^  {name}\(", types, re.M) for name in methods)

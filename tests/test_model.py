@@ -64,6 +64,11 @@ GOOD: list[tuple[str, str, object]] = [
     ("nonce_life", "5", 5),
     ("discoverable_limit", "1000000", 1_000_000),
     ("max_passkeys", "1000", 1000),
+    ("allow_weaker", "true", True),
+    ("second_factor_user_verification", "discouraged", "discouraged"),
+    ("second_factor_attachment", "any", "any"),
+    ("hanko_algorithm", "EdDSA", "EdDSA"),
+    ("passlock_open_registration", "true", True),
 ]
 BAD: list[tuple[str, str, str]] = [
     ("user_verification", "yes", "user_verification is one of required, preferred, discouraged, not 'yes'."),
@@ -101,6 +106,19 @@ BAD: list[tuple[str, str, str]] = [
     ("discoverable_limit", "0", "discoverable_limit is a whole number from 1 to 1000000, not '0'."),
     ("max_passkeys", "0", "max_passkeys is a whole number from 1 to 1000, not '0'."),
     ("max_passkeys", "1001", "max_passkeys is a whole number from 1 to 1000, not '1001'."),
+    ("allow_weaker", "yes", "allow_weaker is true or false, not 'yes'."),
+    (
+        "second_factor_user_verification",
+        "",
+        "second_factor_user_verification is one of required, preferred, discouraged, not ''.",
+    ),
+    (
+        "second_factor_attachment",
+        "usb",
+        "second_factor_attachment is one of any, platform, cross-platform, not 'usb'.",
+    ),
+    ("hanko_algorithm", "none", "hanko_algorithm is one of RS256, PS256, ES256, EdDSA, not 'none'."),
+    ("passlock_open_registration", "1", "passlock_open_registration is true or false, not '1'."),
 ]
 
 

@@ -567,7 +567,7 @@ async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authe
 
 
 async def test_a_dialect_that_does_not_exist(start_broker: Starter) -> None:
-    with pytest.raises(SettingsFault, match=r"^BROKER_DIALECTS must be of flex, propelauth"):
+    with pytest.raises(SettingsFault, match=r"^BROKER_DIALECTS must be of flex, hanko, passlock, propelauth"):
         await start_broker(dialects=("flex", "passlock9"))
 
 

@@ -26,13 +26,16 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import parts
 from tests.authenticator import Authenticator
 from tests.browser.chromium import Chromium, button, textbox
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
 MAKE, CURL, SERVE, APPS = (text for language, text in BLOCKS if language == "sh")
-PYTHON, PROPELAUTH = (text for language, text in BLOCKS if language == "python")
+PYTHON, MAIL, PROPELAUTH, PASSLOCK = (text for language, text in BLOCKS if language == "python")
+HANKO, HANKO_PAGE = (text for language, text in BLOCKS if language == "js" and "hanko" in text)
+(PASSAGE_PAGE,) = (text for language, text in BLOCKS if language == "js" and "PassageFlex" in text)
 (PAGE,) = (text for language, text in BLOCKS if language == "html")
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
@@ -111,7 +114,8 @@ def bash(script: str, folder: Path, **environment: str) -> str:
 def test_every_block_is_run() -> None:
     assert sorted(language for language, _ in BLOCKS if language != "mermaid") == [
         "html",
-        *["python"] * 2,
+        *["js"] * 3,
+        *["python"] * 4,
         *["sh"] * 4,
     ]
 
@@ -148,6 +152,7 @@ def test_serve(dev: Dev) -> None:
     script = re.sub(r"postgresql://\S+ ", f"'{dev.facts['database_url']}' ", SERVE.replace("8000", str(page)))
     script = re.sub(r"redis://\S+", f"'{dev.facts['redis_url']}'", script).replace("9000", str(management))
     script = script.replace("0.0.0.0", "127.0.0.1").replace("broker serve", "exec broker serve")
+    script = script.replace("cat secret-key", "cat .broker/secret-key")
     process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", script], cwd=dev.folder, env={**os.environ, "PATH": PATH}
     )
@@ -215,6 +220,17 @@ def test_python(dev: Dev) -> None:
         backend("finish", "user-8", "authenticate", nonce)
 
 
+def test_mail_codes(dev: Dev) -> None:
+    backend, mails = Backend(dev, MAIL), list[tuple[str, ...]]()
+    backend("ask_for_a_code", "dora@example.org", lambda *mail: mails.append(mail))
+    ((address, _, text, html),) = mails
+    (digits,) = re.findall(r"\b[0-9]{6}\b", text)
+    assert (address, digits in html) == ("dora@example.org", True)
+    assert backend("take_the_code", f"{(int(digits) + 1) % 1_000_000:06d}") is None
+    assert backend("take_the_code", digits) == "dora@example.org"
+    assert backend.session == {}
+
+
 async def test_coming_from_propelauth(dev: Dev) -> None:
     backend, device, url = Backend(dev, PROPELAUTH), Authenticator(), dev.facts["url"]
     assert await backend("begin_sign_in", "user-10") is None
@@ -232,6 +248,116 @@ async def test_coming_from_propelauth(dev: Dev) -> None:
     native = Backend(dev)
     native("finish_without_a_name", finish(dev, "authenticate", None, device))
     assert native.session == {"account": "user-10"}
+
+
+def bundled(module: str) -> str:
+    """A page's module with what it imports, as a script that sets `page` to its exports."""
+    done = subprocess.run(
+        [parts.npm_packages() / ".bin/esbuild", "--bundle", "--format=iife", "--global-name=page"],
+        input=module.encode(),
+        cwd=parts.SDK,
+        env=parts.node().environment(),
+        capture_output=True,
+        check=True,
+    )
+    return done.stdout.decode()
+
+
+@pytest.fixture
+def hanko_site(dev: Dev) -> Iterator[str]:
+    """README's page and README's backend for Hanko's SDK, on an origin of their own, which the app gets to know."""
+    node, modules = parts.node(), parts.npm_packages()
+    (dev.folder / "node_modules").symlink_to(modules)  # where the backend finds what it imports
+    (dev.folder / "backend.mjs").write_text(HANKO)
+    page = HANKO_PAGE.replace("http://localhost:8080", dev.facts["url"]).replace(
+        "APP_ID", dev.facts["app_id"]
+    )
+    bundle = dev.folder / "page.js"
+    bundle.write_text(bundled(page))
+    process = subprocess.Popen(
+        [*node.node, str(parts.SDK / "hanko-site.mjs"), str(dev.folder / "backend.mjs"), str(bundle)],
+        cwd=dev.folder,
+        env=node.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = f"http://localhost:{process.stdout.readline().strip()}"
+        bash(
+            f"broker app update --app {dev.facts['app_id']} --origin {dev.facts['url']} --origin {url}",
+            dev.folder,
+        )
+        wait_registered(dev, url)
+        yield url
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def test_coming_from_hanko(hanko_site: str) -> None:
+    with Chromium() as browser, browser.page() as page:
+        device = page.authenticator()
+        page.goto(hanko_site)
+        page.js("page.addAPasskey('Dana')")
+        assert [kept["userName"] for kept in device.credentials()] == ["Dana"]
+        assert page.js("page.signIn()") == {"account": "user-11"}
+        sent = json.dumps(page.sent("/finish-sign-in")[-1].body)
+        again = f"fetch('finish-sign-in', {{method: 'POST', body: {sent}}})"
+        assert page.js(f"{again}.then((answer) => answer.json())") == {
+            "details": "This login was used before."
+        }
+
+
+def test_coming_from_passage(dev: Dev) -> None:
+    """Its SDK in a page at the broker's own origin, which `dev` has registered; the backend's calls are those of the API."""
+    url, app = dev.facts["url"], dev.facts["app_id"]
+    page_module = PASSAGE_PAGE.replace("http://localhost:8080", url).replace("APP_ID", app)
+    script = bundled(page_module)
+    headers = {"Authorization": f"Bearer {dev.facts['api_key']}"}
+    base = f"{url.replace('localhost', '127.0.0.1')}/v1/apps/{app}"
+    with (
+        Chromium() as browser,
+        browser.page() as page,
+        httpx.Client(headers=headers, trust_env=False) as backend,
+    ):
+        device = page.authenticator()
+        page.goto(f"{url}/health/live")  # any address of the origin
+        page.js(script)
+        opened = backend.post(
+            f"{base}/transactions/register", json={"external_id": "user-13", "passkey_display_name": "Finn"}
+        ).json()["transaction_id"]
+        told = backend.post(
+            f"{base}/authenticate/verify", json={"nonce": page.js(f"page.register({opened!r})")}
+        ).json()
+        assert (told["external_id"], told["purpose"]) == ("user-13", "register")
+        assert len(device.credentials()) == 1
+        opened = backend.post(f"{base}/transactions/authenticate", json={"external_id": "user-13"}).json()
+        for call in (f"page.authenticate({opened['transaction_id']!r})", "page.signInByAnyPasskey()"):
+            expected = {"nonce": page.js(call), "purpose": "authenticate", "external_id": "user-13"}
+            assert backend.post(f"{base}/authenticate/verify", json=expected).status_code == 200
+
+
+def test_coming_from_passlock(dev: Dev) -> None:
+    backend, device, url = Backend(dev, PASSLOCK), Authenticator(), dev.facts["url"]
+
+    def run(kind: str, token: str) -> str:
+        """The page's part, and the code."""
+        base = f"{url.replace('localhost', '127.0.0.1')}/v2/{dev.facts['app_id']}/passkey/{kind}"
+        with httpx.Client(trust_env=False, headers={"Origin": url}) as http:
+            begun = http.post(f"{base}/options", json={f"{kind}Token": token}).json()
+            make = device.register if kind == "registration" else device.authenticate
+            body = {"sessionToken": begun["sessionToken"], "response": make(begun["optionsJSON"], url)}
+            return str(http.post(f"{base}/verification", json=body).json()["code"])
+
+    backend.session["account"] = "user-12"
+    registered = run("registration", backend("begin_adding_a_passkey", "Emil"))
+    backend.session.clear()
+    assert not backend("finish_sign_in", registered)
+    code = run("authentication", backend("begin_sign_in"))
+    assert backend("finish_sign_in", code)
+    assert backend.session == {"account": "user-12"}
+    assert not backend("finish_sign_in", code)
 
 
 @pytest.fixture

@@ -27,12 +27,14 @@ from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
 from broker.embedded.place import server_account
 from tests.authenticator import Authenticator
+from tests.conftest import SECRET_KEY
 from tests.processes import free_port, get, until
 from tests.wire import ORIGIN, RP_ID, Wire
 
 BROKER = Path(sys.executable).with_name("broker")
 BODY = b'{"external_id": "ann", "passkey_display_name": "Ann"}'
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
+SERVING = {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": "0", "BROKER_SECRET_KEY": SECRET_KEY}
 
 
 class Serve:
@@ -41,7 +43,7 @@ class Serve:
     def __init__(self, environment: dict[str, str], *options: str) -> None:
         self.process = subprocess.Popen(
             [str(BROKER), "serve", *options],
-            env=CLEAN | {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": "0"} | environment,
+            env=CLEAN | SERVING | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -475,6 +477,7 @@ def test_every_line_is_json_and_holds_nothing_of_the_request(serve: Start) -> No
 def doctor(stores: EmbeddedStores, redis_url: str) -> list[dict[str, Any]]:
     """What `broker doctor` finds; all must be well, but for apps that other tests made."""
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": redis_url}
+    urls["BROKER_SECRET_KEY"] = SECRET_KEY  # other tests' signing keys are sealed under it
     done = subprocess.run([str(BROKER), "doctor", "--json"], env=CLEAN | urls, capture_output=True, text=True)
     assert done.stderr == "", done
     found: list[dict[str, Any]] = json.loads(done.stdout)

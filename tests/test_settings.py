@@ -24,6 +24,9 @@ STORES = {
     "BROKER_REDIS_URL": "redis://cache.example:6379/0",
 }
 
+S1 = "zq9w-" + "abcdefghijklmnopqrstuvwxyz0123456789"
+S2 = "AbCdEfGhIjKlMnOpQrStUvWxYz/+9876"
+
 GOOD: list[tuple[str, str, object]] = [
     ("database_url", "postgres://u:p%40ss@db.example:5433/name", "postgres://u:p%40ss@db.example:5433/name"),
     ("database_url", "postgresql://u@a:1,b:2/x?sslmode=require", "postgresql://u@a:1,b:2/x?sslmode=require"),
@@ -48,6 +51,12 @@ GOOD: list[tuple[str, str, object]] = [
     ("public_url", "http://localhost:8080/broker", "http://localhost:8080/broker"),
     ("dialects", "flex", ("flex",)),
     ("dialects", "propelauth,flex,propelauth", ("propelauth", "flex")),
+    ("secret_key", S1, (S1,)),
+    ("secret_key", f"{S1},{S2},{S1}", (S1, S2)),
+    ("hanko_token_life", "10", 10),
+    ("hanko_token_life", "3600", 3600),
+    ("passlock_token_life", "300", 300),
+    ("passlock_code_life", "600", 600),
     ("store_timeout", "0.05", 0.05),
     ("store_timeout", "1.5", 1.5),
     ("database_connections", "1", 1),
@@ -104,6 +113,17 @@ BAD: list[tuple[str, str]] = [
     ("dialects", "flex zq"),
     ("dialects", "flex,"),
     ("dialects", "Flex9w"),
+    ("secret_key", "zq9w" + "abcdefghijklmnopqrstuvwxyz" + "1"),
+    ("secret_key", "9w" * 32),
+    ("secret_key", f"{S1},zq9w"),
+    ("secret_key", f"{S1},"),
+    ("secret_key", f"{S1} zq9w"),
+    ("secret_key", S1 + "zq9w\n"),
+    ("secret_key", S1 + "zq9wé"),
+    ("hanko_token_life", "9"),
+    ("hanko_token_life", "3601"),
+    ("passlock_token_life", "5m"),
+    ("passlock_code_life", "601"),
     ("store_timeout", "0.04"),
     ("store_timeout", "1.51"),
     ("store_timeout", "nan"),
@@ -196,9 +216,12 @@ def test_old_deployments_need_no_new_setting() -> None:
 
 
 def test_repr_hides_secrets() -> None:
-    settings = load(database_url="postgresql://u:zq9w@h/x", redis_url="redis://:zq9w@h")
+    settings = load(
+        database_url="postgresql://u:zq9w@h/x", redis_url="redis://:zq9w@h", secret_key=f"{S2},{S1}"
+    )
     assert "zq9w" not in repr(settings)
     assert "zq9w" not in str(settings)
+    assert S2 not in repr(settings)
     assert "port=8080" in repr(settings)
 
 

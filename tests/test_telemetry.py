@@ -225,7 +225,7 @@ async def test_labels_are_from_fixed_sets(broker: Started, wire: Wire, device: A
         "code": _codes(Refusal),
         "reason": reasons | {f"http_{status}" for status in range(400, 500)},
         "store": {"redis", "postgres"},
-        "operation": _words("ephemeral.py", "durable/*.py"),
+        "operation": _words("ephemeral/*.py", "durable/*.py"),
         "route": routes | {"unmatched"},
         "status": {str(status) for status in range(200, 600)},
     }

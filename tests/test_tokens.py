@@ -1,4 +1,4 @@
-"""Tokens: how much chance is in them, what form they have, and that a digest is of one kind and one app."""
+"""Tokens: how much chance is in them, what form they have, that a digest is of one kind and one app; and signed ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ import math
 import re
 import secrets
 from base64 import urlsafe_b64decode
-from typing import get_args
+from functools import cache
+from typing import Any, get_args
 
+import jwt
 import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from broker.model import ID
-from broker.tokens import PREFIX, Kind, OneTime, SystemMint, digest, key_digest, key_hint, text, well_formed
+from broker.model import ID, TokenAlgorithm
+from broker.tokens import (
+    PREFIX,
+    Kind,
+    OneTime,
+    SystemMint,
+    digest,
+    key_digest,
+    key_hint,
+    signed,
+    text,
+    well_formed,
+)
+from tests import jws
 
 MINT = SystemMint()
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -120,3 +136,95 @@ def test_a_handle_carries_its_transactions_digest() -> None:
 def test_a_hint_shows_four_characters() -> None:
     key = MINT.token("key")
     assert key_hint(key) == key[:8] + "…"
+
+
+# -- signed tokens --------------------------------------------------------------------------------------------------------------------
+
+TOKEN_ALGORITHMS: tuple[TokenAlgorithm, ...] = get_args(TokenAlgorithm)
+KID = "K" * 24
+SECRETS = (
+    "first-" + "0123456789abcdefghijklmnopqrstuvwxyz",
+    "second-" + "0123456789abcdefghijklmnopqrstuvwxyz",
+)
+CLAIMS = {"sub": "zoë", "aud": ["example.org"], "iat": 1_700_000_000, "exp": 1_700_000_300, "pk:uv": True}
+
+
+@cache
+def private_key(algorithm: TokenAlgorithm) -> signed.PrivateKey:
+    return signed.generate(algorithm)
+
+
+@pytest.mark.parametrize("algorithm", TOKEN_ALGORITHMS)
+def test_a_token_verifies_by_hand_and_by_a_library(algorithm: TokenAlgorithm) -> None:
+    private = private_key(algorithm)
+    token = signed.sign(CLAIMS, private, KID, algorithm)
+    jwk = signed.public_jwk(private, KID, algorithm)
+    assert jws.header(token) == {"alg": algorithm, "kid": KID, "typ": "JWT"}
+    assert jws.verify(token, {"keys": [jwk]}) == CLAIMS, "nothing is added"
+    key = jwt.PyJWK(jwk)
+    assert (
+        jwt.decode(token, key, [algorithm], options={"verify_exp": False}, audience="example.org") == CLAIMS
+    )
+    other = signed.public_jwk(signed.generate(algorithm), KID, algorithm)
+    with pytest.raises(InvalidSignature):
+        jws.verify(token, {"keys": [other]})
+
+
+@pytest.mark.parametrize("algorithm", TOKEN_ALGORITHMS)
+def test_a_public_key_has_public_members_only(algorithm: TokenAlgorithm) -> None:
+    jwk = signed.public_jwk(private_key(algorithm), KID, algorithm)
+    numbers = {"ES256": {"crv", "x", "y"}, "EdDSA": {"crv", "x"}}.get(algorithm, {"n", "e"})
+    assert jwk.keys() == {"kty", "use", "alg", "kid"} | numbers
+    assert (jwk["use"], jwk["alg"], jwk["kid"]) == ("sig", algorithm, KID)
+    if "n" in jwk:
+        assert jws.number(jwk["n"]).bit_length() >= 2048
+        assert jwk["e"] == "AQAB"
+
+
+def test_coordinates_keep_their_leading_zeros() -> None:
+    """RFC 7518 §6.2.1.2: each has the length of the field, 32 bytes."""
+    made = [signed.public_jwk(signed.generate("ES256"), KID, "ES256") for _ in range(600)]
+    lengths = {len(jws.raw(jwk[name])) for jwk in made for name in "xy"}
+    assert lengths == {32}
+
+
+@pytest.mark.parametrize("algorithm", TOKEN_ALGORITHMS)
+def test_a_sealed_key_opens_with_any_of_the_secrets(algorithm: TokenAlgorithm) -> None:
+    place: dict[str, Any] = {"kid": KID, "scope": APP, "algorithm": algorithm}
+    private = private_key(algorithm)
+    old, both, new = signed.Seal(SECRETS[1:]), signed.Seal(SECRETS), signed.Seal(SECRETS[:1])
+    sealed = old.close(private, **place)
+    opened, number = both.open(sealed, **place)
+    assert number == 1
+    assert signed.public_jwk(opened, KID, algorithm) == signed.public_jwk(private, KID, algorithm)
+    with pytest.raises(signed.SealBroken):
+        new.open(sealed, **place)
+    assert new.open(both.close(opened, **place), **place)[1] == 0, "the first one seals"
+    assert len({old.close(private, **place) for _ in range(100)}) == 100, "no nonce twice"
+
+
+@pytest.mark.parametrize(
+    "change", [{"kid": "L" * 24}, {"scope": ""}, {"scope": "B" * 24}, {"algorithm": "PS256"}]
+)
+def test_a_sealed_key_opens_in_its_own_place_only(change: dict[str, Any]) -> None:
+    seal, place = signed.Seal(SECRETS), {"kid": KID, "scope": APP, "algorithm": "RS256"}
+    sealed = seal.close(private_key("RS256"), **place)  # type: ignore[arg-type]
+    with pytest.raises(signed.SealBroken):
+        seal.open(sealed, **place | change)
+
+
+def test_a_sealed_key_that_was_changed_does_not_open() -> None:
+    seal, place = signed.Seal(SECRETS), {"kid": KID, "scope": "", "algorithm": "EdDSA"}
+    sealed = seal.close(private_key("EdDSA"), **place)  # type: ignore[arg-type]
+    changed = [sealed[:n] + bytes([sealed[n] ^ 1]) + sealed[n + 1 :] for n in range(len(sealed))]
+    for broken in [*changed, *(sealed[:n] for n in range(len(sealed))), sealed + b"\0"]:
+        with pytest.raises(signed.SealBroken):
+            seal.open(broken, **place)  # type: ignore[arg-type]
+
+
+def test_a_sealed_key_shows_nothing_of_the_key() -> None:
+    for algorithm in TOKEN_ALGORITHMS:
+        private = private_key(algorithm)
+        sealed = signed.Seal(SECRETS).close(private, kid=KID, scope=APP, algorithm=algorithm)
+        der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        assert not any(der[n : n + 8] in sealed for n in range(len(der) - 7))

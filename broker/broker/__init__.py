@@ -27,37 +27,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from broker.broker.steps import MAX_TEXT, Steps, checked, kind_of, pending_name, retry_from
+from broker import ceremony
+from broker.broker.steps import Steps, kind_of, pending_name, retry_from
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
-from broker.errors import NoPasskeys, UnknownNonce, UnknownTransaction
+from broker.errors import InvalidRequest, NoPasskeys, UnknownNonce, UnknownTransaction
 from broker.model import (
+    Approval,
+    Asked,
     Attachment,
     AuthenticationAnswer,
     Credential,
+    Mediation,
     PendingAuthentication,
     PendingRegistration,
+    Proof,
     Purpose,
     Receipt,
     RegistrationAnswer,
     RelyingParty,
     Transaction,
+    checked,
 )
 from broker.telemetry import Metrics
 from broker.tokens import Mint, SystemMint, digest, well_formed
 
-__all__ = ["MAX_TEXT", "Begun", "Broker"]
+__all__ = ["Begun", "Broker"]
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A begun ceremony: the handle for finish, and the JSON for `navigator.credentials` (the content of `publicKey`)."""
+    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of `publicKey` and the mediation."""
 
     handle: str
     options: dict[str, Any]
+    mediation: Mediation = "required"
+
+
+_NOTHING = Asked()
+FoundBy = Literal["user", "challenge"]
 
 
 class Broker:
@@ -83,42 +94,65 @@ class Broker:
 
     # -- open -----------------------------------------------------------------------------------------------------------------
 
-    async def open_registration(self, app: RelyingParty, external_id: str, display_name: str) -> str:
+    async def open_registration(
+        self,
+        app: RelyingParty,
+        external_id: str | None,
+        display_name: str,
+        *,
+        user_name: str | None = None,
+        asked: Asked = _NOTHING,
+    ) -> str:
         """Permit one registration for a user, who is made if the app has none with this external id. Returns a transaction id.
 
-        `display_name` is what the authenticator shows. The id is a bearer right to add a passkey until it is used or ends.
+        `user_name` (the display name, if not given) and `display_name` are what the authenticator shows. Without an external id the
+        passkey has no owner and signs in only where ownerless ones may, until `Directory.assign` gives it one. The id is a bearer
+        right to add a passkey until it is used or ends.
 
         Raises:
             InvalidRequest, Unavailable.
         """
-        checked(external_id, "external_id")
         checked(display_name, "passkey_display_name")
-        user_id, handle = await self._steps.ensure_user(app, external_id)
-        return await self._open(app, "register", user_id, external_id, handle, display_name)
+        user_name = display_name if user_name is None else user_name
+        checked(user_name, "user_name")
+        if external_id is None:
+            user_id, handle = self._steps.nobody()
+        else:
+            checked(external_id, "external_id")
+            user_id, handle = await self._steps.ensure_user(app, external_id)
+        names = (user_name, display_name, display_name)
+        return await self._open(app, "register", (user_id, external_id, handle), names, asked)
 
-    async def open_authentication(self, app: RelyingParty, external_id: str) -> str:
-        """Permit one authentication of a user. Returns a transaction id.
+    async def open_authentication(
+        self, app: RelyingParty, external_id: str | None, *, asked: Asked = _NOTHING
+    ) -> str:
+        """Permit one authentication: of a user, or without an external id of whoever has a passkey that answers (one of
+        `asked.allow`, if given). Returns a transaction id.
 
         Raises:
-            InvalidRequest, UnknownUser, NoPasskeys, Unavailable.
+            InvalidRequest, UnknownUser, Unavailable; NoPasskeys: the user has none, or no live one is among those allowed.
         """
-        user_id, handle = await self._steps.user_to_sign_in(app, external_id)
-        return await self._open(app, "authenticate", user_id, external_id, handle, "")
+        user_id, handle = None, ""
+        if external_id is not None:
+            user_id, handle = await self._steps.user_to_sign_in(
+                app, external_id, second_factor=asked.second_factor
+            )
+        if asked.allow is not None and not await self._steps.offered(app, user_id, asked):
+            raise NoPasskeys
+        return await self._open(app, "authenticate", (user_id, external_id, handle), ("", "", ""), asked)
 
     async def _open(
         self,
         app: RelyingParty,
         purpose: Purpose,
-        user_id: str,
-        external_id: str,
-        handle: str,
-        display_name: str,
+        user: tuple[str | None, str | None, str],
+        names: tuple[str, str, str],
+        asked: Asked,
     ) -> str:
         transaction_id = self._mint.token("transaction")
         ends = self._clock() + app.policy.transaction_life
         await self._ephemeral.put_transaction(
-            transaction_id,
-            Transaction(app.id, purpose, user_id, external_id, handle, display_name, ends),
+            transaction_id, Transaction(app.id, purpose, *user, *names, asked, ends)
         )
         return transaction_id
 
@@ -133,12 +167,14 @@ class Broker:
             UnknownTransaction, TooManyPasskeys, Unavailable.
         """
         name, transaction = await self._steps.peek(app, transaction_id, "register")
+        assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
         pending, options = await self._steps.new_registration(
             app,
             user=(transaction.user_id, transaction.external_id, transaction.user_handle),
-            names=(transaction.display_name,) * 3,
+            names=(transaction.user_name, transaction.user_display_name, transaction.nickname),
             bound=(name, transaction.expires_at),
             attachment=attachment,
+            asked=transaction.asked,
         )
         handle = await self._ephemeral.put_pending(self._mint.token("handle"), pending, cap=0)
         self._metrics.ceremonies.labels("register", "begin", "ok").inc()
@@ -153,10 +189,13 @@ class Broker:
         user_display_name: str | None = None,
         nickname: str | None = None,
         attachment: Attachment | None = None,
+        asked: Asked = _NOTHING,
+        by: FoundBy = "user",
     ) -> dict[str, Any]:
-        """Begin a registration of a user whom a keyed caller names, who is made if there is none; replaces the user's earlier one.
+        """Begin a registration of a user whom a keyed caller names, who is made if there is none. Returns the options.
 
-        `user_name` and `user_display_name` (the same, if not given) are what the authenticator shows, `nickname` what lists show.
+        `user_name` and `user_display_name` (the same, if not given) are what the authenticator shows, `nickname` what lists show. By
+        the user it replaces the user's earlier one; by its challenge several may be open.
 
         Raises:
             InvalidRequest, TooManyPasskeys, Unavailable.
@@ -174,8 +213,12 @@ class Broker:
             names=(user_name, user_display_name, nickname or ""),
             bound=None,
             attachment=attachment,
+            asked=asked,
         )
-        await self._ephemeral.put_pending_as(pending_name("register", external_id), pending)
+        if by == "challenge":
+            await self._ephemeral.put_pending_by_challenge(pending, cap=0)
+        else:
+            await self._ephemeral.put_pending_as(pending_name("register", external_id), pending)
         self._metrics.ceremonies.labels("register", "begin", "ok").inc()
         return options
 
@@ -189,11 +232,24 @@ class Broker:
             CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.1, or its credential id is registered already.
             Unavailable.
         """
+        nonce, _ = await self.finish_registration_with_receipt(app, handle, transaction_id, answer)
+        return nonce
+
+    async def finish_registration_with_receipt(
+        self,
+        app: RelyingParty,
+        handle: str,
+        transaction_id: str | None,
+        answer: RegistrationAnswer,
+        *,
+        nonce_life: int | None = None,
+    ) -> tuple[str, Receipt]:
+        """`finish_registration` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
         async with self._steps.counted("register", "page"):
             pending = await self._steps.take_pending(app, handle, transaction_id, PendingRegistration)
             receipt = await self._steps.registered(app, pending, answer, confirmed=False)
             async with retry_from("backend"):
-                return await self._steps.put_nonce(app, receipt, pending.transaction)
+                return await self._steps.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_registration_of(
         self, app: RelyingParty, external_id: str, answer: RegistrationAnswer
@@ -208,40 +264,89 @@ class Broker:
             pending = await self._steps.take_pending_of(app, "register", external_id, PendingRegistration)
             return await self._steps.registered(app, pending, answer, confirmed=True)
 
-    # -- authentication -------------------------------------------------------------------------------------------------------
-
-    async def begin_authentication(self, app: RelyingParty, transaction_id: str | None) -> Begun:
-        """Begin an authentication: of the transaction's user, or discoverable (`transaction_id` None).
+    async def finish_registration_by(
+        self, app: RelyingParty, answer: RegistrationAnswer, *, second_factor: bool, confirmed: bool
+    ) -> Receipt:
+        """Finish the registration whose challenge the answer carries. `confirmed`: the call is a keyed caller's, so its redemption.
 
         Raises:
-            UnknownTransaction, TooManyCeremonies, Unavailable.
+            UnknownTransaction: no such pending registration; CeremonyRefused; Unavailable.
         """
-        user_id, bound, offered = None, None, list[Credential]()
+        async with self._steps.counted("register", "backend"):
+            challenge = ceremony.challenge_of(answer.client_data_json)
+            pending = await self._steps.take_pending_by_challenge(
+                app, challenge, PendingRegistration, second_factor=second_factor
+            )
+            return await self._steps.registered(app, pending, answer, confirmed=confirmed)
+
+    # -- authentication -------------------------------------------------------------------------------------------------------
+
+    async def begin_authentication(
+        self, app: RelyingParty, transaction_id: str | None, *, asked: Asked = _NOTHING
+    ) -> Begun:
+        """Begin an authentication: as the transaction says, or discoverable (`transaction_id` None), where `asked` is the page's: it
+        narrows, and what it allows is not listed in the options, for a page without a transaction learns nothing of credentials.
+
+        Raises:
+            UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of passkeys, which none could answer.
+        """
+        user_id, bound = None, None
+        if transaction_id is None and asked.allow == ():
+            raise InvalidRequest("The list of passkeys is empty, so none could answer.", reason="empty_field")
         if transaction_id is not None:
             name, transaction = await self._steps.peek(app, transaction_id, "authenticate")
-            user_id, bound = transaction.user_id, (name, transaction.expires_at)
-            offered = await self._durable.credentials(app.id, user_id, live_only=True)
-            if not offered:  # revoked since the transaction was opened; no list would ask for any passkey
+            user_id, bound, asked = transaction.user_id, (name, transaction.expires_at), transaction.asked
+            offered = await self._steps.offered(app, user_id, asked)
+            # Revoked since the transaction was opened: an empty list would ask for any passkey.
+            if not offered and (user_id is not None or asked.allow is not None):
                 raise UnknownTransaction(reason="no_passkey_left")
-        pending, options = self._steps.new_authentication(app, user_id, offered, bound)
+        else:
+            offered = []
+        pending, options = self._steps.new_authentication(app, user_id, offered, bound, asked)
+        if transaction_id is None and asked.allow is not None:
+            pending = replace(pending, allowed=asked.allow)
         handle = await self._ephemeral.put_pending(
             self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
         )
         self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
-        return Begun(handle, options)
+        return Begun(handle, options, asked.mediation)
 
-    async def begin_authentication_of(self, app: RelyingParty, external_id: str) -> dict[str, Any]:
-        """Begin an authentication of a user whom a keyed caller names; replaces the user's earlier one.
+    async def begin_authentication_of(
+        self,
+        app: RelyingParty,
+        external_id: str | None,
+        *,
+        asked: Asked = _NOTHING,
+        by: FoundBy = "user",
+        approval: Approval | None = None,
+    ) -> dict[str, Any]:
+        """Begin an authentication of a user whom a keyed caller names, or without one (only by its challenge) a discoverable one.
+        Returns the options. By the user it replaces the user's earlier one; by its challenge several may be open.
+
+        With an `approval` its digest is the end of the challenge, and it is listed from now on.
 
         Raises:
-            InvalidRequest, UnknownUser, NoPasskeys, Unavailable.
+            InvalidRequest, UnknownUser, NoPasskeys, DuplicateApproval, TooManyCeremonies, Unavailable.
         """
-        user_id, _ = await self._steps.user_to_sign_in(app, external_id)
-        offered = await self._durable.credentials(app.id, user_id, live_only=True)
-        if not offered:  # revoked between the two looks
-            raise NoPasskeys
-        pending, options = self._steps.new_authentication(app, user_id, offered, None)
-        await self._ephemeral.put_pending_as(pending_name("authenticate", external_id), pending)
+        user_id, offered = None, list[Credential]()
+        if external_id is not None:
+            user_id, _ = await self._steps.user_to_sign_in(
+                app, external_id, second_factor=asked.second_factor
+            )
+            offered = await self._steps.offered(app, user_id, asked)
+            if not offered:  # revoked between the two looks
+                raise NoPasskeys
+        elif asked.allow is not None:
+            offered = await self._steps.offered(app, None, asked)
+            if not offered:  # an empty list would ask for any passkey
+                raise NoPasskeys
+        if approval is not None and user_id is not None:
+            await self._steps.record(app, user_id, approval)
+        pending, options = self._steps.new_authentication(app, user_id, offered, None, asked, approval)
+        if by == "challenge" or external_id is None:
+            await self._ephemeral.put_pending_by_challenge(pending, cap=app.policy.discoverable_limit)
+        else:
+            await self._ephemeral.put_pending_as(pending_name("authenticate", external_id), pending)
         self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
         return options
 
@@ -255,12 +360,25 @@ class Broker:
             CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.2; `DiscoverableRefused` where there was no transaction.
             Unavailable.
         """
+        nonce, _ = await self.finish_authentication_with_receipt(app, handle, transaction_id, answer)
+        return nonce
+
+    async def finish_authentication_with_receipt(
+        self,
+        app: RelyingParty,
+        handle: str,
+        transaction_id: str | None,
+        answer: AuthenticationAnswer,
+        *,
+        nonce_life: int | None = None,
+    ) -> tuple[str, Receipt]:
+        """`finish_authentication` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
         async with self._steps.counted("authenticate", "page") as counted:
             pending = await self._steps.take_pending(app, handle, transaction_id, PendingAuthentication)
             counted.kind = kind_of(pending)
             receipt = await self._steps.authenticated(app, pending, answer)
             async with retry_from("backend" if pending.transaction else "page"):
-                return await self._steps.put_nonce(app, receipt, pending.transaction)
+                return await self._steps.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_authentication_of(
         self, app: RelyingParty, external_id: str, answer: AuthenticationAnswer
@@ -276,6 +394,38 @@ class Broker:
             )
             return await self._steps.authenticated(app, pending, answer)
 
+    async def finish_authentication_by(
+        self,
+        app: RelyingParty,
+        answer: AuthenticationAnswer,
+        *,
+        second_factor: bool = False,
+        approved: bool = False,
+    ) -> Receipt:
+        """Finish the authentication whose challenge the answer carries; `approved`: it must be about an approval, else about none.
+
+        Raises:
+            UnknownTransaction: no such pending authentication; CeremonyRefused, DiscoverableRefused, Unavailable.
+        """
+        async with self._steps.counted("authenticate", "backend") as counted:
+            challenge = ceremony.challenge_of(answer.client_data_json)
+            pending = await self._steps.take_pending_by_challenge(
+                app, challenge, PendingAuthentication, second_factor=second_factor
+            )
+            counted.kind = kind_of(pending)
+            if (pending.approval is not None) != approved:
+                raise UnknownTransaction(reason="challenge_unknown")
+            return await self._steps.authenticated(app, pending, answer)
+
+    async def hand_out(self, app: RelyingParty, receipt: Receipt, life: int) -> str:
+        """A nonce for a receipt, to be redeemed once within `life` seconds.
+
+        Raises:
+            Unavailable.
+        """
+        async with retry_from("backend"):
+            return await self._steps.put_nonce(app, receipt, None, life)
+
     # -- redeem ---------------------------------------------------------------------------------------------------------------
 
     async def redeem(
@@ -283,11 +433,13 @@ class Broker:
         app: RelyingParty,
         nonce: str,
         *,
-        purpose: Purpose | None = None,
+        purpose: Proof | None = None,
         transaction_id: str | None = None,
         external_id: str | None = None,
     ) -> Receipt:
         """Exchange a nonce for its receipt, once. What the caller states must match; a mismatch spends the nonce.
+
+        Without a `purpose` a registration and a login match: a second factor or an approval is redeemed by who asks for it.
 
         Redeeming a registration's nonce confirms the passkey (`Credential.confirmed_at`).
 
@@ -304,7 +456,7 @@ class Broker:
             life = found.expires_at - receipt.at
             self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
             if (
-                (purpose is not None and purpose != receipt.purpose)
+                (receipt.proof not in ((purpose,) if purpose is not None else ("register", "authenticate")))
                 or (external_id is not None and external_id != receipt.external_id)
                 or (
                     transaction_id is not None

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 from broker import ceremony
-from broker.durable import Durable, Owned, instant
+from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import (
     CeremonyRefused,
     DiscoverableRefused,
-    InvalidRequest,
+    DuplicateApproval,
     NoPasskeys,
     Refusal,
     Retry,
@@ -30,9 +30,12 @@ from broker.errors import (
     UnknownUser,
 )
 from broker.model import (
+    Approval,
+    Asked,
     Attachment,
     AuthenticationAnswer,
     Credential,
+    Owned,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
@@ -41,11 +44,12 @@ from broker.model import (
     RegistrationAnswer,
     RelyingParty,
     Transaction,
+    checked,
+    is_weaker,
 )
 from broker.telemetry import Metrics
 from broker.tokens import Mint, digest, well_formed
 
-MAX_TEXT = 256
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
 
@@ -78,10 +82,16 @@ class Steps:
             now=instant(self._clock()),
         )
 
-    async def user_to_sign_in(self, app: RelyingParty, external_id: str) -> tuple[str, str]:
-        """Id and handle of a user with a live passkey."""
+    def nobody(self) -> tuple[str, str]:
+        """Id and handle of a new user without an external id, who is stored with the passkey that nobody owns yet."""
+        return self._mint.id(), self._mint.user_handle()
+
+    async def user_to_sign_in(
+        self, app: RelyingParty, external_id: str, *, second_factor: bool = False
+    ) -> tuple[str, str]:
+        """Id and handle of a user with a live passkey; with `second_factor` a second factor is one too."""
         checked(external_id, "external_id")
-        found = await self._durable.user_to_sign_in(app.id, external_id)
+        found = await self._durable.user_to_sign_in(app.id, external_id, second_factor=second_factor)
         if found is None:
             raise UnknownUser
         user_id, handle, able = found
@@ -133,14 +143,55 @@ class Steps:
             )
         return as_strict_as(app, pending)
 
+    async def take_pending_by_challenge(
+        self, app: RelyingParty, challenge: bytes, kind: type[P], *, second_factor: bool
+    ) -> P:
+        """Take the pending ceremony with this challenge, before any cryptography."""
+        pending = await self._ephemeral.take_pending_by_challenge(app.id, challenge)
+        if not isinstance(pending, kind) or pending.asked.second_factor != second_factor:
+            raise UnknownTransaction(
+                "There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
+                reason="challenge_unknown",
+            )
+        return as_strict_as(app, pending)
+
+    async def offered(self, app: RelyingParty, user_id: str | None, asked: Asked) -> list[Credential]:
+        """The live passkeys that may answer: the user's, or without a user those asked for; none means any."""
+        if user_id is not None:
+            own = await self._durable.credentials(app.id, user_id, live_only=True)
+            return [
+                c
+                for c in own
+                if (asked.allow is None or c.id in asked.allow)
+                and (asked.second_factor or not c.second_factor)
+            ]
+        if asked.allow is None:
+            return []
+        found = await self._durable.owned_by_ids(app.id, asked.allow)
+        return [
+            o.credential
+            for o in found
+            if o.credential.live
+            and (asked.second_factor or not o.credential.second_factor)
+            and (asked.ownerless or o.external_id is not None)
+        ]
+
+    async def record(self, app: RelyingParty, user_id: str, approval: Approval) -> None:
+        """Write down what a user is asked to approve."""
+        if not await self._durable.add_approval(
+            app.id, user_id, approval, new_id=self._mint.id(), now=instant(self._clock())
+        ):
+            raise DuplicateApproval
+
     async def new_registration(
         self,
         app: RelyingParty,
         *,
-        user: tuple[str, str, str],
+        user: tuple[str, str | None, str],
         names: tuple[str, str, str],
         bound: tuple[bytes, float] | None,
         attachment: Attachment | None,
+        asked: Asked,
     ) -> tuple[PendingRegistration, dict[str, Any]]:
         """A pending ceremony and its options. `bound`: the transaction and its end, which the ceremony doesn't outlive."""
         user_id, external_id, user_handle = user
@@ -148,8 +199,15 @@ class Steps:
         held = await self._durable.credentials(app.id, user_id)
         if len(held) >= app.policy.max_passkeys:
             raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
+        # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
+        exclude = {c.credential_id: c.transports for c in held if c.live}
+        if asked.exclude:
+            others = await self._durable.owned_by_ids(app.id, asked.exclude)
+            exclude |= {o.credential.credential_id: o.credential.transports for o in others}
+        if asked.second_factor and attachment is None and app.policy.second_factor_attachment != "any":
+            attachment = app.policy.second_factor_attachment
         now = self._clock()
-        ends = now + app.policy.ceremony_life
+        ends = now + min(asked.life or app.policy.ceremony_life, app.policy.ceremony_life)
         pending = PendingRegistration(
             app_id=app.id,
             challenge=self._mint.challenge(),
@@ -160,7 +218,8 @@ class Steps:
             user_name=user_name,
             user_display_name=user_display_name,
             nickname=nickname,
-            user_verification=app.policy.user_verification,
+            asked=asked,
+            user_verification=app.policy.verification(asked),
             algorithms=app.policy.algorithms,
             begun_at=now,
             expires_at=min(ends, bound[1]) if bound else ends,
@@ -171,10 +230,11 @@ class Steps:
             user_handle=user_handle,
             user_name=user_name,
             user_display_name=user_display_name,
-            # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
-            exclude=[(c.credential_id, c.transports) for c in held if c.live],
+            exclude=list(exclude.items()),
             life=pending.expires_at - now,
             attachment=attachment,
+            user_verification=pending.user_verification,
+            discoverable=not asked.second_factor,
         )
 
     def new_authentication(
@@ -183,16 +243,20 @@ class Steps:
         user_id: str | None,
         offered: list[Credential],
         bound: tuple[bytes, float] | None,
+        asked: Asked,
+        approval: Approval | None = None,
     ) -> tuple[PendingAuthentication, dict[str, Any]]:
         now = self._clock()
-        ends = now + app.policy.ceremony_life
+        ends = now + min(asked.life or app.policy.ceremony_life, app.policy.ceremony_life)
         pending = PendingAuthentication(
             app_id=app.id,
-            challenge=self._mint.challenge(),
+            challenge=self._mint.challenge() + (approval.digest if approval else b""),
             transaction=bound[0] if bound else None,
             user_id=user_id,
             allowed=tuple(c.id for c in offered),
-            user_verification=app.policy.user_verification,
+            approval=approval.identifier if approval else None,
+            asked=asked,
+            user_verification=app.policy.verification(asked),
             begun_at=now,
             expires_at=min(ends, bound[1]) if bound else ends,
         )
@@ -201,6 +265,7 @@ class Steps:
             challenge=pending.challenge,
             allow=[(c.credential_id, c.transports) for c in offered],
             life=pending.expires_at - now,
+            user_verification=pending.user_verification,
         )
 
     async def registered(
@@ -239,7 +304,7 @@ class Steps:
             await self._tell_refusal(app, "passkey.registered", refused, pending.user_id)
             raise refused
         return Receipt(
-            external_id=pending.external_id,
+            external_id=pending.external_id or passkey_id,
             user_id=pending.user_id,
             purpose="register",
             passkey_id=passkey_id,
@@ -253,6 +318,8 @@ class Steps:
             counter_regressed=False,
             attestation=verified.attestation_trust,
             authenticator_name_claimed=ceremony.authenticator_name(verified.aaguid),
+            second_factor=pending.asked.second_factor,
+            approval=None,
             at=now,
         )
 
@@ -271,22 +338,32 @@ class Steps:
                 )
             if not owned.credential.live:
                 raise CeremonyRefused(reason="not_live")
+            if owned.credential.second_factor and not pending.asked.second_factor:
+                raise CeremonyRefused(reason="second_factor")
+            if owned.external_id is None and not pending.asked.ownerless:
+                raise CeremonyRefused(reason="ownerless")
             verified = ceremony.finish_authentication(pending, app, owned.credential, answer)
         except CeremonyRefused as refusal:
             await self._refuse_authentication(app, pending, owned, refusal)
         credential = owned.credential
-        async with retry_from("page" if pending.user_id is None else "backend"):
+        async with retry_from(
+            "page" if pending.user_id is None and pending.transaction is None else "backend"
+        ):
             await self._take_transaction(pending.transaction)
             now = self._clock()
             recorded = await self._durable.use_credential(
-                credential, verified, flag_counter=app.policy.counter == "flag", now=instant(now)
+                credential,
+                verified,
+                flag_counter=app.policy.counter == "flag",
+                approval=pending.approval,
+                now=instant(now),
             )
         if recorded is None:
             await self._refuse_authentication(
                 app, pending, owned, CeremonyRefused(reason="revoked_or_counter")
             )
         return Receipt(
-            external_id=owned.external_id,
+            external_id=owned.external_id or credential.id,
             user_id=credential.user_id,
             purpose="authenticate",
             passkey_id=credential.id,
@@ -300,6 +377,8 @@ class Steps:
             counter_regressed=recorded.counter_regressed,
             attestation=credential.attestation_trust,
             authenticator_name_claimed=ceremony.authenticator_name(credential.aaguid),
+            second_factor=pending.asked.second_factor,
+            approval=pending.approval,
             at=now,
         )
 
@@ -308,11 +387,13 @@ class Steps:
         if name is not None and await self._ephemeral.take_transaction(name) is None:
             raise UnknownTransaction(reason="transaction_spent")
 
-    async def put_nonce(self, app: RelyingParty, receipt: Receipt, transaction: bytes | None) -> str:
+    async def put_nonce(
+        self, app: RelyingParty, receipt: Receipt, transaction: bytes | None, life: int | None = None
+    ) -> str:
+        """A nonce for the receipt; `life` in seconds, the policy's if not given."""
         nonce = self._mint.token("nonce")
-        await self._ephemeral.put_nonce(
-            app.id, nonce, Redeemable(receipt, transaction, receipt.at + app.policy.nonce_life)
-        )
+        ends = receipt.at + (life or app.policy.nonce_life)
+        await self._ephemeral.put_nonce(app.id, nonce, Redeemable(receipt, transaction, ends))
         return nonce
 
     async def _nobody_has(self, app: RelyingParty, credential_id: bytes) -> bool:
@@ -405,19 +486,6 @@ async def retry_from(place: Retry) -> AsyncIterator[None]:
 
 
 def as_strict_as(app: RelyingParty, pending: P) -> P:
-    """A pending ceremony that asks for user verification if the policy does by now: a policy made stricter applies at once."""
-    if app.policy.user_verification == "required":
-        return replace(pending, user_verification="required")
-    return pending
-
-
-def checked(value: str, name: str) -> None:
-    """1 to 256 characters, none of them NUL (Postgres can't hold it, and C readers end there)."""
-    if not value:
-        raise InvalidRequest(f"{name} is empty; it has 1 to {MAX_TEXT} characters.")
-    if len(value) > MAX_TEXT:
-        raise InvalidRequest(f"{name} has {len(value)} characters; {MAX_TEXT} are allowed.")
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise InvalidRequest(
-            f"{name} has a character that can't be stored (NUL or half of a surrogate pair)."
-        )
+    """A pending ceremony that asks for as much user verification as it would if it began now: a policy made stricter applies at once."""
+    now = app.policy.verification(pending.asked)
+    return replace(pending, user_verification=now) if is_weaker(pending.user_verification, now) else pending

@@ -49,6 +49,7 @@ Reading order: `finish`, `client_data`, `authenticator_data`, `keys`, `attestati
 
 from __future__ import annotations
 
+from broker.ceremony.client_data import challenge_of
 from broker.ceremony.finish import finish_authentication, finish_registration
 from broker.ceremony.form import parse_authentication, parse_registration
 from broker.ceremony.identity import authenticator_name, user_handle_matches
@@ -61,6 +62,7 @@ __all__ = [
     "authenticator_name",
     "begin_authentication",
     "begin_registration",
+    "challenge_of",
     "finish_authentication",
     "finish_registration",
     "parse_authentication",

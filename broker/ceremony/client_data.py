@@ -8,13 +8,16 @@ origin apart, so nothing can be fooled by how it is written.
 from __future__ import annotations
 
 import json
-from base64 import urlsafe_b64encode
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import Any, NoReturn
 
 from broker.ceremony.verdict import refuse
+from broker.errors import CeremonyRefused, InvalidRequest
 from broker.model import RelyingParty
 
 CREATE, GET = "webauthn.create", "webauthn.get"
+_CHALLENGE = re.compile(r"[A-Za-z0-9_-]{22,171}")
 
 
 def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingParty) -> str:
@@ -37,6 +40,24 @@ def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingPar
     _judge_embedding(data, rp)
     _judge_token_binding(data)
     return origin
+
+
+def challenge_of(raw: bytes) -> bytes:
+    """The challenge that client data carries, to find its ceremony by. Whether it is the right one is judged after that was taken.
+
+    Raises:
+        InvalidRequest: the client data can't be read, or has no challenge in canonical base64url of 16 to 128 bytes.
+    """
+    try:
+        encoded = _text(_read(raw), "challenge")
+    except CeremonyRefused as refusal:
+        raise InvalidRequest(refusal.sentence, reason="client_data") from None
+    if not _CHALLENGE.fullmatch(encoded) or len(encoded) % 4 == 1:
+        raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
+    challenge = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+    if urlsafe_b64encode(challenge).rstrip(b"=").decode() != encoded:
+        raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
+    return challenge
 
 
 def _judge_embedding(data: dict[str, Any], rp: RelyingParty) -> None:

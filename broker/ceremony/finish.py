@@ -206,7 +206,7 @@ def _judge_owner(
 ) -> None:
     if answer.credential_id != credential.credential_id:
         raise refuse("credential_id", "The answer is about another passkey.")
-    if pending.user_id is None:
+    if pending.user_id is None and not pending.allowed:
         # §7.2 "If the user was not identified before the authentication ceremony was initiated, verify that response.userHandle is present"
         if answer.user_handle is None:
             raise refuse(

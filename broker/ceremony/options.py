@@ -10,7 +10,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from typing import Any
 
-from broker.model import Attachment, RelyingParty
+from broker.model import Attachment, RelyingParty, UserVerification
 
 Descriptor = tuple[bytes, tuple[str, ...]]
 
@@ -25,17 +25,20 @@ def begin_registration(
     exclude: Sequence[Descriptor],
     life: float,
     attachment: Attachment | None,
+    user_verification: UserVerification,
+    discoverable: bool = True,
 ) -> dict[str, Any]:
     """The object under `publicKey` for `navigator.credentials.create()`.
 
     `exclude` has the credential ids and transports of the user's passkeys; `life` is in seconds. `user.id` is the base64url of
-    the handle's ASCII bytes, so that platforms which treat it as text lose nothing. A passkey is discoverable, always.
+    the handle's ASCII bytes, so that platforms which treat it as text lose nothing. A passkey is discoverable; what is not is a
+    second factor.
     """
     policy = rp.policy
     selection: dict[str, Any] = {
-        "residentKey": "required",
-        "requireResidentKey": True,
-        "userVerification": policy.user_verification,
+        "residentKey": "required" if discoverable else "discouraged",
+        "requireResidentKey": discoverable,
+        "userVerification": user_verification,
     }
     if attachment is not None:
         selection["authenticatorAttachment"] = attachment
@@ -60,14 +63,19 @@ def begin_registration(
 
 
 def begin_authentication(
-    rp: RelyingParty, *, challenge: bytes, allow: Sequence[Descriptor], life: float
+    rp: RelyingParty,
+    *,
+    challenge: bytes,
+    allow: Sequence[Descriptor],
+    life: float,
+    user_verification: UserVerification,
 ) -> dict[str, Any]:
     """The object under `publicKey` for `navigator.credentials.get()`. An empty `allow` makes it discoverable; `life` in seconds."""
     options: dict[str, Any] = {
         "challenge": _base64url(challenge),
         "rpId": rp.rp_id,
         "timeout": _milliseconds(life),
-        "userVerification": rp.policy.user_verification,
+        "userVerification": user_verification,
         "extensions": {},
     }
     if allow:

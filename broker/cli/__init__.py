@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(
             {
                 "redis": "Redis does not answer; check BROKER_REDIS_URL.",
+                "signing_key_sealed": "The signing key was sealed under another BROKER_SECRET_KEY; run `broker doctor`.",
                 "postgres_not_migrated": "The database lacks a migration; run `broker migrate`.",
                 "postgres_denied": "The database's role may not do that; make it the owner of the tables.",
             }.get(fault.reason, "Postgres does not answer; check BROKER_DATABASE_URL, or start `broker dev`.")

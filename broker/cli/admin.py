@@ -1,4 +1,4 @@
-"""Commands on data: apps, keys, passkeys, users, events, migrations. Each is one verb, and one way to print its answer.
+"""Commands on data: apps, keys, passkeys, users, events, signing keys, migrations. Each is one verb, and one way to print its answer.
 
 Printed values are made harmless: a user's name or a passkey's may hold control characters, which a terminal would obey.
 """
@@ -14,18 +14,29 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-from broker.cli.dev import DATA, read
+from broker.cli.dev import DATA, read, read_secret
 from broker.cli.serving import run, with_parts
 from broker.errors import InvalidSetting
-from broker.model import ALGORITHMS, ApiKey, Credential, Event, Policy, RelyingParty, fields_of
+from broker.model import (
+    ALGORITHMS,
+    ApiKey,
+    Credential,
+    Event,
+    Policy,
+    RelyingParty,
+    TokenAlgorithm,
+    fields_of,
+)
 from broker.settings import Settings
 from broker.telemetry import CONTEXT, Context
 from broker.tokens import text
 
 if TYPE_CHECKING:
     from broker.app import Parts
+    from broker.durable.signing_keys import StoredKey
+    from broker.signing import State
 
 PATIENCE = 60.0  # seconds
 
@@ -46,17 +57,18 @@ def settings_for_data(*needed: str) -> Settings:
         environment["BROKER_REDIS_URL"] = environment.get("BROKER_REDIS_URL") or str(
             stored.get("redis_url", "")
         )
+        environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or read_secret(Path(DATA))
     return Settings.load(environment, needed=needed or ("database_url",))
 
 
-def _command(work: Work, empty: str) -> Callable[[argparse.Namespace], int]:
+def _command(work: Work, empty: str, needed: Sequence[str]) -> Callable[[argparse.Namespace], int]:
     def act(options: argparse.Namespace) -> int:
         async def main(parts: Parts) -> object:
             CONTEXT.set(Context(request_id=f"cli-{secrets.token_hex(8)}", actor="cli"))
             return await work(parts, options)
 
         # A person waits for the answer, and deleting a large app takes longer than a request may.
-        settings = replace(settings_for_data(), store_timeout=PATIENCE)
+        settings = replace(settings_for_data(*needed), store_timeout=PATIENCE)
         result = run(with_parts(settings, main))
         _print(result, as_json=options.json, empty=empty)
         return 0
@@ -65,7 +77,7 @@ def _command(work: Work, empty: str) -> Callable[[argparse.Namespace], int]:
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `migrate`, `app`, `key`, `passkey`, `user` and `events`."""
+    """Add `migrate`, `app`, `key`, `passkey`, `user`, `events` and `signing-key`."""
     _add(commands, "migrate", "apply missing migrations", migrate, empty="Nothing to apply.")
 
     group = commands.add_parser("app", help="relying parties").add_subparsers(required=True, metavar="action")
@@ -110,6 +122,21 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--after", type=_whole(0, 2**63 - 1), default=0, metavar="ID", help="only those after this event"
     )
 
+    group = commands.add_parser("signing-key", help="keys that sign tokens").add_subparsers(
+        required=True, metavar="action"
+    )
+    _set(_add(group, "list", "the keys of a set", list_signing_keys))
+    sealing = ("database_url", "secret_key")
+    command = _set(_add(group, "rotate", "make the next key of a set", rotate_signing_key, needed=sealing))
+    command.add_argument(
+        "--algorithm", choices=get_args(TokenAlgorithm), default="RS256", help="which keys (default RS256)"
+    )
+    command.add_argument("--now", action="store_true", help="sign with it at once: verifiers may not know it")
+    command.add_argument(
+        "--drop", action="store_true", help="with --now: unpublish the older keys, a leaked one"
+    )
+    _add(group, "reseal", "seal every key under the first secret key", reseal_signing_keys, needed=sealing)
+
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
@@ -126,10 +153,11 @@ def _add(
     says: str,
     work: Work,
     empty: str = "None.",
+    needed: Sequence[str] = ("database_url",),
 ) -> argparse.ArgumentParser:
     command = group.add_parser(name, help=says)
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=_command(work, empty))
+    command.set_defaults(run=_command(work, empty, needed))
     return command
 
 
@@ -140,6 +168,11 @@ def _app(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _user(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command.add_argument("--user", required=True, metavar="EXTERNAL_ID")
+    return command
+
+
+def _set(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("--app", metavar="ID", help="an app's set; without it the broker's own")
     return command
 
 
@@ -274,6 +307,25 @@ async def list_events(parts: Parts, options: argparse.Namespace) -> list[Row]:
     return [_event_row(event) for event in found]
 
 
+async def list_signing_keys(parts: Parts, options: argparse.Namespace) -> list[Row]:
+    """The keys of a set, by algorithm, oldest first."""
+    app = await parts.directory.app(options.app) if options.app is not None else None
+    return [_signing_key_row(key, state) for key, state in await parts.signing.listed(app)]
+
+
+async def rotate_signing_key(parts: Parts, options: argparse.Namespace) -> list[Row]:
+    """The keys of the set as they are then."""
+    app = await parts.directory.app(options.app) if options.app is not None else None
+    found = await parts.signing.rotate(app, options.algorithm, now=options.now, drop=options.drop)
+    return [_signing_key_row(key, state) for key, state in found]
+
+
+async def reseal_signing_keys(parts: Parts, _: argparse.Namespace) -> Row:
+    """`{"resealed": how many, "lost": how many no secret key opens}`."""
+    changed, lost = await parts.signing.reseal()
+    return {"resealed": changed, "lost": lost}
+
+
 # -- printing -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +371,17 @@ def _passkey_row(credential: Credential) -> Row:
         "created_at": credential.created_at,
         "confirmed_at": credential.confirmed_at,
         "last_used_at": credential.last_used_at,
+    }
+
+
+def _signing_key_row(key: StoredKey, state: State) -> Row:
+    return {
+        "kid": key.id,
+        "algorithm": key.algorithm,
+        "state": state,
+        "signs_from": key.signs_from,
+        "retires_at": key.retires_at,
+        "created_at": key.created_at,
     }
 
 

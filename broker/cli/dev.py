@@ -1,7 +1,8 @@
 """`broker dev`: the same service as `serve`, with embedded stores and the demo site.
 
 The stores are started first and stopped last. The dev app (RP ID `localhost`) and its key are made once and found again in
-`dev.json`, readable by its owner only; each start adds its own origin to the app. SIGINT and SIGTERM stop everything; when the
+`dev.json`, readable by its owner only; each start adds its own origin to the app. So is the secret key under which signing keys are
+sealed: made once, kept in `secret-key`, so that tokens and key sets outlive a restart. SIGINT and SIGTERM stop everything; when the
 process is killed, the kernel stops the stores (`broker.embedded`).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
 import webbrowser
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.cli.serving import run, start, until_told
 from broker.embedded import EmbeddedStores
-from broker.errors import InvalidKey, UnknownApp
+from broker.errors import Fault, InvalidKey, UnknownApp
 from broker.model import RelyingParty
 from broker.settings import Settings, SettingsFault
 from broker.telemetry import CONTEXT, Context, Log, capture_library_records
@@ -31,7 +33,12 @@ if TYPE_CHECKING:
     from broker.app import Parts
 
 DATA = ".broker"
+SECRET = "secret-key"  # noqa: S105 - a file's name
 NAME = "Passkey broker demo"
+
+
+class SecretFault(Fault):
+    """The file of the secret key can't be used; the sentence says what to do."""
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +72,7 @@ def run_dev(options: argparse.Namespace) -> int:
     with EmbeddedStores.start(options.data, _load, **stores) as embedded:
         environment["BROKER_DATABASE_URL"] = embedded.database_url
         environment["BROKER_REDIS_URL"] = embedded.redis_url
+        environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or _kept_secret(embedded.data)
         settings = Settings.load(environment)
         settings = replace(settings, host=_with_loopback(settings.host))
         run(_dev(settings, embedded.data, embedded.notes, opens=not options.no_open))
@@ -110,7 +118,7 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
             "database_url": settings.database_url,
             "redis_url": settings.redis_url,
         }
-        _write(data / "dev.json", facts)
+        _write(data / "dev.json", json.dumps(facts, indent=2) + "\n")
         demo = demo_app(
             broker_url=f"http://{_reachable(settings.host)}:{settings.management_port or port}",
             app_id=app.id,
@@ -162,25 +170,58 @@ def _reachable(host: str) -> str:
 def read(place: Path) -> dict[str, Any] | None:
     """A `dev.json`; None where there is none or it is not one."""
     try:
-        with open(os.open(place, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-            if not _is_ours(os.fstat(file.fileno())):
-                return None  # whoever wrote it would choose where our commands and passwords go
-            value = json.loads(file.read())
+        value = json.loads(_text_of(place) or "")
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_secret(data: Path) -> str:
+    """The secret key that `dev` keeps in a data directory, "" where there is none of ours."""
+    try:
+        return (_text_of(data / SECRET) or "").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _kept_secret(data: Path) -> str:
+    """The same, made if there is none. What is there is never replaced: keys may be sealed under it.
+
+    Raises:
+        SecretFault: there is something, and it is not a secret key of ours.
+    """
+    place = data / SECRET
+    if not place.exists() and not place.is_symlink():
+        _write(place, secrets.token_urlsafe(48) + "\n")
+    found = read_secret(data)
+    try:
+        Settings.load({"BROKER_SECRET_KEY": found}, needed=("secret_key",))
+    except SettingsFault:
+        raise SecretFault(
+            f"{place} is not a secret key that only this user can read; put it right, or move it away for a new one"
+            " and make new signing keys with `broker signing-key rotate --now`."
+        ) from None
+    return found
+
+
+def _text_of(place: Path) -> str | None:
+    """A file of ours; None for somebody else's, who would choose where our commands, passwords and keys go."""
+    with open(os.open(place, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+        return file.read() if _is_ours(os.fstat(file.fileno())) else None
 
 
 def _is_ours(file: os.stat_result) -> bool:
     return file.st_uid == os.geteuid() and not file.st_mode & 0o077
 
 
-def _write(place: Path, value: dict[str, str]) -> None:
-    """Replace `dev.json` in one step, mode 0600 from the first byte."""
+def _write(place: Path, text: str) -> None:
+    """Replace a file in one step, mode 0600 from the first byte; it is on the disk before it has its name."""
     fresh = place.with_name(place.name + ".new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(place)
 
 

@@ -1,10 +1,11 @@
-"""`broker doctor`: looks at settings, stores, clocks and origins, and says what to do about each fault."""
+"""`broker doctor`: looks at settings, stores, clocks, the secret key and origins, and says what to do about each fault."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,11 @@ def run_doctor(options: argparse.Namespace) -> int:
     """0: all is well. 1: something is to be done."""
     try:
         settings = settings_for_data("database_url", "redis_url")
+        findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
     except SettingsFault as fault:
         findings = [
             Finding("settings", False, sentence, "Set it right and run again.") for sentence in fault.faults
         ]
-    else:
-        findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
     if options.json:
         print(json.dumps([asdict(f) for f in findings], indent=2))  # noqa: T201 - the command's answer
     else:
@@ -62,6 +62,7 @@ async def _look(parts: Parts) -> list[Finding]:
         *_ports(parts.settings),
         *await _postgres(parts),
         *await _redis(parts),
+        *await _signing(parts),
         *await _origins(parts),
     ]
 
@@ -138,6 +139,37 @@ def clock(store: str, ahead: float) -> Finding:
     if abs(ahead) <= MAX_SKEW:
         return Finding("clock", True, f"within {MAX_SKEW:g} s of {store}'s")
     return Finding("clock", False, f"{abs(ahead):.0f} s off {store}'s.", "Run NTP on both machines.")
+
+
+async def _signing(parts: Parts) -> list[Finding]:
+    from broker.app import left_out
+
+    try:
+        seals = await parts.signing.seals()
+    except Unavailable:
+        return []  # said above
+    return [secret_key(parts.settings, left_out(parts.settings), [number for _, number in seals])]
+
+
+def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | None]) -> Finding:
+    """Whether tokens can be signed. `seals` are the keys that sign or will: which secret opens each, None for none."""
+    check, many = "secret key", len(seals)
+    if lost := seals.count(None):
+        return Finding(
+            check,
+            False,
+            f"{lost} of {many} signing keys were sealed under another BROKER_SECRET_KEY.",
+            "Name it after a comma in BROKER_SECRET_KEY, or make new keys with `broker signing-key rotate --now`.",
+        )
+    if not settings.secret_key:
+        without = (
+            f"; without one {' and '.join(left)} don't answer" if left else ", and nothing that needs one"
+        )
+        return Finding(check, True, f"none{without}")
+    if older := many - seals.count(0):
+        says = f"{older} of {many} signing keys are sealed under an older one; `broker signing-key reseal` changes that"
+        return Finding(check, True, says)
+    return Finding(check, True, f"opens all {many} signing keys" if many else "set; no signing keys yet")
 
 
 async def _origins(parts: Parts) -> list[Finding]:

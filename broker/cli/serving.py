@@ -60,7 +60,7 @@ def run_serve(options: argparse.Namespace) -> int:
 async def _serve(settings: Settings, *, migrate: bool) -> None:
     log = Log(level=settings.log_level)
     capture_library_records(log)
-    from broker.app import assemble
+    from broker.app import assemble, left_out
 
     parts = await assemble(settings, log=log)
     if migrate:
@@ -70,6 +70,8 @@ async def _serve(settings: Settings, *, migrate: bool) -> None:
             await parts.close()
             raise
     service = await start(parts)
+    if left := left_out(settings):
+        log("dialects_left_out", dialects=left, missing="BROKER_SECRET_KEY")
     log("listening", host=settings.host, port=service.port, management_port=service.management_port)
     await until_told()
     log("draining", seconds=settings.drain_seconds)
@@ -102,13 +104,15 @@ async def start(
 
 
 async def until_told() -> None:
-    """Wait for SIGTERM or SIGINT. A second one ends the process at once, as its default does."""
+    """Wait for SIGTERM or SIGINT. A second one ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
+    exception, which would come up in whatever runs at that moment and may be lost there."""
     loop = asyncio.get_running_loop()
     told = loop.create_future()
 
     def tell() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         if not told.done():
             told.set_result(None)
 

@@ -11,15 +11,15 @@ declares, and its type is one that the command declares. What has no type of its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import hdrs, web
 
 from broker import ceremony, errors
-from broker.broker import MAX_TEXT
 from broker.errors import InvalidRequest, InvalidSetting, OperationNotAllowed, Refusal
-from broker.model import RelyingParty, is_origin, web_origin
+from broker.model import MAX_TEXT, RelyingParty, is_origin, web_origin
 from broker.tokens import PREFIX as KEY_PREFIXES
 from broker.tokens import text
 from broker.web import BROKER, DIRECTORY, bearer, json_answer, keyed_alone, read_object
@@ -27,6 +27,7 @@ from broker.web.body import optional_text, parse_object, text_field
 from broker.web.edge import refusal_headers
 
 PREFIX = "/propelauth"
+PATHS = re.compile(rf"{PREFIX}(?:/|\Z)")
 _UNEXPECTED = "UnexpectedError"
 _KEY_PREFIX = KEY_PREFIXES["key"]
 _COMMAND = web.RequestKey("COMMAND", str)
@@ -38,6 +39,7 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.UnknownTransaction: 400,
     errors.CeremonyRefused: 400,
     errors.DiscoverableRefused: 400,
+    errors.WrongMailCode: 400,
     errors.InvalidKey: 401,
     errors.UnknownApp: 401,
     errors.OperationNotAllowed: 403,
@@ -45,12 +47,19 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.UnknownPasskey: 404,
     errors.NoPasskeys: 404,
     errors.NotFound: 404,
+    errors.UnknownMailCode: 404,
+    errors.UnknownTicket: 404,
     errors.MethodNotAllowed: 405,
     errors.RequestTimeout: 408,
     errors.TooManyPasskeys: 409,
+    errors.OwnedAlready: 409,
+    errors.DuplicateApproval: 409,
+    errors.MailCodeExpired: 410,
+    errors.MailCodeAttempts: 410,
     errors.RequestTooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.TooManyCeremonies: 429,
+    errors.MailCodeRate: 429,
     errors.InternalFault: 500,
     errors.Unavailable: 503,
 }

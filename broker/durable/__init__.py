@@ -13,71 +13,37 @@ Limits, faults and migrations are in `broker.durable.postgres`: whatever the ser
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Literal
 
 import asyncpg
 
+from broker.durable.catalogue import Catalogue, UserOrder
 from broker.durable.postgres import Connection, MigrationFault, Postgres, sql_files
-from broker.errors import UnknownApp
+from broker.durable.rows import APP, CREDENTIAL, TELL, USER, USES, app_of, credential_of, owned_of, who
+from broker.errors import UnknownApp, UnknownUser
 from broker.model import (
     ApiKey,
+    Approval,
     Credential,
-    Event,
+    Owned,
     PendingRegistration,
-    Policy,
     RelyingParty,
     Used,
     User,
     VerifiedAuthentication,
     VerifiedRegistration,
 )
-from broker.telemetry import context
 
 __all__ = [
+    "Catalogue",
     "Durable",
     "MigrationFault",
-    "Owned",
     "Postgres",
     "UserOrder",
     "instant",
     "sql_files",
 ]
-
-_CREDENTIAL = (
-    "c.id, c.app_id, c.user_id, c.credential_id, c.user_handle, c.public_key, c.algorithm, c.sign_count, c.backup_eligible, "
-    "c.backed_up, c.transports, c.attachment, c.aaguid, c.attestation_format, c.attestation_trust, c.user_name, "
-    "c.user_display_name, c.nickname, c.live, c.confirmed_at, c.created_at, c.updated_at, c.last_used_at, c.use_count"
-)
-_USER = """
-    u.id, u.app_id, u.external_id, u.handle, u.status, u.created_at, u.updated_at,
-    u.past_logins + coalesce(k.uses, 0)::bigint AS login_count, greatest(u.past_login_at, k.used_at) AS last_login_at
-"""
-_USES = """
-    LEFT JOIN LATERAL (
-        SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at FROM credentials c WHERE c.user_id = u.id
-    ) k ON true
-"""
-_TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
-
-UserOrder = Literal["created_at", "-created_at", "updated_at", "-updated_at", "id", "-id"]
-_ORDERS: dict[UserOrder, str] = {
-    "created_at": "u.created_at, u.id",
-    "-created_at": "u.created_at DESC, u.id DESC",
-    "updated_at": "u.updated_at, u.id",
-    "-updated_at": "u.updated_at DESC, u.id DESC",
-    "id": "u.id",
-    "-id": "u.id DESC",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Owned:
-    """A credential with its user's external id, as one look-up finds them."""
-
-    credential: Credential
-    external_id: str
 
 
 class Durable:
@@ -99,7 +65,7 @@ class Durable:
             ), key AS (
                 INSERT INTO api_keys (id, app_id, hash, hint, name, created_at) SELECT $8, id, $9, $10, $11, $7 FROM app
             )
-            {_TELL} SELECT $7, id, $12, 'app.created', NULL, NULL, 'done', NULL, $13 FROM app
+            {TELL} SELECT $7, id, $12, 'app.created', NULL, NULL, 'done', NULL, $13 FROM app
             """,
             app.id,
             app.name,
@@ -112,7 +78,7 @@ class Durable:
             key_hash,
             key.hint,
             key.name,
-            *_who(),
+            *who(),
         )
 
     async def update_app(self, app: RelyingParty, now: datetime) -> bool:
@@ -123,7 +89,7 @@ class Durable:
             WITH app AS (
                 UPDATE relying_parties SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6, updated_at = $7
                 WHERE id = $1 RETURNING id
-            ), told AS ({_TELL} SELECT $7, id, $8, 'app.updated', NULL, NULL, 'done', NULL, $9 FROM app)
+            ), told AS ({TELL} SELECT $7, id, $8, 'app.updated', NULL, NULL, 'done', NULL, $9 FROM app)
             SELECT id FROM app
             """,
             app.id,
@@ -133,7 +99,7 @@ class Durable:
             list(app.related_origins),
             app.policy.dump(),
             now,
-            *_who(),
+            *who(),
         )
         return row is not None
 
@@ -147,8 +113,8 @@ class Durable:
                     return False
                 # A statement of its own sees what others committed while the first one waited for them.
                 await connection.execute("DELETE FROM events WHERE app_id = $1", app_id)
-                told = f"{_TELL} VALUES ($1, $2, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4)"
-                await connection.execute(told, now, app_id, *_who())
+                told = f"{TELL} VALUES ($1, $2, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4)"
+                await connection.execute(told, now, app_id, *who())
             return True
 
         return await self._pg.run("delete_app", delete)
@@ -156,17 +122,17 @@ class Durable:
     async def app(self, app_id: str) -> RelyingParty | None:
         row = await self._pg.row(
             "app",
-            "SELECT id, name, rp_id, origins, related_origins, policy, created_at FROM relying_parties WHERE id = $1",
+            f"SELECT {APP} FROM relying_parties WHERE id = $1",
             app_id,
         )
-        return _app(row) if row else None
+        return app_of(row) if row else None
 
     async def apps(self) -> list[RelyingParty]:
         rows = await self._pg.rows(
             "apps",
-            "SELECT id, name, rp_id, origins, related_origins, policy, created_at FROM relying_parties ORDER BY created_at, id",
+            f"SELECT {APP} FROM relying_parties ORDER BY created_at, id",
         )
-        return [_app(row) for row in rows]
+        return [app_of(row) for row in rows]
 
     async def create_key(self, key: ApiKey, key_hash: bytes) -> bool:
         """Insert a key. False: no such app."""
@@ -176,7 +142,7 @@ class Durable:
             WITH key AS (
                 INSERT INTO api_keys (id, app_id, hash, hint, name, created_at)
                 SELECT $1, a.id, $3, $4, $5, $6 FROM relying_parties a WHERE a.id = $2 RETURNING app_id
-            ), told AS ({_TELL} SELECT $6, app_id, $7, 'key.created', NULL, NULL, 'done', $1, $8 FROM key)
+            ), told AS ({TELL} SELECT $6, app_id, $7, 'key.created', NULL, NULL, 'done', $1, $8 FROM key)
             SELECT app_id FROM key
             """,
             key.id,
@@ -185,7 +151,7 @@ class Durable:
             key.hint,
             key.name,
             key.created_at,
-            *_who(),
+            *who(),
         )
         return row is not None
 
@@ -204,13 +170,13 @@ class Durable:
             f"""
             WITH key AS (
                 UPDATE api_keys SET revoked_at = $3 WHERE app_id = $1 AND id = $2 AND revoked_at IS NULL RETURNING id, app_id
-            ), told AS ({_TELL} SELECT $3, app_id, $4, 'key.revoked', NULL, NULL, 'done', id, $5 FROM key)
+            ), told AS ({TELL} SELECT $3, app_id, $4, 'key.revoked', NULL, NULL, 'done', id, $5 FROM key)
             SELECT id FROM key
             """,
             app_id,
             key_id,
             now,
-            *_who(),
+            *who(),
         )
         return row is not None
 
@@ -250,7 +216,7 @@ class Durable:
                 INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
                 SELECT $3, $1, $2, $4, 'pending', $5, $5 WHERE NOT EXISTS (SELECT FROM old)
                 ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
-            ), told AS ({_TELL} SELECT $5, $1, $6, 'user.created', id, NULL, 'done', NULL, $7 FROM new)
+            ), told AS ({TELL} SELECT $5, $1, $6, 'user.created', id, NULL, 'done', NULL, $7 FROM new)
             SELECT id, handle FROM old UNION ALL SELECT id, handle FROM new
             """,
             app_id,
@@ -258,17 +224,21 @@ class Durable:
             new_id,
             new_handle,
             now,
-            *_who(),
+            *who(),
         )
 
-    async def user_to_sign_in(self, app_id: str, external_id: str) -> tuple[str, str, bool] | None:
-        """Id, handle and whether there is a live passkey."""
+    async def user_to_sign_in(
+        self, app_id: str, external_id: str, *, second_factor: bool = False
+    ) -> tuple[str, str, bool] | None:
+        """Id, handle and whether there is a live passkey; with `second_factor` a second factor counts."""
         row = await self._pg.row(
             "user_to_sign_in",
-            "SELECT u.id, u.handle, EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id AND c.live) AS able"
+            "SELECT u.id, u.handle, EXISTS ("
+            "SELECT FROM credentials c WHERE c.user_id = u.id AND c.live AND ($3 OR NOT c.second_factor)) AS able"
             " FROM users u WHERE u.app_id = $1 AND u.external_id = $2",
             app_id,
             external_id,
+            second_factor,
         )
         return (row["id"], row["handle"], row["able"]) if row else None
 
@@ -277,54 +247,12 @@ class Durable:
     ) -> User | None:
         row = await self._pg.row(
             "user",
-            f"SELECT {_USER} FROM users u {_USES} WHERE u.app_id = $1 AND "
+            f"SELECT {USER} FROM users u {USES} WHERE u.app_id = $1 AND u.external_id IS NOT NULL AND "
             + ("u.id = $2" if user_id is not None else "u.external_id = $2"),
             app_id,
             user_id if user_id is not None else external_id,
         )
         return User(**dict(row)) if row else None
-
-    async def users(
-        self,
-        app_id: str,
-        *,
-        limit: int,
-        offset: int = 0,
-        external_id: str | None = None,
-        user_id: str | None = None,
-        status: str | None = None,
-        created_before: datetime | None = None,
-        order: UserOrder = "created_at",
-    ) -> tuple[list[User], int]:
-        """A page of users and how many there are in all."""
-        conditions, values = ["u.app_id = $1"], cast(list[object], [app_id])
-        for condition, value in (
-            ("u.external_id = ", external_id),
-            ("u.id = ", user_id),
-            ("u.status = ", status),
-            ("u.created_at < ", created_before),
-        ):
-            if value is not None:
-                values.append(value)
-                conditions.append(f"{condition}${len(values)}")
-        where = " AND ".join(conditions)
-        rows = await self._pg.rows(
-            "users",
-            f"""
-            SELECT {_USER}, n.total FROM (SELECT count(*) AS total FROM users u WHERE {where}) n
-            LEFT JOIN LATERAL (
-                SELECT u.* FROM users u WHERE {where} ORDER BY {_ORDERS[order]}
-                LIMIT ${len(values) + 1} OFFSET ${len(values) + 2}
-            ) u ON true {_USES} ORDER BY {_ORDERS[order]}
-            """,
-            *values,
-            limit,
-            offset,
-        )
-        users = [
-            User(**{k: v for k, v in row.items() if k != "total"}) for row in rows if row["id"] is not None
-        ]
-        return users, rows[0]["total"]
 
     async def delete_user(self, app_id: str, external_id: str, now: datetime) -> bool:
         """Delete a user with credentials and events. The event that stays names nobody. False: no such user."""
@@ -337,8 +265,8 @@ class Durable:
                     return False
                 # A statement of its own sees what others committed while the first one waited for them.
                 await connection.execute("DELETE FROM events WHERE user_id = $1", gone["id"])
-                told = f"{_TELL} VALUES ($1, $2, $3, 'user.deleted', NULL, NULL, 'done', NULL, $4)"
-                await connection.execute(told, now, app_id, *_who())
+                told = f"{TELL} VALUES ($1, $2, $3, 'user.deleted', NULL, NULL, 'done', NULL, $4)"
+                await connection.execute(told, now, app_id, *who())
             return True
 
         return await self._pg.run("delete_user", delete)
@@ -349,24 +277,35 @@ class Durable:
         """The user's credentials, oldest first."""
         rows = await self._pg.rows(
             "credentials",
-            f"SELECT {_CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2"
+            f"SELECT {CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2"
             + (" AND c.live" if live_only else "")
             + " ORDER BY c.created_at, c.id",
             app_id,
             user_id,
         )
-        return [_credential(row) for row in rows]
+        return [credential_of(row) for row in rows]
 
     async def owned(self, app_id: str, credential_id: bytes) -> Owned | None:
         """The app's credential with this id, whoever owns it."""
         row = await self._pg.row(
             "credential",
-            f"SELECT {_CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
+            f"SELECT {CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
             " WHERE c.app_id = $1 AND c.credential_id = $2",
             app_id,
             credential_id,
         )
-        return Owned(_credential(row), row["external_id"]) if row else None
+        return owned_of(row) if row else None
+
+    async def owned_by_ids(self, app_id: str, passkey_ids: Sequence[str]) -> list[Owned]:
+        """The app's credentials with these ids (`Credential.id`), oldest first."""
+        rows = await self._pg.rows(
+            "credentials_by_ids",
+            f"SELECT {CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
+            " WHERE c.app_id = $1 AND c.id = ANY($2::text[]) ORDER BY c.created_at, c.id",
+            app_id,
+            list(passkey_ids),
+        )
+        return [owned_of(row) for row in rows]
 
     async def held(self, rp_id: str, credential_id: bytes) -> bool:
         """Whether any app of this RP ID has a credential with this id: authenticators know RP IDs, not apps."""
@@ -395,7 +334,9 @@ class Durable:
         except asyncpg.ForeignKeyViolationError:
             return "no_user"
         assert row is not None, "a SELECT without FROM has one row"
-        return "added" if row["added"] else "duplicate" if row["owned"] else "no_user"
+        if row["added"]:
+            return "added"
+        return "duplicate" if row["owned"] or pending.external_id is None else "no_user"
 
     async def _add_credential(
         self,
@@ -406,20 +347,27 @@ class Durable:
         confirmed_at: datetime | None,
         now: datetime,
     ) -> asyncpg.Record | None:
+        # Who has no external id has no row before the passkey either: a page alone, which may try for ever, leaves none behind.
+        owner = (
+            "SELECT id FROM users WHERE app_id = $2 AND id = $3"
+            if pending.external_id is not None
+            else "INSERT INTO users (id, app_id, handle, status, created_at, updated_at) SELECT $3, $2, $5, 'pending', $18, $18"
+            " WHERE NOT EXISTS (SELECT FROM credentials WHERE app_id = $2 AND credential_id = $4) RETURNING id"
+        )
         return await self._pg.row(
             "add_credential",
             f"""
-            WITH owner AS (SELECT id FROM users WHERE app_id = $2 AND id = $3),
+            WITH owner AS ({owner}),
             new AS (
                 INSERT INTO credentials AS c (
                     id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
                     backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
-                    user_display_name, nickname, live, created_at, updated_at, confirmed_at)
-                SELECT $1, $2, id, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $21, $22, $17, $18, $18, $23 FROM owner
+                    user_display_name, nickname, live, created_at, updated_at, confirmed_at, second_factor)
+                SELECT $1, $2, id, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $21, $22, $17, $18, $18, $23, $24 FROM owner
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = $18 WHERE $17 AND id = (SELECT user_id FROM new)
-            ), told AS ({_TELL} SELECT $18, $2, $19, 'passkey.registered', user_id, id, 'done', NULL, $20 FROM new)
+            ), told AS ({TELL} SELECT $18, $2, $19, 'passkey.registered', user_id, id, 'done', NULL, $20 FROM new)
             SELECT EXISTS (SELECT FROM owner) AS owned, EXISTS (SELECT FROM new) AS added
             """,
             new_id,
@@ -440,19 +388,31 @@ class Durable:
             pending.user_name,
             live,
             now,
-            *_who(),
+            *who(),
             pending.user_display_name,
             pending.nickname,
             confirmed_at,
+            pending.asked.second_factor,
         )
 
     async def use_credential(
-        self, credential: Credential, verified: VerifiedAuthentication, *, flag_counter: bool, now: datetime
+        self,
+        credential: Credential,
+        verified: VerifiedAuthentication,
+        *,
+        flag_counter: bool,
+        approval: str | None = None,
+        now: datetime,
     ) -> Used | None:
-        """Record a sign-in. None: revoked meanwhile, or the counter went back (unless `flag_counter`).
+        """Record a sign-in, and what was approved by it. None: revoked meanwhile, or the counter went back (unless `flag_counter`).
 
         What changed is judged against the locked row: of two clones that answer at once, one is told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
         """
+        approve = (
+            ", approve AS (UPDATE approvals SET approved_at = $5 WHERE app_id = $2 AND identifier = $9 AND EXISTS (SELECT FROM used))"
+            if approval is not None
+            else ""
+        )
         row = await self._pg.row(
             "use_credential",
             f"""
@@ -467,9 +427,9 @@ class Durable:
                 WHERE c.id = old.id AND ($6 OR NOT old.regressed)
                 RETURNING c.id, c.app_id, c.user_id, old.regressed, old.backed_up <> $4 AS backup_changed
             ), told AS (
-                {_TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done',
+                {TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done',
                                CASE WHEN regressed THEN 'counter' END, $8 FROM used
-            )
+            ){approve}
             SELECT regressed, backup_changed FROM used
             """,
             credential.id,
@@ -478,9 +438,34 @@ class Durable:
             verified.backed_up,
             now,
             flag_counter,
-            *_who(),
+            *who(),
+            *(() if approval is None else (approval,)),
         )
         return Used(row["regressed"], row["backup_changed"]) if row else None
+
+    async def add_approval(
+        self, app_id: str, user_id: str, approval: Approval, *, new_id: str, now: datetime
+    ) -> bool:
+        """Insert what a user is asked to approve. False: the app has used its identifier before.
+
+        Raises:
+            UnknownUser: deleted meanwhile.
+        """
+        try:
+            row = await self._pg.row(
+                "add_approval",
+                "INSERT INTO approvals (id, app_id, user_id, identifier, data, created_at) VALUES ($1, $2, $3, $4, $5, $6)"
+                " ON CONFLICT (app_id, identifier) DO NOTHING RETURNING id",
+                new_id,
+                app_id,
+                user_id,
+                approval.identifier,
+                approval.data,
+                now,
+            )
+        except asyncpg.ForeignKeyViolationError:
+            raise UnknownUser from None
+        return row is not None
 
     async def confirm_credential(self, app_id: str, passkey_id: str, now: datetime) -> bool:
         """Record that a registration's nonce was redeemed; makes the credential live. False: revoked meanwhile."""
@@ -493,13 +478,13 @@ class Durable:
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = $3
                 WHERE id = (SELECT user_id FROM kept) AND status = 'pending'
-            ), told AS ({_TELL} SELECT $3, app_id, $4, 'passkey.confirmed', user_id, id, 'done', NULL, $5 FROM kept)
+            ), told AS ({TELL} SELECT $3, app_id, $4, 'passkey.confirmed', user_id, id, 'done', NULL, $5 FROM kept)
             SELECT id FROM kept
             """,
             app_id,
             passkey_id,
             now,
-            *_who(),
+            *who(),
         )
         return row is not None
 
@@ -507,24 +492,34 @@ class Durable:
         self, app_id: str, user_id: str, passkey_id: str | None, now: datetime
     ) -> list[str]:
         """Delete one of the user's credentials, or all of them (`passkey_id` None); returns the ids deleted."""
+        return await self.revoke_these(app_id, user_id, None if passkey_id is None else [passkey_id], now)
+
+    async def revoke_these(
+        self, app_id: str, user_id: str, passkey_ids: Sequence[str] | None, now: datetime
+    ) -> list[str]:
+        """Delete those of the user's credentials that have one of these ids, all for None; returns the ids deleted.
+
+        A user without an external id was there for its one passkey, and goes with it."""
         rows = await self._pg.rows(
             "revoke_credentials",
             f"""
             WITH gone AS (
-                DELETE FROM credentials WHERE app_id = $1 AND user_id = $2 AND ($3::text IS NULL OR id = $3)
+                DELETE FROM credentials WHERE app_id = $1 AND user_id = $2 AND ($3::text[] IS NULL OR id = ANY($3))
                 RETURNING id, app_id, user_id, use_count, last_used_at
             ), kept AS (
                 UPDATE users SET past_logins = past_logins + (SELECT sum(use_count) FROM gone)::bigint,
                        past_login_at = greatest(past_login_at, (SELECT max(last_used_at) FROM gone)), updated_at = $4
-                WHERE id = $2 AND EXISTS (SELECT FROM gone)
-            ), told AS ({_TELL} SELECT $4, app_id, $5, 'passkey.revoked', user_id, id, 'done', NULL, $6 FROM gone)
+                WHERE id = $2 AND external_id IS NOT NULL AND EXISTS (SELECT FROM gone)
+            ), nobody AS (
+                DELETE FROM users WHERE id = $2 AND external_id IS NULL AND EXISTS (SELECT FROM gone)
+            ), told AS ({TELL} SELECT $4, app_id, $5, 'passkey.revoked', user_id, id, 'done', NULL, $6 FROM gone)
             SELECT id FROM gone
             """,
             app_id,
             user_id,
-            passkey_id,
+            passkey_ids,
             now,
-            *_who(),
+            *who(),
         )
         return [row["id"] for row in rows]
 
@@ -544,52 +539,17 @@ class Durable:
         """Insert an event of its own: for a refusal, which changes nothing else. It names nobody deleted meanwhile."""
         await self._pg.row(
             "tell",
-            f"{_TELL} SELECT $1, a.id, $3, $5, u.id, CASE WHEN u.id IS NOT NULL THEN $7 END, $8, $9, $4"
+            f"{TELL} SELECT $1, a.id, $3, $5, u.id, CASE WHEN u.id IS NOT NULL THEN $7 END, $8, $9, $4"
             " FROM relying_parties a LEFT JOIN users u ON u.app_id = a.id AND u.id = $6 WHERE a.id = $2",
             now,
             app_id,
-            *_who(),
+            *who(),
             action,
             user_id,
             passkey_id,
             result,
             reason,
         )
-
-    async def events(self, app_id: str, *, limit: int, after: int = 0) -> Sequence[Event]:
-        """The newest `limit` events of an app with an id above `after`, oldest first."""
-        rows = await self._pg.rows(
-            "events",
-            "SELECT id, at, app_id, actor, action, user_id, passkey_id, result, reason, request_id FROM events"
-            " WHERE app_id = $1 AND id > $2 ORDER BY id DESC LIMIT $3",
-            app_id,
-            after,
-            limit,
-        )
-        return [Event(**dict(row)) for row in reversed(rows)]
-
-
-def _who() -> tuple[str, str]:
-    now = context()
-    return now.actor, now.request_id
-
-
-def _app(row: asyncpg.Record) -> RelyingParty:
-    return RelyingParty(
-        id=row["id"],
-        name=row["name"],
-        rp_id=row["rp_id"],
-        origins=tuple(row["origins"]),
-        related_origins=tuple(row["related_origins"]),
-        policy=Policy.load(cast(dict[str, Any], row["policy"])),
-        created_at=row["created_at"],
-    )
-
-
-def _credential(row: asyncpg.Record) -> Credential:
-    values = {k: v for k, v in row.items() if k != "external_id"}
-    values["transports"] = tuple(values["transports"])
-    return Credential(**values)
 
 
 def instant(epoch: float) -> datetime:

@@ -2,7 +2,8 @@
 
 **Every wait has a limit**: `timeout` for one statement, and never past the request's own deadline. A connection whose statement
 did not end well is cut, not returned: its answer may still be on the way, and asyncpg would otherwise wait for a server that
-does not answer. The server has the same limit (`statement_timeout`), for it does not notice a cut while a statement waits for a
+does not answer. The pool is a stack of idle connections and a queue of those who wait, no more: sessions here keep no state (no SET, no
+temporary table, no advisory lock), so nothing is reset between two users of one, and a statement costs one round trip. The server has the same limit (`statement_timeout`), for it does not notice a cut while a statement waits for a
 lock: the sessions left behind would use up its `max_connections`. Whatever the network or the server does wrong is `Unavailable`; a defect of ours (a syntax error, say) stays an
 exception. An unknown outcome of a commit is a failure to the caller.
 
@@ -16,7 +17,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import sys
+from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ from broker.errors import Fault, Unavailable
 from broker.telemetry import Metrics, Stopwatch, context
 
 T = TypeVar("T")
-Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 MIGRATION_LOCK = 0x7061_7373_6B65_79  # "passkey"
 
@@ -65,41 +66,32 @@ def sql_files() -> list[tuple[int, str, str]]:
 
 
 class Postgres:
-    """A pool of connections. `timeout` in seconds limits one wait; `open` connects lazily, so it succeeds without a server."""
+    """At most `connections` connections. `timeout` in seconds limits one wait; they are made when needed, so `open` needs no server."""
 
     def __init__(self, url: str, *, timeout: float, connections: int, metrics: Metrics) -> None:
         self._url = url
         self._timeout = timeout
-        self._connections = connections
         self._metrics = metrics
-        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._wanted = 0
+        self._room = connections  # for further connections
+        self._idle: list[Connection] = []
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._busy: set[Connection] = set()
+        self._closed = False
 
     async def open(self) -> None:
-        """Make the pool. No connection is made yet."""
+        """Get ready. No connection is made yet."""
         self._wanted = sql_files()[-1][0]
-        self._pool = await asyncpg.create_pool(
-            self._url,
-            min_size=0,
-            max_size=self._connections,
-            timeout=self._timeout,
-            max_queries=sys.maxsize,  # replacing a connection would wait for the server outside of any limit
-            reset=_no_reset,
-            server_settings={
-                "application_name": "passkey-broker",
-                "statement_timeout": str(max(1, round(self._timeout * 1000))),  # ms
-            },
-            init=_init,
-        )
 
     async def close(self) -> None:
         """Close every connection, at once where the server does not answer."""
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for connection in (*idle, *self._busy):
             try:
-                await asyncio.wait_for(pool.close(), self._timeout)
+                await connection.close(timeout=self._timeout)
             except _DOWN:
-                pool.terminate()
+                connection.terminate()
 
     async def run(self, operation: str, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Do `work` on a connection, within the limit.
@@ -107,32 +99,86 @@ class Postgres:
         Raises:
             Unavailable: the server is down, slow, full, lacks a migration, or denies our role what it needs.
         """
-        assert self._pool is not None, "opened by the composition root"
         connection: Connection | None = None
+        sound = False
         try:
             with Stopwatch(self._metrics, "postgres", operation):
                 async with asyncio.timeout(context().remaining(self._timeout)):
-                    connection = await self._pool.acquire()
+                    connection = await self._acquire()
                     result = await work(connection)
+            sound = True
         except _NOT_MIGRATED as fault:
-            await self._cut(connection)
             raise Unavailable(reason="postgres_not_migrated") from fault
         except asyncpg.InsufficientPrivilegeError as fault:
-            await self._cut(connection)
             raise Unavailable(reason="postgres_denied") from fault
         except _DOWN as fault:
-            await self._cut(connection)
             raise Unavailable(reason="postgres") from fault
-        except BaseException:
-            await self._cut(connection)
-            raise
-        await self._pool.release(connection)
+        finally:
+            if connection is not None:
+                self._release(connection, sound=sound)
         return result
 
-    async def _cut(self, connection: Connection | None) -> None:
-        if connection is not None and self._pool is not None:
+    async def _acquire(self) -> Connection:
+        """An idle connection, the one used last, for its server process is warm; a new one where there is room; else wait in line."""
+        while self._waiting or not (self._idle or self._room):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._call_next()  # the turn came as we left
+                raise
+            if self._idle or self._room:
+                break
+        if self._closed:
+            raise asyncpg.InterfaceError("closing")
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                self._busy.add(connection)
+                return connection
+            self._room += 1
+        return await self._connect()
+
+    async def _connect(self) -> Connection:
+        self._room -= 1
+        try:
+            connection: Connection = await asyncpg.connect(
+                self._url,
+                timeout=self._timeout,
+                server_settings={
+                    "application_name": "passkey-broker",
+                    "statement_timeout": str(max(1, round(self._timeout * 1000))),  # ms
+                },
+            )
+        except BaseException:
+            self._room += 1
+            self._call_next()
+            raise
+        self._busy.add(connection)
+        try:
+            await _init(connection)
+        except BaseException:
+            self._release(connection, sound=False)
+            raise
+        return connection
+
+    def _release(self, connection: Connection, *, sound: bool) -> None:
+        self._busy.discard(connection)
+        if sound and not connection.is_closed() and not self._closed:
+            self._idle.append(connection)
+        else:
             connection.terminate()
-            await self._pool.release(connection)
+            self._room += 1
+        self._call_next()
+
+    def _call_next(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
 
     async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
         return await self.run(operation, lambda c: c.fetchrow(sql, *values))
@@ -214,10 +260,6 @@ class Postgres:
         finally:
             with contextlib.suppress(*_DOWN):
                 await connection.close(timeout=10)
-
-
-async def _no_reset(_: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Sessions here keep no state (no SET, no temporary table, no advisory lock), so a release needs no round trip."""
 
 
 async def _init(connection: asyncpg.Connection[asyncpg.Record]) -> None:

@@ -9,10 +9,12 @@ on any number of instances one gets it. Nothing here answers "is it valid?".
     p:{T}             its pending ceremony: SHA-256 of the handle, then the record
 
     p:{H}             a pending ceremony under a name that a keyed caller chose; H is the name's digest
-    p:{app}:H         a pending ceremony of nobody in particular (discoverable); H is the handle's digest
+    p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge
     d:{app}           the open ones of an app, by end of life: what the cap counts
     n:H               what a nonce stands for
+    s:H               what a ticket for signals stands for
     ready             nothing, for a second: what `check` writes
+    m:, o:, w:        mail codes: see `broker.ephemeral.mailbox`
 
 A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing over it, and the old handle
 finds nothing. A handle carries T behind its secret, which is how finish finds `p:{T}` from the handle alone; the script compares
@@ -29,26 +31,22 @@ end is never returned, even if a restored snapshot brings it back.
 burnt and its owner told it was never valid. Every client here has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`. A
 connection whose reply was not awaited to its end is closed, so nobody reads another's answer.
 
-An operator can compute: keys = open transactions + pending ceremonies + unredeemed nonces + one set per app with open
+An operator can compute: keys = open transactions + pending ceremonies + unredeemed nonces and tickets + one set per app with open
 discoverable ceremonies; about 0.4 kB each.
 """
 
 from __future__ import annotations
 
-import asyncio
 from base64 import urlsafe_b64decode
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import orjson
-from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.commands.core import AsyncScript
-from redis.exceptions import RedisClusterException, RedisError
 
+from broker.ephemeral.client import DOWN, Commands, Script, connect, run_script
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
+    Asked,
     Pending,
     PendingAuthentication,
     PendingRegistration,
@@ -60,28 +58,28 @@ from broker.model import (
 from broker.telemetry import Metrics, Stopwatch, context
 from broker.tokens import digest, text
 
+__all__ = ["Ephemeral", "connect"]
+
 T = TypeVar("T")
 
 _SECRET = len("pbh_") + 43  # characters of a handle before the transaction's digest
 _HASH = 32
 
-# What redis-py raises for a server that is down, slow, full or refuses; RedisClusterException is no RedisError.
-_DOWN = (RedisError, RedisClusterException, OSError, TimeoutError)
 _PROBE = b"ready"
 
 # KEYS: p:{T}. ARGV: digest of the handle. The record starts with the digest of the only handle that may take it.
-_TAKE_BOUND = """
+_TAKE_BOUND = Script("""
 local v = redis.call('GET', KEYS[1])
 if v and string.sub(v, 1, 32) == ARGV[1] then
   redis.call('DEL', KEYS[1])
   return v
 end
 return false
-"""
+""")
 
 # KEYS: p:{app}:H, d:{app}. ARGV: record, life in ms, now in ms, end in ms, cap, member.
 # SET is the first write: a full server refuses it, while it lets a script that has begun to write go on past its limit.
-_PUT_OPEN = """
+_PUT_OPEN = Script("""
 if redis.call('ZCOUNT', KEYS[2], '(' .. ARGV[3], '+inf') >= tonumber(ARGV[5]) then
   return 0
 end
@@ -91,98 +89,68 @@ redis.call('ZADD', KEYS[2], ARGV[4], ARGV[6])
 redis.call('PEXPIREAT', KEYS[2], ARGV[4], 'GT')
 redis.call('PEXPIREAT', KEYS[2], ARGV[4], 'NX')
 return 1
-"""
+""")
 
 # KEYS: p:{app}:H, d:{app}. ARGV: member.
-_TAKE_OPEN = """
+_TAKE_OPEN = Script("""
 redis.call('ZREM', KEYS[2], ARGV[1])
 return redis.call('GETDEL', KEYS[1])
-"""
-
-
-class _PatientCluster(RedisCluster):
-    """A cluster's client whose callers wait for their turn, as they do with `BlockingConnectionPool`. By itself redis-py refuses
-    the caller for whom no connection is left, so a short burst would be an outage."""
-
-    def __init__(self, *, turns: int, **options: Any) -> None:
-        # A connection that is being closed after a fault still counts, so there is room for as many again.
-        super().__init__(max_connections=2 * turns, **options)
-        self._turns = asyncio.Semaphore(turns)
-
-    async def execute_command(self, *args: Any, **options: Any) -> Any:
-        async with self._turns:
-            return await super().execute_command(*args, **options)
-
-
-def connect(url: str, *, timeout: float, connections: int) -> Redis | RedisCluster:
-    """A client that never repeats a command by itself. `redis+cluster://` and `rediss+cluster://` name a cluster.
-
-    At most `connections` commands are under way at once; who comes later waits.
-    """
-    limits: dict[str, Any] = {
-        # `_run` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a cancelled asyncio.wait_for
-        # returns what happens to be there, and the wait goes on past the request's deadline.
-        "socket_timeout": None,
-        "socket_connect_timeout": timeout,
-        "retry": Retry(NoBackoff(), 0),
-        # With RESP3 the server may push between answers, so redis-py takes a connection with unread data for sound.
-        "protocol": 2,
-    }
-    if "+cluster://" in url:
-        return _PatientCluster.from_url(
-            url.replace("+cluster://", "://"),
-            turns=connections,
-            require_full_coverage=False,
-            **limits,
-        )
-    pool = BlockingConnectionPool.from_url(url, max_connections=connections, timeout=timeout, **limits)
-    return Redis(connection_pool=pool)
+""")
 
 
 class Ephemeral:
     """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one wait."""
 
     def __init__(
-        self, redis: Redis | RedisCluster, *, timeout: float, metrics: Metrics, clock: Callable[[], float]
+        self, commands: Commands, *, timeout: float, metrics: Metrics, clock: Callable[[], float]
     ) -> None:
-        self._redis = cast(Redis, redis)
+        self._commands = commands
         self._timeout = timeout
         self._metrics = metrics
         self._clock = clock
-        self._take_bound: AsyncScript = self._redis.register_script(_TAKE_BOUND)
-        self._put_open: AsyncScript = self._redis.register_script(_PUT_OPEN)
-        self._take_open: AsyncScript = self._redis.register_script(_TAKE_OPEN)
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._redis.aclose()
+        await self._commands.close()
 
-    async def _run(self, operation: str, command: Awaitable[T]) -> T:
-        """Await one command or script, within the limit.
+    async def _ask(self, operation: str, *command: Any) -> Any:
+        """The reply to one command, within the limit.
 
         Raises:
             Unavailable: the server is down, slow, full, or refuses to write; or its reply was lost.
         """
         try:
             with Stopwatch(self._metrics, "redis", operation):
-                async with asyncio.timeout(context().remaining(self._timeout)):
-                    return await command
-        except _DOWN as fault:
+                return await self._commands.ask(*command, limit=context().remaining(self._timeout))
+        except DOWN as fault:
+            raise Unavailable(reason="redis") from fault
+
+    async def run(self, operation: str, script: Script, *, keys: list[bytes], args: list[Any]) -> Any:
+        """Run a Lua script whose keys share a hash tag: atomic, and one round trip once the server has it.
+
+        Raises:
+            Unavailable: see `_ask`.
+        """
+        try:
+            with Stopwatch(self._metrics, "redis", operation):
+                limit = context().remaining(self._timeout)
+                return await run_script(self._commands, script, keys, args, limit)
+        except DOWN as fault:
             raise Unavailable(reason="redis") from fault
 
     async def check(self) -> None:
         """Raise `Unavailable` unless the server takes a write: one that is full, or a replica, answers PING and serves nobody."""
-        await self._run("check", self._redis.set(_PROBE, b"", px=1000))
+        await self._ask("check", "SET", _PROBE, b"", "PX", 1000)
 
     async def facts(self) -> dict[str, Any]:
         """For `broker doctor`: version, seconds since the epoch by the server's clock, eviction policy."""
-        server = await self._run("facts", self._redis.info("server"))
-        memory = await self._run("facts", self._redis.info("memory"))
-        now = await self._run("facts", self._redis.time())
+        server = _info(await self._ask("facts", "INFO", b"server"))
+        memory = _info(await self._ask("facts", "INFO", b"memory"))
+        now = await self._ask("facts", "TIME")
         return {
-            "version": str(server.get("valkey_version") or server["redis_version"]),
-            "clock": now[0] + now[1] / 1e6,
-            "eviction": str(memory.get("maxmemory_policy", "noeviction")),
+            "version": server.get("valkey_version") or server["redis_version"],
+            "clock": int(now[0]) + int(now[1]) / 1e6,
+            "eviction": memory.get("maxmemory_policy", "noeviction"),
         }
 
     # -- transactions ---------------------------------------------------------------------------------------------------------
@@ -195,13 +163,13 @@ class Ephemeral:
     async def peek_transaction(self, app_id: str, transaction_id: str) -> tuple[bytes, Transaction] | None:
         """A transaction and the digest of its id, left where it is."""
         name = digest("transaction", app_id, transaction_id)
-        stored = await self._run("peek_transaction", self._redis.get(b"t:{%s}" % text(name).encode()))
+        stored = await self._ask("peek_transaction", "GET", b"t:{%s}" % text(name).encode())
         found = self._load(cast(bytes | None, stored), Transaction)
         return (name, found) if found else None
 
     async def take_transaction(self, name: bytes) -> Transaction | None:
         """Take the transaction whose id has this digest."""
-        stored = await self._run("take_transaction", self._redis.getdel(b"t:{%s}" % text(name).encode()))
+        stored = await self._ask("take_transaction", "GETDEL", b"t:{%s}" % text(name).encode())
         return self._load(cast(bytes | None, stored), Transaction)
 
     # -- pending ceremonies ---------------------------------------------------------------------------------------------------
@@ -222,30 +190,48 @@ class Ephemeral:
                 before=digest("handle", pending.app_id, handle),
             )
             return handle
-        name = digest("handle", pending.app_id, secret)
+        await self._put_open_pending(digest("handle", pending.app_id, secret), pending, cap)
+        return secret
+
+    async def put_pending_by_challenge(self, pending: Pending, *, cap: int) -> None:
+        """Store a pending ceremony that its challenge finds. The cap is for those of nobody in particular.
+
+        Raises:
+            TooManyCeremonies: see `put_pending`.
+        """
+        name = digest("challenge", pending.app_id, text(pending.challenge))
+        if isinstance(pending, PendingAuthentication) and pending.user_id is None:
+            await self._put_open_pending(name, pending, cap)
+        else:
+            await self._put("put_pending", self._open_keys(pending.app_id, name)[0], pending)
+
+    async def _put_open_pending(self, name: bytes, pending: Pending, cap: int) -> None:
         now = int(self._clock() * 1000)
         end = int(pending.expires_at * 1000)
-        stored = await self._run(
+        stored = await self.run(
             "put_pending",
-            self._put_open(
-                keys=self._open_keys(pending.app_id, name),
-                args=[_dump(pending), max(1, end - now), now, end, cap, name],
-            ),
+            _PUT_OPEN,
+            keys=self._open_keys(pending.app_id, name),
+            args=[_dump(pending), max(1, end - now), now, end, cap, name],
         )
         if not stored:
             raise TooManyCeremonies(reason="discoverable_limit")
-        return secret
 
     async def take_pending(self, app_id: str, handle: str) -> Pending | None:
         """Take the pending ceremony that `handle` finds, of either kind."""
         name = digest("handle", app_id, handle)
         if len(handle) > _SECRET:
             key = b"p:{%s}" % handle[_SECRET:].encode()
-            stored = await self._run("take_pending", self._take_bound(keys=[key], args=[name]))
+            stored = await self.run("take_pending", _TAKE_BOUND, keys=[key], args=[name])
             return self._load_pending(stored[_HASH:] if stored else None)
-        stored = await self._run(
-            "take_pending", self._take_open(keys=self._open_keys(app_id, name), args=[name])
-        )
+        return await self._take_open_pending(app_id, name)
+
+    async def take_pending_by_challenge(self, app_id: str, challenge: bytes) -> Pending | None:
+        """Take the pending ceremony with this challenge."""
+        return await self._take_open_pending(app_id, digest("challenge", app_id, text(challenge)))
+
+    async def _take_open_pending(self, app_id: str, name: bytes) -> Pending | None:
+        stored = await self.run("take_pending", _TAKE_OPEN, keys=self._open_keys(app_id, name), args=[name])
         return self._load_pending(stored)
 
     @staticmethod
@@ -259,7 +245,7 @@ class Ephemeral:
 
     async def take_pending_as(self, app_id: str, name: str) -> Pending | None:
         """Take the pending ceremony that was put under `name`."""
-        stored = await self._run("take_pending", self._redis.getdel(self._name_key(app_id, name)))
+        stored = await self._ask("take_pending", "GETDEL", self._name_key(app_id, name))
         return self._load_pending(cast(bytes | None, stored))
 
     @staticmethod
@@ -275,8 +261,25 @@ class Ephemeral:
     async def take_nonce(self, app_id: str, nonce: str) -> Redeemable | None:
         """Take what a nonce stands for."""
         key = b"n:" + text(digest("nonce", app_id, nonce)).encode()
-        stored = await self._run("take_nonce", self._redis.getdel(key))
+        stored = await self._ask("take_nonce", "GETDEL", key)
         return self._load(cast(bytes | None, stored), Redeemable)
+
+    # -- tickets --------------------------------------------------------------------------------------------------------------
+
+    async def put_ticket(self, app_id: str, ticket: str, value: object, ends: float) -> None:
+        """Store what a ticket stands for, a JSON value, until `ends`."""
+        key = b"s:" + text(digest("ticket", app_id, ticket)).encode()
+        life = max(1, int((ends - self._clock()) * 1000))
+        await self._ask("put_ticket", "SET", key, orjson.dumps([ends, value]), "PX", life)
+
+    async def take_ticket(self, app_id: str, ticket: str) -> Any | None:
+        """Take what a ticket stands for."""
+        key = b"s:" + text(digest("ticket", app_id, ticket)).encode()
+        stored = await self._ask("take_ticket", "GETDEL", key)
+        if not stored:
+            return None
+        ends, value = orjson.loads(cast(bytes, stored))
+        return value if ends > self._clock() else None
 
     # -- records --------------------------------------------------------------------------------------------------------------
 
@@ -284,7 +287,7 @@ class Ephemeral:
         self, operation: str, key: bytes, record: Transaction | Pending | Redeemable, *, before: bytes = b""
     ) -> None:
         life = max(1, int((record.expires_at - self._clock()) * 1000))
-        await self._run(operation, self._redis.set(key, before + _dump(record), px=life))
+        await self._ask(operation, "SET", key, before + _dump(record), "PX", life)
 
     def _load(self, stored: bytes | None, kind: type[T]) -> T | None:
         record = _load(stored) if stored else None
@@ -296,15 +299,24 @@ class Ephemeral:
         return self._load(stored, PendingRegistration) or self._load(stored, PendingAuthentication)
 
 
+def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:
+    """An INFO reply, of either client."""
+    if isinstance(reply, dict):
+        return {name: str(value) for name, value in reply.items()}
+    lines = (line.partition(":") for line in reply.decode().splitlines())
+    return {name: value for name, colon, value in lines if colon}
+
+
 _Record = Transaction | PendingRegistration | PendingAuthentication | Redeemable
 _KINDS: dict[str, type[_Record]] = {
-    "t1": Transaction,
-    "r2": PendingRegistration,
-    "a1": PendingAuthentication,
-    "n1": Redeemable,
+    "t2": Transaction,
+    "r3": PendingRegistration,
+    "a2": PendingAuthentication,
+    "n2": Redeemable,
 }
 _TAGS = {kind: tag for tag, kind in _KINDS.items()}
 _BYTES = frozenset({"challenge", "transaction", "credential_id"})
+_NOTHING_ASKED = Asked()  # stored as null: most ceremonies
 
 
 def _dump(record: _Record) -> bytes:
@@ -313,10 +325,15 @@ def _dump(record: _Record) -> bytes:
 
 
 def _values(record: object) -> list[object]:
-    return [
-        text(value) if isinstance(value, bytes) else _values(value) if isinstance(value, Receipt) else value
-        for value in fields_of(record).values()
-    ]
+    return [_value(value) for value in fields_of(record).values()]
+
+
+def _value(value: object) -> object:
+    if isinstance(value, bytes):
+        return text(value)
+    if isinstance(value, Asked):
+        return None if value == _NOTHING_ASKED else _values(value)
+    return _values(value) if isinstance(value, Receipt) else value
 
 
 def _load(stored: bytes) -> _Record | None:
@@ -333,6 +350,8 @@ def _build(kind: type[Any], values: list[Any]) -> object:
             named[name] = urlsafe_b64decode(value + "==")
         elif name == "receipt":
             named[name] = _build(Receipt, value)
+        elif name == "asked":
+            named[name] = _build(Asked, value) if value is not None else _NOTHING_ASKED
         elif isinstance(value, list):
             named[name] = tuple(value)
     return cast(object, kind(**named))

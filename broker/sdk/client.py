@@ -21,18 +21,21 @@ import ipaddress
 import json
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 from urllib.parse import quote, urlsplit
 
 import httpx
 
 Purpose = Literal["register", "authenticate"]
+Proof = Literal["register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"]
 Retry = Literal["page", "backend"]
+UserVerification = Literal["required", "preferred", "discouraged"]
+SignalKind = Literal["update", "delete", "prune"]
 
 CONNECT_TIMEOUT = 2.0  # seconds
 TIMEOUT = 10.0  # seconds, for the answer
@@ -130,11 +133,13 @@ class Receipt:
 
     `credential_id` is base64url; `origin` the page's; `attestation` is "none", "claimed" or "verified" (to a root of the app's
     policy); `authenticator_name_claimed` is what the authenticator says of itself, unproved; `at` is when the ceremony finished.
+    `purpose` says what it proves: a `second_factor` or an approval is no sign-in, so each has a purpose of its own; `approval` is the id of what the user approved; `token` is the receipt as a signed
+    JSON Web Token, where `verify_nonce` asked for one.
     """
 
     external_id: str
     user_id: str
-    purpose: Purpose
+    purpose: Proof
     passkey_id: str
     credential_id: str
     origin: str
@@ -147,6 +152,9 @@ class Receipt:
     attestation: str
     authenticator_name_claimed: str | None
     at: datetime
+    second_factor: bool = False
+    approval: str | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,47 @@ class Passkey:
     created_at: datetime
     updated_at: datetime
     last_used_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedPasskey:
+    """One passkey of the app, whoever owns it; `external_id` is None while nobody does.
+
+    `nickname` is what lists show (None: not given), `user_name` what the authenticator shows; a `second_factor` signs in only where
+    one is asked for, and one that is not `live` nowhere yet.
+    """
+
+    id: str
+    external_id: str | None
+    credential_id: str
+    nickname: str | None
+    user_name: str
+    type: str
+    second_factor: bool
+    live: bool
+    backed_up: bool
+    use_count: int
+    created_at: datetime
+    last_used_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class PasskeyPage:
+    """A page of passkeys, and how many there are in all."""
+
+    passkeys: tuple[OwnedPasskey, ...]
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTicket:
+    """For the page's `applySignals`, once, until `expires_at`. `missing` are the ids that are no passkeys of the app; where it is
+    `empty` there is nothing to tell."""
+
+    ticket: str = field(repr=False)
+    expires_at: datetime
+    missing: tuple[str, ...]
+    empty: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +241,7 @@ class Request:
 
     method: str
     path: str  # below /v1/apps/{app_id}, percent-encoded
-    body: dict[str, str] | None = None
+    body: dict[str, Any] | None = None
     query: dict[str, str] | None = None
 
 
@@ -208,16 +257,22 @@ class Answer:
 _Steps = Generator[Request, Answer, T]
 
 
-def _create_transaction(purpose: Purpose, **body: str) -> _Steps[str]:
-    answer = yield Request("POST", f"/transactions/{purpose}", body=body)
+def _create_transaction(purpose: Purpose, timeout: float | None, **body: object) -> _Steps[str]:
+    """`timeout` in seconds; what is None or False was not asked."""
+    stated = {name: value for name, value in body.items() if value is not None and value is not False}
+    if timeout is not None:
+        stated["timeout"] = round(timeout * 1000)
+    answer = yield Request("POST", f"/transactions/{purpose}", body=stated)
     return _Fields(answer).text("transaction_id")
 
 
 def _verify_nonce(
-    nonce: str, purpose: Purpose | None, transaction_id: str | None, external_id: str | None
+    nonce: str, purpose: Proof | None, transaction_id: str | None, external_id: str | None, signed: bool
 ) -> _Steps[Receipt]:
     expected = {"purpose": purpose, "transaction_id": transaction_id, "external_id": external_id}
-    stated = {name: value for name, value in expected.items() if value is not None}
+    stated: dict[str, Any] = {name: value for name, value in expected.items() if value is not None}
+    if signed:
+        stated["signed"] = True
     fields = _Fields((yield Request("POST", "/authenticate/verify", body={"nonce": nonce, **stated})))
     receipt = Receipt(
         external_id=fields.text("external_id"),
@@ -235,6 +290,9 @@ def _verify_nonce(
         attestation=fields.text("attestation"),
         authenticator_name_claimed=fields.text_or_null("authenticator_name_claimed"),
         at=fields.moment("at"),
+        second_factor=fields.flag_or_false("second_factor"),
+        approval=fields.text_or_null("approval"),
+        token=fields.text("token") if signed else None,
     )
     if purpose not in (None, receipt.purpose) or external_id not in (None, receipt.external_id):
         raise InvalidNonce("invalid_nonce", "The nonce is for another purpose or another user.")
@@ -272,11 +330,62 @@ def _list_passkeys(external_id: str) -> _Steps[list[Passkey]]:
 
 
 def _revoke_passkey(external_id: str, passkey_id: str) -> _Steps[None]:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", passkey_id):  # "" and ".." would change the path
-        raise PasskeyNotFound("device_not_found", "No passkey has such an id.")
+    _judge_id(passkey_id)
     user_id = yield from _user_id(external_id)
     answer = yield Request("DELETE", f"/users/{quote(user_id, safe='')}/devices/{passkey_id}")
     _accept(answer)
+
+
+def _list_all_passkeys(external_id: str | None, page: int, limit: int) -> _Steps[PasskeyPage]:
+    query = {"page": str(page), "limit": str(limit)}
+    if external_id is not None:
+        query["external_id"] = external_id
+    fields = _Fields((yield Request("GET", "/passkeys", query=query)))
+    return PasskeyPage(tuple(_owned_passkey(p) for p in fields.each("passkeys")), fields.number("total"))
+
+
+def _rename_passkey(passkey_id: str, nickname: str) -> _Steps[OwnedPasskey]:
+    _judge_id(passkey_id)
+    answer = yield Request("PATCH", f"/passkeys/{passkey_id}", body={"nickname": nickname})
+    return _owned_passkey(_Fields(answer).inner("passkey"))
+
+
+def _prepare_signals(kind: SignalKind, **body: object) -> _Steps[SignalTicket]:
+    stated = {name: value for name, value in body.items() if value is not None}
+    fields = _Fields((yield Request("POST", f"/signals/{quote(kind, safe='')}", body=stated)))
+    return SignalTicket(
+        ticket=fields.text("ticket"),
+        expires_at=fields.moment("expires_at"),
+        missing=fields.texts("missing"),
+        empty=fields.flag("empty"),
+    )
+
+
+def _ids(passkey_ids: Sequence[str] | None) -> list[str] | None:
+    """None is what was not asked. A list stays one when it is empty: the broker refuses to take it for "any"."""
+    return None if passkey_ids is None else list(passkey_ids)
+
+
+def _judge_id(passkey_id: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", passkey_id):  # "" and ".." would change the path
+        raise PasskeyNotFound("device_not_found", "No passkey has such an id.")
+
+
+def _owned_passkey(fields: _Fields) -> OwnedPasskey:
+    return OwnedPasskey(
+        id=fields.text("id"),
+        external_id=fields.text_or_null("external_id"),
+        credential_id=fields.text("credential_id"),
+        nickname=fields.text_or_null("nickname"),
+        user_name=fields.text("user_name"),
+        type=fields.text("type"),
+        second_factor=fields.flag("second_factor"),
+        live=fields.flag("live"),
+        backed_up=fields.flag("backed_up"),
+        use_count=fields.number("use_count"),
+        created_at=fields.moment("created_at"),
+        last_used_at=fields.moment_or_null("last_used_at"),
+    )
 
 
 def _passkey(device: _Fields) -> Passkey:
@@ -363,6 +472,10 @@ class _Fields:
     def flag(self, name: str) -> bool:
         return self._typed(name, bool)
 
+    def flag_or_false(self, name: str) -> bool:
+        """For what an older broker does not know."""
+        return self._value.get(name) is not None and self.flag(name)
+
     def number(self, name: str) -> int:
         return self._typed(name, int)
 
@@ -379,14 +492,20 @@ class _Fields:
     def moment_or_null(self, name: str) -> datetime | None:
         return None if self._value.get(name) is None else self.moment(name)
 
-    def purpose(self, name: str) -> Purpose:
+    def purpose(self, name: str) -> Proof:
         value = self.text(name)
-        if value not in ("register", "authenticate"):
+        if value not in get_args(Proof):
             raise self._unexpected(f"no known {name}")
-        return cast(Purpose, value)
+        return cast(Proof, value)
 
     def inner(self, name: str) -> _Fields:
         return _Fields(self._answer, self._typed(name, dict))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        values = self._typed(name, list)
+        if not all(isinstance(value, str) for value in values):
+            raise self._unexpected(f"no texts in {name}")
+        return tuple(values)
 
     def each(self, name: str) -> list[_Fields]:
         return [_Fields(self._answer, item) for item in self._typed(name, list)]
@@ -449,11 +568,10 @@ class _Address:
         Raises:
             InvalidRequest: a text holds a lone surrogate, which no encoding can carry.
         """
-        for text in (*(request.body or {}).values(), *(request.query or {}).values()):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise InvalidRequest("invalid_request", "An argument is not valid Unicode text.") from None
+        try:
+            json.dumps([request.body, request.query], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("invalid_request", "An argument is not valid Unicode text.") from None
         arguments: dict[str, Any] = {"method": request.method, "url": self._base + request.path}
         if request.body is not None:
             arguments["json"] = request.body
@@ -512,46 +630,91 @@ class BrokerClient:
                 body.add(chunk)
             return body.answer(response)
 
-    def create_register_transaction(self, external_id: str, passkey_display_name: str) -> str:
+    def create_register_transaction(
+        self,
+        external_id: str,
+        passkey_display_name: str,
+        *,
+        user_name: str | None = None,
+        user_verification: UserVerification | None = None,
+        ceremony_timeout: float | None = None,
+        exclude_passkeys: Sequence[str] | None = None,
+        second_factor: bool = False,
+    ) -> str:
         """Permit one new passkey for the user, who is created if new. Returns the transaction's id, for the page.
 
-        The id is a bearer right to add a passkey until it is used or ends. The display name is what the authenticator shows.
+        The id is a bearer right to add a passkey until it is used or ends. The display name is what the authenticator shows, beside
+        `user_name` (the same, if not given). `ceremony_timeout` is in seconds, 1 to 600, and never more than the app's `ceremony_life`;
+        `exclude_passkeys` are ids of passkeys besides the user's own; `second_factor` makes a passkey that signs in only where a
+        second factor is asked for.
 
         Raises:
-            InvalidRequest: either text is empty or longer than 256 characters.
+            InvalidRequest: a text is empty or longer than 256 characters, or an option has no form that the broker takes.
         """
         return self._run(
             _create_transaction(
-                "register", external_id=external_id, passkey_display_name=passkey_display_name
+                "register",
+                ceremony_timeout,
+                external_id=external_id,
+                passkey_display_name=passkey_display_name,
+                user_name=user_name,
+                user_verification=user_verification,
+                exclude_passkeys=_ids(exclude_passkeys) or None,
+                second_factor=second_factor,
             )
         )
 
-    def create_authenticate_transaction(self, external_id: str) -> str:
+    def create_authenticate_transaction(
+        self,
+        external_id: str | None = None,
+        *,
+        passkeys: Sequence[str] | None = None,
+        discoverable: bool = False,
+        user_verification: UserVerification | None = None,
+        ceremony_timeout: float | None = None,
+        second_factor: bool = False,
+    ) -> str:
         """Permit one sign-in of the user. Returns the transaction's id, for the page.
+
+        `passkeys` are the ids of the only passkeys that may answer; an empty list is refused. Without `external_id` it is a sign-in of
+        whoever has one of them, or with `discoverable` of whoever has a passkey: act on the receipt's external id alone. `ceremony_timeout` is
+        in seconds. With `second_factor` the user's second factors may answer, too.
 
         Raises:
             UserNotFound, NoPasskeys, InvalidRequest
         """
-        return self._run(_create_transaction("authenticate", external_id=external_id))
+        return self._run(
+            _create_transaction(
+                "authenticate",
+                ceremony_timeout,
+                external_id=external_id,
+                passkeys=_ids(passkeys),
+                discoverable=discoverable,
+                user_verification=user_verification,
+                second_factor=second_factor,
+            )
+        )
 
     def verify_nonce(
         self,
         nonce: str,
         *,
-        purpose: Purpose | None = None,
+        purpose: Proof | None = None,
         transaction_id: str | None = None,
         external_id: str | None = None,
+        signed: bool = False,
     ) -> Receipt:
         """Redeem a nonce that a page brought, once. Sign in `receipt.external_id` and nobody else.
 
         Always state what the session expects: `purpose` keeps a registration from buying a login, `transaction_id` and
-        `external_id` another person's nonce. A mismatch spends the nonce. Sent once; after `BrokerUnreachable` or
-        `BrokerUnavailable` the nonce may be spent, and the person signs in again.
+        `external_id` another person's nonce; a second factor's nonce is redeemed only for its own purpose. A mismatch spends the nonce. Sent once; after `BrokerUnreachable` or
+        `BrokerUnavailable` the nonce may be spent, and the person signs in again. `signed` asks for `Receipt.token` as well, for
+        services that check it offline with the app's key set.
 
         Raises:
             InvalidNonce, InvalidRequest
         """
-        return self._run(_verify_nonce(nonce, purpose, transaction_id, external_id))
+        return self._run(_verify_nonce(nonce, purpose, transaction_id, external_id, signed))
 
     def get_user(self, external_id: str) -> User:
         """The user with all passkeys. Raises `UserNotFound`."""
@@ -560,6 +723,43 @@ class BrokerClient:
     def list_passkeys(self, external_id: str) -> list[Passkey]:
         """The user's passkeys. Raises `UserNotFound`."""
         return self._run(_list_passkeys(external_id))
+
+    def list_all_passkeys(
+        self, external_id: str | None = None, *, page: int = 1, limit: int = 100
+    ) -> PasskeyPage:
+        """A page of the app's passkeys, or of one user's, oldest first; `limit` is 500 at most."""
+        return self._run(_list_all_passkeys(external_id, page, limit))
+
+    def rename_passkey(self, passkey_id: str, nickname: str) -> OwnedPasskey:
+        """Change what lists show of a passkey. Raises `PasskeyNotFound`, `InvalidRequest`."""
+        return self._run(_rename_passkey(passkey_id, nickname))
+
+    def prepare_signals(
+        self,
+        kind: SignalKind,
+        *,
+        external_id: str | None = None,
+        user_name: str | None = None,
+        user_display_name: str | None = None,
+        passkeys: Sequence[str] | None = None,
+    ) -> SignalTicket:
+        """Change passkeys, and get a ticket with which the page tells the authenticator.
+
+        "update" stores `user_name` on all passkeys of the user; "delete" ends `passkeys`, or all of the user, at once; "prune"
+        changes nothing, and lets the authenticator forget passkeys that are no longer there.
+
+        Raises:
+            InvalidRequest: not what the kind takes.
+        """
+        return self._run(
+            _prepare_signals(
+                kind,
+                external_id=external_id,
+                user_name=user_name,
+                user_display_name=user_display_name,
+                passkeys=_ids(passkeys),
+            )
+        )
 
     def revoke_passkey(self, external_id: str, passkey_id: str) -> None:
         """End a passkey of this user: it never signs in again. Raises `UserNotFound`, `PasskeyNotFound`."""
@@ -604,28 +804,65 @@ class AsyncBrokerClient:
                     body.add(chunk)
                 return body.answer(response)
 
-    async def create_register_transaction(self, external_id: str, passkey_display_name: str) -> str:
+    async def create_register_transaction(
+        self,
+        external_id: str,
+        passkey_display_name: str,
+        *,
+        user_name: str | None = None,
+        user_verification: UserVerification | None = None,
+        ceremony_timeout: float | None = None,
+        exclude_passkeys: Sequence[str] | None = None,
+        second_factor: bool = False,
+    ) -> str:
         """As `BrokerClient.create_register_transaction`."""
         return await self._run(
             _create_transaction(
-                "register", external_id=external_id, passkey_display_name=passkey_display_name
+                "register",
+                ceremony_timeout,
+                external_id=external_id,
+                passkey_display_name=passkey_display_name,
+                user_name=user_name,
+                user_verification=user_verification,
+                exclude_passkeys=_ids(exclude_passkeys) or None,
+                second_factor=second_factor,
             )
         )
 
-    async def create_authenticate_transaction(self, external_id: str) -> str:
+    async def create_authenticate_transaction(
+        self,
+        external_id: str | None = None,
+        *,
+        passkeys: Sequence[str] | None = None,
+        discoverable: bool = False,
+        user_verification: UserVerification | None = None,
+        ceremony_timeout: float | None = None,
+        second_factor: bool = False,
+    ) -> str:
         """As `BrokerClient.create_authenticate_transaction`."""
-        return await self._run(_create_transaction("authenticate", external_id=external_id))
+        return await self._run(
+            _create_transaction(
+                "authenticate",
+                ceremony_timeout,
+                external_id=external_id,
+                passkeys=_ids(passkeys),
+                discoverable=discoverable,
+                user_verification=user_verification,
+                second_factor=second_factor,
+            )
+        )
 
     async def verify_nonce(
         self,
         nonce: str,
         *,
-        purpose: Purpose | None = None,
+        purpose: Proof | None = None,
         transaction_id: str | None = None,
         external_id: str | None = None,
+        signed: bool = False,
     ) -> Receipt:
         """As `BrokerClient.verify_nonce`."""
-        return await self._run(_verify_nonce(nonce, purpose, transaction_id, external_id))
+        return await self._run(_verify_nonce(nonce, purpose, transaction_id, external_id, signed))
 
     async def get_user(self, external_id: str) -> User:
         """As `BrokerClient.get_user`."""
@@ -634,6 +871,36 @@ class AsyncBrokerClient:
     async def list_passkeys(self, external_id: str) -> list[Passkey]:
         """As `BrokerClient.list_passkeys`."""
         return await self._run(_list_passkeys(external_id))
+
+    async def list_all_passkeys(
+        self, external_id: str | None = None, *, page: int = 1, limit: int = 100
+    ) -> PasskeyPage:
+        """As `BrokerClient.list_all_passkeys`."""
+        return await self._run(_list_all_passkeys(external_id, page, limit))
+
+    async def rename_passkey(self, passkey_id: str, nickname: str) -> OwnedPasskey:
+        """As `BrokerClient.rename_passkey`."""
+        return await self._run(_rename_passkey(passkey_id, nickname))
+
+    async def prepare_signals(
+        self,
+        kind: SignalKind,
+        *,
+        external_id: str | None = None,
+        user_name: str | None = None,
+        user_display_name: str | None = None,
+        passkeys: Sequence[str] | None = None,
+    ) -> SignalTicket:
+        """As `BrokerClient.prepare_signals`."""
+        return await self._run(
+            _prepare_signals(
+                kind,
+                external_id=external_id,
+                user_name=user_name,
+                user_display_name=user_display_name,
+                passkeys=_ids(passkeys),
+            )
+        )
 
     async def revoke_passkey(self, external_id: str, passkey_id: str) -> None:
         """As `BrokerClient.revoke_passkey`."""

@@ -51,6 +51,15 @@ export interface AuthenticateOptions {
   signal?: AbortSignal;
 }
 
+export interface AppliedSignals {
+  /** Whether this browser has the method; where it hasn't, no request was made and the ticket is as good as before. */
+  supported: boolean;
+  /** How many passkeys or users the authenticator was told of. */
+  applied: number;
+  /** How many the browser would not take. */
+  failed: number;
+}
+
 export class Passkeys {
   /** @param baseUrl where the broker is, like "https://broker.example"; "" for the page's own origin */
   constructor(baseUrl: string, appId: string);
@@ -58,6 +67,15 @@ export class Passkeys {
   register(transactionId: string, options?: RegisterOptions): Promise<string>;
   /** Sign in with a passkey. Resolves with the nonce. @throws {PasskeyError} */
   authenticate(options?: AuthenticateOptions): Promise<string>;
+  /**
+   * Tell the authenticator of names that changed (update), passkeys that are gone (delete), or those that still count (prune).
+   * The ticket comes from the backend and is good once. @throws {PasskeyError}
+   */
+  applySignals(
+    kind: "update" | "delete" | "prune",
+    ticket: string,
+    options?: { signal?: AbortSignal },
+  ): Promise<AppliedSignals>;
   /** Whether this page can make passkeys. */
   canRegister(): Promise<boolean>;
   /** Whether `authenticate({ conditional: true })` can work in this browser. */

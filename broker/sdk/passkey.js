@@ -7,6 +7,7 @@
  *     const nonce = await passkeys.authenticate({ transactionId });    // a known person
  *     const nonce = await passkeys.authenticate();                     // whoever the passkey belongs to
  *     const nonce = await passkeys.authenticate({ conditional: true }) // from autofill: <input autocomplete="username webauthn">
+ *     await passkeys.applySignals("delete", ticket);                   // the ticket comes from your backend
  *
  * A page has one passkey prompt, so starting a ceremony ends the last one, whichever `Passkeys` began it; the ended one rejects
  * with code "aborted". Each ceremony has an AbortController of its own, so autofill works again afterwards.
@@ -21,6 +22,13 @@
 const REQUEST_LIFE = 15_000;
 /** The life of a challenge whose options name none (milliseconds). */
 const CHALLENGE_LIFE = 300_000;
+
+/** The platform's method for each kind of signals (WebAuthn L3 §5.1.10). */
+const SIGNALS = {
+  update: "signalCurrentUserDetails",
+  delete: "signalUnknownCredential",
+  prune: "signalAllAcceptedCredentials",
+};
 
 /** @typedef {"cancelled"|"unsupported"|"already_registered"|"refused"|"unavailable"|"network"|"aborted"} Code */
 
@@ -95,6 +103,39 @@ export class Passkeys {
       const begun = await this.#begin("authenticate", transactionId, ended);
       return this.#finish(begun, await prompt("get", begun.options, ended), ended);
     });
+  }
+
+  /**
+   * Tell the authenticator what became of its passkeys: exchange a ticket that the backend prepared, and hand each of its calls to the
+   * browser. No prompt; a ceremony that runs goes on. A browser without the method spends no ticket: then `supported` is false.
+   *
+   * @param {"update"|"delete"|"prune"} kind what the ticket was prepared for
+   * @param {string} ticket
+   * @param {{signal?: AbortSignal}} [options]
+   * @returns {Promise<{supported: boolean, applied: number, failed: number}>}
+   */
+  async applySignals(kind, ticket, { signal } = {}) {
+    const method = SIGNALS[kind];
+    const done = { supported: typeof globalThis.PublicKeyCredential?.[method] === "function", applied: 0, failed: 0 };
+    if (!done.supported) return done;
+    const ended = follow(signal);
+    try {
+      ended.signal.throwIfAborted();
+      const { calls } = await this.#post("signals/exchange", { kind, ticket }, ended.signal);
+      if (!Array.isArray(calls)) throw new PasskeyError("unavailable", { message: "The service gave an answer without calls." });
+      for (const call of calls)
+        await Promise.resolve()
+          .then(() => PublicKeyCredential[method](call))
+          .then(
+            () => done.applied++,
+            () => done.failed++,
+          );
+      return done;
+    } catch (cause) {
+      throw cause instanceof PasskeyError ? cause : new PasskeyError("aborted", { cause });
+    } finally {
+      ended.abort();
+    }
   }
 
   /** Whether this page can make passkeys. A phone or a security key will do, so only the API is asked for. */

@@ -14,7 +14,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -24,6 +24,7 @@ from broker.errors import (
     InternalFault,
     InvalidKey,
     InvalidRequest,
+    MailCodeRate,
     MethodNotAllowed,
     NotFound,
     Refusal,
@@ -56,7 +57,7 @@ def json_answer(
 
 def refusal_headers(refusal: Refusal) -> dict[str, str]:
     """Headers that every dialect's refusal carries: Retry-After in seconds (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
-    if isinstance(refusal, Unavailable | TooManyCeremonies):
+    if isinstance(refusal, Unavailable | TooManyCeremonies | MailCodeRate):
         return {"Retry-After": str(refusal.retry_after)}
     if isinstance(refusal, InvalidKey):
         return {"WWW-Authenticate": "Bearer"}
@@ -64,18 +65,21 @@ def refusal_headers(refusal: Refusal) -> dict[str, str]:
 
 
 class Edge:
-    """Wraps `handle` (the aiohttp application). `renderers` maps path prefixes to dialects' shapes; "" is the default."""
+    """Wraps `handle` (the aiohttp application). `renderers` pairs the paths that are a dialect's own with its shape; no path is two
+    dialects'. `default` is the shape of paths that nobody owns, and of bytes that are no HTTP."""
 
     def __init__(
         self,
         handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
         *,
-        renderers: Mapping[str, Renderer],
+        renderers: Sequence[tuple[re.Pattern[str], Renderer]],
+        default: Renderer,
         metrics: Metrics,
         log: Log,
     ) -> None:
         self._handle = handle
-        self._renderers = sorted(renderers.items(), key=lambda item: -len(item[0]))
+        self._renderers = tuple(renderers)
+        self._default = default
         self._metrics = metrics
         self._log = log
 
@@ -128,11 +132,11 @@ class Edge:
         return response
 
     def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
-        path = request.path if request is not None else ""
-        for prefix, renderer in self._renderers:
-            if path.startswith(prefix):
-                return renderer(refusal, request)
-        raise AssertionError("the default renderer has the empty prefix")
+        if request is not None:
+            for paths, renderer in self._renderers:
+                if paths.match(request.path):
+                    return renderer(refusal, request)
+        return self._default(refusal, request)
 
     def _tell(
         self, request: web.Request, status: int, began: float, now: Context, refusal: Refusal | None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, cast
 
 from aiohttp import hdrs, web
@@ -24,18 +25,27 @@ from aiohttp.typedefs import Handler as AnyHandler
 from broker.broker import Broker
 from broker.directory import Directory
 from broker.errors import InvalidKey, InvalidRequest, OperationNotAllowed, Unavailable
+from broker.mailbox import Mailbox
 from broker.model import RelyingParty
+from broker.settings import Settings
+from broker.signals import Signals
+from broker.signing import Signing
 from broker.telemetry import Metrics, context
 from broker.web.body import read_bytes
 from broker.web.edge import CORS
 
 Access = Literal["key", "browser", "public"]
 Handler = Callable[[web.Request, RelyingParty], Awaitable[web.StreamResponse]]
+KeyReader = Callable[[web.Request], str]
 
 BROKER = web.AppKey("BROKER", Broker)
 DIRECTORY = web.AppKey("DIRECTORY", Directory)
+MAILBOX = web.AppKey("MAILBOX", Mailbox)
+SIGNALS = web.AppKey("SIGNALS", Signals)
 METRICS = web.AppKey("METRICS", Metrics)
 PUBLIC_URL = web.AppKey("PUBLIC_URL", str)
+SETTINGS = web.AppKey("SETTINGS", Settings)
+SIGNING = web.AppKey("SIGNING", Signing)
 
 _ACCESS = "broker_access"
 _PREFLIGHT_SECONDS = "600"
@@ -75,7 +85,16 @@ def bearer(request: web.Request) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-async def authorise(request: web.Request) -> RelyingParty:
+def header(name: str) -> KeyReader:
+    """The API key as the whole of a header, "" if there is none."""
+
+    def read(request: web.Request) -> str:
+        return (_only(request, name) or "").strip()
+
+    return read
+
+
+async def authorise(request: web.Request, key_in: KeyReader = bearer) -> RelyingParty:
     """The relying party of the path, if the request has one of its keys.
 
     Raises:
@@ -83,7 +102,7 @@ async def authorise(request: web.Request) -> RelyingParty:
     """
     directory = request.app[DIRECTORY]
     app_id = request.match_info["app_id"]
-    key = bearer(request)
+    key = key_in(request)
     if not key:
         raise InvalidKey(reason="key_missing")
     key_id = await directory.authorise(app_id, key)
@@ -92,13 +111,13 @@ async def authorise(request: web.Request) -> RelyingParty:
     return await directory.app(app_id)
 
 
-def keyed(handler: Handler) -> AnyHandler:
-    """Guard a handler by an API key."""
+def keyed(handler: Handler, key_in: KeyReader = bearer) -> AnyHandler:
+    """Guard a handler by an API key, which `key_in` finds in the request."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        app = await authorise(request)
+        app = await authorise(request, key_in)
         if await _slow_body(request):
-            app = await authorise(request)  # the key may be revoked by now
+            app = await authorise(request, key_in)  # the key may be revoked by now
         return await handler(request, app)
 
     return _marked(guarded, "key")
@@ -173,12 +192,13 @@ def _preflight(headers: str) -> Handler:
     return answer
 
 
-def browser_routes(posts: Mapping[str, Handler], *, headers: str) -> list[web.RouteDef]:
-    """POST routes for pages, each with its preflight. `headers` are those a page may send."""
-    routes = []
-    for path, handler in posts.items():
-        routes.append(web.post(path, _browser(handler)))
-        routes.append(web.route(hdrs.METH_OPTIONS, path, _browser(_preflight(headers))))
+def browser_routes(
+    posts: Mapping[str, Handler], *, headers: str, gets: Mapping[str, Handler] = MappingProxyType({})
+) -> list[web.RouteDef]:
+    """POST and GET routes for pages, each with its preflight. `headers` are those a page may send."""
+    routes = [web.post(path, _browser(handler)) for path, handler in posts.items()]
+    routes += [web.get(path, _browser(handler), allow_head=False) for path, handler in gets.items()]
+    routes += [web.options(path, _browser(_preflight(headers))) for path in (*posts, *gets)]
     return routes
 
 

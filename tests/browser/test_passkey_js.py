@@ -742,3 +742,68 @@ def test_signal_that_cannot_be_given_changes_nothing(
     assert told(page, "authenticate()")["code"] == "refused"
     assert len(device.credentials()) == 1
     assert "nonce" in told(page, "authenticate()")
+
+
+EXCHANGE = "signals/exchange"
+# Beside the platform's own methods: what the page hands to them. A call that is `deaf` is refused.
+METHODS = {
+    "update": "signalCurrentUserDetails",
+    "delete": "signalUnknownCredential",
+    "prune": "signalAllAcceptedCredentials",
+}
+SEEN = """
+  window.seen = [];
+  for (const name of ["signalCurrentUserDetails", "signalUnknownCredential", "signalAllAcceptedCredentials"]) {
+    const own = PublicKeyCredential[name].bind(PublicKeyCredential);
+    PublicKeyCredential[name] = (call) => (seen.push([name, call]), call.deaf ? Promise.reject(new TypeError()) : own(call));
+  }
+"""
+
+
+def test_signals_that_the_backend_prepared(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+    """Each kind reaches its method, the authenticator does as it is told, and what it doesn't take is counted."""
+    visit(page, broker, SEEN)
+    told(page, "register('pbt_r')")
+    made = broker.to("finish")[0].body["handshake_response"]["id"]
+    user = {"rpId": "localhost", "userId": "dXNlci1oYW5kbGU"}
+    calls: dict[str, list[dict[str, Any]]] = {
+        "update": [{**user, "name": "ada@example.com", "displayName": "Ada"}],
+        "prune": [{**user, "allAcceptedCredentialIds": [made]}],
+        "delete": [{"deaf": True}, {"rpId": "localhost", "credentialId": made}],
+    }
+    for kind, said in calls.items():
+        broker.replies[EXCHANGE].append((200, {"calls": said}))
+        failed = sum("deaf" in call for call in said)
+        assert told(page, f"applySignals('{kind}', 'pbs_{kind}')") == {
+            "nonce": {"supported": True, "applied": len(said) - failed, "failed": failed}
+        }
+        assert broker.to(EXCHANGE)[-1].body == {"kind": kind, "ticket": f"pbs_{kind}"}
+        assert page.js("window.seen.splice(0)") == [[METHODS[kind], call] for call in said]
+        if kind == "prune":
+            assert [c["userName"] for c in device.credentials()] == ["ada@example.com"]
+    device.wait_event("deleted")
+    assert device.credentials() == []
+
+
+def test_signals_that_can_not_be_exchanged(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+    """The codes are those of ceremonies, and a ceremony that runs goes on."""
+    visit(page, broker)
+    broker.replies[EXCHANGE].append((404, {"code": "ticket_not_found", "error": "Unknown."}))
+    seen = told(page, "applySignals('prune', 'pbs_x')")
+    assert (seen["code"], seen["refusal"], seen["status"]) == ("refused", "ticket_not_found", 404)
+    broker.replies[EXCHANGE] += [(503, {"code": "service_unavailable", "error": "Briefly."}), (200, {})]
+    for _ in range(2):
+        assert told(page, "applySignals('prune', 'pbs_x')")["code"] == "unavailable"
+    assert told(page, "applySignals('prune', 'pbs_x', {signal: AbortSignal.abort()})")["code"] == "aborted"
+    page.js("window.fetch = () => Promise.reject(new TypeError('offline'))")
+    assert told(page, "applySignals('prune', 'pbs_x')")["code"] == "network"
+    assert len(broker.to(EXCHANGE)) == 3
+
+
+def test_a_browser_without_the_method_spends_no_ticket(page: Page, broker: ScriptedBroker) -> None:
+    for script in (f"delete PublicKeyCredential.{METHODS['update']};", "delete window.PublicKeyCredential;"):
+        visit(page, broker, script)
+        assert told(page, "applySignals('update', 'pbs_x')") == {
+            "nonce": {"supported": False, "applied": 0, "failed": 0}
+        }
+    assert broker.posts == []

@@ -1,25 +1,49 @@
 """The native dialect: the two HTTP APIs of Passage Flex, under `/v1/apps/{app_id}` on one origin.
 
-Management (M1 to M8, and four ceremony routes of our own for a backend that carries the page's messages) needs an API key; browser
-routes (A1 to A5) need none and answer CORS. Facts and numbering are those of the
-wire contract summarised in README.md beside this file, with every decision where the contract is open. Strict clients fail on a
-missing or null field, so users, devices and lists are always whole; answers may carry more than the contract, never less.
+The contract's routes are here: management (M1 to M8) needs an API key, browser routes (A1 to A5) need none and answer CORS. Facts and
+numbering are those of the wire contract summarised in README.md one folder up, with every decision where the contract is open.
+Everything beyond the contract is added and changes nothing of it:
+
+    ceremonies   keyed ceremonies: a backend carries the page's messages
+    management   passkeys, names, owners, approvals, events
+    signals      what authenticators should hear of their passkeys
+    signed       receipts that others check offline
+    mail         mail codes
+    fields       what requests ask for, read strictly
+    canonical    one text for one JSON value
+    objects      what answers are made of
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 from urllib.parse import quote, urlencode, urlsplit
 
 from aiohttp import web
 
 from broker import ceremony, errors
+from broker.dialects.flex import ceremonies, mail, signals, signed
+from broker.dialects.flex.fields import (
+    asked_of_authentication,
+    asked_of_registration,
+    attachment,
+    switch,
+    whole,
+)
+from broker.dialects.flex.management import routes as management_routes
+from broker.dialects.flex.objects import (
+    app_object,
+    device_object,
+    listed_user_object,
+    public_app_object,
+    receipt_object,
+    user_object,
+)
 from broker.durable import UserOrder, instant
 from broker.errors import InvalidRequest, Refusal
-from broker.model import Attachment, Credential, Purpose, Receipt, RelyingParty, User
+from broker.model import Proof, RelyingParty
 from broker.tokens import text
 from broker.web import (
     BROKER,
@@ -40,7 +64,6 @@ from broker.web.edge import refusal_headers
 PREFIX = "/v1"
 _APP = "/v1/apps/{app_id}"
 _PAGE_HEADERS = "content-type, passage-flex-version"
-_INT32 = 2**31 - 1
 _NO_FILTERS = frozenset({"login_count", "created_at", "updated_at", "last_login_at"})
 
 STATUS: Mapping[type[Refusal], int] = {
@@ -50,19 +73,27 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.UnknownNonce: 401,
     errors.CeremonyRefused: 401,
     errors.DiscoverableRefused: 401,
+    errors.WrongMailCode: 401,
     errors.OperationNotAllowed: 403,
     errors.UnknownApp: 404,
     errors.UnknownUser: 404,
     errors.UnknownPasskey: 404,
     errors.UnknownTransaction: 404,
     errors.NotFound: 404,
+    errors.UnknownMailCode: 404,
+    errors.UnknownTicket: 404,
     errors.MethodNotAllowed: 405,
     errors.RequestTimeout: 408,
     errors.NoPasskeys: 409,
     errors.TooManyPasskeys: 409,
+    errors.OwnedAlready: 409,
+    errors.DuplicateApproval: 409,
+    errors.MailCodeExpired: 410,
+    errors.MailCodeAttempts: 410,
     errors.RequestTooLarge: 413,
     errors.UnsupportedEncoding: 415,
     errors.TooManyCeremonies: 429,
+    errors.MailCodeRate: 429,
     errors.InternalFault: 500,
     errors.Unavailable: 503,
 }
@@ -89,23 +120,29 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
 
 
 async def open_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M1. `{external_id, passkey_display_name}` to 201 `{transaction_id}`."""
+    """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and what `fields` takes, to 201
+    `{transaction_id}`."""
     body = await read_object(request)
     transaction_id = await request.app[BROKER].open_registration(
-        app, text_field(body, "external_id"), text_field(body, "passkey_display_name")
+        app,
+        text_field(body, "external_id"),
+        text_field(body, "passkey_display_name"),
+        user_name=optional_text(body, "user_name"),
+        asked=asked_of_registration(body),
     )
     return json_answer({"transaction_id": transaction_id}, status=201)
 
 
 async def open_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M2. `{external_id}` to 201 `{transaction_id}`."""
-    body = await read_object(request)
-    transaction_id = await request.app[BROKER].open_authentication(app, text_field(body, "external_id"))
+    """M2. `{external_id}`, and beyond the contract what `fields` takes, to 201 `{transaction_id}`."""
+    external_id, asked = asked_of_authentication(await read_object(request))
+    transaction_id = await request.app[BROKER].open_authentication(app, external_id, asked=asked)
     return json_answer({"transaction_id": transaction_id}, status=201)
 
 
 async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, to 200 with the receipt."""
+    """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, to 200 with the receipt; with
+    `signed` also as a token."""
     body = await read_object(request)
     nonce = text_field(body, "nonce")
     # A stated expectation is never empty: a check that was meant must not vanish because a variable was unset.
@@ -113,58 +150,25 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         name: text_field(body, name) for name in ("purpose", "transaction_id", "external_id") if name in body
     }
     purpose = expected.get("purpose")
-    if purpose not in (None, "register", "authenticate"):
-        raise InvalidRequest('purpose is "register" or "authenticate".')
+    if purpose is not None and purpose not in get_args(Proof):
+        raise InvalidRequest(
+            'purpose is "register" or "authenticate"; of a second factor "register_second_factor" or'
+            ' "authenticate_second_factor", of an approval "approve".'
+        )
+    sign = switch(body, "signed")
+    if sign:
+        await signed.make_ready(request, app)
     receipt = await request.app[BROKER].redeem(
         app,
         nonce,
-        purpose=cast(Purpose | None, purpose),
+        purpose=cast(Proof | None, purpose),
         transaction_id=expected.get("transaction_id"),
         external_id=expected.get("external_id"),
     )
-    return json_answer(receipt_object(receipt))
-
-
-async def begin_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{external_id, user_name, user_display_name?, passkey_display_name?}` to `{options}`: no transaction, no handle."""
-    body = await read_object(request)
-    options = await request.app[BROKER].begin_registration_of(
-        app,
-        text_field(body, "external_id"),
-        user_name=text_field(body, "user_name"),
-        user_display_name=optional_text(body, "user_display_name"),
-        nickname=optional_text(body, "passkey_display_name"),
-        attachment=_attachment(body, app),
-    )
-    return json_answer({"options": options})
-
-
-async def finish_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{external_id, credential}` to the receipt: no nonce."""
-    body = await read_object(request)
-    external_id, answer = text_field(body, "external_id"), ceremony.parse_registration(body.get("credential"))
-    return json_answer(
-        receipt_object(await request.app[BROKER].finish_registration_of(app, external_id, answer))
-    )
-
-
-async def begin_authentication_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{external_id}` to `{options}`."""
-    body = await read_object(request)
-    options = await request.app[BROKER].begin_authentication_of(app, text_field(body, "external_id"))
-    return json_answer({"options": options})
-
-
-async def finish_authentication_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{external_id, credential}` to the receipt."""
-    body = await read_object(request)
-    external_id, answer = (
-        text_field(body, "external_id"),
-        ceremony.parse_authentication(body.get("credential")),
-    )
-    return json_answer(
-        receipt_object(await request.app[BROKER].finish_authentication_of(app, external_id, answer))
-    )
+    answer = receipt_object(receipt)
+    if sign:
+        answer["token"] = await signed.token(request, app, receipt, nonce)
+    return json_answer(answer)
 
 
 async def list_users(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -175,10 +179,10 @@ async def list_users(request: web.Request, app: RelyingParty) -> web.StreamRespo
             raise InvalidRequest(f"Users can't be filtered by {name}.")
         if len(query.getall(name)) > 1:
             raise InvalidRequest(f"{name[:64]} is given twice.")
-    limit = _whole(query.get("limit"), "limit", 10, 1, 500)
-    page = _whole(query.get("page"), "page", 1, 1, 1_000_000)
+    limit = whole(query.get("limit"), "limit", 10, 1, 500)
+    page = whole(query.get("page"), "page", 1, 1, 1_000_000)
     before = query.get("created_before")
-    created_before = _whole(before, "created_before", 0, 0, 2**33) if before else None
+    created_before = whole(before, "created_before", 0, 0, 2**33) if before else None
     identifier = query.get("identifier")
     if identifier is not None and "\0" in identifier:
         raise InvalidRequest("identifier has a NUL character; no user has.")
@@ -271,7 +275,7 @@ async def begin_registration(request: web.Request, app: RelyingParty) -> web.Str
     """A1. `{transaction_id, authenticator_attachment?}` to `{handshake, transaction_id}`."""
     body = await read_object(request)
     transaction_id = text_field(body, "transaction_id")
-    begun = await request.app[BROKER].begin_registration(app, transaction_id, _attachment(body, app))
+    begun = await request.app[BROKER].begin_registration(app, transaction_id, attachment(body, app))
     return json_answer(
         {
             "handshake": {"id": begun.handle, "challenge": {"publicKey": begun.options}},
@@ -290,13 +294,15 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
 
 
 async def begin_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A3. `{transaction_id?}`, `{}` or nothing to `{handshake, transaction_id?}`."""
+    """A3. `{transaction_id?}`, `{}` or nothing to `{handshake, transaction_id?}`. Beside `publicKey` stands `mediation`, where the
+    transaction asks for a conditional one."""
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
     begun = await request.app[BROKER].begin_authentication(app, transaction_id)
-    answer: dict[str, Any] = {
-        "handshake": {"id": begun.handle, "challenge": {"publicKey": begun.options}},
-    }
+    challenge: dict[str, Any] = {"publicKey": begun.options}
+    if begun.mediation != "required":
+        challenge["mediation"] = begun.mediation
+    answer: dict[str, Any] = {"handshake": {"id": begun.handle, "challenge": challenge}}
     if transaction_id is not None:
         answer["transaction_id"] = transaction_id
     return json_answer(answer)
@@ -319,14 +325,14 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
             web.post(f"{_APP}/transactions/register", keyed(open_registration)),
             web.post(f"{_APP}/transactions/authenticate", keyed(open_authentication)),
             web.post(f"{_APP}/authenticate/verify", keyed(redeem)),
-            web.post(f"{_APP}/register/start", keyed(begin_registration_of)),
-            web.post(f"{_APP}/register/finish", keyed(finish_registration_of)),
-            web.post(f"{_APP}/authenticate/start", keyed(begin_authentication_of)),
-            web.post(f"{_APP}/authenticate/finish", keyed(finish_authentication_of)),
             web.get(f"{_APP}/users", keyed(list_users), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}", keyed(get_user), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}/devices", keyed(list_devices), allow_head=False),
             web.delete(f"{_APP}/users/{{user_id}}/devices/{{device_id}}", keyed(revoke_device)),
+            *ceremonies.routes(_APP),
+            *management_routes(_APP),
+            *signals.routes(_APP),
+            *mail.routes(_APP),
         ]
     if browser:
         found += browser_routes(
@@ -335,9 +341,11 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
                 f"{_APP}/register/transactions/webauthn/finish": finish_registration,
                 f"{_APP}/authenticate/transactions/webauthn/start": begin_authentication,
                 f"{_APP}/authenticate/transactions/webauthn/finish": finish_authentication,
+                **signals.pages(_APP),
             },
             headers=_PAGE_HEADERS,
         )
+    found += signed.routes(_APP)
     app = either_app if management and browser else _keyed_app if management else _public_app
     for path in (_APP, _APP + "/"):
         found.append(web.get(path, app, allow_head=False))
@@ -347,24 +355,6 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 
 # -- fields -----------------------------------------------------------------------------------------------------------------------
-
-
-def _attachment(body: dict[str, Any], app: RelyingParty) -> Attachment | None:
-    """The authenticator attachment asked for, the policy's where the page names none; None means any."""
-    wanted = body.get("authenticator_attachment")
-    if wanted is None:
-        wanted = app.policy.authenticator_attachment
-    if wanted not in ("platform", "cross-platform", "any"):
-        raise InvalidRequest('authenticator_attachment is "platform", "cross-platform" or "any".')
-    return None if wanted == "any" else cast(Attachment, wanted)
-
-
-def _whole(value: str | None, name: str, default: int, low: int, high: int) -> int:
-    if value is None or value == "":
-        return default
-    if not value.isascii() or not value.isdigit() or len(value) > 12 or not low <= int(value) <= high:
-        raise InvalidRequest(f"{name} is a whole number from {low} to {high}.")
-    return int(value)
 
 
 def _plain(value: str | None, name: str) -> str | None:
@@ -379,143 +369,3 @@ def _order(value: str | None) -> UserOrder:
     if field not in ("created_at", "updated_at", "id") or order is None:
         raise InvalidRequest("order_by is created_at, updated_at or id, with :ASC or :DESC.")
     return cast(UserOrder, order)
-
-
-def _time(value: datetime) -> str:
-    """RFC 3339 in UTC."""
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-def receipt_object(receipt: Receipt) -> dict[str, Any]:
-    """The receipt of a redemption."""
-    return {
-        "external_id": receipt.external_id,
-        "user_id": receipt.user_id,
-        "purpose": receipt.purpose,
-        "passkey_id": receipt.passkey_id,
-        "credential_id": text(receipt.credential_id),
-        "origin": receipt.origin,
-        "user_present": receipt.user_present,
-        "user_verified": receipt.user_verified,
-        "backup_eligible": receipt.backup_eligible,
-        "backed_up": receipt.backed_up,
-        "backup_changed": receipt.backup_changed,
-        "counter_regressed": receipt.counter_regressed,
-        "attestation": receipt.attestation,
-        "authenticator_name_claimed": receipt.authenticator_name_claimed,
-        "at": _time(instant(receipt.at)),
-    }
-
-
-def listed_user_object(user: User) -> dict[str, Any]:
-    """A user as lists show it. A user who never signed in shows the time of creation: strict clients need a string."""
-    return {
-        "id": user.id,
-        "external_id": user.external_id,
-        "email": "",
-        "email_verified": False,
-        "phone": "",
-        "phone_verified": False,
-        "status": user.status,
-        "login_count": min(user.login_count, _INT32),
-        "created_at": _time(user.created_at),
-        "updated_at": _time(user.updated_at),
-        "last_login_at": _time(user.last_login_at or user.created_at),
-        "user_metadata": None,
-    }
-
-
-def user_object(user: User, credentials: list[Credential]) -> dict[str, Any]:
-    """A user with devices."""
-    return {
-        **listed_user_object(user),
-        "recent_events": [],
-        "social_connections": {},
-        "webauthn": bool(credentials),
-        "webauthn_devices": [device_object(c) for c in credentials],
-        "webauthn_types": sorted({_device_type(c) for c in credentials}),
-    }
-
-
-def device_object(credential: Credential) -> dict[str, Any]:
-    """A passkey, as the contract's device; what the contract lacks stands behind."""
-    return {
-        "id": credential.id,
-        "cred_id": text(credential.credential_id),
-        "friendly_name": credential.nickname or credential.user_name,
-        "type": _device_type(credential),
-        "usage_count": min(credential.use_count, _INT32),
-        "created_at": _time(credential.created_at),
-        "updated_at": _time(credential.updated_at),
-        "last_login_at": _time(credential.last_used_at or credential.created_at),
-        "icons": {"light": None, "dark": None},
-        "confirmed_at": _time(credential.confirmed_at) if credential.confirmed_at else None,
-        "last_used_at": _time(credential.last_used_at) if credential.last_used_at else None,
-        "backup_eligible": credential.backup_eligible,
-        "backed_up": credential.backed_up,
-        "transports": list(credential.transports),
-        "aaguid": credential.aaguid,
-        "attestation": credential.attestation_trust,
-        "authenticator_name_claimed": ceremony.authenticator_name(credential.aaguid),
-        "live": credential.live,
-    }
-
-
-def _device_type(credential: Credential) -> Literal["passkey", "security_key", "platform"]:
-    if credential.backup_eligible:
-        return "passkey"
-    if credential.attachment == "platform" or "internal" in credential.transports:
-        return "platform"
-    return "security_key"
-
-
-def public_app_object(app: RelyingParty) -> dict[str, Any]:
-    """What anybody may know of an app."""
-    first, *more = app.web_origins or ("",)
-    return {
-        "id": app.id,
-        "name": app.name,
-        "type": "flex",
-        "rp_id": app.rp_id,
-        "auth_origin": first,
-        "additional_auth_origins": more,
-    }
-
-
-def app_object(app: RelyingParty) -> dict[str, Any]:
-    """The whole app: every field a strict old client needs, most of them about things the broker has none of."""
-    off = {"enabled": False, "ttl": 300, "ttl_display_unit": "s"}
-    return {
-        **public_app_object(app),
-        "allowed_callback_urls": [],
-        "allowed_identifier": "none",
-        "allowed_logout_urls": [],
-        "application_login_uri": "",
-        "auth_fallback_method": "none",
-        "auth_fallback_method_ttl": 300,
-        "auth_methods": {"passkeys": {"enabled": True}, "otp": off, "magic_link": off},
-        "auto_theme_enabled": False,
-        "created_at": _time(app.created_at or instant(0)),
-        "default_language": "en",
-        "layouts": {"profile": [], "registration": []},
-        "login_url": "",
-        "hosted": False,
-        "hosted_subdomain": "",
-        "passage_branding": False,
-        "profile_management": False,
-        "public_signup": False,
-        "redirect_url": "",
-        "refresh_absolute_lifetime": 0,
-        "refresh_enabled": False,
-        "refresh_inactivity_lifetime": 0,
-        "require_email_verification": False,
-        "require_identifier_verification": False,
-        "required_identifier": "none",
-        "role": "",
-        "rsa_public_key": "",
-        "session_timeout_length": 0,
-        "user_metadata_schema": [],
-        "technologies": [],
-        "element_customization": {},
-        "element_customization_dark": {},
-    }

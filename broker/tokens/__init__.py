@@ -15,12 +15,18 @@ import secrets
 from base64 import urlsafe_b64encode
 from typing import Literal, Protocol
 
-OneTime = Literal["transaction", "handle", "nonce"]
-Kind = Literal["transaction", "handle", "nonce", "key"]
+OneTime = Literal["transaction", "handle", "challenge", "nonce", "ticket"]
+Kind = Literal["transaction", "handle", "nonce", "ticket", "key"]
 
-PREFIX: dict[Kind, str] = {"transaction": "pbt_", "handle": "pbh_", "nonce": "pbn_", "key": "pbk_"}
+PREFIX: dict[Kind, str] = {
+    "transaction": "pbt_",
+    "handle": "pbh_",
+    "nonce": "pbn_",
+    "ticket": "pbs_",
+    "key": "pbk_",
+}
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_TOKEN = re.compile(r"pb[thnk]_[A-Za-z0-9_-]{43,86}\Z")
+_TOKEN = re.compile(r"pb[thnsk]_[A-Za-z0-9_-]{43,86}\Z")
 
 
 class Mint(Protocol):

@@ -1,0 +1,164 @@
+"""What a request of the native dialect asks for, read strictly: a field is missing, or it is exactly what its name says.
+
+What a caller asks of one ceremony (`Asked`) has one set of names on every route that begins one:
+
+    user_verification   "required", "preferred" or "discouraged"
+    timeout             milliseconds, as in WebAuthn's options; the app's `ceremony_life` is the most it gets
+    passkeys            ids of the only passkeys that may answer; never empty, for an empty list would ask for any
+    exclude_passkeys    ids of passkeys whose authenticator shall make no other one, besides the user's own
+    second_factor       true: the ceremony is about second factors
+    mediation           "required" or "conditional", for the page
+
+Null counts as missing, but for `passkeys`: a list that was meant to narrow must not vanish because a variable was unset.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+from aiohttp import web
+
+from broker.errors import InvalidRequest
+from broker.model import ID, Asked, Attachment, Mediation, RelyingParty, UserVerification
+from broker.web.body import read_query, text_field
+
+Body = dict[str, Any]
+
+_TIMEOUT = (1_000, 600_000)  # milliseconds
+_LIST = 1000  # a user has no more
+
+
+def attachment(body: Body, app: RelyingParty, *, second_factor: bool = False) -> Attachment | None:
+    """The authenticator attachment asked for, the policy's where the caller names none; None means any.
+
+    For a second factor that nobody said anything about, None as well: that policy is the core's to apply.
+    """
+    wanted = body.get("authenticator_attachment")
+    if wanted is None:
+        wanted = "any" if second_factor else app.policy.authenticator_attachment
+    if wanted not in ("platform", "cross-platform", "any"):
+        raise InvalidRequest('authenticator_attachment is "platform", "cross-platform" or "any".')
+    return None if wanted == "any" else cast(Attachment, wanted)
+
+
+def switch(body: Body, name: str) -> bool:
+    """True or false; a missing one is false."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is true or false.", reason="field_type")
+    return bool(value)
+
+
+def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
+    """A list of 1 to 1000 ids of passkeys, as lists and receipts show them."""
+    value = body.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, str) and ID.match(item) for item in value):
+        raise InvalidRequest(f"{name} is a list of ids of passkeys.", reason="field_type")
+    if not 1 <= len(value) <= _LIST:
+        raise InvalidRequest(
+            f"{name} has {len(value)} ids; it has 1 to {_LIST}, or is left out.", reason="empty_field"
+        )
+    return tuple(dict.fromkeys(value))
+
+
+def asked_of_registration(body: Body) -> Asked:
+    """What the caller asks of a registration."""
+    return Asked(
+        user_verification=_user_verification(body),
+        life=_life(body),
+        exclude=None if body.get("exclude_passkeys") is None else passkey_ids(body, "exclude_passkeys"),
+        second_factor=switch(body, "second_factor"),
+    )
+
+
+def asked_of_authentication(body: Body) -> tuple[str | None, Asked]:
+    """The external id, None for whoever answers, and what the caller asks of an authentication.
+
+    Whom it is about is said: by `external_id`, `passkeys` or both, or else by `discoverable: true`. A request that says none of it
+    lacks its external id: it never means anybody.
+    """
+    asked = Asked(
+        user_verification=_user_verification(body),
+        life=_life(body),
+        allow=passkey_ids(body, "passkeys") if "passkeys" in body else None,
+        second_factor=switch(body, "second_factor"),
+        mediation=_mediation(body),
+    )
+    discoverable = switch(body, "discoverable")
+    if discoverable and ("external_id" in body or asked.allow is not None):
+        raise InvalidRequest(
+            "Give external_id, passkeys or both, or else discoverable: true.", reason="scope"
+        )
+    if "external_id" in body:
+        return text_field(body, "external_id"), asked
+    if not discoverable and asked.allow is None:
+        raise InvalidRequest(
+            "external_id is missing; for whoever answers, say discoverable: true.", reason="missing_field"
+        )
+    if asked.second_factor:
+        raise InvalidRequest(
+            "second_factor needs external_id: it is asked of somebody who is known.", reason="scope"
+        )
+    return None, asked
+
+
+def _user_verification(body: Body) -> UserVerification | None:
+    value = body.get("user_verification")
+    if value is not None and value not in get_args(UserVerification):
+        raise InvalidRequest(
+            'user_verification is "required", "preferred" or "discouraged".', reason="field_type"
+        )
+    return cast(UserVerification | None, value)
+
+
+def _mediation(body: Body) -> Mediation:
+    value = "required" if body.get("mediation") is None else body["mediation"]
+    if value not in get_args(Mediation):
+        raise InvalidRequest('mediation is "required" or "conditional".', reason="field_type")
+    return cast(Mediation, value)
+
+
+def _life(body: Body) -> float | None:
+    """Seconds."""
+    value = body.get("timeout")
+    if value is None:
+        return None
+    low, high = _TIMEOUT
+    if type(value) is not int or not low <= value <= high:  # not isinstance: True is an int
+        raise InvalidRequest(
+            f"timeout is a whole number of milliseconds, {low} to {high}.", reason="field_type"
+        )
+    return value / 1000
+
+
+# -- queries ----------------------------------------------------------------------------------------------------------------------
+
+
+def query_of(request: web.Request, *names: str) -> dict[str, str]:
+    """The query's fields. One that is not offered is refused: an answer as if it had not been asked would be a wrong one."""
+    query = read_query(request)
+    for name in query:
+        if name not in names:
+            raise InvalidRequest(f"{name[:64]} is no field of this list; there are {', '.join(names)}.")
+        if len(query.getall(name)) > 1:
+            raise InvalidRequest(f"{name[:64]} is given twice.")
+        if "\0" in query[name]:
+            raise InvalidRequest(f"{name} has a NUL character.")
+    return dict(query)
+
+
+def whole(value: str | None, name: str, default: int, low: int, high: int) -> int:
+    """A whole number in decimal digits, `default` where there is none."""
+    if value is None or value == "":
+        return default
+    if not value.isascii() or not value.isdigit() or len(value) > 12 or not low <= int(value) <= high:
+        raise InvalidRequest(f"{name} is a whole number from {low} to {high}.")
+    return int(value)
+
+
+def page_and_limit(query: dict[str, str]) -> dict[str, int]:
+    """Which page, and how much is on one."""
+    return {
+        "page": whole(query.get("page"), "page", 1, 1, 1_000_000),
+        "limit": whole(query.get("limit"), "limit", 10, 1, 500),
+    }

@@ -1,0 +1,145 @@
+"""Management in the native dialect, beyond the contract: passkeys whoever owns them, names, owners, approvals, events. All keyed.
+
+    GET    /passkeys                       a page: external_id?, order_by?, page?, limit? -> {passkeys, page, limit, total}
+    GET    /passkeys/{passkey_id}          -> {passkey}
+    PATCH  /passkeys/{passkey_id}          {nickname} -> {passkey}
+    DELETE /passkeys/{passkey_id}          -> 200, empty
+    POST   /passkeys/{passkey_id}/owner    {external_id} -> {passkey}, once: nobody's passkey gets its owner
+    PATCH  /users/{user_id}                {user_name} -> {passkeys}: the name that authenticators show, on each of the user's
+    GET    /users/{user_id}/approvals      -> {approvals}
+    GET    /events                         a page: after?, before?, user?, action?, page?, limit? -> {events, page, limit, total}
+
+Each handler reads, calls one verb and renders. A list's unknown field is refused, so that a filter that is misspelt does not answer
+with everything. Renames here change lists; authenticators hear of them through signals.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from aiohttp import web
+
+from broker.dialects.flex.fields import page_and_limit, query_of
+from broker.dialects.flex.objects import approval_object, event_object, passkey_object
+from broker.errors import InvalidRequest
+from broker.model import RelyingParty
+from broker.web import DIRECTORY, json_answer, keyed, read_object
+from broker.web.body import text_field
+
+_ALL = 1000  # a user has no more passkeys
+_RESULTS = ("done", "refused")
+_ORDERS = {"created_at": False, "created_at:ASC": False, "created_at:DESC": True}
+
+
+# -- passkeys -----------------------------------------------------------------------------------------------------------------------
+
+
+async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """A page of the app's passkeys, or of one user's; the oldest first, unless asked otherwise."""
+    query = query_of(request, "page", "limit", "external_id", "order_by")
+    order = query.get("order_by") or "created_at"
+    if order not in _ORDERS:
+        raise InvalidRequest("order_by is created_at, with :ASC or :DESC.")
+    place = page_and_limit(query)
+    owned, total = await request.app[DIRECTORY].passkeys(
+        app, external_id=query.get("external_id"), newest_first=_ORDERS[order], **place
+    )
+    return json_answer({"passkeys": [passkey_object(o) for o in owned], **place, "total": total})
+
+
+async def get_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """One passkey."""
+    owned = await request.app[DIRECTORY].passkey(app, request.match_info["passkey_id"])
+    return json_answer({"passkey": passkey_object(owned)})
+
+
+async def rename_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """What lists show of it."""
+    nickname, passkey_id = (
+        text_field(await read_object(request), "nickname"),
+        request.match_info["passkey_id"],
+    )
+    directory = request.app[DIRECTORY]
+    await directory.rename(app, passkey_id, nickname)
+    return json_answer({"passkey": passkey_object(await directory.passkey(app, passkey_id))})
+
+
+async def revoke_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """It never signs in again."""
+    await request.app[DIRECTORY].revoke_passkey(app, request.match_info["passkey_id"])
+    return web.Response(status=200)
+
+
+async def give_owner(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """Of two at once one is told, the other is refused. The user is made if there is none."""
+    external_id = text_field(await read_object(request), "external_id")
+    owned = await request.app[DIRECTORY].assign(app, request.match_info["passkey_id"], external_id)
+    return json_answer({"passkey": passkey_object(owned)})
+
+
+# -- users --------------------------------------------------------------------------------------------------------------------------
+
+
+async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """A user's name stands on each passkey, for that is where an authenticator shows it."""
+    user_name = text_field(await read_object(request), "user_name")
+    directory = request.app[DIRECTORY]
+    user = await directory.user(app, user_id=request.match_info["user_id"])
+    await directory.rename_user(app, user.external_id, user_name)
+    owned, _ = await directory.passkeys(app, external_id=user.external_id, limit=_ALL, newest_first=False)
+    return json_answer({"passkeys": [passkey_object(o) for o in owned]})
+
+
+async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """What the user was asked to approve, the oldest first, approved or not."""
+    directory = request.app[DIRECTORY]
+    user = await directory.user(app, user_id=request.match_info["user_id"])
+    return json_answer({"approvals": [approval_object(a) for a in await directory.approvals(app, user.id)]})
+
+
+# -- events -------------------------------------------------------------------------------------------------------------------------
+
+
+async def list_events(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """A page of what happened in the app, the newest first. `after` and `before` are exclusive; `user` is a part of the external id."""
+    query = query_of(request, "page", "limit", "after", "before", "user", "action")
+    place = page_and_limit(query)
+    action = query.get("action")
+    rows, total = await request.app[DIRECTORY].audit(
+        app,
+        start=_moment(query, "after"),
+        end=_moment(query, "before"),
+        kinds=[(action, result) for result in _RESULTS] if action else None,
+        user=query.get("user") or None,
+        **place,
+    )
+    return json_answer({"events": [event_object(row) for row in rows], **place, "total": total})
+
+
+def _moment(query: dict[str, str], name: str) -> datetime | None:
+    """A time as answers show it: RFC 3339, in UTC or with an offset."""
+    value = query.get(name)
+    if not value:
+        return None
+    try:
+        moment = datetime.fromisoformat(value) if value.isascii() and len(value) <= 40 else None
+        if moment is not None and moment.tzinfo is not None and 1970 <= moment.year < 2500:
+            return moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise InvalidRequest(f"{name} is a time like 2026-01-16T12:00:00Z (with an offset, write + as %2B).")
+
+
+def routes(base: str) -> list[web.RouteDef]:
+    """The keyed routes below `base`, the path of an app."""
+    passkey, user = f"{base}/passkeys/{{passkey_id}}", f"{base}/users/{{user_id}}"
+    return [
+        web.get(f"{base}/passkeys", keyed(list_passkeys), allow_head=False),
+        web.get(passkey, keyed(get_passkey), allow_head=False),
+        web.patch(passkey, keyed(rename_passkey)),
+        web.delete(passkey, keyed(revoke_passkey)),
+        web.post(f"{passkey}/owner", keyed(give_owner)),
+        web.patch(user, keyed(rename_user)),
+        web.get(f"{user}/approvals", keyed(list_approvals), allow_head=False),
+        web.get(f"{base}/events", keyed(list_events), allow_head=False),
+    ]

@@ -1,0 +1,101 @@
+"""Signals in the native dialect, beyond the contract: what an authenticator should hear of its passkeys (WebAuthn's Signal API).
+
+    POST /signals/update    keyed     {external_id, user_name, user_display_name?} -> 201 {ticket, expires_at, missing, empty}
+    POST /signals/delete    keyed     {passkeys} or {external_id} -> the same; they never sign in again
+    POST /signals/prune     keyed     {external_id} -> the same; changes nothing here
+    POST /signals/exchange  page      {kind, ticket} -> {calls}
+
+The backend prepares, which makes the change at once, and gives the ticket to the page; the page exchanges it, once, and hands each of
+`calls` to the method of `PublicKeyCredential` for the kind: `signalCurrentUserDetails`, `signalUnknownCredential` or
+`signalAllAcceptedCredentials`. `missing` are the ids that are no passkeys of the app; `empty` says that there is nothing to tell.
+"""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+from aiohttp import web
+
+from broker.dialects.flex.fields import passkey_ids
+from broker.dialects.flex.objects import rfc3339
+from broker.durable import instant
+from broker.errors import InvalidRequest
+from broker.model import RelyingParty
+from broker.signals import Prepared, SignalKind
+from broker.web import SIGNALS, Handler, json_answer, keyed, read_object
+from broker.web.body import optional_text, text_field
+
+# The members of each call: the argument of the Signal API's method (WebAuthn L3 §5.1.10), and nothing besides.
+_MEMBERS: dict[SignalKind, tuple[str, ...]] = {
+    "update": ("rpId", "userId", "name", "displayName"),
+    "delete": ("rpId", "credentialId"),
+    "prune": ("rpId", "userId", "allAcceptedCredentialIds"),
+}
+
+
+async def prepare_update(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """The name is stored on all the user's passkeys; the display name travels behind the ticket only."""
+    body = await read_object(request)
+    return _prepared(
+        await request.app[SIGNALS].prepare_update(
+            app,
+            text_field(body, "external_id"),
+            text_field(body, "user_name"),
+            optional_text(body, "user_display_name"),
+        )
+    )
+
+
+async def prepare_delete(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """Those of the list, or all of a user: one of the two is said, and not both."""
+    body = await read_object(request)
+    if ("passkeys" in body) == ("external_id" in body):
+        raise InvalidRequest("Give either passkeys or external_id.", reason="scope")
+    if "passkeys" in body:
+        prepared = await request.app[SIGNALS].prepare_delete(app, passkey_ids=passkey_ids(body, "passkeys"))
+    else:
+        prepared = await request.app[SIGNALS].prepare_delete(app, external_id=text_field(body, "external_id"))
+    return _prepared(prepared)
+
+
+async def prepare_prune(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """All that the user still has; an authenticator forgets the others."""
+    body = await read_object(request)
+    return _prepared(await request.app[SIGNALS].prepare_prune(app, text_field(body, "external_id")))
+
+
+def _prepared(prepared: Prepared) -> web.Response:
+    return json_answer(
+        {
+            "ticket": prepared.ticket,
+            "expires_at": rfc3339(instant(prepared.expires_at)),
+            "missing": list(prepared.missing),
+            "empty": prepared.empty,
+        },
+        status=201,
+    )
+
+
+async def exchange(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """For the page. A ticket of another kind is spent, too: its page is not the one it was made for."""
+    body = await read_object(request)
+    kind = text_field(body, "kind")
+    if kind not in get_args(SignalKind):
+        raise InvalidRequest('kind is "update", "delete" or "prune".', reason="field_type")
+    told = await request.app[SIGNALS].exchange(app, cast(SignalKind, kind), text_field(body, "ticket"))
+    members = _MEMBERS[cast(SignalKind, kind)]
+    return json_answer({"calls": [{name: call[name] for name in members} for call in told.calls]})
+
+
+def routes(base: str) -> list[web.RouteDef]:
+    """The keyed routes below `base`, the path of an app."""
+    return [
+        web.post(f"{base}/signals/update", keyed(prepare_update)),
+        web.post(f"{base}/signals/delete", keyed(prepare_delete)),
+        web.post(f"{base}/signals/prune", keyed(prepare_prune)),
+    ]
+
+
+def pages(base: str) -> dict[str, Handler]:
+    """The page's route below `base`."""
+    return {f"{base}/signals/exchange": exchange}

@@ -1,0 +1,81 @@
+"""Signed receipts in the native dialect, beyond the contract: what a redemption proved, for others to check offline.
+
+A backend that redeems a nonce with `"signed": true` gets the receipt and, as `token`, the same receipt as a JSON Web Token (RFC 7519),
+signed with ES256 by the app's own key. It gives the token to services that must know who signed in and that have no API key; they
+verify it with the app's key set, `GET /.well-known/jwks.json` below the app, which anybody may read.
+
+Of the token's claims `iss` is the app's address (`BROKER_PUBLIC_URL` and the path; the path alone without that setting), `sub` the
+external id, `aud` a list of one, the app's id. `jti` is the digest of the nonce: a nonce buys one token, so a `jti` is never repeated,
+and nobody gets from it to the nonce. The others are the receipt's, `purpose` among them: a registration is no login.
+
+A token that is checked offline can be replayed until `exp`, `LIFE` seconds after `iat`. Whoever must act on it once keeps its `jti`
+until then, or redeems a nonce instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from broker.dialects.flex.objects import receipt_object
+from broker.errors import InvalidRequest, Unavailable
+from broker.model import Receipt, RelyingParty, TokenAlgorithm
+from broker.signing import JWKS_MAX_AGE
+from broker.tokens import digest, text
+from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, public_app
+
+ALGORITHM: TokenAlgorithm = "ES256"
+LIFE = 300  # seconds
+
+
+async def make_ready(request: web.Request, app: RelyingParty) -> None:
+    """Before the nonce is taken: find out that a token can be made.
+
+    Raises:
+        InvalidRequest: the broker has no secret key, so it signs nothing.
+        Unavailable.
+    """
+    if not request.app[SETTINGS].secret_key:
+        raise InvalidRequest(
+            "This broker signs nothing, for it has no BROKER_SECRET_KEY; leave out signed.",
+            reason="no_secret_key",
+        )
+    await request.app[SIGNING].key_set(app, ALGORITHM)
+
+
+async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce: str) -> str:
+    """The receipt of a nonce that was just redeemed, signed.
+
+    Raises:
+        Unavailable: the nonce is spent; start again.
+    """
+    issued = int(request.app[DIRECTORY].now().timestamp())
+    claims: dict[str, Any] = {
+        "iss": f"{request.app[PUBLIC_URL]}/v1/apps/{app.id}",
+        "sub": receipt.external_id,
+        "aud": [app.id],
+        "iat": issued,
+        "exp": issued + LIFE,
+        "jti": text(digest("nonce", app.id, nonce)),
+    }
+    try:
+        return await request.app[SIGNING].sign(app, ALGORITHM, claims | receipt_object(receipt))
+    except Unavailable as fault:
+        fault.retry = "backend"
+        raise
+
+
+async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """The public keys of the app, for any page and any service. Without a secret key: those that are left, which may be none."""
+    signing = request.app[SIGNING]
+    if request.app[SETTINGS].secret_key:
+        keys = (await signing.key_set(app, ALGORITHM))["keys"]
+    else:
+        keys = [key.public for key, state in await signing.listed(app) if state != "gone"]
+    return json_answer({"keys": keys}, headers={"Cache-Control": f"public, max-age={JWKS_MAX_AGE}"})
+
+
+def routes(base: str) -> list[web.RouteDef]:
+    """The public route below `base`, the path of an app."""
+    return [web.get(f"{base}/.well-known/jwks.json", public_app(key_set), allow_head=False)]

@@ -1,0 +1,264 @@
+"""What a Hanko tenant's backend reads and changes by key: credentials, transactions, the audit log; and the public key set.
+
+Lists are bare arrays, newest first, 20 a page; `Link` and `X-Total-Count` lead on. A credential is found by its credential id, and
+only within the tenant.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from binascii import Error as NotBase64
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from aiohttp import web
+from multidict import MultiDict
+
+from broker import ceremony
+from broker.dialects.hanko.ceremonies import bound, judge, required
+from broker.dialects.hanko.refusals import FIELDS
+from broker.errors import InvalidRequest, UnknownPasskey
+from broker.model import ID, ApprovalRecord, AuditRow, Owned, RelyingParty
+from broker.signing import JWKS_MAX_AGE
+from broker.tokens import text
+from broker.web import DIRECTORY, PUBLIC_URL, SIGNING, json_answer
+from broker.web.body import read_query
+
+_PAGE = 20
+_LONGEST_PAGE = 1000
+_MAX_AGE = f"max-age={JWKS_MAX_AGE}"
+
+
+# -- credentials ------------------------------------------------------------------------------------------------------------------
+
+
+async def list_credentials(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """A page of credentials, of one user (`user_id`, also "", who is nobody) or of all."""
+    query = read_query(request)
+    page, limit = _page(query)
+    order = _one(query, "order") or "desc"
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("Order must be one of 'asc desc'", reason=FIELDS)
+    found, total = await request.app[DIRECTORY].passkeys(
+        app, external_id=_one(query, "user_id"), limit=limit, page=page, newest_first=order == "desc"
+    )
+    return _listed(request, query, [credential_object(owned) for owned in found], total)
+
+
+async def get_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """One credential."""
+    return json_answer(credential_object(await _credential(request, app)))
+
+
+async def rename_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{name}` to 204."""
+    body, faults = await bound(request), list[str]()
+    name = required(body, "name", faults)
+    judge(faults)
+    owned = await _credential(request, app)
+    await request.app[DIRECTORY].rename(app, owned.credential.id, name)
+    return web.Response(status=204)
+
+
+async def revoke_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """Revoke a credential; 204."""
+    owned = await _credential(request, app)
+    await request.app[DIRECTORY].revoke_passkey(app, owned.credential.id)
+    return web.Response(status=204)
+
+
+async def _credential(request: web.Request, app: RelyingParty) -> Owned:
+    """The credential of the path, whose id is base64url without padding and compared as text."""
+    wanted = request.match_info["credential_id"]
+    try:
+        credential_id = urlsafe_b64decode(wanted.encode("ascii") + b"=" * (-len(wanted) % 4))
+    except (UnicodeEncodeError, NotBase64):
+        raise UnknownPasskey from None
+    if urlsafe_b64encode(credential_id).decode().rstrip("=") != wanted:
+        raise UnknownPasskey
+    return await request.app[DIRECTORY].passkey_by_credential(app, credential_id)
+
+
+def credential_object(owned: Owned) -> dict[str, Any]:
+    """A credential. One that nobody owns yet has no `user_id`; one that was never used shows the time of its creation."""
+    credential = owned.credential
+    credential_id = text(credential.credential_id)
+    shown = {
+        "id": credential_id,
+        "name": credential.nickname
+        or ceremony.authenticator_name(credential.aaguid)
+        or f"cred-{credential_id}",
+        "public_key": text(credential.public_key),
+        "attestation_type": credential.attestation_format,
+        "aaguid": credential.aaguid,
+        "last_used_at": _time(credential.last_used_at or credential.created_at),
+        "created_at": _time(credential.created_at),
+        "transports": list(credential.transports),
+        "backup_eligible": credential.backup_eligible,
+        "backup_state": credential.backed_up,
+        "is_mfa": credential.second_factor,
+    }
+    return shown if owned.external_id is None else {**shown, "user_id": owned.external_id}
+
+
+# -- transactions -----------------------------------------------------------------------------------------------------------------
+
+
+async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """The transactions of a user, named by our own id of the user; of nobody there are none."""
+    user_id = request.match_info["user_id"]
+    if not ID.match(user_id):
+        raise InvalidRequest("A user's own id has 24 letters and digits.", reason="user_id")
+    found = await request.app[DIRECTORY].approvals(app, user_id)
+    return json_answer([approval_object(record) for record in found])
+
+
+def approval_object(record: ApprovalRecord) -> dict[str, Any]:
+    """A transaction; it changed last when it was approved, if it was."""
+    return {
+        "id": record.id,
+        "identifier": record.identifier,
+        "data": record.data,
+        "created_at": _time(record.created_at),
+        "updated_at": _time(record.approved_at or record.created_at),
+    }
+
+
+# -- audit log --------------------------------------------------------------------------------------------------------------------
+
+# The vendor's types by action and result. Other events of ours have no counterpart, and the vendor's "init" types none of ours:
+# what was only begun has changed nothing.
+_TYPES: Mapping[tuple[str, str], str] = {
+    ("passkey.registered", "done"): "webauthn_registration_final_succeeded",
+    ("passkey.registered", "refused"): "webauthn_registration_final_failed",
+    ("passkey.used", "done"): "webauthn_authentication_final_succeeded",
+    ("passkey.used", "refused"): "webauthn_authentication_final_failed",
+    ("passkey.renamed", "done"): "webauthn_credential_updated",
+    ("passkey.revoked", "done"): "webauthn_credential_deleted",
+}
+
+
+async def list_audit_logs(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """A page of events, filtered by `type` (may be repeated), `start_time` and `end_time` (exclusive), and by parts of the user's id
+    (`actor_user_id`, `q`). No address is kept, so none has a given `meta_source_ip` in it."""
+    query = read_query(request)
+    page, limit = _page(query)
+    start, end = _instant(query, "start_time"), _instant(query, "end_time")
+    user, part = _one(query, "actor_user_id"), _one(query, "q")
+    if user and part:
+        raise InvalidRequest("actor_user_id and q both look for a user's id; send one.", reason=FIELDS)
+    wanted = query.getall("type", [])
+    kinds = [kind for kind, name in _TYPES.items() if not wanted or name in wanted]
+    found, total = await request.app[DIRECTORY].audit(
+        app,
+        limit=limit,
+        page=page,
+        start=start,
+        end=end,
+        kinds=[] if _one(query, "meta_source_ip") else kinds,
+        user=user or part or None,
+    )
+    return _listed(request, query, [audit_object(row, app) for row in found], total)
+
+
+def audit_object(row: AuditRow, app: RelyingParty) -> dict[str, Any]:
+    """An event. Addresses, user agents and transactions are not kept with it."""
+    event = row.event
+    shown = {
+        "id": str(event.id),
+        "type": _TYPES[event.action, event.result],
+        "meta_http_request_id": event.request_id,
+        "meta_source_ip": "",
+        "meta_user_agent": "",
+        "created_at": _time(event.at),
+        "updated_at": _time(event.at),
+        "tenant_id": app.id,
+        "transaction_id": None,
+    }
+    if event.result == "refused":
+        shown["error"] = event.reason
+    if row.external_id is not None:
+        shown["actor_user_id"] = row.external_id
+    return shown
+
+
+def _instant(query: MultiDict[str], name: str) -> datetime | None:
+    """A time as RFC 3339 has it."""
+    value = _one(query, name)
+    if not value:
+        return None
+    try:
+        found = datetime.fromisoformat(value)
+        if found.tzinfo is None:
+            raise ValueError
+        return found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidRequest(f"{name} is a time like 2026-01-31T12:00:00Z.", reason=FIELDS) from None
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------------------
+
+
+async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """The public keys that verify this tenant's tokens (RFC 7517 §5)."""
+    keys = await request.app[SIGNING].key_set(app, app.policy.hanko_algorithm)
+    return json_answer(keys, headers={"Cache-Control": _MAX_AGE})
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------------------
+
+
+def _page(query: MultiDict[str]) -> tuple[int, int]:
+    """The page asked for and how many a page has."""
+    return _whole(query, "page", 1, 1_000_000), _whole(query, "per_page", _PAGE, _LONGEST_PAGE)
+
+
+def _whole(query: MultiDict[str], name: str, default: int, high: int) -> int:
+    value = _one(query, name)
+    if not value:
+        return default
+    if not value.isascii() or not value.isdigit() or len(value) > 9 or not 1 <= int(value) <= high:
+        raise InvalidRequest(f"{name} is a whole number from 1 to {high}", reason=FIELDS)
+    return int(value)
+
+
+def _one(query: MultiDict[str], name: str) -> str | None:
+    """A field that is given once or not at all."""
+    values = query.getall(name, [])
+    if len(values) > 1:
+        raise InvalidRequest(f"{name} is given twice.", reason=FIELDS)
+    if values and "\0" in values[0]:
+        raise InvalidRequest(f"{name} has a NUL character.", reason="nul")
+    return values[0] if values else None
+
+
+def _listed(
+    request: web.Request, query: MultiDict[str], items: list[dict[str, Any]], total: int
+) -> web.StreamResponse:
+    """A page as an array, with the ways on in its headers (RFC 8288)."""
+    page, limit = _page(query)
+    last = max(1, -(-total // limit))
+    places = {"first": 1, "last": last}
+    if page < last:
+        places["next"] = page + 1
+    if page > 1:
+        places["prev"] = min(page - 1, last)
+    base = request.app[PUBLIC_URL] + request.path
+    kept = [(k, v) for k, v in query.items() if k not in ("page", "per_page")]
+
+    def link(number: int) -> str:
+        asked = [*kept, ("page", str(number)), ("per_page", str(limit))]
+        return f"{base}?{urlencode(asked, quote_via=quote)}"
+
+    headers: Mapping[str, str] = {
+        "Link": ",".join(f'<{link(number)}>; rel="{place}"' for place, number in places.items()),
+        "X-Total-Count": str(total),
+    }
+    return json_answer(items, headers=headers)
+
+
+def _time(value: datetime) -> str:
+    """RFC 3339 in UTC."""
+    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

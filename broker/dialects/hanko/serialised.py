@@ -1,0 +1,78 @@
+"""The bytes that an approved payload is hashed as: JSON as Go's encoding/json writes a value that it has read.
+
+The vendor's server decodes `transaction_data` into Go's own types, writes it again, and puts SHA-256 of the transaction id and that
+text into the challenge. Whoever verifies the payload later computes the same text, so it is reproduced here byte for byte: object
+keys sorted by their UTF-8 bytes, no white space, strings with the escapes that Go's HTML-safe encoder writes, and every number
+through a double in its shortest form. Go 1.22 and newer write `\\b` and `\\f` for U+0008 and U+000C, as here; older ones wrote
+`\\u0008` and `\\u000c`.
+
+What follows from that for a payload: numbers keep 53 bits (9007199254740993 is hashed as 9007199254740992, 1.0 as 1), and `-0` keeps
+its sign. What JSON parsers disagree on never gets here: `broker.web.body` refuses duplicate keys, lone surrogates, invalid UTF-8,
+NUL, numbers beyond 64 bits that are written as integers, and nesting below 32 levels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+# Python's `json` writes none of these as Go does: Go escapes what HTML and JavaScript would read, and U+007F not at all.
+_ESCAPED = re.compile('[\\x00-\\x1f"\\\\<>&\u2028\u2029]')
+_SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def go_json(value: object) -> str:
+    """`value` (of `json.loads` with `parse_int=float`, or with integers, which become doubles) as Go's `json.Marshal` writes it.
+
+    Raises:
+        ValueError: not a JSON value: NaN, an infinity, or an object of another kind.
+        OverflowError: an integer beyond a double.
+    """
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return _text(value)
+        case int() | float():
+            return _number(float(value))
+        case list():
+            return "[" + ",".join(map(go_json, value)) + "]"
+        case dict():
+            # Code points sort as their UTF-8 bytes do.
+            return "{" + ",".join(f"{_text(k)}:{go_json(value[k])}" for k in sorted(value)) + "}"
+        case _:
+            raise ValueError(f"{type(value).__name__} is not JSON")
+
+
+def go_json_again(body: bytes, name: str) -> str:
+    """The member `name` of a JSON object that was judged before, read with Go's numbers and written again."""
+    return go_json(json.loads(body, parse_int=float)[name])
+
+
+def _text(value: str) -> str:
+    return '"' + _ESCAPED.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", value) + '"'
+
+
+def _number(value: float) -> str:
+    """The shortest digits that give the double again: plain between 1e-6 and 1e21, else with an exponent, as ECMAScript does."""
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError("no JSON number")
+    mantissa, _, exponent = repr(value).lstrip("-").partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    fraction = fraction.rstrip("0")
+    # value = 0.digits * 10**point
+    digits = (whole + fraction).lstrip("0")
+    point = len(whole) + int(exponent or 0) - (len(whole + fraction) - len(digits))
+    digits = digits.rstrip("0")
+    sign = "-" if repr(value).startswith("-") else ""
+    if not digits:
+        return sign + "0"
+    if -5 <= point <= 21:  # 1e-6 <= value < 1e21
+        if point <= 0:
+            return f"{sign}0.{'0' * -point}{digits}"
+        padded = digits.ljust(point, "0")
+        return sign + padded[:point] + (f".{padded[point:]}" if len(padded) > point else "")
+    power = point - 1
+    return f"{sign}{digits[0]}{'.' + digits[1:] if len(digits) > 1 else ''}e{'+' if power > 0 else '-'}{abs(power)}"

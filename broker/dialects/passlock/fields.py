@@ -1,0 +1,200 @@
+"""What Passlock's bodies and answers have in common: fields that several calls take, and passkeys as its clients read them.
+
+The vendor's server SDK decodes by schema: a required field that is missing, or a null where a field is merely optional, breaks it.
+So what is absent is left out, always. All times are whole milliseconds since the epoch. Binary values are base64url without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, cast, get_args
+
+from broker import ceremony
+from broker.errors import InvalidRequest
+from broker.model import (
+    Asked,
+    Credential,
+    Mediation,
+    Owned,
+    RelyingParty,
+    UserVerification,
+    checked,
+    is_weaker,
+)
+from broker.tokens import text
+from broker.web.body import optional_text, text_field
+
+_LONGEST_ID = 64
+
+Body = dict[str, Any]
+
+
+def milliseconds(at: datetime) -> int:
+    """Since the epoch, whole."""
+    return int(at.timestamp() * 1000)
+
+
+# -- fields of requests -----------------------------------------------------------------------------------------------------------
+
+
+def judge_rp_id(body: Body, app: RelyingParty) -> None:
+    """The RP ID is the app's setting and never the caller's: another one is a mistake that the caller wants to hear of.
+
+    Raises:
+        InvalidRequest: missing, or another one. Case makes no difference, as in host names.
+    """
+    if text_field(body, "rpId").lower() != app.rp_id:
+        raise InvalidRequest(f"rpId is not {app.rp_id}, the RP ID of this tenancy.", reason="rp_id")
+
+
+def judge_rp_name(body: Body) -> None:
+    """`rpName` may be absent and may not be blank. What authenticators show is the app's name.
+
+    Raises:
+        InvalidRequest.
+    """
+    if body.get("rpName") is not None and not text_field(body, "rpName").strip():
+        raise InvalidRequest("rpName is blank.", reason="empty_field")
+
+
+def short_text(body: Body, name: str) -> str:
+    """1 to 256 characters; judged here, so that the sentence has the caller's name of the field."""
+    value = text_field(body, name)
+    checked(value, name)
+    return value
+
+
+def optional_short_text(body: Body, name: str) -> str | None:
+    """The same; None where it is absent, null or empty."""
+    return short_text(body, name) if optional_text(body, name) is not None else None
+
+
+def user_verification(body: Body) -> UserVerification | None:
+    """`required`, `preferred` or `discouraged`; absent, as every optional field, also where it is null."""
+    value = body.get("userVerification")
+    if value is not None and value not in get_args(UserVerification):
+        raise InvalidRequest("userVerification is required, preferred or discouraged.", reason="field_type")
+    return cast(UserVerification | None, value)
+
+
+def life(body: Body) -> float | None:
+    """`timeout`, in milliseconds, as seconds."""
+    value = body.get("timeout")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+        raise InvalidRequest("timeout is a number of milliseconds, 1 or more.", reason="field_type")
+    return value / 1000
+
+
+def passkey_ids(body: Body, name: str, *, most: int = 100) -> tuple[str, ...] | None:
+    """A list of passkey ids, at most so many; None where it is absent or empty. What a page sends is kept while the ceremony lasts, so
+    neither the list nor what stands in it may be long."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) > most:
+        raise InvalidRequest(f"{name} is a list of at most {most} passkey ids.", reason="field_type")
+    if not all(isinstance(item, str) and 0 < len(item) <= _LONGEST_ID for item in value):
+        raise InvalidRequest(f"{name} holds something that can't be a passkey id.", reason="field_type")
+    return tuple(dict.fromkeys(value)) or None
+
+
+def switch(body: Body, name: str) -> bool:
+    """A boolean; absent is false."""
+    value = body.get(name) or False
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is true or false.", reason="field_type")
+    return value
+
+
+def asked_of_registration(body: Body) -> Asked:
+    """What `userVerification`, `timeout` and `excludeCredentials` ask of a registration."""
+    return Asked(
+        user_verification=user_verification(body),
+        life=life(body),
+        exclude=passkey_ids(body, "excludeCredentials"),
+    )
+
+
+def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
+    """What `userVerification`, `timeout`, `allowCredentials` and `mediation` ask of an authentication. A passkey that nobody owns yet
+    may answer where pages may register one."""
+    mediation = "required" if body.get("mediation") is None else body["mediation"]
+    if mediation not in get_args(Mediation):
+        raise InvalidRequest("mediation is required or conditional.", reason="field_type")
+    return Asked(
+        user_verification=user_verification(body),
+        life=life(body),
+        allow=passkey_ids(body, "allowCredentials"),
+        ownerless=app.policy.passlock_open_registration,
+        mediation=cast(Mediation, mediation),
+    )
+
+
+def as_a_page_may(asked: Asked, app: RelyingParty) -> Asked:
+    """What a caller without a key may ask: no less user verification than the policy, also where keyed callers may."""
+    wish = asked.user_verification
+    if wish is not None and is_weaker(wish, app.policy.user_verification):
+        return replace(asked, user_verification=None)
+    return asked
+
+
+# -- passkeys in answers ----------------------------------------------------------------------------------------------------------
+
+
+def user_id_of(owned: Owned) -> str:
+    """The owner; a passkey that nobody owns yet stands for itself, as the vendor had it."""
+    return owned.external_id if owned.external_id is not None else owned.credential.id
+
+
+def handle_of(credential: Credential) -> str:
+    """The user handle as WebAuthn's JSON has it, base64url of its bytes."""
+    return text(credential.user_handle.encode())
+
+
+def summary_object(owned: Owned) -> Body:
+    """A passkey as the list shows it."""
+    credential = owned.credential
+    found: Body = {
+        "_tag": "PasskeySummary",
+        "id": credential.id,
+        "userId": user_id_of(owned),
+        "enabled": credential.live,
+        "credential": {"id": text(credential.credential_id), "userId": handle_of(credential)},
+        "createdAt": milliseconds(credential.created_at),
+    }
+    return found | _last_used(credential)
+
+
+def passkey_object(owned: Owned, app: RelyingParty) -> Body:
+    """A whole passkey. `platform.name` is what the authenticator says of itself; there is no `platform.icon`, for we have no icons."""
+    credential = owned.credential
+    name = ceremony.authenticator_name(credential.aaguid)
+    found: Body = {
+        "_tag": "Passkey",
+        "id": credential.id,
+        "userId": user_id_of(owned),
+        "enabled": credential.live,
+        "credential": {
+            "id": text(credential.credential_id),
+            "userId": handle_of(credential),
+            "username": credential.user_name,
+            "aaguid": credential.aaguid,
+            "backedUp": credential.backed_up,
+            "counter": credential.sign_count,
+            "deviceType": "multiDevice" if credential.backup_eligible else "singleDevice",
+            "transports": list(credential.transports),
+            "publicKey": text(credential.public_key),
+            "rpId": app.rp_id,
+        },
+        "createdAt": milliseconds(credential.created_at),
+        "updatedAt": milliseconds(credential.updated_at),
+    }
+    return found | ({"platform": {"name": name}} if name is not None else {}) | _last_used(credential)
+
+
+def _last_used(credential: Credential) -> Body:
+    return {"lastUsed": milliseconds(credential.last_used_at)} if credential.last_used_at else {}

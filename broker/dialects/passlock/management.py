@@ -1,0 +1,259 @@
+"""Passlock's management of passkeys: keyed lists and changes, and what pages tell authenticators of them.
+
+Passkeys change in the broker and authenticators don't know. So a change gives a one-time token besides, which the page exchanges for what
+the WebAuthn Signal API wants to hear (update: names; delete: credentials that are gone; prune: all that are left). A name or an id that
+nobody has is a warning, not an error: the change is done as far as it can be.
+
+Clients before that (2.0 to 2.8) change single passkeys, or all of a user, and get the changed passkeys back. Those before 2.5 have pages
+read a passkey's ids without a key, which the app's policy has to allow.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import urlsafe_b64decode
+from collections.abc import Callable
+from datetime import datetime
+
+from aiohttp import web
+
+from broker.dialects.passlock.ceremonies import judge_open
+from broker.dialects.passlock.fields import (
+    Body,
+    handle_of,
+    optional_short_text,
+    passkey_ids,
+    passkey_object,
+    short_text,
+    summary_object,
+)
+from broker.durable import instant
+from broker.errors import InvalidRequest, UnknownPasskey
+from broker.model import Owned, RelyingParty
+from broker.signals import Instructions, Prepared, SignalKind
+from broker.tokens import text
+from broker.web import DIRECTORY, SIGNALS, Handler, json_answer, read_object
+from broker.web.body import optional_text, read_query, text_field
+
+PAGE_SIZE = 50
+_CURSOR = re.compile(r"([0-9]{1,17})\.([A-Za-z0-9]{24})\Z")
+_MICROSECONDS = 1_000_000
+_ALL = 1000  # passkeys; a user has no more
+
+
+# -- lists --------------------------------------------------------------------------------------------------------------------------
+
+
+async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`?cursor=` to `{cursor, records}`: up to 50 of the app's passkeys, oldest first; `cursor` is null behind the last."""
+    query = read_query(request)
+    cursor = query.get("cursor") or None
+    found = await request.app[DIRECTORY].passkeys_after(
+        app, after=_place(cursor) if cursor else None, limit=PAGE_SIZE + 1
+    )
+    more = len(found) > PAGE_SIZE
+    shown = found[:PAGE_SIZE]
+    return json_answer(
+        {
+            "_tag": "FindAllPasskeys",
+            "cursor": _cursor(shown[-1]) if more else None,
+            "records": [summary_object(owned) for owned in shown],
+        }
+    )
+
+
+def _cursor(last: Owned) -> str:
+    """Where the next page begins: behind this passkey, whatever is added or deleted meanwhile."""
+    made = last.credential.created_at
+    micros = int(made.timestamp()) * _MICROSECONDS + made.microsecond
+    return text(f"{micros}.{last.credential.id}".encode())
+
+
+def _place(cursor: str) -> tuple[datetime, str]:
+    try:
+        found = _CURSOR.match(urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii"))
+        made = instant(0) if found is None else instant(int(found[1]) // _MICROSECONDS)
+    except (ValueError, OverflowError, OSError):
+        found = None
+    if found is None:
+        raise InvalidRequest("cursor is not one that this list gave.", reason="cursor")
+    return made.replace(microsecond=int(found[1]) % _MICROSECONDS), found[2]
+
+
+async def get_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """One passkey, whole."""
+    owned = await request.app[DIRECTORY].passkey(app, request.match_info["passkey_id"])
+    return json_answer(passkey_object(owned, app))
+
+
+# -- changes with a token for the page ----------------------------------------------------------------------------------------------
+
+
+async def update_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{userId, username, displayName?}` to 202 `{updatePasskeysToken, expiresAt, warnings}`. The username is stored on every passkey of
+    the user; the display name travels in the token only."""
+    body = await read_object(request)
+    user_id, user_name = short_text(body, "userId"), short_text(body, "username")
+    prepared = await request.app[SIGNALS].prepare_update(
+        app, user_id, user_name, optional_short_text(body, "displayName")
+    )
+    return _prepared("PreparedPasskeyUpdate", "updatePasskeysToken", prepared)
+
+
+async def delete_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{passkeyIds}` or `{userId}` to 202 `{deletePasskeysToken, expiresAt, warnings}`. They never sign in again."""
+    body = await read_object(request)
+    user_id = optional_short_text(body, "userId")
+    if (user_id is None) == (body.get("passkeyIds") is None):
+        raise InvalidRequest("Give either passkeyIds or userId.", reason="scope")
+    ids = passkey_ids(body, "passkeyIds", most=_ALL)
+    if user_id is None and ids is None:
+        raise InvalidRequest("passkeyIds is empty.", reason="empty_field")
+    prepared = await request.app[SIGNALS].prepare_delete(app, passkey_ids=ids, external_id=user_id)
+    return _prepared("PreparedPasskeyDeletion", "deletePasskeysToken", prepared)
+
+
+async def prune_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{userId}` to 202 `{prunePasskeysToken, expiresAt, warnings}`. Deletes nothing here."""
+    body = await read_object(request)
+    prepared = await request.app[SIGNALS].prepare_prune(app, short_text(body, "userId"))
+    return _prepared("PreparedPasskeyPruning", "prunePasskeysToken", prepared)
+
+
+def _prepared(tag: str, token: str, prepared: Prepared) -> web.Response:
+    return json_answer(
+        {
+            "_tag": tag,
+            token: prepared.ticket,
+            "expiresAt": int(prepared.expires_at * 1000),
+            "warnings": _warnings(prepared),
+        },
+        status=202,
+    )
+
+
+def _warnings(told: Prepared | Instructions) -> list[Body]:
+    """What was asked for and is not there."""
+    if told.empty and not told.missing:
+        return [{"code": "NO_PASSKEYS_FOUND", "message": "This user has no passkeys."}]
+    return [
+        {"code": "PASSKEY_NOT_FOUND", "message": "There is no such passkey.", "passkeyId": passkey_id}
+        for passkey_id in told.missing
+    ]
+
+
+def _exchange(kind: SignalKind, field: str, tag: str, rendered: Callable[[Body], Body]) -> Handler:
+    """`{token}` to `{instructions, warnings}`, once."""
+
+    async def handle(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+        body = await read_object(request)
+        told = await request.app[SIGNALS].exchange(app, kind, text_field(body, field))
+        instructions = [rendered(call) for call in told.calls]
+        return json_answer({"_tag": tag, "instructions": instructions, "warnings": _warnings(told)})
+
+    return handle
+
+
+def _update(call: Body) -> Body:
+    return {
+        "rpId": call["rpId"],
+        "userId": call["userId"],
+        "username": call["name"],
+        "displayName": call["displayName"],
+    }
+
+
+exchange_update = _exchange("update", "updatePasskeysToken", "PasskeyUpdateInstructions", _update)
+exchange_deletion = _exchange("delete", "deletePasskeysToken", "PasskeyDeletionInstructions", dict)
+exchange_pruning = _exchange("prune", "prunePasskeysToken", "PasskeyPruningInstructions", dict)
+
+
+# -- changes of clients before 2.9 --------------------------------------------------------------------------------------------------
+
+
+async def change_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{userId}`, `{username}` or both to the passkey: gives it its owner, once, and the name that authenticators show."""
+    body = await read_object(request)
+    user_id, user_name = optional_short_text(body, "userId"), optional_short_text(body, "username")
+    if user_id is None and user_name is None:
+        raise InvalidRequest("Give userId, username or both.", reason="missing_field")
+    directory, passkey_id = request.app[DIRECTORY], request.match_info["passkey_id"]
+    owned = await directory.passkey(app, passkey_id)
+    if user_id is not None and owned.external_id != user_id:
+        owned = await directory.assign(app, passkey_id, user_id)
+    if user_name is not None:
+        await directory.rename_user_of(app, passkey_id, user_name)
+        owned = await directory.passkey(app, passkey_id)
+    return json_answer(passkey_object(owned, app))
+
+
+async def delete_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """202 with the passkey as it was."""
+    owned = await request.app[DIRECTORY].revoke_passkey(app, request.match_info["passkey_id"])
+    return json_answer(passkey_object(owned, app), status=202)
+
+
+async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{username}` to `{updated}`: all passkeys of the user in the path; nobody has none."""
+    body = await read_object(request)
+    user_id, user_name = _user_in(request, body), short_text(body, "username")
+    await request.app[DIRECTORY].rename_user(app, user_id, user_name)
+    updated = await _passkeys_of(request, app, user_id)
+    return json_answer({"_tag": "UpdatedPasskeys", "updated": updated})
+
+
+async def delete_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """`{userId?}`, or nothing, to 202 `{deleted}`: all passkeys of the user in the path, as they were; nobody has none."""
+    user_id = _user_in(request, await read_object(request, empty=True))
+    deleted = await _passkeys_of(request, app, user_id)
+    await request.app[DIRECTORY].revoke_of(app, user_id, None)
+    return json_answer({"_tag": "DeletedPasskeys", "deleted": deleted}, status=202)
+
+
+async def _passkeys_of(request: web.Request, app: RelyingParty, user_id: str) -> list[Body]:
+    owned, _ = await request.app[DIRECTORY].passkeys(app, external_id=user_id, limit=_ALL, newest_first=False)
+    return [passkey_object(o, app) for o in owned]
+
+
+def _user_in(request: web.Request, body: Body) -> str:
+    """The user in the path; the body may say it again, and can't say otherwise."""
+    user_id = request.match_info["user_id"]
+    if optional_text(body, "userId") not in (None, user_id):
+        raise InvalidRequest("userId is not the user in the path.", reason="scope")
+    return user_id
+
+
+# -- pages --------------------------------------------------------------------------------------------------------------------------
+
+
+async def read_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """What a page needs to signal one passkey: `{credentialId, userId, rpId}`."""
+    judge_open(app)
+    owned = await request.app[DIRECTORY].passkey(app, request.match_info["passkey_id"])
+    credential = owned.credential
+    return json_answer(
+        {
+            "credentialId": text(credential.credential_id),
+            "userId": handle_of(credential),
+            "rpId": app.rp_id,
+        }
+    )
+
+
+async def read_credentials(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """What a page needs to prune: of the passkeys in the path, which must be one user's, `{rpId, userId, allAcceptedCredentialIds}`."""
+    judge_open(app)
+    wanted = request.match_info["passkey_ids"].split(",")
+    owned = await request.app[DIRECTORY].passkeys_by_ids(app, wanted)
+    if not owned:
+        raise UnknownPasskey
+    handle, *others = dict.fromkeys(handle_of(o.credential) for o in owned)
+    if others:
+        raise InvalidRequest("These passkeys are of different users.", reason="scope")
+    return json_answer(
+        {
+            "rpId": app.rp_id,
+            "userId": handle,
+            "allAcceptedCredentialIds": [text(o.credential.credential_id) for o in owned],
+        }
+    )

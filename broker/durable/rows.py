@@ -1,0 +1,55 @@
+"""What the durable store's statements share: columns, the insert of an event, and rows as domain types."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import asyncpg
+
+from broker.model import Credential, Owned, Policy, RelyingParty
+from broker.telemetry import context
+
+CREDENTIAL = (
+    "c.id, c.app_id, c.user_id, c.credential_id, c.user_handle, c.public_key, c.algorithm, c.sign_count, c.backup_eligible, "
+    "c.backed_up, c.transports, c.attachment, c.aaguid, c.attestation_format, c.attestation_trust, c.user_name, "
+    "c.user_display_name, c.nickname, c.live, c.second_factor, c.confirmed_at, c.created_at, c.updated_at, c.last_used_at, c.use_count"
+)
+USER = """
+    u.id, u.app_id, u.external_id, u.handle, u.status, u.created_at, u.updated_at,
+    u.past_logins + coalesce(k.uses, 0)::bigint AS login_count, greatest(u.past_login_at, k.used_at) AS last_login_at
+"""
+USES = """
+    LEFT JOIN LATERAL (
+        SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at FROM credentials c WHERE c.user_id = u.id
+    ) k ON true
+"""
+APP = "id, name, rp_id, origins, related_origins, policy, created_at"
+TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
+
+
+def who() -> tuple[str, str]:
+    now = context()
+    return now.actor, now.request_id
+
+
+def app_of(row: asyncpg.Record) -> RelyingParty:
+    return RelyingParty(
+        id=row["id"],
+        name=row["name"],
+        rp_id=row["rp_id"],
+        origins=tuple(row["origins"]),
+        related_origins=tuple(row["related_origins"]),
+        policy=Policy.load(cast(dict[str, Any], row["policy"])),
+        created_at=row["created_at"],
+    )
+
+
+def credential_of(row: asyncpg.Record) -> Credential:
+    values = {k: v for k, v in row.items() if k != "external_id"}
+    values["transports"] = tuple(values["transports"])
+    return Credential(**values)
+
+
+def owned_of(row: asyncpg.Record) -> Owned:
+    """A credential's columns and `external_id`."""
+    return Owned(credential_of(row), row["external_id"])

@@ -1,0 +1,246 @@
+"""Mail codes: a 6-digit code that proves that somebody reads a mailbox. For keyed callers; sending the mail is theirs.
+
+    create   -> the code, its secret, and the message to send       the application mails the message and keeps id and secret
+    verify   id, secret and what the person typed -> the code's facts, once
+    get      what is known of a code that has not ended
+    delete   it redeems nothing any more
+
+**Two halves.** The mailbox gets six digits; the application keeps the secret with the person's session. Neither redeems anything alone, so
+who reads the mail elsewhere, or guesses digits against somebody's address, lacks the secret. A code lives for `LIFE` seconds and
+takes `ATTEMPTS` guesses; the last wrong one ends it. So of one code a guess buys 5 in a million, and the rate (`PER_MAILBOX`
+codes of one purpose for one mailbox in 15 minutes, `PER_USER` for one user) bounds how many codes there are to guess at, and
+how much mail a stranger can have sent to somebody. A caller may skip the rate, for what it has limited by itself.
+
+**What is compared.** E-mail addresses byte for byte: the broker neither trims nor folds them, for only the mail server knows which of
+them are one mailbox. The rate alone is counted by the lower-cased address, so that another spelling does not dodge it.
+
+**Who is told.** Keyed callers may know all of it: what is unknown, used or of another app has one refusal with a wrong secret, but an
+expired code and one without attempts say so. A guess with the right secret that ends a known user's code is an event.
+
+At-most-once and what is at rest: `broker.ephemeral.mailbox`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from broker.durable import Durable, instant
+from broker.ephemeral import Ephemeral
+from broker.ephemeral.mailbox import PER_MAILBOX, PER_USER, WINDOW, MailCode, MailCodes, Verdict
+from broker.errors import (
+    InvalidRequest,
+    MailCodeAttempts,
+    MailCodeExpired,
+    MailCodeRate,
+    Refusal,
+    Unavailable,
+    UnknownMailCode,
+    WrongMailCode,
+)
+from broker.model import ID, RelyingParty
+from broker.telemetry import Metrics
+from broker.tokens import Mint, SystemMint
+
+__all__ = ["ATTEMPTS", "LIFE", "PER_MAILBOX", "PER_USER", "WINDOW", "Made", "MailCode", "Mailbox", "Message"]
+
+LIFE = 600  # seconds
+ATTEMPTS = 5
+MAX_METADATA = 4096  # bytes of JSON
+
+_PREFIX = "pbm_"
+_DIGITS = re.compile(r"[0-9]{6}\Z")
+_PURPOSE = re.compile(r"[A-Za-z0-9._:-]{1,64}\Z")
+# A bare address: no quoted local part, no address literal, and none of what separates addresses in a header (RFC 5322 §3.2.3).
+_EMAIL = re.compile(r'[^\s@<>()\[\],;:\\"]+@[^\s@<>()\[\],;:\\".]+(\.[^\s@<>()\[\],;:\\".]+)+\Z')
+_MAX_EMAIL = 254  # RFC 5321 §4.5.3.1.3, without the angle brackets
+_MAX_USER = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What to mail, as HTML and as plain text. Both are whole and name nothing outside of themselves."""
+
+    html: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A new mail code: the only time that its secret and its digits are seen."""
+
+    code: MailCode
+    secret: str
+    digits: str
+    message: Message
+
+
+class Mailbox:
+    """The verbs. `clock` gives seconds since the epoch, `mint` is the source of chance."""
+
+    def __init__(
+        self,
+        *,
+        ephemeral: Ephemeral,
+        durable: Durable,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        mint: Mint | None = None,
+    ) -> None:
+        self._codes = MailCodes(ephemeral)
+        self._durable = durable
+        self._metrics = metrics
+        self._clock = clock
+        self._mint = mint or SystemMint()
+
+    async def create(
+        self,
+        app: RelyingParty,
+        email: str,
+        purpose: str,
+        *,
+        external_id: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        replace_others: bool = False,
+        skip_rate: bool = False,
+    ) -> Made:
+        """Make a code for a mailbox.
+
+        `purpose` is the caller's word for what the code is good for. `external_id` is the caller's user, whom the app need not know.
+        `metadata` comes back with the code. `replace_others` deletes the pending codes of this purpose: the user's where one is
+        named, else the mailbox's.
+
+        Raises:
+            InvalidRequest, MailCodeRate, Unavailable.
+        """
+        _check(email, purpose, external_id, metadata)
+        now = round(self._clock(), 3)
+        code = MailCode(
+            id=self._mint.id(),
+            app_id=app.id,
+            purpose=purpose,
+            email=email,
+            external_id=external_id,
+            metadata=metadata,
+            created_at=now,
+            expires_at=now + LIFE,
+            attempts_left=ATTEMPTS,
+        )
+        secret = _PREFIX + "-".join(self._mint.id() for _ in range(3))
+        digits = f"{int.from_bytes(self._mint.challenge()) % 1_000_000:06d}"
+        wait = await self._codes.put(
+            code, secret, digits, counted=not skip_rate, replace_others=replace_others
+        )
+        if wait:
+            self._refuse("limited", MailCodeRate(retry_after=wait))
+        self._count("created")
+        return Made(code, secret, digits, _message(app.name, digits))
+
+    async def get(self, app: RelyingParty, code_id: str) -> MailCode:
+        """A code that has not ended.
+
+        Raises:
+            UnknownMailCode: also for one that has expired.
+            Unavailable.
+        """
+        found = await self._codes.peek(app.id, code_id, self._clock()) if ID.match(code_id) else None
+        if found is None:
+            raise UnknownMailCode
+        return found
+
+    async def verify(self, app: RelyingParty, code_id: str, secret: str, digits: str) -> MailCode:
+        """Redeem a code: at most once, and never after `ATTEMPTS` wrong guesses. What is not six digits is wrong and counts nothing.
+
+        Raises:
+            UnknownMailCode, WrongMailCode, MailCodeExpired, MailCodeAttempts, Unavailable.
+        """
+        if not ID.match(code_id):
+            self._refuse("unknown", UnknownMailCode())
+        if not _DIGITS.match(digits):
+            self._refuse("wrong", WrongMailCode(reason="mail_code_form"))
+        verdict, code = await self._codes.judge(app.id, code_id, secret, digits, self._clock())
+        if verdict == "right" and code is not None:
+            self._count("verified")
+            return code
+        if verdict == "exhausted" and code is not None and code.external_id is not None:
+            await self._tell_exhausted(app, code.external_id)
+        self._refuse(verdict, _REFUSALS[verdict]())
+
+    async def delete(self, app: RelyingParty, code_id: str) -> None:
+        """Delete a code. One that is not there is deleted already.
+
+        Raises:
+            Unavailable.
+        """
+        if ID.match(code_id):
+            await self._codes.drop(app.id, code_id)
+
+    def _count(self, result: str) -> None:
+        self._metrics.mail_codes.labels(result).inc()
+
+    def _refuse(self, result: str, refusal: Refusal) -> NoReturn:
+        self._count(result)
+        raise refusal
+
+    async def _tell_exhausted(self, app: RelyingParty, external_id: str) -> None:
+        """Write the event of a user's code that was guessed at until it ended, where the app knows the user. The refusal stands also
+        when the event can't be written; a metric counts that."""
+        try:
+            user = await self._durable.user(app.id, external_id=external_id)
+            if user is not None:
+                await self._durable.tell(
+                    app.id,
+                    "mail_code.exhausted",
+                    result="refused",
+                    reason=MailCodeAttempts.code,
+                    user_id=user.id,
+                    now=instant(self._clock()),
+                )
+        except Unavailable:
+            self._metrics.events_lost.inc()
+
+
+_REFUSALS: dict[Verdict, type[Refusal]] = {
+    "unknown": UnknownMailCode,
+    "wrong": WrongMailCode,
+    "expired": MailCodeExpired,
+    "exhausted": MailCodeAttempts,
+    "spent": MailCodeAttempts,
+}
+
+
+def _check(email: str, purpose: str, external_id: str | None, metadata: dict[str, Any] | None) -> None:
+    if len(email) > _MAX_EMAIL or not email.isprintable() or not _EMAIL.match(email):
+        raise InvalidRequest(
+            f"The e-mail address is not of the form name@example.org, or has more than {_MAX_EMAIL} characters.",
+            reason="email",
+        )
+    if not _PURPOSE.match(purpose):
+        raise InvalidRequest(
+            "The purpose has 1 to 64 letters, digits, dots, colons, dashes or underscores.", reason="purpose"
+        )
+    if external_id is not None and not 1 <= len(external_id) <= _MAX_USER:
+        raise InvalidRequest(f"The user's id has 1 to {_MAX_USER} characters.", reason="external_id")
+    if len(json.dumps(metadata, separators=(",", ":"), ensure_ascii=False).encode()) > MAX_METADATA:
+        raise InvalidRequest(f"The metadata has more than {MAX_METADATA} bytes of JSON.", reason="metadata")
+
+
+def _message(name: str, digits: str) -> Message:
+    minutes = LIFE // 60
+    before = f"Your code for {name}, to confirm that this mailbox is yours:"
+    after = f"It works once, for {minutes} minutes. Give it to nobody who asks you for it."
+    unasked = "If you did not ask for it, ignore this mail: without the code nothing happens."
+    return Message(
+        html=(
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Your code</title></head>'
+            '<body style="font:16px/1.5 sans-serif">'
+            f'<p>{html.escape(before)}</p><p style="font:bold 28px monospace;letter-spacing:4px">{digits}</p>'
+            f"<p>{after}</p><p>{unasked}</p></body></html>"
+        ),
+        text=f"{before}\n\n{digits}\n\n{after}\n\n{unasked}\n",
+    )

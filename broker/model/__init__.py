@@ -1,0 +1,461 @@
+"""The words of the domain, as frozen types. No I/O, no clock, no third-party library.
+
+Times are seconds since the epoch (float) in one-time values and timezone-aware `datetime` in durable ones; lives are whole
+seconds. Ids (`RelyingParty.id`, `User.id`, `Credential.id`) are 24 ASCII alphanumerics. Byte strings are raw, never base64.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+from broker.errors import InvalidRequest, InvalidSetting
+from broker.model.origins import domain, is_origin, web_origin
+from broker.model.policy import (
+    ALGORITHMS,
+    Asked,
+    Attachment,
+    AttachmentPolicy,
+    AttestationPreference,
+    CounterPolicy,
+    Hint,
+    LiveAt,
+    Mediation,
+    Policy,
+    TokenAlgorithm,
+    Trust,
+    UserVerification,
+    is_weaker,
+)
+
+__all__ = [
+    "ALGORITHMS",
+    "ID",
+    "MAX_TEXT",
+    "ApiKey",
+    "Approval",
+    "ApprovalRecord",
+    "Asked",
+    "Attachment",
+    "AttachmentPolicy",
+    "AttestationPreference",
+    "AuditRow",
+    "AuthenticationAnswer",
+    "CounterPolicy",
+    "Credential",
+    "Event",
+    "Hint",
+    "LiveAt",
+    "Mediation",
+    "Owned",
+    "Pending",
+    "PendingAuthentication",
+    "PendingRegistration",
+    "Policy",
+    "Proof",
+    "Purpose",
+    "Receipt",
+    "Redeemable",
+    "RegistrationAnswer",
+    "RelyingParty",
+    "TokenAlgorithm",
+    "Transaction",
+    "Trust",
+    "Used",
+    "User",
+    "UserVerification",
+    "VerifiedAuthentication",
+    "VerifiedRegistration",
+    "checked",
+    "fields_of",
+    "is_origin",
+    "is_weaker",
+    "web_origin",
+]
+
+Purpose = Literal["register", "authenticate"]
+# What a finished ceremony proves: a login is "authenticate" and nothing else.
+Proof = Literal["register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"]
+
+MAX_TEXT = 256  # characters of what a caller chooses: external ids, names
+ID = re.compile(r"[A-Za-z0-9]{24}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class RelyingParty:
+    """One RP ID with its origins and its policy: "app" in URLs and on the command line.
+
+    `origins` are matched exactly against clientDataJSON: web origins (`https://example.com`) and app origins
+    (`android:apk-key-hash:…`). `related_origins` are web origins outside the RP ID (WebAuthn L3 §5.11), accepted alike.
+    """
+
+    id: str
+    name: str
+    rp_id: str
+    origins: tuple[str, ...]
+    related_origins: tuple[str, ...] = ()
+    policy: Policy = Policy()  # noqa: RUF009 - frozen, so one instance may be everybody's
+    created_at: datetime | None = None  # None until it is stored
+
+    @property
+    def accepted_origins(self) -> tuple[str, ...]:
+        """Every origin that a ceremony may come from."""
+        return self.origins + self.related_origins
+
+    @property
+    def web_origins(self) -> tuple[str, ...]:
+        """The origins that a browser may send in `Origin`, so those that CORS answers."""
+        return tuple(o for o in self.accepted_origins if o.startswith("http"))
+
+    def checked(self) -> RelyingParty:
+        """Return itself, its origins in canonical form.
+
+        Raises:
+            InvalidSetting: no name, an RP ID that is no domain, no origin, an origin that is not on the RP ID or below it,
+                plain http except on localhost. Source: WebAuthn L3 §5.1.3 step "RP ID is a registrable domain suffix of or is
+                equal to the effective domain".
+        """
+        if not 1 <= len(self.name) <= 128:
+            raise InvalidSetting("The name has 1 to 128 characters.")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in self.name):
+            raise InvalidSetting("The name has a control character.")
+        rp_id = domain(self.rp_id, "The RP ID")
+        if not self.accepted_origins:
+            raise InvalidSetting("An app needs at least one origin, like https://example.com.")
+        related = tuple(dict.fromkeys(web_origin(origin) for origin in self.related_origins))
+        origins = tuple(dict.fromkeys(self._origin(o, rp_id) for o in self.origins if not _is(o, related)))
+        return replace(self, rp_id=rp_id, origins=origins, related_origins=related)
+
+    @staticmethod
+    def _origin(origin: str, rp_id: str) -> str:
+        if origin.startswith("android:"):
+            if not re.fullmatch(r"android:apk-key-hash(-sha256)?:[A-Za-z0-9_-]{43}", origin):
+                raise InvalidSetting(f"{origin!r} is not android:apk-key-hash:<43 characters of base64url>.")
+            return origin
+        canonical = web_origin(origin)
+        host = urlsplit(canonical).hostname or ""
+        if host != rp_id and not host.endswith("." + rp_id):
+            raise InvalidSetting(
+                f"The host of {canonical} is neither {rp_id} nor below it; list it as a related origin or change the RP ID."
+            )
+        return canonical
+
+
+def _is(origin: str, related: tuple[str, ...]) -> bool:
+    """Whether an origin is given as a related one too: once is enough."""
+    return not origin.startswith("android:") and web_origin(origin) in related
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key as lists show it; its secret is known to nobody."""
+
+    id: str
+    app_id: str
+    hint: str
+    name: str
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, and was true when it was committed."""
+
+    id: int
+    at: datetime
+    app_id: str
+    actor: str
+    action: str
+    user_id: str | None
+    passkey_id: str | None
+    result: str
+    reason: str | None
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """An event with the external id of the user it concerns, where that one is still there."""
+
+    event: Event
+    external_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """One of the app's users: the caller's `external_id` (compared byte for byte) and our random `handle` (43 ASCII characters).
+
+    `login_count` and `last_login_at` include passkeys revoked since.
+    """
+
+    id: str
+    app_id: str
+    external_id: str
+    handle: str
+    status: Literal["pending", "active"]
+    login_count: int
+    last_login_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A public key and what we know of it: a "passkey" to people.
+
+    `public_key` is a COSE_Key (CBOR); `user_handle` the handle it was registered with, which the authenticator returns;
+    `backup_eligible` is fixed at registration; `live` is false until redemption where the policy says so. A `second_factor` signs in
+    only in ceremonies that ask for one.
+    """
+
+    id: str
+    app_id: str
+    user_id: str
+    credential_id: bytes
+    user_handle: str
+    public_key: bytes
+    algorithm: int
+    sign_count: int
+    backup_eligible: bool
+    backed_up: bool
+    transports: tuple[str, ...]
+    attachment: Attachment | None
+    aaguid: str
+    attestation_format: str
+    attestation_trust: Trust
+    user_name: str
+    user_display_name: str
+    nickname: str
+    live: bool
+    second_factor: bool
+    confirmed_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    last_used_at: datetime | None
+    use_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A credential with its user's external id. None: nobody owns it yet."""
+
+    credential: Credential
+    external_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """Something that a user approves by signing it: `digest` is part of the challenge, `identifier` is the caller's and unique in
+    the app, `data` is JSON text for lists."""
+
+    identifier: str
+    data: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalRecord:
+    """An approval as lists show it."""
+
+    id: str
+    user_id: str
+    identifier: str
+    data: str
+    created_at: datetime
+    approved_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """Permission for one ceremony. Lives in the ephemeral store until finish takes it or `expires_at` passes.
+
+    `user_id` is None for an authentication of whoever owns the passkey that answers, and for a registration whose passkey nobody
+    owns yet.
+    """
+
+    app_id: str
+    purpose: Purpose
+    user_id: str | None
+    external_id: str | None
+    user_handle: str
+    user_name: str  # for purpose "register"; else "", as the next two
+    user_display_name: str
+    nickname: str
+    asked: Asked
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRegistration:
+    """A begun registration: what was offered, to compare the answer with. Only `finish_registration` takes one.
+
+    `transaction` (digest of its id) is None where a keyed caller named the user.
+    """
+
+    app_id: str
+    challenge: bytes
+    transaction: bytes | None
+    user_id: str
+    external_id: str | None
+    user_handle: str
+    user_name: str
+    user_display_name: str
+    nickname: str
+    asked: Asked
+    user_verification: UserVerification
+    algorithms: tuple[int, ...]
+    begun_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAuthentication:
+    """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may answer.
+
+    Without a user (`user_id` is None) it is discoverable: whoever owns the answering passkey signs in, and an empty `allowed` means
+    any. `approval` is the identifier of what the user approves by answering.
+    """
+
+    app_id: str
+    challenge: bytes
+    transaction: bytes | None
+    user_id: str | None
+    allowed: tuple[str, ...]
+    approval: str | None
+    asked: Asked
+    user_verification: UserVerification
+    begun_at: float
+    expires_at: float
+
+
+Pending = PendingRegistration | PendingAuthentication
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationAnswer:
+    """What `navigator.credentials.create()` returned, decoded from base64url and not yet judged."""
+
+    credential_id: bytes
+    client_data_json: bytes
+    attestation_object: bytes
+    transports: tuple[str, ...]
+    attachment: Attachment | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationAnswer:
+    """What `navigator.credentials.get()` returned, decoded and not yet judged. `user_handle` stays text: see `ceremony`."""
+
+    credential_id: bytes
+    client_data_json: bytes
+    authenticator_data: bytes
+    signature: bytes
+    user_handle: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedRegistration:
+    """A registration that satisfies WebAuthn L3 §7.1: all that the new credential is made of."""
+
+    credential_id: bytes
+    public_key: bytes
+    algorithm: int
+    sign_count: int
+    user_present: bool
+    user_verified: bool
+    backup_eligible: bool
+    backed_up: bool
+    transports: tuple[str, ...]
+    attachment: Attachment | None
+    aaguid: str
+    attestation_format: str
+    attestation_trust: Trust
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedAuthentication:
+    """An authentication that satisfies WebAuthn L3 §7.2. `counter_regressed` is true only where the policy flags it."""
+
+    sign_count: int
+    counter_regressed: bool
+    user_present: bool
+    user_verified: bool
+    backup_eligible: bool
+    backed_up: bool
+    backup_changed: bool
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a recorded sign-in changed."""
+
+    counter_regressed: bool
+    backup_changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What redemption tells the backend: who, and how it was proved. `at` is when the ceremony finished.
+
+    `second_factor`: the ceremony was about second factors; it asked for no more than that, whichever passkey answered.
+    """
+
+    external_id: str
+    user_id: str
+    purpose: Purpose
+    passkey_id: str
+    credential_id: bytes
+    origin: str
+    user_present: bool
+    user_verified: bool
+    backup_eligible: bool
+    backed_up: bool
+    backup_changed: bool
+    counter_regressed: bool
+    attestation: Trust
+    authenticator_name_claimed: str | None
+    second_factor: bool
+    approval: str | None
+    at: float
+
+    @property
+    def proof(self) -> Proof:
+        """What it proves: a second factor and an approval are no login."""
+        if self.approval is not None:
+            return "approve"
+        if self.second_factor:
+            return "register_second_factor" if self.purpose == "register" else "authenticate_second_factor"
+        return self.purpose
+
+
+@dataclass(frozen=True, slots=True)
+class Redeemable:
+    """What a nonce stands for: the receipt, and the transaction (digest of its id) that the caller may expect."""
+
+    receipt: Receipt
+    transaction: bytes | None
+    expires_at: float
+
+
+def fields_of(value: object) -> dict[str, Any]:
+    """`asdict` for a flat slotted dataclass, without the deep copy."""
+    return {f.name: getattr(value, f.name) for f in fields(cast(Any, value))}
+
+
+def checked(value: str, name: str) -> None:
+    """1 to 256 characters, none of them NUL (Postgres can't hold it, and C readers end there)."""
+    if not value:
+        raise InvalidRequest(f"{name} is empty; it has 1 to {MAX_TEXT} characters.")
+    if len(value) > MAX_TEXT:
+        raise InvalidRequest(f"{name} has {len(value)} characters; {MAX_TEXT} are allowed.")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidRequest(
+            f"{name} has a character that can't be stored (NUL or half of a surrogate pair)."
+        )

@@ -1,0 +1,185 @@
+"""Every Hanko ceremony is good once: 50 finalizes at once, answers again, other operations, other tenants, other times.
+
+The vendor accepts an answer again after a failed finalize, and of two at once both may succeed. Here the challenge is taken before
+anything is verified, so the second one is refused in the vendor's own shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from broker.model import Policy
+from tests.authenticator import Authenticator
+from tests.conftest import OpenApp, Started, Starter
+from tests.hanko import (
+    LOGIN,
+    NO_CHALLENGE,
+    REGISTRATION,
+    SECOND_LOGIN,
+    SECOND_REGISTRATION,
+    TRANSACTION,
+    Hanko,
+)
+from tests.signals import refused
+from tests.wire import ORIGIN, Wire
+
+PARALLEL = 50
+OPERATIONS = [REGISTRATION, LOGIN, SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION]
+GONE = "transaction_not_found", "challenge_unknown"
+QUICK = Policy(hanko_algorithm="ES256")  # keys that are made at once
+
+
+@pytest.fixture
+async def hanko(open_app: OpenApp) -> Hanko:
+    return Hanko(await open_app(QUICK))
+
+
+async def begun(hanko: Hanko, at: str, device: Authenticator, name: str = "t", **how: Any) -> dict[str, Any]:
+    """The answer to a new ceremony; `device` has a passkey of ann."""
+    if at.endswith(REGISTRATION):
+        return Authenticator().register(await hanko.begin_registration("ann", at=at), ORIGIN, **how)
+    more = {"transaction_id": name, "transaction_data": {"amount": 1}} if at == TRANSACTION else {}
+    return device.authenticate(await hanko.begin(at, user_id="ann", **more), ORIGIN, **how)
+
+
+def gone(at: str) -> tuple[int, str, str]:
+    """Status, title and details of an answer to a challenge that is not there."""
+    if at.endswith(REGISTRATION):
+        return (
+            400,
+            NO_CHALLENGE,
+            "There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
+        )
+    details = "no transaction found for this challenge" if at == TRANSACTION else NO_CHALLENGE
+    return 401, "failed to get session data", details
+
+
+async def is_gone(hanko: Hanko, at: str, answer: object) -> None:
+    response = await hanko.send("POST", at + "/finalize", answer)
+    assert (response.status, response.json["title"], response.json["details"]) == gone(at)
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_of_50_finalizes_one_succeeds(
+    start_broker: Starter, session: Any, hanko: Hanko, broker: Started, device: Authenticator, at: str
+) -> None:
+    """Over two instances."""
+    await hanko.register("ann", device)
+    second = await start_broker()
+    other = Hanko(Wire(session, second.url, hanko.wire.app_id, hanko.wire.key))
+    answer = await begun(hanko, at, device)
+    before = len(await hanko.credentials("ann"))
+    answers = await asyncio.gather(
+        *((hanko, other)[n % 2].send("POST", at + "/finalize", answer) for n in range(PARALLEL))
+    )
+    assert Counter(a.status for a in answers) == {200: 1, gone(at)[0]: PARALLEL - 1}
+    counted = [b.metric("broker_refusals_total", code=GONE[0], reason=GONE[1]) for b in (broker, second)]
+    assert sum(counted) == PARALLEL - 1
+    assert len(await hanko.credentials("ann")) - before == at.endswith(REGISTRATION)
+    await is_gone(hanko, at, answer)
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_a_refused_answer_spends_the_challenge(
+    broker: Started, hanko: Hanko, device: Authenticator, at: str
+) -> None:
+    await hanko.register("ann", device)
+    answer = await begun(hanko, at, device)
+    wrong = {**answer, "response": {**answer["response"]}}
+    field = "attestationObject" if at.endswith(REGISTRATION) else "authenticatorData"
+    wrong["response"][field] = "AAAA"
+    response = await hanko.send("POST", at + "/finalize", wrong)
+    assert 400 <= response.status < 500
+    with refused(broker, *GONE):
+        await is_gone(hanko, at, answer)
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_a_fault_of_form_spends_no_challenge(hanko: Hanko, device: Authenticator, at: str) -> None:
+    await hanko.register("ann", device)
+    answer = await begun(hanko, at, device)
+    for bad in (
+        {},
+        {**answer, "id": "no+base64"},
+        {**answer, "type": "password"},
+        {**answer, "response": []},
+    ):
+        assert (await hanko.send("POST", at + "/finalize", bad)).status == 400
+    await hanko.finish(at, answer)
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_a_challenge_of_another_operation(
+    broker: Started, hanko: Hanko, device: Authenticator, at: str
+) -> None:
+    """The vendor's sessions are told apart by operation, and so are ours."""
+    await hanko.register("ann", device)
+    for number, other in enumerate(o for o in OPERATIONS if o != at):
+        answer = await begun(hanko, other, device, f"t{number}")
+        if at.endswith(REGISTRATION) != other.endswith(REGISTRATION):
+            answer = swapped(answer)
+        with refused(broker, *GONE):
+            await is_gone(hanko, at, answer)
+
+
+def swapped(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with what the other kind of finalize reads as well."""
+    more = {"attestationObject": "AAAA", "authenticatorData": "AAAA", "signature": "AAAA"}
+    return {**answer, "response": {**more, **answer["response"]}}
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_a_challenge_of_another_tenant(
+    broker: Started, hanko: Hanko, open_app: OpenApp, device: Authenticator, at: str
+) -> None:
+    """Unknown there, and still good where it was made."""
+    other = Hanko(await open_app(QUICK))
+    await hanko.register("ann", device)
+    answer = await begun(hanko, at, device)
+    with refused(broker, *GONE):
+        await is_gone(other, at, answer)
+    await hanko.finish(at, answer)
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_a_challenge_lives_as_long_as_its_timeout(
+    broker: Started, open_app: OpenApp, device: Authenticator, at: str
+) -> None:
+    hanko = Hanko(await open_app(Policy(hanko_algorithm="ES256", ceremony_life=90)))
+    await hanko.register("ann", device)
+    late, early = await begun(hanko, at, device, "late"), await begun(hanko, at, device, "early")
+    broker.clock.ahead += 89
+    await hanko.ok(at + "/finalize", early)
+    broker.clock.ahead += 2
+    with refused(broker, *GONE):
+        await is_gone(hanko, at, late)
+
+
+async def test_several_may_be_open(hanko: Hanko, device: Authenticator) -> None:
+    """Each is found by its own challenge, so a new one replaces none."""
+    await hanko.register("ann", device)
+    for at in OPERATIONS:
+        answers = [await begun(hanko, at, device, f"{at}{n}") for n in range(3)]
+        for answer in answers:
+            await hanko.finish(at, answer)
+
+
+async def test_a_challenge_that_the_answer_made_up(
+    broker: Started, hanko: Hanko, device: Authenticator
+) -> None:
+    await hanko.register("ann", device)
+    for challenge in ("A" * 43, "A" * 86):
+        answer = await begun(hanko, LOGIN, device, challenge=challenge)
+        with refused(broker, *GONE):
+            await is_gone(hanko, LOGIN, answer)
+    for challenge in ("", "é", "no base64", "a" * 9000):
+        answer = await begun(hanko, LOGIN, device, challenge=challenge)
+        assert (await hanko.send("POST", LOGIN + "/finalize", answer)).status in (400, 401), challenge
+    for client_data in (b"", b"[]", b"{", b"\xff", b'{"challenge":7}', b"{}"):
+        answer = await begun(hanko, LOGIN, device, client_data_json=client_data)
+        details = await hanko.refused(400, "unable to finish login", LOGIN + "/finalize", answer)
+        assert details
