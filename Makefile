@@ -17,10 +17,10 @@ COMPILE := pip compile pyproject.toml --universal --python-version 3.11 --genera
 	--no-emit-index-url --no-emit-find-links --quiet $(UPGRADE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lock clean parts
+.PHONY: help run test check bench bench-peers lock clean parts
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: $(RUNTIME) ## set up and start the broker with its stores and the demo; PORT=8080 HOST=localhost ARGS=--no-open
 	@exec $(BIN)/broker dev $(ARGS)
@@ -33,6 +33,13 @@ check: $(TEST) parts ## what CI runs: format, lint, types, tests, coverage
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
+
+bench: $(TEST) ## measure what a login costs; ARGS='--json run.json', or --compare OLD NEW
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+bench-peers: $(TEST) ## the same, with a Node server beside it
+	@$(BIN)/python -m tests.bench.peer
+	@$(BIN)/python -m tests.bench --peers $(ARGS)
 
 parts: $(TEST)
 	@$(BIN)/python -m compileall -q broker tests
@@ -48,7 +55,7 @@ lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UP
 	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi
 
 clean: ## remove what make installed and what tools cached; .broker/ with its passkeys stays
-	rm -rf .venv tests/sdk/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv tests/sdk/node_modules tests/bench/peer/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
 	find broker tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.python-$(HERE):

@@ -1,0 +1,361 @@
+"""The load: a process that registers passkeys and runs logins, so many in flight, over kept connections.
+
+It reads one JSON command a line and answers one JSON line: how long each request and each whole login took, in seconds, and how many
+failed. Its authenticators hold one P-256 key each and do no more than sign, so that it needs less CPU than what it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import statistics
+import struct
+import sys
+import time
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import cbor2
+import orjson
+import uvloop
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+ORIGIN = "https://example.org"
+RP_ID_HASH = hashlib.sha256(b"example.org").digest()
+_UP_UV = 0x05
+_AT = 0x40
+_ECDSA = ec.ECDSA(hashes.SHA256())
+
+
+def b64(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def unb64(text: str) -> bytes:
+    return urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+@dataclass(slots=True)
+class Passkey:
+    """A user and the key that their authenticator holds."""
+
+    external_id: str
+    key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    credential_id: bytes = field(default_factory=lambda: os.urandom(32))
+    handle: str = ""
+    counter: int = 0
+
+    def create(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The answer to creation options, without attestation."""
+        self.handle = options["user"]["id"]
+        numbers = self.key.public_key().public_numbers()
+        cose = {1: 2, 3: -7, -1: 1, -2: numbers.x.to_bytes(32, "big"), -3: numbers.y.to_bytes(32, "big")}
+        data = (
+            self._data(_UP_UV | _AT)
+            + bytes(16)
+            + struct.pack(">H", 32)
+            + self.credential_id
+            + cbor2.dumps(cose)
+        )
+        attestation = cbor2.dumps({"fmt": "none", "attStmt": {}, "authData": data})
+        client = _client_data("webauthn.create", options["challenge"])
+        return self._answer(
+            {"clientDataJSON": b64(client), "attestationObject": b64(attestation), "transports": ["internal"]}
+        )
+
+    def get(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The answer to request options, signed."""
+        self.counter += 1
+        data, client = self._data(_UP_UV), _client_data("webauthn.get", options["challenge"])
+        signature = self.key.sign(data + hashlib.sha256(client).digest(), _ECDSA)
+        return self._answer(
+            {
+                "clientDataJSON": b64(client),
+                "authenticatorData": b64(data),
+                "signature": b64(signature),
+                "userHandle": self.handle,
+            }
+        )
+
+    def _data(self, flags: int) -> bytes:
+        return RP_ID_HASH + struct.pack(">BI", flags, self.counter)
+
+    def _answer(self, response: dict[str, Any]) -> dict[str, Any]:
+        name = b64(self.credential_id)
+        return {
+            "id": name,
+            "rawId": name,
+            "type": "public-key",
+            "authenticatorAttachment": "platform",
+            "clientExtensionResults": {},
+            "response": response,
+        }
+
+
+def _client_data(kind: str, challenge: str) -> bytes:
+    return orjson.dumps({"type": kind, "challenge": challenge, "origin": ORIGIN, "crossOrigin": False})
+
+
+class Failed(Exception):
+    """A request that was not answered as a login needs."""
+
+
+class Connection:
+    """One kept connection; one request at a time."""
+
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname, parts.port
+        self._head = "".join(f"{k}: {v}\r\n" for k, v in {"Host": parts.netloc, **headers}.items())
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def post(self, path: str, body: object, headers: str = "") -> Any:
+        """The answer's JSON.
+
+        Raises:
+            Failed: any status but 200 and 201.
+        """
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        assert self._reader is not None
+        sent = orjson.dumps(body)
+        head = f"POST {path} HTTP/1.1\r\n{self._head}{headers}Content-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
+        self._writer.write(head.encode() + sent)
+        answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(answer.partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
+        content = await self._reader.readexactly(length)
+        if answer[9:12] not in (b"200", b"201"):
+            raise Failed(f"{path.rpartition('/')[2]}: {answer[9:12].decode()} {content[:300].decode()}")
+        return orjson.loads(content)
+
+
+@dataclass(slots=True)
+class Run:
+    """What a repetition took: seconds by step, and by whole login."""
+
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    whole: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    async def step(self, name: str, request: Awaitable[Any]) -> Any:
+        began = time.perf_counter()
+        answer = await request
+        self.steps.setdefault(name, []).append(time.perf_counter() - began)
+        return answer
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "logins": len(self.whole),
+            "failures": self.failures[:5],
+            "failed": len(self.failures),
+            "whole": _quantiles(self.whole),
+            "steps": {name: _quantiles(times) for name, times in self.steps.items()},
+        }
+
+
+def _quantiles(times: list[float]) -> dict[str, float]:
+    if len(times) < 2:
+        return {}
+    cut = statistics.quantiles(times, n=100)
+    return {"p50": cut[49], "p99": cut[98]}
+
+
+class Driver:
+    """Users with passkeys at one server."""
+
+    def __init__(self, url: str, app_id: str, key: str) -> None:
+        self._url, self._app, self._key = url, app_id, key
+        self._bearer = f"Authorization: Bearer {key}\r\n"
+        self._page = f"Origin: {ORIGIN}\r\n"
+        self._base = f"/v1/apps/{app_id}"
+        self._idle: list[Connection] = []
+        self.passkeys: list[Passkey] = []
+        self._made = 0
+
+    def _free(self) -> Connection:
+        return self._idle.pop() if self._idle else Connection(self._url, {})
+
+    async def run(self, case: str, count: int, in_flight: int) -> dict[str, Any]:
+        """Run `count` logins (or registrations), `in_flight` at a time, each user once at a time."""
+        what: Callable[[Run, Connection, Passkey], Awaitable[None]] = getattr(self, f"_{case}")
+        run = Run()
+        left = iter(range(count))
+        began = time.perf_counter()
+
+        async def worker(mine: list[Passkey]) -> None:
+            connection = self._free()
+            for turn, _ in enumerate(left):
+                passkey = self._new() if case == "register" else mine[turn % len(mine)]
+                at = time.perf_counter()
+                try:
+                    await what(run, connection, passkey)
+                except (Failed, OSError, asyncio.IncompleteReadError, KeyError) as fault:
+                    run.failures.append(f"{type(fault).__name__}: {fault}")
+                    connection = Connection(self._url, {})
+                else:
+                    run.whole.append(time.perf_counter() - at)
+            self._idle.append(connection)
+
+        await asyncio.gather(*(worker(self.passkeys[i::in_flight]) for i in range(in_flight)))
+        return {**run.told(), "seconds": time.perf_counter() - began}
+
+    def _new(self) -> Passkey:
+        self._made += 1
+        return Passkey(f"user-{os.getpid()}-{self._made}")
+
+    async def _register(self, run: Run, connection: Connection, passkey: Passkey) -> None:
+        opened = await run.step(
+            "open",
+            connection.post(
+                f"{self._base}/transactions/register",
+                {"external_id": passkey.external_id, "passkey_display_name": passkey.external_id},
+                self._bearer,
+            ),
+        )
+        begun = await run.step(
+            "begin", connection.post(f"{self._base}/register/transactions/webauthn/start", opened, self._page)
+        )
+        handshake = begun["handshake"]
+        finished = await run.step(
+            "finish",
+            connection.post(
+                f"{self._base}/register/transactions/webauthn/finish",
+                {
+                    "handshake_id": handshake["id"],
+                    "handshake_response": passkey.create(handshake["challenge"]["publicKey"]),
+                    "transaction_id": opened["transaction_id"],
+                },
+                self._page,
+            ),
+        )
+        await run.step("redeem", connection.post(f"{self._base}/authenticate/verify", finished, self._bearer))
+        self.passkeys.append(passkey)
+
+    async def _flex(self, run: Run, connection: Connection, passkey: Passkey) -> None:
+        opened = await run.step(
+            "open",
+            connection.post(
+                f"{self._base}/transactions/authenticate", {"external_id": passkey.external_id}, self._bearer
+            ),
+        )
+        handshake = await self._begin(run, connection, opened)
+        finished = await run.step(
+            "finish",
+            connection.post(
+                f"{self._base}/authenticate/transactions/webauthn/finish",
+                {
+                    "handshake_id": handshake["id"],
+                    "handshake_response": passkey.get(handshake["challenge"]["publicKey"]),
+                    "transaction_id": opened["transaction_id"],
+                },
+                self._page,
+            ),
+        )
+        told = await run.step(
+            "redeem", connection.post(f"{self._base}/authenticate/verify", finished, self._bearer)
+        )
+        if told["external_id"] != passkey.external_id:
+            raise Failed("somebody else signed in")
+
+    async def _begin(self, run: Run, connection: Connection, opened: dict[str, Any]) -> Any:
+        begun = await run.step(
+            "begin",
+            connection.post(f"{self._base}/authenticate/transactions/webauthn/start", opened, self._page),
+        )
+        return begun["handshake"]
+
+    async def _begun(self, run: Run, connection: Connection, passkey: Passkey) -> None:
+        """Half a login: a transaction and its pending ceremony, for the bytes that they take."""
+        opened = await connection.post(
+            f"{self._base}/transactions/authenticate", {"external_id": passkey.external_id}, self._bearer
+        )
+        await self._begin(run, connection, opened)
+
+    async def _propelauth(self, run: Run, connection: Connection, passkey: Passkey) -> None:
+        path = "/propelauth/run-command"
+        begun = await run.step(
+            "options",
+            connection.post(
+                path,
+                {"command": "StartPasskeyAuthentication", "data": {"userId": passkey.external_id}},
+                self._bearer,
+            ),
+        )
+        answer = passkey.get(begun["authenticationOptions"])
+        await run.step(
+            "verify",
+            connection.post(
+                path,
+                {
+                    "command": "FinishPasskeyAuthentication",
+                    "data": {"userId": passkey.external_id, "publicKey": answer},
+                },
+                self._bearer,
+            ),
+        )
+
+    async def _hanko(self, run: Run, connection: Connection, passkey: Passkey) -> None:
+        base = f"/hanko/{self._app}/login"
+        key = f"apiKey: {self._key}\r\n"
+        begun = await run.step(
+            "options", connection.post(f"{base}/initialize", {"user_id": passkey.external_id}, key)
+        )
+        finished = await run.step(
+            "verify", connection.post(f"{base}/finalize", passkey.get(begun["publicKey"]), self._page)
+        )
+        if finished["token"].count(".") != 2:
+            raise Failed("no token")
+
+    async def _peer(self, run: Run, connection: Connection, passkey: Passkey) -> None:
+        begun = await run.step("options", connection.post("/options", {"userId": passkey.external_id}))
+        answer = {"userId": passkey.external_id, "response": passkey.get(begun)}
+        told = await run.step("verify", connection.post("/verify", answer))
+        if told != {"verified": True}:
+            raise Failed("the peer refuses")
+
+    async def peer_register(self, count: int) -> None:
+        """Give the peer its users: it keeps credentials as we do, registration is not what is measured there."""
+        connection = self._free()
+        for _ in range(count):
+            passkey = self._new()
+            numbers = passkey.key.public_key().public_numbers()
+            cose = {1: 2, 3: -7, -1: 1, -2: numbers.x.to_bytes(32, "big"), -3: numbers.y.to_bytes(32, "big")}
+            await connection.post(
+                "/seed",
+                {
+                    "userId": passkey.external_id,
+                    "credentialId": b64(passkey.credential_id),
+                    "publicKey": b64(cbor2.dumps(cose)),
+                },
+            )
+            self.passkeys.append(passkey)
+
+
+async def main() -> None:
+    """Answer commands until standard input ends."""
+    loop = asyncio.get_running_loop()
+    driver: Driver | None = None
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        command = json.loads(line)
+        if command["do"] == "aim":
+            driver = Driver(command["url"], command["app_id"], command["key"])
+            told: dict[str, Any] = {}
+        elif command["do"] == "seed":
+            assert driver is not None, "aim first"
+            await driver.peer_register(command["count"])
+            told = {}
+        else:
+            assert driver is not None, "aim first"
+            told = await driver.run(command["do"], command["count"], command["in_flight"])
+        print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

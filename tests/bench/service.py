@@ -1,0 +1,219 @@
+"""The servers under measurement, each where it belongs: the measured one on one core; stores and driver on the others."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from broker.embedded import EmbeddedStores
+from tests.bench.driver import ORIGIN
+from tests.processes import descendants, free_port, get, until
+from tests.servers import Valkey
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """The measured server's core, and those of everything else."""
+
+    server: frozenset[int]
+    rest: frozenset[int]
+
+    @classmethod
+    def split(cls) -> Cores:
+        """The last core for the server. With one core there is nothing to keep apart."""
+        usable = sorted(os.sched_getaffinity(0))
+        return cls(frozenset(usable[-1:]), frozenset(usable[:-1] or usable))
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Postgres with fsync, and Valkey in memory."""
+
+    database_url: str
+    redis_url: str
+    postgres_pid: int
+    redis_pid: int
+
+    @contextmanager
+    def counted(self) -> Iterator[redis.Redis]:
+        """A client that reads the store's own figures."""
+        client = redis.Redis.from_url(self.redis_url)
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+@contextmanager
+def stores(cores: Cores) -> Iterator[Stores]:
+    """Both, on the rest's cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores.rest)
+    try:
+        with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
+            home = Path(folder)
+            with EmbeddedStores.start(home / "stores") as embedded:
+                valkey = Valkey.start(home / "valkey")
+                try:
+                    yield Stores(
+                        embedded.database_url,
+                        f"redis://127.0.0.1:{valkey.port}/0",
+                        _postmaster(),
+                        valkey.process.pid,
+                    )
+                finally:
+                    valkey.stop()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _postmaster() -> int:
+    """The process that forks Postgres' backends, among our descendants."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith(b"/postgres"):
+                return pid
+    raise AssertionError("no postgres was started")
+
+
+@dataclass(slots=True)
+class Server:
+    """A measured process that listens."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    app_id: str = ""
+    key: str = ""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels; of a broker."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.startswith((f"{name}{{", f"{name} ")) and all(label in line for label in wanted)
+        )
+
+
+@contextmanager
+def _listening(
+    argv: list[str], environment: dict[str, str], core: frozenset[int], port: int, path: str, log: Path | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    with open(log or os.devnull, "wb") as lines:
+        process = subprocess.Popen(
+            argv,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=lines,
+            stderr=lines,
+            preexec_fn=lambda: os.sched_setaffinity(0, core),
+        )
+    try:
+        until(lambda: process.poll() is not None or get(port, path) == 200, f"{argv[0]} listens")
+        assert process.poll() is None, f"{' '.join(argv)} ended with {process.returncode}"
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+@contextmanager
+def broker(made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = None) -> Iterator[Server]:
+    """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production; events and metrics are on."""
+    port = free_port()
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
+        "BROKER_DATABASE_URL": made.database_url,
+        "BROKER_REDIS_URL": made.redis_url,
+        "BROKER_SECRET_KEY": os.urandom(24).hex(),
+    }
+    command = [str(Path(sys.executable).with_name("broker"))]
+    argv = [*command, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"]
+    if workers > 1:
+        argv += ["--workers", str(workers)]
+    core = cores.server if workers == 1 else cores.server | cores.rest
+    with _listening(argv, environment, core, port, "/health/ready", log) as process:
+        created = subprocess.run(
+            [
+                *command,
+                "app",
+                "create",
+                "--name",
+                "Bench",
+                "--rp-id",
+                "example.org",
+                "--origin",
+                ORIGIN,
+                "--json",
+            ],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
+        told = json.loads(created.stdout)
+        yield Server(process, f"http://127.0.0.1:{port}", told["app_id"], told["api_key"])
+
+
+class Driver:
+    """The load process, on the rest's cores."""
+
+    def __init__(self, cores: Cores) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.driver"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores.rest),
+        )
+        self.pid = self._process.pid
+
+    def __call__(self, do: str, **values: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the driver ended"
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    def aim(self, server: Server) -> None:
+        """Choose the server; users are made anew."""
+        self("aim", url=server.url, app_id=server.app_id, key=server.key)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def settled(seconds: float = 0.3) -> None:
+    """Let what the last repetition left running end: Postgres' writers, freed connections."""
+    time.sleep(seconds)
