@@ -3,29 +3,26 @@
 Everything is made here and handed down through `__init__`; handlers find the verbs under typed keys. A process serves one port
 for everything, or, with a management port, pages on one and keyed callers, health and metrics on the other.
 
-The dialects are listed in `DIALECTS`: a further one is one module and one line. Their modules' names are what the setting
-`dialects` chooses from. One that signs tokens says so with `SIGNS = True`, and answers only where there is a secret key to seal
-signing keys under.
+The dialects are listed in `DIALECTS`: a further one is one module (`broker.dialects.Dialect`) and one line. Their modules' names are
+what the setting `dialects` chooses from.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from broker.broker import Broker
-from broker.dialects import flex, hanko, passlock, propelauth
+from broker.dialects import Dialect, flex, hanko, passlock, propelauth
 from broker.directory import Directory
 from broker.durable import Catalogue, Durable, Postgres
 from broker.durable.signing_keys import SigningKeys
@@ -56,13 +53,13 @@ from broker.web import (
 )
 from broker.web.server import bind
 
-DIALECTS: tuple[ModuleType, ...] = (flex, hanko, passlock, propelauth)
+DIALECTS: tuple[Dialect, ...] = (flex, hanko, passlock, propelauth)
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
 
 
-def chosen(settings: Settings) -> tuple[ModuleType, ...]:
+def chosen(settings: Settings) -> tuple[Dialect, ...]:
     """The dialects that answer. Without a secret key those that sign tokens don't, unless the setting names them.
 
     Raises:
@@ -71,7 +68,7 @@ def chosen(settings: Settings) -> tuple[ModuleType, ...]:
     named = {_name(dialect): dialect for dialect in DIALECTS}
     if not set(settings.dialects) <= named.keys():
         raise SettingsFault([f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."])
-    lacking = [name for name in settings.dialects if _signs(named[name]) and not settings.secret_key]
+    lacking = [name for name in settings.dialects if named[name].SIGNS and not settings.secret_key]
     if lacking:
         raise SettingsFault([f"BROKER_SECRET_KEY is missing; without it {' and '.join(lacking)} can't sign."])
     left = left_out(settings)
@@ -82,21 +79,11 @@ def left_out(settings: Settings) -> tuple[str, ...]:
     """The names of the dialects that don't answer because they sign tokens and there is no secret key."""
     if settings.secret_key or settings.dialects:
         return ()
-    return tuple(_name(dialect) for dialect in DIALECTS if _signs(dialect))
+    return tuple(_name(dialect) for dialect in DIALECTS if dialect.SIGNS)
 
 
-def _name(dialect: ModuleType) -> str:
+def _name(dialect: Dialect) -> str:
     return dialect.__name__.rpartition(".")[2]
-
-
-def _signs(dialect: ModuleType) -> bool:
-    return bool(getattr(dialect, "SIGNS", False))
-
-
-def _paths(dialect: ModuleType) -> re.Pattern[str]:
-    """The paths that are a dialect's own: its `PATHS`, or what stands below its `PREFIX`."""
-    found: re.Pattern[str] | None = getattr(dialect, "PATHS", None)
-    return found or re.compile(re.escape(dialect.PREFIX) + r"(?:/|\Z)")
 
 
 @dataclass(slots=True)
@@ -339,7 +326,7 @@ async def serve(
         for opened, app in plan:
             edge = Edge(
                 app._handle,  # what aiohttp's own server calls; the edge has to stand outside of it
-                renderers=[(_paths(dialect), dialect.render) for dialect in chosen(settings)],
+                renderers=[(dialect.PATHS, dialect.render) for dialect in chosen(settings)],
                 default=flex.render,
                 metrics=parts.metrics,
                 log=parts.log,

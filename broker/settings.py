@@ -160,6 +160,7 @@ class Settings:
     public_url: str = _setting(_public_url, "")
     dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
     secret_key: tuple[str, ...] = _setting(_secrets, (), secret=True)  # the first seals keys, all open them
+    receipt_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; of a signed receipt
     hanko_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; the vendor's own
     passlock_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; the vendor states none
     passlock_code_life: int = _setting(_whole(10, 600), 300)  # seconds; the vendor's own

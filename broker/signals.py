@@ -116,11 +116,15 @@ class Signals:
         return prepared
 
     async def _revoke(self, app: RelyingParty, owned: Sequence[Owned]) -> None:
-        users = {o.credential.user_id for o in owned}
+        """Whoever owns them by now: what nobody owned may have got its owner meanwhile, which happens once."""
         now = instant(self._clock())
-        for user_id in users:
-            ids = [o.credential.id for o in owned if o.credential.user_id == user_id]
-            await self._durable.revoke_these(app.id, user_id, ids, now)
+        while owned:
+            gone = set[str]()
+            for user_id in {o.credential.user_id for o in owned}:
+                ids = [o.credential.id for o in owned if o.credential.user_id == user_id]
+                gone.update(await self._durable.revoke_these(app.id, user_id, ids, now))
+            left = [o.credential.id for o in owned if o.credential.id not in gone]
+            owned = await self._durable.owned_by_ids(app.id, left) if left else []
 
     async def prepare_prune(self, app: RelyingParty, external_id: str) -> Prepared:
         """Let authenticators forget the passkeys that are no longer the user's. Changes nothing here.

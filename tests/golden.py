@@ -125,6 +125,11 @@ def masked(value: Any, key: str = "") -> Any:
     return value
 
 
+def _shown(data: bytes) -> str:
+    """A body that is no JSON of ours."""
+    return data.decode() if len(data) < 1_000 else f"<{len(data)} bytes>"
+
+
 async def golden(
     wire: Wire,
     name: str,
@@ -144,7 +149,7 @@ async def golden(
             "method": method,
             "path": masked(place),
             "headers": {k: masked(v) for k, v in headers.items()},
-            "body": masked(json_body) if data is None else data.decode(),
+            "body": masked(json_body) if data is None else _shown(data),
         },
         "answer": {
             "status": answer.status,

@@ -15,12 +15,6 @@ from typing import Any
 from tests.conftest import Started
 from tests.wire import Answer
 
-SENTENCES = {
-    "transaction_not_found": "The transaction is unknown, expired or already used; ask the backend for a new one.",
-    "invalid_nonce": "nonce is invalid, expired, or cannot be found",
-    "invalid_access_token": "Invalid access token",
-}
-
 
 def lines(broker: Started, **values: object) -> list[dict[str, Any]]:
     """The request lines of the log that have these values."""

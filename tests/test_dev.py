@@ -150,6 +150,8 @@ def test_the_first_start_says_where_everything_is(
         assert get(broker.port, "/health/ready", address) == 200, address
     assert get(broker.port, "/demo/", "localhost") == 200
     assert allows(broker.port, told["app_id"], told["url"])
+    listed = request(broker.port, "GET", f"/hanko/{told['app_id']}/credentials", apiKey=told["api_key"])
+    assert (listed.getheader("Link") or "").startswith(f"<{told['url']}/hanko/")
     status, output, errors = broker.stop()
     assert (status, errors) == (0, "")
     for line in (

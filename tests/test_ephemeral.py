@@ -273,6 +273,25 @@ async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) 
     assert await store.take_pending(APP, handle) is None
 
 
+@pytest.mark.parametrize("cap", [None, 10])
+@pytest.mark.parametrize("kind", ["registration", "authentication"])
+async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
+    place: Place, kind: str, cap: int | None
+) -> None:
+    """Whoever has the challenge may make an answer to it, so it is as secret at rest as a handle."""
+    store, put = place.store(), NAMED[kind](place)
+    await store.put_pending_by_challenge(put, cap=cap)
+    with place.client() as client:
+        (key,) = client.keys("p:*")
+        stored = key + client.get(key)
+    assert put.challenge not in stored
+    assert text(put.challenge).encode() not in stored
+    assert await store.take_pending_by_challenge(OTHER, put.challenge) is None
+    assert await store.take_pending_by_challenge(APP, put.challenge[:-1] + b"?") is None
+    assert await store.take_pending_by_challenge(APP, put.challenge) == put
+    assert await store.take_pending_by_challenge(APP, put.challenge) is None
+
+
 NAMED: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: replace(registration(place, b""), transaction=None),
     "authentication": lambda place: authentication(place, None, user_id="u" * 24, allowed=("x" * 24,)),
@@ -346,7 +365,7 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
     with place.client() as client:
         for key in client.keys("[tnp]:*"):
             stored = client.get(key)
-            newer = stored.replace(b'["t2"', b'["t3"').replace(b'["n2"', b'["n3"')
+            newer = stored.replace(b'["t2"', b'["t3"').replace(b'["n3"', b'["n4"')
             newer = newer.replace(b'["r3"', b'["r4"').replace(b'["a2"', b'["a3"')
             assert newer != stored
             client.set(key, newer, px=5000)
@@ -789,6 +808,24 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
     assert await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4))) == [None] * 4
+
+
+async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> None:
+    """A busy process looks at the clock late, every time; a server that fell silent is found all the same."""
+    assert single.server is not None
+    async with redis_proxy(single.server.connect) as proxy:
+        store = single.store(port=proxy.port, timeout=1.0)
+        await store.check()
+        proxy.fate = lambda _: Fate.SWALLOW
+        asked = asyncio.create_task(store.take_nonce(APP, MINT.token("nonce")))
+        deadline = time.monotonic() + 5.0
+        while not asked.done():
+            assert time.monotonic() < deadline, "the wait goes on"
+            time.sleep(0.12)  # noqa: ASYNC251 - holds up the loop, for more than two ticks
+            await asyncio.sleep(0)
+        with pytest.raises(Unavailable):
+            await asked
+        await store.close()
 
 
 async def test_connections_do_not_pile_up(proxy: RedisProxy, real: Place) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from tests.golden import (
     APP,
     DEVICES,
     ERROR,
-    FOLDER,
     NONCE,
     TRANSACTION,
     USER,
@@ -249,16 +247,6 @@ async def test_errors_of_the_edge(broker: Started, wire: Wire) -> None:
         await golden(wire, "flex/error-404", "GET", "/nothing", headers=key(wire))
     with refused(broker, "method_not_allowed", "method_not_allowed"):
         await golden(wire, "flex/error-405", "PUT", "/transactions/register", {}, headers=key(wire))
-    with refused(broker, "request_too_large", "request_too_large"):
-        answer = await wire.keyed("POST", "/transactions/register", data=b" " * 65537)
-        assert (answer.status, answer.code) == (413, "request_too_large")
-
-
-def test_golden_files_are_all_used() -> None:
-    """A golden file that no test names would rot."""
-    source = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
-    unused = [f.stem for f in (FOLDER / "flex").glob("*.json") if f'"flex/{f.stem}"' not in source]
-    assert unused == []
 
 
 def test_masks_hide_only_well_formed_values() -> None:

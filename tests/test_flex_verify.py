@@ -49,6 +49,22 @@ async def test_the_receipt_is_honest(broker: Started, wire: Wire, device: Authen
     assert at == (await device_of(wire, "ann"))["last_used_at"]
 
 
+async def test_nothing_is_spent_where_no_receipt_can_be_signed(
+    broker: Started, start_broker: Starter, session: Any, wire: Wire, device: Authenticator
+) -> None:
+    """An instance whose secret does not open the app's key finds that out before it takes the nonce."""
+    await wire.user("ann", device)
+    assert (await wire.redeem(await wire.authenticate(None, device), signed=True)).status == 200
+    other = await start_broker(secret_key=("another-secret-0123456789abcdefghij",))
+    there, nonce = (
+        Wire(session, other.url, wire.app_id, wire.key),
+        await wire.authenticate(None, device),
+    )
+    with refused(other, "service_unavailable", "signing_key_sealed"):
+        assert (await there.redeem(nonce, signed=True)).status == 503
+    assert (await wire.redeem(nonce, signed=True)).json["external_id"] == "ann"
+
+
 @pytest.mark.parametrize("purpose", ["register", "authenticate"])
 async def test_what_the_backend_expects_is_there(
     broker: Started, wire: Wire, device: Authenticator, purpose: str

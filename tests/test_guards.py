@@ -341,6 +341,8 @@ async def test_the_cap_stops_strangers_only(
         assert answer.headers["Retry-After"].isdigit()
         assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     await wire.begin("register", await wire.open_registration("bob"))
+    for body in ({"discoverable": True}, {"external_id": "ann"}):
+        assert (await wire.keyed("POST", "/ceremonies/authenticate/start", body)).status == 200
     nonce = await wire.authenticate(await wire.open_authentication("ann"), device)
     assert (await wire.redeem(nonce)).status == 200
     await (await open_app()).begin("authenticate", None)

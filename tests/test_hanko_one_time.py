@@ -7,13 +7,15 @@ anything is verified, so the second one is refused in the vendor's own shape.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from redis.asyncio import Redis
 
 from broker.model import Policy
-from tests.authenticator import Authenticator
+from tests.authenticator import Authenticator, unb64
 from tests.conftest import OpenApp, Started, Starter
 from tests.hanko import (
     LOGIN,
@@ -157,6 +159,41 @@ async def test_a_challenge_lives_as_long_as_its_timeout(
     broker.clock.ahead += 2
     with refused(broker, *GONE):
         await is_gone(hanko, at, late)
+
+
+@pytest.mark.parametrize("at", OPERATIONS)
+async def test_a_dump_of_redis_finalizes_nothing(
+    broker: Started, hanko: Hanko, device: Authenticator, at: str
+) -> None:
+    """The challenge is all that a registration's answer takes, from whatever authenticator, and a page may bring it: so nobody gets to
+    one from what is at rest."""
+    await hanko.register("ann", device)
+    answer = await begun(hanko, at, device)
+    challenge: str = json.loads(unb64(answer["response"]["clientDataJSON"]))["challenge"]
+    async with Redis.from_url(broker.parts.settings.redis_url) as redis:
+        names: list[bytes] = [n async for n in redis.scan_iter(match=f"p:{{{hanko.wire.app_id}}}*")]
+        values = [cast(bytes, await redis.get(name)) for name in names]
+    assert len(names) == 1
+    for dumped in (*names, *values):
+        assert challenge.encode() not in dumped
+        assert unb64(challenge) not in dumped
+    await hanko.finish(at, answer)
+
+
+async def test_a_token_of_an_hour_is_redeemed_within_ten_minutes(
+    start_broker: Starter, session: Any, device: Authenticator
+) -> None:
+    """What redeems once is short, however long the token that carries it is good for whoever checks it offline."""
+    broker = await start_broker(hanko_token_life=3600)
+    hanko = Hanko(await Wire.open(broker.service, session, policy=QUICK))
+    await hanko.register("ann", device)
+    late, early = [await hanko.login(device) for _ in range(2)]
+    assert late["exp"] - late["iat"] == 3600
+    broker.clock.ahead += 590
+    assert (await hanko.wire.redeem(early["jti"])).status == 200
+    broker.clock.ahead += 20
+    with refused(broker, "invalid_nonce", "nonce_unknown"):
+        assert (await hanko.wire.redeem(late["jti"])).status == 401
 
 
 async def test_several_may_be_open(hanko: Hanko, device: Authenticator) -> None:

@@ -90,11 +90,16 @@ async def test_one_credential(broker: Started, hanko: Hanko, open_app: OpenApp) 
     for method, body in (("GET", None), ("PATCH", {"name": "x"}), ("DELETE", None)):
         title = f"credential with id '{cred}' not found"
         await other.refused(404, title, f"/credentials/{cred}", body, method=method)
+    for method, body in (("GET", None), ("PATCH", {"name": "x"}), ("DELETE", None)):
+        for user in ("bob", ""):
+            path = f"/credentials/{cred}?user_id={user}"
+            await hanko.refused(404, f"credential with id '{cred}' not found", path, body, method=method)
+    assert (await hanko.get(f"/credentials/{cred}?user_id=ann"))["name"] == "Ann's 📱"
     for bad in (cred + "=", cred[:-1], "%00", "é", "%ff", "a b", "x" * 2000, "..%2f"):
         missing = await hanko.send("GET", f"/credentials/{bad}")
         assert missing.status == 404
         assert missing.json["title"].startswith("credential with id '")
-    assert (await hanko.send("DELETE", f"/credentials/{cred}")).status == 204
+    assert (await hanko.send("DELETE", f"/credentials/{cred}?user_id=ann")).status == 204
     answer = known.authenticate(await hanko.begin(), ORIGIN)
     with refused(broker, "discoverable_login_failed", "unknown_credential"):
         await hanko.refused(401, "failed to validate assertion", LOGIN + "/finalize", answer)

@@ -138,6 +138,17 @@ def test_the_command_line_is_imported_by_nobody() -> None:
     assert [module for module in MODULES if "cli" in own_imports(module)] == []
 
 
+def test_dialects_are_named_in_one_place() -> None:
+    """So that one more is a module and a line: nobody imports one but the list of them, and its own parts."""
+    dialects = {f"broker.dialects.{p.stem}" for p in (PACKAGE / "dialects").iterdir() if p.suffix != ".md"}
+    dialects -= {"broker.dialects.__init__", "broker.dialects.__pycache__"}
+    assert len(dialects) > 3
+    for dialect in dialects:
+        own = dialect.removeprefix("broker.").replace(".", "/")
+        users = {m for m in MODULES if any(n == dialect or n.startswith(dialect + ".") for n in imports(m))}
+        assert {m for m in users if not m.startswith((own + "/", own + "."))} == {"app.py"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_third_parties_have_a_home(module: str) -> None:
     part = part_of(module)
@@ -229,3 +240,12 @@ def test_modules_are_of_a_size_to_read(module: str) -> None:
 def test_the_list_of_short_modules_is_short() -> None:
     """No entry outlives its module or the module's growth."""
     assert {m for m in SHORT if (PACKAGE / m).read_text().count("\n") < SHORTEST} == SHORT.keys()
+
+
+def test_the_readme_shows_where_things_are() -> None:
+    """Its layout has every part of the code under its present name, and no other."""
+    block = (ROOT / "README.md").read_text().partition("## Layout\n\n```\n")[2].partition("\n```")[0]
+    named = [name for line in block.splitlines() for name in line.partition("  ")[0].split(", ")]
+    shown = {name.removeprefix("broker/") for name in named[:-1]}
+    parts = {f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir()}
+    assert shown == {part for part in parts if not part.startswith("__")}

@@ -437,7 +437,7 @@ async def test_a_signed_receipt(broker: Started, wire: Wire, device: Authenticat
 async def test_each_app_has_keys_and_ids_of_its_own(
     start_broker: Starter, session: Any, device: Authenticator
 ) -> None:
-    started = await start_broker(public_url="https://passkeys.example.com/base")
+    started = await start_broker(public_url="https://passkeys.example.com/base", receipt_token_life=60)
     tokens, sets = [], []
     for _ in range(2):
         wire = await Wire.open(started.service, session)
@@ -445,10 +445,9 @@ async def test_each_app_has_keys_and_ids_of_its_own(
         body = {"nonce": await wire.authenticate(None, device), "signed": True}
         tokens.append((await wire.keyed("POST", "/authenticate/verify", body)).json["token"])
         sets.append((await wire.send("GET", "/.well-known/jwks.json")).json)
-        assert (
-            jws.verify(tokens[-1], sets[-1])["iss"]
-            == f"https://passkeys.example.com/base/v1/apps/{wire.app_id}"
-        )
+        claims = jws.verify(tokens[-1], sets[-1])
+        assert claims["iss"] == f"https://passkeys.example.com/base/v1/apps/{wire.app_id}"
+        assert claims["exp"] - claims["iat"] == 60
         device = Authenticator()
     with pytest.raises(KeyError):
         jws.verify(tokens[0], sets[1])

@@ -10,7 +10,7 @@ import asyncio
 import pytest
 
 from broker.ceremony import parse_authentication, parse_registration
-from broker.errors import DiscoverableRefused, NoPasskeys, OwnedAlready, UnknownPasskey
+from broker.errors import DiscoverableRefused, NoPasskeys, OwnedAlready, UnknownNonce, UnknownPasskey
 from broker.model import Asked, Policy, RelyingParty
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
@@ -23,7 +23,8 @@ async def ownerless(broker: Started, wire: Wire, device: Authenticator) -> tuple
     """A passkey of nobody; the app and the passkey's id."""
     app = await broker.parts.directory.app(wire.app_id)
     transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
-    receipt = await broker.parts.broker.redeem(app, await wire.register(transaction, device))
+    nonce = await wire.register(transaction, device)
+    receipt = await broker.parts.broker.redeem(app, nonce, ownerless=True)
     assert receipt.external_id == receipt.passkey_id, "it stands for itself"
     return app, receipt.passkey_id
 
@@ -171,25 +172,31 @@ async def test_one_that_waits_for_redemption_makes_nobody_active(
     assert await users(broker, app) == [("ann", "pending")]
     with pytest.raises(NoPasskeys):
         await broker.parts.broker.open_authentication(app, "ann")
-    assert (await wire.redeem(nonce)).status == 200
+    await broker.parts.broker.redeem(app, nonce, ownerless=True)
     assert await users(broker, app) == [("ann", "active")]
     assert (await wire.redeem(await wire.authenticate(None, device))).json["external_id"] == "ann"
 
 
 async def test_where_it_is_asked_for_it_stands_for_itself(
-    broker: Started, wire: Wire, device: Authenticator
+    broker: Started, open_app: OpenApp, device: Authenticator
 ) -> None:
-    """The verbs let one answer where the caller says so; the receipt names nobody else."""
+    """The verbs let one answer where the caller says so, and redeem it where the caller says so; the receipt names nobody else."""
+    wire = await open_app(Policy(passlock_open_registration=True))
     app, passkey = await ownerless(broker, wire, device)
     verbs = broker.parts.broker
-    for asked, may in ((Asked(ownerless=True), True), (Asked(), False)):
+    for asked, may in ((Asked(ownerless=True), True), (Asked(ownerless=True), False), (Asked(), False)):
         begun = await verbs.begin_authentication(app, None, asked=asked)
         answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
-        if may:
-            receipt = await verbs.redeem(
-                app, await verbs.finish_authentication(app, begun.handle, None, answer)
-            )
-            assert receipt.external_id == receipt.passkey_id == passkey
+        if asked.ownerless:
+            nonce = await verbs.finish_authentication(app, begun.handle, None, answer)
+            if may:
+                receipt = await verbs.redeem(app, nonce, ownerless=True)
+                assert receipt.external_id == receipt.passkey_id == passkey
+                assert receipt.ownerless
+                continue
+            for _ in range(2):
+                with pytest.raises(UnknownNonce):
+                    await verbs.redeem(app, nonce)
         else:
             with pytest.raises(DiscoverableRefused):
                 await verbs.finish_authentication(app, begun.handle, None, answer)

@@ -112,16 +112,6 @@ async def test_a_body_that_is_too_large_or_compressed(broker: Started, passlock:
     assert lines(broker, status=415)
 
 
-async def test_a_defect_of_ours(broker: Started, passlock: Passlock, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(*_: object) -> None:
-        raise RuntimeError("a secret")
-
-    monkeypatch.setattr(broker.parts.directory, "passkey", broken)
-    answer = await passlock.keyed("GET", "/passkeys/" + "x" * 24)
-    assert (answer.status, answer.json["_tag"]) == (500, "@error/InternalServerError")
-    assert "secret" not in answer.body.decode() + broker.stream.getvalue().replace("secret_key", "")
-
-
 async def test_a_store_that_is_down_in_passlocks_shape(
     start_broker: Starter, session: Any, own_stores: Any
 ) -> None:

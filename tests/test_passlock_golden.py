@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from broker.model import Policy
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
-from tests.golden import FOLDER, golden
+from tests.golden import golden
 from tests.passlock import CREDENTIAL, CREDENTIALS, OPTIONS, Passlock, judge
 from tests.signals import counted, lines, refused
 from tests.wire import ORIGIN, RP_ID, Answer, Wire
@@ -296,11 +295,3 @@ async def test_errors(broker: Started, passlock: Passlock) -> None:
     with refused(broker, "operation_not_allowed", "origin"):
         asked["Origin"] = "https://evil.example"
         await sent(passlock, "preflight-stranger", "OPTIONS", path, headers=asked)
-
-
-def test_golden_files_are_all_used() -> None:
-    """One that no test names would rot."""
-    sources = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
-    dynamic = {f"{kind}-options-unknown" for kind in ("registration", "authentication")}
-    files = {file.stem for file in (FOLDER / "passlock").glob("*.json")} - dynamic
-    assert {f for f in files if f'"{f}"' not in sources and f'passlock/{f}"' not in sources} == set()

@@ -204,6 +204,10 @@ async def test_odd_places_in_a_path(broker: Started, wire: Wire) -> None:
             answer = await wire.send(method, wire.url + path, json={"userId": "ann"}, headers=key(wire))
             await told(broker, answer, (method, path))
     assert not lines(broker, status=500)
+    for method, body in (("PATCH", {"username": "ann"}), ("DELETE", None)):
+        path = f"{Passlock(wire).base}/users/a%00b/passkeys/"
+        await told(broker, await wire.send(method, path, json=body, headers=key(wire)), (method, path))
+        assert lines(broker, method=method, status=400, code="invalid_request")
 
 
 async def test_any_content_type_is_read_as_json(wire: Wire, device: Authenticator) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from broker.model import Policy
 from tests.authenticator import Authenticator, b64
@@ -260,3 +261,80 @@ async def test_names_and_exclusions_of_a_page(opened: Passlock) -> None:
     assert (len(options["excludeCredentials"]), options["timeout"]) == (1, 60_000)
     for bad in ({"username": ""}, {"username": 7}, {"username": "x" * 257}, {"username": "a\x00"}):
         assert (await opened.page(f"{REGISTRATION}/options", bad)).status == 400
+
+
+# -- what anybody may cause ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_cap_counts_open_registrations(broker: Started, open_app: OpenApp) -> None:
+    """Nobody needs a key to begin one, so what they leave in the store is bounded, together with sign-ins; a finish makes room. What a
+    backend authorised goes on."""
+    policy = Policy(passlock_open_registration=True, discoverable_limit=2)
+    opened = Passlock(await open_app(policy), prefix="")
+    session, options = await opened.begin("registration", ANN)
+    await opened.begin("authentication", {})
+    for kind, body in (("registration", ANN), ("authentication", {})):
+        with refused(broker, "too_many_requests", "discoverable_limit"):
+            answer = await opened.page(f"/passkey/{kind}/options", body)
+        assert (answer.status, answer.json["_tag"]) == (429, "@error/BadRequest")
+    await Passlock(opened.wire).register("bob", Authenticator())
+    answer = await opened.finish("registration", session, Authenticator().register(options, ORIGIN))
+    assert answer.status == 200
+    async with Redis.from_url(broker.parts.settings.redis_url) as redis:
+        left = [n async for n in redis.scan_iter(match=f"p:{{{opened.wire.app_id}}}*")]
+    assert len(left) == 1
+    await opened.begin("registration", ANN)
+
+
+async def test_what_anybody_has_refused_is_no_event(broker: Started, opened: Passlock) -> None:
+    """Else a page alone fills the table of events."""
+    device = Authenticator()
+    await Passlock(opened.wire).user("ann", device)
+    before = await broker.events(opened.wire.app_id)
+    for how in ({"uv": False}, {"credential_id": next(iter(device.held))}):
+        session, options = await opened.begin("registration", ANN)
+        made = Authenticator().register(options, ORIGIN, **how)
+        assert (await opened.finish("registration", session, made)).status == 400
+    assert lines(broker, code="webauthn_login_failed", reason="user_verification")
+    assert lines(broker, code="webauthn_login_failed", reason="duplicate")
+    assert await broker.events(opened.wire.app_id) == before
+
+
+@pytest.mark.parametrize("through", ["passlock", "native"])
+async def test_what_nobody_owns_proves_nothing_elsewhere(
+    broker: Started, opened: Passlock, device: Authenticator, through: str
+) -> None:
+    """Neither a code of this dialect nor a nonce of a session that was taken to the native pages is a native redemption: its caller would
+    take the passkey's id for a user of theirs."""
+    wire = opened.wire
+    for kind, native in (("registration", "register"), ("authentication", "authenticate")):
+        session, options = await opened.begin(kind, ANN if kind == "registration" else {})
+        make = device.register if kind == "registration" else device.authenticate
+        if through == "native":
+            nonce = (await wire.finish(native, session, make(options, ORIGIN))).json["nonce"]
+        else:
+            nonce = (await opened.finish(kind, session, make(options, ORIGIN))).json["code"]
+        for expected in ({}, {"purpose": native}):
+            with refused(broker, "invalid_nonce", "nonce_unknown" if expected else "nonce_mismatch"):
+                assert (await wire.redeem(nonce, **expected)).status == 401
+
+
+async def test_the_policy_taken_back_ends_what_is_open(
+    broker: Started, opened: Passlock, device: Authenticator
+) -> None:
+    """Within the second that a policy takes: registrations and sign-ins that were begun, and codes."""
+    passkey_id, code = await ownerless(opened, device)
+    registering, made = await opened.begin("registration", ANN)
+    signing, signed = await opened.begin("authentication", {})
+    directory = broker.parts.directory
+    app = await directory.app(opened.wire.app_id)
+    await directory.update_app(replace(app, policy=Policy()))
+    with refused(broker, "transaction_not_found", "not_open"):
+        answer = await opened.finish("registration", registering, Authenticator().register(made, ORIGIN))
+    assert answer.status == 400
+    with refused(broker, "discoverable_login_failed", "ownerless"):
+        answer = await opened.finish("authentication", signing, device.authenticate(signed, ORIGIN))
+    assert answer.status == 400
+    with refused(broker, "invalid_nonce", "nonce_mismatch"):
+        assert (await opened.keyed("GET", f"/principal/{code}")).json["_tag"] == "@error/InvalidCode"
+    assert [r["id"] for r in (await opened.ok("GET", "/passkeys/"))["records"]] == [passkey_id]

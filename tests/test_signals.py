@@ -13,6 +13,7 @@ from tests.authenticator import Authenticator, b64
 from tests.conftest import OpenApp, Started, Starter
 from tests.golden import golden
 from tests.signals import refused, same_answer
+from tests.stall import stalled
 from tests.wire import ORIGIN, RP_ID, Answer, Wire
 
 KINDS = ["update", "delete", "prune"]
@@ -94,6 +95,30 @@ async def test_deleted_passkeys_are_gone_at_once(broker: Started, wire: Wire, de
     prepared = await prepare(wire, "delete", external_id="ann")
     assert len(await calls(wire, "delete", prepared["ticket"])) == 1
     assert (await wire.keyed("GET", "/passkeys")).json["total"] == 0
+
+
+async def test_a_passkey_that_gets_its_owner_meanwhile_is_deleted(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
+    """The backend was told that it is gone, so it is: also where another request gave it its owner between the look and the deletion."""
+    app = await broker.parts.directory.app(wire.app_id)
+    transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
+    await wire.register(transaction, device)
+    await wire.open_registration("bob")
+    [passkey] = (await wire.keyed("GET", "/passkeys")).json["passkeys"]
+    async with stalled(broker, "credentials", mode="SHARE") as stall:
+        deleting = asyncio.create_task(prepare(wire, "delete", passkeys=[passkey["id"]]))
+        await stall.waiting(1)
+        await stall.connection.execute(
+            "UPDATE credentials SET user_id = (SELECT id FROM users WHERE app_id = $1 AND external_id = 'bob') WHERE id = $2",
+            wire.app_id,
+            passkey["id"],
+        )
+    assert (await deleting)["missing"] == []
+    assert (await wire.keyed("GET", "/passkeys")).json["total"] == 0
+    handle, options = await wire.begin("authenticate", None)
+    with refused(broker, "discoverable_login_failed", "unknown_credential"):
+        await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
 
 
 async def test_what_is_left_is_told(wire: Wire, device: Authenticator) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -481,7 +482,7 @@ def _signing_dialect() -> ModuleType:
         ]
 
     module = ModuleType("tests.signs")
-    vars(module).update(SIGNS=True, PREFIX="/signs", routes=routes, render=flex.render)
+    vars(module).update(SIGNS=True, PATHS=re.compile("/signs/"), routes=routes, render=flex.render)
     return module
 
 

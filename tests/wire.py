@@ -129,7 +129,7 @@ class Wire:
         assert answer.status == 201, answer.body
         return str(answer.json["transaction_id"])
 
-    async def redeem(self, nonce: str, **expected: str) -> Answer:
+    async def redeem(self, nonce: str, **expected: object) -> Answer:
         return await self.keyed("POST", "/authenticate/verify", {"nonce": nonce, **expected})
 
     # -- the page -----------------------------------------------------------------------------------------------------------------

@@ -180,6 +180,38 @@ class Broker:
         self._metrics.ceremonies.labels("register", "begin", "ok").inc()
         return Begun(handle, options)
 
+    async def begin_registration_of_nobody(
+        self,
+        app: RelyingParty,
+        user_name: str,
+        display_name: str,
+        attachment: Attachment | None,
+        *,
+        asked: Asked = _NOTHING,
+    ) -> Begun:
+        """Begin a registration that a page asks for by itself, without a transaction, so the cap of open ceremonies counts it. The
+        passkey has no owner and signs in only where ownerless ones may, until `Directory.assign` gives it one.
+
+        Raises:
+            InvalidRequest, TooManyCeremonies, Unavailable.
+        """
+        checked(user_name, "user_name")
+        checked(display_name, "user_display_name")
+        user_id, user_handle = self._steps.nobody()
+        pending, options = await self._steps.new_registration(
+            app,
+            user=(user_id, None, user_handle),
+            names=(user_name, display_name, display_name),
+            bound=None,
+            attachment=attachment,
+            asked=asked,
+        )
+        handle = await self._ephemeral.put_pending(
+            self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
+        )
+        self._metrics.ceremonies.labels("register", "begin", "ok").inc()
+        return Begun(handle, options)
+
     async def begin_registration_of(
         self,
         app: RelyingParty,
@@ -216,7 +248,7 @@ class Broker:
             asked=asked,
         )
         if by == "challenge":
-            await self._ephemeral.put_pending_by_challenge(pending, cap=0)
+            await self._ephemeral.put_pending_by_challenge(pending, cap=None)
         else:
             await self._ephemeral.put_pending_as(pending_name("register", external_id), pending)
         self._metrics.ceremonies.labels("register", "begin", "ok").inc()
@@ -319,9 +351,11 @@ class Broker:
         asked: Asked = _NOTHING,
         by: FoundBy = "user",
         approval: Approval | None = None,
+        keyless: bool = False,
     ) -> dict[str, Any]:
         """Begin an authentication of a user whom a keyed caller names, or without one (only by its challenge) a discoverable one.
-        Returns the options. By the user it replaces the user's earlier one; by its challenge several may be open.
+        Returns the options. By the user it replaces the user's earlier one; by its challenge several may be open. `keyless`: anybody
+        may ask for it, so the cap of open ceremonies counts it.
 
         With an `approval` its digest is the end of the challenge, and it is listed from now on.
 
@@ -344,7 +378,8 @@ class Broker:
             await self._steps.record(app, user_id, approval)
         pending, options = self._steps.new_authentication(app, user_id, offered, None, asked, approval)
         if by == "challenge" or external_id is None:
-            await self._ephemeral.put_pending_by_challenge(pending, cap=app.policy.discoverable_limit)
+            cap = app.policy.discoverable_limit if keyless else None
+            await self._ephemeral.put_pending_by_challenge(pending, cap=cap)
         else:
             await self._ephemeral.put_pending_as(pending_name("authenticate", external_id), pending)
         self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
@@ -418,7 +453,7 @@ class Broker:
             return await self._steps.authenticated(app, pending, answer)
 
     async def hand_out(self, app: RelyingParty, receipt: Receipt, life: int) -> str:
-        """A nonce for a receipt, to be redeemed once within `life` seconds.
+        """A nonce for a receipt, to be redeemed once within `life` seconds, 10 minutes at most.
 
         Raises:
             Unavailable.
@@ -436,10 +471,12 @@ class Broker:
         purpose: Proof | None = None,
         transaction_id: str | None = None,
         external_id: str | None = None,
+        ownerless: bool = False,
     ) -> Receipt:
         """Exchange a nonce for its receipt, once. What the caller states must match; a mismatch spends the nonce.
 
-        Without a `purpose` a registration and a login match: a second factor or an approval is redeemed by who asks for it.
+        Without a `purpose` a registration and a login match: a second factor or an approval is redeemed by who asks for it, and
+        so is, with `ownerless`, what a passkey that nobody owns has proved.
 
         Redeeming a registration's nonce confirms the passkey (`Credential.confirmed_at`).
 
@@ -457,6 +494,7 @@ class Broker:
             self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
             if (
                 (receipt.proof not in ((purpose,) if purpose is not None else ("register", "authenticate")))
+                or (receipt.ownerless and not ownerless)
                 or (external_id is not None and external_id != receipt.external_id)
                 or (
                     transaction_id is not None

@@ -51,6 +51,7 @@ from broker.telemetry import Metrics
 from broker.tokens import Mint, digest, well_formed
 
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
+_LONGEST_NONCE = 600  # seconds
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
 
 
@@ -280,7 +281,7 @@ class Steps:
             # by an earlier ceremony, whose answer came again: then somebody signs in with it.
             if await self._nobody_has(app, answer.credential_id):
                 refusal.signal = signal
-            await self._tell_refusal(app, "passkey.registered", refusal, pending.user_id)
+            await self._tell_refused_registration(app, pending, refusal)
             raise
         async with retry_from("backend"):
             await self._take_transaction(pending.transaction)
@@ -301,7 +302,7 @@ class Steps:
                 reason=outcome,
                 signal=signal if outcome == "no_user" else None,
             )
-            await self._tell_refusal(app, "passkey.registered", refused, pending.user_id)
+            await self._tell_refused_registration(app, pending, refused)
             raise refused
         return Receipt(
             external_id=pending.external_id or passkey_id,
@@ -321,6 +322,7 @@ class Steps:
             second_factor=pending.asked.second_factor,
             approval=None,
             at=now,
+            ownerless=pending.external_id is None,
         )
 
     async def authenticated(
@@ -380,6 +382,7 @@ class Steps:
             second_factor=pending.asked.second_factor,
             approval=pending.approval,
             at=now,
+            ownerless=owned.external_id is None,
         )
 
     async def _take_transaction(self, name: bytes | None) -> None:
@@ -390,9 +393,9 @@ class Steps:
     async def put_nonce(
         self, app: RelyingParty, receipt: Receipt, transaction: bytes | None, life: int | None = None
     ) -> str:
-        """A nonce for the receipt; `life` in seconds, the policy's if not given."""
+        """A nonce for the receipt; `life` in seconds, the policy's if not given, 10 minutes at most."""
         nonce = self._mint.token("nonce")
-        ends = receipt.at + (life or app.policy.nonce_life)
+        ends = receipt.at + min(life or app.policy.nonce_life, _LONGEST_NONCE)
         await self._ephemeral.put_nonce(app.id, nonce, Redeemable(receipt, transaction, ends))
         return nonce
 
@@ -422,6 +425,13 @@ class Steps:
         if pending.user_id is None:
             raise DiscoverableRefused(reason=refusal.reason, signal=refusal.signal) from refusal
         raise refusal
+
+    async def _tell_refused_registration(
+        self, app: RelyingParty, pending: PendingRegistration, refusal: CeremonyRefused
+    ) -> None:
+        # As with sign-ins: where nobody was named anybody can have answers refused.
+        if pending.external_id is not None:
+            await self._tell_refusal(app, "passkey.registered", refusal, pending.user_id)
 
     async def _tell_refusal(
         self,
@@ -486,6 +496,13 @@ async def retry_from(place: Retry) -> AsyncIterator[None]:
 
 
 def as_strict_as(app: RelyingParty, pending: P) -> P:
-    """A pending ceremony that asks for as much user verification as it would if it began now: a policy made stricter applies at once."""
+    """A pending ceremony that asks for as much user verification as it would if it began now, and lets what nobody owns in only if it
+    still would: a policy made stricter applies at once."""
+    if not app.policy.passlock_open_registration:
+        by_a_page = pending.transaction is None
+        if isinstance(pending, PendingRegistration) and pending.external_id is None and by_a_page:
+            raise UnknownTransaction(reason="not_open")
+        if pending.asked.ownerless:
+            pending = replace(pending, asked=replace(pending.asked, ownerless=False))
     now = app.policy.verification(pending.asked)
     return replace(pending, user_verification=now) if is_weaker(pending.user_verification, now) else pending

@@ -119,6 +119,7 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
             "redis_url": settings.redis_url,
         }
         _write(data / "dev.json", json.dumps(facts, indent=2) + "\n")
+        parts.settings = replace(parts.settings, public_url=settings.public_url or url)
         demo = demo_app(
             broker_url=f"http://{_reachable(settings.host)}:{settings.management_port or port}",
             app_id=app.id,

@@ -22,19 +22,18 @@ from broker.errors import InvalidRequest, InvalidSetting, OperationNotAllowed, R
 from broker.model import MAX_TEXT, RelyingParty, is_origin, web_origin
 from broker.tokens import PREFIX as KEY_PREFIXES
 from broker.tokens import text
-from broker.web import BROKER, DIRECTORY, bearer, json_answer, keyed_alone, read_object
+from broker.web import BROKER, DIRECTORY, bearer, edge, json_answer, keyed_alone, read_object
 from broker.web.body import optional_text, parse_object, text_field
-from broker.web.edge import refusal_headers
 
 PREFIX = "/propelauth"
 PATHS = re.compile(rf"{PREFIX}(?:/|\Z)")
+SIGNS = False
 _UNEXPECTED = "UnexpectedError"
 _KEY_PREFIX = KEY_PREFIXES["key"]
 _COMMAND = web.RequestKey("COMMAND", str)
 
 STATUS: Mapping[type[Refusal], int] = {
-    errors.InvalidRequest: 400,
-    errors.InvalidSetting: 400,
+    **edge.STATUS,
     errors.UnknownNonce: 400,
     errors.UnknownTransaction: 400,
     errors.CeremonyRefused: 400,
@@ -42,26 +41,14 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.WrongMailCode: 400,
     errors.InvalidKey: 401,
     errors.UnknownApp: 401,
-    errors.OperationNotAllowed: 403,
     errors.UnknownUser: 404,
     errors.UnknownPasskey: 404,
     errors.NoPasskeys: 404,
-    errors.NotFound: 404,
     errors.UnknownMailCode: 404,
     errors.UnknownTicket: 404,
-    errors.MethodNotAllowed: 405,
-    errors.RequestTimeout: 408,
     errors.TooManyPasskeys: 409,
     errors.OwnedAlready: 409,
     errors.DuplicateApproval: 409,
-    errors.MailCodeExpired: 410,
-    errors.MailCodeAttempts: 410,
-    errors.RequestTooLarge: 413,
-    errors.UnsupportedEncoding: 415,
-    errors.TooManyCeremonies: 429,
-    errors.MailCodeRate: 429,
-    errors.InternalFault: 500,
-    errors.Unavailable: 503,
 }
 
 # Types by refusal and its reason; what has no row is UnexpectedError. First those that any command may answer:
@@ -124,10 +111,7 @@ def render(refusal: Refusal, request: web.Request | None = None) -> web.Response
             agent = request.headers.get(hdrs.USER_AGENT, "") if request is not None else ""
             body["details"] = _limit_details(refusal, agent)
     status = _TYPE_STATUS.get(kind, STATUS[type(refusal)])
-    response = json_answer(body, status=status, headers=refusal_headers(refusal))
-    if isinstance(refusal, errors.RequestTimeout | errors.RequestTooLarge):
-        response.force_close()  # what is left of the body would be read as the next request
-    return response
+    return json_answer(body, status=status)
 
 
 def _limit_details(refusal: errors.TooManyPasskeys, agent: str) -> dict[str, int]:

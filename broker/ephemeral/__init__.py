@@ -9,7 +9,8 @@ on any number of instances one gets it. Nothing here answers "is it valid?".
     p:{T}             its pending ceremony: SHA-256 of the handle, then the record
 
     p:{H}             a pending ceremony under a name that a keyed caller chose; H is the name's digest
-    p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge
+    p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge, which the record
+                      then lacks: whoever reads it here can't make an answer
     d:{app}           the open ones of an app, by end of life: what the cap counts
     n:H               what a nonce stands for
     s:H               what a ticket for signals stands for
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import orjson
@@ -193,14 +195,15 @@ class Ephemeral:
         await self._put_open_pending(digest("handle", pending.app_id, secret), pending, cap)
         return secret
 
-    async def put_pending_by_challenge(self, pending: Pending, *, cap: int) -> None:
-        """Store a pending ceremony that its challenge finds. The cap is for those of nobody in particular.
+    async def put_pending_by_challenge(self, pending: Pending, *, cap: int | None) -> None:
+        """Store a pending ceremony that its challenge finds. `cap` is None for those that no cap counts.
 
         Raises:
             TooManyCeremonies: see `put_pending`.
         """
         name = digest("challenge", pending.app_id, text(pending.challenge))
-        if isinstance(pending, PendingAuthentication) and pending.user_id is None:
+        pending = replace(pending, challenge=b"")
+        if cap is not None:
             await self._put_open_pending(name, pending, cap)
         else:
             await self._put("put_pending", self._open_keys(pending.app_id, name)[0], pending)
@@ -228,7 +231,8 @@ class Ephemeral:
 
     async def take_pending_by_challenge(self, app_id: str, challenge: bytes) -> Pending | None:
         """Take the pending ceremony with this challenge."""
-        return await self._take_open_pending(app_id, digest("challenge", app_id, text(challenge)))
+        found = await self._take_open_pending(app_id, digest("challenge", app_id, text(challenge)))
+        return replace(found, challenge=challenge) if found else None
 
     async def _take_open_pending(self, app_id: str, name: bytes) -> Pending | None:
         stored = await self.run("take_pending", _TAKE_OPEN, keys=self._open_keys(app_id, name), args=[name])
@@ -312,7 +316,7 @@ _KINDS: dict[str, type[_Record]] = {
     "t2": Transaction,
     "r3": PendingRegistration,
     "a2": PendingAuthentication,
-    "n2": Redeemable,
+    "n3": Redeemable,
 }
 _TAGS = {kind: tag for tag, kind in _KINDS.items()}
 _BYTES = frozenset({"challenge", "transaction", "credential_id"})

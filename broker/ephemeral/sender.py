@@ -59,6 +59,7 @@ class _Link:
         self._due: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._tick: asyncio.TimerHandle | None = None
+        self._postponed = False
         self.ended = False
         self._life = self._loop.create_task(self._live(), name="redis")
 
@@ -133,10 +134,12 @@ class _Link:
     def _look_at_the_clock(self) -> None:
         now = self._loop.time()
         assert self._tick is not None
-        if now - self._tick.when() > _TICK and not self.ended:
-            # We were late ourselves, so replies may lie unread: they come first.
+        if now - self._tick.when() > _TICK and not self.ended and not self._postponed:
+            # We were late ourselves, so replies may lie unread: they come first. Once, for a loop may be late at every tick.
+            self._postponed = True
             self._tick = self._loop.call_later(_TICK, self._look_at_the_clock)
             return
+        self._postponed = False
         for waiting in (*self._due, *self._unsent):
             if waiting.deadline <= now and not waiting.reply.done():
                 waiting.reply.set_exception(TimeoutError())

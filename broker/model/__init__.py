@@ -404,7 +404,8 @@ class Used:
 class Receipt:
     """What redemption tells the backend: who, and how it was proved. `at` is when the ceremony finished.
 
-    `second_factor`: the ceremony was about second factors; it asked for no more than that, whichever passkey answered.
+    `second_factor`: the ceremony was about second factors; it asked for no more than that, whichever passkey answered. `ownerless`:
+    nobody owned the passkey, and `external_id` is its own id.
     """
 
     external_id: str
@@ -424,6 +425,7 @@ class Receipt:
     second_factor: bool
     approval: str | None
     at: float
+    ownerless: bool = False
 
     @property
     def proof(self) -> Proof:

@@ -2,7 +2,8 @@
 
 Each request gets an id (the caller's `X-Request-Id` where well-formed), a deadline, one log line and one observation in the
 metrics. Each `Refusal` becomes an answer in the shape of the dialect whose path was asked, on every path: also 404, 405, 413, 415,
-500 and 503. What is not a refusal is a defect of ours: it is logged by type and place, and answered with 500 and nothing else.
+500 and 503; its headers, and whether the connection ends with it, are the edge's. What is not a refusal is a defect of ours: it is
+logged by type and place, and answered with 500 and nothing else.
 
 The edge stands outside aiohttp's router and middlewares, so what those raise by themselves (no route, wrong method, an odd Expect
 header, whose bytes aiohttp would echo) passes here as well.
@@ -24,13 +25,19 @@ from broker.errors import (
     InternalFault,
     InvalidKey,
     InvalidRequest,
+    InvalidSetting,
+    MailCodeAttempts,
+    MailCodeExpired,
     MailCodeRate,
     MethodNotAllowed,
     NotFound,
+    OperationNotAllowed,
     Refusal,
+    RequestTimeout,
     RequestTooLarge,
     TooManyCeremonies,
     Unavailable,
+    UnsupportedEncoding,
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
 from broker.web.body import ANSWER_SECONDS
@@ -39,6 +46,24 @@ from broker.web.body import ANSWER_SECONDS
 Renderer = Callable[[Refusal, web.Request | None], web.Response]
 
 CORS = web.RequestKey("CORS", dict[str, str])
+
+# Refusals whose status depends on no vendor (RFC 9110 §15). Each dialect's table has these rows, and its own.
+STATUS: Mapping[type[Refusal], int] = {
+    InvalidRequest: 400,
+    InvalidSetting: 400,
+    OperationNotAllowed: 403,
+    NotFound: 404,
+    MethodNotAllowed: 405,
+    RequestTimeout: 408,
+    MailCodeExpired: 410,
+    MailCodeAttempts: 410,
+    RequestTooLarge: 413,
+    UnsupportedEncoding: 415,
+    TooManyCeremonies: 429,
+    MailCodeRate: 429,
+    InternalFault: 500,
+    Unavailable: 503,
+}
 
 # Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs and events.
 _REQUEST_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
@@ -55,8 +80,9 @@ def json_answer(
     )
 
 
-def refusal_headers(refusal: Refusal) -> dict[str, str]:
-    """Headers that every dialect's refusal carries: Retry-After in seconds (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
+def _headers_of(refusal: Refusal) -> dict[str, str]:
+    """Headers that a refusal carries in every dialect, unless that has said otherwise: Retry-After in seconds (RFC 9110 §10.2.3), the
+    scheme of the key (RFC 6750 §3)."""
     if isinstance(refusal, Unavailable | TooManyCeremonies | MailCodeRate):
         return {"Retry-After": str(refusal.retry_after)}
     if isinstance(refusal, InvalidKey):
@@ -132,11 +158,19 @@ class Edge:
         return response
 
     def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
+        response = self._renderer(request)(refusal, request)
+        for name, value in _headers_of(refusal).items():
+            response.headers.setdefault(name, value)
+        if isinstance(refusal, RequestTimeout | RequestTooLarge):
+            response.force_close()  # what is left of the body would be read as the next request
+        return response
+
+    def _renderer(self, request: web.Request | None) -> Renderer:
         if request is not None:
             for paths, renderer in self._renderers:
                 if paths.match(request.path):
-                    return renderer(refusal, request)
-        return self._default(refusal, request)
+                    return renderer
+        return self._default
 
     def _tell(
         self, request: web.Request, status: int, began: float, now: Context, refusal: Refusal | None

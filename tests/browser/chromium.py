@@ -501,15 +501,6 @@ class Page:
         features += [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.send("Emulation.setEmulatedMedia", features=features)
 
-    def screenshot(self, path: str | Path, width: int = 1280, *, dark: bool = False) -> Path:
-        """Write a PNG of the whole document at `width` CSS pixels, and leave the page in that view."""
-        self.view(width, dark=dark)
-        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
-        Path(path).write_bytes(base64.b64decode(shot["data"]))
-        return Path(path)
-
     # Network
 
     def sent(self, path: str, method: str = "POST") -> list[Request]:
@@ -526,13 +517,6 @@ class Page:
 
         self._await(lambda: len(done()) >= count, f"{count} x {method} {path}", deadline)
         return done()[count - 1]
-
-    def answer_text(self, request: Request) -> str:
-        """The body that answered a request; the page must read it too, else the browser never does."""
-        self._await(lambda: request.finished, f"whole answer of {request.url}")
-        answer = self.send("Network.getResponseBody", requestId=request.id)
-        body: str = answer["body"]
-        return base64.b64decode(body).decode() if answer["base64Encoded"] else body
 
     def cookies(self) -> list[dict[str, Any]]:
         """The cookies that the page's URL gets, HttpOnly ones included, with the protocol's keys."""

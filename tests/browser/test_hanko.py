@@ -7,15 +7,12 @@ doesn't allow.
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
-from aiohttp import web
 
 from tests.browser.chromium import Chromium, Page
+from tests.browser.site import in_page, site, visit
 from tests.conftest import OpenApp, Started
 from tests.sdk.hanko import Sdk, browser_library
 from tests.signals import lines
@@ -46,37 +43,10 @@ PAGE = b"""<!doctype html>
 """
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(chromium: Chromium) -> Iterator[Page]:
-    with chromium.page() as page:
-        yield page
-        assert page.errors == []
-
-
 @pytest.fixture
 async def origin() -> AsyncIterator[str]:
-    """A site that serves the page and the library."""
-
-    async def document(_: web.Request) -> web.Response:
-        return web.Response(body=PAGE, content_type="text/html")
-
-    async def library(_: web.Request) -> web.Response:
-        return web.Response(body=await asyncio.to_thread(browser_library), content_type="text/javascript")
-
-    app = web.Application()
-    app.router.add_get("/", document)
-    app.router.add_get("/library.js", library)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://localhost:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    async with site(PAGE, library=browser_library) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -90,21 +60,11 @@ async def sdk(wire: Wire) -> AsyncIterator[Sdk]:
         yield opened
 
 
-async def in_page(page: Page, function: str, argument: object) -> dict[str, Any]:
-    told: dict[str, Any] = await asyncio.to_thread(page.js, f"{function}({json.dumps(argument)})")
-    return told
-
-
-async def open_page(page: Page, origin: str) -> None:
-    await asyncio.to_thread(page.goto, f"{origin}/")
-    await asyncio.to_thread(page.wait_until, "window.ready")
-
-
 async def test_registers_and_signs_in_from_the_page(
     broker: Started, page: Page, origin: str, wire: Wire, sdk: Sdk
 ) -> None:
     device = page.authenticator()
-    await open_page(page, origin)
+    await visit(page, origin)
     options = await sdk.ok("registration.initialize", {"userId": "ann", "username": "ann@example.org"})
     made = (await in_page(page, "register", options))["answer"]
     token = (await sdk.ok("registration.finalize", made))["token"]
@@ -129,7 +89,7 @@ async def test_registers_and_signs_in_from_the_page(
 async def test_a_second_factor_in_the_page(page: Page, origin: str, wire: Wire, sdk: Sdk) -> None:
     """A security key that keeps nothing by itself, so its answer has no user handle."""
     page.authenticator(transport="usb", hasResidentKey=False, hasUserVerification=False)
-    await open_page(page, origin)
+    await visit(page, origin)
     options = await sdk.ok("user(ann).mfa.registration.initialize", {"username": "ann@example.org"})
     made = (await in_page(page, "register", options))["answer"]
     token = (await sdk.ok("user(ann).mfa.registration.finalize", made))["token"]
@@ -147,7 +107,7 @@ async def test_a_page_of_another_origin(
 ) -> None:
     """The browser keeps the answer from it; the broker has refused anyway."""
     wire = await open_app(rp_id="localhost", origins=("http://localhost:1",))
-    await open_page(page, origin)
+    await visit(page, origin)
     told = await in_page(page, "login", {"tenant": f"{wire.url}/hanko/{wire.app_id}"})
     assert told["name"] == "TypeError"
     assert lines(broker, method="OPTIONS", status=403, code="operation_not_allowed")

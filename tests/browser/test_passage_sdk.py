@@ -43,14 +43,6 @@ def chromium(name: Name) -> Iterator[Chromium]:
 
 
 @pytest.fixture
-def page(chromium: Chromium) -> Iterator[Page]:
-    """A page that must end without an uncaught error or an unhandled rejection."""
-    with chromium.page() as page:
-        yield page
-        assert page.errors == []
-
-
-@pytest.fixture
 def device(page: Page) -> Authenticator:
     return page.authenticator()
 

@@ -20,7 +20,7 @@ import pytest
 from webauthn import verify_authentication_response, verify_registration_response
 from webauthn.helpers import base64url_to_bytes
 
-from tests.browser.chromium import Answer, Authenticator, Chromium, Page, wait_until
+from tests.browser.chromium import Answer, Authenticator, Page, wait_until
 
 SDK = Path(__file__).parents[2] / "broker" / "sdk" / "passkey.js"
 PAGES = Path(__file__).parent / "pages"
@@ -167,20 +167,6 @@ def broker() -> Iterator[ScriptedBroker]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(chromium: Chromium) -> Iterator[Page]:
-    """A page that must end without an uncaught error or an unhandled rejection."""
-    with chromium.page() as page:
-        yield page
-        assert page.errors == []
 
 
 @pytest.fixture

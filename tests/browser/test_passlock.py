@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from broker.model import Policy
-from tests.browser.chromium import Chromium, Page
+from tests.browser.chromium import Page
+from tests.browser.site import site, visit
 from tests.conftest import OpenApp, Started
 from tests.passlock import Passlock
 from tests.sdk.passlock import BROWSER_SDK
@@ -36,39 +36,10 @@ PAGE = b"""<!doctype html>
 """
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(chromium: Chromium) -> Iterator[Page]:
-    with chromium.page() as page:
-        yield page
-        assert page.errors == []
-
-
 @pytest.fixture
 async def origin() -> AsyncIterator[str]:
-    """A site that serves the page and what it imports."""
-
-    async def document(_: web.Request) -> web.Response:
-        return web.Response(body=PAGE, content_type="text/html")
-
-    async def sdk(_: web.Request) -> web.Response:
-        return web.Response(body=BROWSER_SDK, content_type="text/javascript")
-
-    async def library(_: web.Request) -> web.Response:
-        return web.Response(body=await asyncio.to_thread(browser_library), content_type="text/javascript")
-
-    app = web.Application()
-    app.add_routes([web.get("/", document), web.get("/sdk.js", sdk), web.get("/library.js", library)])
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://localhost:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    async with site(PAGE, sdk=lambda: BROWSER_SDK, library=browser_library) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -79,8 +50,7 @@ async def wire(open_app: OpenApp, origin: str) -> Wire:
 
 async def opened(page: Page, origin: str, wire: Wire, version: str = "v2/") -> None:
     """The page, with a client of the app."""
-    await asyncio.to_thread(page.goto, f"{origin}/")
-    await asyncio.to_thread(page.wait_until, "window.ready")
+    await visit(page, origin)
     options = {"tenancyId": wire.app_id, "endpoint": wire.url, "version": version}
     await asyncio.to_thread(page.js, f"void (window.passlock = new Passlock({json.dumps(options)}))")
 

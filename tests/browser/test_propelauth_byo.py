@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import json
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
-from aiohttp import web
 
-from tests.browser.chromium import Chromium, Page
+from tests.browser.chromium import Page
+from tests.browser.site import in_page, site, visit
 from tests.conftest import OpenApp, Started
 from tests.sdk.propelauth import PythonClient, browser_library
 from tests.signals import lines
@@ -30,37 +27,10 @@ PAGE = b"""<!doctype html>
 """
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(chromium: Chromium) -> Iterator[Page]:
-    with chromium.page() as page:
-        yield page
-        assert page.errors == []
-
-
 @pytest.fixture
 async def origin() -> AsyncIterator[str]:
-    """A site that serves the page and the library."""
-
-    async def document(_: web.Request) -> web.Response:
-        return web.Response(body=PAGE, content_type="text/html")
-
-    async def library(_: web.Request) -> web.Response:
-        return web.Response(body=await asyncio.to_thread(browser_library), content_type="text/javascript")
-
-    app = web.Application()
-    app.router.add_get("/", document)
-    app.router.add_get("/library.js", library)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://localhost:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    async with site(PAGE, library=browser_library) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -68,16 +38,10 @@ async def wire(open_app: OpenApp, origin: str) -> Wire:
     return await open_app(rp_id="localhost", origins=(origin,))
 
 
-async def in_page(page: Page, function: str, options: dict[str, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = await asyncio.to_thread(page.js, f"{function}({json.dumps(options)})")
-    return told
-
-
 async def test_registers_and_signs_in(broker: Started, page: Page, origin: str, wire: Wire) -> None:
     client = PythonClient(f"{wire.url}/propelauth", wire.key)
     device = page.authenticator()
-    await asyncio.to_thread(page.goto, f"{origin}/")
-    await asyncio.to_thread(page.wait_until, "window.ready")
+    await visit(page, origin)
 
     begun = await client.call(
         "startRegistration", userId="ann", emailOrUsername="ann@example.org", passkeyDisplayName="phone"

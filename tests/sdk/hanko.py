@@ -9,17 +9,14 @@ async with Sdk.open(url, tenant_id, key) as sdk:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
-import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from tests import parts
+from tests.sdk.node import Script, bundled
 
 _VERSIONS = {"@teamhanko/passkeys-sdk": "0.2.1", "@github/webauthn-json": "2.1.1"}
 
@@ -34,7 +31,7 @@ def _step(text: str) -> str | list[str]:
 class Sdk:
     """`@teamhanko/passkeys-sdk` behind hanko.mjs."""
 
-    process: asyncio.subprocess.Process
+    script: Script
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -44,40 +41,13 @@ class Sdk:
         Raises:
             MissingPart: Node, or a package of tests/sdk, is not there.
         """
-        node, modules = parts.node(), parts.npm_packages()
-        for name, version in _VERSIONS.items():
-            assert json.loads((modules / name / "package.json").read_text())["version"] == version
-        process = await asyncio.create_subprocess_exec(
-            *node.node,
-            str(parts.SDK / "hanko.mjs"),
-            url,
-            tenant_id,
-            key,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=1 << 20,
-            env=node.environment(),
-        )
-        try:
-            yield cls(process)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-
-    async def _run(self, command: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command).encode() + b"\n")
-        line = await asyncio.wait_for(self.process.stdout.readline(), 20)
-        assert line, "Node ended"
-        result: dict[str, Any] = json.loads(line)
-        return result
+        async with Script.open("hanko.mjs", url, tenant_id, key, packages=_VERSIONS) as script:
+            yield cls(script)
 
     async def call(self, method: str, *arguments: object) -> dict[str, Any]:
         """`{ok, data}` or `{ok, error: {message, originalError}}`. The SDK resolves to undefined where an error has no body."""
         path = [_step(step) for step in re.split(r"\.(?![^(]*\))", method)]
-        result = await self._run({"path": path, "arguments": arguments})
+        result = await self.script.ask({"path": path, "arguments": arguments})
         assert not result.get("undefined"), "the SDK took an error for success"
         return result
 
@@ -99,26 +69,11 @@ class Sdk:
 
     async def verified(self, token: str, audience: str) -> dict[str, Any]:
         """`{payload, protectedHeader}`, or `{code}` of jose's error."""
-        result = await self._run({"verify": token, "audience": audience})
+        result = await self.script.ask({"verify": token, "audience": audience})
         found: dict[str, Any] = result["data"] if result["ok"] else {"code": result["error"]["code"]}
         return found
 
 
-@cache
 def browser_library() -> bytes:
-    """`@github/webauthn-json` as one ES module.
-
-    Raises:
-        MissingPart: Node, or a package of tests/sdk, is not there.
-    """
-    modules, node = parts.npm_packages(), parts.node()
-    done = subprocess.run(
-        [modules / ".bin" / "esbuild", "--bundle", "--format=esm", "--log-level=warning"],
-        input=b'export * from "@github/webauthn-json";',
-        cwd=parts.SDK,
-        env=node.environment(),
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+    """`@github/webauthn-json` as one ES module."""
+    return bundled("@github/webauthn-json")

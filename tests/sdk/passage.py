@@ -18,11 +18,9 @@ import hashlib
 import json
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +33,7 @@ from cryptography.x509.oid import NameOID
 from tests import parts
 from tests.browser.chromium import Page, Request
 from tests.conftest import OpenApp, Started
+from tests.sdk.node import bundled
 from tests.wire import Wire
 
 HOST = "auth.passage.id"
@@ -44,30 +43,20 @@ Way = Literal["redirected", "overridden"]
 Outcome = dict[str, Any]  # {"nonce"}, or what the SDK's error shows
 
 
-@cache
 def bundle(version: str) -> bytes:
     """The SDK of this version as one ES module.
 
     Raises:
         MissingPart: Node, or a package of tests/sdk, is not there.
     """
-    package, modules, node = PACKAGES[version], parts.npm_packages(), parts.node()
-    manifest = modules / package / "package.json"
+    package = PACKAGES[version]
+    manifest = parts.npm_packages() / package / "package.json"
     if not manifest.exists():
         raise parts.MissingPart(
             f"tests/sdk lacks the npm package {package} (@passageidentity/passage-flex-js {version})."
         )
     assert json.loads(manifest.read_text())["version"] == version
-    done = subprocess.run(
-        [modules / ".bin" / "esbuild", "--bundle", "--format=esm", "--log-level=warning"],
-        input=f'export {{ PassageFlex }} from "{package}";'.encode(),
-        cwd=parts.SDK,
-        env=node.environment(),
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+    return bundled(package, "{ PassageFlex }")
 
 
 @dataclass(frozen=True, slots=True)

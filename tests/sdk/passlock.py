@@ -1,4 +1,4 @@
-"""What stands in for Passlock's SDKs, which no registry has: `jose` in Node, which verifies its id_tokens, and the page's part.
+"""What stands in for Passlock's SDKs, which can't be installed for a test: `jose` in Node, which verifies its id_tokens, and the page's part.
 
 The page's part is `BROWSER_SDK`, one ES module that does over `@simplewebauthn/browser` and the Signal API what the vendor's browser SDK
 does, and reads answers as strictly: an error's body only where the content type is exactly `application/json`.
@@ -6,16 +6,12 @@ does, and reads answers as strictly: an error's body only where the content type
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests import parts
-
-_JOSE = "6.2.17"
+from tests.sdk.node import Script
 
 BROWSER_SDK = b"""
 import { startAuthentication, startRegistration } from "./library.js";
@@ -86,7 +82,7 @@ export class Passlock {
 class Jose:
     """`jose` behind jose.mjs."""
 
-    process: asyncio.subprocess.Process
+    script: Script
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -96,30 +92,9 @@ class Jose:
         Raises:
             MissingPart: Node, or a package of tests/sdk, is not there.
         """
-        node, modules = parts.node(), parts.npm_packages()
-        assert json.loads((modules / "jose" / "package.json").read_text())["version"] == _JOSE
-        process = await asyncio.create_subprocess_exec(
-            *node.node,
-            str(parts.SDK / "jose.mjs"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=1 << 20,
-            env=node.environment(),
-        )
-        try:
-            yield cls(process)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        async with Script.open("jose.mjs", packages={"jose": "6.2.17"}) as script:
+            yield cls(script)
 
     async def verify(self, url: str, token: str, audience: str) -> dict[str, Any]:
         """`{claims, algorithm}` or `{code, claim?}`; keys from `url`, issuer and audience as the vendor's SDK compares them."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        asked = {"url": url, "token": token, "audience": audience}
-        self.process.stdin.write(json.dumps(asked).encode() + b"\n")
-        line = await asyncio.wait_for(self.process.stdout.readline(), 20)
-        assert line, "Node ended"
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return await self.script.ask({"url": url, "token": token, "audience": audience})

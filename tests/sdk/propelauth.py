@@ -11,19 +11,15 @@ the JSON it stands for. `browser_library` bundles what the vendor's documentatio
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import re
-import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import cache
 from typing import Any, Protocol
 
 from propelauth_byo import create_client, is_ok
 
-from tests import parts
+from tests.sdk.node import Script, bundled
 
 OPERATIONS = {
     "startRegistration": "StartPasskeyRegistration",
@@ -36,7 +32,6 @@ OPERATIONS = {
     "ping": "Ping",
 }
 _ONE_CLASS = {"FetchAllPasskeysForUser", "DeregisterAllPasskeysForUser", "Ping"}
-_VERSION = "1.0.4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +86,7 @@ class PythonClient:
 class NodeClient:
     """`@propelauth/byo-node` behind byo.mjs."""
 
-    process: asyncio.subprocess.Process
+    script: Script
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -101,51 +96,14 @@ class NodeClient:
         Raises:
             MissingPart: Node, or a package of tests/sdk, is not there.
         """
-        node, modules = parts.node(), parts.npm_packages()
-        manifest = modules / "@propelauth" / "byo-node" / "package.json"
-        assert json.loads(manifest.read_text())["version"] == _VERSION
-        process = await asyncio.create_subprocess_exec(
-            *node.node,
-            str(parts.SDK / "byo.mjs"),
-            url,
-            key,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=1 << 20,
-            env=node.environment(),
-        )
-        try:
-            yield cls(process)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        async with Script.open("byo.mjs", url, key, packages={"@propelauth/byo-node": "1.0.4"}) as script:
+            yield cls(script)
 
     async def call(self, method: str, **arguments: object) -> Outcome:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"method": method, "argument": arguments}).encode() + b"\n")
-        line = await asyncio.wait_for(self.process.stdout.readline(), 20)
-        assert line, "Node ended"
-        result = json.loads(line)
+        result = await self.script.ask({"method": method, "argument": arguments})
         return Outcome(data=result["data"]) if result["ok"] else Outcome(error=result["error"])
 
 
-@cache
 def browser_library() -> bytes:
-    """`@simplewebauthn/browser` as one ES module.
-
-    Raises:
-        MissingPart: Node, or a package of tests/sdk, is not there.
-    """
-    modules, node = parts.npm_packages(), parts.node()
-    done = subprocess.run(
-        [modules / ".bin" / "esbuild", "--bundle", "--format=esm", "--log-level=warning"],
-        input=b'export * from "@simplewebauthn/browser";',
-        cwd=parts.SDK,
-        env=node.environment(),
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+    """`@simplewebauthn/browser` as one ES module."""
+    return bundled("@simplewebauthn/browser")

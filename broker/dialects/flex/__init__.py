@@ -17,6 +17,7 @@ Everything beyond the contract is added and changes nothing of it:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 from urllib.parse import quote, urlencode, urlsplit
@@ -51,6 +52,7 @@ from broker.web import (
     PUBLIC_URL,
     bearer,
     browser_routes,
+    edge,
     json_answer,
     keyed,
     preflight_any,
@@ -59,43 +61,30 @@ from broker.web import (
     read_object,
 )
 from broker.web.body import optional_text, read_query, text_field
-from broker.web.edge import refusal_headers
 
-PREFIX = "/v1"
+PATHS = re.compile(r"/v1(?:/|\Z)")
+SIGNS = False  # its receipts can be signed, and are not where there is no secret key
 _APP = "/v1/apps/{app_id}"
 _PAGE_HEADERS = "content-type, passage-flex-version"
 _NO_FILTERS = frozenset({"login_count", "created_at", "updated_at", "last_login_at"})
 
 STATUS: Mapping[type[Refusal], int] = {
-    errors.InvalidRequest: 400,
-    errors.InvalidSetting: 400,
+    **edge.STATUS,
     errors.InvalidKey: 401,
     errors.UnknownNonce: 401,
     errors.CeremonyRefused: 401,
     errors.DiscoverableRefused: 401,
     errors.WrongMailCode: 401,
-    errors.OperationNotAllowed: 403,
     errors.UnknownApp: 404,
     errors.UnknownUser: 404,
     errors.UnknownPasskey: 404,
     errors.UnknownTransaction: 404,
-    errors.NotFound: 404,
     errors.UnknownMailCode: 404,
     errors.UnknownTicket: 404,
-    errors.MethodNotAllowed: 405,
-    errors.RequestTimeout: 408,
     errors.NoPasskeys: 409,
     errors.TooManyPasskeys: 409,
     errors.OwnedAlready: 409,
     errors.DuplicateApproval: 409,
-    errors.MailCodeExpired: 410,
-    errors.MailCodeAttempts: 410,
-    errors.RequestTooLarge: 413,
-    errors.UnsupportedEncoding: 415,
-    errors.TooManyCeremonies: 429,
-    errors.MailCodeRate: 429,
-    errors.InternalFault: 500,
-    errors.Unavailable: 503,
 }
 
 
@@ -110,10 +99,7 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
             "rp_id": refusal.signal.rp_id,
             "credential_id": text(refusal.signal.credential_id),
         }
-    response = json_answer(body, status=STATUS[type(refusal)], headers=refusal_headers(refusal))
-    if isinstance(refusal, errors.RequestTimeout | errors.RequestTooLarge):
-        response.force_close()  # what is left of the body would be read as the next request
-    return response
+    return json_answer(body, status=STATUS[type(refusal)])
 
 
 # -- management -------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Of the token's claims `iss` is the app's address (`BROKER_PUBLIC_URL` and the pa
 external id, `aud` a list of one, the app's id. `jti` is the digest of the nonce: a nonce buys one token, so a `jti` is never repeated,
 and nobody gets from it to the nonce. The others are the receipt's, `purpose` among them: a registration is no login.
 
-A token that is checked offline can be replayed until `exp`, `LIFE` seconds after `iat`. Whoever must act on it once keeps its `jti`
+A token that is checked offline can be replayed until `exp`, `BROKER_RECEIPT_TOKEN_LIFE` seconds after `iat`. Whoever must act on it once keeps its `jti`
 until then, or redeems a nonce instead.
 """
 
@@ -26,7 +26,6 @@ from broker.tokens import digest, text
 from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, public_app
 
 ALGORITHM: TokenAlgorithm = "ES256"
-LIFE = 300  # seconds
 
 
 async def make_ready(request: web.Request, app: RelyingParty) -> None:
@@ -41,7 +40,7 @@ async def make_ready(request: web.Request, app: RelyingParty) -> None:
             "This broker signs nothing, for it has no BROKER_SECRET_KEY; leave out signed.",
             reason="no_secret_key",
         )
-    await request.app[SIGNING].key_set(app, ALGORITHM)
+    await request.app[SIGNING].ready(app, ALGORITHM)
 
 
 async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce: str) -> str:
@@ -56,7 +55,7 @@ async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce
         "sub": receipt.external_id,
         "aud": [app.id],
         "iat": issued,
-        "exp": issued + LIFE,
+        "exp": issued + request.app[SETTINGS].receipt_token_life,
         "jti": text(digest("nonce", app.id, nonce)),
     }
     try:

@@ -24,12 +24,11 @@ from broker.dialects.hanko import ceremonies, records
 from broker.dialects.hanko.refusals import STATUS, TITLES, render
 from broker.web import Handler, browser_routes, keyed, preflight_any, public_app
 
-__all__ = ["PATHS", "PREFIX", "SIGNS", "STATUS", "TITLES", "render", "routes"]
+__all__ = ["PATHS", "SIGNS", "STATUS", "TITLES", "render", "routes"]
 
-PREFIX = "/hanko"
-PATHS = re.compile(rf"{PREFIX}(?:/|\Z)")
+PATHS = re.compile(r"/hanko(?:/|\Z)")
 SIGNS = True
-_TENANT = PREFIX + "/{app_id}"
+_TENANT = "/hanko/{app_id}"
 _KEYS = f"{_TENANT}/.well-known/jwks.json"
 _PAGE_HEADERS = "content-type, apikey"  # the SDK sends both with every request
 

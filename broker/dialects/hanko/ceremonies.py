@@ -26,8 +26,6 @@ KEY = header("apiKey")
 _NAME = 128  # characters
 _SECOND_FACTOR = Asked(second_factor=True)
 
-# What a token is proof of. A second factor or an approval is no login, so each has a word of its own.
-
 
 # -- registration -----------------------------------------------------------------------------------------------------------------
 
@@ -103,14 +101,14 @@ async def begin_login_of_anyone(request: web.Request, app: RelyingParty) -> web.
     user_id = await _user_of_login(request)
     if user_id is not None:
         app = await authorise(request, KEY)
-    return await _begin_login(request, app, user_id)
+    return await _begin_login(request, app, user_id, keyless=user_id is None)
 
 
 async def begin_login_of_nobody(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """The same where no key is taken: nobody can name a user."""
     if await _user_of_login(request) is not None:
         raise InvalidKey(reason="key_not_taken_here")
-    return await _begin_login(request, app, None)
+    return await _begin_login(request, app, None, keyless=True)
 
 
 async def _user_of_login(request: web.Request) -> str | None:
@@ -126,10 +124,15 @@ async def _user_of_login(request: web.Request) -> str | None:
 
 
 async def _begin_login(
-    request: web.Request, app: RelyingParty, user_id: str | None, asked: Asked | None = None
+    request: web.Request,
+    app: RelyingParty,
+    user_id: str | None,
+    asked: Asked | None = None,
+    *,
+    keyless: bool = False,
 ) -> web.StreamResponse:
     options = await request.app[BROKER].begin_authentication_of(
-        app, user_id, asked=asked or Asked(), by="challenge"
+        app, user_id, asked=asked or Asked(), by="challenge", keyless=keyless
     )
     return json_answer({"publicKey": options})
 

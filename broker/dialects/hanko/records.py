@@ -70,7 +70,8 @@ async def revoke_credential(request: web.Request, app: RelyingParty) -> web.Stre
 
 
 async def _credential(request: web.Request, app: RelyingParty) -> Owned:
-    """The credential of the path, whose id is base64url without padding and compared as text."""
+    """The credential of the path, whose id is base64url without padding and compared as text. With `user_id` in the query it is that
+    user's: a backend that was told the id by a page need not look it up first."""
     wanted = request.match_info["credential_id"]
     try:
         credential_id = urlsafe_b64decode(wanted.encode("ascii") + b"=" * (-len(wanted) % 4))
@@ -78,7 +79,10 @@ async def _credential(request: web.Request, app: RelyingParty) -> Owned:
         raise UnknownPasskey from None
     if urlsafe_b64encode(credential_id).decode().rstrip("=") != wanted:
         raise UnknownPasskey
-    return await request.app[DIRECTORY].passkey_by_credential(app, credential_id)
+    owned = await request.app[DIRECTORY].passkey_by_credential(app, credential_id)
+    if _one(read_query(request), "user_id") not in (None, owned.external_id):
+        raise UnknownPasskey
+    return owned
 
 
 def credential_object(owned: Owned) -> dict[str, Any]:

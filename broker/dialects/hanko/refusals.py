@@ -16,14 +16,12 @@ from aiohttp import web
 
 from broker import errors
 from broker.errors import Refusal
-from broker.web import json_answer
-from broker.web.edge import refusal_headers
+from broker.web import edge, json_answer
 
 FIELDS = "fields"  # the reason of a refusal that lists what is wrong with a request's fields
 
 STATUS: Mapping[type[Refusal], int] = {
-    errors.InvalidRequest: 400,
-    errors.InvalidSetting: 400,
+    **edge.STATUS,
     errors.NoPasskeys: 400,
     errors.InvalidKey: 401,
     errors.UnknownNonce: 401,
@@ -31,26 +29,14 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.CeremonyRefused: 401,
     errors.DiscoverableRefused: 401,
     errors.WrongMailCode: 401,
-    errors.OperationNotAllowed: 403,
     errors.UnknownApp: 404,
     errors.UnknownUser: 404,
     errors.UnknownPasskey: 404,
     errors.UnknownTicket: 404,
     errors.UnknownMailCode: 404,
-    errors.NotFound: 404,
-    errors.MethodNotAllowed: 405,
-    errors.RequestTimeout: 408,
     errors.TooManyPasskeys: 409,
     errors.OwnedAlready: 409,
     errors.DuplicateApproval: 409,
-    errors.MailCodeExpired: 410,
-    errors.MailCodeAttempts: 410,
-    errors.RequestTooLarge: 413,
-    errors.UnsupportedEncoding: 415,
-    errors.TooManyCeremonies: 429,
-    errors.MailCodeRate: 429,
-    errors.InternalFault: 500,
-    errors.Unavailable: 503,
 }
 
 
@@ -124,13 +110,8 @@ def render(refusal: Refusal, request: web.Request | None = None) -> web.Response
         "details": told.details if told.details is not None else refusal.sentence,
         "status": status,
     }
-    headers = refusal_headers(refusal)
-    if "WWW-Authenticate" in headers:
-        headers["WWW-Authenticate"] = "apiKey"
-    response = json_answer(body, status=status, headers=headers)
-    if isinstance(refusal, errors.RequestTimeout | errors.RequestTooLarge):
-        response.force_close()  # what is left of the body would be read as the next request
-    return response
+    headers = {"WWW-Authenticate": "apiKey"} if isinstance(refusal, errors.InvalidKey) else {}
+    return json_answer(body, status=status, headers=headers)
 
 
 def _told(refusal: Refusal, operation: str) -> _Told:

@@ -27,8 +27,8 @@ from broker.dialects.passlock import ceremonies, mailbox, management
 from broker.errors import NotFound, Refusal
 from broker.signing import JWKS_MAX_AGE
 from broker.tokens import text
-from broker.web import SIGNING, browser_routes, json_answer, keyed, public
-from broker.web.edge import CORS, refusal_headers
+from broker.web import SIGNING, browser_routes, edge, json_answer, keyed, public
+from broker.web.edge import CORS
 
 PATHS = re.compile(r"/(?:v2|[A-Za-z0-9]{24}|\.well-known/jwks\.json|aaguid)(?:/|\Z)")
 SIGNS = True
@@ -41,9 +41,8 @@ _BAD_REQUEST, _FORBIDDEN, _NOT_FOUND = "@error/BadRequest", "@error/Forbidden", 
 _ORPHANED = "@error/PasskeyNotFound"
 
 STATUS: Mapping[type[Refusal], int] = {
+    **edge.STATUS,
     **mailbox.STATUS,
-    errors.InvalidRequest: 400,
-    errors.InvalidSetting: 400,
     errors.UnknownTransaction: 400,
     errors.UnknownTicket: 400,
     errors.UnknownUser: 400,
@@ -51,21 +50,12 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.DiscoverableRefused: 400,
     errors.InvalidKey: 403,
     errors.UnknownApp: 403,
-    errors.OperationNotAllowed: 403,
     errors.OwnedAlready: 403,
     errors.UnknownNonce: 404,
     errors.UnknownPasskey: 404,
-    errors.NotFound: 404,
-    errors.MethodNotAllowed: 405,
-    errors.RequestTimeout: 408,
     errors.NoPasskeys: 409,
     errors.TooManyPasskeys: 409,
     errors.DuplicateApproval: 409,
-    errors.RequestTooLarge: 413,
-    errors.UnsupportedEncoding: 415,
-    errors.TooManyCeremonies: 429,
-    errors.InternalFault: 500,
-    errors.Unavailable: 503,
 }
 TAGS: Mapping[type[Refusal], str] = {
     **dict.fromkeys(STATUS, _BAD_REQUEST),
@@ -90,10 +80,7 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
     signal = refusal.signal if isinstance(refusal, errors.CeremonyRefused) else None
     if signal is not None and refusal.reason == "unknown_credential":
         body |= {"_tag": _ORPHANED, "credentialId": text(signal.credential_id), "rpId": signal.rp_id}
-    response = json_answer(body, status=STATUS[type(refusal)], headers=refusal_headers(refusal))
-    if isinstance(refusal, errors.RequestTimeout | errors.RequestTooLarge):
-        response.force_close()  # what is left of the body would be read as the next request
-    return response
+    return json_answer(body, status=STATUS[type(refusal)])
 
 
 # -- public -------------------------------------------------------------------------------------------------------------------------

@@ -97,22 +97,18 @@ def _transaction_ends(request: web.Request, app: RelyingParty) -> int:
 async def registration_options(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{registrationToken}`, or `{username, displayName?, excludeCredentials?, userVerification?, timeout?}` where pages may register,
     to `{sessionToken, optionsJSON}`."""
-    body = await read_object(request)
+    body, broker = await read_object(request), request.app[BROKER]
+    attachment = app.policy.authenticator_attachment
+    wanted: Attachment | None = None if attachment == "any" else attachment
     if "registrationToken" in body or "username" not in body:
-        token = text_field(body, "registrationToken")
+        begun = await broker.begin_registration(app, text_field(body, "registrationToken"), wanted)
     else:
         judge_open(app)
         user_name = short_text(body, "username")
-        token = await request.app[BROKER].open_registration(
-            app,
-            None,
-            optional_short_text(body, "displayName") or user_name,
-            user_name=user_name,
-            asked=as_a_page_may(asked_of_registration(body), app),
-        )
-    attachment = app.policy.authenticator_attachment
-    wanted: Attachment | None = None if attachment == "any" else attachment
-    return json_answer(_begun(await request.app[BROKER].begin_registration(app, token, wanted)))
+        display_name = optional_short_text(body, "displayName") or user_name
+        asked = as_a_page_may(asked_of_registration(body), app)
+        begun = await broker.begin_registration_of_nobody(app, user_name, display_name, wanted, asked=asked)
+    return json_answer(_begun(begun))
 
 
 async def authentication_options(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -184,9 +180,7 @@ async def _judge_signing(request: web.Request) -> None:
 async def _verified(
     request: web.Request, app: RelyingParty, tag: str, code: str, receipt: Receipt
 ) -> web.StreamResponse:
-    if (
-        receipt.proof != receipt.purpose
-    ):  # a native transaction of a second factor; this wire has no word for one
+    if receipt.proof != receipt.purpose:  # of a native transaction for a second factor: no word for it here
         raise CeremonyRefused(reason="second_factor")
     claims = _claims(app, receipt, code, request.app[SETTINGS].passlock_token_life)
     return json_answer(
@@ -227,17 +221,22 @@ def _principal_id(code: str) -> str:
 async def exchange_code(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """The code in the path to its principal, once."""
     code = request.match_info["code"]
-    return _principal(request, code, await request.app[BROKER].redeem(app, code))
+    return _principal(request, code, await _redeem(request, app, code))
 
 
 async def exchange_code_for(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{userId}`: the same, of this user's passkey; one that nobody owned is this user's from now on."""
     body = await read_object(request)
     code, user_id = request.match_info["code"], short_text(body, "userId")
-    receipt = await request.app[BROKER].redeem(app, code)
+    receipt = await _redeem(request, app, code)
     if receipt.external_id != user_id:
         await request.app[DIRECTORY].assign(app, receipt.passkey_id, user_id)
     return _principal(request, code, replace(receipt, external_id=user_id))
+
+
+async def _redeem(request: web.Request, app: RelyingParty, code: str) -> Receipt:
+    """What nobody owns signs in here, while the policy stands."""
+    return await request.app[BROKER].redeem(app, code, ownerless=app.policy.passlock_open_registration)
 
 
 def _principal(request: web.Request, code: str, receipt: Receipt) -> web.StreamResponse:

@@ -29,7 +29,7 @@ from broker.dialects.passlock.fields import (
 )
 from broker.durable import instant
 from broker.errors import InvalidRequest, UnknownPasskey
-from broker.model import Owned, RelyingParty
+from broker.model import Owned, RelyingParty, checked
 from broker.signals import Instructions, Prepared, SignalKind
 from broker.tokens import text
 from broker.web import DIRECTORY, SIGNALS, Handler, json_answer, read_object
@@ -218,6 +218,7 @@ async def _passkeys_of(request: web.Request, app: RelyingParty, user_id: str) ->
 def _user_in(request: web.Request, body: Body) -> str:
     """The user in the path; the body may say it again, and can't say otherwise."""
     user_id = request.match_info["user_id"]
+    checked(user_id, "userId")
     if optional_text(body, "userId") not in (None, user_id):
         raise InvalidRequest("userId is not the user in the path.", reason="scope")
     return user_id
