@@ -20,12 +20,25 @@ import asyncpg
 
 from broker.durable.catalogue import Catalogue, UserOrder
 from broker.durable.postgres import Connection, MigrationFault, Postgres, sql_files
-from broker.durable.rows import APP, CREDENTIAL, TELL, USER, USES, app_of, credential_of, owned_of, who
+from broker.durable.rows import (
+    APP,
+    CREDENTIAL,
+    OFFERED,
+    TELL,
+    USER,
+    USES,
+    app_of,
+    credential_of,
+    offered_of,
+    owned_of,
+    who,
+)
 from broker.errors import UnknownApp, UnknownUser
 from broker.model import (
     ApiKey,
     Approval,
     Credential,
+    Offered,
     Owned,
     PendingRegistration,
     RelyingParty,
@@ -229,18 +242,20 @@ class Durable:
 
     async def user_to_sign_in(
         self, app_id: str, external_id: str, *, second_factor: bool = False
-    ) -> tuple[str, str, bool] | None:
-        """Id, handle and whether there is a live passkey; with `second_factor` a second factor counts."""
-        row = await self._pg.row(
+    ) -> tuple[str, str, list[Offered]] | None:
+        """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are among them."""
+        rows = await self._pg.rows(
             "user_to_sign_in",
-            "SELECT u.id, u.handle, EXISTS ("
-            "SELECT FROM credentials c WHERE c.user_id = u.id AND c.live AND ($3 OR NOT c.second_factor)) AS able"
-            " FROM users u WHERE u.app_id = $1 AND u.external_id = $2",
+            f"SELECT u.id AS owner, u.handle, {OFFERED} FROM users u LEFT JOIN credentials c"
+            " ON c.user_id = u.id AND c.live AND ($3 OR NOT c.second_factor)"
+            " WHERE u.app_id = $1 AND u.external_id = $2 ORDER BY c.created_at, c.id",
             app_id,
             external_id,
             second_factor,
         )
-        return (row["id"], row["handle"], row["able"]) if row else None
+        if not rows:
+            return None
+        return rows[0]["owner"], rows[0]["handle"], [offered_of(row) for row in rows if row["id"] is not None]
 
     async def user(
         self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
@@ -273,13 +288,11 @@ class Durable:
 
     # -- credentials ----------------------------------------------------------------------------------------------------------
 
-    async def credentials(self, app_id: str, user_id: str, *, live_only: bool = False) -> list[Credential]:
+    async def credentials(self, app_id: str, user_id: str) -> list[Credential]:
         """The user's credentials, oldest first."""
         rows = await self._pg.rows(
             "credentials",
-            f"SELECT {CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2"
-            + (" AND c.live" if live_only else "")
-            + " ORDER BY c.created_at, c.id",
+            f"SELECT {CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2 ORDER BY c.created_at, c.id",
             app_id,
             user_id,
         )
@@ -397,7 +410,7 @@ class Durable:
 
     async def use_credential(
         self,
-        credential: Credential,
+        credential: Credential | Offered,
         verified: VerifiedAuthentication,
         *,
         flag_counter: bool,
