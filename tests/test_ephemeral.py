@@ -702,6 +702,19 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
             assert await step.gone(store) is None, "it was taken; it never comes twice"
 
 
+async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Place) -> None:
+    """Nobody is left waiting, no command is sent again, and the next caller has a connection."""
+    store, nonces = real.store(port=proxy.port), [MINT.token("nonce") for _ in range(20)]
+    await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
+    proxy.fate = of_command(Fate.CUT, b"GETDEL")
+    taken = await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces), return_exceptions=True)
+    assert {type(result) for result in taken} == {Unavailable}
+    sent = [words[1] for words in proxy.named(b"GETDEL")]
+    assert len(sent) == len(set(sent)) > 0
+    proxy.fate = of_command(Fate.PASS, b"")
+    assert await store.take_nonce(APP, MINT.token("nonce")) is None
+
+
 async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) -> None:
     store = place.store()
     for _ in range(2):

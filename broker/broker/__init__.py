@@ -65,11 +65,13 @@ __all__ = ["Begun", "Broker"]
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of `publicKey` and the mediation."""
+    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of `publicKey` and the mediation. `second_factor`: it is about
+    one, so no login comes of it."""
 
     handle: str
     options: dict[str, Any]
     mediation: Mediation = "required"
+    second_factor: bool = False
 
 
 _NOTHING = Asked()
@@ -183,7 +185,7 @@ class Broker:
         )
         handle = await self._ephemeral.put_pending(self._mint.token("handle"), pending, cap=0)
         self._metrics.ceremonies.labels("register", "begin", "ok").inc()
-        return Begun(handle, options)
+        return Begun(handle, options, second_factor=transaction.asked.second_factor)
 
     async def begin_registration_of(
         self,
@@ -313,7 +315,7 @@ class Broker:
             self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
         )
         self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
-        return Begun(handle, options, asked.mediation)
+        return Begun(handle, options, asked.mediation, asked.second_factor)
 
     async def begin_authentication_of(
         self,

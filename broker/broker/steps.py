@@ -44,6 +44,7 @@ from broker.model import (
     RegistrationAnswer,
     RelyingParty,
     Transaction,
+    action_of,
     checked,
     is_weaker,
 )
@@ -297,7 +298,7 @@ class Steps:
             # by an earlier ceremony, whose answer came again: then somebody signs in with it.
             if await self._nobody_has(app, answer.credential_id):
                 refusal.signal = signal
-            await self._tell_refusal(app, "passkey.registered", refusal, pending.user_id)
+            await self._tell_refusal(app, action_of(pending), refusal, pending.user_id)
             raise
         async with retry_from("backend"):
             await self._take_transaction(app, pending.transaction)
@@ -318,7 +319,7 @@ class Steps:
                 reason=outcome,
                 signal=signal if outcome == "no_user" else None,
             )
-            await self._tell_refusal(app, "passkey.registered", refused, pending.user_id)
+            await self._tell_refusal(app, action_of(pending), refused, pending.user_id)
             raise refused
         return Receipt(
             external_id=pending.external_id or passkey_id,
@@ -363,6 +364,7 @@ class Steps:
                 credential,
                 verified,
                 flag_counter=app.policy.counter == "flag",
+                action=action_of(pending),
                 approval=pending.approval,
                 now=instant(now),
             )
@@ -446,7 +448,7 @@ class Steps:
         if pending.user_id is not None or refusal.reason in _SIGNED:
             await self._tell_refusal(
                 app,
-                "passkey.used",
+                action_of(pending),
                 refusal,
                 credential.user_id if credential else pending.user_id,
                 credential.id if credential else None,

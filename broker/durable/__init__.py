@@ -46,6 +46,7 @@ from broker.model import (
     User,
     VerifiedAuthentication,
     VerifiedRegistration,
+    action_of,
 )
 
 __all__ = [
@@ -380,7 +381,7 @@ class Durable:
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = $18 WHERE $17 AND id = (SELECT user_id FROM new)
-            ), told AS ({TELL} SELECT $18, $2, $19, 'passkey.registered', user_id, id, 'done', NULL, $20 FROM new)
+            ), told AS ({TELL} SELECT $18, $2, $19, $25, user_id, id, 'done', NULL, $20 FROM new)
             SELECT EXISTS (SELECT FROM owner) AS owned, EXISTS (SELECT FROM new) AS added
             """,
             new_id,
@@ -406,6 +407,7 @@ class Durable:
             pending.nickname,
             confirmed_at,
             pending.asked.second_factor,
+            action_of(pending),
         )
 
     async def use_credential(
@@ -414,6 +416,7 @@ class Durable:
         verified: VerifiedAuthentication,
         *,
         flag_counter: bool,
+        action: str = "passkey.used",
         approval: str | None = None,
         now: datetime,
     ) -> Used | None:
@@ -422,7 +425,7 @@ class Durable:
         What changed is judged against the locked row: of two clones that answer at once, one is told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
         """
         approve = (
-            ", approve AS (UPDATE approvals SET approved_at = $5 WHERE app_id = $2 AND identifier = $9 AND EXISTS (SELECT FROM used))"
+            ", approve AS (UPDATE approvals SET approved_at = $5 WHERE app_id = $2 AND identifier = $10 AND EXISTS (SELECT FROM used))"
             if approval is not None
             else ""
         )
@@ -440,7 +443,7 @@ class Durable:
                 WHERE c.id = old.id AND ($6 OR NOT old.regressed)
                 RETURNING c.id, c.app_id, c.user_id, old.regressed, old.backed_up <> $4 AS backup_changed
             ), told AS (
-                {TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done',
+                {TELL} SELECT $5, app_id, $7, $9, user_id, id, 'done',
                                CASE WHEN regressed THEN 'counter' END, $8 FROM used
             ){approve}
             SELECT regressed, backup_changed FROM used
@@ -452,6 +455,7 @@ class Durable:
             now,
             flag_counter,
             *who(),
+            action,
             *(() if approval is None else (approval,)),
         )
         return Used(row["regressed"], row["backup_changed"]) if row else None

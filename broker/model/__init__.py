@@ -71,6 +71,7 @@ __all__ = [
     "UserVerification",
     "VerifiedAuthentication",
     "VerifiedRegistration",
+    "action_of",
     "checked",
     "fields_of",
     "is_origin",
@@ -313,6 +314,15 @@ class Transaction:
     offered: tuple[Offered, ...]  # the user's passkeys for purpose "authenticate", unless they are very many
     asked: Asked
     expires_at: float
+
+
+def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
+    """What finishing a ceremony is called in events: a second factor and an approval have words of their own."""
+    if isinstance(pending, PendingRegistration):
+        return "second_factor.registered" if pending.asked.second_factor else "passkey.registered"
+    if pending.approval is not None:
+        return "approval.signed"
+    return "second_factor.used" if pending.asked.second_factor else "passkey.used"
 
 
 @dataclass(frozen=True, slots=True)
