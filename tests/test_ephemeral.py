@@ -22,6 +22,7 @@ from broker.ephemeral.client import ByClient, Commands
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
     Asked,
+    Offered,
     Pending,
     PendingAuthentication,
     PendingRegistration,
@@ -163,7 +164,7 @@ ASKED = Asked(
 def transaction(place: Place, **changes: Any) -> Transaction:
     ends = place.clock() + 600
     made = Transaction(
-        APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, STRANGE + "!", "", ASKED, ends
+        APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, STRANGE + "!", "", (), ASKED, ends
     )
     return replace(made, **changes)
 
@@ -196,6 +197,8 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
         challenge=b"\xff" * 32,
         transaction=name,
         user_id=MINT.id() if name else None,
+        external_id=STRANGE if name else None,
+        offered=(),
         allowed=("a", "b") if name else (),
         approval=STRANGE,
         asked=ASKED,
@@ -204,6 +207,24 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
         expires_at=now + 300,
     )
     return replace(made, **changes)
+
+
+def offered(user_id: str, credential_id: bytes) -> Offered:
+    return Offered(
+        id=MINT.id(),
+        credential_id=credential_id,
+        transports=("usb", "nfc"),
+        user_handle=MINT.user_handle(),
+        public_key=bytes(range(77)),
+        algorithm=-257,
+        sign_count=2**32 - 1,
+        backup_eligible=True,
+        backed_up=False,
+        attestation_trust="verified",
+        aaguid="00000000-0000-0000-0000-000000000000",
+        user_id=user_id,
+        app_id=APP,
+    )
 
 
 def redeemable(place: Place, **changes: Any) -> Redeemable:
@@ -249,8 +270,8 @@ async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[st
     name = digest("transaction", APP, token)
     assert await store.peek_transaction(APP, token) == (name, put)
     assert await store.peek_transaction(APP, token) == (name, put), "peek leaves it where it is"
-    assert await store.take_transaction(name) == put
-    assert await store.take_transaction(name) is None
+    assert await store.take_transaction(APP, name) == put
+    assert await store.take_transaction(APP, name) is None
     assert await store.peek_transaction(APP, token) is None
 
 
@@ -267,9 +288,19 @@ PENDING: dict[str, Callable[[Place], Pending]] = {
 
 @pytest.mark.parametrize("kind", PENDING)
 async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) -> None:
+    """One with a transaction brings the passkeys that the transaction offers."""
     store, put = place.store(), PENDING[kind](place)
+    opened = transaction(place)
+    assert opened.user_id is not None
+    opened = replace(opened, offered=(offered(opened.user_id, b"\0" * 32), offered(opened.user_id, b"\xff")))
+    await store.put_transaction("t", opened)
     handle = await store.put_pending(MINT.token("handle"), put, cap=10)
+    if isinstance(put, PendingAuthentication) and put.transaction:
+        put = replace(put, offered=opened.offered)
     assert await store.take_pending(APP, handle) == put
+    found = await store.peek_transaction(APP, "t")
+    assert found is not None
+    assert found[1] == opened
     assert await store.take_pending(APP, handle) is None
 
 
@@ -365,12 +396,12 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
     with place.client() as client:
         for key in client.keys("[tnp]:*"):
             stored = client.get(key)
-            newer = stored.replace(b'["t2"', b'["t3"').replace(b'["n3"', b'["n4"')
-            newer = newer.replace(b'["r3"', b'["r4"').replace(b'["a2"', b'["a3"')
+            newer = stored.replace(b'["t3"', b'["t9"').replace(b'["n3"', b'["n9"')
+            newer = newer.replace(b'["r4"', b'["r9"').replace(b'["a3"', b'["a9"')
             assert newer != stored
             client.set(key, newer, px=5000)
     assert await store.peek_transaction(APP, token) is None
-    assert await store.take_transaction(name) is None
+    assert await store.take_transaction(APP, name) is None
     assert await store.take_nonce(APP, nonce) is None
     assert await store.take_pending(APP, bound) is None
     assert await store.take_pending(APP, free) is None
@@ -391,7 +422,7 @@ async def test_nothing_is_returned_past_its_end(place: Place) -> None:
     with place.client() as client:
         assert len(client.keys("[tnp]:*")) == 4
     assert await store.peek_transaction(APP, token) is None
-    assert await store.take_transaction(name) is None
+    assert await store.take_transaction(APP, name) is None
     assert await store.take_nonce(APP, nonce) is None
     assert await store.take_pending(APP, bound) is None
     assert await store.take_pending(APP, free) is None
@@ -445,7 +476,7 @@ async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
     bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
     free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
     assert await store.peek_transaction(OTHER, token) is None
-    assert await store.take_transaction(digest("transaction", OTHER, token)) is None
+    assert await store.take_transaction(OTHER, digest("transaction", OTHER, token)) is None
     assert await store.take_nonce(OTHER, nonce) is None
     assert await store.take_pending(OTHER, bound) is None
     assert await store.take_pending(OTHER, free) is None
@@ -453,7 +484,7 @@ async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
     assert await store.take_pending(APP, free) is not None
     assert await store.take_pending(APP, bound) is not None
     assert await store.take_nonce(APP, nonce) is not None
-    assert await store.take_transaction(name) is not None
+    assert await store.take_transaction(APP, name) is not None
 
 
 async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> None:
@@ -493,11 +524,12 @@ async def _parallel(place: Place, take: Callable[[Ephemeral], Awaitable[object]]
 
 async def test_one_of_many_takes_a_transaction(place: Place) -> None:
     _, name = await open_one(place.store(), place)
-    assert len(await _parallel(place, lambda store: store.take_transaction(name))) == 1
+    assert len(await _parallel(place, lambda store: store.take_transaction(APP, name))) == 1
 
 
 @pytest.mark.parametrize("kind", PENDING)
 async def test_one_of_many_takes_a_pending_ceremony(place: Place, kind: str) -> None:
+    await place.store().put_transaction("t", transaction(place))
     handle = await place.store().put_pending(MINT.token("handle"), PENDING[kind](place), cap=5)
     assert len(await _parallel(place, lambda store: store.take_pending(APP, handle))) == 1
 
@@ -662,8 +694,8 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
         Step(
             b"GETDEL",
             "take_transaction",
-            lambda s: s.take_transaction(name),
-            lambda s: s.take_transaction(name),
+            lambda s: s.take_transaction(APP, name),
+            lambda s: s.take_transaction(APP, name),
         ),
     ]
 
@@ -687,6 +719,19 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
         assert len(proxy.named(step.command)) == before + 1, step
         if step.gone is not None:
             assert await step.gone(store) is None, "it was taken; it never comes twice"
+
+
+async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Place) -> None:
+    """Nobody is left waiting, no command is sent again, and the next caller has a connection."""
+    store, nonces = real.store(port=proxy.port), [MINT.token("nonce") for _ in range(20)]
+    await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
+    proxy.fate = of_command(Fate.CUT, b"GETDEL")
+    taken = await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces), return_exceptions=True)
+    assert {type(result) for result in taken} == {Unavailable}
+    sent = [words[1] for words in proxy.named(b"GETDEL")]
+    assert len(sent) == len(set(sent)) > 0
+    proxy.fate = of_command(Fate.PASS, b"")
+    assert await store.take_nonce(APP, MINT.token("nonce")) is None
 
 
 async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) -> None:
@@ -743,7 +788,7 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
         await store.put_nonce(APP, nonce, redeemable(single, transaction=b"2" * 32))
         await store.put_nonce(APP, MINT.token("nonce"), redeemable(single, transaction=b"1" * 32))
         with single.client() as client:
-            stale = next(v for v in map(client.get, client.keys("n:*")) if text(b"1" * 32).encode() in v)
+            stale = next(v for v in map(client.get, client.keys("n:*")) if b"1" * 32 in v)
         assert len(proxy.clients) == 1
         sender: Any = store._commands
         link = sender._sender._link

@@ -220,3 +220,22 @@ async def test_one_more_dialect_is_one_module_and_one_line(
     alone = await start_broker(dialects=("more",))
     assert (await wire.keyed("GET", f"{alone.url}/more/{wire.app_id}/ann")).json == 1
     assert (await wire.keyed("GET", f"{alone.url}/v1/apps/{wire.app_id}/users")).code == "not_found"
+
+
+async def test_a_second_factors_transaction_begins_nothing_at_passlock(broker: Started, wire: Wire) -> None:
+    """Its wire has no word for one. What was begun natively, and a page brings there, gets no token either."""
+    opened = await wire.keyed(
+        "POST",
+        "/transactions/register",
+        {"external_id": "ann", "passkey_display_name": "Ann", "second_factor": True},
+    )
+    transaction = opened.json["transaction_id"]
+    passlock, key = Passlock(wire), Authenticator()
+    with refused(broker, "transaction_not_found", "second_factor"):
+        answer = await passlock.page("/passkey/registration/options", {"registrationToken": transaction})
+    assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
+    handle, options = await wire.begin("register", transaction)
+    with refused(broker, "webauthn_login_failed", "second_factor"):
+        answer = await passlock.finish("registration", handle, key.register(options, ORIGIN))
+    assert answer.json["_tag"] == "@error/BadRequest"
+    assert "id_token" not in answer.json

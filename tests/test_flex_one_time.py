@@ -12,11 +12,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from broker.embedded import EmbeddedStores
 from broker.model import Policy
 from tests.authenticator import Authenticator, flex_wire_form
 from tests.conftest import OpenApp, Started, Starter
+from tests.proxy import Fate, of_command, redis_proxy
+from tests.servers import connect_valkey
 from tests.signals import counted, refused, same_answer
-from tests.stall import stalled
 from tests.wire import ORIGIN, Answer, Wire
 
 PARALLEL = 50
@@ -220,16 +222,18 @@ async def test_a_refused_finish_leaves_the_transaction(
 async def test_a_transaction_whose_passkeys_are_gone(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    """An empty list of credentials would ask for any passkey, so there is nothing to begin; the page sees an unknown transaction."""
+    """It offers what its user had when it was opened; the write finds that gone, and the device may hear of it."""
     passkey = await wire.user("ann", device)
     transaction = await wire.open_authentication("ann")
     user = (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["id"]
     await wire.keyed("DELETE", f"/users/{user}/devices/{passkey}")
-    with refused(broker, NOT_FOUND, "no_passkey_left"):
-        gone = await wire.page(start("authenticate"), {"transaction_id": transaction})
+    handle, options = await wire.begin("authenticate", transaction)
+    with refused(broker, "webauthn_login_failed", "revoked_or_counter"):
+        gone = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN), transaction)
+    assert gone.status == 401
+    assert gone.json["signal"]["type"] == "unknown_credential"
     with refused(broker, NOT_FOUND, "transaction_unknown"):
-        unknown = await wire.page(start("authenticate"), {"transaction_id": "pbt_" + "a" * 43})
-    same_answer(gone, unknown)
+        await wire.page(start("authenticate"), {"transaction_id": transaction})
 
 
 # -- lives ------------------------------------------------------------------------------------------------------------------------------
@@ -367,26 +371,30 @@ async def test_50_begins_and_finishes_of_one_transaction(
 
 
 async def test_two_verified_answers_of_one_transaction_buy_one_success(
-    wire: Wire, broker: Started, device: Authenticator
+    wire: Wire, broker: Started, start_broker: Starter, stores: EmbeddedStores, device: Authenticator
 ) -> None:
     """The first handshake is taken, then the page begins again, then the first succeeds: the second finds the transaction spent.
 
-    The first finish is held open between its two takes, at the look-up of the passkey, and the second begin after its peek.
+    The first finish is held open between its two takes: it runs on an instance whose first answer from Redis comes late.
     """
     await wire.user("ann", device)
     transaction = await wire.open_authentication("ann")
     handle, options = await wire.begin("authenticate", transaction)
     answer = device.authenticate(options, ORIGIN)
-    async with stalled(broker, "credentials") as stall:
-        finishing = asyncio.create_task(wire.finish("authenticate", handle, answer, transaction))
-        await stall.waiting(1)
-        beginning = asyncio.create_task(wire.begin("authenticate", transaction))
-        await stall.waiting(2)
-    assert (await finishing).status == 200
-    handle, options = await beginning
+    async with redis_proxy(lambda: connect_valkey(stores)) as proxy:
+        slow = await start_broker(redis_url=f"redis://127.0.0.1:{proxy.port}")
+        there = Wire(wire.session, slow.url, wire.app_id, wire.key)
+        proxy.fate = of_command(Fate.HOLD, b"EVALSHA")
+        finishing = asyncio.create_task(there.finish("authenticate", handle, answer, transaction))
+        await proxy.held.wait()
+        handle, options = await wire.begin("authenticate", transaction)
+        proxy.fate = of_command(Fate.PASS, b"")
+        proxy.release.set()
+        assert (await finishing).status == 200
+        await slow.service.close()
     answer = device.authenticate(options, ORIGIN)
     with (
-        refused(broker, NOT_FOUND, "transaction_spent"),
+        refused(broker, NOT_FOUND, "handle_unknown"),
         counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="refused"),
     ):
         late = await wire.finish("authenticate", handle, answer, transaction)

@@ -71,7 +71,6 @@ SHORTEST = 60
 SHORT = {
     "__init__.py": "Reading order",
     "demo/__init__.py": "Reading order",
-    "durable/rows.py": "statements share",
     "dialects/__init__.py": "A dialect only translates",
     "durable/remembered.py": "one class apart from the stores",
     "sdk/__init__.py": "Both ends of the broker",

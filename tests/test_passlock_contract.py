@@ -384,7 +384,7 @@ async def test_exclude_credentials(passlock: Passlock, open_app: OpenApp, device
 async def test_a_user_without_a_live_passkey(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
-    """The backend may know; and a token whose passkey is gone meanwhile begins nothing."""
+    """The backend may know; and a token whose passkey is gone meanwhile signs nobody in."""
     body = {"rpId": RP_ID, "userId": "ann"}
     with refused(broker, "user_not_found", "user_not_found"):
         answer = await passlock.keyed("POST", f"{AUTHENTICATION}/authorize", body)
@@ -392,8 +392,10 @@ async def test_a_user_without_a_live_passkey(
     passkey_id = await passlock.user("ann", device)
     token = await passlock.authorize_authentication("ann")
     await passlock.ok("POST", "/passkeys/delete", {"passkeyIds": [passkey_id]})
-    with refused(broker, "transaction_not_found", "no_passkey_left"):
-        await passlock.page(f"{AUTHENTICATION}/options", {"authenticationToken": token})
+    session, options = await passlock.begin("authentication", {"authenticationToken": token})
+    with refused(broker, "webauthn_login_failed", "revoked_or_counter"):
+        answer = await passlock.finish("authentication", session, device.authenticate(options, ORIGIN))
+    assert answer.json["_tag"] == "@error/PasskeyNotFound"
     with refused(broker, "user_has_no_passkeys", "user_has_no_passkeys"):
         answer = await passlock.keyed("POST", f"{AUTHENTICATION}/authorize", body)
     assert (answer.status, answer.json["_tag"]) == (409, "@error/BadRequest")

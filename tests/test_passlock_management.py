@@ -109,7 +109,7 @@ async def test_delete_revokes_at_once(broker: Started, passlock: Passlock) -> No
     session, options = await passlock.begin("authentication", token)
     done = await passlock.ok("POST", "/passkeys/delete", {"passkeyIds": [first]})
     assert done["warnings"] == []
-    with refused(broker, "webauthn_login_failed", "unknown_credential"):
+    with refused(broker, "webauthn_login_failed", "revoked_or_counter"):
         answer = await passlock.finish("authentication", session, one.authenticate(options, ORIGIN))
     assert answer.json["_tag"] == "@error/PasskeyNotFound"
     told = await passlock.page_ok(

@@ -19,6 +19,10 @@ so this holds for any number of instances.
 **Who may learn what.** Callers with a key may know of users. Callers without one get the same refusal for unknown, expired, used,
 wrong-kind and foreign values; `Refusal.reason` tells the operator which it was.
 
+**Nothing is read twice.** Who may sign in with which passkeys is looked up once, when a transaction is opened (or a keyed ceremony
+begun), and travels with the one-time value: public keys, not secrets. A passkey added since is not offered by that transaction; one
+that was revoked since is refused by the write that records the sign-in. A login is two statements: that look-up, and that write.
+
 The steps that both ways share are in `broker.broker.steps`. Clock and chance are arguments. The durable write, not what was read
 before it, decides about revocation, counters and duplicates.
 """
@@ -26,15 +30,15 @@ before it, decides about revocation, counters and duplicates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from broker import ceremony
-from broker.broker.steps import Steps, kind_of, pending_name, retry_from
+from broker.broker.steps import Steps, carried, kind_of, pending_name, retry_from
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
-from broker.errors import InvalidRequest, NoPasskeys, UnknownNonce, UnknownTransaction
+from broker.errors import InvalidRequest, UnknownNonce, UnknownTransaction
 from broker.model import (
     Approval,
     Asked,
@@ -42,6 +46,7 @@ from broker.model import (
     AuthenticationAnswer,
     Credential,
     Mediation,
+    Offered,
     PendingAuthentication,
     PendingRegistration,
     Proof,
@@ -60,11 +65,13 @@ __all__ = ["Begun", "Broker"]
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of `publicKey` and the mediation."""
+    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of `publicKey` and the mediation. `second_factor`: it is about
+    one, so no login comes of it."""
 
     handle: str
     options: dict[str, Any]
     mediation: Mediation = "required"
+    second_factor: bool = False
 
 
 _NOTHING = Asked()
@@ -121,7 +128,7 @@ class Broker:
             checked(external_id, "external_id")
             user_id, handle = await self._steps.ensure_user(app, external_id)
         names = (user_name, display_name, display_name)
-        return await self._open(app, "register", (user_id, external_id, handle), names, asked)
+        return await self._open(app, "register", (user_id, external_id, handle), names, (), asked)
 
     async def open_authentication(
         self, app: RelyingParty, external_id: str | None, *, asked: Asked = _NOTHING
@@ -132,14 +139,13 @@ class Broker:
         Raises:
             InvalidRequest, UnknownUser, Unavailable; NoPasskeys: the user has none, or no live one is among those allowed.
         """
-        user_id, handle = None, ""
+        user_id, offered = None, list[Offered]()
         if external_id is not None:
-            user_id, handle = await self._steps.user_to_sign_in(
-                app, external_id, second_factor=asked.second_factor
-            )
-        if asked.allow is not None and not await self._steps.offered(app, user_id, asked):
-            raise NoPasskeys
-        return await self._open(app, "authenticate", (user_id, external_id, handle), ("", "", ""), asked)
+            user_id, offered = await self._steps.user_to_sign_in(app, external_id, asked)
+        elif asked.allow is not None:
+            await self._steps.offered(app, asked)
+        user = (user_id, external_id, "")
+        return await self._open(app, "authenticate", user, ("", "", ""), carried(offered), asked)
 
     async def _open(
         self,
@@ -147,12 +153,13 @@ class Broker:
         purpose: Purpose,
         user: tuple[str | None, str | None, str],
         names: tuple[str, str, str],
+        offered: tuple[Offered, ...],
         asked: Asked,
     ) -> str:
         transaction_id = self._mint.token("transaction")
         ends = self._clock() + app.policy.transaction_life
         await self._ephemeral.put_transaction(
-            transaction_id, Transaction(app.id, purpose, *user, *names, asked, ends)
+            transaction_id, Transaction(app.id, purpose, *user, *names, offered, asked, ends)
         )
         return transaction_id
 
@@ -178,7 +185,7 @@ class Broker:
         )
         handle = await self._ephemeral.put_pending(self._mint.token("handle"), pending, cap=0)
         self._metrics.ceremonies.labels("register", "begin", "ok").inc()
-        return Begun(handle, options)
+        return Begun(handle, options, second_factor=transaction.asked.second_factor)
 
     async def begin_registration_of_nobody(
         self,
@@ -322,26 +329,25 @@ class Broker:
         Raises:
             UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of passkeys, which none could answer.
         """
-        user_id, bound = None, None
         if transaction_id is None and asked.allow == ():
             raise InvalidRequest("The list of passkeys is empty, so none could answer.", reason="empty_field")
+        user: tuple[str | None, str | None] = (None, None)
+        bound: tuple[bytes, float] | None = None
+        offered: Sequence[Credential] | Sequence[Offered] = ()
         if transaction_id is not None:
             name, transaction = await self._steps.peek(app, transaction_id, "authenticate")
-            user_id, bound, asked = transaction.user_id, (name, transaction.expires_at), transaction.asked
-            offered = await self._steps.offered(app, user_id, asked)
-            # Revoked since the transaction was opened: an empty list would ask for any passkey.
-            if not offered and (user_id is not None or asked.allow is not None):
-                raise UnknownTransaction(reason="no_passkey_left")
-        else:
-            offered = []
-        pending, options = self._steps.new_authentication(app, user_id, offered, bound, asked)
+            bound, asked, offered = (name, transaction.expires_at), transaction.asked, transaction.offered
+            user = (transaction.user_id, transaction.external_id)
+            if not offered:  # those of very many, or of several users
+                offered = await self._steps.offered_again(app, transaction)
+        pending, options = self._steps.new_authentication(app, user, offered, bound, asked)
         if transaction_id is None and asked.allow is not None:
             pending = replace(pending, allowed=asked.allow)
         handle = await self._ephemeral.put_pending(
             self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
         )
         self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
-        return Begun(handle, options, asked.mediation)
+        return Begun(handle, options, asked.mediation, asked.second_factor)
 
     async def begin_authentication_of(
         self,
@@ -362,21 +368,17 @@ class Broker:
         Raises:
             InvalidRequest, UnknownUser, NoPasskeys, DuplicateApproval, TooManyCeremonies, Unavailable.
         """
-        user_id, offered = None, list[Credential]()
+        user_id: str | None = None
+        offered: Sequence[Credential] | Sequence[Offered] = ()
         if external_id is not None:
-            user_id, _ = await self._steps.user_to_sign_in(
-                app, external_id, second_factor=asked.second_factor
-            )
-            offered = await self._steps.offered(app, user_id, asked)
-            if not offered:  # revoked between the two looks
-                raise NoPasskeys
+            user_id, offered = await self._steps.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:
-            offered = await self._steps.offered(app, None, asked)
-            if not offered:  # an empty list would ask for any passkey
-                raise NoPasskeys
+            offered = await self._steps.offered(app, asked)
         if approval is not None and user_id is not None:
             await self._steps.record(app, user_id, approval)
-        pending, options = self._steps.new_authentication(app, user_id, offered, None, asked, approval)
+        pending, options = self._steps.new_authentication(
+            app, (user_id, external_id), offered, None, asked, approval
+        )
         if by == "challenge" or external_id is None:
             cap = app.policy.discoverable_limit if keyless else None
             await self._ephemeral.put_pending_by_challenge(pending, cap=cap)

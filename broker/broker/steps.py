@@ -8,7 +8,7 @@ A refusal that concerns somebody is told as an event, where the store can write 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
@@ -35,7 +35,7 @@ from broker.model import (
     Attachment,
     AuthenticationAnswer,
     Credential,
-    Owned,
+    Offered,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
@@ -44,6 +44,7 @@ from broker.model import (
     RegistrationAnswer,
     RelyingParty,
     Transaction,
+    action_of,
     checked,
     is_weaker,
 )
@@ -52,6 +53,7 @@ from broker.tokens import Mint, digest, well_formed
 
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
 _LONGEST_NONCE = 600  # seconds
+_CARRIED = 8
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
 
 
@@ -88,17 +90,18 @@ class Steps:
         return self._mint.id(), self._mint.user_handle()
 
     async def user_to_sign_in(
-        self, app: RelyingParty, external_id: str, *, second_factor: bool = False
-    ) -> tuple[str, str]:
-        """Id and handle of a user with a live passkey; with `second_factor` a second factor is one too."""
+        self, app: RelyingParty, external_id: str, asked: Asked
+    ) -> tuple[str, list[Offered]]:
+        """Id and live passkeys of a user who has one that may answer; second factors are among them if asked for."""
         checked(external_id, "external_id")
-        found = await self._durable.user_to_sign_in(app.id, external_id, second_factor=second_factor)
+        found = await self._durable.user_to_sign_in(app.id, external_id, second_factor=asked.second_factor)
         if found is None:
             raise UnknownUser
-        user_id, handle, able = found
-        if not able:
+        user_id, _, held = found
+        offered = [o for o in held if asked.allow is None or o.id in asked.allow]
+        if not offered:
             raise NoPasskeys
-        return user_id, handle
+        return user_id, offered
 
     async def peek(
         self, app: RelyingParty, transaction_id: str, purpose: Purpose
@@ -156,26 +159,39 @@ class Steps:
             )
         return as_strict_as(app, pending)
 
-    async def offered(self, app: RelyingParty, user_id: str | None, asked: Asked) -> list[Credential]:
-        """The live passkeys that may answer: the user's, or without a user those asked for; none means any."""
-        if user_id is not None:
-            own = await self._durable.credentials(app.id, user_id, live_only=True)
-            return [
-                c
-                for c in own
-                if (asked.allow is None or c.id in asked.allow)
-                and (asked.second_factor or not c.second_factor)
-            ]
-        if asked.allow is None:
-            return []
-        found = await self._durable.owned_by_ids(app.id, asked.allow)
-        return [
+    async def offered(self, app: RelyingParty, asked: Asked) -> list[Credential]:
+        """The live passkeys asked for, whoever owns them.
+
+        Raises:
+            NoPasskeys: none is left; an empty list would ask for any passkey.
+        """
+        found = await self._durable.owned_by_ids(app.id, asked.allow or ())
+        offered = [
             o.credential
             for o in found
             if o.credential.live
             and (asked.second_factor or not o.credential.second_factor)
             and (asked.ownerless or o.external_id is not None)
         ]
+        if not offered:
+            raise NoPasskeys
+        return offered
+
+    async def offered_again(
+        self, app: RelyingParty, transaction: Transaction
+    ) -> Sequence[Credential] | Sequence[Offered]:
+        """What a transaction offers that doesn't carry it: its user's passkeys, those asked for, or any (an empty list).
+
+        Raises:
+            UnknownTransaction: none is left of them.
+        """
+        asked = transaction.asked
+        try:
+            if transaction.external_id is not None:
+                return (await self.user_to_sign_in(app, transaction.external_id, asked))[1]
+            return await self.offered(app, asked) if asked.allow is not None else ()
+        except (UnknownUser, NoPasskeys):
+            raise UnknownTransaction(reason="no_passkey_left") from None
 
     async def record(self, app: RelyingParty, user_id: str, approval: Approval) -> None:
         """Write down what a user is asked to approve."""
@@ -219,7 +235,7 @@ class Steps:
             user_name=user_name,
             user_display_name=user_display_name,
             nickname=nickname,
-            asked=asked,
+            asked=replace(asked, allow=None, exclude=None),  # done with, and long
             user_verification=app.policy.verification(asked),
             algorithms=app.policy.algorithms,
             begun_at=now,
@@ -241,8 +257,8 @@ class Steps:
     def new_authentication(
         self,
         app: RelyingParty,
-        user_id: str | None,
-        offered: list[Credential],
+        user: tuple[str | None, str | None],
+        offered: Sequence[Credential] | Sequence[Offered],
         bound: tuple[bytes, float] | None,
         asked: Asked,
         approval: Approval | None = None,
@@ -253,10 +269,12 @@ class Steps:
             app_id=app.id,
             challenge=self._mint.challenge() + (approval.digest if approval else b""),
             transaction=bound[0] if bound else None,
-            user_id=user_id,
+            user_id=user[0],
+            external_id=user[1],
             allowed=tuple(c.id for c in offered),
+            offered=carried(offered) if not bound else (),  # else the transaction has them
             approval=approval.identifier if approval else None,
-            asked=asked,
+            asked=replace(asked, allow=None, exclude=None),  # done with, and long
             user_verification=app.policy.verification(asked),
             begun_at=now,
             expires_at=min(ends, bound[1]) if bound else ends,
@@ -284,7 +302,7 @@ class Steps:
             await self._tell_refused_registration(app, pending, refusal)
             raise
         async with retry_from("backend"):
-            await self._take_transaction(pending.transaction)
+            await self._take_transaction(app, pending.transaction)
             now = self._clock()
             passkey_id = self._mint.id()
             outcome = await self._durable.add_credential(
@@ -329,43 +347,36 @@ class Steps:
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
     ) -> Receipt:
         """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, record the sign-in."""
-        owned: Owned | None = None
+        credential: Credential | Offered | None = next(
+            (o for o in pending.offered if o.credential_id == answer.credential_id), None
+        )
+        external_id = pending.external_id
         try:
-            owned = await self._durable.owned(app.id, answer.credential_id)
-            if owned is None:
-                unknown = await self._nobody_has(app, answer.credential_id)
-                raise CeremonyRefused(
-                    reason="unknown_credential",
-                    signal=Signal(app.rp_id, answer.credential_id) if unknown else None,
-                )
-            if not owned.credential.live:
-                raise CeremonyRefused(reason="not_live")
-            if owned.credential.second_factor and not pending.asked.second_factor:
-                raise CeremonyRefused(reason="second_factor")
-            if owned.external_id is None and not pending.asked.ownerless:
-                raise CeremonyRefused(reason="ownerless")
-            verified = ceremony.finish_authentication(pending, app, owned.credential, answer)
+            if credential is None:
+                credential, external_id = await self._owned(app, pending, answer)
+            verified = ceremony.finish_authentication(pending, app, credential, answer)
         except CeremonyRefused as refusal:
-            await self._refuse_authentication(app, pending, owned, refusal)
-        credential = owned.credential
+            await self._refuse_authentication(app, pending, credential, refusal)
         async with retry_from(
             "page" if pending.user_id is None and pending.transaction is None else "backend"
         ):
-            await self._take_transaction(pending.transaction)
+            await self._take_transaction(app, pending.transaction)
             now = self._clock()
             recorded = await self._durable.use_credential(
                 credential,
                 verified,
                 flag_counter=app.policy.counter == "flag",
+                action=action_of(pending),
                 approval=pending.approval,
                 now=instant(now),
             )
         if recorded is None:
-            await self._refuse_authentication(
-                app, pending, owned, CeremonyRefused(reason="revoked_or_counter")
-            )
+            gone = await self._nobody_has(app, answer.credential_id)
+            signal = Signal(app.rp_id, answer.credential_id) if gone else None
+            refused = CeremonyRefused(reason="revoked_or_counter", signal=signal)
+            await self._refuse_authentication(app, pending, credential, refused)
         return Receipt(
-            external_id=owned.external_id or credential.id,
+            external_id=external_id or credential.id,
             user_id=credential.user_id,
             purpose="authenticate",
             passkey_id=credential.id,
@@ -382,12 +393,31 @@ class Steps:
             second_factor=pending.asked.second_factor,
             approval=pending.approval,
             at=now,
-            ownerless=owned.external_id is None,
+            ownerless=external_id is None,
         )
 
-    async def _take_transaction(self, name: bytes | None) -> None:
+    async def _owned(
+        self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
+    ) -> tuple[Credential, str | None]:
+        """The answering passkey, where it was not read before, and its owner's external id."""
+        owned = await self._durable.owned(app.id, answer.credential_id)
+        if owned is None:
+            unknown = await self._nobody_has(app, answer.credential_id)
+            raise CeremonyRefused(
+                reason="unknown_credential",
+                signal=Signal(app.rp_id, answer.credential_id) if unknown else None,
+            )
+        if not owned.credential.live:
+            raise CeremonyRefused(reason="not_live")
+        if owned.credential.second_factor and not pending.asked.second_factor:
+            raise CeremonyRefused(reason="second_factor")
+        if owned.external_id is None and not pending.asked.ownerless:
+            raise CeremonyRefused(reason="ownerless")
+        return owned.credential, owned.external_id
+
+    async def _take_transaction(self, app: RelyingParty, name: bytes | None) -> None:
         """Take the transaction, if there is one, before any durable write: one transaction, one success."""
-        if name is not None and await self._ephemeral.take_transaction(name) is None:
+        if name is not None and await self._ephemeral.take_transaction(app.id, name) is None:
             raise UnknownTransaction(reason="transaction_spent")
 
     async def put_nonce(
@@ -410,17 +440,21 @@ class Steps:
             return False
 
     async def _refuse_authentication(
-        self, app: RelyingParty, pending: PendingAuthentication, owned: Owned | None, refusal: CeremonyRefused
+        self,
+        app: RelyingParty,
+        pending: PendingAuthentication,
+        credential: Credential | Offered | None,
+        refusal: CeremonyRefused,
     ) -> NoReturn:
         """Tell of the refusal, where it concerns somebody, and raise it as what the caller may learn."""
         # Where nobody was named anybody can have answers refused, so only what a genuine passkey signed is worth an event.
         if pending.user_id is not None or refusal.reason in _SIGNED:
             await self._tell_refusal(
                 app,
-                "passkey.used",
+                action_of(pending),
                 refusal,
-                owned.credential.user_id if owned else pending.user_id,
-                owned.credential.id if owned else None,
+                credential.user_id if credential else pending.user_id,
+                credential.id if credential else None,
             )
         if pending.user_id is None:
             raise DiscoverableRefused(reason=refusal.reason, signal=refusal.signal) from refusal
@@ -431,7 +465,7 @@ class Steps:
     ) -> None:
         # As with sign-ins: where nobody was named anybody can have answers refused.
         if pending.external_id is not None:
-            await self._tell_refusal(app, "passkey.registered", refusal, pending.user_id)
+            await self._tell_refusal(app, action_of(pending), refusal, pending.user_id)
 
     async def _tell_refusal(
         self,
@@ -474,6 +508,12 @@ class Steps:
 @dataclass(slots=True)
 class Counted:
     kind: str
+
+
+def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered, ...]:
+    """The passkeys that a one-time value carries: of a named user, and few enough for their bytes to be worth the look-up they save."""
+    few = [o for o in offered if isinstance(o, Offered)]
+    return tuple(few) if len(few) <= _CARRIED else ()
 
 
 def pending_name(purpose: Purpose, external_id: str) -> str:

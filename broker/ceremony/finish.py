@@ -38,6 +38,7 @@ from broker.ceremony.verdict import PARSER_FAULTS, refuse
 from broker.model import (
     AuthenticationAnswer,
     Credential,
+    Offered,
     PendingAuthentication,
     PendingRegistration,
     Policy,
@@ -163,7 +164,7 @@ def _ask_py_webauthn_registration(
 def finish_authentication(
     pending: PendingAuthentication,
     rp: RelyingParty,
-    credential: Credential,
+    credential: Credential | Offered,
     answer: AuthenticationAnswer,
 ) -> VerifiedAuthentication:
     """Judge an authentication with the stored `credential` that the answer names (WebAuthn L3 §7.2).
@@ -202,7 +203,7 @@ def finish_authentication(
 
 
 def _judge_owner(
-    pending: PendingAuthentication, credential: Credential, answer: AuthenticationAnswer
+    pending: PendingAuthentication, credential: Credential | Offered, answer: AuthenticationAnswer
 ) -> None:
     if answer.credential_id != credential.credential_id:
         raise refuse("credential_id", "The answer is about another passkey.")
@@ -224,7 +225,10 @@ def _judge_owner(
 
 
 def _ask_py_webauthn_authentication(
-    pending: PendingAuthentication, rp: RelyingParty, credential: Credential, answer: AuthenticationAnswer
+    pending: PendingAuthentication,
+    rp: RelyingParty,
+    credential: Credential | Offered,
+    answer: AuthenticationAnswer,
 ) -> None:
     try:
         verify_authentication_response(
@@ -250,7 +254,7 @@ def _ask_py_webauthn_authentication(
         raise refuse("public_key", "The stored public key can't verify the signature.") from None
 
 
-def _judge_counter(data: AuthenticatorData, credential: Credential, policy: Policy) -> bool:
+def _judge_counter(data: AuthenticatorData, credential: Credential | Offered, policy: Policy) -> bool:
     """Whether the counter went back, where the policy lets that pass.
 
     §7.2 "If authData.signCount is nonzero or credentialRecord.signCount is nonzero … less than or equal to: this is a signal

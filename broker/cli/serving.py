@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -91,7 +92,9 @@ async def start(
 
     settings = parts.settings
     try:
-        return await serve(parts, prepare=prepare)
+        service = await serve(parts, prepare=prepare)
+        gc.freeze()  # what was made so far stays: no collection need look at it again
+        return service
     except OSError as fault:
         ports = f"port {settings.port}" + (
             f" or {settings.management_port}" if settings.management_port else ""

@@ -20,12 +20,25 @@ import asyncpg
 
 from broker.durable.catalogue import Catalogue, UserOrder
 from broker.durable.postgres import Connection, MigrationFault, Postgres, sql_files
-from broker.durable.rows import APP, CREDENTIAL, TELL, USER, USES, app_of, credential_of, owned_of, who
+from broker.durable.rows import (
+    APP,
+    CREDENTIAL,
+    OFFERED,
+    TELL,
+    USER,
+    USES,
+    app_of,
+    credential_of,
+    offered_of,
+    owned_of,
+    who,
+)
 from broker.errors import UnknownApp, UnknownUser
 from broker.model import (
     ApiKey,
     Approval,
     Credential,
+    Offered,
     Owned,
     PendingRegistration,
     RelyingParty,
@@ -33,6 +46,7 @@ from broker.model import (
     User,
     VerifiedAuthentication,
     VerifiedRegistration,
+    action_of,
 )
 
 __all__ = [
@@ -229,18 +243,20 @@ class Durable:
 
     async def user_to_sign_in(
         self, app_id: str, external_id: str, *, second_factor: bool = False
-    ) -> tuple[str, str, bool] | None:
-        """Id, handle and whether there is a live passkey; with `second_factor` a second factor counts."""
-        row = await self._pg.row(
+    ) -> tuple[str, str, list[Offered]] | None:
+        """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are among them."""
+        rows = await self._pg.rows(
             "user_to_sign_in",
-            "SELECT u.id, u.handle, EXISTS ("
-            "SELECT FROM credentials c WHERE c.user_id = u.id AND c.live AND ($3 OR NOT c.second_factor)) AS able"
-            " FROM users u WHERE u.app_id = $1 AND u.external_id = $2",
+            f"SELECT u.id AS owner, u.handle, {OFFERED} FROM users u LEFT JOIN credentials c"
+            " ON c.user_id = u.id AND c.live AND ($3 OR NOT c.second_factor)"
+            " WHERE u.app_id = $1 AND u.external_id = $2 ORDER BY c.created_at, c.id",
             app_id,
             external_id,
             second_factor,
         )
-        return (row["id"], row["handle"], row["able"]) if row else None
+        if not rows:
+            return None
+        return rows[0]["owner"], rows[0]["handle"], [offered_of(row) for row in rows if row["id"] is not None]
 
     async def user(
         self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
@@ -273,13 +289,11 @@ class Durable:
 
     # -- credentials ----------------------------------------------------------------------------------------------------------
 
-    async def credentials(self, app_id: str, user_id: str, *, live_only: bool = False) -> list[Credential]:
+    async def credentials(self, app_id: str, user_id: str) -> list[Credential]:
         """The user's credentials, oldest first."""
         rows = await self._pg.rows(
             "credentials",
-            f"SELECT {CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2"
-            + (" AND c.live" if live_only else "")
-            + " ORDER BY c.created_at, c.id",
+            f"SELECT {CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2 ORDER BY c.created_at, c.id",
             app_id,
             user_id,
         )
@@ -367,7 +381,7 @@ class Durable:
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = $18 WHERE $17 AND id = (SELECT user_id FROM new)
-            ), told AS ({TELL} SELECT $18, $2, $19, 'passkey.registered', user_id, id, 'done', NULL, $20 FROM new)
+            ), told AS ({TELL} SELECT $18, $2, $19, $25, user_id, id, 'done', NULL, $20 FROM new)
             SELECT EXISTS (SELECT FROM owner) AS owned, EXISTS (SELECT FROM new) AS added
             """,
             new_id,
@@ -393,14 +407,16 @@ class Durable:
             pending.nickname,
             confirmed_at,
             pending.asked.second_factor,
+            action_of(pending),
         )
 
     async def use_credential(
         self,
-        credential: Credential,
+        credential: Credential | Offered,
         verified: VerifiedAuthentication,
         *,
         flag_counter: bool,
+        action: str = "passkey.used",
         approval: str | None = None,
         now: datetime,
     ) -> Used | None:
@@ -409,7 +425,7 @@ class Durable:
         What changed is judged against the locked row: of two clones that answer at once, one is told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
         """
         approve = (
-            ", approve AS (UPDATE approvals SET approved_at = $5 WHERE app_id = $2 AND identifier = $9 AND EXISTS (SELECT FROM used))"
+            ", approve AS (UPDATE approvals SET approved_at = $5 WHERE app_id = $2 AND identifier = $10 AND EXISTS (SELECT FROM used))"
             if approval is not None
             else ""
         )
@@ -427,7 +443,7 @@ class Durable:
                 WHERE c.id = old.id AND ($6 OR NOT old.regressed)
                 RETURNING c.id, c.app_id, c.user_id, old.regressed, old.backed_up <> $4 AS backup_changed
             ), told AS (
-                {TELL} SELECT $5, app_id, $7, 'passkey.used', user_id, id, 'done',
+                {TELL} SELECT $5, app_id, $7, $9, user_id, id, 'done',
                                CASE WHEN regressed THEN 'counter' END, $8 FROM used
             ){approve}
             SELECT regressed, backup_changed FROM used
@@ -439,6 +455,7 @@ class Durable:
             now,
             flag_counter,
             *who(),
+            action,
             *(() if approval is None else (approval,)),
         )
         return Used(row["regressed"], row["backup_changed"]) if row else None

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import asyncpg
 
-from broker.model import Credential, Owned, Policy, RelyingParty
+from broker.model import Credential, Offered, Owned, Policy, RelyingParty
 from broker.telemetry import context
 
 CREDENTIAL = (
@@ -23,6 +23,10 @@ USES = """
         SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at FROM credentials c WHERE c.user_id = u.id
     ) k ON true
 """
+OFFERED = (
+    "c.id, c.credential_id, c.transports, c.user_handle, c.public_key, c.algorithm, c.sign_count, c.backup_eligible, c.backed_up, "
+    "c.attestation_trust, c.aaguid, c.user_id, c.app_id"
+)
 APP = "id, name, rp_id, origins, related_origins, policy, created_at"
 TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
 
@@ -53,3 +57,22 @@ def credential_of(row: asyncpg.Record) -> Credential:
 def owned_of(row: asyncpg.Record) -> Owned:
     """A credential's columns and `external_id`."""
     return Owned(credential_of(row), row["external_id"])
+
+
+def offered_of(row: asyncpg.Record) -> Offered:
+    """The columns of `OFFERED`, besides others."""
+    return Offered(
+        row["id"],
+        row["credential_id"],
+        tuple(row["transports"]),
+        row["user_handle"],
+        row["public_key"],
+        row["algorithm"],
+        row["sign_count"],
+        row["backup_eligible"],
+        row["backed_up"],
+        row["attestation_trust"],
+        row["aaguid"],
+        row["user_id"],
+        row["app_id"],
+    )

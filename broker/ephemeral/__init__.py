@@ -38,7 +38,6 @@ discoverable ceremonies; about 0.4 kB each.
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64decode
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -46,16 +45,13 @@ from typing import Any, TypeVar, cast
 import orjson
 
 from broker.ephemeral.client import DOWN, Commands, Script, connect, run_script
+from broker.ephemeral.records import dump, load
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
-    Asked,
     Pending,
     PendingAuthentication,
-    PendingRegistration,
-    Receipt,
     Redeemable,
     Transaction,
-    fields_of,
 )
 from broker.telemetry import Metrics, Stopwatch, context
 from broker.tokens import digest, text
@@ -69,12 +65,13 @@ _HASH = 32
 
 _PROBE = b"ready"
 
-# KEYS: p:{T}. ARGV: digest of the handle. The record starts with the digest of the only handle that may take it.
+# KEYS: p:{T}, t:{T}. ARGV: digest of the handle. The record starts with the digest of the only handle that may take it. The
+# transaction comes along and stays.
 _TAKE_BOUND = Script("""
 local v = redis.call('GET', KEYS[1])
 if v and string.sub(v, 1, 32) == ARGV[1] then
   redis.call('DEL', KEYS[1])
-  return v
+  return {v, redis.call('GET', KEYS[2])}
 end
 return false
 """)
@@ -166,13 +163,13 @@ class Ephemeral:
         """A transaction and the digest of its id, left where it is."""
         name = digest("transaction", app_id, transaction_id)
         stored = await self._ask("peek_transaction", "GET", b"t:{%s}" % text(name).encode())
-        found = self._load(cast(bytes | None, stored), Transaction)
+        found = self._load(app_id, cast(bytes | None, stored), Transaction)
         return (name, found) if found else None
 
-    async def take_transaction(self, name: bytes) -> Transaction | None:
+    async def take_transaction(self, app_id: str, name: bytes) -> Transaction | None:
         """Take the transaction whose id has this digest."""
         stored = await self._ask("take_transaction", "GETDEL", b"t:{%s}" % text(name).encode())
-        return self._load(cast(bytes | None, stored), Transaction)
+        return self._load(app_id, cast(bytes | None, stored), Transaction)
 
     # -- pending ceremonies ---------------------------------------------------------------------------------------------------
 
@@ -215,7 +212,7 @@ class Ephemeral:
             "put_pending",
             _PUT_OPEN,
             keys=self._open_keys(pending.app_id, name),
-            args=[_dump(pending), max(1, end - now), now, end, cap, name],
+            args=[dump(pending), max(1, end - now), now, end, cap, name],
         )
         if not stored:
             raise TooManyCeremonies(reason="discoverable_limit")
@@ -224,9 +221,17 @@ class Ephemeral:
         """Take the pending ceremony that `handle` finds, of either kind."""
         name = digest("handle", app_id, handle)
         if len(handle) > _SECRET:
-            key = b"p:{%s}" % handle[_SECRET:].encode()
-            stored = await self.run("take_pending", _TAKE_BOUND, keys=[key], args=[name])
-            return self._load_pending(stored[_HASH:] if stored else None)
+            place = handle[_SECRET:].encode()
+            found = await self.run(
+                "take_pending", _TAKE_BOUND, keys=[b"p:{%s}" % place, b"t:{%s}" % place], args=[name]
+            )
+            if not found:
+                return None
+            pending = self._load_pending(app_id, found[0][_HASH:])
+            if isinstance(pending, PendingAuthentication):
+                transaction = self._load(app_id, found[1], Transaction)
+                return replace(pending, offered=transaction.offered) if transaction else None
+            return pending
         return await self._take_open_pending(app_id, name)
 
     async def take_pending_by_challenge(self, app_id: str, challenge: bytes) -> Pending | None:
@@ -236,7 +241,7 @@ class Ephemeral:
 
     async def _take_open_pending(self, app_id: str, name: bytes) -> Pending | None:
         stored = await self.run("take_pending", _TAKE_OPEN, keys=self._open_keys(app_id, name), args=[name])
-        return self._load_pending(stored)
+        return self._load_pending(app_id, stored)
 
     @staticmethod
     def _open_keys(app_id: str, name: bytes) -> list[bytes]:
@@ -250,7 +255,7 @@ class Ephemeral:
     async def take_pending_as(self, app_id: str, name: str) -> Pending | None:
         """Take the pending ceremony that was put under `name`."""
         stored = await self._ask("take_pending", "GETDEL", self._name_key(app_id, name))
-        return self._load_pending(cast(bytes | None, stored))
+        return self._load_pending(app_id, cast(bytes | None, stored))
 
     @staticmethod
     def _name_key(app_id: str, name: str) -> bytes:
@@ -266,7 +271,7 @@ class Ephemeral:
         """Take what a nonce stands for."""
         key = b"n:" + text(digest("nonce", app_id, nonce)).encode()
         stored = await self._ask("take_nonce", "GETDEL", key)
-        return self._load(cast(bytes | None, stored), Redeemable)
+        return self._load(app_id, cast(bytes | None, stored), Redeemable)
 
     # -- tickets --------------------------------------------------------------------------------------------------------------
 
@@ -291,16 +296,19 @@ class Ephemeral:
         self, operation: str, key: bytes, record: Transaction | Pending | Redeemable, *, before: bytes = b""
     ) -> None:
         life = max(1, int((record.expires_at - self._clock()) * 1000))
-        await self._ask(operation, "SET", key, before + _dump(record), "PX", life)
+        await self._ask(operation, "SET", key, before + dump(record), "PX", life)
 
-    def _load(self, stored: bytes | None, kind: type[T]) -> T | None:
-        record = _load(stored) if stored else None
+    def _load(self, app_id: str, stored: bytes | None, kind: type[T]) -> T | None:
+        record = load(app_id, stored) if stored else None
         if not isinstance(record, kind) or cast(Transaction, record).expires_at <= self._clock():
             return None
         return record
 
-    def _load_pending(self, stored: bytes | None) -> Pending | None:
-        return self._load(stored, PendingRegistration) or self._load(stored, PendingAuthentication)
+    def _load_pending(self, app_id: str, stored: bytes | None) -> Pending | None:
+        record = load(app_id, stored) if stored else None
+        if isinstance(record, Pending) and record.expires_at > self._clock():
+            return record
+        return None
 
 
 def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:
@@ -309,53 +317,3 @@ def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:
         return {name: str(value) for name, value in reply.items()}
     lines = (line.partition(":") for line in reply.decode().splitlines())
     return {name: value for name, colon, value in lines if colon}
-
-
-_Record = Transaction | PendingRegistration | PendingAuthentication | Redeemable
-_KINDS: dict[str, type[_Record]] = {
-    "t2": Transaction,
-    "r3": PendingRegistration,
-    "a2": PendingAuthentication,
-    "n3": Redeemable,
-}
-_TAGS = {kind: tag for tag, kind in _KINDS.items()}
-_BYTES = frozenset({"challenge", "transaction", "credential_id"})
-_NOTHING_ASKED = Asked()  # stored as null: most ceremonies
-
-
-def _dump(record: _Record) -> bytes:
-    """A JSON array: a tag with the format's number, then the fields in order; bytes as base64url."""
-    return orjson.dumps([_TAGS[type(record)], *_values(record)])
-
-
-def _values(record: object) -> list[object]:
-    return [_value(value) for value in fields_of(record).values()]
-
-
-def _value(value: object) -> object:
-    if isinstance(value, bytes):
-        return text(value)
-    if isinstance(value, Asked):
-        return None if value == _NOTHING_ASKED else _values(value)
-    return _values(value) if isinstance(value, Receipt) else value
-
-
-def _load(stored: bytes) -> _Record | None:
-    """None for a format this code does not know: of newer code in a roll-back, say. Its owner starts over."""
-    tag, *values = orjson.loads(stored)
-    kind = _KINDS.get(tag)
-    return cast(_Record, _build(kind, values)) if kind else None
-
-
-def _build(kind: type[Any], values: list[Any]) -> object:
-    named = dict(zip(kind.__dataclass_fields__, values, strict=True))
-    for name, value in named.items():
-        if name in _BYTES and value is not None:
-            named[name] = urlsafe_b64decode(value + "==")
-        elif name == "receipt":
-            named[name] = _build(Receipt, value)
-        elif name == "asked":
-            named[name] = _build(Asked, value) if value is not None else _NOTHING_ASKED
-        elif isinstance(value, list):
-            named[name] = tuple(value)
-    return cast(object, kind(**named))

@@ -51,6 +51,7 @@ __all__ = [
     "Hint",
     "LiveAt",
     "Mediation",
+    "Offered",
     "Owned",
     "Pending",
     "PendingAuthentication",
@@ -70,6 +71,7 @@ __all__ = [
     "UserVerification",
     "VerifiedAuthentication",
     "VerifiedRegistration",
+    "action_of",
     "checked",
     "fields_of",
     "is_origin",
@@ -271,6 +273,29 @@ class ApprovalRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Offered:
+    """A passkey that a ceremony offers, with what judging its answer needs: what was read when it was offered isn't read again.
+
+    All but `sign_count` and `backed_up` never change; those two are judged by the write that records the sign-in, which also decides
+    whether the passkey is still there and live.
+    """
+
+    id: str
+    credential_id: bytes
+    transports: tuple[str, ...]
+    user_handle: str
+    public_key: bytes
+    algorithm: int
+    sign_count: int
+    backup_eligible: bool
+    backed_up: bool
+    attestation_trust: Trust
+    aaguid: str
+    user_id: str
+    app_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Transaction:
     """Permission for one ceremony. Lives in the ephemeral store until finish takes it or `expires_at` passes.
 
@@ -286,8 +311,18 @@ class Transaction:
     user_name: str  # for purpose "register"; else "", as the next two
     user_display_name: str
     nickname: str
+    offered: tuple[Offered, ...]  # the user's passkeys for purpose "authenticate", unless they are very many
     asked: Asked
     expires_at: float
+
+
+def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
+    """What finishing a ceremony is called in events: a second factor and an approval have words of their own."""
+    if isinstance(pending, PendingRegistration):
+        return "second_factor.registered" if pending.asked.second_factor else "passkey.registered"
+    if pending.approval is not None:
+        return "approval.signed"
+    return "second_factor.used" if pending.asked.second_factor else "passkey.used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +350,8 @@ class PendingRegistration:
 
 @dataclass(frozen=True, slots=True)
 class PendingAuthentication:
-    """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may answer.
+    """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may answer; `offered` those of them that
+    need not be read again.
 
     Without a user (`user_id` is None) it is discoverable: whoever owns the answering passkey signs in, and an empty `allowed` means
     any. `approval` is the identifier of what the user approves by answering.
@@ -325,7 +361,9 @@ class PendingAuthentication:
     challenge: bytes
     transaction: bytes | None
     user_id: str | None
+    external_id: str | None
     allowed: tuple[str, ...]
+    offered: tuple[Offered, ...]
     approval: str | None
     asked: Asked
     user_verification: UserVerification

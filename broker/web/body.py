@@ -38,6 +38,7 @@ class Limits:
 
 
 LIMITS = web.AppKey("LIMITS", Limits)
+_BODY = web.RequestKey("BODY", bytes)
 _DEFAULT = Limits()
 
 
@@ -47,13 +48,19 @@ async def read_bytes(request: web.Request) -> bytes:
     Raises:
         RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, caller gone).
     """
+    known: bytes | None = request.get(_BODY)
+    if known is not None:
+        return known
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedEncoding
     if (request.content_length or 0) > MAX_BODY:
         raise RequestTooLarge
     try:
-        async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
+        if request.content.is_eof():  # it came with the head, as most do: nothing to wait for
             body = await request.read()
+        else:
+            async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
+                body = await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise RequestTooLarge from None
     except TimeoutError:
@@ -63,6 +70,7 @@ async def read_bytes(request: web.Request) -> bytes:
     except ConnectionError:  # nobody is there to read the answer; it is no defect of ours
         raise InvalidRequest("The body ended early.", reason="disconnected") from None
     context().deadline = time.monotonic() + ANSWER_SECONDS
+    request[_BODY] = body
     return body
 
 

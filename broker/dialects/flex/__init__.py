@@ -305,12 +305,22 @@ async def finish_authentication(request: web.Request, app: RelyingParty) -> web.
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     """The routes of a port that serves keyed callers, pages, or both."""
-    found: list[web.RouteDef] = []
+    found: list[web.RouteDef] = []  # the router looks along them in this order: sign-ins first
+    if browser:
+        found += browser_routes(
+            {
+                f"{_APP}/authenticate/transactions/webauthn/start": begin_authentication,
+                f"{_APP}/authenticate/transactions/webauthn/finish": finish_authentication,
+                f"{_APP}/register/transactions/webauthn/start": begin_registration,
+                f"{_APP}/register/transactions/webauthn/finish": finish_registration,
+            },
+            headers=_PAGE_HEADERS,
+        )
     if management:
         found += [
-            web.post(f"{_APP}/transactions/register", keyed(open_registration)),
             web.post(f"{_APP}/transactions/authenticate", keyed(open_authentication)),
             web.post(f"{_APP}/authenticate/verify", keyed(redeem)),
+            web.post(f"{_APP}/transactions/register", keyed(open_registration)),
             web.get(f"{_APP}/users", keyed(list_users), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}", keyed(get_user), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}/devices", keyed(list_devices), allow_head=False),
@@ -321,16 +331,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
             *mail.routes(_APP),
         ]
     if browser:
-        found += browser_routes(
-            {
-                f"{_APP}/register/transactions/webauthn/start": begin_registration,
-                f"{_APP}/register/transactions/webauthn/finish": finish_registration,
-                f"{_APP}/authenticate/transactions/webauthn/start": begin_authentication,
-                f"{_APP}/authenticate/transactions/webauthn/finish": finish_authentication,
-                **signals.pages(_APP),
-            },
-            headers=_PAGE_HEADERS,
-        )
+        found += browser_routes(signals.pages(_APP), headers=_PAGE_HEADERS)
     found += signed.routes(_APP)
     app = either_app if management and browser else _keyed_app if management else _public_app
     for path in (_APP, _APP + "/"):

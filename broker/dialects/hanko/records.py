@@ -139,6 +139,12 @@ _TYPES: Mapping[tuple[str, str], str] = {
     ("passkey.registered", "refused"): "webauthn_registration_final_failed",
     ("passkey.used", "done"): "webauthn_authentication_final_succeeded",
     ("passkey.used", "refused"): "webauthn_authentication_final_failed",
+    ("second_factor.registered", "done"): "mfa_registration_final_succeeded",
+    ("second_factor.registered", "refused"): "mfa_registration_final_failed",
+    ("second_factor.used", "done"): "mfa_authentication_final_succeeded",
+    ("second_factor.used", "refused"): "mfa_authentication_final_failed",
+    ("approval.signed", "done"): "webauthn_transaction_final_succeeded",
+    ("approval.signed", "refused"): "webauthn_transaction_final_failed",
     ("passkey.renamed", "done"): "webauthn_credential_updated",
     ("passkey.revoked", "done"): "webauthn_credential_deleted",
 }

@@ -72,13 +72,17 @@ TAGS: Mapping[type[Refusal], str] = {
 }
 
 
+# A sign-in with a passkey that nobody has, or nobody has any more.
+_ORPHANS = frozenset({"unknown_credential", "revoked_or_counter"})
+
+
 def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
     """`{_tag, message}`; with `credentialId` and `rpId` where it is proved that nobody has the passkey that was to sign in."""
     body: dict[str, Any] = {"_tag": TAGS[type(refusal)], "message": refusal.sentence} | mailbox.details(
         refusal
     )
     signal = refusal.signal if isinstance(refusal, errors.CeremonyRefused) else None
-    if signal is not None and refusal.reason == "unknown_credential":
+    if signal is not None and refusal.reason in _ORPHANS:
         body |= {"_tag": _ORPHANED, "credentialId": text(signal.credential_id), "rpId": signal.rp_id}
     return json_answer(body, status=STATUS[type(refusal)])
 

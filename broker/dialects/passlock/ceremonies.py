@@ -34,7 +34,7 @@ from broker.dialects.passlock.fields import (
     short_text,
     switch,
 )
-from broker.errors import CeremonyRefused, InvalidRequest, OperationNotAllowed
+from broker.errors import CeremonyRefused, InvalidRequest, OperationNotAllowed, UnknownTransaction
 from broker.model import Attachment, Receipt, RelyingParty
 from broker.tokens import text
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
@@ -127,6 +127,12 @@ async def authentication_options(request: web.Request, app: RelyingParty) -> web
 
 
 def _begun(begun: Begun) -> Body:
+    """
+    Raises:
+        UnknownTransaction: a native transaction of a second factor, for which this wire has no word.
+    """
+    if begun.second_factor:
+        raise UnknownTransaction(reason="second_factor")
     return {"sessionToken": begun.handle, "optionsJSON": begun.options}
 
 
