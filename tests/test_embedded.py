@@ -51,9 +51,10 @@ try:
     stores = EmbeddedStores.start(data)
 except EmbeddedFault as fault:
     sys.exit(str(fault))
-print(json.dumps({"database_url": stores.database_url, "redis_url": stores.redis_url, "place": str(stores.place),
-                  "notes": stores.notes, "servers": stores.servers}), flush=True)
+told = {"database_url": stores.database_url, "redis_url": stores.redis_url, "place": str(stores.place),
+        "notes": stores.notes, "servers": stores.servers}
 try:
+    print(json.dumps(told), flush=True)
     sys.stdin.read()
 except KeyboardInterrupt:
     print(json.dumps("interrupted"), flush=True)
