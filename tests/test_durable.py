@@ -768,6 +768,37 @@ async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: Rel
     assert (await told(durable, app)).count(("passkey.revoked", "done", None)) == 3
 
 
+async def test_a_passkey_of_nobody_that_somebody_had_first_leaves_no_row(
+    durable: Durable, app: RelyingParty, stores: EmbeddedStores
+) -> None:
+    """The look for the credential id finds none, for the other's is not committed yet; then the insert waits for it, and loses."""
+    first = await add(durable, app, await ensure(durable, app, "ann"), b"first")
+    other = await asyncpg.connect(stores.database_url)
+    try:
+        async with other.transaction():
+            row = dict(await other.fetchrow("SELECT * FROM credentials WHERE id = $1", first.id) or {})
+            row |= {"id": MINT.id(), "credential_id": b"same"}
+            places = ", ".join(f"${n + 1}" for n in range(len(row)))
+            await other.execute(
+                f"INSERT INTO credentials ({', '.join(row)}) VALUES ({places})", *row.values()
+            )
+            made = pending(app, MINT.id(), external_id=None, user_handle=MINT.user_handle())
+            adding = asyncio.create_task(
+                durable.add_credential(made, verified(b"same"), new_id=MINT.id(), live=True, now=NOW)
+            )
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+            async with asyncio.timeout(5):
+                while True:
+                    if await other.fetchval(waiting):
+                        break
+                    await asyncio.sleep(0.005)  # between two looks
+        assert await adding == "duplicate"
+        users = await other.fetch("SELECT external_id FROM users WHERE app_id = $1", app.id)
+        assert [user["external_id"] for user in users] == ["ann"]
+    finally:
+        await other.close()
+
+
 async def test_parallel_revocations_lose_no_login(durable: Durable, app: RelyingParty) -> None:
     user_id = await ensure(durable, app, "ann")
     keys = [await add(durable, app, user_id, bytes([n])) for n in range(8)]

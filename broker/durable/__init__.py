@@ -350,7 +350,12 @@ class Durable:
         assert row is not None, "a SELECT without FROM has one row"
         if row["added"]:
             return "added"
-        return "duplicate" if row["owned"] or pending.external_id is None else "no_user"
+        if pending.external_id is None:
+            if row["owned"]:  # somebody was faster between our two inserts
+                drop = "DELETE FROM users WHERE id = $1 AND external_id IS NULL"
+                await self._pg.row("drop_nobody", drop, pending.user_id)
+            return "duplicate"
+        return "duplicate" if row["owned"] else "no_user"
 
     async def _add_credential(
         self,

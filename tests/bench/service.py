@@ -216,4 +216,4 @@ class Driver:
 
 def settled(seconds: float = 0.3) -> None:
     """Let what the last repetition left running end: Postgres' writers, freed connections."""
-    time.sleep(seconds)
+    time.sleep(seconds)  # nothing tells when writers are done, and what is left is counted as others' work
