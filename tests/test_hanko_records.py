@@ -11,7 +11,7 @@ import pytest
 from broker.model import Policy
 from tests.authenticator import Authenticator, b64, unb64
 from tests.conftest import OpenApp, Started, Starter
-from tests.hanko import LOGIN, REGISTRATION, SECOND_LOGIN, SECOND_REGISTRATION, Hanko
+from tests.hanko import LOGIN, REGISTRATION, SECOND_LOGIN, SECOND_REGISTRATION, TRANSACTION, Hanko
 from tests.signals import lines, refused
 from tests.wire import ORIGIN, Wire
 
@@ -172,6 +172,26 @@ async def test_failures_stay_in_the_audit_log(broker: Started, hanko: Hanko, dev
         "q=a&actor_user_id=b",
     ):
         await hanko.refused(400, "unable to validate request", f"/audit_logs?{query}", method="GET")
+
+
+async def test_second_factors_and_transactions_have_audit_types(hanko: Hanko, device: Authenticator) -> None:
+    key = Authenticator()
+    await hanko.register("ann", device)
+    await hanko.register("ann", key, at=SECOND_REGISTRATION)
+    await hanko.login(key, at=SECOND_LOGIN, user="ann")
+    for origin in (ORIGIN, "https://elsewhere.example"):
+        payment = {"user_id": "ann", "transaction_id": origin, "transaction_data": {"euros": 5}}
+        options = (await hanko.ok(TRANSACTION + "/initialize", payment))["publicKey"]
+        await hanko.send("POST", TRANSACTION + "/finalize", device.authenticate(options, origin))
+    assert [log["type"] for log in reversed(await hanko.get("/audit_logs"))] == [
+        "webauthn_registration_final_succeeded",
+        "mfa_registration_final_succeeded",
+        "mfa_authentication_final_succeeded",
+        "webauthn_transaction_final_succeeded",
+        "webauthn_transaction_final_failed",
+    ]
+    [failed] = await hanko.get("/audit_logs?type=webauthn_transaction_final_failed")
+    assert failed["error"] == "origin"
 
 
 async def test_the_audit_log_is_its_tenants(hanko: Hanko, open_app: OpenApp, device: Authenticator) -> None:
