@@ -3,6 +3,9 @@
 #
 # A stamp in .venv says what is installed, so that a second run starts at once. Its name holds this directory's path: a virtual
 # environment can't be moved, and a moved clone makes its own anew.
+#
+# The lock files keep extras (coverage[toml]): older pips take a package's extra for a requirement of its own, and look for the
+# newest release of it, which no lock names.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -14,7 +17,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --no-input --quiet
 RUNTIME := .venv/.runtime-$(HERE)
 TEST := .venv/.test-$(HERE)
 COMPILE := pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-config \
-	--no-emit-index-url --no-emit-find-links --quiet $(UPGRADE)
+	--no-emit-index-url --no-emit-find-links --no-strip-extras --quiet $(UPGRADE)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench bench-peers lock clean parts
