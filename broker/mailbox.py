@@ -181,7 +181,7 @@ class Mailbox:
             await self._codes.drop(app.id, code_id)
 
     def _count(self, result: str) -> None:
-        self._metrics.mail_codes.labels(result).inc()
+        self._metrics.mail_codes.inc(result)
 
     def _refuse(self, result: str, refusal: Refusal) -> NoReturn:
         self._count(result)

@@ -74,6 +74,7 @@ SHORT = {
     "dialects/__init__.py": "A dialect only translates",
     "durable/remembered.py": "one class apart from the stores",
     "sdk/__init__.py": "Both ends of the broker",
+    "telemetry/__init__.py": "Reading order",
 }
 
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))

@@ -67,6 +67,48 @@ def test_a_log_nobody_reads_stops_no_request() -> None:
     Log(Gone())("request")
 
 
+async def test_held_lines_come_together_in_order() -> None:
+    written = asyncio.Event()
+
+    class Stream(io.StringIO):
+        def flush(self) -> None:
+            written.set()
+
+    stream = Stream()
+    log = Log(stream, level="debug", hold=0.01)
+    for number in range(3):
+        log("request", number=number)
+    assert stream.getvalue() == ""
+    async with asyncio.timeout(5):
+        await written.wait()
+    assert [line["number"] for line in lines(stream)] == [0, 1, 2]
+
+
+async def test_a_warning_takes_along_what_is_held() -> None:
+    stream = io.StringIO()
+    log = Log(stream, hold=60)
+    log("request")
+    log("defect", severity=logging.ERROR)
+    assert [line["event"] for line in lines(stream)] == ["request", "defect"]
+    log("stopped")
+    log.flush()
+    assert [line["event"] for line in lines(stream)] == ["request", "defect", "stopped"]
+
+
+async def test_no_more_is_held_than_fits() -> None:
+    stream = io.StringIO()
+    log = Log(stream, hold=60)
+    for _ in range(300):
+        log("request")
+    assert len(lines(stream)) == 256
+
+
+def test_nothing_is_held_where_no_loop_would_write_it() -> None:
+    stream = io.StringIO()
+    Log(stream, hold=60)("request")
+    assert len(lines(stream)) == 1
+
+
 # -- libraries' records ---------------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +196,38 @@ def test_two_brokers_do_not_add_up() -> None:
     one.events_lost.inc()
     assert one.registry.get_sample_value("broker_events_lost_total") == 1
     assert other.registry.get_sample_value("broker_events_lost_total") == 0
+
+
+def test_a_bucket_holds_what_is_at_most_its_bound() -> None:
+    metrics = Metrics()
+    for seconds in (0.0005, 0.0006, 3.0):
+        metrics.store_seconds.observe(seconds, "redis", "take")
+    labels = {"store": "redis", "operation": "take"}
+    buckets = {
+        bound: metrics.registry.get_sample_value("broker_store_seconds_bucket", {**labels, "le": bound})
+        for bound in ("0.0005", "0.001", "2.0", "+Inf")
+    }
+    assert buckets == {"0.0005": 1, "0.001": 2, "2.0": 2, "+Inf": 3}
+    assert metrics.registry.get_sample_value("broker_store_seconds_sum", labels) == pytest.approx(3.0011)
+
+
+def test_processes_add_up() -> None:
+    one, other = Metrics(), Metrics()
+    for metrics in (one, other):
+        metrics.ceremonies.inc("register", "begin", "ok")
+        metrics.store_seconds.observe(0.004, "redis", "take")
+    other.refusals.inc("not_found", "not_found")
+    dumped = json.loads(json.dumps(other.tally.dump()))
+    dumped["of_newer_code"] = [[["label"], [1.0]]]
+    dumped["broker_request_seconds"] = [[["/", "200"], [1.0, 2.0]]]  # other buckets
+    one.requests.observe(0.1, "/", "200")
+    one.tally.others = lambda: [dumped]
+    value = one.registry.get_sample_value
+    assert value("broker_ceremonies_total", {"kind": "register", "step": "begin", "result": "ok"}) == 2
+    assert value("broker_store_seconds_count", {"store": "redis", "operation": "take"}) == 2
+    assert value("broker_store_seconds_sum", {"store": "redis", "operation": "take"}) == 0.008
+    assert value("broker_refusals_total", {"code": "not_found", "reason": "not_found"}) == 1
+    assert value("broker_request_seconds_count", {"route": "/", "status": "200"}) == 1
 
 
 def _words(*modules: str) -> set[str]:

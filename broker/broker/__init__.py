@@ -184,7 +184,7 @@ class Broker:
             asked=transaction.asked,
         )
         handle = await self._ephemeral.put_pending(self._mint.token("handle"), pending, cap=0)
-        self._metrics.ceremonies.labels("register", "begin", "ok").inc()
+        self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options, second_factor=transaction.asked.second_factor)
 
     async def begin_registration_of_nobody(
@@ -216,7 +216,7 @@ class Broker:
         handle = await self._ephemeral.put_pending(
             self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
         )
-        self._metrics.ceremonies.labels("register", "begin", "ok").inc()
+        self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options)
 
     async def begin_registration_of(
@@ -258,7 +258,7 @@ class Broker:
             await self._ephemeral.put_pending_by_challenge(pending, cap=None)
         else:
             await self._ephemeral.put_pending_as(pending_name("register", external_id), pending)
-        self._metrics.ceremonies.labels("register", "begin", "ok").inc()
+        self._metrics.ceremonies.inc("register", "begin", "ok")
         return options
 
     async def finish_registration(
@@ -346,7 +346,7 @@ class Broker:
         handle = await self._ephemeral.put_pending(
             self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
         )
-        self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
+        self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return Begun(handle, options, asked.mediation, asked.second_factor)
 
     async def begin_authentication_of(
@@ -384,7 +384,7 @@ class Broker:
             await self._ephemeral.put_pending_by_challenge(pending, cap=cap)
         else:
             await self._ephemeral.put_pending_as(pending_name("authenticate", external_id), pending)
-        self._metrics.ceremonies.labels(kind_of(pending), "begin", "ok").inc()
+        self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return options
 
     async def finish_authentication(
@@ -489,7 +489,7 @@ class Broker:
         async with retry_from("backend"):
             found = await self._ephemeral.take_nonce(app.id, nonce) if well_formed(nonce, "nonce") else None
             if found is None:
-                self._metrics.redemptions.labels("unknown").inc()
+                self._metrics.redemptions.inc("unknown")
                 raise UnknownNonce(reason="nonce_unknown")
             receipt, now = found.receipt, self._clock()
             life = found.expires_at - receipt.at
@@ -503,9 +503,9 @@ class Broker:
                     and digest("transaction", app.id, transaction_id) != found.transaction
                 )
             ):
-                self._metrics.redemptions.labels("mismatch").inc()
+                self._metrics.redemptions.inc("mismatch")
                 raise UnknownNonce(reason="nonce_mismatch")
             if receipt.purpose == "register":
                 await self._durable.confirm_credential(app.id, receipt.passkey_id, instant(now))
-            self._metrics.redemptions.labels("ok").inc()
+            self._metrics.redemptions.inc("ok")
             return receipt

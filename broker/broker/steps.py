@@ -497,12 +497,12 @@ class Steps:
             async with retry_from(place):
                 yield counted
         except Unavailable:
-            self._metrics.ceremonies.labels(counted.kind, "finish", "unavailable").inc()
+            self._metrics.ceremonies.inc(counted.kind, "finish", "unavailable")
             raise
         except Refusal:
-            self._metrics.ceremonies.labels(counted.kind, "finish", "refused").inc()
+            self._metrics.ceremonies.inc(counted.kind, "finish", "refused")
             raise
-        self._metrics.ceremonies.labels(counted.kind, "finish", "ok").inc()
+        self._metrics.ceremonies.inc(counted.kind, "finish", "ok")
 
 
 @dataclass(slots=True)

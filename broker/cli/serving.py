@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # the service is imported when a command needs it: `dev` does
 
 T = TypeVar("T")
 
+LOG_HOLD = 0.05  # seconds
+
 
 class ServingFault(Fault):
     """The process can't listen; the sentence says why and what to do."""
@@ -59,8 +61,15 @@ def run_serve(options: argparse.Namespace) -> int:
 
 
 async def _serve(settings: Settings, *, migrate: bool) -> None:
-    log = Log(level=settings.log_level)
+    log = Log(level=settings.log_level, hold=LOG_HOLD)
     capture_library_records(log)
+    try:
+        await _serve_until_told(settings, log, migrate=migrate)
+    finally:
+        log.flush()
+
+
+async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> None:
     from broker.app import assemble, left_out
 
     parts = await assemble(settings, log=log)

@@ -140,7 +140,7 @@ class Edge:
         if refusal is not None:
             response = self._render(refusal, request)
             response.headers.update(headers)
-            self._metrics.refusals.labels(refusal.code, refusal.reason).inc()
+            self._metrics.refusals.inc(refusal.code, refusal.reason)
         if not response.prepared:
             response.headers.update(request.get(CORS, _NO_HEADERS))
             _finish(response, now.request_id)
@@ -150,7 +150,7 @@ class Edge:
     def malformed(self, kind: str) -> web.Response:
         """The answer to bytes that are not HTTP. Nothing of them is in it, nor in the log: `kind` is the parser's word."""
         refusal = InvalidRequest("The request is not well-formed HTTP/1.1.", reason="http")
-        self._metrics.refusals.labels(refusal.code, refusal.reason).inc()
+        self._metrics.refusals.inc(refusal.code, refusal.reason)
         response = self._render(refusal, None)
         request_id = _request_id("")
         _finish(response, request_id)
@@ -177,7 +177,7 @@ class Edge:
     ) -> None:
         seconds = time.monotonic() - began
         route = _route(request)
-        self._metrics.requests.labels(route, str(status)).observe(seconds)
+        self._metrics.requests.observe(seconds, route, str(status))
         values: dict[str, Any] = {
             "method": request.method if request.method in _METHODS else "other",
             "route": route,

@@ -1,0 +1,108 @@
+"""Logs: JSON, one object a line, on standard error.
+
+A request makes one line, with the route's template (never the path), status, duration, app and request id. Nothing that came from a
+caller is logged except a well-formed request id and the app id of a route that matched; so no token, key, body, header or query can
+reach a log. Of a library's record only what its source code says is kept: the logger, the place, the template of a message that has
+arguments, and an exception's type and trace. Arguments, finished messages and the texts of exceptions are dropped: aiohttp reports
+malformed requests with the bytes it could not parse, asyncio reports callbacks with their arguments, and either may hold an
+Authorization header. A log that can't be written to stops no request.
+
+**Lines may be held** for a moment (`hold`, in seconds) and then be made and written together: a line by itself costs a request as much
+as its look-ups. Nothing overtakes: a warning or an error takes what is held along and is written at once. A process that is killed loses
+what it held, so those who end by themselves call `flush`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import orjson
+
+_MOST_HELD = 256
+_LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+
+
+class Log:
+    """Writes one JSON line per call. Lines below a warning may be held for `hold` seconds, while an event loop runs; 0 holds none."""
+
+    def __init__(self, stream: TextIO | None = None, *, level: str = "info", hold: float = 0.0) -> None:
+        self._stream = stream or sys.stderr
+        self._hold = hold
+        self._held: list[tuple[float, int, str, dict[str, Any]]] = []
+        self.level = logging.getLevelName(level.upper())
+
+    def __call__(self, event: str, *, severity: int = logging.INFO, **values: Any) -> None:
+        if severity < self.level:
+            return
+        self._held.append((time.time(), severity, event, values))
+        if not self._hold or severity >= logging.WARNING or len(self._held) >= _MOST_HELD:
+            self.flush()
+        elif len(self._held) == 1:
+            try:
+                asyncio.get_running_loop().call_later(self._hold, self.flush)
+            except RuntimeError:  # no loop runs
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        text = b"".join(map(_line, held)).decode()
+        with suppress(OSError):  # the reader of our standard error went away, or its disk is full
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def _line(held: tuple[float, int, str, dict[str, Any]]) -> bytes:
+    at, severity, event, values = held
+    line = {
+        "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+        "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
+        "event": event,
+        **values,
+    }
+    return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class _LibraryRecords(logging.Handler):
+    """Library records as JSON lines, without anything that was known only when they were made."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(log.level)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        values: dict[str, Any] = {
+            "logger": record.name,
+            "place": f"{record.filename}:{record.lineno} {record.funcName}",
+        }
+        if record.args and isinstance(record.msg, str):
+            values["template"] = record.msg.split("\n", 1)[0][:200]
+        if record.exc_info and record.exc_info[0]:
+            values |= fault(record.exc_info[1])
+        self._log("library", severity=record.levelno, **values)
+
+
+def fault(error: BaseException | None) -> dict[str, str]:
+    """An exception as log fields: its type and where it was raised. Its text may quote a caller's bytes, so it is left out."""
+    places = []
+    trace = error.__traceback__ if error else None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        places.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return {"error": type(error).__name__, "trace": " < ".join(reversed(places[-8:]))}
+
+
+def capture_library_records(log: Log) -> None:
+    """Send what libraries log through `log`. Called once, by the process's entry point."""
+    root = logging.getLogger()
+    root.handlers = [_LibraryRecords(log)]
+    root.setLevel(max(logging.WARNING, log.level))
