@@ -325,7 +325,7 @@ async def serve(
         stack.push_async_callback(_close_all, listeners)
         for opened, app in plan:
             edge = Edge(
-                app._handle,  # what aiohttp's own server calls; the edge has to stand outside of it
+                app,
                 renderers=[(dialect.PATHS, dialect.render) for dialect in chosen(settings)],
                 default=flex.render,
                 metrics=parts.metrics,

@@ -17,7 +17,7 @@ from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 from multidict import MultiDict
 
 from broker.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedEncoding
@@ -51,13 +51,16 @@ async def read_bytes(request: web.Request) -> bytes:
     known: bytes | None = request.get(_BODY)
     if known is not None:
         return known
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedEncoding
     if (request.content_length or 0) > MAX_BODY:
         raise RequestTooLarge
     try:
         if request.content.is_eof():  # it came with the head, as most do: nothing to wait for
-            body = await request.read()
+            body = request.content.read_nowait()
+            if len(body) > MAX_BODY:
+                raise RequestTooLarge
         else:
             async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
                 body = await request.read()

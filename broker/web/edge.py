@@ -15,11 +15,12 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
 
 from broker.errors import (
     InternalFault,
@@ -41,6 +42,7 @@ from broker.errors import (
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
 from broker.web.body import ANSWER_SECONDS
+from broker.web.shortcuts import Shortcuts
 
 # A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the bytes were no HTTP.
 Renderer = Callable[[Refusal, web.Request | None], web.Response]
@@ -68,16 +70,22 @@ STATUS: Mapping[type[Refusal], int] = {
 # Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs and events.
 _REQUEST_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "passkey-broker"}
+_JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json", **_HEADERS})
 _NO_HEADERS: Mapping[str, str] = {}
+
+
+class Answer(web.Response):
+    """A whole JSON answer, which the server may write in one piece."""
 
 
 def json_answer(
     value: object, *, status: int = 200, headers: Mapping[str, str] = _NO_HEADERS
 ) -> web.Response:
     """A JSON answer."""
-    return web.Response(
-        body=orjson.dumps(value), status=status, content_type="application/json", headers=headers
-    )
+    answer = Answer(body=orjson.dumps(value), status=status, headers=_JSON_HEADERS)
+    if headers:
+        answer.headers.update(headers)
+    return answer
 
 
 def _headers_of(refusal: Refusal) -> dict[str, str]:
@@ -91,23 +99,31 @@ def _headers_of(refusal: Refusal) -> dict[str, str]:
 
 
 class Edge:
-    """Wraps `handle` (the aiohttp application). `renderers` pairs the paths that are a dialect's own with its shape; no path is two
+    """Wraps an aiohttp application. `renderers` pairs the paths that are a dialect's own with its shape; no path is two
     dialects'. `default` is the shape of paths that nobody owns, and of bytes that are no HTTP."""
 
     def __init__(
         self,
-        handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
+        app: web.Application,
         *,
         renderers: Sequence[tuple[re.Pattern[str], Renderer]],
         default: Renderer,
         metrics: Metrics,
         log: Log,
     ) -> None:
-        self._handle = handle
+        self._router = app._handle  # what aiohttp's own server calls; the edge has to stand outside of it
+        self._shortcuts = Shortcuts(app)
         self._renderers = tuple(renderers)
         self._default = default
         self._metrics = metrics
         self._log = log
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        match = self._shortcuts.find(request.method, request.raw_path)
+        if match is None or hdrs.EXPECT in request.headers:
+            return await self._router(request)
+        request._match_info = match
+        return await match.handler(request)
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         began = time.monotonic()
@@ -142,7 +158,8 @@ class Edge:
             response.headers.update(headers)
             self._metrics.refusals.inc(refusal.code, refusal.reason)
         if not response.prepared:
-            response.headers.update(request.get(CORS, _NO_HEADERS))
+            if cors := request.get(CORS):
+                response.headers.update(cors)
             _finish(response, now.request_id)
         self._tell(request, response.status, began, now, refusal)
         return response
@@ -202,8 +219,9 @@ def _request_id(given: str) -> str:
 def _finish(response: web.StreamResponse, request_id: str) -> None:
     """The headers that every answer carries."""
     response.headers["X-Request-Id"] = request_id
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
+    if not isinstance(response, Answer):  # else it has them
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
 
 
 def _route(request: web.Request) -> str:

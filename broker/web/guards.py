@@ -64,8 +64,8 @@ def access_of(handler: object) -> Access | None:
 
 async def _slow_body(request: web.Request) -> bool:
     """Read the body, if there is one; whether it took so long that what was looked up before it may have changed."""
-    if not request.can_read_body:
-        return False
+    if request.content.is_eof() or not request.can_read_body:
+        return False  # it came with the head, or there is none
     began = time.monotonic()
     await read_bytes(request)
     return time.monotonic() - began > _SLOW_SECONDS
