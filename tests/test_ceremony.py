@@ -390,7 +390,7 @@ def test_requirements_are_those_of_the_beginning() -> None:
     assert refused.value.reason == "user_verification"
     assert (
         finish_registration(
-            replace(pending_registration(strict), user_verification="preferred"),
+            pending_registration(strict)._replace(user_verification="preferred"),
             lax,
             parse_registration(answer),
         ).algorithm
@@ -474,7 +474,7 @@ def test_a_transaction_that_offers_nothing_allows_nothing() -> None:
     made, device = registered(rp)
     answer = parse_authentication(device.authenticate(request_options(rp, made), ORIGIN))
     with pytest.raises(CeremonyRefused) as refused:
-        finish_authentication(replace(pending_authentication(rp, made), allowed=()), rp, made, answer)
+        finish_authentication(pending_authentication(rp, made)._replace(allowed=()), rp, made, answer)
     assert refused.value.reason == "not_offered"
 
 

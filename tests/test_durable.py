@@ -105,7 +105,7 @@ def pending(app: RelyingParty, user_id: str, **changes: Any) -> PendingRegistrat
         begun_at=0.0,
         expires_at=300.0,
     )
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
 def verified(credential_id: bytes, **changes: Any) -> VerifiedRegistration:
@@ -125,7 +125,7 @@ def verified(credential_id: bytes, **changes: Any) -> VerifiedRegistration:
         attestation_trust="none",
         origin="https://example.org",
     )
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
 async def add(
@@ -163,7 +163,7 @@ def signed_in(sign_count: int = 0, **changes: Any) -> VerifiedAuthentication:
         backup_changed=True,
         origin="https://example.org",
     )
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
 async def told(durable: Durable, app: RelyingParty) -> list[tuple[str, str, str | None]]:

@@ -6,10 +6,11 @@ Servers here are the test's own, so a test may look at every key there is.
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from broker.ephemeral.client import ByClient, Commands
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
     Asked,
+    Beginning,
     Offered,
     Pending,
     PendingAuthentication,
     PendingRegistration,
+    Purpose,
     Receipt,
     Redeemable,
     Transaction,
+    Verifications,
 )
 from broker.telemetry import CONTEXT, Context, Metrics
 from broker.tokens import SystemMint, digest, text
@@ -166,15 +170,15 @@ def transaction(place: Place, **changes: Any) -> Transaction:
     made = Transaction(
         APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, STRANGE + "!", "", (), ASKED, ends
     )
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
-def registration(place: Place, name: bytes, **changes: Any) -> PendingRegistration:
+def registration(place: Place, **changes: Any) -> PendingRegistration:
     now = place.clock()
     made = PendingRegistration(
         app_id=APP,
         challenge=bytes(range(32)),
-        transaction=name,
+        transaction=None,
         user_id=MINT.id(),
         external_id=STRANGE,
         user_handle=MINT.user_handle(),
@@ -187,7 +191,7 @@ def registration(place: Place, name: bytes, **changes: Any) -> PendingRegistrati
         begun_at=now,
         expires_at=now + 300,
     )
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
 def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingAuthentication:
@@ -206,7 +210,7 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
         begun_at=now,
         expires_at=now + 300,
     )
-    return replace(made, **changes)
+    return made._replace(**changes)
 
 
 def offered(user_id: str, credential_id: bytes) -> Offered:
@@ -248,59 +252,143 @@ def redeemable(place: Place, **changes: Any) -> Redeemable:
         approval=STRANGE,
         at=now,
     )
-    return replace(Redeemable(receipt, b"\0" * 32, now + 60), **changes)
+    return Redeemable(receipt, b"\0" * 32, now + 60)._replace(**changes)
 
 
-async def open_one(store: Ephemeral, place: Place) -> tuple[str, bytes]:
+async def open_one(store: Ephemeral, place: Place, **changes: Any) -> tuple[str, bytes]:
     """A transaction's id and the digest of it."""
     made = MINT.token("transaction")
-    await store.put_transaction(made, transaction(place))
+    await store.put_transaction(made, transaction(place, **changes))
     return made, digest("transaction", APP, made)
+
+
+def beginning(place: Place, **changes: Any) -> Beginning:
+    made = Beginning(
+        bytes(range(32)), place.clock(), 300, Verifications("preferred", "discouraged", True), (-7, -8)
+    )
+    return made._replace(**changes)
+
+
+async def begin_one(store: Ephemeral, place: Place, token: str, secret: str = "", **changes: Any) -> str:
+    """The handle of a registration begun with a transaction."""
+    begun = await store.begin(
+        APP, token, "register", secret or MINT.token("handle"), beginning(place, **changes)
+    )
+    assert begun is not None
+    return begun[0]
+
+
+async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: Any) -> str:
+    """The handle of a ceremony without a transaction."""
+    handle = MINT.token("handle")
+    await store.put_pending(handle, authentication(place, None, **changes), cap=cap)
+    return handle
 
 
 # -- round trips ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"external_id": None, "user_id": None, "asked": Asked()}, {"purpose": "authenticate"}]
+    "changes",
+    [
+        {},
+        {"external_id": None, "user_id": None, "asked": Asked()},
+        {"purpose": "authenticate", "user_handle": "", "user_name": "", "user_display_name": ""},
+    ],
 )
 async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[str, Any]) -> None:
     store, token, put = place.store(), MINT.token("transaction"), transaction(place, **changes)
+    if put.purpose == "authenticate" and put.user_id is not None:
+        known = offered(put.user_id, b"\xff")._replace(aaguid="ea9b8d66-4d01-1d21-3ce4-b6b48cb575d4")
+        put = put._replace(offered=(offered(put.user_id, b"\0" * 32), known))
     await store.put_transaction(token, put)
     name = digest("transaction", APP, token)
     assert await store.peek_transaction(APP, token) == (name, put)
     assert await store.peek_transaction(APP, token) == (name, put), "peek leaves it where it is"
-    assert await store.take_transaction(APP, name) == put
-    assert await store.take_transaction(APP, name) is None
+    assert await store.take_transaction(name)
+    assert not await store.take_transaction(name)
     assert await store.peek_transaction(APP, token) is None
 
 
+@pytest.mark.parametrize("purpose", ["register", "authenticate"])
+@pytest.mark.parametrize("allowed", [None, (), ("x" * 24,) * 300])
+async def test_a_begun_ceremony_comes_back_with_its_transaction(
+    place: Place, purpose: Purpose, allowed: tuple[str, ...] | None
+) -> None:
+    store, token = place.store(), MINT.token("transaction")
+    put = transaction(place, purpose=purpose)
+    if purpose == "authenticate":
+        assert put.user_id is not None
+        held = (offered(put.user_id, b"\0" * 32), offered(put.user_id, b"\xff"))
+        put = put._replace(user_handle="", user_name="", user_display_name="", offered=held)
+    await store.put_transaction(token, put)
+    made = beginning(place, allowed=allowed, challenge=b"\xff" * 31 + b"+")
+    begun = await store.begin(APP, token, purpose, MINT.token("handle"), made)
+    assert begun is not None
+    handle, name, found = begun
+    assert (name, found) == (digest("transaction", APP, token), put)
+    taken = await store.take_pending(APP, handle)
+    assert taken == made.pending(name, put)
+    assert await store.take_pending(APP, handle) is None
+    assert await store.peek_transaction(APP, token) == (name, put), "the transaction stays"
+
+
+def test_a_begun_ceremony_is_what_transaction_and_policy_make_of_it(place: Place) -> None:
+    """Ends with the earliest of three; asks for user verification as the policy did when it began."""
+    begun = beginning(place)
+    now, name = begun.begun_at, b"t" * 32
+    opened = transaction(place, purpose="authenticate", offered=(offered("u" * 24, b"1"),))
+    made = begun.pending(name, opened)
+    assert isinstance(made, PendingAuthentication)
+    assert made.allowed == (opened.offered[0].id,)
+    assert made.offered == opened.offered
+    assert made.expires_at == now + 12.5, "what was asked"
+    assert made.user_verification == "discouraged", "of second factors, and weaker is allowed"
+    plain = opened._replace(asked=Asked(), expires_at=now + 100)
+    made = begun.pending(name, plain)
+    assert (made.expires_at, made.user_verification) == (now + 100, "preferred")
+    made = begun.pending(name, plain._replace(expires_at=now + 600))
+    assert made.expires_at == now + 300, "the policy's life"
+
+
+async def test_a_begin_leaves_a_transaction_of_another_purpose_as_it_was(place: Place) -> None:
+    """So a page that knows the id can't end the right page's ceremony by asking for the wrong kind."""
+    store = place.store()
+    token, _ = await open_one(store, place)
+    handle = await begin_one(store, place, token)
+    found = await store.begin(APP, token, "authenticate", MINT.token("handle"), beginning(place))
+    assert found is not None
+    assert found[2].purpose == "register", "the caller sees which it is"
+    assert await store.take_pending(APP, found[0]) is None
+    assert await store.take_pending(APP, handle) is not None
+
+
+async def test_nothing_begins_without_its_transaction(place: Place) -> None:
+    store = place.store()
+    token, name = await open_one(store, place)
+    assert await store.begin(OTHER, token, "register", MINT.token("handle"), beginning(place)) is None
+    handle = await begin_one(store, place, token)
+    assert await store.take_transaction(name)
+    assert await store.take_pending(APP, handle) is None
+    assert await store.begin(APP, token, "register", MINT.token("handle"), beginning(place)) is None
+
+
 PENDING: dict[str, Callable[[Place], Pending]] = {
-    "registration": lambda place: registration(place, digest("transaction", APP, "t")),
-    "authentication": lambda place: authentication(place, digest("transaction", APP, "t")),
-    "one passkey": lambda place: authentication(place, digest("transaction", APP, "t"), allowed=("x" * 24,)),
-    "hundreds": lambda place: authentication(
-        place, digest("transaction", APP, "t"), allowed=("x" * 24,) * 300
+    "registration": lambda place: registration(place),
+    "authentication": lambda place: authentication(place, None, user_id="u" * 24, allowed=("x" * 24,)),
+    "offered": lambda place: authentication(
+        place, None, user_id="u" * 24, allowed=("a", "b"), offered=(offered("u" * 24, b"1"),)
     ),
+    "hundreds": lambda place: authentication(place, None, allowed=("x" * 24,) * 300),
     "discoverable": lambda place: authentication(place, None),
 }
 
 
 @pytest.mark.parametrize("kind", PENDING)
 async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) -> None:
-    """One with a transaction brings the passkeys that the transaction offers."""
-    store, put = place.store(), PENDING[kind](place)
-    opened = transaction(place)
-    assert opened.user_id is not None
-    opened = replace(opened, offered=(offered(opened.user_id, b"\0" * 32), offered(opened.user_id, b"\xff")))
-    await store.put_transaction("t", opened)
-    handle = await store.put_pending(MINT.token("handle"), put, cap=10)
-    if isinstance(put, PendingAuthentication) and put.transaction:
-        put = replace(put, offered=opened.offered)
+    store, put, handle = place.store(), PENDING[kind](place), MINT.token("handle")
+    await store.put_pending(handle, put, cap=10)
     assert await store.take_pending(APP, handle) == put
-    found = await store.peek_transaction(APP, "t")
-    assert found is not None
-    assert found[1] == opened
     assert await store.take_pending(APP, handle) is None
 
 
@@ -324,7 +412,7 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
 
 
 NAMED: dict[str, Callable[[Place], Pending]] = {
-    "registration": lambda place: replace(registration(place, b""), transaction=None),
+    "registration": lambda place: registration(place),
     "authentication": lambda place: authentication(place, None, user_id="u" * 24, allowed=("x" * 24,)),
 }
 
@@ -345,7 +433,7 @@ async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(place: Place
 async def test_a_put_under_a_name_replaces_what_was_there(place: Place, kind: str) -> None:
     store = place.store()
     await store.put_pending_as("ann", NAMED[kind](place))
-    second = replace(NAMED[kind](place), challenge=b"2" * 32)
+    second = NAMED[kind](place)._replace(challenge=b"2" * 32)
     await store.put_pending_as("ann", second)
     with place.client() as client:
         (key,) = client.keys()
@@ -380,7 +468,7 @@ async def test_a_ceremony_under_a_name_ends_by_the_brokers_clock(place: Place) -
 @pytest.mark.parametrize("bound", [b"\0" * 32, None])
 async def test_what_a_nonce_stands_for_comes_back_as_it_was(place: Place, bound: bytes | None) -> None:
     store, nonce, put = place.store(), MINT.token("nonce"), redeemable(place, transaction=bound)
-    named = replace(put, receipt=replace(put.receipt, authenticator_name_claimed="Ключ"))
+    named = put._replace(receipt=put.receipt._replace(authenticator_name_claimed="Ключ"))
     await store.put_nonce(APP, nonce, named)
     assert await store.take_nonce(APP, nonce) == named
     assert await store.take_nonce(APP, nonce) is None
@@ -388,20 +476,19 @@ async def test_what_a_nonce_stands_for_comes_back_as_it_was(place: Place, bound:
 
 async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
     store = place.store()
-    token, name = await open_one(store, place)
+    token, _ = await open_one(store, place)
     nonce = MINT.token("nonce")
     await store.put_nonce(APP, nonce, redeemable(place))
-    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
-    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    bound = await begin_one(store, place, token)
+    free = await put_open(store, place)
     with place.client() as client:
         for key in client.keys("[tnp]:*"):
             stored = client.get(key)
-            newer = stored.replace(b'["t3"', b'["t9"').replace(b'["n3"', b'["n9"')
-            newer = newer.replace(b'["r4"', b'["r9"').replace(b'["a3"', b'["a9"')
+            newer = re.sub(rb'(\["[a-z]+)\d"', rb'\g<1>9"', stored)
             assert newer != stored
             client.set(key, newer, px=5000)
     assert await store.peek_transaction(APP, token) is None
-    assert await store.take_transaction(APP, name) is None
+    assert await store.begin(APP, token, "register", MINT.token("handle"), beginning(place)) is None
     assert await store.take_nonce(APP, nonce) is None
     assert await store.take_pending(APP, bound) is None
     assert await store.take_pending(APP, free) is None
@@ -413,16 +500,16 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
 async def test_nothing_is_returned_past_its_end(place: Place) -> None:
     """Redis still holds it (its clock has not moved): as after a restored snapshot."""
     store = place.store()
-    token, name = await open_one(store, place)
+    token, _ = await open_one(store, place)
     nonce = MINT.token("nonce")
     await store.put_nonce(APP, nonce, redeemable(place))
-    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
-    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    bound = await begin_one(store, place, token)
+    free = await put_open(store, place)
     place.clock.ahead = 601
     with place.client() as client:
-        assert len(client.keys("[tnp]:*")) == 4
+        assert len(client.keys("[tnp]:*")) == 3
     assert await store.peek_transaction(APP, token) is None
-    assert await store.take_transaction(APP, name) is None
+    assert await store.begin(APP, token, "register", MINT.token("handle"), beginning(place)) is None
     assert await store.take_nonce(APP, nonce) is None
     assert await store.take_pending(APP, bound) is None
     assert await store.take_pending(APP, free) is None
@@ -431,17 +518,17 @@ async def test_nothing_is_returned_past_its_end(place: Place) -> None:
 async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> None:
     """Promise 3: from a dump of everything there is, nothing can be redeemed. And nothing stays for ever."""
     store = place.store()
-    token, name = await open_one(store, place)
+    token, _ = await open_one(store, place)
     nonce, secrets = MINT.token("nonce"), [MINT.token("handle") for _ in range(2)]
     await store.put_nonce(APP, nonce, redeemable(place))
-    bound = await store.put_pending(secrets[0], registration(place, name), cap=0)
+    bound = await begin_one(store, place, token, secrets[0])
     await store.put_pending(secrets[1], authentication(place, None), cap=9)
     ends = {b"t": 600, b"p": 300, b"n": 60, b"d": 300}
     secret = [value.partition("_")[2].encode() for value in (token, nonce, *secrets)]
     assert bound.startswith(secrets[0])
     with place.client() as client:
         keys = client.keys("*")
-        assert sorted(key[:1] for key in keys) == [b"d", b"n", b"p", b"p", b"t"]
+        assert sorted(key[:1] for key in keys) == [b"d", b"n", b"p", b"t"]
         for key in keys:
             left = client.pttl(key) / 1000
             assert 0 < left <= ends[key[:1]], key
@@ -457,11 +544,9 @@ async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> Non
 
 async def test_a_begin_replaces_the_transactions_earlier_one(place: Place) -> None:
     store = place.store()
-    _, name = await open_one(store, place)
-    first = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
-    second = await store.put_pending(
-        MINT.token("handle"), registration(place, name, challenge=b"2" * 32), cap=0
-    )
+    token, _ = await open_one(store, place)
+    first = await begin_one(store, place, token)
+    second = await begin_one(store, place, token, challenge=b"2" * 32)
     assert await store.take_pending(APP, first) is None
     taken = await store.take_pending(APP, second)
     assert taken is not None
@@ -473,10 +558,10 @@ async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
     token, name = await open_one(store, place)
     nonce = MINT.token("nonce")
     await store.put_nonce(APP, nonce, redeemable(place))
-    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
-    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    bound = await begin_one(store, place, token)
+    free = await put_open(store, place)
     assert await store.peek_transaction(OTHER, token) is None
-    assert await store.take_transaction(OTHER, digest("transaction", OTHER, token)) is None
+    assert not await store.take_transaction(digest("transaction", OTHER, token))
     assert await store.take_nonce(OTHER, nonce) is None
     assert await store.take_pending(OTHER, bound) is None
     assert await store.take_pending(OTHER, free) is None
@@ -484,7 +569,7 @@ async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
     assert await store.take_pending(APP, free) is not None
     assert await store.take_pending(APP, bound) is not None
     assert await store.take_nonce(APP, nonce) is not None
-    assert await store.take_transaction(APP, name) is not None
+    assert await store.take_transaction(name)
 
 
 async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> None:
@@ -504,8 +589,8 @@ async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> Non
 async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
     """The transaction's digest stands in the handle, so whoever saw a handle knows it; it does not open the place."""
     store = place.store()
-    _, name = await open_one(store, place)
-    handle = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
+    token, name = await open_one(store, place)
+    handle = await begin_one(store, place, token)
     forged = MINT.token("handle") + text(name)[:end]
     assert await store.take_pending(APP, forged) is None
     assert await store.take_pending(APP, handle) is not None
@@ -519,19 +604,41 @@ async def _parallel(place: Place, take: Callable[[Ephemeral], Awaitable[object]]
     instances = [place.store(connections=10) for _ in range(5)]
     await asyncio.gather(*(instance.check() for instance in instances))
     taken = await asyncio.gather(*(take(instances[n % 5]) for n in range(50)))
-    return [value for value in taken if value is not None]
+    return [value for value in taken if value not in (None, False)]
 
 
 async def test_one_of_many_takes_a_transaction(place: Place) -> None:
     _, name = await open_one(place.store(), place)
-    assert len(await _parallel(place, lambda store: store.take_transaction(APP, name))) == 1
+    assert len(await _parallel(place, lambda store: store.take_transaction(name))) == 1
 
 
 @pytest.mark.parametrize("kind", PENDING)
 async def test_one_of_many_takes_a_pending_ceremony(place: Place, kind: str) -> None:
-    await place.store().put_transaction("t", transaction(place))
-    handle = await place.store().put_pending(MINT.token("handle"), PENDING[kind](place), cap=5)
+    handle = MINT.token("handle")
+    await place.store().put_pending(handle, PENDING[kind](place), cap=5)
     assert len(await _parallel(place, lambda store: store.take_pending(APP, handle))) == 1
+
+
+async def test_one_of_many_takes_a_begun_ceremony(place: Place) -> None:
+    token, name = await open_one(place.store(), place)
+    handle = await begin_one(place.store(), place, token)
+    assert len(await _parallel(place, lambda store: store.take_pending(APP, handle))) == 1
+    assert await place.store().take_transaction(name), "the transaction stays"
+
+
+async def test_of_a_begin_and_a_take_at_once_one_wins(place: Place) -> None:
+    """Either the old handle takes its ceremony and the new one begins after that, or the old one finds nothing."""
+    instances = [place.store() for _ in range(2)]
+    for _ in range(25):
+        token, _ = await open_one(instances[0], place)
+        old = await begin_one(instances[0], place, token)
+        taken, new = await asyncio.gather(
+            instances[0].take_pending(APP, old), begin_one(instances[1], place, token, challenge=b"2" * 32)
+        )
+        assert taken is None or taken.challenge == bytes(range(32))
+        following = await instances[0].take_pending(APP, new)
+        assert following is not None
+        assert following.challenge == b"2" * 32
 
 
 async def test_one_of_many_takes_a_nonce(place: Place) -> None:
@@ -553,48 +660,39 @@ async def test_many_callers_wait_for_few_connections(real: Place) -> None:
 
 async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
     store = place.store()
-    handles = [
-        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3) for _ in range(3)
-    ]
+    handles = [await put_open(store, place, cap=3) for _ in range(3)]
     with pytest.raises(TooManyCeremonies) as refused:
-        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+        await put_open(store, place, cap=3)
     assert refused.value.reason == "discoverable_limit"
     with place.client() as client:
         assert len(client.keys("p:*")) == 3, "the refused one left nothing"
 
-    other = authentication(place, None, app_id=OTHER)
-    assert await store.put_pending(MINT.token("handle"), other, cap=1), "each app has its own"
-    _, name = await open_one(store, place)
-    assert await store.put_pending(MINT.token("handle"), authentication(place, name), cap=0), (
-        "not counted with a transaction"
-    )
+    assert await put_open(store, place, cap=1, app_id=OTHER), "each app has its own"
+    token, _ = await open_one(store, place)
+    assert await begin_one(store, place, token), "not counted with a transaction"
 
     assert await store.take_pending(APP, handles[1])
-    assert await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3), (
-        "a take frees one"
-    )
+    assert await put_open(store, place, cap=3), "a take frees one"
     with pytest.raises(TooManyCeremonies):
-        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+        await put_open(store, place, cap=3)
     place.clock.ahead = 301
     for _ in range(3):
-        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+        await put_open(store, place, cap=3)
     with pytest.raises(TooManyCeremonies):
-        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+        await put_open(store, place, cap=3)
 
 
 async def test_the_count_lives_as_long_as_the_longest_ceremony(place: Place) -> None:
     """A shorter one (the policy changed) must not end the count early."""
     store, now = place.store(), place.clock()
     for life in (300, 600, 10):
-        await store.put_pending(
-            MINT.token("handle"), authentication(place, None, expires_at=now + life), cap=9
-        )
+        await put_open(store, place, expires_at=now + life)
     with place.client() as client:
         assert 570 < client.pttl(b"d:{%s}" % APP.encode()) / 1000 <= 600
     place.clock.ahead = 20
-    await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+    await put_open(store, place, cap=3)
     with pytest.raises(TooManyCeremonies):
-        await store.put_pending(MINT.token("handle"), authentication(place, None), cap=3)
+        await put_open(store, place, cap=3)
 
 
 async def test_the_cap_is_exact_in_parallel(place: Place) -> None:
@@ -602,7 +700,7 @@ async def test_the_cap_is_exact_in_parallel(place: Place) -> None:
 
     async def put(number: int) -> bool:
         try:
-            await instances[number % 4].put_pending(MINT.token("handle"), authentication(place, None), cap=20)
+            await put_open(instances[number % 4], place, cap=20)
         except TooManyCeremonies:
             return False
         return True
@@ -615,9 +713,9 @@ async def test_the_cap_is_exact_in_parallel(place: Place) -> None:
 async def test_counting_takes_no_round_trip_of_its_own(proxy: RedisProxy, real: Place) -> None:
     assert real.server is not None
     store = real.store(port=proxy.port)
-    await store.put_pending(MINT.token("handle"), authentication(real, None), cap=9)
+    await put_open(store, real)
     proxy.commands.clear()
-    handle = await store.put_pending(MINT.token("handle"), authentication(real, None), cap=9)
+    handle = await put_open(store, real)
     assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
     await store.take_pending(APP, handle)
     proxy.commands.clear()
@@ -647,13 +745,13 @@ class Step:
 
 
 async def _steps(place: Place, store: Ephemeral) -> list[Step]:
-    _, name = await open_one(store, place)
+    token, name = await open_one(store, place)
     nonce = MINT.token("nonce")
     await store.put_nonce(APP, nonce, redeemable(place))
-    bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
-    free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+    bound = await begin_one(store, place, token)
+    free = await put_open(store, place)
     await store.put_pending_as("ann", NAMED["registration"](place))
-    _, other = await open_one(store, place)
+    other, _ = await open_one(store, place)
     return [
         Step(b"SET", "put_pending", lambda s: s.put_pending_as("bob", NAMED["registration"](place))),
         Step(
@@ -662,16 +760,8 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
             lambda s: s.take_pending_as(APP, "ann"),
             lambda s: s.take_pending_as(APP, "ann"),
         ),
-        Step(
-            b"EVALSHA",
-            "put_pending",
-            lambda s: s.put_pending(MINT.token("handle"), authentication(place, None), cap=9),
-        ),
-        Step(
-            b"SET",
-            "put_pending",
-            lambda s: s.put_pending(MINT.token("handle"), registration(place, other), cap=9),
-        ),
+        Step(b"EVALSHA", "put_pending", lambda s: put_open(s, place)),
+        Step(b"EVALSHA", "begin", lambda s: begin_one(s, place, other)),
         Step(b"SET", "put_nonce", lambda s: s.put_nonce(APP, MINT.token("nonce"), redeemable(place))),
         Step(
             b"SET",
@@ -692,10 +782,7 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
         ),
         Step(b"GETDEL", "take_nonce", lambda s: s.take_nonce(APP, nonce), lambda s: s.take_nonce(APP, nonce)),
         Step(
-            b"GETDEL",
-            "take_transaction",
-            lambda s: s.take_transaction(APP, name),
-            lambda s: s.take_transaction(APP, name),
+            b"DEL", "take_transaction", lambda s: s.take_transaction(name), lambda s: s.take_transaction(name)
         ),
     ]
 
@@ -708,6 +795,7 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
         assert (
             await store.take_pending(APP, handle) is None
         )  # the server has the scripts: no reply is NOSCRIPT below
+    await begin_one(store, real, (await open_one(store, real))[0])
     for step in await _steps(real, store):
         before, failed = len(proxy.named(step.command)), real.failures(step.operation)
         proxy.fate = of_command(fate, step.command)
@@ -718,7 +806,7 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
         proxy.fate = of_command(Fate.PASS, b"")
         assert len(proxy.named(step.command)) == before + 1, step
         if step.gone is not None:
-            assert await step.gone(store) is None, "it was taken; it never comes twice"
+            assert not await step.gone(store), "it was taken; it never comes twice"
 
 
 async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Place) -> None:
@@ -737,9 +825,9 @@ async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Pla
 async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) -> None:
     store = place.store()
     for _ in range(2):
-        _, name = await open_one(store, place)
-        bound = await store.put_pending(MINT.token("handle"), registration(place, name), cap=0)
-        free = await store.put_pending(MINT.token("handle"), authentication(place, None), cap=9)
+        token, _ = await open_one(store, place)
+        bound = await begin_one(store, place, token)
+        free = await put_open(store, place)
         for handle in (bound, free):
             with place.client() as client:
                 client.script_flush()
@@ -898,7 +986,7 @@ async def test_nobody_listens(cluster: bool, tmp_path: Path) -> None:
         store.facts,
         lambda: store.take_nonce(APP, MINT.token("nonce")),
         lambda: store.take_pending(APP, MINT.token("handle")),
-        lambda: store.put_pending(MINT.token("handle"), authentication(place, None), cap=9),
+        lambda: put_open(store, place),
     ):
         with pytest.raises(Unavailable) as refused:
             await run()
@@ -930,7 +1018,7 @@ async def test_a_server_that_takes_no_writes_is_unavailable(tmp_path: Path, trou
             for run in (
                 store.check,
                 lambda: store.put_nonce(APP, MINT.token("nonce"), redeemable(place)),
-                lambda: store.put_pending(MINT.token("handle"), authentication(place, None), cap=9),
+                lambda: put_open(store, place),
             ):
                 with pytest.raises(Unavailable) as refused:
                     await run()

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from broker import ceremony
@@ -173,17 +173,7 @@ class Broker:
         Raises:
             UnknownTransaction, TooManyPasskeys, Unavailable.
         """
-        name, transaction = await self._steps.peek(app, transaction_id, "register")
-        assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
-        pending, options = await self._steps.new_registration(
-            app,
-            user=(transaction.user_id, transaction.external_id, transaction.user_handle),
-            names=(transaction.user_name, transaction.user_display_name, transaction.nickname),
-            bound=(name, transaction.expires_at),
-            attachment=attachment,
-            asked=transaction.asked,
-        )
-        handle = await self._ephemeral.put_pending(self._mint.token("handle"), pending, cap=0)
+        handle, transaction, options = await self._steps.begin_registration(app, transaction_id, attachment)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options, second_factor=transaction.asked.second_factor)
 
@@ -213,9 +203,8 @@ class Broker:
             attachment=attachment,
             asked=asked,
         )
-        handle = await self._ephemeral.put_pending(
-            self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
-        )
+        handle = self._mint.token("handle")
+        await self._ephemeral.put_pending(handle, pending, cap=app.policy.discoverable_limit)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options)
 
@@ -329,23 +318,18 @@ class Broker:
         Raises:
             UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of passkeys, which none could answer.
         """
-        if transaction_id is None and asked.allow == ():
-            raise InvalidRequest("The list of passkeys is empty, so none could answer.", reason="empty_field")
-        user: tuple[str | None, str | None] = (None, None)
-        bound: tuple[bytes, float] | None = None
-        offered: Sequence[Credential] | Sequence[Offered] = ()
         if transaction_id is not None:
-            name, transaction = await self._steps.peek(app, transaction_id, "authenticate")
-            bound, asked, offered = (name, transaction.expires_at), transaction.asked, transaction.offered
-            user = (transaction.user_id, transaction.external_id)
-            if not offered:  # those of very many, or of several users
-                offered = await self._steps.offered_again(app, transaction)
-        pending, options = self._steps.new_authentication(app, user, offered, bound, asked)
-        if transaction_id is None and asked.allow is not None:
-            pending = replace(pending, allowed=asked.allow)
-        handle = await self._ephemeral.put_pending(
-            self._mint.token("handle"), pending, cap=app.policy.discoverable_limit
-        )
+            handle, transaction, options = await self._steps.begin_authentication(app, transaction_id)
+            kind = "discoverable" if transaction.user_id is None else "authenticate"
+            self._metrics.ceremonies.inc(kind, "begin", "ok")
+            return Begun(handle, options, transaction.asked.mediation, transaction.asked.second_factor)
+        if asked.allow == ():
+            raise InvalidRequest("The list of passkeys is empty, so none could answer.", reason="empty_field")
+        pending, options = self._steps.new_authentication(app, (None, None), (), asked)
+        if asked.allow is not None:
+            pending = pending._replace(allowed=asked.allow)
+        handle = self._mint.token("handle")
+        await self._ephemeral.put_pending(handle, pending, cap=app.policy.discoverable_limit)
         self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return Begun(handle, options, asked.mediation, asked.second_factor)
 
@@ -377,7 +361,7 @@ class Broker:
         if approval is not None and user_id is not None:
             await self._steps.record(app, user_id, approval)
         pending, options = self._steps.new_authentication(
-            app, (user_id, external_id), offered, None, asked, approval
+            app, (user_id, external_id), offered, asked, approval
         )
         if by == "challenge" or external_id is None:
             cap = app.policy.discoverable_limit if keyless else None

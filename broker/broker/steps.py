@@ -34,6 +34,7 @@ from broker.model import (
     Asked,
     Attachment,
     AuthenticationAnswer,
+    Beginning,
     Credential,
     Offered,
     PendingAuthentication,
@@ -112,6 +113,71 @@ class Steps:
         if found is None:
             raise UnknownTransaction(reason="transaction_unknown")
         if found[1].purpose != purpose:
+            raise UnknownTransaction(reason="transaction_wrong_kind")
+        return found
+
+    async def begin_registration(
+        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None
+    ) -> tuple[str, Transaction, dict[str, Any]]:
+        """Begin the registration of a transaction: the handle, the transaction, the options. What may be refused comes before the earlier
+        pending ceremony is replaced."""
+        name, transaction = await self.peek(app, transaction_id, "register")
+        assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
+        pending, options = await self.new_registration(
+            app,
+            user=(transaction.user_id, transaction.external_id, transaction.user_handle),
+            names=(transaction.user_name, transaction.user_display_name, transaction.nickname),
+            bound=(name, transaction.expires_at),
+            attachment=attachment,
+            asked=transaction.asked,
+        )
+        beginning = Beginning(
+            pending.challenge,
+            pending.begun_at,
+            app.policy.ceremony_life,
+            app.policy.verifications,
+            app.policy.algorithms,
+        )
+        handle, _, _ = await self._begin(app, transaction_id, "register", beginning)
+        return handle, transaction, options
+
+    async def begin_authentication(
+        self, app: RelyingParty, transaction_id: str
+    ) -> tuple[str, Transaction, dict[str, Any]]:
+        """Begin the authentication of a transaction: the handle, the transaction, the options. One round trip, unless the transaction
+        does not carry who may answer."""
+        now = self._clock()
+        beginning = Beginning(self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications)
+        handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
+        offered: Sequence[Credential] | Sequence[Offered] = transaction.offered
+        if not offered and (transaction.external_id is not None or transaction.asked.allow is not None):
+            offered = await self.offered_again(app, transaction)
+            # Nobody has heard of the handle so far, so nothing can be finished with what is replaced here.
+            beginning = beginning._replace(allowed=tuple(c.id for c in offered))
+            handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
+        pending = beginning.pending(name, transaction)
+        return (
+            handle,
+            transaction,
+            ceremony.begin_authentication(
+                app,
+                challenge=pending.challenge,
+                allow=[(c.credential_id, c.transports) for c in offered],
+                life=pending.expires_at - now,
+                user_verification=pending.user_verification,
+            ),
+        )
+
+    async def _begin(
+        self, app: RelyingParty, transaction_id: str, purpose: Purpose, beginning: Beginning
+    ) -> tuple[str, bytes, Transaction]:
+        if not well_formed(transaction_id, "transaction"):
+            raise UnknownTransaction(reason="transaction_malformed")
+        secret = self._mint.token("handle")
+        found = await self._ephemeral.begin(app.id, transaction_id, purpose, secret, beginning)
+        if found is None:
+            raise UnknownTransaction(reason="transaction_unknown")
+        if found[2].purpose != purpose:
             raise UnknownTransaction(reason="transaction_wrong_kind")
         return found
 
@@ -235,7 +301,7 @@ class Steps:
             user_name=user_name,
             user_display_name=user_display_name,
             nickname=nickname,
-            asked=replace(asked, allow=None, exclude=None),  # done with, and long
+            asked=without_lists(asked),
             user_verification=app.policy.verification(asked),
             algorithms=app.policy.algorithms,
             begun_at=now,
@@ -259,25 +325,25 @@ class Steps:
         app: RelyingParty,
         user: tuple[str | None, str | None],
         offered: Sequence[Credential] | Sequence[Offered],
-        bound: tuple[bytes, float] | None,
         asked: Asked,
         approval: Approval | None = None,
     ) -> tuple[PendingAuthentication, dict[str, Any]]:
+        """A pending ceremony without a transaction, and its options."""
         now = self._clock()
         ends = now + min(asked.life or app.policy.ceremony_life, app.policy.ceremony_life)
         pending = PendingAuthentication(
             app_id=app.id,
             challenge=self._mint.challenge() + (approval.digest if approval else b""),
-            transaction=bound[0] if bound else None,
+            transaction=None,
             user_id=user[0],
             external_id=user[1],
-            allowed=tuple(c.id for c in offered),
-            offered=carried(offered) if not bound else (),  # else the transaction has them
+            allowed=tuple([c.id for c in offered]),
+            offered=carried(offered),
             approval=approval.identifier if approval else None,
-            asked=replace(asked, allow=None, exclude=None),  # done with, and long
+            asked=without_lists(asked),
             user_verification=app.policy.verification(asked),
             begun_at=now,
-            expires_at=min(ends, bound[1]) if bound else ends,
+            expires_at=ends,
         )
         return pending, ceremony.begin_authentication(
             app,
@@ -302,7 +368,7 @@ class Steps:
             await self._tell_refused_registration(app, pending, refusal)
             raise
         async with retry_from("backend"):
-            await self._take_transaction(app, pending.transaction)
+            await self._take_transaction(pending.transaction)
             now = self._clock()
             passkey_id = self._mint.id()
             outcome = await self._durable.add_credential(
@@ -360,7 +426,7 @@ class Steps:
         async with retry_from(
             "page" if pending.user_id is None and pending.transaction is None else "backend"
         ):
-            await self._take_transaction(app, pending.transaction)
+            await self._take_transaction(pending.transaction)
             now = self._clock()
             recorded = await self._durable.use_credential(
                 credential,
@@ -415,9 +481,9 @@ class Steps:
             raise CeremonyRefused(reason="ownerless")
         return owned.credential, owned.external_id
 
-    async def _take_transaction(self, app: RelyingParty, name: bytes | None) -> None:
+    async def _take_transaction(self, name: bytes | None) -> None:
         """Take the transaction, if there is one, before any durable write: one transaction, one success."""
-        if name is not None and await self._ephemeral.take_transaction(app.id, name) is None:
+        if name is not None and not await self._ephemeral.take_transaction(name):
             raise UnknownTransaction(reason="transaction_spent")
 
     async def put_nonce(
@@ -516,6 +582,13 @@ def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered,
     return tuple(few) if len(few) <= _CARRIED else ()
 
 
+def without_lists(asked: Asked) -> Asked:
+    """What was asked, for a pending ceremony: its lists are done with, and long."""
+    return (
+        asked if asked.allow is None and asked.exclude is None else replace(asked, allow=None, exclude=None)
+    )
+
+
 def pending_name(purpose: Purpose, external_id: str) -> str:
     """The name of a user's one pending ceremony of this purpose."""
     return f"{purpose}:{external_id}"
@@ -543,6 +616,6 @@ def as_strict_as(app: RelyingParty, pending: P) -> P:
         if isinstance(pending, PendingRegistration) and pending.external_id is None and by_a_page:
             raise UnknownTransaction(reason="not_open")
         if pending.asked.ownerless:
-            pending = replace(pending, asked=replace(pending.asked, ownerless=False))
+            pending = pending._replace(asked=replace(pending.asked, ownerless=False))
     now = app.policy.verification(pending.asked)
-    return replace(pending, user_verification=now) if is_weaker(pending.user_verification, now) else pending
+    return pending._replace(user_verification=now) if is_weaker(pending.user_verification, now) else pending

@@ -3,12 +3,10 @@
 **Taking is validating.** A value is there or it is not; `take` reads and deletes in one command, so of any number of callers
 on any number of instances one gets it. Nothing here answers "is it valid?".
 
-**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app). With a transaction T:
+**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app), the 32 bytes of one as they are:
 
-    t:{T}             the transaction
-    p:{T}             its pending ceremony: SHA-256 of the handle, then the record
-
-    p:{H}             a pending ceremony under a name that a keyed caller chose; H is the name's digest
+    t:T               a transaction and, once begun, its pending ceremony with the digest of the handle that may take it
+    p:N               a pending ceremony under a name that a keyed caller chose; N is the name's digest
     p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge, which the record
                       then lacks: whoever reads it here can't make an answer
     d:{app}           the open ones of an app, by end of life: what the cap counts
@@ -18,12 +16,13 @@ on any number of instances one gets it. Nothing here answers "is it valid?".
     m:, o:, w:        mail codes: see `broker.ephemeral.mailbox`
 
 A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing over it, and the old handle
-finds nothing. A handle carries T behind its secret, which is how finish finds `p:{T}` from the handle alone; the script compares
-the secret's digest and leaves the record alone if it is another's. The braces keep what must change together in one slot of a
-cluster. `peek` is for transactions only.
+finds nothing. One script reads the transaction and writes the ceremony, so begin costs one round trip; what the ceremony takes from the
+transaction is worked out when both are taken (`Beginning`). A handle carries T behind its secret, which is how finish finds `t:T` from the
+handle alone; the script compares the secret's digest and leaves the ceremony alone if it is another's. The transaction stays until it is
+taken by itself. `peek` is for transactions only.
 
-A chosen name is no secret: whoever knows it could make up a handle that leads to `p:{H}`. Such a handle takes nothing, since the
-record there has no digest in front to match. A put under a name replaces what was there. No cap counts it: a key opened it.
+The braces keep what must change together in one slot of a cluster. No cap counts a put under a name: a key opened it; it replaces what
+was there. A chosen name is no secret, but no handle leads to it, for a transaction's keys begin with another letter.
 
 **Time.** Every record carries the end of its life by the server's clock and is also given to Redis with a TTL; a record past its
 end is never returned, even if a restored snapshot brings it back.
@@ -32,49 +31,82 @@ end is never returned, even if a restored snapshot brings it back.
 burnt and its owner told it was never valid. Every client here has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`. A
 connection whose reply was not awaited to its end is closed, so nobody reads another's answer.
 
-An operator can compute: keys = open transactions + pending ceremonies + unredeemed nonces and tickets + one set per app with open
-discoverable ceremonies; about 0.4 kB each.
+An operator can compute: keys = open transactions + pending ceremonies without one + unredeemed nonces and tickets + one set per app with
+open discoverable ceremonies; about half a kB each.
 """
 
 from __future__ import annotations
 
+from base64 import urlsafe_b64decode
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import orjson
 
 from broker.ephemeral.client import DOWN, Commands, Script, connect, run_script
-from broker.ephemeral.records import dump, load
-from broker.errors import TooManyCeremonies, Unavailable
-from broker.model import (
-    Pending,
-    PendingAuthentication,
-    Redeemable,
-    Transaction,
+from broker.ephemeral.records import (
+    HEADS,
+    dump_beginning,
+    dump_pending,
+    dump_redeemable,
+    dump_transaction,
+    load_beginning,
+    load_pending,
+    load_redeemable,
+    load_transaction,
 )
+from broker.errors import TooManyCeremonies, Unavailable
+from broker.model import Beginning, Pending, Purpose, Redeemable, Transaction
 from broker.telemetry import Metrics, Stopwatch, context
 from broker.tokens import digest, text
 
 __all__ = ["Ephemeral", "connect"]
 
-T = TypeVar("T")
-
 _SECRET = len("pbh_") + 43  # characters of a handle before the transaction's digest
-_HASH = 32
+_HANDLE = _SECRET + 43
 
 _PROBE = b"ready"
 
-# KEYS: p:{T}, t:{T}. ARGV: digest of the handle. The record starts with the digest of the only handle that may take it. The
-# transaction comes along and stays.
-_TAKE_BOUND = Script("""
+# What a transaction's value (`broker.ephemeral.records`) has behind its mark and its pending ceremony.
+_REST = """
+local function rest(v)
+  if string.byte(v) == 43 then
+    return string.sub(v, 36 + 256 * string.byte(v, 34) + string.byte(v, 35))
+  end
+  return string.sub(v, 2)
+end
+"""
+
+# KEYS: t:T. ARGV: how a transaction of the purpose begins; the pending ceremony with what stands before it. A transaction of another
+# purpose is only read.
+_BEGIN = Script(
+    _REST
+    + """
 local v = redis.call('GET', KEYS[1])
-if v and string.sub(v, 1, 32) == ARGV[1] then
-  redis.call('DEL', KEYS[1])
-  return {v, redis.call('GET', KEYS[2])}
+if not v then
+  return false
+end
+local opened = rest(v)
+if string.sub(opened, 1, #ARGV[1]) == ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[2] .. opened, 'KEEPTTL')
+end
+return opened
+"""
+)
+
+# KEYS: t:T. ARGV: digest of the handle. The pending ceremony, if this is the handle that may take it, and the transaction, which stays.
+_TAKE_BOUND = Script(
+    _REST
+    + """
+local v = redis.call('GET', KEYS[1])
+if v and string.sub(v, 1, 33) == '+' .. ARGV[1] then
+  local opened = rest(v)
+  redis.call('SET', KEYS[1], '-' .. opened, 'KEEPTTL')
+  return {string.sub(v, 36, #v - #opened), opened}
 end
 return false
-""")
+"""
+)
 
 # KEYS: p:{app}:H, d:{app}. ARGV: record, life in ms, now in ms, end in ms, cap, member.
 # SET is the first write: a full server refuses it, while it lets a script that has begun to write go on past its limit.
@@ -95,6 +127,9 @@ _TAKE_OPEN = Script("""
 redis.call('ZREM', KEYS[2], ARGV[1])
 return redis.call('GETDEL', KEYS[1])
 """)
+
+
+Ends = TypeVar("Ends", Transaction, Redeemable)
 
 
 class Ephemeral:
@@ -156,41 +191,51 @@ class Ephemeral:
 
     async def put_transaction(self, transaction_id: str, transaction: Transaction) -> None:
         """Store a transaction until `expires_at`."""
-        key = b"t:{%s}" % text(digest("transaction", transaction.app_id, transaction_id)).encode()
-        await self._put("put_transaction", key, transaction)
+        name = digest("transaction", transaction.app_id, transaction_id)
+        await self._put(
+            "put_transaction", b"t:" + name, dump_transaction(transaction), transaction.expires_at
+        )
 
     async def peek_transaction(self, app_id: str, transaction_id: str) -> tuple[bytes, Transaction] | None:
         """A transaction and the digest of its id, left where it is."""
         name = digest("transaction", app_id, transaction_id)
-        stored = await self._ask("peek_transaction", "GET", b"t:{%s}" % text(name).encode())
-        found = self._load(app_id, cast(bytes | None, stored), Transaction)
+        stored = cast(bytes | None, await self._ask("peek_transaction", "GET", b"t:" + name))
+        if stored is None:
+            return None
+        behind = 35 + int.from_bytes(stored[33:35], "big") if stored[:1] == b"+" else 1
+        found = self._living(load_transaction(app_id, stored[behind:]))
         return (name, found) if found else None
 
-    async def take_transaction(self, app_id: str, name: bytes) -> Transaction | None:
-        """Take the transaction whose id has this digest."""
-        stored = await self._ask("take_transaction", "GETDEL", b"t:{%s}" % text(name).encode())
-        return self._load(app_id, cast(bytes | None, stored), Transaction)
+    async def begin(
+        self, app_id: str, transaction_id: str, purpose: Purpose, secret: str, beginning: Beginning
+    ) -> tuple[str, bytes, Transaction] | None:
+        """Begin a ceremony of a transaction: replaces its pending one, unless it is of another purpose. The new handle, made from
+        `secret` (a minted token), the digest of the transaction's id, and the transaction."""
+        name = digest("transaction", app_id, transaction_id)
+        handle = secret + text(name)
+        opened = await self.run(
+            "begin",
+            _BEGIN,
+            keys=[b"t:" + name],
+            args=[HEADS[purpose], dump_beginning(digest("handle", app_id, handle), beginning)],
+        )
+        found = self._living(load_transaction(app_id, opened)) if opened else None
+        return (handle, name, found) if found else None
+
+    async def take_transaction(self, name: bytes) -> bool:
+        """Take the transaction whose id has this digest; whether it was there. Who asks has taken its pending ceremony, and so has all
+        that it says, and knows that it has not ended."""
+        return bool(await self._ask("take_transaction", "DEL", b"t:" + name))
 
     # -- pending ceremonies ---------------------------------------------------------------------------------------------------
 
-    async def put_pending(self, secret: str, pending: Pending, *, cap: int) -> str:
-        """Store a pending ceremony under a new handle, made from `secret` (a minted token), and return the handle.
+    async def put_pending(self, secret: str, pending: Pending, *, cap: int) -> None:
+        """Store a pending ceremony that has no transaction; `secret`, a minted token, is its handle.
 
         Raises:
             TooManyCeremonies: the app has `cap` open ceremonies without a transaction. Counted in the same round trip.
         """
-        if pending.transaction is not None:
-            place = text(pending.transaction)
-            handle = secret + place
-            await self._put(
-                "put_pending",
-                b"p:{%s}" % place.encode(),
-                pending,
-                before=digest("handle", pending.app_id, handle),
-            )
-            return handle
         await self._put_open_pending(digest("handle", pending.app_id, secret), pending, cap)
-        return secret
 
     async def put_pending_by_challenge(self, pending: Pending, *, cap: int | None) -> None:
         """Store a pending ceremony that its challenge finds. `cap` is None for those that no cap counts.
@@ -199,11 +244,12 @@ class Ephemeral:
             TooManyCeremonies: see `put_pending`.
         """
         name = digest("challenge", pending.app_id, text(pending.challenge))
-        pending = replace(pending, challenge=b"")
+        pending = pending._replace(challenge=b"")
         if cap is not None:
             await self._put_open_pending(name, pending, cap)
         else:
-            await self._put("put_pending", self._open_keys(pending.app_id, name)[0], pending)
+            key = self._open_keys(pending.app_id, name)[0]
+            await self._put("put_pending", key, dump_pending(pending), pending.expires_at)
 
     async def _put_open_pending(self, name: bytes, pending: Pending, cap: int) -> None:
         now = int(self._clock() * 1000)
@@ -212,7 +258,7 @@ class Ephemeral:
             "put_pending",
             _PUT_OPEN,
             keys=self._open_keys(pending.app_id, name),
-            args=[dump(pending), max(1, end - now), now, end, cap, name],
+            args=[dump_pending(pending), max(1, end - now), now, end, cap, name],
         )
         if not stored:
             raise TooManyCeremonies(reason="discoverable_limit")
@@ -220,70 +266,66 @@ class Ephemeral:
     async def take_pending(self, app_id: str, handle: str) -> Pending | None:
         """Take the pending ceremony that `handle` finds, of either kind."""
         name = digest("handle", app_id, handle)
-        if len(handle) > _SECRET:
-            place = handle[_SECRET:].encode()
-            found = await self.run(
-                "take_pending", _TAKE_BOUND, keys=[b"p:{%s}" % place, b"t:{%s}" % place], args=[name]
-            )
-            if not found:
-                return None
-            pending = self._load_pending(app_id, found[0][_HASH:])
-            if isinstance(pending, PendingAuthentication):
-                transaction = self._load(app_id, found[1], Transaction)
-                return replace(pending, offered=transaction.offered) if transaction else None
-            return pending
-        return await self._take_open_pending(app_id, name)
+        if len(handle) == _SECRET:
+            return await self._take_open_pending(app_id, name)
+        if len(handle) != _HANDLE:
+            return None
+        place = urlsafe_b64decode(handle[_SECRET:] + "=")
+        found = await self.run("take_pending", _TAKE_BOUND, keys=[b"t:" + place], args=[name])
+        if not found:
+            return None
+        beginning, transaction = load_beginning(found[0]), load_transaction(app_id, found[1])
+        if beginning is None or transaction is None:
+            return None
+        return self._living_pending(beginning.pending(place, transaction))
 
     async def take_pending_by_challenge(self, app_id: str, challenge: bytes) -> Pending | None:
         """Take the pending ceremony with this challenge."""
         found = await self._take_open_pending(app_id, digest("challenge", app_id, text(challenge)))
-        return replace(found, challenge=challenge) if found else None
+        return found._replace(challenge=challenge) if found else None
 
     async def _take_open_pending(self, app_id: str, name: bytes) -> Pending | None:
         stored = await self.run("take_pending", _TAKE_OPEN, keys=self._open_keys(app_id, name), args=[name])
-        return self._load_pending(app_id, stored)
+        return self._living_pending(load_pending(app_id, stored)) if stored else None
 
     @staticmethod
     def _open_keys(app_id: str, name: bytes) -> list[bytes]:
         app = app_id.encode()
-        return [b"p:{%s}:%s" % (app, text(name).encode()), b"d:{%s}" % app]
+        return [b"p:{%b}:%b" % (app, name), b"d:{%b}" % app]
 
     async def put_pending_as(self, name: str, pending: Pending) -> None:
         """Store a pending ceremony under `name`, within its app; an earlier one of that name is gone."""
-        await self._put("put_pending", self._name_key(pending.app_id, name), pending)
+        key = b"p:" + digest("handle", pending.app_id, name)
+        await self._put("put_pending", key, dump_pending(pending), pending.expires_at)
 
     async def take_pending_as(self, app_id: str, name: str) -> Pending | None:
         """Take the pending ceremony that was put under `name`."""
-        stored = await self._ask("take_pending", "GETDEL", self._name_key(app_id, name))
-        return self._load_pending(app_id, cast(bytes | None, stored))
-
-    @staticmethod
-    def _name_key(app_id: str, name: str) -> bytes:
-        return b"p:{%s}" % text(digest("handle", app_id, name)).encode()
+        stored = await self._ask("take_pending", "GETDEL", b"p:" + digest("handle", app_id, name))
+        return self._living_pending(load_pending(app_id, cast(bytes, stored))) if stored else None
 
     # -- nonces ---------------------------------------------------------------------------------------------------------------
 
     async def put_nonce(self, app_id: str, nonce: str, redeemable: Redeemable) -> None:
         """Store what a nonce stands for until `expires_at`."""
-        await self._put("put_nonce", b"n:" + text(digest("nonce", app_id, nonce)).encode(), redeemable)
+        key = b"n:" + digest("nonce", app_id, nonce)
+        await self._put("put_nonce", key, dump_redeemable(redeemable), redeemable.expires_at)
 
     async def take_nonce(self, app_id: str, nonce: str) -> Redeemable | None:
         """Take what a nonce stands for."""
-        key = b"n:" + text(digest("nonce", app_id, nonce)).encode()
-        stored = await self._ask("take_nonce", "GETDEL", key)
-        return self._load(app_id, cast(bytes | None, stored), Redeemable)
+        stored = await self._ask("take_nonce", "GETDEL", b"n:" + digest("nonce", app_id, nonce))
+        return self._living(load_redeemable(cast(bytes, stored))) if stored else None
 
     # -- tickets --------------------------------------------------------------------------------------------------------------
 
     async def put_ticket(self, app_id: str, ticket: str, value: object, ends: float) -> None:
         """Store what a ticket stands for, a JSON value, until `ends`."""
-        key = b"s:" + text(digest("ticket", app_id, ticket)).encode()
+        key = b"s:" + digest("ticket", app_id, ticket)
         life = max(1, int((ends - self._clock()) * 1000))
         await self._ask("put_ticket", "SET", key, orjson.dumps([ends, value]), "PX", life)
 
     async def take_ticket(self, app_id: str, ticket: str) -> Any | None:
         """Take what a ticket stands for."""
-        key = b"s:" + text(digest("ticket", app_id, ticket)).encode()
+        key = b"s:" + digest("ticket", app_id, ticket)
         stored = await self._ask("take_ticket", "GETDEL", key)
         if not stored:
             return None
@@ -292,23 +334,16 @@ class Ephemeral:
 
     # -- records --------------------------------------------------------------------------------------------------------------
 
-    async def _put(
-        self, operation: str, key: bytes, record: Transaction | Pending | Redeemable, *, before: bytes = b""
-    ) -> None:
-        life = max(1, int((record.expires_at - self._clock()) * 1000))
-        await self._ask(operation, "SET", key, before + dump(record), "PX", life)
+    async def _put(self, operation: str, key: bytes, record: bytes, ends: float) -> None:
+        life = max(1, int((ends - self._clock()) * 1000))
+        await self._ask(operation, "SET", key, record, "PX", life)
 
-    def _load(self, app_id: str, stored: bytes | None, kind: type[T]) -> T | None:
-        record = load(app_id, stored) if stored else None
-        if not isinstance(record, kind) or cast(Transaction, record).expires_at <= self._clock():
-            return None
-        return record
+    def _living(self, record: Ends | None) -> Ends | None:
+        """The record, unless it is past its end."""
+        return record if record is not None and record.expires_at > self._clock() else None
 
-    def _load_pending(self, app_id: str, stored: bytes | None) -> Pending | None:
-        record = load(app_id, stored) if stored else None
-        if isinstance(record, Pending) and record.expires_at > self._clock():
-            return record
-        return None
+    def _living_pending(self, record: Pending | None) -> Pending | None:
+        return record if record is not None and record.expires_at > self._clock() else None
 
 
 def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:

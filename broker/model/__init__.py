@@ -1,4 +1,6 @@
-"""The words of the domain, as frozen types. No I/O, no clock, no third-party library.
+"""The words of the domain, as types that don't change. No I/O, no clock, no third-party library.
+
+What every login makes several of is a NamedTuple, the rest are frozen dataclasses: those cost eight times as much to make.
 
 Times are seconds since the epoch (float) in one-time values and timezone-aware `datetime` in durable ones; lives are whole
 seconds. Ids (`RelyingParty.id`, `User.id`, `Credential.id`) are 24 ASCII alphanumerics. Byte strings are raw, never base64.
@@ -10,7 +12,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from broker.errors import InvalidRequest, InvalidSetting
@@ -29,7 +31,9 @@ from broker.model.policy import (
     TokenAlgorithm,
     Trust,
     UserVerification,
+    Verifications,
     is_weaker,
+    verification,
 )
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "AttestationPreference",
     "AuditRow",
     "AuthenticationAnswer",
+    "Beginning",
     "CounterPolicy",
     "Credential",
     "Event",
@@ -69,6 +74,7 @@ __all__ = [
     "Used",
     "User",
     "UserVerification",
+    "Verifications",
     "VerifiedAuthentication",
     "VerifiedRegistration",
     "action_of",
@@ -76,6 +82,7 @@ __all__ = [
     "fields_of",
     "is_origin",
     "is_weaker",
+    "verification",
     "web_origin",
 ]
 
@@ -272,8 +279,7 @@ class ApprovalRecord:
     approved_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
+class Offered(NamedTuple):
     """A passkey that a ceremony offers, with what judging its answer needs: what was read when it was offered isn't read again.
 
     All but `sign_count` and `backed_up` never change; those two are judged by the write that records the sign-in, which also decides
@@ -295,8 +301,7 @@ class Offered:
     app_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Transaction:
+class Transaction(NamedTuple):
     """Permission for one ceremony. Lives in the ephemeral store until finish takes it or `expires_at` passes.
 
     `user_id` is None for an authentication of whoever owns the passkey that answers, and for a registration whose passkey nobody
@@ -325,8 +330,62 @@ def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
     return "second_factor.used" if pending.asked.second_factor else "passkey.used"
 
 
-@dataclass(frozen=True, slots=True)
-class PendingRegistration:
+class Beginning(NamedTuple):
+    """What a begin adds to its transaction: the pending ceremony, but for what the transaction says.
+
+    `life` (seconds), `verifications` and `algorithms` (of a registration) are the policy's at that moment. `allowed` is None where the
+    transaction's `offered` say who may answer.
+    """
+
+    challenge: bytes
+    begun_at: float
+    life: int
+    verifications: Verifications
+    algorithms: tuple[int, ...] = ()
+    allowed: tuple[str, ...] | None = None
+
+    def pending(self, name: bytes, transaction: Transaction) -> PendingRegistration | PendingAuthentication:
+        """The whole pending ceremony. `name` is the digest of the transaction's id."""
+        asked = transaction.asked
+        user_verification = verification(self.verifications, asked)
+        life = self.life if asked.life is None else min(asked.life, self.life)
+        ends = min(self.begun_at + life, transaction.expires_at)
+        if transaction.purpose == "register":
+            assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
+            return PendingRegistration(
+                transaction.app_id,
+                self.challenge,
+                name,
+                transaction.user_id,
+                transaction.external_id,
+                transaction.user_handle,
+                transaction.user_name,
+                transaction.user_display_name,
+                transaction.nickname,
+                asked,
+                user_verification,
+                self.algorithms,
+                self.begun_at,
+                ends,
+            )
+        offered = transaction.offered
+        return PendingAuthentication(
+            transaction.app_id,
+            self.challenge,
+            name,
+            transaction.user_id,
+            transaction.external_id,
+            tuple([o.id for o in offered]) if self.allowed is None else self.allowed,
+            offered,
+            None,
+            asked,
+            user_verification,
+            self.begun_at,
+            ends,
+        )
+
+
+class PendingRegistration(NamedTuple):
     """A begun registration: what was offered, to compare the answer with. Only `finish_registration` takes one.
 
     `transaction` (digest of its id) is None where a keyed caller named the user.
@@ -348,8 +407,7 @@ class PendingRegistration:
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class PendingAuthentication:
+class PendingAuthentication(NamedTuple):
     """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may answer; `offered` those of them that
     need not be read again.
 
@@ -374,8 +432,7 @@ class PendingAuthentication:
 Pending = PendingRegistration | PendingAuthentication
 
 
-@dataclass(frozen=True, slots=True)
-class RegistrationAnswer:
+class RegistrationAnswer(NamedTuple):
     """What `navigator.credentials.create()` returned, decoded from base64url and not yet judged."""
 
     credential_id: bytes
@@ -385,8 +442,7 @@ class RegistrationAnswer:
     attachment: Attachment | None
 
 
-@dataclass(frozen=True, slots=True)
-class AuthenticationAnswer:
+class AuthenticationAnswer(NamedTuple):
     """What `navigator.credentials.get()` returned, decoded and not yet judged. `user_handle` stays text: see `ceremony`."""
 
     credential_id: bytes
@@ -396,8 +452,7 @@ class AuthenticationAnswer:
     user_handle: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedRegistration:
+class VerifiedRegistration(NamedTuple):
     """A registration that satisfies WebAuthn L3 §7.1: all that the new credential is made of."""
 
     credential_id: bytes
@@ -416,8 +471,7 @@ class VerifiedRegistration:
     origin: str
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedAuthentication:
+class VerifiedAuthentication(NamedTuple):
     """An authentication that satisfies WebAuthn L3 §7.2. `counter_regressed` is true only where the policy flags it."""
 
     sign_count: int
@@ -430,16 +484,14 @@ class VerifiedAuthentication:
     origin: str
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(NamedTuple):
     """What a recorded sign-in changed."""
 
     counter_regressed: bool
     backup_changed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What redemption tells the backend: who, and how it was proved. `at` is when the ceremony finished.
 
     `second_factor`: the ceremony was about second factors; it asked for no more than that, whichever passkey answered. `ownerless`:
@@ -475,8 +527,7 @@ class Receipt:
         return self.purpose
 
 
-@dataclass(frozen=True, slots=True)
-class Redeemable:
+class Redeemable(NamedTuple):
     """What a nonce stands for: the receipt, and the transaction (digest of its id) that the caller may expect."""
 
     receipt: Receipt

@@ -6,7 +6,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from broker.errors import InvalidSetting
 from broker.model.origins import web_origin
@@ -51,6 +51,21 @@ class Asked:
     mediation: Mediation = "required"
 
 
+class Verifications(NamedTuple):
+    """The part of a policy that decides about user verification."""
+
+    user_verification: UserVerification
+    second_factor: UserVerification
+    allow_weaker: bool
+
+
+def verification(of: Verifications, asked: Asked) -> UserVerification:
+    """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the policy allows that."""
+    base = of.second_factor if asked.second_factor else of.user_verification
+    wish = asked.user_verification
+    return base if wish is None or (not of.allow_weaker and is_weaker(wish, base)) else wish
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a relying party asks of ceremonies. Every key can be set with `broker app update --set key=value`."""
@@ -78,11 +93,14 @@ class Policy:
     hanko_algorithm: TokenAlgorithm = "RS256"  # of the tokens that the Hanko dialect signs
     passlock_open_registration: bool = False  # whether a page may register a passkey that nobody owns yet
 
+    @property
+    def verifications(self) -> Verifications:
+        """What decides about the user verification of one ceremony."""
+        return Verifications(self.user_verification, self.second_factor_user_verification, self.allow_weaker)
+
     def verification(self, asked: Asked) -> UserVerification:
-        """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the policy allows that."""
-        base = self.second_factor_user_verification if asked.second_factor else self.user_verification
-        wish = asked.user_verification
-        return base if wish is None or (not self.allow_weaker and is_weaker(wish, base)) else wish
+        """The user verification of one ceremony."""
+        return verification(self.verifications, asked)
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Policy:

@@ -15,7 +15,6 @@ Code and id_token are two proofs of one ceremony, and `id` of the one is `jti` o
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -237,7 +236,7 @@ async def exchange_code_for(request: web.Request, app: RelyingParty) -> web.Stre
     receipt = await _redeem(request, app, code)
     if receipt.external_id != user_id:
         await request.app[DIRECTORY].assign(app, receipt.passkey_id, user_id)
-    return _principal(request, code, replace(receipt, external_id=user_id))
+    return _principal(request, code, receipt._replace(external_id=user_id))
 
 
 async def _redeem(request: web.Request, app: RelyingParty, code: str) -> Receipt:
