@@ -51,6 +51,7 @@ HOMES: dict[str, set[str]] = {
     "asyncpg": {"durable"},
     "cbor2": {"ceremony"},
     "cryptography": {"ceremony", "tokens"},
+    "hiredis": {"ephemeral"},
     "httpx": {"sdk"},
     "jwt": {"tokens"},
     "orjson": {"telemetry", "ephemeral", "web", "dialects", "console", "demo"},
