@@ -23,7 +23,7 @@ wrong-kind and foreign values; `Refusal.reason` tells the operator which it was.
 begun), and travels with the one-time value: public keys, not secrets. A passkey added since is not offered by that transaction; one
 that was revoked since is refused by the write that records the sign-in. A login is two statements: that look-up, and that write.
 
-The steps that both ways share are in `broker.broker.steps`. Clock and chance are arguments. The durable write, not what was read
+The steps that both ways share are in `broker.broker.begins` and `broker.broker.finishes`. Clock and chance are arguments. The durable write, not what was read
 before it, decides about revocation, counters and duplicates.
 """
 
@@ -35,7 +35,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from broker import ceremony
-from broker.broker.steps import Steps, carried, kind_of, pending_name, retry_from
+from broker.broker.begins import Begins, carried
+from broker.broker.finishes import Finishes, kind_of, pending_name, retry_from
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import InvalidRequest, UnknownNonce, UnknownTransaction
@@ -95,7 +96,8 @@ class Broker:
         self._metrics = metrics
         self._clock = clock
         self._mint = mint or SystemMint()
-        self._steps = Steps(
+        self._begins = Begins(ephemeral=ephemeral, durable=durable, clock=clock, mint=self._mint)
+        self._finishes = Finishes(
             ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=self._mint
         )
 
@@ -123,10 +125,10 @@ class Broker:
         user_name = display_name if user_name is None else user_name
         checked(user_name, "user_name")
         if external_id is None:
-            user_id, handle = self._steps.nobody()
+            user_id, handle = self._begins.nobody()
         else:
             checked(external_id, "external_id")
-            user_id, handle = await self._steps.ensure_user(app, external_id)
+            user_id, handle = await self._begins.ensure_user(app, external_id)
         names = (user_name, display_name, display_name)
         return await self._open(app, "register", (user_id, external_id, handle), names, (), asked)
 
@@ -141,9 +143,9 @@ class Broker:
         """
         user_id, offered = None, list[Offered]()
         if external_id is not None:
-            user_id, offered = await self._steps.user_to_sign_in(app, external_id, asked)
+            user_id, offered = await self._begins.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:
-            await self._steps.offered(app, asked)
+            await self._begins.offered(app, asked)
         user = (user_id, external_id, "")
         return await self._open(app, "authenticate", user, ("", "", ""), carried(offered), asked)
 
@@ -173,7 +175,7 @@ class Broker:
         Raises:
             UnknownTransaction, TooManyPasskeys, Unavailable.
         """
-        handle, transaction, options = await self._steps.begin_registration(app, transaction_id, attachment)
+        handle, transaction, options = await self._begins.begin_registration(app, transaction_id, attachment)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options, second_factor=transaction.asked.second_factor)
 
@@ -194,8 +196,8 @@ class Broker:
         """
         checked(user_name, "user_name")
         checked(display_name, "user_display_name")
-        user_id, user_handle = self._steps.nobody()
-        pending, options = await self._steps.new_registration(
+        user_id, user_handle = self._begins.nobody()
+        pending, options = await self._begins.new_registration(
             app,
             user=(user_id, None, user_handle),
             names=(user_name, display_name, display_name),
@@ -234,8 +236,8 @@ class Broker:
         checked(user_display_name, "user_display_name")
         if nickname is not None:
             checked(nickname, "nickname")
-        user_id, user_handle = await self._steps.ensure_user(app, external_id)
-        pending, options = await self._steps.new_registration(
+        user_id, user_handle = await self._begins.ensure_user(app, external_id)
+        pending, options = await self._begins.new_registration(
             app,
             user=(user_id, external_id, user_handle),
             names=(user_name, user_display_name, nickname or ""),
@@ -273,11 +275,11 @@ class Broker:
         nonce_life: int | None = None,
     ) -> tuple[str, Receipt]:
         """`finish_registration` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
-        async with self._steps.counted("register", "page"):
-            pending = await self._steps.take_pending(app, handle, transaction_id, PendingRegistration)
-            receipt = await self._steps.registered(app, pending, answer, confirmed=False)
-            async with retry_from("backend"):
-                return await self._steps.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
+        with self._finishes.counted("register", "page"):
+            pending = await self._finishes.take_pending(app, handle, transaction_id, PendingRegistration)
+            receipt = await self._finishes.registered(app, pending, answer, confirmed=False)
+            with retry_from("backend"):
+                return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_registration_of(
         self, app: RelyingParty, external_id: str, answer: RegistrationAnswer
@@ -288,9 +290,9 @@ class Broker:
         Raises:
             InvalidRequest; UnknownTransaction: no pending registration of this user; CeremonyRefused; Unavailable.
         """
-        async with self._steps.counted("register", "backend"):
-            pending = await self._steps.take_pending_of(app, "register", external_id, PendingRegistration)
-            return await self._steps.registered(app, pending, answer, confirmed=True)
+        with self._finishes.counted("register", "backend"):
+            pending = await self._finishes.take_pending_of(app, "register", external_id, PendingRegistration)
+            return await self._finishes.registered(app, pending, answer, confirmed=True)
 
     async def finish_registration_by(
         self, app: RelyingParty, answer: RegistrationAnswer, *, second_factor: bool, confirmed: bool
@@ -300,12 +302,12 @@ class Broker:
         Raises:
             UnknownTransaction: no such pending registration; CeremonyRefused; Unavailable.
         """
-        async with self._steps.counted("register", "backend"):
+        with self._finishes.counted("register", "backend"):
             challenge = ceremony.challenge_of(answer.client_data_json)
-            pending = await self._steps.take_pending_by_challenge(
+            pending = await self._finishes.take_pending_by_challenge(
                 app, challenge, PendingRegistration, second_factor=second_factor
             )
-            return await self._steps.registered(app, pending, answer, confirmed=confirmed)
+            return await self._finishes.registered(app, pending, answer, confirmed=confirmed)
 
     # -- authentication -------------------------------------------------------------------------------------------------------
 
@@ -319,13 +321,13 @@ class Broker:
             UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of passkeys, which none could answer.
         """
         if transaction_id is not None:
-            handle, transaction, options = await self._steps.begin_authentication(app, transaction_id)
+            handle, transaction, options = await self._begins.begin_authentication(app, transaction_id)
             kind = "discoverable" if transaction.user_id is None else "authenticate"
             self._metrics.ceremonies.inc(kind, "begin", "ok")
             return Begun(handle, options, transaction.asked.mediation, transaction.asked.second_factor)
         if asked.allow == ():
             raise InvalidRequest("The list of passkeys is empty, so none could answer.", reason="empty_field")
-        pending, options = self._steps.new_authentication(app, (None, None), (), asked)
+        pending, options = self._begins.new_authentication(app, (None, None), (), asked)
         if asked.allow is not None:
             pending = pending._replace(allowed=asked.allow)
         handle = self._mint.token("handle")
@@ -355,12 +357,12 @@ class Broker:
         user_id: str | None = None
         offered: Sequence[Credential] | Sequence[Offered] = ()
         if external_id is not None:
-            user_id, offered = await self._steps.user_to_sign_in(app, external_id, asked)
+            user_id, offered = await self._begins.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:
-            offered = await self._steps.offered(app, asked)
+            offered = await self._begins.offered(app, asked)
         if approval is not None and user_id is not None:
-            await self._steps.record(app, user_id, approval)
-        pending, options = self._steps.new_authentication(
+            await self._begins.record(app, user_id, approval)
+        pending, options = self._begins.new_authentication(
             app, (user_id, external_id), offered, asked, approval
         )
         if by == "challenge" or external_id is None:
@@ -394,12 +396,12 @@ class Broker:
         nonce_life: int | None = None,
     ) -> tuple[str, Receipt]:
         """`finish_authentication` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
-        async with self._steps.counted("authenticate", "page") as counted:
-            pending = await self._steps.take_pending(app, handle, transaction_id, PendingAuthentication)
+        with self._finishes.counted("authenticate", "page") as counted:
+            pending = await self._finishes.take_pending(app, handle, transaction_id, PendingAuthentication)
             counted.kind = kind_of(pending)
-            receipt = await self._steps.authenticated(app, pending, answer)
-            async with retry_from("backend" if pending.transaction else "page"):
-                return await self._steps.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
+            receipt = await self._finishes.authenticated(app, pending, answer)
+            with retry_from("backend" if pending.transaction else "page"):
+                return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_authentication_of(
         self, app: RelyingParty, external_id: str, answer: AuthenticationAnswer
@@ -409,11 +411,11 @@ class Broker:
         Raises:
             InvalidRequest; UnknownTransaction: no pending authentication of this user; CeremonyRefused; Unavailable.
         """
-        async with self._steps.counted("authenticate", "backend"):
-            pending = await self._steps.take_pending_of(
+        with self._finishes.counted("authenticate", "backend"):
+            pending = await self._finishes.take_pending_of(
                 app, "authenticate", external_id, PendingAuthentication
             )
-            return await self._steps.authenticated(app, pending, answer)
+            return await self._finishes.authenticated(app, pending, answer)
 
     async def finish_authentication_by(
         self,
@@ -428,15 +430,15 @@ class Broker:
         Raises:
             UnknownTransaction: no such pending authentication; CeremonyRefused, DiscoverableRefused, Unavailable.
         """
-        async with self._steps.counted("authenticate", "backend") as counted:
+        with self._finishes.counted("authenticate", "backend") as counted:
             challenge = ceremony.challenge_of(answer.client_data_json)
-            pending = await self._steps.take_pending_by_challenge(
+            pending = await self._finishes.take_pending_by_challenge(
                 app, challenge, PendingAuthentication, second_factor=second_factor
             )
             counted.kind = kind_of(pending)
             if (pending.approval is not None) != approved:
                 raise UnknownTransaction(reason="challenge_unknown")
-            return await self._steps.authenticated(app, pending, answer)
+            return await self._finishes.authenticated(app, pending, answer)
 
     async def hand_out(self, app: RelyingParty, receipt: Receipt, life: int) -> str:
         """A nonce for a receipt, to be redeemed once within `life` seconds, 10 minutes at most.
@@ -444,8 +446,8 @@ class Broker:
         Raises:
             Unavailable.
         """
-        async with retry_from("backend"):
-            return await self._steps.put_nonce(app, receipt, None, life)
+        with retry_from("backend"):
+            return await self._finishes.put_nonce(app, receipt, None, life)
 
     # -- redeem ---------------------------------------------------------------------------------------------------------------
 
@@ -470,7 +472,7 @@ class Broker:
             UnknownNonce: unknown, expired, redeemed, of another app, or not what the caller expects: all alike.
             Unavailable: the nonce may be spent.
         """
-        async with retry_from("backend"):
+        with retry_from("backend"):
             found = await self._ephemeral.take_nonce(app.id, nonce) if well_formed(nonce, "nonce") else None
             if found is None:
                 self._metrics.redemptions.inc("unknown")

@@ -18,16 +18,18 @@ import contextlib
 import hashlib
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
 
+from broker.durable.together import Together
 from broker.errors import Fault, Unavailable
 from broker.telemetry import Metrics, Stopwatch, context
 
+A = TypeVar("A")
 T = TypeVar("T")
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -179,6 +181,17 @@ class Postgres:
             if not turn.done():
                 turn.set_result(None)
                 return
+
+    def together(
+        self,
+        operation: str,
+        work: Callable[[Sequence[A]], Awaitable[Sequence[T]]],
+        *,
+        name: Callable[[A], Hashable] = id,
+    ) -> Callable[[A], Awaitable[T]]:
+        """`work` for one caller, who shares a statement with others that come at the same time, within the caller's limit."""
+        shared = Together(operation, work, metrics=self._metrics, name=name)
+        return lambda asked: shared.ask(asked, context().remaining(self._timeout))
 
     async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
         return await self.run(operation, lambda c: c.fetchrow(sql, *values))

@@ -19,7 +19,7 @@ A transaction has one place for a pending ceremony, so a new begin replaces the 
 finds nothing. One script reads the transaction and writes the ceremony, so begin costs one round trip; what the ceremony takes from the
 transaction is worked out when both are taken (`Beginning`). A handle carries T behind its secret, which is how finish finds `t:T` from the
 handle alone; the script compares the secret's digest and leaves the ceremony alone if it is another's. The transaction stays until it is
-taken by itself. `peek` is for transactions only.
+taken by itself. A server that is full refuses that script as a whole, for it writes what is left: nothing is taken then. `peek` is for transactions only.
 
 The braces keep what must change together in one slot of a cluster. No cap counts a put under a name: a key opened it; it replaces what
 was there. A chosen name is no secret, but no handle leads to it, for a transaction's keys begin with another letter.

@@ -1,5 +1,4 @@
-"""The steps that ceremonies are made of, whoever asks for them: with a transaction, discoverable, or of a user whom a keyed caller
-names. `Broker` puts them together.
+"""How ceremonies finish: take, judge, take, write; whoever asked for them.
 
 A step that takes is one atomic command, and everything after it fails closed: `retry_from` writes on the refusal where the person
 starts again. Steps that judge take the pending ceremony as it was taken, so there is no way to judge an answer that could come again.
@@ -8,10 +7,10 @@ A refusal that concerns somebody is told as an event, where the store can write 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import NoReturn, TypeVar
 
 from broker import ceremony
 from broker.durable import Durable, instant
@@ -19,22 +18,14 @@ from broker.ephemeral import Ephemeral
 from broker.errors import (
     CeremonyRefused,
     DiscoverableRefused,
-    DuplicateApproval,
-    NoPasskeys,
     Refusal,
     Retry,
     Signal,
-    TooManyPasskeys,
     Unavailable,
     UnknownTransaction,
-    UnknownUser,
 )
 from broker.model import (
-    Approval,
-    Asked,
-    Attachment,
     AuthenticationAnswer,
-    Beginning,
     Credential,
     Offered,
     PendingAuthentication,
@@ -44,7 +35,6 @@ from broker.model import (
     Redeemable,
     RegistrationAnswer,
     RelyingParty,
-    Transaction,
     action_of,
     checked,
     is_weaker,
@@ -54,12 +44,11 @@ from broker.tokens import Mint, digest, well_formed
 
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
 _LONGEST_NONCE = 600  # seconds
-_CARRIED = 8
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
 
 
-class Steps:
-    """The steps, on the two stores."""
+class Finishes:
+    """The steps from the answer to the nonce or the receipt, on the two stores."""
 
     def __init__(
         self,
@@ -76,116 +65,11 @@ class Steps:
         self._clock = clock
         self._mint = mint
 
-    async def ensure_user(self, app: RelyingParty, external_id: str) -> tuple[str, str]:
-        """Id and handle of the user, who is made if the app has none with this external id."""
-        return await self._durable.ensure_user(
-            app.id,
-            external_id,
-            new_id=self._mint.id(),
-            new_handle=self._mint.user_handle(),
-            now=instant(self._clock()),
-        )
-
-    def nobody(self) -> tuple[str, str]:
-        """Id and handle of a new user without an external id, who is stored with the passkey that nobody owns yet."""
-        return self._mint.id(), self._mint.user_handle()
-
-    async def user_to_sign_in(
-        self, app: RelyingParty, external_id: str, asked: Asked
-    ) -> tuple[str, list[Offered]]:
-        """Id and live passkeys of a user who has one that may answer; second factors are among them if asked for."""
-        checked(external_id, "external_id")
-        found = await self._durable.user_to_sign_in(app.id, external_id, second_factor=asked.second_factor)
-        if found is None:
-            raise UnknownUser
-        user_id, _, held = found
-        offered = [o for o in held if asked.allow is None or o.id in asked.allow]
-        if not offered:
-            raise NoPasskeys
-        return user_id, offered
-
-    async def peek(
-        self, app: RelyingParty, transaction_id: str, purpose: Purpose
-    ) -> tuple[bytes, Transaction]:
-        if not well_formed(transaction_id, "transaction"):
-            raise UnknownTransaction(reason="transaction_malformed")
-        found = await self._ephemeral.peek_transaction(app.id, transaction_id)
-        if found is None:
-            raise UnknownTransaction(reason="transaction_unknown")
-        if found[1].purpose != purpose:
-            raise UnknownTransaction(reason="transaction_wrong_kind")
-        return found
-
-    async def begin_registration(
-        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None
-    ) -> tuple[str, Transaction, dict[str, Any]]:
-        """Begin the registration of a transaction: the handle, the transaction, the options. What may be refused comes before the earlier
-        pending ceremony is replaced."""
-        name, transaction = await self.peek(app, transaction_id, "register")
-        assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
-        pending, options = await self.new_registration(
-            app,
-            user=(transaction.user_id, transaction.external_id, transaction.user_handle),
-            names=(transaction.user_name, transaction.user_display_name, transaction.nickname),
-            bound=(name, transaction.expires_at),
-            attachment=attachment,
-            asked=transaction.asked,
-        )
-        beginning = Beginning(
-            pending.challenge,
-            pending.begun_at,
-            app.policy.ceremony_life,
-            app.policy.verifications,
-            app.policy.algorithms,
-        )
-        handle, _, _ = await self._begin(app, transaction_id, "register", beginning)
-        return handle, transaction, options
-
-    async def begin_authentication(
-        self, app: RelyingParty, transaction_id: str
-    ) -> tuple[str, Transaction, dict[str, Any]]:
-        """Begin the authentication of a transaction: the handle, the transaction, the options. One round trip, unless the transaction
-        does not carry who may answer."""
-        now = self._clock()
-        beginning = Beginning(self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications)
-        handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
-        offered: Sequence[Credential] | Sequence[Offered] = transaction.offered
-        if not offered and (transaction.external_id is not None or transaction.asked.allow is not None):
-            offered = await self.offered_again(app, transaction)
-            # Nobody has heard of the handle so far, so nothing can be finished with what is replaced here.
-            beginning = beginning._replace(allowed=tuple(c.id for c in offered))
-            handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
-        pending = beginning.pending(name, transaction)
-        return (
-            handle,
-            transaction,
-            ceremony.begin_authentication(
-                app,
-                challenge=pending.challenge,
-                allow=[(c.credential_id, c.transports) for c in offered],
-                life=pending.expires_at - now,
-                user_verification=pending.user_verification,
-            ),
-        )
-
-    async def _begin(
-        self, app: RelyingParty, transaction_id: str, purpose: Purpose, beginning: Beginning
-    ) -> tuple[str, bytes, Transaction]:
-        if not well_formed(transaction_id, "transaction"):
-            raise UnknownTransaction(reason="transaction_malformed")
-        secret = self._mint.token("handle")
-        found = await self._ephemeral.begin(app.id, transaction_id, purpose, secret, beginning)
-        if found is None:
-            raise UnknownTransaction(reason="transaction_unknown")
-        if found[2].purpose != purpose:
-            raise UnknownTransaction(reason="transaction_wrong_kind")
-        return found
-
     async def take_pending(
         self, app: RelyingParty, handle: str, transaction_id: str | None, kind: type[P]
     ) -> P:
         """Take the pending ceremony, before any cryptography. Its own transaction is meant where `transaction_id` is None."""
-        async with retry_from("page"):
+        with retry_from("page"):
             pending = (
                 await self._ephemeral.take_pending(app.id, handle) if well_formed(handle, "handle") else None
             )
@@ -225,134 +109,6 @@ class Steps:
             )
         return as_strict_as(app, pending)
 
-    async def offered(self, app: RelyingParty, asked: Asked) -> list[Credential]:
-        """The live passkeys asked for, whoever owns them.
-
-        Raises:
-            NoPasskeys: none is left; an empty list would ask for any passkey.
-        """
-        found = await self._durable.owned_by_ids(app.id, asked.allow or ())
-        offered = [
-            o.credential
-            for o in found
-            if o.credential.live
-            and (asked.second_factor or not o.credential.second_factor)
-            and (asked.ownerless or o.external_id is not None)
-        ]
-        if not offered:
-            raise NoPasskeys
-        return offered
-
-    async def offered_again(
-        self, app: RelyingParty, transaction: Transaction
-    ) -> Sequence[Credential] | Sequence[Offered]:
-        """What a transaction offers that doesn't carry it: its user's passkeys, those asked for, or any (an empty list).
-
-        Raises:
-            UnknownTransaction: none is left of them.
-        """
-        asked = transaction.asked
-        try:
-            if transaction.external_id is not None:
-                return (await self.user_to_sign_in(app, transaction.external_id, asked))[1]
-            return await self.offered(app, asked) if asked.allow is not None else ()
-        except (UnknownUser, NoPasskeys):
-            raise UnknownTransaction(reason="no_passkey_left") from None
-
-    async def record(self, app: RelyingParty, user_id: str, approval: Approval) -> None:
-        """Write down what a user is asked to approve."""
-        if not await self._durable.add_approval(
-            app.id, user_id, approval, new_id=self._mint.id(), now=instant(self._clock())
-        ):
-            raise DuplicateApproval
-
-    async def new_registration(
-        self,
-        app: RelyingParty,
-        *,
-        user: tuple[str, str | None, str],
-        names: tuple[str, str, str],
-        bound: tuple[bytes, float] | None,
-        attachment: Attachment | None,
-        asked: Asked,
-    ) -> tuple[PendingRegistration, dict[str, Any]]:
-        """A pending ceremony and its options. `bound`: the transaction and its end, which the ceremony doesn't outlive."""
-        user_id, external_id, user_handle = user
-        user_name, user_display_name, nickname = names
-        held = await self._durable.credentials(app.id, user_id)
-        if len(held) >= app.policy.max_passkeys:
-            raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
-        # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
-        exclude = {c.credential_id: c.transports for c in held if c.live}
-        if asked.exclude:
-            others = await self._durable.owned_by_ids(app.id, asked.exclude)
-            exclude |= {o.credential.credential_id: o.credential.transports for o in others}
-        if asked.second_factor and attachment is None and app.policy.second_factor_attachment != "any":
-            attachment = app.policy.second_factor_attachment
-        now = self._clock()
-        ends = now + min(asked.life or app.policy.ceremony_life, app.policy.ceremony_life)
-        pending = PendingRegistration(
-            app_id=app.id,
-            challenge=self._mint.challenge(),
-            transaction=bound[0] if bound else None,
-            user_id=user_id,
-            external_id=external_id,
-            user_handle=user_handle,
-            user_name=user_name,
-            user_display_name=user_display_name,
-            nickname=nickname,
-            asked=without_lists(asked),
-            user_verification=app.policy.verification(asked),
-            algorithms=app.policy.algorithms,
-            begun_at=now,
-            expires_at=min(ends, bound[1]) if bound else ends,
-        )
-        return pending, ceremony.begin_registration(
-            app,
-            challenge=pending.challenge,
-            user_handle=user_handle,
-            user_name=user_name,
-            user_display_name=user_display_name,
-            exclude=list(exclude.items()),
-            life=pending.expires_at - now,
-            attachment=attachment,
-            user_verification=pending.user_verification,
-            discoverable=not asked.second_factor,
-        )
-
-    def new_authentication(
-        self,
-        app: RelyingParty,
-        user: tuple[str | None, str | None],
-        offered: Sequence[Credential] | Sequence[Offered],
-        asked: Asked,
-        approval: Approval | None = None,
-    ) -> tuple[PendingAuthentication, dict[str, Any]]:
-        """A pending ceremony without a transaction, and its options."""
-        now = self._clock()
-        ends = now + min(asked.life or app.policy.ceremony_life, app.policy.ceremony_life)
-        pending = PendingAuthentication(
-            app_id=app.id,
-            challenge=self._mint.challenge() + (approval.digest if approval else b""),
-            transaction=None,
-            user_id=user[0],
-            external_id=user[1],
-            allowed=tuple([c.id for c in offered]),
-            offered=carried(offered),
-            approval=approval.identifier if approval else None,
-            asked=without_lists(asked),
-            user_verification=app.policy.verification(asked),
-            begun_at=now,
-            expires_at=ends,
-        )
-        return pending, ceremony.begin_authentication(
-            app,
-            challenge=pending.challenge,
-            allow=[(c.credential_id, c.transports) for c in offered],
-            life=pending.expires_at - now,
-            user_verification=pending.user_verification,
-        )
-
     async def registered(
         self, app: RelyingParty, pending: PendingRegistration, answer: RegistrationAnswer, *, confirmed: bool
     ) -> Receipt:
@@ -367,7 +123,7 @@ class Steps:
                 refusal.signal = signal
             await self._tell_refused_registration(app, pending, refusal)
             raise
-        async with retry_from("backend"):
+        with retry_from("backend"):
             await self._take_transaction(pending.transaction)
             now = self._clock()
             passkey_id = self._mint.id()
@@ -423,9 +179,7 @@ class Steps:
             verified = ceremony.finish_authentication(pending, app, credential, answer)
         except CeremonyRefused as refusal:
             await self._refuse_authentication(app, pending, credential, refusal)
-        async with retry_from(
-            "page" if pending.user_id is None and pending.transaction is None else "backend"
-        ):
+        with retry_from("page" if pending.user_id is None and pending.transaction is None else "backend"):
             await self._take_transaction(pending.transaction)
             now = self._clock()
             recorded = await self._durable.use_credential(
@@ -555,38 +309,55 @@ class Steps:
         except Unavailable:
             self._metrics.events_lost.inc()
 
-    @asynccontextmanager
-    async def counted(self, kind: str, place: Retry) -> AsyncIterator[Counted]:
+    def counted(self, kind: str, place: Retry) -> Counted:
         """Count a finish by its result; an unavailable store without another place to start again means: from `place`."""
-        counted = Counted(kind)
-        try:
-            async with retry_from(place):
-                yield counted
-        except Unavailable:
-            self._metrics.ceremonies.inc(counted.kind, "finish", "unavailable")
-            raise
-        except Refusal:
-            self._metrics.ceremonies.inc(counted.kind, "finish", "refused")
-            raise
-        self._metrics.ceremonies.inc(counted.kind, "finish", "ok")
+        return Counted(self._metrics, kind, place)
 
 
-@dataclass(slots=True)
+class retry_from:
+    """`with retry_from(place):` an unavailable store inside means: start again at `place`. The innermost place counts."""
+
+    __slots__ = ("_place",)
+
+    def __init__(self, place: Retry) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(fault, Unavailable):
+            fault.retry = fault.retry or self._place
+
+
 class Counted:
-    kind: str
+    """Counts a finish of a `kind`, which may be known better once it has begun, by its result."""
 
+    __slots__ = ("_metrics", "_place", "kind")
 
-def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered, ...]:
-    """The passkeys that a one-time value carries: of a named user, and few enough for their bytes to be worth the look-up they save."""
-    few = [o for o in offered if isinstance(o, Offered)]
-    return tuple(few) if len(few) <= _CARRIED else ()
+    def __init__(self, metrics: Metrics, kind: str, place: Retry) -> None:
+        self._metrics = metrics
+        self._place = place
+        self.kind = kind
 
+    def __enter__(self) -> Counted:
+        return self
 
-def without_lists(asked: Asked) -> Asked:
-    """What was asked, for a pending ceremony: its lists are done with, and long."""
-    return (
-        asked if asked.allow is None and asked.exclude is None else replace(asked, allow=None, exclude=None)
-    )
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if fault is None:
+            result = "ok"
+        elif isinstance(fault, Unavailable):
+            fault.retry = fault.retry or self._place
+            result = "unavailable"
+        elif isinstance(fault, Refusal):
+            result = "refused"
+        else:
+            return
+        self._metrics.ceremonies.inc(self.kind, "finish", result)
 
 
 def pending_name(purpose: Purpose, external_id: str) -> str:
@@ -596,16 +367,6 @@ def pending_name(purpose: Purpose, external_id: str) -> str:
 
 def kind_of(pending: PendingAuthentication) -> str:
     return "discoverable" if pending.user_id is None else "authenticate"
-
-
-@asynccontextmanager
-async def retry_from(place: Retry) -> AsyncIterator[None]:
-    """An unavailable store inside means: start again at `place`. The innermost place counts."""
-    try:
-        yield
-    except Unavailable as fault:
-        fault.retry = fault.retry or place
-        raise
 
 
 def as_strict_as(app: RelyingParty, pending: P) -> P:

@@ -1,0 +1,151 @@
+"""Group commit: callers who ask for the same at the same time share one statement.
+
+**Why.** A statement costs the same round trip, the same wake-ups and, where it writes, the same wait for the disk whether it is about one
+sign-in or about thirty. While one statement is under way, those who come meanwhile gather, and go together as the next one; so the more
+there is to do, the less each costs, and a single caller waits for nobody.
+
+**What stays as it was.** A caller is answered after the commit of the statement that it was part of, never before. Two callers about one
+row (`name` says which) never share a statement, for `UPDATE … FROM` would apply one of them: the later one goes with the next. Each caller
+waits within its own limit; who gave up before the statement began is left out of it. Rows are locked in one order, so two instances'
+statements can't wait for each other in a circle; this is the statement's own duty.
+
+**What one may do to the others.** A row that somebody else has locked holds up the statement, but not those behind it: when one has been
+under way for `_PATIENCE`, the next begins beside it, `_LANES` at most. A statement that the server refused whole and certainly did not
+commit (an impossible value, a deadlock) is done again one caller at a time, so that only who caused it is refused. After anything else, a
+lost connection above all, nobody can know whether it was committed: all of its callers are told so, and nothing is sent again.
+
+An operator can compute: statements a second are at most callers a second, and at most 1 / (time of a statement) while none takes longer
+than `_PATIENCE`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+import asyncpg
+
+from broker.errors import Unavailable
+from broker.telemetry import Metrics
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+_PATIENCE = 0.02  # seconds
+_LANES = 4
+_MOST = 64  # callers of one statement
+
+
+class Together(Generic[A, T]):
+    """What `work` does for several callers at once: it is given what they ask and returns as many answers, in the same order.
+
+    `operation` is its name in metrics.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        work: Callable[[Sequence[A]], Awaitable[Sequence[T]]],
+        *,
+        metrics: Metrics,
+        name: Callable[[A], Hashable] = id,
+    ) -> None:
+        self._operation = operation
+        self._work = work
+        self._metrics = metrics
+        self._name = name
+        self._waiting: list[tuple[A, asyncio.Future[T]]] = []
+        self._running: dict[asyncio.Task[None], float] = {}
+        self._woken: asyncio.Handle | None = None
+
+    async def ask(self, asked: A, limit: float) -> T:
+        """The answer to `asked`, within `limit` seconds.
+
+        Raises:
+            Unavailable: see `Postgres.run`; or not in time, and then it may have been done.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        self._waiting.append((asked, answer))
+        if self._woken is None and len(self._running) < _LANES:
+            # Not at once: others of this turn of the loop come along. In nobody's context: the first caller's deadline is not the others'.
+            self._woken = loop.call_soon(self._begin, context=contextvars.Context())
+        late = loop.call_later(limit, self._late, answer)
+        try:
+            return await answer
+        finally:
+            late.cancel()
+
+    def _late(self, answer: asyncio.Future[T]) -> None:
+        if not answer.done():
+            self._metrics.store_failures.inc("postgres", self._operation)
+            answer.set_exception(Unavailable(reason="postgres"))
+
+    def _begin(self) -> None:
+        """Begin a statement for those who wait, unless one began so recently that its end is worth waiting for."""
+        self._woken = None
+        loop = asyncio.get_running_loop()
+        if self._running:
+            wait = max(self._running.values()) + _PATIENCE - loop.time()
+            if wait > 0:
+                self._woken = loop.call_later(wait, self._begin, context=contextvars.Context())
+                return
+        batch: list[tuple[A, asyncio.Future[T]]] = []
+        left: list[tuple[A, asyncio.Future[T]]] = []
+        names: set[Hashable] = set()
+        for asked, answer in self._waiting:
+            if answer.done():
+                continue
+            name = self._name(asked)
+            if name in names or len(batch) == _MOST:
+                left.append((asked, answer))
+            else:
+                names.add(name)
+                batch.append((asked, answer))
+        self._waiting = left
+        if batch:
+            task = loop.create_task(self._run(batch), name="together", context=contextvars.Context())
+            self._running[task] = loop.time()
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        if self._waiting:
+            if self._woken is not None:
+                self._woken.cancel()
+            self._begin()
+
+    async def _run(self, batch: Sequence[tuple[A, asyncio.Future[T]]]) -> None:
+        try:
+            answers = await self._work([asked for asked, _ in batch])
+        except Exception as fault:  # noqa: BLE001 - it is the callers', who raise it
+            if len(batch) > 1 and _undone(fault):
+                for alone in batch:
+                    if not alone[1].done():
+                        await self._run([alone])
+                return
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(_own(fault))
+            return
+        for (_, answer), told in zip(batch, answers, strict=True):
+            if not answer.done():
+                answer.set_result(told)
+
+
+def _undone(fault: Exception) -> bool:
+    """Whether the server refused the statement whole, so that nothing of it was committed."""
+    if isinstance(fault, Unavailable):
+        return isinstance(fault.__cause__, asyncpg.TransactionRollbackError | asyncpg.DataError)
+    return isinstance(fault, asyncpg.PostgresError)
+
+
+def _own(fault: Exception) -> Exception:
+    """A fault for each caller: one that is raised grows a trace."""
+    if not isinstance(fault, Unavailable):
+        return fault
+    own = Unavailable(reason=fault.reason)
+    own.__cause__ = fault
+    return own
