@@ -36,6 +36,7 @@ from broker.durable.rows import (
     owned_of,
     who,
 )
+from broker.durable.together import ALONE, Alone
 from broker.errors import UnknownApp, UnknownUser
 from broker.model import (
     ApiKey,
@@ -268,7 +269,7 @@ class Durable:
         return await self._sign_in((app_id, external_id, second_factor))
 
     async def _users_to_sign_in(
-        self, asked: Sequence[tuple[str, str, bool]]
+        self, asked: Sequence[tuple[str, str, bool]], alone: bool
     ) -> list[tuple[str, str, list[Offered]] | None]:
         rows = await self._pg.rows(
             "user_to_sign_in",
@@ -474,8 +475,8 @@ class Durable:
             )
         )
 
-    async def _use_credentials(self, uses: Sequence[_Use]) -> list[Used | None]:
-        """Each of another credential. Rows are locked in the order of their ids, whoever asks: so two statements never wait for each other."""
+    async def _use_credentials(self, uses: Sequence[_Use], alone: bool) -> list[Used | Alone | None]:
+        """Each of another credential. Together they wait for no row: it may be locked, or not to be used, which only who is alone can tell."""
         approve = (
             ", approve AS (UPDATE approvals p SET approved_at = u.at FROM used u WHERE p.app_id = u.app_id AND p.identifier = u.approval)"
             if any(use.approval is not None for use in uses)
@@ -491,7 +492,7 @@ class Durable:
                             $7::text[], $8::text[], $9::text[], $10::text[])
                      WITH ORDINALITY a (id, app_id, sign_count, backed_up, at, flag, actor, request_id, action, approval, number)
                 JOIN credentials c ON c.id = a.id AND c.app_id = a.app_id AND c.live
-                ORDER BY c.id FOR UPDATE OF c
+                FOR UPDATE OF c {"" if alone else "SKIP LOCKED"}
             ), used AS (
                 UPDATE credentials c
                 SET sign_count = greatest(c.sign_count, old.sign_count), backed_up = old.backed_up, last_used_at = old.at,
@@ -505,7 +506,7 @@ class Durable:
             """,
             *map(list, zip(*uses, strict=True)),
         )
-        found: list[Used | None] = [None] * len(uses)
+        found: list[Used | Alone | None] = [None if alone else ALONE] * len(uses)
         for number, regressed, backup_changed in rows:
             found[number - 1] = Used(regressed, backup_changed)
         return found

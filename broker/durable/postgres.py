@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
 
-from broker.durable.together import Together
+from broker.durable.together import Alone, Together
 from broker.errors import Fault, Unavailable
 from broker.telemetry import Metrics, Stopwatch, context
 
@@ -185,7 +185,7 @@ class Postgres:
     def together(
         self,
         operation: str,
-        work: Callable[[Sequence[A]], Awaitable[Sequence[T]]],
+        work: Callable[[Sequence[A], bool], Awaitable[Sequence[T | Alone]]],
         *,
         name: Callable[[A], Hashable] = id,
     ) -> Callable[[A], Awaitable[T]]:

@@ -6,13 +6,13 @@ there is to do, the less each costs, and a single caller waits for nobody.
 
 **What stays as it was.** A caller is answered after the commit of the statement that it was part of, never before. Two callers about one
 row (`name` says which) never share a statement, for `UPDATE … FROM` would apply one of them: the later one goes with the next. Each caller
-waits within its own limit; who gave up before the statement began is left out of it. Rows are locked in one order, so two instances'
-statements can't wait for each other in a circle; this is the statement's own duty.
+waits within its own limit; who gave up before the statement began is left out of it.
 
-**What one may do to the others.** A row that somebody else has locked holds up the statement, but not those behind it: when one has been
-under way for `_PATIENCE`, the next begins beside it, `_LANES` at most. A statement that the server refused whole and certainly did not
-commit (an impossible value, a deadlock) is done again one caller at a time, so that only who caused it is refused. After anything else, a
-lost connection above all, nobody can know whether it was committed: all of its callers are told so, and nothing is sent again.
+**What one may do to the others: nothing.** The statement passes over what it would have to wait for, a row that somebody else has locked,
+and answers `ALONE`: then the caller gets a statement of their own, beside the others'. The same is done for each caller of a statement that
+the server refused whole and certainly did not commit, so that only who caused it is refused. After anything else, a lost connection above
+all, nobody can know whether it was committed: all of its callers are told so, and nothing is sent again. When a statement has been under
+way for `_PATIENCE`, the next begins beside it, `_LANES` at most.
 
 An operator can compute: statements a second are at most callers a second, and at most 1 / (time of a statement) while none takes longer
 than `_PATIENCE`.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from enum import Enum
 from typing import Generic, TypeVar
 
 import asyncpg
@@ -38,8 +39,18 @@ _LANES = 4
 _MOST = 64  # callers of one statement
 
 
+class Alone(Enum):
+    """The answer of a caller who needs a statement of their own."""
+
+    ALONE = 0
+
+
+ALONE = Alone.ALONE
+
+
 class Together(Generic[A, T]):
-    """What `work` does for several callers at once: it is given what they ask and returns as many answers, in the same order.
+    """What `work` does for several callers at once: it is given what they ask and returns as many answers, in the same order. It is told
+    whether a caller is alone, and then must not answer `ALONE`.
 
     `operation` is its name in metrics.
     """
@@ -47,7 +58,7 @@ class Together(Generic[A, T]):
     def __init__(
         self,
         operation: str,
-        work: Callable[[Sequence[A]], Awaitable[Sequence[T]]],
+        work: Callable[[Sequence[A], bool], Awaitable[Sequence[T | Alone]]],
         *,
         metrics: Metrics,
         name: Callable[[A], Hashable] = id,
@@ -58,6 +69,7 @@ class Together(Generic[A, T]):
         self._name = name
         self._waiting: list[tuple[A, asyncio.Future[T]]] = []
         self._running: dict[asyncio.Task[None], float] = {}
+        self._alone: set[asyncio.Task[None]] = set()
         self._woken: asyncio.Handle | None = None
 
     async def ask(self, asked: A, limit: float) -> T:
@@ -117,22 +129,26 @@ class Together(Generic[A, T]):
                 self._woken.cancel()
             self._begin()
 
-    async def _run(self, batch: Sequence[tuple[A, asyncio.Future[T]]]) -> None:
+    async def _run(self, batch: Sequence[tuple[A, asyncio.Future[T]]], *, alone: bool = False) -> None:
+        answers: Sequence[T | Alone]
         try:
-            answers = await self._work([asked for asked, _ in batch])
+            answers = await self._work([asked for asked, _ in batch], alone)
         except Exception as fault:  # noqa: BLE001 - it is the callers', who raise it
-            if len(batch) > 1 and _undone(fault):
-                for alone in batch:
-                    if not alone[1].done():
-                        await self._run([alone])
+            if alone or not _undone(fault):
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(_own(fault))
                 return
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(_own(fault))
-            return
-        for (_, answer), told in zip(batch, answers, strict=True):
-            if not answer.done():
-                answer.set_result(told)
+            answers = [ALONE] * len(batch)
+        for caller, told in zip(batch, answers, strict=True):
+            if caller[1].done():
+                continue
+            if told is ALONE:
+                task = asyncio.create_task(self._run([caller], alone=True), name="alone")
+                self._alone.add(task)
+                task.add_done_callback(self._alone.discard)
+            else:
+                caller[1].set_result(told)
 
 
 def _undone(fault: Exception) -> bool:
