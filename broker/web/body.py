@@ -12,6 +12,7 @@ import asyncio
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -38,8 +39,20 @@ class Limits:
 
 
 LIMITS = web.AppKey("LIMITS", Limits)
-_BODY = web.RequestKey("BODY", bytes)
 _DEFAULT = Limits()
+
+
+class Incoming(web.Request):
+    """A request with what was found out about it: the body, once it was read, and the CORS headers of its answer."""
+
+    ATTRS = web.Request.ATTRS | {"kept_body", "cors"}
+    kept_body: bytes | None = None
+    cors: Mapping[str, str] | None = None
+
+
+def kept(request: web.Request) -> Incoming:
+    """The request as our server makes them."""
+    return cast(Incoming, request)
 
 
 async def read_bytes(request: web.Request) -> bytes:
@@ -48,7 +61,7 @@ async def read_bytes(request: web.Request) -> bytes:
     Raises:
         RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, caller gone).
     """
-    known: bytes | None = request.get(_BODY)
+    known = kept(request).kept_body
     if known is not None:
         return known
     encoding = request.headers.get(hdrs.CONTENT_ENCODING)
@@ -73,7 +86,7 @@ async def read_bytes(request: web.Request) -> bytes:
     except ConnectionError:  # nobody is there to read the answer; it is no defect of ours
         raise InvalidRequest("The body ended early.", reason="disconnected") from None
     context().deadline = time.monotonic() + ANSWER_SECONDS
-    request[_BODY] = body
+    kept(request).kept_body = body
     return body
 
 

@@ -12,8 +12,8 @@ header, whose bytes aiohttp would echo) passes here as well.
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,13 +41,11 @@ from broker.errors import (
     UnsupportedEncoding,
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
-from broker.web.body import ANSWER_SECONDS
+from broker.web.body import ANSWER_SECONDS, kept
 from broker.web.shortcuts import Shortcuts
 
 # A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the bytes were no HTTP.
 Renderer = Callable[[Refusal, web.Request | None], web.Response]
-
-CORS = web.RequestKey("CORS", dict[str, str])
 
 # Refusals whose status depends on no vendor (RFC 9110 §15). Each dialect's table has these rows, and its own.
 STATUS: Mapping[type[Refusal], int] = {
@@ -69,6 +67,7 @@ STATUS: Mapping[type[Refusal], int] = {
 
 # Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs and events.
 _REQUEST_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
+_CHANCE = random.Random()  # noqa: S311 - ids tell requests apart, no more
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "passkey-broker"}
 _JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json", **_HEADERS})
 _NO_HEADERS: Mapping[str, str] = {}
@@ -158,7 +157,7 @@ class Edge:
             response.headers.update(headers)
             self._metrics.refusals.inc(refusal.code, refusal.reason)
         if not response.prepared:
-            if cors := request.get(CORS):
+            if cors := kept(request).cors:
                 response.headers.update(cors)
             _finish(response, now.request_id)
         self._tell(request, response.status, began, now, refusal)
@@ -213,7 +212,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 def _request_id(given: str) -> str:
     """The caller's id where it is well-formed, else a new one."""
-    return given if _REQUEST_ID.match(given) else secrets.token_hex(12)
+    return given if given and _REQUEST_ID.match(given) else f"{_CHANCE.getrandbits(96):024x}"
 
 
 def _finish(response: web.StreamResponse, request_id: str) -> None:

@@ -31,8 +31,7 @@ from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import Metrics, context
-from broker.web.body import read_bytes
-from broker.web.edge import CORS
+from broker.web.body import kept, read_bytes
 
 Access = Literal["key", "browser", "public"]
 Handler = Callable[[web.Request, RelyingParty], Awaitable[web.StreamResponse]]
@@ -73,7 +72,7 @@ async def _slow_body(request: web.Request) -> bool:
 
 def _only(request: web.Request, name: str) -> str | None:
     """A header that decides who may do what. Sent twice it is refused: a proxy may have read the other one."""
-    values = request.headers.getall(name, [])
+    values = request.headers.getall(name, ())
     if len(values) > 1:
         raise InvalidRequest(f"The header {name} is sent twice.", reason="header_twice")
     return values[0] if values else None
@@ -154,25 +153,27 @@ async def _app_of(request: web.Request) -> RelyingParty:
     return app
 
 
-def _browser(handler: Handler) -> AnyHandler:
-    async def admitted(request: web.Request) -> RelyingParty:
-        try:
-            app = await _app_of(request)
-        except Unavailable as fault:
-            fault.retry = "page"  # nothing was taken yet
-            raise
-        origin = _only(request, hdrs.ORIGIN)
-        if origin is not None:
-            request.pop(CORS, None)
-            if origin not in app.web_origins:
-                raise OperationNotAllowed(reason="origin")
-            request[CORS] = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        return app
+async def _admitted(request: web.Request) -> RelyingParty:
+    """The relying party of the path, if the request comes from one of its pages, or from none."""
+    try:
+        app = await _app_of(request)
+    except Unavailable as fault:
+        fault.retry = "page"  # nothing was taken yet
+        raise
+    origin = _only(request, hdrs.ORIGIN)
+    if origin is not None:
+        kept(request).cors = None
+        if origin not in app.web_origins:
+            raise OperationNotAllowed(reason="origin")
+        kept(request).cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    return app
 
+
+def _browser(handler: Handler) -> AnyHandler:
     async def guarded(request: web.Request) -> web.StreamResponse:
-        app = await admitted(request)
+        app = await _admitted(request)
         if await _slow_body(request):
-            app = await admitted(request)  # origins and policy may differ by now
+            app = await _admitted(request)  # origins and policy may differ by now
         return await handler(request, app)
 
     return _marked(guarded, "browser")
@@ -180,13 +181,12 @@ def _browser(handler: Handler) -> AnyHandler:
 
 def _preflight(headers: str) -> Handler:
     async def answer(request: web.Request, _: RelyingParty) -> web.StreamResponse:
-        request[CORS] = request.get(CORS, {}) | (
-            {
-                "Access-Control-Allow-Methods": "GET, POST",
-                "Access-Control-Allow-Headers": headers,
-                "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
-            }
-        )
+        kept(request).cors = {
+            **(kept(request).cors or {}),
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": headers,
+            "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
+        }
         return web.Response(status=204)
 
     return answer
@@ -211,7 +211,7 @@ def public_app(handler: Handler) -> AnyHandler:
     """Call `handler` with the relying party of the path; anybody may ask, from any origin."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        request[CORS] = {"Access-Control-Allow-Origin": "*"}
+        kept(request).cors = {"Access-Control-Allow-Origin": "*"}
         return await handler(request, await _app_of(request))
 
     return _marked(guarded, "public")

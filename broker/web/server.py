@@ -21,6 +21,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -31,7 +32,7 @@ from aiohttp.http_writer import StreamWriter, _serialize_headers
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from broker.web.body import LIMITS, Limits
+from broker.web.body import LIMITS, Incoming, Limits
 from broker.web.edge import Answer, Edge
 
 LINGER_SECONDS = 1.0
@@ -259,7 +260,7 @@ class _Runner(web.AppRunner):
         return _Server(
             self._edge,
             limits=self._app.get(LIMITS, Limits()),
-            request_factory=self._app._make_request,
+            request_factory=partial(self._app._make_request, _cls=Incoming),
             loop=loop,
             lingering_time=LINGER_SECONDS,
             auto_decompress=False,

@@ -28,7 +28,7 @@ from broker.errors import NotFound, Refusal
 from broker.signing import JWKS_MAX_AGE
 from broker.tokens import text
 from broker.web import SIGNING, browser_routes, edge, json_answer, keyed, public
-from broker.web.edge import CORS
+from broker.web.body import kept
 
 PATHS = re.compile(r"/(?:v2|[A-Za-z0-9]{24}|\.well-known/jwks\.json|aaguid)(?:/|\Z)")
 SIGNS = True
@@ -94,7 +94,7 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
 async def key_set(request: web.Request) -> web.StreamResponse:
     """The broker's own key set. A verifier must compare `aud` with its tenancy: the set signs for all of them."""
     keys = await request.app[SIGNING].key_set(None)
-    request[CORS] = {"Access-Control-Allow-Origin": "*"}
+    kept(request).cors = {"Access-Control-Allow-Origin": "*"}
     return json_answer(keys, headers={"Cache-Control": f"public, max-age={JWKS_MAX_AGE}"})
 
 
