@@ -25,6 +25,7 @@ from broker.broker import Broker
 from broker.dialects import Dialect, flex, hanko, passlock, propelauth
 from broker.directory import Directory
 from broker.durable import Catalogue, Durable, Postgres
+from broker.durable.notifications import Notifications
 from broker.durable.signing_keys import SigningKeys
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import NotFound, Unavailable
@@ -92,6 +93,7 @@ class Parts:
 
     settings: Settings
     postgres: Postgres
+    notifications: Notifications
     durable: Durable
     ephemeral: Ephemeral
     broker: Broker
@@ -104,6 +106,7 @@ class Parts:
 
     async def close(self) -> None:
         """Close the stores' connections."""
+        await self.notifications.close()
         await self.ephemeral.close()
         await self.postgres.close()
 
@@ -130,6 +133,14 @@ async def assemble(
     )
     await postgres.open()
     durable, catalogue = Durable(postgres), Catalogue(postgres)
+    notifications = Notifications(
+        settings.database_url,
+        seconds=settings.cache_seconds,
+        timeout=settings.store_timeout,
+        metrics=metrics,
+        log=log,
+        clock=clock,
+    )
     ephemeral = Ephemeral(
         connect(settings.redis_url, timeout=settings.store_timeout, connections=settings.redis_connections),
         timeout=settings.store_timeout,
@@ -139,6 +150,7 @@ async def assemble(
     return Parts(
         settings=settings,
         postgres=postgres,
+        notifications=notifications,
         durable=durable,
         ephemeral=ephemeral,
         broker=Broker(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
@@ -148,6 +160,7 @@ async def assemble(
             clock=clock,
             mint=mint,
             cache_seconds=settings.cache_seconds,
+            news=notifications.news,
         ),
         signals=Signals(ephemeral=ephemeral, durable=durable, catalogue=catalogue, clock=clock, mint=mint),
         mailbox=Mailbox(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
@@ -157,6 +170,7 @@ async def assemble(
             clock=clock,
             mint=mint,
             cache_seconds=settings.cache_seconds,
+            news=notifications.news,
         ),
         metrics=metrics,
         log=log,
@@ -308,6 +322,7 @@ async def serve(
     settings = parts.settings
     stack = AsyncExitStack()
     stack.push_async_callback(parts.close)
+    parts.notifications.start()
     try:
         sockets = bind(settings.host, settings.port)
         port = sockets[0].getsockname()[1]

@@ -1,9 +1,9 @@
 """Who there is: relying parties, their API keys, their users and passkeys. Operators and keyed callers ask here; ceremonies are
 in `broker.broker`.
 
-**Remembered look-ups.** Every request needs its relying party, every keyed one its key. Both are remembered for less than a second,
-so a changed policy or a revoked key is effective on every instance within that time, without a message between instances. Unknown
-ids and keys are not remembered: memory belongs to those who exist.
+**Remembered look-ups.** Every request needs its relying party, every keyed one its key. Both are remembered for less than a second, or
+for less than a second after the last proof that the database tells of changes (`broker.durable.remembered`), so a changed policy or a
+revoked key is effective on every instance within that time. Unknown ids and keys are not remembered: memory belongs to those who exist.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from broker.durable import Catalogue, Durable, UserOrder, instant
-from broker.durable.remembered import Remembered
+from broker.durable.remembered import News, Remembered
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import (
     ID,
@@ -32,7 +32,8 @@ from broker.tokens import Mint, SystemMint, key_digest, key_hint, text, well_for
 
 
 class Directory:
-    """The look-ups and the changes. `clock` gives seconds since the epoch; `cache_seconds` is how long a look-up is remembered."""
+    """The look-ups and the changes. `clock` gives seconds since the epoch; `cache_seconds` is how long a look-up is remembered, and how
+    long one rests on a proof of `news`."""
 
     def __init__(
         self,
@@ -42,13 +43,17 @@ class Directory:
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
+        news: News | None = None,
     ) -> None:
         self._durable = durable
         self._catalogue = catalogue
         self._clock = clock
         self._mint = mint or SystemMint()
-        self._apps: Remembered[RelyingParty] = Remembered(cache_seconds, clock)
-        self._keys: Remembered[tuple[str, str]] = Remembered(cache_seconds, clock)
+        news = news or News()
+        self._apps: Remembered[RelyingParty] = Remembered(cache_seconds, clock, news, "relying_parties")
+        self._keys: Remembered[tuple[str, str]] = Remembered(
+            cache_seconds, clock, news, "api_keys", bytes.fromhex
+        )
 
     def now(self) -> datetime:
         """The server's time."""
@@ -64,7 +69,7 @@ class Directory:
         """
         app = self._apps.get(app_id)
         if app is None:
-            asked = self._clock()
+            asked = self._apps.ask()
             app = await self._durable.app(app_id) if ID.match(app_id) else None
             if app is None:
                 raise UnknownApp
@@ -97,7 +102,7 @@ class Directory:
         name = key_digest(key)
         found = self._keys.get(name)
         if found is None:
-            asked = self._clock()
+            asked = self._keys.ask()
             found = await self._durable.key(name)
             if found is None:
                 raise InvalidKey(reason="key_unknown")

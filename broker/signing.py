@@ -17,7 +17,8 @@ an instance still has the keys of before.
 tokens until it does. With `drop` as well the older keys leave the set at once, and tokens they signed die with them: a forger gets
 nothing from a verifier that asks again, but one that remembers the old set trusts it for up to `JWKS_MAX_AGE` more.
 
-**Memory.** Keys are remembered for less than a second, as apps are, so a rotation is effective on every instance within that time.
+**Memory.** Keys are remembered as apps are (`broker.durable.remembered`), so a rotation is effective on every instance within a second.
+What a key does follows from the time at which it is used, not at which it was read.
 Signing costs a third of a millisecond on the loop (RSA; less otherwise).
 
 A key sealed under a secret that this process does not have is `Unavailable`; nothing is signed by another key instead, and none is
@@ -34,7 +35,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from broker.durable import instant
-from broker.durable.remembered import Remembered
+from broker.durable.remembered import News, Remembered
 from broker.durable.signing_keys import SigningKeys, StoredKey
 from broker.errors import InvalidSetting, Unavailable
 from broker.model import RelyingParty, TokenAlgorithm
@@ -88,12 +89,15 @@ class Signing:
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
+        news: News | None = None,
     ) -> None:
         self._keys = keys
         self._seal = Seal(secret_keys)
         self._clock = clock
         self._mint = mint or SystemMint()
-        self._sets: Remembered[_Set] = Remembered(cache_seconds, clock)
+        self._sets: Remembered[_Set] = Remembered(
+            cache_seconds, clock, news, "signing_keys", lambda scope: scope or None
+        )
         self._making = asyncio.Lock()
 
     async def sign(
@@ -219,7 +223,7 @@ class Signing:
         return found
 
     async def _read(self, app_id: str | None) -> _Set:
-        asked = self._clock()
+        asked = self._sets.ask()
         found = _Set(await self._keys.of(app_id))
         if found.keys:
             self._sets.put(app_id, found, asked)

@@ -1,7 +1,8 @@
 """Proxies on the loopback between the broker and a store, which lose what a network can lose.
 
 `RedisProxy` understands commands: it counts them (`commands`) and asks `fate` what becomes of each. `PostgresProxy` counts the
-client's messages and falls silent after `silent_after` of them. Both forward everything else untouched.
+client's messages and falls silent after `silent_after` of them, or only towards those who listen to notifications. Both forward
+everything else untouched.
 
     Fate.PASS      forward the command and its reply
     Fate.SWALLOW   forward the command; its reply never comes, the connection stays open
@@ -15,8 +16,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+
+_BACKEND_KEY = re.compile(rb"(K\0\0\0\x0c)....", re.S)  # PostgreSQL's BackendKeyData: a process, a secret
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Streams]]
@@ -128,12 +132,21 @@ def _packed(words: list[bytes]) -> bytes:
 @dataclass(slots=True)
 class PostgresProxy:
     """Made by `postgres_proxy`. Falls `silent` when a client has sent more than `silent_after` messages on a connection: from then
-    on, and on every connection, what is sent is lost and nothing comes back, as from a machine that is frozen."""
+    on, and on every connection, what is sent is lost and nothing comes back, as from a machine that is frozen.
+
+    `deaf`: the same, but only on connections that have sent LISTEN. `holding`: answers to all others wait until `release` is set;
+    `held` is set when one does. `pooling`: the process that clients are told they have is none, as from a pooler."""
 
     port: int
     silent_after: int | None = None
     silent: bool = False
     connections: int = 0
+    deaf: bool = False
+    holding: bool = False
+    held: asyncio.Event = field(default_factory=asyncio.Event)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+    pooling: bool = False
+    listeners: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @property
     def url(self) -> str:
@@ -142,7 +155,12 @@ class PostgresProxy:
 
     def recover(self) -> None:
         """Answer again."""
-        self.silent_after, self.silent = None, False
+        self.silent_after, self.silent, self.deaf = None, False, False
+
+    def cut_listeners(self) -> None:
+        """Close the connections that have sent LISTEN."""
+        for client in self.listeners:
+            client.close()
 
 
 @contextlib.asynccontextmanager
@@ -155,27 +173,38 @@ async def postgres_proxy(connect: Connect) -> AsyncIterator[PostgresProxy]:
         proxy.connections += 1
         seen = 0
 
+        def lost() -> bool:
+            return proxy.silent or (proxy.deaf and writer in proxy.listeners)
+
         async def answers() -> None:
             while data := await upstream_reader.read(65536):
-                if not proxy.silent:
+                if proxy.pooling:
+                    data = _BACKEND_KEY.sub(lambda found: found[1] + b"\0\0\0\7", data)
+                if proxy.holding and writer not in proxy.listeners:
+                    proxy.held.set()
+                    await proxy.release.wait()
+                if not lost():
                     writer.write(data)
                     await writer.drain()
-            if not proxy.silent:
+            if not lost():
                 writer.close()
 
         answering = asyncio.create_task(answers())
         try:
             while data := await reader.read(65536):
                 seen += 1
+                if b"LISTEN " in data:
+                    proxy.listeners.add(writer)
                 if proxy.silent_after is not None and seen > proxy.silent_after:
                     proxy.silent = True
-                if not proxy.silent:
+                if not lost():
                     upstream_writer.write(data)
                     await upstream_writer.drain()
         except ConnectionError:
             pass
         finally:
             proxy.connections -= 1
+            proxy.listeners.discard(writer)
             answering.cancel()
             writer.close()
             upstream_writer.close()

@@ -1,4 +1,7 @@
-"""What the directory remembers, and for how long: the promise that a change is effective on every instance within a second."""
+"""What the directory remembers, and for how long: the promise that a change is effective on every instance within a second.
+
+Nobody tells of changes here, so it rests on time alone; test_notifications.py is about the rest.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,19 @@ REMEMBERS = 0.9
 
 @pytest.fixture
 async def one(start_broker: Starter) -> Started:
-    return await start_broker(cache_seconds=REMEMBERS)
+    return await start_unheard(start_broker)
 
 
 @pytest.fixture
 async def other(start_broker: Starter) -> Started:
-    return await start_broker(cache_seconds=REMEMBERS)
+    return await start_unheard(start_broker)
+
+
+async def start_unheard(start_broker: Starter) -> Started:
+    """A broker that hears of no change."""
+    broker = await start_broker(cache_seconds=REMEMBERS)
+    await broker.parts.notifications.close()
+    return broker
 
 
 def asked(broker: Started, operation: str) -> float:
@@ -155,14 +165,14 @@ async def test_an_ill_formed_key_is_not_even_asked_for(one: Started, key: str) -
 def test_memory_is_bounded() -> None:
     memory: Remembered[int] = Remembered(1.0, lambda: 100.0)
     for number in range(3 * remembered._REMEMBERED):
-        memory.put(number, number, 100.0)
+        memory.put(number, number, memory.ask())
         assert memory.get(number) == number
         assert len(memory._values) <= remembered._REMEMBERED
 
 
 def test_zero_seconds_is_no_memory() -> None:
     memory: Remembered[int] = Remembered(0.0, lambda: 100.0)
-    memory.put("a", 1, 100.0)
+    memory.put("a", 1, memory.ask())
     assert memory.get("a") is None
 
 

@@ -73,7 +73,6 @@ SHORT = {
     "__init__.py": "Reading order",
     "demo/__init__.py": "Reading order",
     "dialects/__init__.py": "A dialect only translates",
-    "durable/remembered.py": "one class apart from the stores",
     "sdk/__init__.py": "Both ends of the broker",
     "telemetry/__init__.py": "Reading order",
 }
