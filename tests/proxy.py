@@ -135,7 +135,7 @@ class PostgresProxy:
     on, and on every connection, what is sent is lost and nothing comes back, as from a machine that is frozen.
 
     `deaf`: the same, but only on connections that have sent LISTEN. `holding`: answers to all others wait until `release` is set;
-    `held` is set when one does. `pooling`: the process that clients are told they have is none, as from a pooler."""
+    `late`: LISTEN itself waits for it; `held` is set when something waits. `pooling`: the process that clients are told they have is none, as from a pooler."""
 
     port: int
     silent_after: int | None = None
@@ -143,6 +143,7 @@ class PostgresProxy:
     connections: int = 0
     deaf: bool = False
     holding: bool = False
+    late: bool = False
     held: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
     pooling: bool = False
@@ -195,6 +196,9 @@ async def postgres_proxy(connect: Connect) -> AsyncIterator[PostgresProxy]:
                 seen += 1
                 if b"LISTEN " in data:
                     proxy.listeners.add(writer)
+                    if proxy.late:
+                        proxy.held.set()
+                        await proxy.release.wait()
                 if proxy.silent_after is not None and seen > proxy.silent_after:
                     proxy.silent = True
                 if not lost():

@@ -360,6 +360,23 @@ async def test_a_look_up_from_before_it_listened_does_not_last(one: Instance, ot
     assert one.asked("app") == before + 1
 
 
+async def test_a_change_just_before_it_listens(start: Start, other: Started, proxy: PostgresProxy) -> None:
+    """The connection is there and LISTEN under way; a look-up made then does not last, for nobody will tell of the change."""
+    proxy.late = True
+    one = await start(database_url=proxy.url)
+    await one.look()
+    await proxy.held.wait()
+    one.broker.clock.ahead += SECONDS
+    await one.look()
+    await other.parts.directory.revoke_key(one.app.id, one.key_id)
+    proxy.release.set()
+    await one.proof()
+    one.broker.clock.ahead += SECONDS
+    await one.proof()
+    with pytest.raises(InvalidKey):
+        await one.look()
+
+
 async def test_a_clock_set_back_ends_the_memory(one: Instance, other: Started) -> None:
     await one.lasting()
     before = one.asked("app"), one.asked("key")
@@ -566,7 +583,7 @@ async def test_nothing_is_asked_while_nobody_looks_up(stores: EmbeddedStores) ->
     """With no patience at all, each look-up is worth one question; the session stays, so what changes at rest is heard of."""
     metrics = Metrics()
     resting = Notifications(
-        stores.database_url, seconds=0.03, timeout=2, metrics=metrics, log=Log(), rest=0.0
+        stores.database_url, seconds=SECONDS, timeout=2, metrics=metrics, log=Log(), rest=0.0
     )
 
     def asked() -> float:
@@ -575,12 +592,12 @@ async def test_nothing_is_asked_while_nobody_looks_up(stores: EmbeddedStores) ->
 
     resting.start()
     try:
-        await asyncio.sleep(0.2)  # that nothing happens is no event
+        await asyncio.sleep(SECONDS / 2)  # that nothing happens is no event
         assert asked() == 0
         for number in (1, 2):
             resting.news.wanted.set()
             await eventually(partial(_is, asked, number), "a question")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(SECONDS / 2)
             assert asked() == number
         async with session_of(stores) as session:
             count = resting.news.count
