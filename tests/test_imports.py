@@ -54,7 +54,7 @@ HOMES: dict[str, set[str]] = {
     "hiredis": {"ephemeral"},
     "httpx": {"sdk"},
     "jwt": {"tokens"},
-    "orjson": {"telemetry", "ephemeral", "web", "dialects", "console", "demo"},
+    "orjson": {"telemetry", "ephemeral", "durable", "web", "dialects", "console", "demo"},
     "prometheus_client": {"telemetry", "app"},
     "redis": {"ephemeral"},
     "uvloop": {"cli"},
@@ -74,7 +74,6 @@ SHORT = {
     "demo/__init__.py": "Reading order",
     "dialects/__init__.py": "A dialect only translates",
     "sdk/__init__.py": "Both ends of the broker",
-    "telemetry/__init__.py": "Reading order",
 }
 
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))

@@ -96,7 +96,7 @@ def _read(raw: bytes) -> dict[str, Any]:
     try:
         # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte order mark
         text = raw.decode("utf-8-sig")
-        data = json.loads(text, object_pairs_hook=_members, parse_constant=_constant)
+        data = _DECODER.decode(text)
         if "\\u" in text or "\\U" in text:
             json.dumps(data, ensure_ascii=False).encode()  # fails on a lone surrogate
     except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, a number of thousands of digits
@@ -115,3 +115,6 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> NoReturn:
     raise ValueError(name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_constant)

@@ -8,7 +8,7 @@ the bytes mean is judged by `finish`.
 from __future__ import annotations
 
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from binascii import a2b_base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +27,11 @@ MAX_SIGNATURE = 2_048
 MAX_USER_HANDLE = 256  # characters
 MAX_TRANSPORTS = 32
 
-_BASE64URL = re.compile(r"[A-Za-z0-9_-]+(={0,2})\Z")
+_BASE64URL = re.compile(r"[A-Za-z0-9_-]+={0,2}\Z")
+_STANDARD = str.maketrans("-_", "+/")
+# The last characters that leave no unused bit set, by how many stand behind the last whole group of four (RFC 4648 §3.5): one byte
+# takes two characters, of which the last has four bits to spare, two bytes take three, with two to spare.
+_LAST = {2: frozenset("AQgw"), 3: frozenset("AEIMQUYcgkosw048")}
 
 
 def parse_registration(value: object) -> RegistrationAnswer:
@@ -76,7 +80,7 @@ def _parse_common(value: object) -> tuple[bytes, Mapping[str, Any], Mapping[str,
     if value.get("type") != "public-key":
         raise InvalidRequest('type is not "public-key".')
     credential_id = _bytes(value, "id", MAX_CREDENTIAL_ID)
-    if _bytes(value, "rawId", MAX_CREDENTIAL_ID) != credential_id:
+    if value.get("rawId") != value["id"] and _bytes(value, "rawId", MAX_CREDENTIAL_ID) != credential_id:
         raise InvalidRequest("id and rawId differ.")
     return credential_id, value, response
 
@@ -89,12 +93,13 @@ def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
     if len(text) > limit * 4 // 3 + 4:
         raise InvalidRequest(f"{name} is longer than {limit} bytes.")
     found = _BASE64URL.match(text)
-    if found is None or (found[1] and len(text) % 4) or len(text.rstrip("=")) % 4 == 1:
-        raise InvalidRequest(f"{name} is empty or not base64url.")
     bare = text.rstrip("=")
-    raw = urlsafe_b64decode(bare + "=" * (-len(bare) % 4))
-    if urlsafe_b64encode(raw).decode().rstrip("=") != bare:
+    over = len(bare) % 4
+    if found is None or over == 1 or (len(bare) != len(text) and len(text) % 4):
+        raise InvalidRequest(f"{name} is empty or not base64url.")
+    if over and bare[-1] not in _LAST[over]:
         raise InvalidRequest(f"{name} is not canonical base64url.")
+    raw = a2b_base64(bare.translate(_STANDARD) + "=="[: -over % 4])
     if len(raw) > limit:
         raise InvalidRequest(f"{name} is longer than {limit} bytes.")
     return raw

@@ -19,8 +19,10 @@ def user_handle_matches(returned: str, handle: str) -> bool:
 
     WebAuthn L3 §7.2 "verify that response.userHandle equals the user handle of the user account". Neither is a secret.
     """
-    once = _base64url(handle)
-    return returned == handle or returned.rstrip("=") in (once, _base64url(once))
+    if returned == handle:
+        return True
+    once, bare = _base64url(handle), returned.rstrip("=")
+    return bare == once or bare == _base64url(once)
 
 
 def _base64url(text: str) -> str:

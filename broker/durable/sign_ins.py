@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
+import orjson
+
 from broker.durable.postgres import Postgres
 from broker.durable.rows import OFFERED, TELL, offered_of, who
 from broker.durable.together import ALONE, Alone
@@ -32,6 +34,13 @@ class _Use(NamedTuple):
     request_id: str
     action: str
     approval: str | None
+
+
+def _recordset(callers: Sequence[tuple[object, ...]], names: tuple[str, ...]) -> str:
+    """What callers ask as one value, a JSON array of objects, numbered: asyncpg asks of each item of an array whether it is one as well."""
+    return orjson.dumps(
+        [{"number": number, **dict(zip(names, asked, strict=True))} for number, asked in enumerate(callers)]
+    ).decode()
 
 
 class SignIns:
@@ -54,15 +63,16 @@ class SignIns:
         rows = await self._sign_ins.rows(
             "user_to_sign_in",
             f"SELECT a.number, u.id AS owner, u.handle, {OFFERED}"
-            " FROM unnest($1::text[], $2::text[], $3::boolean[]) WITH ORDINALITY a (app_id, external_id, second_factor, number)"
+            " FROM json_to_recordset($1::text::json)"
+            " a (number integer, app_id text, external_id text, second_factor boolean)"
             " JOIN users u ON u.app_id = a.app_id AND u.external_id = a.external_id"
             " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND (a.second_factor OR NOT c.second_factor)"
             " ORDER BY a.number, c.created_at, c.id",
-            *map(list, zip(*asked, strict=True)),
+            _recordset(asked, ("app_id", "external_id", "second_factor")),
         )
         found: list[tuple[str, str, list[Offered]] | None] = [None] * len(asked)
         for row in rows:
-            number = row["number"] - 1
+            number = row["number"]
             user = found[number]
             if user is None:
                 user = found[number] = (row["owner"], row["handle"], [])
@@ -111,25 +121,25 @@ class SignIns:
             WITH old AS (
                 SELECT a.*, c.user_id, c.backed_up AS was_backed_up,
                        NOT (c.sign_count < a.sign_count OR (c.sign_count = 0 AND a.sign_count = 0)) AS regressed
-                FROM unnest($1::text[], $2::text[], $3::bigint[], $4::boolean[], $5::timestamptz[], $6::boolean[],
-                            $7::text[], $8::text[], $9::text[], $10::text[])
-                     WITH ORDINALITY a (id, app_id, sign_count, backed_up, at, flag, actor, request_id, action, approval, number)
+                FROM json_to_recordset($1::text::json) a (
+                    number integer, id text, app_id text, sign_count bigint, backed_up boolean, at timestamptz, flag_counter boolean,
+                    actor text, request_id text, action text, approval text)
                 JOIN credentials c ON c.id = a.id AND c.app_id = a.app_id AND c.live
                 FOR UPDATE OF c {"" if alone else "SKIP LOCKED"}
             ), used AS (
                 UPDATE credentials c
                 SET sign_count = greatest(c.sign_count, old.sign_count), backed_up = old.backed_up, last_used_at = old.at,
                     updated_at = old.at, use_count = c.use_count + 1
-                FROM old WHERE c.id = old.id AND (old.flag OR NOT old.regressed)
+                FROM old WHERE c.id = old.id AND (old.flag_counter OR NOT old.regressed)
                 RETURNING old.*
             ), told AS (
                 {TELL} SELECT at, app_id, actor, action, user_id, id, 'done', CASE WHEN regressed THEN 'counter' END, request_id FROM used
             ){approve}
             SELECT number, regressed, was_backed_up <> backed_up AS backup_changed FROM used
             """,
-            *map(list, zip(*uses, strict=True)),
+            _recordset(uses, _Use._fields),
         )
         found: list[Used | Alone | None] = [None if alone else ALONE] * len(uses)
         for number, regressed, backup_changed in rows:
-            found[number - 1] = Used(regressed, backup_changed)
+            found[number] = Used(regressed, backup_changed)
         return found

@@ -37,13 +37,14 @@ open discoverable ceremonies; about half a kB each.
 
 from __future__ import annotations
 
+import time
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import orjson
 
-from broker.ephemeral.client import DOWN, Commands, Script, connect, run_script
+from broker.ephemeral.client import DOWN, Commands, NoScriptError, Script, connect
 from broker.ephemeral.records import (
     HEADS,
     dump_beginning,
@@ -57,7 +58,7 @@ from broker.ephemeral.records import (
 )
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import Beginning, Pending, Purpose, Redeemable, Transaction
-from broker.telemetry import Metrics, Stopwatch, context
+from broker.telemetry import Metrics, context
 from broker.tokens import digest, text
 
 __all__ = ["Ephemeral", "connect"]
@@ -153,11 +154,16 @@ class Ephemeral:
         Raises:
             Unavailable: the server is down, slow, full, or refuses to write; or its reply was lost.
         """
+        began = time.perf_counter()
         try:
-            with Stopwatch(self._metrics, "redis", operation):
-                return await self._commands.ask(*command, limit=context().remaining(self._timeout))
+            return await self._commands.ask(*command, limit=context().remaining(self._timeout))
+        except NoScriptError:
+            raise
         except DOWN as fault:
+            self._metrics.store_failures.inc("redis", operation)
             raise Unavailable(reason="redis") from fault
+        finally:
+            self._metrics.store_seconds.observe(time.perf_counter() - began, "redis", operation)
 
     async def run(self, operation: str, script: Script, *, keys: list[bytes], args: list[Any]) -> Any:
         """Run a Lua script whose keys share a hash tag: atomic, and one round trip once the server has it.
@@ -166,11 +172,9 @@ class Ephemeral:
             Unavailable: see `_ask`.
         """
         try:
-            with Stopwatch(self._metrics, "redis", operation):
-                limit = context().remaining(self._timeout)
-                return await run_script(self._commands, script, keys, args, limit)
-        except DOWN as fault:
-            raise Unavailable(reason="redis") from fault
+            return await self._ask(operation, "EVALSHA", script.sha1, len(keys), *keys, *args)
+        except NoScriptError:  # nothing was run
+            return await self._ask(operation, "EVAL", script.text, len(keys), *keys, *args)
 
     async def check(self) -> None:
         """Raise `Unavailable` unless the server takes a write: one that is full, or a replica, answers PING and serves nobody."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable
 from typing import Any, Protocol
 
 from redis.asyncio import Redis, RedisCluster
@@ -17,6 +18,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from broker.ephemeral.sender import Sender
+
+__all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "OneServer", "Script", "connect"]
 
 # What redis-py raises for a server that is down, slow, full or refuses; RedisClusterException is no RedisError.
 DOWN = (RedisError, RedisClusterException, OSError, TimeoutError)
@@ -35,7 +38,7 @@ class Script:
 class Commands(Protocol):
     """One server, or a cluster."""
 
-    async def ask(self, *command: Any, limit: float) -> Any:
+    def ask(self, *command: Any, limit: float) -> Awaitable[Any]:
         """The reply to one command within `limit` seconds; bytes, integers, None and lists of these.
 
         Raises:
@@ -54,8 +57,8 @@ class OneServer:
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
 
-    async def ask(self, *command: Any, limit: float) -> Any:
-        return await self._sender.send(command, limit)
+    def ask(self, *command: Any, limit: float) -> Awaitable[Any]:
+        return self._sender.send(command, limit)
 
     async def close(self) -> None:
         await self._sender.close()
@@ -73,16 +76,6 @@ class ByClient:
 
     async def close(self) -> None:
         await self._client.aclose()
-
-
-async def run_script(
-    commands: Commands, script: Script, keys: list[bytes], args: list[Any], limit: float
-) -> Any:
-    """Run a script whose keys share a hash tag: atomic, and one round trip once the server has it."""
-    try:
-        return await commands.ask("EVALSHA", script.sha1, len(keys), *keys, *args, limit=limit)
-    except NoScriptError:  # nothing was run
-        return await commands.ask("EVAL", script.text, len(keys), *keys, *args, limit=limit)
 
 
 class _PatientCluster(RedisCluster):

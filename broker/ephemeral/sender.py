@@ -195,7 +195,8 @@ class Sender:
         link = self._link
         if link is None or link.ended:
             link = self._link = _Link(self._connection(), self._timeout)
-        return link.ask(cast(bytes, hiredis.pack_command(command)), limit)
+        packed: bytes = hiredis.pack_command(command)
+        return link.ask(packed, limit)
 
     async def close(self) -> None:
         """End the connection. Who waits is failed."""

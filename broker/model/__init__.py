@@ -12,6 +12,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -91,6 +92,7 @@ Purpose = Literal["register", "authenticate"]
 Proof = Literal["register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"]
 
 MAX_TEXT = 256  # characters of what a caller chooses: external ids, names
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 ID = re.compile(r"[A-Za-z0-9]{24}\Z")
 
 
@@ -113,12 +115,12 @@ class RelyingParty:
     @property
     def accepted_origins(self) -> tuple[str, ...]:
         """Every origin that a ceremony may come from."""
-        return self.origins + self.related_origins
+        return self.origins + self.related_origins if self.related_origins else self.origins
 
     @property
     def web_origins(self) -> tuple[str, ...]:
         """The origins that a browser may send in `Origin`, so those that CORS answers."""
-        return tuple(o for o in self.accepted_origins if o.startswith("http"))
+        return _web_origins(self.accepted_origins)
 
     def checked(self) -> RelyingParty:
         """Return itself, its origins in canonical form.
@@ -152,6 +154,11 @@ class RelyingParty:
                 f"The host of {canonical} is neither {rp_id} nor below it; list it as a related origin or change the RP ID."
             )
         return canonical
+
+
+@lru_cache(maxsize=1024)
+def _web_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(o for o in origins if o.startswith("http"))
 
 
 def _is(origin: str, related: tuple[str, ...]) -> bool:
@@ -546,7 +553,7 @@ def checked(value: str, name: str) -> None:
         raise InvalidRequest(f"{name} is empty; it has 1 to {MAX_TEXT} characters.")
     if len(value) > MAX_TEXT:
         raise InvalidRequest(f"{name} has {len(value)} characters; {MAX_TEXT} are allowed.")
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+    if _UNSTORABLE.search(value):
         raise InvalidRequest(
             f"{name} has a character that can't be stored (NUL or half of a surrogate pair)."
         )

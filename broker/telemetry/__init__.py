@@ -29,7 +29,10 @@ class Context:
 
     def remaining(self, limit: float) -> float:
         """Seconds that one wait may take: `limit`, or what is left of the request if that is less."""
-        return limit if self.deadline is None else max(0.0, min(limit, self.deadline - time.monotonic()))
+        if self.deadline is None:
+            return limit
+        left = self.deadline - time.monotonic()
+        return limit if left > limit else max(0.0, left)
 
 
 CONTEXT: ContextVar[Context] = ContextVar("broker_context")

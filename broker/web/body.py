@@ -43,9 +43,11 @@ _DEFAULT = Limits()
 
 
 class Incoming(web.Request):
-    """A request with what was found out about it: the body, once it was read, and the CORS headers of its answer."""
+    """A request with what was found out about it: the body, where it came whole with the head, and once it was read and judged; the CORS
+    headers of its answer."""
 
-    ATTRS = web.Request.ATTRS | {"kept_body", "cors"}
+    ATTRS = web.Request.ATTRS | {"came", "kept_body", "cors"}
+    came: bytes | None = None
     kept_body: bytes | None = None
     cors: Mapping[str, str] | None = None
 
@@ -61,22 +63,29 @@ async def read_bytes(request: web.Request) -> bytes:
     Raises:
         RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, caller gone).
     """
-    known = kept(request).kept_body
-    if known is not None:
-        return known
+    incoming = kept(request)
+    if incoming.kept_body is not None:
+        return incoming.kept_body
     encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedEncoding
+    if incoming.came is not None:
+        body = incoming.came
+        if len(body) > MAX_BODY:
+            raise RequestTooLarge
+    else:
+        body = await _read(request)
+    context().deadline = time.monotonic() + ANSWER_SECONDS
+    incoming.kept_body = body
+    return body
+
+
+async def _read(request: web.Request) -> bytes:
     if (request.content_length or 0) > MAX_BODY:
         raise RequestTooLarge
     try:
-        if request.content.is_eof():  # it came with the head, as most do: nothing to wait for
-            body = request.content.read_nowait()
-            if len(body) > MAX_BODY:
-                raise RequestTooLarge
-        else:
-            async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
-                body = await request.read()
+        async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
+            return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise RequestTooLarge from None
     except TimeoutError:
@@ -85,9 +94,6 @@ async def read_bytes(request: web.Request) -> bytes:
         raise InvalidRequest("The body is not framed as HTTP/1.1 asks.", reason="framing") from None
     except ConnectionError:  # nobody is there to read the answer; it is no defect of ours
         raise InvalidRequest("The body ended early.", reason="disconnected") from None
-    context().deadline = time.monotonic() + ANSWER_SECONDS
-    kept(request).kept_body = body
-    return body
 
 
 async def read_object(request: web.Request, *, empty: bool = False) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def access_of(handler: object) -> Access | None:
 
 async def _slow_body(request: web.Request) -> bool:
     """Read the body, if there is one; whether it took so long that what was looked up before it may have changed."""
-    if request.content.is_eof() or not request.can_read_body:
-        return False  # it came with the head, or there is none
+    if kept(request).came is not None or not request.can_read_body:
+        return False
     began = time.monotonic()
     await read_bytes(request)
     return time.monotonic() - began > _SLOW_SECONDS
@@ -162,10 +162,11 @@ async def _admitted(request: web.Request) -> RelyingParty:
         raise
     origin = _only(request, hdrs.ORIGIN)
     if origin is not None:
-        kept(request).cors = None
+        incoming = kept(request)
+        incoming.cors = None
         if origin not in app.web_origins:
             raise OperationNotAllowed(reason="origin")
-        kept(request).cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        incoming.cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
     return app
 
 

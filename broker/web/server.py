@@ -8,7 +8,7 @@ otherwise: a body whose chunks break leaves its reader waiting, and at shut-down
 
 **The fast lane.** aiohttp hands each request from its connection's task to a task of its own and back, and writes answers in steps that
 any response might need: two thirds of what a small request costs. A request that is whole when its head is (as nearly all are), on a
-connection that waits for one, is answered here by one task, and an `Answer` goes out in one write. Everything else, and every request
+connection that waits for one, is answered here by one task of the connection, and an `Answer` goes out in one write. Everything else, and every request
 that comes while one is being answered, takes aiohttp's own way: while the lane is in use, aiohttp's task waits and its queue fills.
 
 aiohttp offers no public way to choose the protocol class; `_Runner` therefore overrides `AppRunner._make_server` and hands our
@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
 from aiohttp import HttpVersion11, hdrs, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.http_writer import StreamWriter, _serialize_headers
-from aiohttp.streams import StreamReader
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from broker.web.body import LIMITS, Incoming, Limits
@@ -37,14 +37,13 @@ from broker.web.edge import Answer, Edge
 
 LINGER_SECONDS = 1.0
 _BACKLOG = 1024
-# From Python 3.12 on a task may begin where it is made, a turn of the loop earlier.
-_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+_NO_WRITER = cast(AbstractStreamWriter, None)  # of requests whose answers need none, as nearly all
 
 
 class _Protocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_head_timer", "_lane", "_last_body", "_write_timer")
+    __slots__ = ("_head_timer", "_idle", "_lane", "_last_body", "_taken", "_write_timer")
 
     def __init__(self, manager: _Server, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -52,6 +51,8 @@ class _Protocol(RequestHandler):
         self._write_timer: asyncio.TimerHandle | None = None
         self._last_body: StreamReader | None = None
         self._lane: asyncio.Task[None] | None = None
+        self._idle: asyncio.Future[None]  # what the lane's task waits for
+        self._taken: tuple[RawRequestMessage, StreamReader, asyncio.Future[None]] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -61,6 +62,8 @@ class _Protocol(RequestHandler):
         self._head_is_here()
         self._it_reads()
         super().connection_lost(exc)
+        if self._lane is not None and self._taken is None:
+            self._lane.cancel()  # else it ends with its request
 
     def data_received(self, data: bytes) -> None:
         complete = self._request_count
@@ -108,38 +111,51 @@ class _Protocol(RequestHandler):
         self._parser.message_consumed()
         assert self._manager is not None
         self._manager.requests_count += 1
-        lane = asyncio.Task(self._answer(message, body, waiter), loop=self._loop, **_EAGER)
-        self._lane = None if lane.done() else lane
+        self._taken = message, body, waiter
+        if self._lane is None:
+            self._lane = self._loop.create_task(self._answer_each())
+        else:
+            self._idle.set_result(None)
         return True
 
-    async def _answer(
-        self, message: RawRequestMessage, body: StreamReader, waiter: asyncio.Future[None]
-    ) -> None:
-        """Answer one whole request."""
+    async def _answer_each(self) -> None:
+        """Answer what enters the lane, one after the other, until the connection ends. One task for all: a task costs as much as a look-up."""
+        while self._taken is not None:
+            message, body, waiter = self._taken
+            try:
+                await self._answer(message, body)
+            except ConnectionError:  # the peer is gone
+                self.force_close()
+            except BaseException:
+                self.force_close()
+                raise
+            finally:
+                self._taken = None
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                self._give_back(waiter)
+            if self._close or self._force_close:
+                return
+            del message, body, waiter
+            self._idle = self._loop.create_future()
+            await self._idle
+
+    async def _answer(self, message: RawRequestMessage, body: StreamReader) -> None:
         assert self._request_factory is not None
         assert self._request_handler is not None
-        writer = StreamWriter(self, self._loop)
-        task = cast("asyncio.Task[None]", self._lane)  # not set yet where it is eager; nobody asks for it
-        request = self._request_factory(message, body, self, writer, task)
-        try:
-            response = await self._request_handler(request)
-            if type(response) is Answer and response.keep_alive is None:
-                self._write_whole(response)
-                if self._paused:
-                    await self._drain_helper()
-            else:
-                await self.finish_response(request, response, None)
-                if not response.keep_alive:
-                    self.force_close()
-        except ConnectionError:  # the peer is gone
-            self.force_close()
-        except BaseException:
-            self.force_close()
-            raise
-        finally:
-            self._lane = None
-            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-            self._give_back(waiter)
+        assert self._lane is not None
+        request = self._request_factory(message, body, self, _NO_WRITER, self._lane)
+        chunks = body._buffer if body is not EMPTY_PAYLOAD else ()
+        request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)  # type: ignore[attr-defined]  # it is an Incoming
+        response = await self._request_handler(request)
+        if type(response) is Answer and response.keep_alive is None:
+            self._write_whole(response)
+            if self._paused:
+                await self._drain_helper()
+        else:
+            request._payload_writer = StreamWriter(self, self._loop)
+            await self.finish_response(request, response, None)
+            if not response.keep_alive:
+                self.force_close()
 
     def _write_whole(self, answer: Answer) -> None:
         content = answer.body
@@ -161,13 +177,18 @@ class _Protocol(RequestHandler):
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """End the connection; a request in the lane has `timeout` seconds."""
-        if self._lane is not None:
+        if self._lane is not None and self._taken is not None:
             self._force_close = True
-            await asyncio.wait([self._lane], timeout=timeout)
-            if self._lane is not None:
+            _, late = await asyncio.wait([self._lane], timeout=timeout)
+            if late:
                 self._lane.cancel()
                 await asyncio.wait([self._lane])
         await super().shutdown(timeout)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp resumes with every body that it has read, also where nothing was paused."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def _judge_framing(self) -> None:
         """A body whose framing breaks fails at once; aiohttp would let its reader wait for more until the time is over."""

@@ -12,13 +12,22 @@ written in another way (percent-encoded, with a query), ids of another form, and
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from aiohttp.web_urldispatcher import AbstractResource, UrlMappingMatchInfo
 
 _ID = 24  # ASCII alphanumerics
 _ONE_VARIABLE = re.compile(r"([^{}]*/)\{(\w+)\}(/[^{}]*)?\Z")
 _REMEMBERED = 4096  # paths; each is one of ours with an id in it, so of bounded length
+
+
+class Way(NamedTuple):
+    """What a path leads to."""
+
+    handler: Handler
+    match: UrlMappingMatchInfo
 
 
 class Shortcuts:
@@ -27,7 +36,7 @@ class Shortcuts:
     def __init__(self, app: web.Application) -> None:
         self._app = app
         self._routes: dict[tuple[str, str, str], tuple[web.AbstractRoute, str]] = {}
-        self._plain: dict[tuple[str, str], UrlMappingMatchInfo] = {}
+        self._plain: dict[tuple[str, str], Way] = {}
         resources = list(app.router.resources())
         for resource in resources:
             found = _ONE_VARIABLE.match(resource.canonical)
@@ -38,15 +47,15 @@ class Shortcuts:
                 if found:
                     self._routes[route.method, found[1], found[3] or ""] = route, found[2]
                 else:
-                    self._plain[route.method, sample] = self._match({}, route)
+                    self._plain[route.method, sample] = self._way({}, route)
         self._prefixes = tuple(sorted({prefix for _, prefix, _ in self._routes}, key=len, reverse=True))
         self._known = self._plain.copy()
 
-    def find(self, method: str, path: str) -> UrlMappingMatchInfo | None:
+    def find(self, method: str, path: str) -> Way | None:
         """What the request's path, as it was sent, leads to; None where only the router can tell. It is shared: change nothing of it."""
         return self._known.get((method, path)) or self._look(method, path)
 
-    def _look(self, method: str, path: str) -> UrlMappingMatchInfo | None:
+    def _look(self, method: str, path: str) -> Way | None:
         for prefix in self._prefixes:
             if not path.startswith(prefix):
                 continue
@@ -57,15 +66,15 @@ class Shortcuts:
                 if len(self._known) >= _REMEMBERED:
                     self._known = self._plain.copy()
                 route, variable = found
-                match = self._known[method, path] = self._match({variable: identifier}, route)
-                return match
+                way = self._known[method, path] = self._way({variable: identifier}, route)
+                return way
         return None
 
-    def _match(self, variables: dict[str, str], route: web.AbstractRoute) -> UrlMappingMatchInfo:
+    def _way(self, variables: dict[str, str], route: web.AbstractRoute) -> Way:
         match = UrlMappingMatchInfo(variables, route)
         match.add_app(self._app)
         match.freeze()
-        return match
+        return Way(route.handler, match)
 
 
 def _rivals(resource: AbstractResource, route: web.AbstractRoute, path: str) -> bool:

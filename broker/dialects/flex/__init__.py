@@ -66,6 +66,7 @@ PATHS = re.compile(r"/v1(?:/|\Z)")
 SIGNS = False  # its receipts can be signed, and are not where there is no secret key
 _APP = "/v1/apps/{app_id}"
 _PAGE_HEADERS = "content-type, passage-flex-version"
+_PROOFS = frozenset(get_args(Proof))
 _NO_FILTERS = frozenset({"login_count", "created_at", "updated_at", "last_login_at"})
 
 STATUS: Mapping[type[Refusal], int] = {
@@ -136,7 +137,7 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         name: text_field(body, name) for name in ("purpose", "transaction_id", "external_id") if name in body
     }
     purpose = expected.get("purpose")
-    if purpose is not None and purpose not in get_args(Proof):
+    if purpose is not None and purpose not in _PROOFS:
         raise InvalidRequest(
             'purpose is "register" or "authenticate"; of a second factor "register_second_factor" or'
             ' "authenticate_second_factor", of an approval "approve".'

@@ -61,6 +61,10 @@ def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+_PLAIN = {"external_id"}  # most ask for nothing more
+_NOTHING = Asked()
+
+
 def asked_of_registration(body: Body) -> Asked:
     """What the caller asks of a registration."""
     return Asked(
@@ -77,6 +81,8 @@ def asked_of_authentication(body: Body) -> tuple[str | None, Asked]:
     Whom it is about is said: by `external_id`, `passkeys` or both, or else by `discoverable: true`. A request that says none of it
     lacks its external id: it never means anybody.
     """
+    if body.keys() == _PLAIN:
+        return text_field(body, "external_id"), _NOTHING
     asked = Asked(
         user_verification=_user_verification(body),
         life=_life(body),

@@ -20,7 +20,7 @@ _INT32 = 2**31 - 1
 
 def rfc3339(value: datetime) -> str:
     """RFC 3339 in UTC."""
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return value.astimezone(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
 
 
 def receipt_object(receipt: Receipt) -> dict[str, Any]:
