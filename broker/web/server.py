@@ -144,7 +144,7 @@ class _Protocol(RequestHandler):
         assert self._request_handler is not None
         assert self._lane is not None
         request = self._request_factory(message, body, self, _NO_WRITER, self._lane)
-        chunks = body._buffer if body is not EMPTY_PAYLOAD else ()
+        chunks: Sequence[bytes] = body._buffer if body is not EMPTY_PAYLOAD else ()
         request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)  # type: ignore[attr-defined]  # it is an Incoming
         response = await self._request_handler(request)
         if type(response) is Answer and response.keep_alive is None:
