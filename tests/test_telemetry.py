@@ -21,7 +21,17 @@ from aiohttp import web
 from broker.app import application
 from broker.ceremony.verdict import REASONS
 from broker.errors import Refusal
-from broker.telemetry import Context, Log, Metrics, Stopwatch, capture_library_records, context, fault
+from broker.telemetry import (
+    KEEPER,
+    Context,
+    Log,
+    Metrics,
+    Shared,
+    Stopwatch,
+    capture_library_records,
+    context,
+    fault,
+)
 from tests.authenticator import Authenticator
 from tests.conftest import Started
 from tests.wire import Wire
@@ -101,6 +111,27 @@ async def test_no_more_is_held_than_fits() -> None:
     for _ in range(300):
         log("request")
     assert len(lines(stream)) == 256
+
+
+async def test_what_is_written_at_once_is_whole_lines_that_a_pipe_takes_whole() -> None:
+    pieces: list[str] = []
+
+    class Pipe(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return super().write(text)
+
+    stream = Pipe()
+    log = Log(stream, hold=60, pid=7)
+    for number in range(250):
+        log("request", number=number, route="/é" * (number % 60))
+    log.flush()
+    assert [(line["number"], line["pid"]) for line in lines(stream)] == [(number, 7) for number in range(250)]
+    assert all(piece.endswith("\n") and len(piece.encode()) <= 4096 for piece in pieces)
+    assert len(pieces) < 25
+    log("request", route="x" * 5000)
+    log.flush()
+    assert lines(stream)[-1]["route"] == "x" * 5000
 
 
 def test_nothing_is_held_where_no_loop_would_write_it() -> None:
@@ -228,6 +259,40 @@ def test_processes_add_up() -> None:
     assert value("broker_store_seconds_sum", {"store": "redis", "operation": "take"}) == 0.008
     assert value("broker_refusals_total", {"code": "not_found", "reason": "not_found"}) == 1
     assert value("broker_request_seconds_count", {"route": "/", "status": "200"}) == 1
+
+
+def test_figures_of_several_processes_never_go_down(tmp_path: Path) -> None:
+    """Whoever is asked, before and after one of them has died, and while the keeper takes over its figures."""
+    names = ["1", "2", KEEPER]
+    several = {name: Metrics() for name in names}
+    shared = {name: Shared(tmp_path, name, metrics.tally) for name, metrics in several.items()}
+
+    def value(name: str) -> float | None:
+        several[name].tally.others = shared[name].others
+        return several[name].registry.get_sample_value("broker_events_lost_total")
+
+    several["1"].events_lost.inc()
+    assert value("1") == 1
+    assert value("2") == 1, "what an answer told is known to the next one"
+    several["2"].events_lost.inc()
+    assert [value(name) for name in ("2", "1", KEEPER)] == [2, 2, 2]
+    several["2"].events_lost.inc()  # and it is killed before it tells anybody
+    left = (tmp_path / "2.json").read_bytes()
+    shared[KEEPER].inherit("2")
+    assert [value(name) for name in ("1", KEEPER)] == [2, 2]
+    (tmp_path / "2.json").write_bytes(left)  # as a reader finds it who came before it was removed
+    assert [value(name) for name in ("1", KEEPER)] == [2, 2]
+    (tmp_path / "3.json").write_bytes(b"[")
+    assert value("1") == 2
+    shared[KEEPER].inherit("4")  # it died before it counted
+    assert value("1") == 2
+
+
+def test_figures_without_a_folder_are_ones_own(tmp_path: Path) -> None:
+    metrics = Metrics()
+    metrics.tally.others = Shared(tmp_path / "gone", "1", metrics.tally).others
+    metrics.events_lost.inc()
+    assert metrics.registry.get_sample_value("broker_events_lost_total") == 1
 
 
 def _words(*modules: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 log       JSON lines, and libraries' records without anything that a caller sent
 metrics   what is counted and timed, with bounded labels; adds up over processes
+shared    where the processes of one service put their figures
 
 `Context` is who acts (an API key's id, "browser", "cli") and under which request id; the durable store writes both into events.
 """
@@ -14,8 +15,20 @@ from dataclasses import dataclass
 
 from broker.telemetry.log import Log, capture_library_records, fault
 from broker.telemetry.metrics import Metrics
+from broker.telemetry.shared import KEEPER, Shared
 
-__all__ = ["CONTEXT", "Context", "Log", "Metrics", "Stopwatch", "capture_library_records", "context", "fault"]
+__all__ = [
+    "CONTEXT",
+    "KEEPER",
+    "Context",
+    "Log",
+    "Metrics",
+    "Shared",
+    "Stopwatch",
+    "capture_library_records",
+    "context",
+    "fault",
+]
 
 
 @dataclass(slots=True)

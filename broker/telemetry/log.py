@@ -10,6 +10,9 @@ Authorization header. A log that can't be written to stops no request.
 **Lines may be held** for a moment (`hold`, in seconds) and then be made and written together: a line by itself costs a request as much
 as its look-ups. Nothing overtakes: a warning or an error takes what is held along and is written at once. A process that is killed loses
 what it held, so those who end by themselves call `flush`.
+
+**Lines of several processes stay whole** on one standard error: what is written at once is whole lines of at most 4096 bytes together,
+which a pipe takes in one piece (pipe(7), PIPE_BUF on Linux), and so do files and sockets. Nothing logged makes a longer line.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -25,15 +29,20 @@ from typing import Any, TextIO
 import orjson
 
 _MOST_HELD = 256
+_AT_ONCE = 4096  # bytes
 _LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
 
 
 class Log:
-    """Writes one JSON line per call. Lines below a warning may be held for `hold` seconds, while an event loop runs; 0 holds none."""
+    """Writes one JSON line per call; `always` is in each. Lines below a warning may be held for `hold` seconds, while an event loop
+    runs; 0 holds none."""
 
-    def __init__(self, stream: TextIO | None = None, *, level: str = "info", hold: float = 0.0) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, level: str = "info", hold: float = 0.0, **always: Any
+    ) -> None:
         self._stream = stream or sys.stderr
         self._hold = hold
+        self._always = always
         self._held: list[tuple[float, int, str, dict[str, Any]]] = []
         self.level = logging.getLevelName(level.upper())
 
@@ -54,18 +63,29 @@ class Log:
         held, self._held = self._held, []
         if not held:
             return
-        text = b"".join(map(_line, held)).decode()
         with suppress(OSError):  # the reader of our standard error went away, or its disk is full
-            self._stream.write(text)
-            self._stream.flush()
+            for piece in _pieces(_line(*each, self._always) for each in held):
+                self._stream.write(piece.decode())
+                self._stream.flush()
 
 
-def _line(held: tuple[float, int, str, dict[str, Any]]) -> bytes:
-    at, severity, event, values = held
+def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines, joined as far as they may be written at once."""
+    joined = b""
+    for line in lines:
+        if len(joined) + len(line) > _AT_ONCE and joined:
+            yield joined
+            joined = b""
+        joined += line
+    yield joined
+
+
+def _line(at: float, severity: int, event: str, values: dict[str, Any], always: dict[str, Any]) -> bytes:
     line = {
         "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
         "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
         "event": event,
+        **always,
         **values,
     }
     return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE)

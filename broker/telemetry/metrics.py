@@ -5,8 +5,8 @@ prometheus_client's own counters take a lock, look children up under a lock and 
 and a login has some twenty. One event loop runs all that counts here, so no lock is needed, and a binary search finds the bucket. The
 library still writes the text: `Tally` is a collector like any other.
 
-`Tally.dump` and `Tally.others` let the figures of several processes add up: a dump is JSON, and what the reader doesn't know of it is
-left out.
+`Tally.dump` and `Tally.others` let the figures of several processes add up (`broker.telemetry.shared`): a dump is JSON, and what the
+reader doesn't know of it is left out.
 """
 
 from __future__ import annotations
@@ -85,6 +85,11 @@ class Tally(Collector):
         """This process's figures, as JSON may hold them."""
         return {name: list(metric.values.items()) for name, metric in self._metrics.items()}
 
+    def absorb(self, dump: Dump) -> None:
+        """Add a dump's figures to this process's, for good."""
+        for name, metric in self._metrics.items():
+            metric.values = added([metric.values, _values(dump.get(name, ()))])
+
     def collect(self) -> Iterable[Metric]:
         """Every metric, also those that nothing happened to yet."""
         others = list(self.others())
@@ -135,6 +140,7 @@ class Metrics:
         self.events_lost = Counts(
             "broker_events_lost", "Events of refused ceremonies that could not be written."
         )
+        self.worker_restarts = Counts("broker_worker_restarts", "Workers that were replaced.", "cause")
         self.tally = Tally([metric for metric in vars(self).values() if isinstance(metric, Counts | Times)])
         self.registry = CollectorRegistry()
         self.registry.register(self.tally)
