@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -307,14 +308,40 @@ async def _close_all(listeners: Sequence[Listener]) -> None:
     await asyncio.gather(*(listener.close() for listener in listeners))
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Sockets that listen: those of the port for pages, and those of the management port, where there is one."""
+
+    pages: Sequence[socket.socket]
+    management: Sequence[socket.socket] = ()
+
+    @classmethod
+    def bind(cls, settings: Settings) -> Ports:
+        """Sockets for what the settings say.
+
+        Raises:
+            OSError: an address is in use or not ours.
+        """
+        pages = bind(settings.host, settings.port)
+        if not settings.management_port:
+            return cls(pages)
+        try:
+            return cls(pages, bind(settings.host, settings.management_port))
+        except OSError:
+            for opened in pages:
+                opened.close()
+            raise
+
+
 async def serve(
     parts: Parts,
     *,
+    ports: Ports | None = None,
     prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
     limits: Limits | None = None,
 ) -> Service:
-    """Listen. `prepare` is given the port before the first request is answered, and returns further applications by path
-    prefix; `limits` bounds slow callers.
+    """Listen, on `ports` where somebody else has bound them. `prepare` is given the port before the first request is answered, and
+    returns further applications by path prefix; `limits` bounds slow callers.
 
     Raises:
         OSError: an address is in use or not ours.
@@ -324,18 +351,15 @@ async def serve(
     stack.push_async_callback(parts.close)
     parts.notifications.start()
     try:
-        sockets = bind(settings.host, settings.port)
-        port = sockets[0].getsockname()[1]
-        extra = await prepare(port) if prepare else {}
-        if settings.management_port:
-            both = bind(settings.host, settings.management_port)
-            plan = [
-                (sockets, application(parts, management=False, browser=True, subapps=extra, limits=limits)),
-                (both, application(parts, management=True, browser=False, limits=limits)),
-            ]
+        ports = ports or Ports.bind(settings)
+        extra = await prepare(ports.pages[0].getsockname()[1]) if prepare else {}
+        if ports.management:
+            pages = application(parts, management=False, browser=True, subapps=extra, limits=limits)
+            keyed = application(parts, management=True, browser=False, limits=limits)
+            plan = [(ports.pages, pages), (ports.management, keyed)]
         else:
             combined = application(parts, management=True, browser=True, subapps=extra, limits=limits)
-            plan = [(sockets, combined)]
+            plan = [(ports.pages, combined)]
         listeners: list[Listener] = []
         stack.push_async_callback(_close_all, listeners)
         for opened, app in plan:
