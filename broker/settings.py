@@ -157,6 +157,7 @@ class Settings:
     host: str = _setting(_host, "localhost")
     port: int = _setting(_whole(0, 65535), 8080)
     management_port: int = _setting(_whole(0, 65535), 0)  # 0: keyed routes share `port`
+    workers: int = _setting(_whole(1, 64), 1)  # processes of `serve`
     public_url: str = _setting(_public_url, "")
     dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
     secret_key: tuple[str, ...] = _setting(_secrets, (), secret=True)  # the first seals keys, all open them

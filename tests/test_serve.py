@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ SERVING = {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": "0", "BROKER_SECRET_KEY": 
 
 
 class Serve:
-    """A `broker serve`; `log` grows as it writes. Ports are in its line "listening"."""
+    """A `broker serve`, or another command; `log` grows as it writes. Ports are in its line "listening"."""
 
-    def __init__(self, environment: dict[str, str], *options: str) -> None:
+    def __init__(
+        self, environment: dict[str, str], *options: str, command: Sequence[str] = (str(BROKER), "serve")
+    ) -> None:
         self.process = subprocess.Popen(
-            [str(BROKER), "serve", *options],
+            [*command, *options],
             env=CLEAN | SERVING | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -47,6 +47,8 @@ GOOD: list[tuple[str, str, object]] = [
     ("port", "0", 0),
     ("port", "65535", 65535),
     ("management_port", "9090", 9090),
+    ("workers", "1", 1),
+    ("workers", "64", 64),
     ("public_url", "https://passkeys.example.com/", "https://passkeys.example.com"),
     ("public_url", "http://localhost:8080/broker", "http://localhost:8080/broker"),
     ("dialects", "flex", ("flex",)),
@@ -104,6 +106,9 @@ BAD: list[tuple[str, str]] = [
     ("port", "٨٠"),
     ("port", "9" * 5000),
     ("management_port", "http"),
+    ("workers", "0"),
+    ("workers", "65"),
+    ("workers", "auto"),
     ("public_url", "passkeys.example.com"),
     ("public_url", "ftp://h"),
     ("public_url", "https://"),
@@ -215,6 +220,7 @@ def test_old_deployments_need_no_new_setting() -> None:
     """Two URLs have been enough from the start, and must stay so."""
     settings = Settings.load(STORES)
     assert (settings.host, settings.port, settings.management_port) == ("localhost", 8080, 0)
+    assert settings.workers == 1
 
 
 def test_repr_hides_secrets() -> None:

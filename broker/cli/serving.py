@@ -20,7 +20,7 @@ from broker.telemetry import Log, capture_library_records
 if TYPE_CHECKING:  # the service is imported when a command needs it: `dev` does so while its stores start
     from aiohttp import web
 
-    from broker.app import Parts, Service
+    from broker.app import Parts, Ports, Service
 
 T = TypeVar("T")
 
@@ -42,15 +42,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--port", type=int, help="port for pages, and for everything without a management port"
     )
     command.add_argument("--management-port", type=int, help="port for keyed callers, health and metrics")
+    command.add_argument("--workers", type=int, help="processes that serve (BROKER_WORKERS; default 1)")
     command.add_argument("--migrate", action="store_true", help="apply missing migrations first")
     command.set_defaults(run=run_serve)
 
 
 def listening(environment: Mapping[str, str], options: argparse.Namespace) -> dict[str, str]:
-    """The environment with what the command line said about host and ports."""
+    """The environment with what the command line said about host, ports and workers."""
     given = {
         f"BROKER_{name.upper()}": str(value)
-        for name in ("host", "port", "management_port")
+        for name in ("host", "port", "management_port", "workers")
         if (value := getattr(options, name, None)) is not None
     }
     return {**environment, **given}
@@ -58,8 +59,14 @@ def listening(environment: Mapping[str, str], options: argparse.Namespace) -> di
 
 def run_serve(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    settings = Settings.load(listening(os.environ, options))
-    run(_serve(settings, migrate=options.migrate))
+    environment = listening(os.environ, options)
+    settings = Settings.load(environment)
+    if settings.workers > 1:
+        from broker.cli.workers import supervise
+
+        supervise(settings, environment, migrate=options.migrate)
+    else:
+        run(_serve(settings, migrate=options.migrate))
     return 0
 
 
@@ -78,7 +85,7 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
     parts = await assemble(settings, log=log)
     if migrate:
         try:
-            await parts.postgres.migrate(datetime.now(UTC))
+            await apply_migrations(parts)
         except BaseException:
             await parts.close()
             raise
@@ -92,10 +99,18 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
     log("stopped")
 
 
+async def apply_migrations(parts: Parts) -> None:
+    """Apply those that are missing. Raises MigrationFault."""
+    await parts.postgres.migrate(datetime.now(UTC))
+
+
 async def start(
-    parts: Parts, prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None
+    parts: Parts,
+    prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
+    *,
+    ports: Ports | None = None,
 ) -> Service:
-    """Listen.
+    """Listen, on `ports` where somebody else has bound them.
 
     Raises:
         ServingFault: an address is in use or not ours; everything opened is closed again.
@@ -104,31 +119,44 @@ async def start(
 
     settings = parts.settings
     try:
-        service = await serve(parts, prepare=prepare)
+        service = await serve(parts, prepare=prepare, ports=ports)
         gc.set_threshold(*_GARBAGE)
         gc.freeze()  # what was made so far stays: no collection need look at it again
         return service
     except OSError as fault:
-        ports = f"port {settings.port}" + (
-            f" or {settings.management_port}" if settings.management_port else ""
+        raise cannot_listen(settings, fault) from None
+
+
+def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
+    """What binding met, as a sentence."""
+    ports = f"port {settings.port}" + (f" or {settings.management_port}" if settings.management_port else "")
+    if fault.errno == errno.EADDRINUSE:
+        return ServingFault(
+            f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; stop what uses it or choose another one."
         )
-        if fault.errno == errno.EADDRINUSE:
-            raise ServingFault(
-                f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; stop what uses it or choose another one."
-            ) from None
-        raise ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.") from None
+    return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
 
 
-async def until_told() -> None:
+async def until_told(at_once: Callable[[], None] | None = None) -> None:
     """Wait for SIGTERM or SIGINT. A second one ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
-    exception, which would come up in whatever runs at that moment and may be lost there."""
+    exception, which would come up in whatever runs at that moment and may be lost there. `at_once` is what to do before that."""
     loop = asyncio.get_running_loop()
     told = loop.create_future()
+
+    def end(number: int, _: object) -> None:
+        if at_once:
+            at_once()
+        if number == signal.SIGINT:
+            os._exit(130)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
     def tell() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        signal.signal(signal.SIGINT, end)
+        if at_once:
+            signal.signal(signal.SIGTERM, end)
         if not told.done():
             told.set_result(None)
 
