@@ -296,7 +296,13 @@ class Service:
         self.parts = parts
         self.port = listeners[0].ports[0]
         self.management_port = listeners[-1].ports[0]
+        self._listeners = listeners
         self._stack = stack
+
+    async def accept_no_more(self) -> None:
+        """Take no new connections, for other processes on the same ports do; `close` ends those there are."""
+        for listener in self._listeners:
+            await listener.accept_no_more()
 
     async def close(self) -> None:
         """Refuse new work, let running requests end (`drain_seconds` at most), then close the stores."""

@@ -297,6 +297,11 @@ class Listener:
         self._drain_seconds = drain_seconds
         self.ports = tuple(dict.fromkeys(s.getsockname()[1] for s in sockets))
 
+    async def accept_no_more(self) -> None:
+        """Take no new connections; those there are go on."""
+        for site in list(self._runner.sites):
+            await site.stop()
+
     async def close(self) -> None:
         """Refuse new connections, let running requests end (up to the drain limit), then close."""
         try:
