@@ -80,14 +80,15 @@ def figures(port: int) -> dict[str, float]:
     return {name: float(value) for name, _, value in samples if "_created" not in name}
 
 
-def accepted(pid: int, port: int) -> int:
-    """How many connections to the port a process has taken."""
+def accepted(pid: int, port: int) -> list[int]:
+    """The connections to the port that a process has taken, by the clients' ports."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             inodes.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{port:04X}") and row[3] == "01" and row[9] in inodes for row in rows)
+    mine = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01" and row[9] in inodes]
+    return [int(row[2].partition(":")[2], 16) for row in mine]
 
 
 def on_each(started: Serve, app: dict[str, str]) -> list[socket.socket]:
@@ -97,6 +98,20 @@ def on_each(started: Serve, app: dict[str, str]) -> list[socket.socket]:
         assert len(opened) < 200
         opened.append(in_flight(started.port, app))
     return opened
+
+
+def silent(pid: int, started: Serve) -> socket.socket:
+    """A connection that this worker has taken, and on which nothing was sent."""
+    while True:
+        opened = socket.create_connection(("127.0.0.1", started.port), timeout=30)
+        mine = opened.getsockname()[1]
+        until(
+            lambda mine=mine: any(mine in accepted(each, started.port) for each in workers(started)),  # type: ignore[misc]
+            "somebody takes it",
+        )
+        if mine in accepted(pid, started.port):
+            return opened
+        opened.close()
 
 
 def free(port: int) -> bool:
@@ -213,8 +228,12 @@ def test_a_worker_told_to_end_drains_and_is_replaced(shared: Serve, app: dict[st
     told = before[0]
     known = len(said(shared, "worker_listening"))
     opened = on_each(shared, app)
+    fresh = silent(told, shared)
     os.kill(told, signal.SIGTERM)
     until(lambda: bool(said(shared, "worker_drains", worker=told)), "it drains")
+    with fresh:
+        fresh.sendall(b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert fresh.recv(100).startswith(b"HTTP/1.1 200 "), "a connection that it had just taken"
     assert alive([told]) == [told], "its requests run"
     assert get(shared.port, "/health/live") == 200
     for each in opened:

@@ -6,12 +6,13 @@ event loop gets to it, so a busy one takes fewer; when a worker is killed, conne
 SO_REUSEPORT, a queue for each, would lose those, would let a second service bind a port that is in use, and differs between systems.
 
 **A socket pair joins each worker to the supervisor.** The worker says when it listens, that it lives (once a second), and that it drains
-because somebody sent it SIGTERM. The supervisor says "drain"; its end closed without that word means that it was killed, and the worker
+because somebody sent it SIGTERM. The supervisor says "leave" to one and "drain" to all; its end closed without that word means that it was killed, and the worker
 drains as well, so no orphan keeps the port; a thread waits for either, and ends a worker whose event loop hangs. Workers lead
 sessions of their own, so that Ctrl-C reaches the supervisor alone; a service manager may signal all of them at once, for being told
 twice is no second signal.
 
-**A worker that ends is replaced** at once; one that ended soon after its start, and so did the one before, after a pause that doubles.
+**A worker that leaves while others go on** takes no more connections, and closes idle ones a second later: one that it had just taken
+gets its answer. **A worker that ends is replaced** at once; one that ended soon after its start, and so did the one before, after a pause that doubles.
 Before the service listens nothing is replaced: a worker that can't start ends it. A worker that listens and is silent for 30 s of the
 supervisor's own waking time hangs, for nothing here may block that long; it is killed. SIGHUP replaces workers one after the other, each
 told to drain when its successor listens; in a terminal, where SIGHUP is the terminal's end, it ends the service.
@@ -61,10 +62,11 @@ BEAT = 1.0  # seconds
 HANGS = 30  # beats that a worker may miss
 SETTLED = 10.0  # seconds after its start from which a worker's end says nothing of the next one
 LONGEST_PAUSE = 30.0  # seconds
+LINGER = 1.0  # seconds from a connection to its first request, when its worker leaves
 LATE = 5.0  # seconds beyond the drain limit, for closing the stores
 
 LISTENS, LIVES, DRAINS = b"l", b".", b"d"  # what a worker says
-DRAIN = b"d"  # what the supervisor says
+LEAVE, DRAIN = b"l", b"d"  # what the supervisor says: you alone, or all
 
 _ENTRY = "from broker.cli.workers import work; work()"
 _MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
@@ -160,11 +162,11 @@ class _Worker:
             self.drains = True
             self.over.set()
 
-    def drain(self) -> None:
+    def drain(self, word: bytes) -> None:
         """Ask it to end. One that doesn't listen yet has no requests, and its copy of the sockets must not stay."""
         self.drains = True
         with suppress(OSError):
-            self._channel.send(DRAIN)
+            self._channel.send(word)
         if not self.listens:
             self.process.terminate()
 
@@ -354,7 +356,7 @@ class _Supervisor:
                 return
             old = self._places[place]
             self._take(place, fresh, "told")
-            old.drain()
+            old.drain(LEAVE)
             old.over.set()
         self._log("workers_renewed")
 
@@ -374,7 +376,7 @@ class _Supervisor:
             opened.close()
         ending = list(self._running)
         for worker in ending:
-            worker.drain()
+            worker.drain(DRAIN)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_seconds + LATE):
                 for worker in ending:
@@ -435,6 +437,11 @@ async def _serve_until_told(settings: Settings, post: _Post, log: Log) -> None:
     beating = asyncio.create_task(_beat(channel, shared))
     await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
     channel.say(DRAINS)
+    if not channel.all_end.is_set():
+        await service.accept_no_more()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                await channel.all_end.wait()
     await service.close()
     beating.cancel()
     shared.publish()
@@ -454,10 +461,11 @@ async def _beat(channel: _Channel, shared: Shared) -> None:
 
 
 class _Channel:
-    """The supervisor, as a worker sees it. `told` is set when it wants the worker to drain, or is no more."""
+    """The supervisor, as a worker sees it. `told` is set when it wants the worker to drain, `all_end` when all do or it is no more."""
 
     def __init__(self, channel: socket.socket, *, limit: float) -> None:
         self.told = asyncio.Event()
+        self.all_end = asyncio.Event()
         self.orphan = False
         self._channel = channel
         self._limit = limit
@@ -466,14 +474,22 @@ class _Channel:
 
     def _listen(self) -> None:
         """In a thread, so that an event loop that hangs does not keep the port when the supervisor is gone."""
-        try:
-            self.orphan = not self._channel.recv(1)
-        except OSError:
-            self.orphan = True
-        with suppress(RuntimeError):  # the loop has ended, and with it all there is to do
-            self._loop.call_soon_threadsafe(self.told.set)
+        word = LEAVE
+        while word == LEAVE:
+            try:
+                word = self._channel.recv(1)
+            except OSError:
+                word = b""
+            self.orphan = not word
+            with suppress(RuntimeError):  # the loop has ended, and with it all there is to do
+                self._loop.call_soon_threadsafe(self._hear, word)
         time.sleep(self._limit)
         os._exit(1)
+
+    def _hear(self, word: bytes) -> None:
+        self.told.set()
+        if word != LEAVE:
+            self.all_end.set()
 
     def say(self, word: bytes) -> None:
         """Tell the supervisor. It may be gone, or stopped and not reading: nothing here depends on it."""
