@@ -28,7 +28,7 @@ MAX_USER_HANDLE = 256  # characters
 MAX_TRANSPORTS = 32
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]+={0,2}\Z")
-_STANDARD = str.maketrans("-_", "+/")
+_STANDARD = bytes.maketrans(b"-_", b"+/")
 # The last characters that leave no unused bit set, by how many stand behind the last whole group of four (RFC 4648 §3.5): one byte
 # takes two characters, of which the last has four bits to spare, two bytes take three, with two to spare.
 _LAST = {2: frozenset("AQgw"), 3: frozenset("AEIMQUYcgkosw048")}
@@ -99,7 +99,7 @@ def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
         raise InvalidRequest(f"{name} is empty or not base64url.")
     if over and bare[-1] not in _LAST[over]:
         raise InvalidRequest(f"{name} is not canonical base64url.")
-    raw = a2b_base64(bare.translate(_STANDARD) + "=="[: -over % 4])
+    raw = a2b_base64(bare.encode().translate(_STANDARD) + b"=="[: -over % 4])
     if len(raw) > limit:
         raise InvalidRequest(f"{name} is longer than {limit} bytes.")
     return raw
