@@ -37,7 +37,7 @@ check: $(TEST) parts ## what CI runs: format, lint, types, tests, coverage
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=95
 
-bench: $(TEST) ## measure what a login costs; ARGS='--json run.json', or --compare OLD NEW
+bench: $(TEST) ## measure what a login costs; ARGS='--json run.json', or --endurance, --compare OLD NEW
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 bench-peers: $(TEST) ## the same, with a Node server beside it

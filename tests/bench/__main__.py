@@ -1,8 +1,9 @@
 """`python -m tests.bench`: measure, and write the figures as a table and as JSON.
 
-python -m tests.bench --json run.json          all cases (about three minutes)
+python -m tests.bench --json run.json          all cases (about five minutes)
 python -m tests.bench --peers                   with the Node peer
 python -m tests.bench --compare old.json new.json
+python -m tests.bench --endurance               100,000 logins: does memory stay where it was?
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import argparse
 import json
 import sys
 import tempfile
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.bench import measure, report
+from tests.bench import endurance, measure, report
+from tests.bench.cases import Bench, Case, Unfit, measured, sound
 from tests.bench.peer import peer
-from tests.bench.service import Cores, Driver, Server, Stores, broker, settled, stores
+from tests.bench.service import Cores, Driver, Server, Stores, aimed, broker, knows_workers, stores
 
 USERS = 256
-# Case, logins in flight, logins a repetition.
+# Case, in flight, logins a repetition.
 CASES = (
     ("flex", 1, 300),
     ("flex", 16, 2000),
@@ -30,142 +32,113 @@ CASES = (
     ("propelauth", 64, 3000),
     ("hanko", 16, 1000),
 )
-_MOST_TRIES = 3
-
-
-class Unfit(Exception):
-    """A run that may not be reported; the sentence says why."""
+NODE = (("node", 16, 2000), ("node", 64, 3000))
+WORKERS = (("workers2", 16, 2000), ("workers2", 64, 3000))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--cases", help="only these, as flex-16,propelauth-64")
+    parser.add_argument(
+        "--cases", help="only these, as flex-16,propelauth-64; workers2-16 and -64: with two workers"
+    )
     parser.add_argument("--peers", action="store_true", help="measure the Node peer as well")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two runs and end"
     )
+    parser.add_argument(
+        "--endurance", action="store_true", help="memory over many logins, instead of the cases"
+    )
+    parser.add_argument("--logins", type=int, default=endurance.LOGINS, help="of --endurance (%(default)s)")
     options = parser.parse_args()
     if options.compare:
         old, new = (json.loads(path.read_text()) for path in options.compare)
         print(report.comparison(old, new))
         return 0
-    wanted = set(options.cases.split(",")) if options.cases else None
     try:
-        result = run(options.repetitions, wanted, peers=options.peers)
+        if options.endurance:
+            result = endurance.run(options.logins, _say)
+            text = endurance.table(result)
+        else:
+            wanted = set(options.cases.split(",")) if options.cases else None
+            result = run(options.repetitions, wanted, peers=options.peers)
+            text = report.table(result)
     except Unfit as fault:
         print(f"Nothing to report: {fault}", file=sys.stderr)
         return 1
-    print(report.table(result))
+    print(text)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    return 1 if result.get("unfit") else 0
 
 
 def run(repetitions: int, wanted: set[str] | None, *, peers: bool) -> dict[str, Any]:
-    """Measure every case.
+    """Measure the wanted cases, all for None.
+
+    **Two workers** are measured on the core that one worker has, with as many logins in flight: the same load on the same core at the
+    same minutes, so what differs is what a second worker costs, half-sized batches to the stores, two sets of warm code in one
+    cache, the switches between them. With a core each there would be no core left for stores and driver where a machine has two;
+    and two cores of one machine do not run alike. It is the harsher comparison: with a core of its own each worker keeps its cache.
 
     Raises:
-        Unfit: a login failed, or the machine was too busy.
+        Unfit: a login failed, or the machine was too busy for any case.
     """
+
+    def chosen(table: tuple[tuple[str, int, int], ...]) -> list[tuple[str, int, int]]:
+        return [case for case in table if wanted is None or f"{case[0]}-{case[1]}" in wanted]
+
     cores = Cores.split()
-    verify = measure.calibrate(next(iter(cores.server)))
-    cases: dict[str, Any] = {}
+    calibrate = measure.Calibration(next(iter(cores.server)))
+    cases: list[Case] = []
     also: dict[str, str] = {}
-    with stores(cores) as made, tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
-        with broker(made, cores, log=Path(folder) / "log") as server:
-            driver = Driver(cores)
-            try:
-                driver.aim(server)
-                _sound(driver("register", count=USERS, in_flight=16))
-                also["resident after start"] = f"{measure.resident_bytes(server.pid) / 1e6:.0f} MB"
-                also["bytes in Redis per login in flight"] = f"{_bytes_in_flight(driver, made):.0f}"
-                for case, in_flight, count in CASES:
-                    name = f"{case}-{in_flight}"
-                    if wanted is None or name in wanted:
-                        cases[name] = _case(driver, server, made, case, in_flight, count, repetitions, verify)
-                also["resident at the end"] = f"{measure.resident_bytes(server.pid) / 1e6:.0f} MB"
-            finally:
-                driver.close()
+    with ExitStack() as stack:
+        made = stack.enter_context(stores(cores))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
+        server = stack.enter_context(broker(made, cores, log=folder / "log"))
+        one = Bench(server, stack.enter_context(aimed(cores, server)), made, calibrate)
+        sound(one.driver("register", count=USERS, in_flight=16))
+        also["resident after start"] = _resident(server)
+        also["bytes in Redis per login in flight"] = f"{_bytes_in_flight(one.driver, made):.0f}"
+        cases += [Case(f"{what}-{k}", one, what, k, count) for what, k, count in chosen(CASES)]
+        if chosen(WORKERS) and knows_workers():
+            server = stack.enter_context(broker(made, cores, workers=2, log=folder / "log2"))
+            two = Bench(server, stack.enter_context(aimed(cores, server)), made, calibrate, counts=False)
+            sound(two.driver("register", count=USERS, in_flight=16))
+            cases += [Case(f"{name}-{k}", two, "flex", k, count) for name, k, count in chosen(WORKERS)]
         if peers:
-            with peer(made, cores) as server:
-                driver = Driver(cores)
-                try:
-                    driver.aim(server)
-                    driver("seed", count=USERS)
-                    for in_flight, count in ((16, 2000), (64, 3000)):
-                        cases[f"node-{in_flight}"] = _case(
-                            driver, server, made, "peer", in_flight, count, repetitions, verify
-                        )
-                finally:
-                    driver.close()
-    for in_flight in (16, 64):
-        if f"node-{in_flight}" in cases and f"propelauth-{in_flight}" in cases:
-            ratio = cases[f"propelauth-{in_flight}"]["cpu_us"] / cases[f"node-{in_flight}"]["cpu_us"]
-            also[f"two-request login against Node, {in_flight} in flight"] = f"{ratio:.2f}"
-    return {"machine": measure.machine(), "verify_us": verify * 1e6, "cases": cases, "also": also}
+            server = stack.enter_context(peer(made, cores))
+            node = Bench(server, stack.enter_context(aimed(cores, server)), made, calibrate, counts=False)
+            node.driver("seed", count=USERS)
+            cases += [Case(f"{name}-{k}", node, "peer", k, count) for name, k, count in chosen(NODE)]
+        fit, unfit = measured(cases, repetitions, _say)
+        for bench in dict.fromkeys(case.bench for case in cases):
+            names = ", ".join(case.name for case in cases if case.bench is bench)
+            also[f"resident after {names}"] = _resident(bench.server)
+    found = {case.name: report.figures(case.what, case.good) for case in fit}
+    for k in (16, 64):
+        _compare(
+            also, found, f"two-request login against Node, {k} in flight", f"propelauth-{k}", f"node-{k}"
+        )
+        _compare(also, found, f"two workers against one, {k} in flight", f"workers2-{k}", f"flex-{k}")
+    return {"machine": measure.machine(), "cases": found, "also": also, "unfit": unfit}
 
 
-def _sound(told: dict[str, Any]) -> dict[str, Any]:
-    if told["failed"]:
-        raise Unfit(f"{told['failed']} logins failed, the first with: {told['failures'][0]}")
-    return told
+def _compare(also: dict[str, str], cases: dict[str, Any], what: str, ours: str, theirs: str) -> None:
+    if ours in cases and theirs in cases:
+        also[what] = f"{cases[ours]['ratio'] / cases[theirs]['ratio']:.2f}"
 
 
-def _case(
-    driver: Driver,
-    server: Server,
-    made: Stores,
-    case: str,
-    in_flight: int,
-    count: int,
-    repetitions: int,
-    verify: float,
-) -> dict[str, Any]:
-    _sound(driver(case, count=max(count // 4, in_flight * 2), in_flight=in_flight))  # warm
-    good: list[report.Repetition] = []
-    for _ in range(repetitions * _MOST_TRIES):
-        settled()
-        found = _repetition(driver, server, made, case, in_flight, count)
-        if found.others <= report.MOST_OTHER:
-            good.append(found)
-        if len(good) == repetitions:
-            return report.figures(good, verify)
-    raise Unfit(f"other processes kept the machine busy during {case} with {in_flight} in flight.")
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _repetition(
-    driver: Driver, server: Server, made: Stores, case: str, in_flight: int, count: int
-) -> report.Repetition:
-    def readings() -> list[float]:
-        ours = [
-            measure.cpu_seconds(pid) for pid in (server.pid, made.redis_pid, made.postgres_pid, driver.pid)
-        ]
-        return [*ours, measure.busy_seconds(), time.monotonic()]
-
-    def requests(store: str) -> float:
-        return 0.0 if case == "peer" else server.metric("broker_store_seconds_count", store=store)
-
-    sent = requests("redis"), requests("postgres")
-    before = readings()
-    told = _sound(driver(case, count=count, in_flight=in_flight))
-    after = readings()
-    used = [b - a for a, b in zip(before, after, strict=True)]
-    others = (used[4] - sum(used[:4])) / used[5]
-    return report.Repetition(
-        logins=told["logins"],
-        seconds=told["seconds"],
-        server=used[0],
-        redis=used[1],
-        postgres=used[2],
-        others=others,
-        redis_requests=requests("redis") - sent[0],
-        statements=requests("postgres") - sent[1],
-        p50=told["whole"]["p50"],
-        p99=told["whole"]["p99"],
-        steps=told["steps"],
-    )
+def _resident(server: Server) -> str:
+    return ", ".join(f"{size / 1e6:.0f} MB" for size in measure.resident_bytes(server.pid))
 
 
 def _bytes_in_flight(driver: Driver, made: Stores) -> float:
@@ -173,7 +146,7 @@ def _bytes_in_flight(driver: Driver, made: Stores) -> float:
     count = 2000
     with made.counted() as client:
         before = client.info("memory")["used_memory"]
-        _sound(driver("begun", count=count, in_flight=16))
+        sound(driver("begun", count=count, in_flight=16))
         return float(client.info("memory")["used_memory"] - before) / count
 
 

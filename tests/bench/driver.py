@@ -178,6 +178,7 @@ class Driver:
         self._idle: list[Connection] = []
         self.passkeys: list[Passkey] = []
         self._made = 0
+        self._turn = 0  # every run goes on where the last one ended, so that all users have their turn
 
     def _free(self) -> Connection:
         return self._idle.pop() if self._idle else Connection(self._url, {})
@@ -187,11 +188,12 @@ class Driver:
         what: Callable[[Run, Connection, Passkey], Awaitable[None]] = getattr(self, f"_{case}")
         run = Run()
         left = iter(range(count))
+        first, self._turn = self._turn, self._turn + -(-count // in_flight)
         began = time.perf_counter()
 
         async def worker(mine: list[Passkey]) -> None:
             connection = self._free()
-            for turn, _ in enumerate(left):
+            for turn, _ in enumerate(left, first):
                 passkey = self._new() if case == "register" else mine[turn % len(mine)]
                 at = time.perf_counter()
                 try:

@@ -1,4 +1,4 @@
-"""Readings: how much CPU processes took, what the machine is, what one signature check costs on it."""
+"""Readings: how much CPU and memory processes took, what the machine is, what one signature costs on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import platform
 import statistics
 import sysconfig
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from typing import Any
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from broker.tokens.signed import generate, sign
+
 PACKAGES = ("aiohttp", "webauthn", "redis", "hiredis", "asyncpg", "pyjwt", "uvloop", "orjson", "cryptography")
+_ECDSA = ec.ECDSA(hashes.SHA256())
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -52,32 +57,71 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + soft) / _TICK
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process, without its children."""
+def resident_bytes(pid: int) -> list[int]:
+    """Resident memory of a process and of each of its living descendants."""
+    return [_resident(found) for found in (pid, *_children(pid))]
+
+
+def _resident(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     raise AssertionError(f"process {pid} has no VmRSS")
 
 
-def calibrate(core: int, *, rounds: int = 7, verifies: int = 1500) -> float:
-    """Seconds of CPU for one P-256 verification with `cryptography` on this core: the median of some rounds."""
-    here = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What the core did in a moment without load: seconds of CPU for one P-256 verification and for one RS256 token."""
+
+    verify: float
+    sign: float
+
+
+class Calibration:
+    """Raw cryptography on the server's core, short enough to go before and after every repetition: a neighbour of the virtual
+    machine may make the core a third slower from one minute to the next, and one figure at the start of a run would say nothing
+    about its end. A token is signed as the broker signs it, with its own function: that is the signature's part of a login whose
+    dialect hands out tokens."""
+
+    def __init__(self, core: int) -> None:
+        self._core = core
         key = ec.generate_private_key(ec.SECP256R1())
-        public, signed = key.public_key(), hashlib.sha256(b"calibration").digest() * 3
-        algorithm = ec.ECDSA(hashes.SHA256())
-        signature = key.sign(signed, algorithm)
-        found = []
-        for _ in range(rounds):
-            began = time.process_time()
-            for _ in range(verifies):
-                public.verify(signature, signed, algorithm)
-            found.append((time.process_time() - began) / verifies)
-        return statistics.median(found)
-    finally:
-        os.sched_setaffinity(0, here)
+        self._public, self._signed = key.public_key(), hashlib.sha256(b"calibration").digest() * 3
+        self._signature = key.sign(self._signed, _ECDSA)
+        self._private = generate("RS256")
+        self._claims = {
+            "sub": "user",
+            "aud": ["example.org"],
+            "iat": 0,
+            "exp": 60,
+            "jti": "x" * 43,
+            "cred": "x" * 43,
+        }
+
+    def __call__(self, *, rounds: int = 3, verifies: int = 300, tokens: int = 40) -> Unit:
+        """Medians of some rounds. The calling thread is on the core meanwhile, and where it was afterwards."""
+        here = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {self._core})
+        try:
+            return Unit(_seconds(self._verify, rounds, verifies), _seconds(self._sign, rounds, tokens))
+        finally:
+            os.sched_setaffinity(0, here)
+
+    def _verify(self) -> None:
+        self._public.verify(self._signature, self._signed, _ECDSA)
+
+    def _sign(self) -> None:
+        sign(self._claims, self._private, "x" * 24, "RS256")
+
+
+def _seconds(work: Callable[[], None], rounds: int, times: int) -> float:
+    found = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        for _ in range(times):
+            work()
+        found.append((time.thread_time() - began) / times)
+    return statistics.median(found)
 
 
 def machine() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tests.processes import descendants, free_port, get, until
 from tests.servers import Valkey
 
 ROOT = Path(__file__).parent.parent.parent
+_SECRET = os.urandom(24).hex()  # of every broker of a run, for they share stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +152,13 @@ def broker(made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = N
         **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
         "BROKER_DATABASE_URL": made.database_url,
         "BROKER_REDIS_URL": made.redis_url,
-        "BROKER_SECRET_KEY": os.urandom(24).hex(),
+        "BROKER_SECRET_KEY": _SECRET,
     }
     command = [str(Path(sys.executable).with_name("broker"))]
     argv = [*command, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"]
     if workers > 1:
         argv += ["--workers", str(workers)]
-    core = cores.server if workers == 1 else cores.server | cores.rest
-    with _listening(argv, environment, core, port, "/health/ready", log) as process:
+    with _listening(argv, environment, cores.server, port, "/health/ready", log) as process:
         created = subprocess.run(
             [
                 *command,
@@ -179,6 +179,12 @@ def broker(made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = N
         )
         told = json.loads(created.stdout)
         yield Server(process, f"http://127.0.0.1:{port}", told["app_id"], told["api_key"])
+
+
+def knows_workers() -> bool:
+    """Whether `broker serve` can have several workers."""
+    argv = [str(Path(sys.executable).with_name("broker")), "serve", "--help"]
+    return "--workers" in subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
 class Driver:
@@ -212,6 +218,17 @@ class Driver:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+
+
+@contextmanager
+def aimed(cores: Cores, server: Server) -> Iterator[Driver]:
+    """A driver of this server's own."""
+    driver = Driver(cores)
+    try:
+        driver.aim(server)
+        yield driver
+    finally:
+        driver.close()
 
 
 def settled(seconds: float = 0.3) -> None:

@@ -1,0 +1,159 @@
+"""Cases and their repetitions: what is run, in which order, and which repetitions count.
+
+Cases take turns: one repetition of each, then the next round, so that a slow minute of the machine falls on all of them alike, and
+cases that are compared (a peer, two workers, a larger database) are compared within the same minutes. The core is calibrated right
+before and right after each repetition. A repetition does not count in whose course other processes took more than `MOST_OTHER` of a
+core, or the two calibrations differ by more than `MOST_DRIFT`; further rounds make up for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.bench import measure
+from tests.bench.report import MOST_DRIFT, MOST_OTHER, Repetition
+from tests.bench.service import Driver, Server, Stores, settled
+
+_MOST_ROUNDS = 4  # times as many as repetitions were asked for
+
+
+class Unfit(Exception):
+    """A run that may not be reported; the sentence says why."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bench:
+    """A server under load. `counts` says whether its metrics tell of every request to the stores: not where several processes serve."""
+
+    server: Server
+    driver: Driver
+    stores: Stores
+    calibrate: measure.Calibration
+    counts: bool = True
+
+    def repetition(self, what: str, in_flight: int, count: int) -> Repetition:
+        """Run `count` logins.
+
+        Raises:
+            Unfit: one failed.
+        """
+        settled()
+        unit = self.calibrate()
+        sent = self._sent()
+        before = self._readings()
+        told = sound(self.driver(what, count=count, in_flight=in_flight))
+        after = self._readings()
+        sent_after = self._sent()
+        settled()
+        unit_after = self.calibrate()
+        used = [b - a for a, b in zip(before, after, strict=True)]
+        requests, statements = (
+            (b - a for a, b in zip(sent, sent_after, strict=True)) if sent and sent_after else (None, None)
+        )
+        return Repetition(
+            logins=told["logins"],
+            seconds=told["seconds"],
+            server=used[0],
+            redis=used[1],
+            postgres=used[2],
+            others=(used[4] - sum(used[:4])) / used[5],
+            verifies=(unit.verify, unit_after.verify),
+            sign=(unit.sign + unit_after.sign) / 2,
+            redis_requests=requests,
+            statements=statements,
+            p50=told["whole"]["p50"],
+            p99=told["whole"]["p99"],
+            steps=told["steps"],
+        )
+
+    def _readings(self) -> list[float]:
+        pids = (self.server.pid, self.stores.redis_pid, self.stores.postgres_pid, self.driver.pid)
+        return [*(measure.cpu_seconds(pid) for pid in pids), measure.busy_seconds(), time.monotonic()]
+
+    def _sent(self) -> tuple[float, float] | None:
+        if not self.counts:
+            return None
+        name = "broker_store_seconds_count"
+        return self.server.metric(name, store="redis"), self.server.metric(name, store="postgres")
+
+
+@dataclass(slots=True)
+class Case:
+    """`count` logins a repetition, `in_flight` at a time."""
+
+    name: str
+    bench: Bench
+    what: str
+    in_flight: int
+    count: int
+    good: list[Repetition] = field(default_factory=list)
+    bad: list[Repetition] = field(default_factory=list)
+
+    def warm(self) -> None:
+        count = max(self.count // 4, self.in_flight * 2)
+        sound(self.bench.driver(self.what, count=count, in_flight=self.in_flight))
+
+    def repeat(self) -> None:
+        found = self.bench.repetition(self.what, self.in_flight, self.count)
+        (self.good if found.counts else self.bad).append(found)
+
+    def unfit(self) -> str:
+        """Why there are too few repetitions."""
+        busy = [r for r in self.bad if r.others > MOST_OTHER]
+        drifted = [r for r in self.bad if r.others <= MOST_OTHER]
+        reasons = []
+        if busy:
+            most = max(r.others for r in busy)
+            reasons.append(
+                f"{len(busy)} while other processes took over {MOST_OTHER:.0%} of a core (up to {most:.0%})"
+            )
+        if drifted:
+            verifies = [v * 1e6 for r in drifted for v in r.verifies]
+            reasons.append(
+                f"{len(drifted)} in whose course the core changed its speed by over {MOST_DRIFT:.0%}"
+                f" (one verification took {min(verifies):.0f} to {max(verifies):.0f} us)"
+            )
+        return (
+            f"of {len(self.good) + len(self.bad)} repetitions of {self.name} {len(self.good) or 'none'} counted; discarded were "
+            f"{' and '.join(reasons)}. Run it again when the machine is quiet, or fewer cases with --cases."
+        )
+
+
+def measured(
+    cases: Sequence[Case], repetitions: int, say: Callable[[str], None]
+) -> tuple[list[Case], list[str]]:
+    """Run every case in turns until each has its repetitions: those that may be reported, and a sentence about each other one.
+
+    When the rounds are used up, a case with more than half of its repetitions is reported, with as many as there are.
+
+    Raises:
+        Unfit: a login failed, or no case may be reported.
+    """
+    for case in cases:
+        case.warm()
+    for number in range(repetitions * _MOST_ROUNDS):
+        lacking = [case for case in cases if len(case.good) < repetitions]
+        if not lacking:
+            break
+        say(f"round {number + 1}: {', '.join(case.name for case in lacking)}")
+        for case in lacking:
+            case.repeat()
+    fit = [case for case in cases if len(case.good) * 2 > repetitions]
+    unfit = [case.unfit() for case in cases if case not in fit]
+    if not fit:
+        raise Unfit(" ".join(unfit))
+    return fit, unfit
+
+
+def sound(told: dict[str, Any]) -> dict[str, Any]:
+    """What the driver told of a run in which every login succeeded.
+
+    Raises:
+        Unfit: one failed.
+    """
+    if told["failed"]:
+        raise Unfit(f"{told['failed']} logins failed, the first with: {told['failures'][0]}")
+    return told
