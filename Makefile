@@ -20,7 +20,7 @@ COMPILE := pip compile pyproject.toml --universal --python-version 3.11 --genera
 	--no-emit-index-url --no-emit-find-links --no-strip-extras --quiet $(UPGRADE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench bench-peers lock clean parts
+.PHONY: help run test check bench bench-peers bench-scale lock clean parts
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ bench: $(TEST) ## measure what a login costs; ARGS='--json run.json', or --endur
 bench-peers: $(TEST) ## the same, with a Node server beside it
 	@$(BIN)/python -m tests.bench.peer
 	@$(BIN)/python -m tests.bench --peers $(ARGS)
+
+bench-scale: $(TEST) ## a login beside 5 million passkeys against one beside 10 thousand: 15 GB of disk, half an hour
+	@$(BIN)/python -m tests.bench --scale $(ARGS)
 
 parts: $(TEST)
 	@$(BIN)/python -m compileall -q broker tests

@@ -1,4 +1,4 @@
-"""What a login costs: `make bench`, and with a Node peer `make bench-peers`.
+"""What a login costs: `make bench`, with a Node peer `make bench-peers`, beside a large database `make bench-scale`.
 
     measure    CPU and memory of processes from the kernel, the machine, the calibration
     driver     a process of its own: software authenticators that run whole logins, so many in flight
@@ -6,6 +6,7 @@
     cases      what is run, in turns, and which repetitions count
     report     medians, the ratio to one signature check, tables, comparison of two runs
     endurance  memory over 100,000 logins
+    scale      a large database beside a small one; seed makes its rows
     peer       the same two-request login on Node, fastify and @simplewebauthn/server
 
 A figure is CPU per login divided by the CPU of one P-256 verification, which the same core did right before and right after: machines

@@ -4,6 +4,7 @@ python -m tests.bench --json run.json          all cases (about five minutes)
 python -m tests.bench --peers                   with the Node peer
 python -m tests.bench --compare old.json new.json
 python -m tests.bench --endurance               100,000 logins: does memory stay where it was?
+python -m tests.bench --scale                   a database of 5 million passkeys beside one of 10 thousand
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.bench import endurance, measure, report
+from tests.bench import endurance, measure, report, scale
 from tests.bench.cases import Bench, Case, Unfit, measured, sound
 from tests.bench.peer import peer
 from tests.bench.service import Cores, Driver, Server, Stores, aimed, broker, knows_workers, stores
@@ -55,6 +56,8 @@ def main() -> int:
         "--endurance", action="store_true", help="memory over many logins, instead of the cases"
     )
     parser.add_argument("--logins", type=int, default=endurance.LOGINS, help="of --endurance (%(default)s)")
+    parser.add_argument("--scale", action="store_true", help="a large database, instead of the cases")
+    scale.add_arguments(parser)
     options = parser.parse_args()
     if options.compare:
         old, new = (json.loads(path.read_text()) for path in options.compare)
@@ -64,6 +67,9 @@ def main() -> int:
         if options.endurance:
             result = endurance.run(options.logins, _say)
             text = endurance.table(result)
+        elif options.scale:
+            result = scale.run(scale.sizes(options), options.repetitions, _say)
+            text = scale.table(result)
         else:
             wanted = set(options.cases.split(",")) if options.cases else None
             result = run(options.repetitions, wanted, peers=options.peers)

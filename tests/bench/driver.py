@@ -339,6 +339,15 @@ class Driver:
             )
             self.passkeys.append(passkey)
 
+    def adopt(self, keys: list[str], users: list[tuple[str, str, str, int]]) -> None:
+        """Be other users from now on: external id, credential id, user handle, and which key is theirs, of the registered passkeys
+        whose credential ids `keys` has. The database holds copies of those with other ids."""
+        registered = {b64(passkey.credential_id): passkey.key for passkey in self.passkeys}
+        self.passkeys = [
+            Passkey(external_id, registered[keys[key]], unb64(credential_id), handle)
+            for external_id, credential_id, handle, key in users
+        ]
+
 
 async def main() -> None:
     """Answer commands until standard input ends."""
@@ -352,6 +361,10 @@ async def main() -> None:
         elif command["do"] == "seed":
             assert driver is not None, "aim first"
             await driver.peer_register(command["count"])
+            told = {}
+        elif command["do"] == "adopt":
+            assert driver is not None, "aim first"
+            driver.adopt(command["keys"], command["users"])
             told = {}
         else:
             assert driver is not None, "aim first"
