@@ -1,7 +1,6 @@
 """Many rows: users, passkeys, events, as years of use leave them, made by the server out of a few that came by real registrations.
 
-Everything about row number n follows from n, so nothing has to be read back: ids, handles and credential ids are cut from SHA-256 of
-n, and look as chance does to an index. What is not made anew is copied from a *template*, one of the passkeys that were really
+Everything about row number n follows from n, so nothing has to be read back: ids, handles and credential ids are cut from digests of n, and look as chance does to an index. What is not made anew is copied from a *template*, one of the passkeys that were really
 registered: their public keys above all. So whoever holds the templates' private keys can sign in as any user of the table, and a
 column that a later migration adds is filled as registration fills it. A user's passkeys lie apart in the table, for they came at
 different times.
@@ -22,7 +21,7 @@ import asyncpg
 Session: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 # SQL of what number n has.
-_ID = "left(translate(encode(sha256(convert_to('{0} ' || {1}, 'UTF8')), 'base64'), '+/=', 'xyz'), 24)"
+_ID = "left(md5('{0} ' || {1}), 24)"
 _HANDLE = "translate(encode(sha256(convert_to('handle ' || {0}, 'UTF8')), 'base64'), '+/=', '-_')"
 _EXTERNAL = "md5('external ' || {0})::uuid::text"
 _CREDENTIAL = "sha256(convert_to('credential ' || {0}, 'UTF8'))"
@@ -53,15 +52,12 @@ async def grow(session: Session, apps: Sequence[str], size: Size) -> None:
     await session.execute("SET session_replication_role = replica")
     await session.execute("SET maintenance_work_mem = '256MB'")
     await session.execute("SET synchronous_commit = off")
-    await session.execute(
-        "CREATE TEMPORARY TABLE app AS SELECT n - 1 AS app, id FROM unnest($1::text[]) WITH ORDINALITY a (id, n)",
-        list(apps),
-    )
     some = await session.fetchval("SELECT count(*) FROM template")
     user, passkey = f"(n % {size.users})", f"(n % {size.credentials} % {size.users})"
-    app = f"(SELECT id FROM app WHERE app = {passkey} % {len(apps)})"
+    app = f"($1::text[])[1 + {passkey} % {len(apps)}]"
     await _add(
         session,
+        apps,
         "users",
         f"(SELECT u.* FROM users u JOIN template t ON u.id = t.user_id LIMIT 1) t CROSS JOIN generate_series(0, {size.users - 1}) n",
         {
@@ -75,6 +71,7 @@ async def grow(session: Session, apps: Sequence[str], size: Size) -> None:
     )
     await _add(
         session,
+        apps,
         "credentials",
         f"generate_series(0, {size.credentials - 1}) n JOIN template t ON t.template = n % {some}",
         {
@@ -94,6 +91,7 @@ async def grow(session: Session, apps: Sequence[str], size: Size) -> None:
     )
     await _add(
         session,
+        apps,
         "events",
         "(SELECT * FROM events WHERE action = 'passkey.used' LIMIT 1) t"
         f" CROSS JOIN generate_series(0, {size.events - 1}) n",
@@ -121,8 +119,10 @@ async def passkeys(session: Session, size: Size, numbers: Sequence[int]) -> list
     return [(row[0], row[1], row[2], row[3]) for row in rows]
 
 
-async def _add(session: Session, table: str, source: str, made: Mapping[str, str]) -> None:
-    """Insert what `source` yields: columns as `made` says, all others as the template `t` has them."""
+async def _add(
+    session: Session, apps: Sequence[str], table: str, source: str, made: Mapping[str, str]
+) -> None:
+    """Insert what `source` yields: columns as `made` says ($1 are the apps), all others as the template `t` has them."""
     rows = await session.fetch(
         "SELECT column_name FROM information_schema.columns WHERE table_schema = current_schema() AND table_name = $1"
         " AND is_generated = 'NEVER' AND is_identity = 'NO' ORDER BY ordinal_position",
@@ -132,7 +132,7 @@ async def _add(session: Session, table: str, source: str, made: Mapping[str, str
     async with _without_indexes(session, table):
         await session.execute(
             f"INSERT INTO {table} ({', '.join(columns)}) SELECT {', '.join(columns.values())} FROM {source}",
-            timeout=None,
+            list(apps),
         )
 
 
