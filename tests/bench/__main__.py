@@ -35,6 +35,7 @@ CASES = (
 )
 NODE = (("node", 16, 2000), ("node", 64, 3000))
 WORKERS = (("workers2", 16, 2000), ("workers2", 64, 3000))
+NAMES = {f"{name}-{in_flight}" for name, in_flight, _ in CASES + NODE + WORKERS}
 
 
 def main() -> int:
@@ -45,9 +46,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument(
-        "--cases", help="only these, as flex-16,propelauth-64; workers2-16 and -64: with two workers"
-    )
+    parser.add_argument("--cases", help=f"only these, with commas between: {', '.join(sorted(NAMES))}")
     parser.add_argument("--peers", action="store_true", help="measure the Node peer as well")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two runs and end"
@@ -72,6 +71,8 @@ def main() -> int:
             text = scale.table(result)
         else:
             wanted = set(options.cases.split(",")) if options.cases else None
+            if unknown := (wanted or set()) - NAMES:
+                parser.error(f"There is no case {', '.join(unknown)}; there are {', '.join(sorted(NAMES))}.")
             result = run(options.repetitions, wanted, peers=options.peers)
             text = report.table(result)
     except Unfit as fault:
@@ -106,25 +107,33 @@ def run(repetitions: int, wanted: set[str] | None, *, peers: bool) -> dict[str, 
         made = stack.enter_context(stores(cores))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
         server = stack.enter_context(broker(made, cores, log=folder / "log"))
-        one = Bench(server, stack.enter_context(aimed(cores, server)), made, calibrate)
+        one = Bench("broker", server, stack.enter_context(aimed(cores, server)), made, calibrate)
         sound(one.driver("register", count=USERS, in_flight=16))
         also["resident after start"] = _resident(server)
         also["bytes in Redis per login in flight"] = f"{_bytes_in_flight(one.driver, made):.0f}"
         cases += [Case(f"{what}-{k}", one, what, k, count) for what, k, count in chosen(CASES)]
-        if chosen(WORKERS) and knows_workers():
+        if chosen(WORKERS) and (wanted or knows_workers()):
             server = stack.enter_context(broker(made, cores, workers=2, log=folder / "log2"))
-            two = Bench(server, stack.enter_context(aimed(cores, server)), made, calibrate, counts=False)
+            two = Bench(
+                "broker with two workers",
+                server,
+                stack.enter_context(aimed(cores, server)),
+                made,
+                calibrate,
+                counts=False,
+            )
             sound(two.driver("register", count=USERS, in_flight=16))
             cases += [Case(f"{name}-{k}", two, "flex", k, count) for name, k, count in chosen(WORKERS)]
-        if peers:
+        if chosen(NODE) and (peers or wanted):
             server = stack.enter_context(peer(made, cores))
-            node = Bench(server, stack.enter_context(aimed(cores, server)), made, calibrate, counts=False)
+            node = Bench(
+                "Node", server, stack.enter_context(aimed(cores, server)), made, calibrate, counts=False
+            )
             node.driver("seed", count=USERS)
             cases += [Case(f"{name}-{k}", node, "peer", k, count) for name, k, count in chosen(NODE)]
         fit, unfit = measured(cases, repetitions, _say)
         for bench in dict.fromkeys(case.bench for case in cases):
-            names = ", ".join(case.name for case in cases if case.bench is bench)
-            also[f"resident after {names}"] = _resident(bench.server)
+            also[f"resident at the end, {bench.name}"] = _resident(bench.server)
     found = {case.name: report.figures(case.what, case.good) for case in fit}
     for k in (16, 64):
         _compare(

@@ -26,8 +26,9 @@ class Unfit(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """A server under load. `counts` says whether its metrics tell of every request to the stores: not where several processes serve."""
+    """A server under load; `name` is what tables call it. `counts` says whether its metrics tell of every request to the stores: not where several processes serve."""
 
+    name: str
     server: Server
     driver: Driver
     stores: Stores
@@ -46,9 +47,8 @@ class Bench:
         before = self._readings()
         told = sound(self.driver(what, count=count, in_flight=in_flight))
         after = self._readings()
-        sent_after = self._sent()
-        settled()
         unit_after = self.calibrate()
+        sent_after = self._sent()
         used = [b - a for a, b in zip(before, after, strict=True)]
         requests, statements = (
             (b - a for a, b in zip(sent, sent_after, strict=True)) if sent and sent_after else (None, None)

@@ -79,7 +79,7 @@ def run(sized: tuple[Size, Size], repetitions: int, say: Callable[[str], None]) 
             began = time.monotonic()
             also[name] = asyncio.run(_seeded(own, server, driver, size))
             say(f"{name}: {also[name]}, in {time.monotonic() - began:.0f} s")
-            bench = Bench(server, driver, own, calibrate)
+            bench = Bench(name, server, driver, own, calibrate)
             cases += [Case(f"{what}-{k} {name}", bench, what, k, count) for what, k, count in CASES]
         cases.sort(key=lambda case: case.name)
         fit, unfit = measured(cases, repetitions, say)

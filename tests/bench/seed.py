@@ -1,6 +1,7 @@
 """Many rows: users, passkeys, events, as years of use leave them, made by the server out of a few that came by real registrations.
 
-Everything about row number n follows from n, so nothing has to be read back: ids, handles and credential ids are cut from digests of n, and look as chance does to an index. What is not made anew is copied from a *template*, one of the passkeys that were really
+Everything about row number n follows from n, so nothing has to be read back: ids, handles and credential ids are cut from digests of
+n, and look as chance does to an index. What is not made anew is copied from a *template*, one of the passkeys that were really
 registered: their public keys above all. So whoever holds the templates' private keys can sign in as any user of the table, and a
 column that a later migration adds is filled as registration fills it. A user's passkeys lie apart in the table, for they came at
 different times.
@@ -22,7 +23,7 @@ Session: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 # SQL of what number n has.
 _ID = "left(md5('{0} ' || {1}), 24)"
-_HANDLE = "translate(encode(sha256(convert_to('handle ' || {0}, 'UTF8')), 'base64'), '+/=', '-_')"
+_HANDLE = "left(md5('handle ' || {0}) || md5('other half ' || {0}), 43)"
 _EXTERNAL = "md5('external ' || {0})::uuid::text"
 _CREDENTIAL = "sha256(convert_to('credential ' || {0}, 'UTF8'))"
 _WHEN = "now() - interval '3 years' * (1 - n::float8 / {0})"

@@ -1,0 +1,120 @@
+"""The benchmark's arithmetic: which repetitions count, what their figures come to, and what is said when too few do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import pytest
+
+from tests.bench import report
+from tests.bench.cases import Bench, Case, Unfit, measured, sound
+from tests.bench.report import Repetition
+
+STEADY = Repetition(
+    logins=1000,
+    seconds=2.0,
+    server=1.0,
+    redis=0.1,
+    postgres=0.2,
+    others=0.05,
+    verifies=(100e-6, 100e-6),
+    sign=600e-6,
+    redis_requests=7000,
+    statements=2000,
+    p50=0.016,
+    p99=0.03,
+    steps={"options": {"p50": 0.006, "p99": 0.01}, "verify": {"p50": 0.01, "p99": 0.02}},
+)
+BUSY = replace(STEADY, others=0.2)
+DRIFTED = replace(STEADY, verifies=(80e-6, 100e-6))
+
+
+@dataclass
+class Played:
+    """A bench whose repetitions are given."""
+
+    repetitions: list[Repetition]
+    ran: list[str] = field(default_factory=list)
+
+    def driver(self, what: str, **_: int) -> dict[str, int]:
+        self.ran.append(f"warm {what}")
+        return {"failed": 0}
+
+    def repetition(self, what: str, in_flight: int, count: int) -> Repetition:
+        self.ran.append(what)
+        return self.repetitions.pop(0)
+
+
+def case(name: str, played: Played) -> Case:
+    return Case(f"{name}-16", cast(Bench, played), name, 16, 1000)
+
+
+@pytest.mark.parametrize(
+    ("repetition", "counts"),
+    [
+        (STEADY, True),
+        (BUSY, False),
+        (DRIFTED, False),
+        (replace(STEADY, others=0.15, verifies=(96e-6, 105e-6)), True),
+    ],
+)
+def test_a_repetition_counts_on_a_quiet_and_steady_machine(repetition: Repetition, counts: bool) -> None:
+    assert repetition.counts is counts
+
+
+def test_the_ratio_is_each_repetitions_own() -> None:
+    """A slow minute makes logins and verifications dearer alike, and no ratio."""
+    slow = replace(STEADY, server=1.3, verifies=(130e-6, 130e-6))
+    found = report.figures("flex", [STEADY, slow, slow])
+    assert (found["ratio"], found["ratio_all"]) == (10.0, [10.0] * 3)
+    assert (found["cpu_us"], found["verify_us"]) == (1300.0, 130.0)
+    assert (found["redis_requests"], found["statements"]) == (7.0, 2.0)
+    assert found["request_ms"]["verify"] == {"p50": 10.0, "p99": 20.0}
+    assert "signing_us" not in found
+
+
+def test_what_signing_takes_is_apart() -> None:
+    found = report.figures("hanko", [STEADY])
+    assert (found["signing_us"], found["signing_ratio"]) == (600.0, 6.0)
+    machine: dict[str, object] = dict.fromkeys(("cpu", "cores", "python", "optimised", "python_build"), "x")
+    machine["packages"] = {}
+    result = {"machine": machine, "cases": {"hanko-16": found}, "also": {"more": "x"}, "unfit": []}
+    text = report.table(result)
+    assert "without it the ratio is 4.00" in text
+    assert "more: x" in text
+
+
+def test_a_server_that_counts_nothing_shows_nothing() -> None:
+    found = report.figures("peer", [replace(STEADY, redis_requests=None, statements=None)])
+    assert (found["redis_requests"], found["statements"]) == (None, None)
+
+
+def test_cases_take_turns_and_make_up_for_what_is_discarded() -> None:
+    played = Played([STEADY, BUSY, STEADY, STEADY, STEADY])
+    cases = [case("flex", played), case("hanko", played)]
+    fit, unfit = measured(cases, 2, lambda _: None)
+    assert played.ran == ["warm flex", "warm hanko", "flex", "hanko", "flex", "hanko", "hanko"]
+    assert (fit, unfit) == (cases, [])
+
+
+def test_too_few_repetitions_are_told_with_the_reason() -> None:
+    good, bad = case("flex", Played([STEADY] * 2)), case("hanko", Played([BUSY] * 3 + [DRIFTED] * 5))
+    fit, [sentence] = measured([good, bad], 2, lambda _: None)
+    assert fit == [good]
+    assert sentence.startswith("of 8 repetitions of hanko-16 none counted; discarded were 3 while other")
+    assert "80 to 100 us" in sentence
+    with pytest.raises(Unfit, match="hanko-16"):
+        measured([case("hanko", Played([BUSY] * 8))], 2, lambda _: None)
+
+
+def test_one_failed_login_and_nothing_is_reported() -> None:
+    with pytest.raises(Unfit, match="1 logins failed, the first with: verify: 401"):
+        sound({"failed": 1, "failures": ["verify: 401"]})
+
+
+def test_two_runs_are_compared_by_their_ratios() -> None:
+    old = {"cases": {"flex-16": {"ratio": 20.0}, "gone-1": {"ratio": 1.0}}}
+    new = {"cases": {"flex-16": {"ratio": 10.0}, "new-1": {"ratio": 1.0}}}
+    _, line = report.comparison(old, new).splitlines()
+    assert line.split() == ["flex-16", "20.00", "10.00", "0.50"]
