@@ -41,6 +41,7 @@ class Bench:
         Raises:
             Unfit: one failed.
         """
+        self.driver("connect", in_flight=in_flight)
         settled()
         unit = self.calibrate()
         sent = self._sent()
@@ -94,6 +95,7 @@ class Case:
 
     def warm(self) -> None:
         count = max(self.count // 4, self.in_flight * 2)
+        self.bench.driver("connect", in_flight=self.in_flight)
         sound(self.bench.driver(self.what, count=count, in_flight=self.in_flight))
 
     def repeat(self) -> None:

@@ -116,6 +116,13 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
+    async def open(self) -> None:
+        self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
     async def post(self, path: str, body: object, headers: str = "") -> Any:
         """The answer's JSON.
 
@@ -123,8 +130,9 @@ class Connection:
             Failed: any status but 200 and 201.
         """
         if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+            await self.open()
         assert self._reader is not None
+        assert self._writer is not None
         sent = orjson.dumps(body)
         head = f"POST {path} HTTP/1.1\r\n{self._head}{headers}Content-Type: application/json\r\nContent-Length: {len(sent)}\r\n\r\n"
         self._writer.write(head.encode() + sent)
@@ -182,6 +190,14 @@ class Driver:
 
     def _free(self) -> Connection:
         return self._idle.pop() if self._idle else Connection(self._url, {})
+
+    async def connect(self, in_flight: int) -> None:
+        """New connections for the next run: servers close those that rest for a minute or so."""
+        for connection in self._idle:
+            connection.close()
+        self._idle = [Connection(self._url, {}) for _ in range(in_flight)]
+        for connection in self._idle:
+            await connection.open()
 
     async def run(self, case: str, count: int, in_flight: int) -> dict[str, Any]:
         """Run `count` logins (or registrations), `in_flight` at a time, each user once at a time."""
@@ -361,6 +377,10 @@ async def main() -> None:
         elif command["do"] == "seed":
             assert driver is not None, "aim first"
             await driver.peer_register(command["count"])
+            told = {}
+        elif command["do"] == "connect":
+            assert driver is not None, "aim first"
+            await driver.connect(command["in_flight"])
             told = {}
         elif command["do"] == "adopt":
             assert driver is not None, "aim first"
