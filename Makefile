@@ -44,7 +44,7 @@ bench-peers: $(TEST) ## the same, with a Node server beside it
 	@$(BIN)/python -m tests.bench.peer
 	@$(BIN)/python -m tests.bench --peers $(ARGS)
 
-bench-scale: $(TEST) ## a login beside 5 million passkeys against one beside 10 thousand: 15 GB of disk, half an hour
+bench-scale: $(TEST) ## a login beside 5 million passkeys against one beside 10 thousand: 20 GB of disk, half an hour
 	@$(BIN)/python -m tests.bench --scale $(ARGS)
 
 parts: $(TEST)
