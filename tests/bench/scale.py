@@ -74,7 +74,7 @@ def run(sized: tuple[Size, Size], repetitions: int, say: Callable[[str], None]) 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
         for name, size in zip(("small", "large"), sized, strict=True):
             own = asyncio.run(_database(made, name))
-            server = stack.enter_context(broker(own, cores, log=folder / name, BROKER_STORE_TIMEOUT="1.5"))
+            server = stack.enter_context(broker(own, cores, log=folder / name))
             driver = stack.enter_context(aimed(cores, server))
             sound(driver("register", count=REGISTERED, in_flight=16))
             sound(driver("flex", count=REGISTERED, in_flight=16))

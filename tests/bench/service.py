@@ -145,18 +145,16 @@ def _listening(
 
 
 @contextmanager
-def broker(
-    made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = None, **settings: str
-) -> Iterator[Server]:
-    """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production; events and metrics are on.
-    `settings` are further variables of its environment."""
+def broker(made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = None) -> Iterator[Server]:
+    """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production; events and metrics are on. It waits
+    for stores as long as settings let it: a pause of the machine's disk is no failed login."""
     port = free_port()
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
         "BROKER_DATABASE_URL": made.database_url,
         "BROKER_REDIS_URL": made.redis_url,
         "BROKER_SECRET_KEY": _SECRET,
-        **settings,
+        "BROKER_STORE_TIMEOUT": "1.5",
     }
     command = [str(Path(sys.executable).with_name("broker"))]
     argv = [*command, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"]
