@@ -61,10 +61,6 @@ __all__ = [
 class Durable(SignIns):
     """The durable store: every statement, beside its method."""
 
-    def __init__(self, postgres: Postgres) -> None:
-        super().__init__(postgres)
-        self._pg = postgres
-
     # -- relying parties and keys ---------------------------------------------------------------------------------------------
 
     async def create_app(self, app: RelyingParty, key: ApiKey, key_hash: bytes) -> None:
