@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two runs and end"
     )
+    parser.add_argument("--tcp", action="store_true", help="speak to Valkey through loopback, not a socket")
     parser.add_argument(
         "--endurance", action="store_true", help="memory over many logins, instead of the cases"
     )
@@ -73,7 +74,7 @@ def main() -> int:
             wanted = set(options.cases.split(",")) if options.cases else None
             if unknown := (wanted or set()) - NAMES:
                 parser.error(f"There is no case {', '.join(unknown)}; there are {', '.join(sorted(NAMES))}.")
-            result = run(options.repetitions, wanted, peers=options.peers)
+            result = run(options.repetitions, wanted, peers=options.peers, tcp=options.tcp)
             text = report.table(result)
     except Unfit as fault:
         print(f"Nothing to report: {fault}", file=sys.stderr)
@@ -84,7 +85,7 @@ def main() -> int:
     return 1 if result.get("unfit") else 0
 
 
-def run(repetitions: int, wanted: set[str] | None, *, peers: bool) -> dict[str, Any]:
+def run(repetitions: int, wanted: set[str] | None, *, peers: bool, tcp: bool = False) -> dict[str, Any]:
     """Measure the wanted cases, all for None.
 
     **Two workers** are measured on the core that one worker has: the same core at the same minutes, so what differs is what a second
@@ -106,7 +107,7 @@ def run(repetitions: int, wanted: set[str] | None, *, peers: bool) -> dict[str, 
     cases: list[Case] = []
     also: dict[str, str] = {}
     with ExitStack() as stack:
-        made = stack.enter_context(stores(cores))
+        made = stack.enter_context(stores(cores, tcp=tcp))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
         server = stack.enter_context(broker(made, cores, log=folder / "log"))
         one = Bench("broker", server, stack.enter_context(aimed(cores, server)), made, calibrate)

@@ -62,19 +62,19 @@ class Stores:
 
 
 @contextmanager
-def stores(cores: Cores) -> Iterator[Stores]:
-    """Both, on the rest's cores."""
+def stores(cores: Cores, *, tcp: bool = False) -> Iterator[Stores]:
+    """Both, on the rest's cores and on sockets of the machine, as `broker dev` runs them; with `tcp` Valkey is spoken to through loopback."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores.rest)
     try:
         with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
             home = Path(folder)
             with EmbeddedStores.start(home / "stores") as embedded:
-                valkey = Valkey.start(home / "valkey")
+                valkey = Valkey.start(home / "valkey", "--unixsocket", str(home / "valkey.sock"))
                 try:
                     yield Stores(
                         embedded.database_url,
-                        f"redis://127.0.0.1:{valkey.port}/0",
+                        f"redis://127.0.0.1:{valkey.port}/0" if tcp else f"unix://{home / 'valkey.sock'}",
                         _postmaster(),
                         valkey.process.pid,
                     )

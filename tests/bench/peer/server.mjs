@@ -10,7 +10,7 @@ const ORIGIN = "https://example.org";
 const RP_ID = "example.org";
 const LIFE = 300; // seconds
 
-const redis = new Redis(process.env.REDIS_URL);
+const redis = new Redis(process.env.REDIS_URL.replace(/^unix:\/\//, "")); // a path is a socket of the machine
 const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL, max: 16 });
 await pool.query(
   "CREATE TABLE IF NOT EXISTS peer_credentials (credential_id text PRIMARY KEY, user_id text NOT NULL, public_key bytea NOT NULL, counter bigint NOT NULL)",
