@@ -319,7 +319,7 @@ async def test_a_begun_ceremony_comes_back_with_its_transaction(
     put = transaction(place, purpose=purpose)
     if purpose == "authenticate":
         assert put.user_id is not None
-        held = (offered(put.user_id, b"\0" * 32), offered(put.user_id, b"\xff"))
+        held = (offered(put.user_id, b"\0" * 32), offered(put.user_id, b"\xff")) if allowed is None else ()
         put = put._replace(user_handle="", user_name="", user_display_name="", offered=held)
     await store.put_transaction(token, put)
     made = beginning(place, allowed=allowed, challenge=b"\xff" * 31 + b"+")
@@ -361,6 +361,20 @@ async def test_a_begin_leaves_a_transaction_of_another_purpose_as_it_was(place: 
     assert found[2].purpose == "register", "the caller sees which it is"
     assert await store.take_pending(APP, found[0]) is None
     assert await store.take_pending(APP, handle) is not None
+
+
+async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> None:
+    """A look-up that finds nobody must leave the earlier ceremony alone."""
+    store = place.store()
+    token, _ = await open_one(store, place, purpose="authenticate", user_id=None, external_id=None)
+    known = beginning(place, allowed=("x" * 24,))
+    first = await store.begin(APP, token, "authenticate", MINT.token("handle"), known)
+    assert first is not None
+    second = await store.begin(APP, token, "authenticate", MINT.token("handle"), beginning(place))
+    assert second is not None
+    assert second[2].to_look_up
+    assert await store.take_pending(APP, second[0]) is None
+    assert await store.take_pending(APP, first[0]) is not None
 
 
 async def test_nothing_begins_without_its_transaction(place: Place) -> None:

@@ -9,6 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from broker.signals import TICKET_LIFE
+from broker.tokens import text
 from tests.authenticator import Authenticator, b64
 from tests.conftest import OpenApp, Started, Starter
 from tests.golden import golden
@@ -218,6 +219,7 @@ async def test_a_dump_of_redis_exchanges_nothing(broker: Started, wire: Wire, de
     assert ticket.encode() not in dump
     assert ticket.removeprefix("pbs_").encode() not in dump
     for name in names:
-        for guess in (name.decode(), "pbs_" + name.decode().removeprefix("s:")):
+        digest = text(name.removeprefix(b"s:"))
+        for guess in (digest, "pbs_" + digest):
             assert (await exchange(wire, "prune", guess)).status == 404
     assert len(await calls(wire, "prune", ticket)) == 1

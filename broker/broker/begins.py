@@ -163,9 +163,8 @@ class Begins:
         beginning = Beginning(self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications)
         handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
         offered: Sequence[Credential] | Sequence[Offered] = transaction.offered
-        if not offered and (transaction.external_id is not None or transaction.asked.allow is not None):
+        if transaction.to_look_up:
             offered = await self.offered_again(app, transaction)
-            # Nobody has heard of the handle so far, so nothing can be finished with what is replaced here.
             beginning = beginning._replace(allowed=tuple(c.id for c in offered))
             handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
         pending = beginning.pending(name, transaction)

@@ -46,11 +46,11 @@ import orjson
 
 from broker.ephemeral.client import DOWN, Commands, NoScriptError, Script, connect
 from broker.ephemeral.records import (
-    HEADS,
     dump_beginning,
     dump_pending,
     dump_redeemable,
     dump_transaction,
+    head_of,
     load_beginning,
     load_pending,
     load_redeemable,
@@ -78,8 +78,8 @@ local function rest(v)
 end
 """
 
-# KEYS: t:T. ARGV: how a transaction of the purpose begins; the pending ceremony with what stands before it. A transaction of another
-# purpose is only read.
+# KEYS: t:T. ARGV: how a transaction begins that this ceremony may belong to; the ceremony with what stands before it. Another transaction
+# is only read.
 _BEGIN = Script(
     _REST
     + """
@@ -213,15 +213,16 @@ class Ephemeral:
     async def begin(
         self, app_id: str, transaction_id: str, purpose: Purpose, secret: str, beginning: Beginning
     ) -> tuple[str, bytes, Transaction] | None:
-        """Begin a ceremony of a transaction: replaces its pending one, unless it is of another purpose. The new handle, made from
-        `secret` (a minted token), the digest of the transaction's id, and the transaction."""
+        """Begin a ceremony of a transaction: replaces its pending one. The new handle, made from `secret` (a minted token), the digest of the
+        transaction's id, and the transaction. A transaction of another purpose is left as it is, as is one whose passkeys are to be
+        looked up (`Transaction.to_look_up`) while `allowed` is None: the caller sees it, and the handle finds nothing."""
         name = digest("transaction", app_id, transaction_id)
         handle = secret + text(name)
         opened = await self.run(
             "begin",
             _BEGIN,
             keys=[b"t:" + name],
-            args=[HEADS[purpose], dump_beginning(digest("handle", app_id, handle), beginning)],
+            args=[head_of(purpose, beginning), dump_beginning(digest("handle", app_id, handle), beginning)],
         )
         found = self._living(load_transaction(app_id, opened)) if opened else None
         return (handle, name, found) if found else None

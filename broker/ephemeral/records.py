@@ -34,9 +34,8 @@ from broker.model import (
     fields_of,
 )
 
-# How a transaction's record begins, by purpose: what a script compares before it writes a pending ceremony.
-HEADS: dict[Purpose, bytes] = {"register": b'["tr4",', "authenticate": b'["ta4",'}
-_REGISTER, _AUTHENTICATE = "tr4", "ta4"
+_REGISTER, _AUTHENTICATE, _LOOK_UP = "tr4", "ta4", "tl4"
+_HEADS = {tag: b'["%b",' % tag.encode() for tag in (_REGISTER, _AUTHENTICATE, _LOOK_UP)}
 _BEGINNING, _REGISTRATION, _AUTHENTICATION, _NONCE = "b1", "r5", "a4", "n4"
 _NOTHING_ASKED = Asked()  # stored as null: most ceremonies
 _NO_AAGUID = "00000000-0000-0000-0000-000000000000"  # stored as null
@@ -130,13 +129,21 @@ def _offered_of(stored: list[Any], blobs: bytes, app_id: str, user_id: str) -> t
 # -- transactions and their pending ceremonies ------------------------------------------------------------------------------------
 
 
+def head_of(purpose: Purpose, beginning: Beginning) -> bytes:
+    """How the record of a transaction begins which this may begin: what a script compares before it writes. One whose passkeys are to be
+    looked up begins when it is known who is allowed."""
+    if purpose == "register":
+        return _HEADS[_REGISTER]
+    return _HEADS[_AUTHENTICATE if beginning.allowed is None else _LOOK_UP]
+
+
 def dump_transaction(t: Transaction) -> bytes:
     """The value of a transaction without a pending ceremony."""
     blobs: list[bytes] = []
     if t.purpose == "authenticate":
         offered = _offered(t.offered, blobs)
         head: tuple[Any, ...] = (
-            _AUTHENTICATE,
+            _LOOK_UP if t.to_look_up else _AUTHENTICATE,
             t.user_id,
             t.external_id,
             offered,
@@ -161,7 +168,7 @@ def dump_transaction(t: Transaction) -> bytes:
 def load_transaction(app_id: str, stored: bytes) -> Transaction | None:
     """A transaction, without the mark in front; None for a format that this code does not know."""
     head, blobs = _split(stored)
-    if head[0] == _AUTHENTICATE:
+    if head[0] in (_AUTHENTICATE, _LOOK_UP):
         _, user_id, external_id, offered, asked, ends = head
         held = _offered_of(offered, blobs, app_id, user_id) if offered else ()
         return Transaction(

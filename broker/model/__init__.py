@@ -327,6 +327,12 @@ class Transaction(NamedTuple):
     asked: Asked
     expires_at: float
 
+    @property
+    def to_look_up(self) -> bool:
+        """Whether it doesn't say itself who may answer: those of very many, or of several users."""
+        named = self.external_id is not None or self.asked.allow is not None
+        return self.purpose == "authenticate" and named and not self.offered
+
 
 def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
     """What finishing a ceremony is called in events: a second factor and an approval have words of their own."""
