@@ -20,6 +20,7 @@ STEADY = Repetition(
     others=0.05,
     verifies=(100e-6, 100e-6),
     sign=600e-6,
+    alone=90e-6,
     redis_requests=7000,
     statements=2000,
     p50=0.016,

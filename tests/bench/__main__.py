@@ -103,10 +103,11 @@ def run(repetitions: int, wanted: set[str] | None, *, peers: bool, tcp: bool = F
         return [case for case in table if wanted is None or f"{case[0]}-{case[1]}" in wanted]
 
     cores = Cores.split()
-    calibrate = measure.Calibration(next(iter(cores.server)))
     cases: list[Case] = []
     also: dict[str, str] = {}
     with ExitStack() as stack:
+        calibrate = measure.Calibration(next(iter(cores.server)), cores.rest - cores.server)
+        stack.callback(calibrate.close)
         made = stack.enter_context(stores(cores, tcp=tcp))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
         server = stack.enter_context(broker(made, cores, log=folder / "log"))

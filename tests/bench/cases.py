@@ -62,6 +62,7 @@ class Bench:
             postgres=used[2],
             others=(used[4] - sum(used[:4])) / used[5],
             verifies=(unit.verify, unit_after.verify),
+            alone=(unit.alone + unit_after.alone) / 2,
             sign=(unit.sign + unit_after.sign) / 2,
             redis_requests=requests,
             statements=statements,

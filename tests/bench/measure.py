@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import signal
 import statistics
+import subprocess
+import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,20 +74,25 @@ def _resident(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What the core did in a moment without load: seconds of CPU for one P-256 verification and for one RS256 token."""
+    """Seconds of CPU on the core: for one P-256 verification and for one RS256 token while the other cores work, as they do during
+    logins; and for a verification while they rest."""
 
     verify: float
     sign: float
+    alone: float
 
 
 class Calibration:
     """Raw cryptography on the server's core, short enough to go before and after every repetition: a neighbour of the virtual
     machine may make the core a third slower from one minute to the next, and one figure at the start of a run would say nothing
-    about its end. A token is signed as the broker signs it, with its own function: that is the signature's part of a login whose
+    about its end. For the same reason the other cores sign meanwhile, as the driver does during logins: two cores of a virtual machine may
+    share one of the real machine, and then a verification beside a busy core costs a third more, like everything else that is measured
+    there. What it costs beside idle cores is reported as well. A token is signed as the broker signs it, with its own function: that is the signature's part of a login whose
     dialect hands out tokens."""
 
-    def __init__(self, core: int) -> None:
+    def __init__(self, core: int, others: Iterable[int] = ()) -> None:
         self._core = core
+        self._others = [_busy(other) for other in others]
         key = ec.generate_private_key(ec.SECP256R1())
         self._public, self._signed = key.public_key(), hashlib.sha256(b"calibration").digest() * 3
         self._signature = key.sign(self._signed, _ECDSA)
@@ -103,15 +111,49 @@ class Calibration:
         here = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {self._core})
         try:
-            return Unit(_seconds(self._verify, rounds, verifies), _seconds(self._sign, rounds, tokens))
+            alone = _seconds(self._verify, rounds, verifies)
+            for other in self._others:
+                other.send_signal(signal.SIGCONT)
+            return Unit(_seconds(self._verify, rounds, verifies), _seconds(self._sign, rounds, tokens), alone)
         finally:
+            for other in self._others:
+                other.send_signal(signal.SIGSTOP)
             os.sched_setaffinity(0, here)
+
+    def close(self) -> None:
+        """End what works on the other cores."""
+        for other in self._others:
+            other.kill()
+            other.wait()
 
     def _verify(self) -> None:
         self._public.verify(self._signature, self._signed, _ECDSA)
 
     def _sign(self) -> None:
         sign(self._claims, self._private, "x" * 24, "RS256")
+
+
+_SIGNING = """
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+key, algorithm = ec.generate_private_key(ec.SECP256R1()), ec.ECDSA(hashes.SHA256())
+print(flush=True)
+while True:
+    key.sign(b"calibration", algorithm)
+"""
+
+
+def _busy(core: int) -> subprocess.Popen[bytes]:
+    """A process that signs on this core, stopped for now."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SIGNING],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    return process
 
 
 def _seconds(work: Callable[[], None], rounds: int, times: int) -> float:

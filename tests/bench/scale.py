@@ -66,10 +66,11 @@ def run(sized: tuple[Size, Size], repetitions: int, say: Callable[[str], None]) 
     """
     _room(sized[1])
     cores = Cores.split()
-    calibrate = measure.Calibration(next(iter(cores.server)))
     cases: list[Case] = []
     also: dict[str, str] = {}
     with ExitStack() as stack:
+        calibrate = measure.Calibration(next(iter(cores.server)), cores.rest - cores.server)
+        stack.callback(calibrate.close)
         made = stack.enter_context(stores(cores))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
         for name, size in zip(("small", "large"), sized, strict=True):
