@@ -24,13 +24,27 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from functools import lru_cache
+from typing import Any, NamedTuple, TextIO
 
 import orjson
 
 _MOST_HELD = 256
 _AT_ONCE = 4096  # bytes
 _LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+
+
+class _Request(NamedTuple):
+    """What a request's line tells. Every text is one of ours or was checked, so none needs escaping in JSON: a method of a closed list, a
+    route's template, an app's id, a request id, a refusal's words."""
+
+    method: str
+    route: str
+    status: int
+    seconds: float
+    app: str | None
+    request_id: str
+    refusal: tuple[str, str] | None
 
 
 class Log:
@@ -43,12 +57,30 @@ class Log:
         self._stream = stream or sys.stderr
         self._hold = hold
         self._always = always
-        self._held: list[tuple[float, int, str, dict[str, Any]]] = []
+        self._held: list[tuple[float, int, str, dict[str, Any] | _Request]] = []
         self.level = logging.getLevelName(level.upper())
 
     def __call__(self, event: str, *, severity: int = logging.INFO, **values: Any) -> None:
-        if severity < self.level:
-            return
+        if severity >= self.level:
+            self._hold_on(severity, event, values)
+
+    def request(
+        self,
+        method: str,
+        route: str,
+        status: int,
+        seconds: float,
+        app: str | None,
+        request_id: str,
+        refusal: tuple[str, str] | None,
+    ) -> None:
+        """The line of a request. `refusal` is its code and its reason. What comes from a caller must have been checked before."""
+        severity = logging.WARNING if status >= 500 else logging.INFO
+        if severity >= self.level:
+            told = _Request(method, route, status, seconds, app, request_id, refusal)
+            self._hold_on(severity, "request", told)
+
+    def _hold_on(self, severity: int, event: str, values: dict[str, Any] | _Request) -> None:
         self._held.append((time.time(), severity, event, values))
         if not self._hold or severity >= logging.WARNING or len(self._held) >= _MOST_HELD:
             self.flush()
@@ -80,7 +112,18 @@ def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
     yield joined
 
 
-def _line(at: float, severity: int, event: str, values: dict[str, Any], always: dict[str, Any]) -> bytes:
+def _line(
+    at: float, severity: int, event: str, values: dict[str, Any] | _Request, always: dict[str, Any]
+) -> bytes:
+    if isinstance(values, _Request):
+        method, route, status, seconds, app, request_id, refusal = values
+        quoted = f'"{app}"' if app else "null"
+        return (
+            f'{{"at":"{_second(int(at))}.{int(at % 1 * 1000):03d}Z","level":"{_LEVELS[severity]}","event":"request",{_fixed(always)}'
+            f'"method":"{method}","route":"{route}","status":{status},"ms":{seconds * 1000:.2f},"app":{quoted},'
+            f'"request_id":"{request_id}"'
+            + (f',"code":"{refusal[0]}","reason":"{refusal[1]}"}}\n' if refusal else "}\n")
+        ).encode()
     line = {
         "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
         "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
@@ -89,6 +132,15 @@ def _line(at: float, severity: int, event: str, values: dict[str, Any], always: 
         **values,
     }
     return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+@lru_cache(maxsize=4)
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat()[:19]
+
+
+def _fixed(always: dict[str, Any]) -> str:
+    return orjson.dumps(always).decode()[1:-1] + "," if always else ""
 
 
 class _LibraryRecords(logging.Handler):

@@ -16,7 +16,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import orjson
 from aiohttp import hdrs, web
@@ -84,7 +83,7 @@ class Answer(web.Response):
         self._headers = CIMultiDict(_JSON_HEADERS)
         self._status = status
         self._reason = REASON_PHRASES.get(status, "")
-        self._body = body
+        self._body = self.content = body
         self._compressed_body = None
         self._zlib_executor_size = 1024
         self._zlib_executor = None
@@ -207,17 +206,15 @@ class Edge:
         seconds = time.monotonic() - began
         route = _route(request)
         self._metrics.requests.observe(seconds, route, str(status))
-        values: dict[str, Any] = {
-            "method": request.method if request.method in _METHODS else "other",
-            "route": route,
-            "status": status,
-            "ms": round(seconds * 1000, 2),
-            "app": now.app_id,
-            "request_id": now.request_id,
-        }
-        if refusal is not None:
-            values |= {"code": refusal.code, "reason": refusal.reason}
-        self._log("request", severity=logging.WARNING if status >= 500 else logging.INFO, **values)
+        self._log.request(
+            request.method if request.method in _METHODS else "other",
+            route,
+            status,
+            seconds,
+            now.app_id,
+            now.request_id,
+            (refusal.code, refusal.reason) if refusal is not None else None,
+        )
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -238,8 +235,10 @@ def _finish(response: web.StreamResponse, request_id: str) -> None:
 
 def _route(request: web.Request) -> str:
     """The route's template; "unmatched" where there is none, so labels stay bounded and no path is logged."""
-    match = getattr(request, "_match_info", None)
-    resource = match.route.resource if match is not None else None
+    match = request._match_info
+    if match is None:
+        return "unmatched"
+    resource = match._route.resource
     return resource.canonical if resource is not None else "unmatched"
 
 

@@ -120,10 +120,26 @@ class _Protocol(RequestHandler):
 
     async def _answer_each(self) -> None:
         """Answer what enters the lane, one after the other, until the connection ends. One task for all: a task costs as much as a look-up."""
+        handle, make, lane = self._request_handler, self._request_factory, self._lane
+        assert handle is not None
+        assert make is not None
+        assert lane is not None
         while self._taken is not None:
             message, body, waiter = self._taken
             try:
-                await self._answer(message, body)
+                request = make(message, body, self, _NO_WRITER, lane)
+                chunks: Sequence[bytes] = body._buffer if body is not EMPTY_PAYLOAD else ()
+                request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)  # type: ignore[attr-defined]  # it is an Incoming
+                response = await handle(request)
+                if type(response) is Answer and response._keep_alive is None:
+                    self._write_whole(response)
+                    if self._paused:
+                        await self._drain_helper()
+                else:
+                    request._payload_writer = StreamWriter(self, self._loop)
+                    await self.finish_response(request, response, None)
+                    if not response.keep_alive:
+                        self.force_close()
             except ConnectionError:  # the peer is gone
                 self.force_close()
             except BaseException:
@@ -135,36 +151,16 @@ class _Protocol(RequestHandler):
                 self._give_back(waiter)
             if self._close or self._force_close:
                 return
-            del message, body, waiter
+            del message, body, waiter, request, response
             self._idle = self._loop.create_future()
             await self._idle
 
-    async def _answer(self, message: RawRequestMessage, body: StreamReader) -> None:
-        assert self._request_factory is not None
-        assert self._request_handler is not None
-        assert self._lane is not None
-        request = self._request_factory(message, body, self, _NO_WRITER, self._lane)
-        chunks: Sequence[bytes] = body._buffer if body is not EMPTY_PAYLOAD else ()
-        request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)  # type: ignore[attr-defined]  # it is an Incoming
-        response = await self._request_handler(request)
-        if type(response) is Answer and response.keep_alive is None:
-            self._write_whole(response)
-            if self._paused:
-                await self._drain_helper()
-        else:
-            request._payload_writer = StreamWriter(self, self._loop)
-            await self.finish_response(request, response, None)
-            if not response.keep_alive:
-                self.force_close()
-
     def _write_whole(self, answer: Answer) -> None:
-        content = answer.body
-        assert isinstance(content, bytes)
-        headers = answer.headers
-        headers[hdrs.CONTENT_LENGTH] = str(len(content))
-        headers[hdrs.DATE] = rfc822_formatted_time()
         if self.transport is not None:
-            head = _serialize_headers(f"HTTP/1.1 {answer.status} {answer.reason}", headers)
+            content, headers = answer.content, answer._headers
+            headers[hdrs.CONTENT_LENGTH] = str(len(content))
+            headers[hdrs.DATE] = rfc822_formatted_time()
+            head = _serialize_headers(f"HTTP/1.1 {answer._status} {answer._reason}", headers)
             self.transport.write(head + content)
 
     def _give_back(self, waiter: asyncio.Future[None]) -> None:
@@ -265,6 +261,18 @@ class _Server(web.Server):
         return _Protocol(self, loop=self._loop, **self._kwargs)
 
 
+def _incoming(
+    message: RawRequestMessage,
+    body: StreamReader,
+    protocol: RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+    *,
+    client_max_size: int,
+) -> Incoming:
+    return Incoming(message, body, protocol, writer, task, protocol._loop, client_max_size=client_max_size)
+
+
 class _Runner(web.AppRunner):
     __slots__ = ("_edge",)
 
@@ -281,7 +289,7 @@ class _Runner(web.AppRunner):
         return _Server(
             self._edge,
             limits=self._app.get(LIMITS, Limits()),
-            request_factory=partial(self._app._make_request, _cls=Incoming),
+            request_factory=partial(_incoming, client_max_size=self._app._client_max_size),
             loop=loop,
             lingering_time=LINGER_SECONDS,
             auto_decompress=False,
