@@ -105,6 +105,7 @@ class _Protocol(RequestHandler):
             or message.version != HttpVersion11
             or message.method == hdrs.METH_HEAD
             or not body.is_eof()
+            or hdrs.EXPECT in message.headers  # "100 Continue" is written on the way
         ):
             return False
         self._messages.clear()
