@@ -149,6 +149,10 @@ class _Protocol(RequestHandler):
             finally:
                 self._taken = None
                 self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                if self._keepalive_handle is None and not self._force_close:  # it rang meanwhile
+                    self._keepalive_handle = self._loop.call_at(
+                        self._next_keepalive_close_time, self._process_keepalive
+                    )
                 self._give_back(waiter)
             if self._close or self._force_close:
                 return
