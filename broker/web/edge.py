@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import orjson
 from aiohttp import hdrs, web
+from aiohttp.compression_utils import MAX_SYNC_CHUNK_SIZE
 from aiohttp.http import RESPONSES
 from multidict import CIMultiDict
 
@@ -85,7 +86,7 @@ class Answer(web.Response):
         self._reason = REASON_PHRASES.get(status, "")
         self._body = self.content = body
         self._compressed_body = None
-        self._zlib_executor_size = 1024
+        self._zlib_executor_size = MAX_SYNC_CHUNK_SIZE
         self._zlib_executor = None
 
 
