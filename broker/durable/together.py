@@ -121,6 +121,8 @@ class Together(Generic[A, T]):
             task = loop.create_task(self._run(batch), name="together", context=contextvars.Context())
             self._running[task] = loop.time()
             task.add_done_callback(self._ended)
+            if left and len(self._running) < _LANES:  # else its end calls them, which may never come
+                self._woken = loop.call_later(_PATIENCE, self._begin, context=contextvars.Context())
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
