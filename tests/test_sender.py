@@ -12,6 +12,7 @@ import ipaddress
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,7 @@ async def test_the_server_closes_an_idle_connection(commands: Commands, door: Do
         assert link is not None
         with valkey.client() as client:
             client.execute_command("CLIENT KILL TYPE normal SKIPME yes")
-        await eventually(lambda: link.ended, "the connection is closed")
+        await eventually(partial(getattr, link, "ended"), "the connection is closed")
 
 
 async def test_an_end_leaves_no_task(door: Door) -> None:
