@@ -84,7 +84,7 @@ class Answer(web.Response):
         self._headers = CIMultiDict(_JSON_HEADERS)
         self._status = status
         self._reason = REASON_PHRASES.get(status, "")
-        self._body = self.content = body
+        self._body = body
         self._compressed_body = None
         self._zlib_executor_size = MAX_SYNC_CHUNK_SIZE
         self._zlib_executor = None

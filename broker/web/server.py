@@ -162,7 +162,8 @@ class _Protocol(RequestHandler):
 
     def _write_whole(self, answer: Answer) -> None:
         if self.transport is not None:
-            content, headers = answer.content, answer._headers
+            content, headers = answer._body, answer._headers
+            assert isinstance(content, bytes)
             headers[hdrs.CONTENT_LENGTH] = str(len(content))
             headers[hdrs.DATE] = rfc822_formatted_time()
             head = _serialize_headers(f"HTTP/1.1 {answer._status} {answer._reason}", headers)
