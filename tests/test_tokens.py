@@ -72,7 +72,7 @@ def test_chance_comes_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[0] == 32
     asked.clear()
     MINT.id()
-    assert asked == [20]
+    assert asked == [36]
 
 
 def test_ids_use_every_character_about_as_often() -> None:

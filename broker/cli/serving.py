@@ -27,7 +27,7 @@ T = TypeVar("T")
 LOG_HOLD = 0.05  # seconds
 # How many more objects there are, and how many younger collections, before cycles are looked for. Requests leave hardly any, and by
 # default the search, for each 700 objects, takes a twelfth of the time of a login.
-_GARBAGE = (20_000, 20, 100)
+_GARBAGE = (50_000, 20, 1000)
 
 
 class ServingFault(Fault):

@@ -26,6 +26,9 @@ PREFIX: dict[Kind, str] = {
     "key": "pbk_",
 }
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+# A byte as a digit of base 62. The last eight values would make some digits likelier than others, so they are left out.
+_DIGITS = bytes(ord(_ALPHABET[byte % 62]) for byte in range(256))
+_UNEVEN = bytes(range(248, 256))
 _TOKEN = re.compile(r"pb[thnsk]_[A-Za-z0-9_-]{43,86}\Z")
 
 
@@ -62,13 +65,10 @@ class SystemMint:
         return secrets.token_urlsafe(32)
 
     def id(self) -> str:
-        # 24 digits of base 62 out of 160 random bits: the bias is below 2^-17 in the first digit and none matters for an id.
-        number = int.from_bytes(secrets.token_bytes(20))
-        digits = []
-        for _ in range(24):
-            number, digit = divmod(number, 62)
-            digits.append(_ALPHABET[digit])
-        return "".join(digits)
+        found = b""
+        while len(found) < 24:  # of 36 bytes 12 are left out once in 10^9
+            found += secrets.token_bytes(36).translate(_DIGITS, _UNEVEN)
+        return found[:24].decode("ascii")
 
 
 def digest(kind: OneTime, app_id: str, token: str) -> bytes:
