@@ -26,7 +26,7 @@ from typing import Any, cast
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import HttpProcessingError, InvalidURLError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.http_writer import StreamWriter, _serialize_headers
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
@@ -43,10 +43,11 @@ _NO_WRITER = cast(AbstractStreamWriter, None)  # of requests whose answers need 
 class _Protocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_head_timer", "_idle", "_lane", "_last_body", "_taken", "_write_timer")
+    __slots__ = ("_head_timer", "_idle", "_lane", "_last_body", "_server", "_taken", "_write_timer")
 
     def __init__(self, manager: _Server, **options: Any) -> None:
         super().__init__(manager, **options)
+        self._server = manager  # aiohttp's `_manager` is gone with the peer
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._last_body: StreamReader | None = None
@@ -199,6 +200,8 @@ class _Protocol(RequestHandler):
         message, body = self._messages[-1]
         if not isinstance(message, _ErrInfo):
             self._last_body = body
+            if message.path is None:  # CONNECT to nothing, which the parser lets pass
+                self._messages[-1] = _ErrInfo(400, InvalidURLError(""), ""), EMPTY_PAYLOAD
         elif self._last_body is not None and not self._last_body.is_eof():
             self._messages.pop()  # the request that has this body gets the answer
             self._close = True
@@ -209,9 +212,7 @@ class _Protocol(RequestHandler):
         """The peer does not read. It gets as long for that as for sending a body."""
         super().pause_writing()
         if self._write_timer is None:
-            manager = self._manager
-            assert isinstance(manager, _Server)
-            self._write_timer = self._loop.call_later(manager.limits.body, self._give_up)
+            self._write_timer = self._loop.call_later(self._server.limits.body, self._give_up)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -227,9 +228,7 @@ class _Protocol(RequestHandler):
             self.transport.abort()
 
     def _expect_head(self) -> None:
-        manager = self._manager
-        assert isinstance(manager, _Server)
-        self._head_timer = self._loop.call_later(manager.limits.head, self.force_close)
+        self._head_timer = self._loop.call_later(self._server.limits.head, self.force_close)
 
     def _head_is_here(self) -> None:
         if self._head_timer is not None:
@@ -244,9 +243,7 @@ class _Protocol(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what is not HTTP, and close the connection."""
-        manager = self._manager
-        assert isinstance(manager, _Server)
-        response = manager.edge.malformed(
+        response = self._server.edge.malformed(
             type(exc).__name__ if isinstance(exc, HttpProcessingError) else "other"
         )
         if request.writer.output_size > 0:
