@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import orjson
-from aiohttp import hdrs, web
+from aiohttp import ClientConnectionResetError, hdrs, web
 from aiohttp.compression_utils import MAX_SYNC_CHUNK_SIZE
 from aiohttp.http import RESPONSES
 from multidict import CIMultiDict
@@ -133,7 +133,12 @@ class Edge:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         found = self._shortcuts.find(request.method, request.raw_path)
         if found is None or hdrs.EXPECT in request.headers:
-            return await self._router(request)
+            if not request.headers.get(hdrs.EXPECT, "").isascii():
+                raise InvalidRequest(reason="http_417")  # aiohttp fails over saying it back
+            try:
+                return await self._router(request)
+            except ClientConnectionResetError:  # nobody is there to be told to continue
+                raise InvalidRequest("The body ended early.", reason="disconnected") from None
         request._match_info = found.match
         return await found.handler(request)
 
