@@ -345,6 +345,7 @@ ODD: dict[str, tuple[bytes, int]] = {
     "an offer to upgrade to what nobody knows": (echo("odd", "Connection: Upgrade", "Upgrade: h2c"), 200),
     "an expectation that is none": (echo("odd", "Expect: "), 200),
     "another expectation": (echo("odd", "Expect: miracles"), 400),
+    "an expectation in no letters": (echo("odd", "Expect: \xff"), 400),
     "a compressed body": (echo("odd", "Content-Encoding: gzip"), 415),
     "a body in chunks and compressed": (
         CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Encoding: br\r\n\r\n", 1),
@@ -533,6 +534,39 @@ async def test_a_slow_body_on_a_connection_that_used_the_lane(start: Open, dial:
     await line.send(echo("slow")[:-1])
     assert (await told(line, 408))["code"] == "request_timeout"
     assert await line.ends() == b""
+
+
+# -- what is not HTTP -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["CONNECT", "GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("target", ["", " "])
+async def test_a_request_without_a_target(place: Place, dial: Dial, method: str, target: str) -> None:
+    """Refused, and the connection ends, also where another request came before."""
+    for first in (False, True):
+        line = await dial(place.listener.ports[0])
+        if first:
+            await used(line)
+        await line.send(f"{method}{target}\r\nHost: x\r\n\r\n".encode())
+        assert (await told(line, 400))["code"] == "invalid_request"
+        assert await line.ends() == b""
+    assert [entry["status"] for entry in place.log] == [400, 200, 400]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_nonsense_from_a_peer_that_goes_away(place: Place, dial: Dial, turns: int) -> None:
+    """Scanners do that; it is nothing to log as a fault. Nor is an expectation that nobody waits to be met."""
+    for data in (b"nonsense\r\n\r\n", echo("x", "Expect: 100-continue"), request("CONNECT", "a:1")):
+        for first in (False, True):
+            line = await dial(place.listener.ports[0])
+            if first:
+                await used(line)
+            line.writer.write(data)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            line.writer.transport.abort()
+    await eventually(lambda: not place.connections, "all is over")
+    assert place.faults == []
 
 
 # -- who goes away ----------------------------------------------------------------------------------------------------------------
