@@ -234,7 +234,7 @@ RECEIPTS = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(transactions())
 def test_a_transaction_comes_back(made: Transaction) -> None:
     stored = dump_transaction(made)
@@ -246,7 +246,7 @@ def test_a_transaction_comes_back(made: Transaction) -> None:
     assert load_transaction(APP, stored[1:]) == made
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(DIGESTS, BEGINNINGS, transactions())
 @example(
     b"\0" * 32,
@@ -269,20 +269,20 @@ def test_a_beginning_comes_back_with_its_transaction(handle: bytes, made: Beginn
     assert stored[middle:] == opened
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(REGISTRATIONS | authentications())
 def test_a_pending_ceremony_comes_back(made: PendingRegistration | PendingAuthentication) -> None:
     assert load_pending(APP, dump_pending(made)) == made
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(RECEIPTS, st.none() | DIGESTS, TIMES)
 def test_what_a_nonce_stands_for_comes_back(receipt: Receipt, transaction: bytes | None, ends: float) -> None:
     made = Redeemable(receipt, transaction, ends)
     assert load_redeemable(dump_redeemable(made)) == made
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(transactions(), REGISTRATIONS | authentications(), RECEIPTS)
 def test_no_kind_is_read_as_another(
     opened: Transaction, pending: PendingRegistration | PendingAuthentication, receipt: Receipt
