@@ -10,7 +10,6 @@ one-time value here, is bound to app and kind, and is stored by its digest only.
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,7 +168,7 @@ class Signals:
 
 def _user_id(credential: Credential) -> str:
     """The user handle as `user.id` stood in the options: the base64url of its ASCII bytes."""
-    return urlsafe_b64encode(credential.user_handle.encode()).rstrip(b"=").decode()
+    return text(credential.user_handle.encode())
 
 
 def _by_handle(credentials: Sequence[Credential]) -> dict[str, list[Credential]]:

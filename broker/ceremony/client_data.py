@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import urlsafe_b64decode
 from typing import Any, NoReturn
 
 from broker.ceremony.verdict import refuse
 from broker.errors import CeremonyRefused, InvalidRequest
-from broker.model import RelyingParty
+from broker.model import RelyingParty, base64url
 
 CREATE, GET = "webauthn.create", "webauthn.get"
 _CHALLENGE = re.compile(r"[A-Za-z0-9_-]{22,171}")
@@ -31,7 +31,7 @@ def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingPar
     if _text(data, "type") != kind:
         raise refuse("type", f"The client data's type is not {kind}.")
     # §7.1, §7.2 "Verify that the value of C.challenge equals the base64url encoding of pkOptions.challenge"
-    if _text(data, "challenge") != urlsafe_b64encode(challenge).rstrip(b"=").decode():
+    if _text(data, "challenge") != base64url(challenge):
         raise refuse("challenge", "The challenge is not the one that was sent for this ceremony.")
     # §7.1, §7.2 "Verify that the value of C.origin is an origin expected by the Relying Party"
     origin = _text(data, "origin")
@@ -55,7 +55,7 @@ def challenge_of(raw: bytes) -> bytes:
     if not _CHALLENGE.fullmatch(encoded) or len(encoded) % 4 == 1:
         raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
     challenge = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
-    if urlsafe_b64encode(challenge).rstrip(b"=").decode() != encoded:
+    if base64url(challenge) != encoded:
         raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
     return challenge
 

@@ -11,7 +11,7 @@ An AAGUID names a make of authenticator and is a claim: anybody can send any, an
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64encode
+from broker.model import base64url
 
 
 def user_handle_matches(returned: str, handle: str) -> bool:
@@ -26,7 +26,7 @@ def user_handle_matches(returned: str, handle: str) -> bool:
 
 
 def _base64url(text: str) -> str:
-    return urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+    return base64url(text.encode())
 
 
 _NAMES = {

@@ -6,11 +6,10 @@ pending ceremony and policy: algorithms, user verification, challenge, credentia
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from typing import Any
 
-from broker.model import Attachment, RelyingParty, UserVerification
+from broker.model import Attachment, RelyingParty, UserVerification, base64url
 
 Descriptor = tuple[bytes, tuple[str, ...]]
 
@@ -45,11 +44,11 @@ def begin_registration(
     options: dict[str, Any] = {
         "rp": {"id": rp.rp_id, "name": rp.name},
         "user": {
-            "id": _base64url(user_handle.encode()),
+            "id": base64url(user_handle.encode()),
             "name": user_name,
             "displayName": user_display_name,
         },
-        "challenge": _base64url(challenge),
+        "challenge": base64url(challenge),
         "pubKeyCredParams": [{"type": "public-key", "alg": algorithm} for algorithm in policy.algorithms],
         "timeout": _milliseconds(life),
         "excludeCredentials": _descriptors(exclude),
@@ -72,7 +71,7 @@ def begin_authentication(
 ) -> dict[str, Any]:
     """The object under `publicKey` for `navigator.credentials.get()`. An empty `allow` makes it discoverable; `life` in seconds."""
     options: dict[str, Any] = {
-        "challenge": _base64url(challenge),
+        "challenge": base64url(challenge),
         "rpId": rp.rp_id,
         "timeout": _milliseconds(life),
         "userVerification": user_verification,
@@ -85,10 +84,6 @@ def begin_authentication(
     return options
 
 
-def _base64url(raw: bytes) -> str:
-    return urlsafe_b64encode(raw).rstrip(b"=").decode()
-
-
 def _milliseconds(life: float) -> int:
     return max(1, int(life * 1000))
 
@@ -96,7 +91,7 @@ def _milliseconds(life: float) -> int:
 def _descriptors(credentials: Sequence[Descriptor]) -> list[dict[str, Any]]:
     """WebAuthn L3 §5.8.3; `transports` is left out where none is known, for an empty list means "none" to some browsers."""
     return [
-        {"type": "public-key", "id": _base64url(credential_id)}
+        {"type": "public-key", "id": base64url(credential_id)}
         | ({"transports": list(transports)} if transports else {})
         for credential_id, transports in credentials
     ]

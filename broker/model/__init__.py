@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from binascii import b2a_base64
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import lru_cache
@@ -79,6 +80,7 @@ __all__ = [
     "VerifiedAuthentication",
     "VerifiedRegistration",
     "action_of",
+    "base64url",
     "checked",
     "fields_of",
     "is_origin",
@@ -551,6 +553,14 @@ class Redeemable(NamedTuple):
 def fields_of(value: object) -> dict[str, Any]:
     """`asdict` for a flat slotted dataclass, without the deep copy."""
     return {f.name: getattr(value, f.name) for f in fields(cast(Any, value))}
+
+
+def base64url(raw: bytes) -> str:
+    """Unpadded base64url (RFC 4648 §5). The standard library's takes four calls more, and a login has a dozen."""
+    return b2a_base64(raw, newline=False).rstrip(b"=").translate(_URL_SAFE).decode("ascii")
+
+
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 
 def checked(value: str, name: str) -> None:

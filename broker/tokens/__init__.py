@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from base64 import urlsafe_b64encode
 from typing import Literal, Protocol
+
+from broker.model import base64url
 
 OneTime = Literal["transaction", "handle", "challenge", "nonce", "ticket"]
 Kind = Literal["transaction", "handle", "nonce", "ticket", "key"]
@@ -56,13 +57,13 @@ class SystemMint:
     """Chance from the operating system (`secrets`)."""
 
     def token(self, kind: Kind) -> str:
-        return PREFIX[kind] + secrets.token_urlsafe(32)
+        return PREFIX[kind] + base64url(secrets.token_bytes(32))
 
     def challenge(self) -> bytes:
         return secrets.token_bytes(32)
 
     def user_handle(self) -> str:
-        return secrets.token_urlsafe(32)
+        return base64url(secrets.token_bytes(32))
 
     def id(self) -> str:
         found = b""
@@ -81,9 +82,7 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(f"key:{key}".encode()).digest()
 
 
-def text(value: bytes) -> str:
-    """Unpadded base64url."""
-    return urlsafe_b64encode(value).rstrip(b"=").decode("ascii")
+text = base64url
 
 
 def well_formed(token: str, kind: Kind) -> bool:
