@@ -156,7 +156,7 @@ class Together(Generic[A, T]):
 def _undone(fault: Exception) -> bool:
     """Whether the server refused the statement whole, so that nothing of it was committed."""
     if isinstance(fault, Unavailable):
-        return isinstance(fault.__cause__, asyncpg.TransactionRollbackError | asyncpg.DataError)
+        return isinstance(fault.__cause__, asyncpg.TransactionRollbackError)
     return isinstance(fault, asyncpg.PostgresError)
 
 
