@@ -39,7 +39,15 @@ SECRET_KEY = (
 _RAM = Path("/dev/shm")
 _ROOM = 2 << 30  # bytes that the stores, profiles and environments of one run stay below
 
-_LONGEST = ("test_wheel", "test_embedded", "test_outages", "test_dev", "test_serve")
+_LONGEST = (
+    "test_wheel",
+    "test_embedded",
+    "test_outages",
+    "test_workers",
+    "test_notifications",
+    "test_dev",
+    "test_serve",
+)
 
 
 def pytest_configure() -> None:
@@ -149,13 +157,15 @@ def own_stores(stopped_stores: Path) -> Iterator[EmbeddedStores]:
 
 
 def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
-    """Settings for a broker on these stores, on free ports, remembering nothing between requests."""
+    """Settings for a broker on these stores, on free ports, remembering nothing between requests. What is not about limits waits for
+    stores as long as settings let it: a test machine's disk pauses."""
     values: dict[str, Any] = {
         "database_url": stores.database_url,
         "redis_url": stores.redis_url,
         "host": "127.0.0.1",
         "port": 0,
         "cache_seconds": 0.0,
+        "store_timeout": 1.5,
         "secret_key": (SECRET_KEY,),
         **changes,
     }

@@ -32,6 +32,7 @@ from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
 from tests.servers import connect_valkey, frozen, kill, revive, session_of
 from tests.wire import ORIGIN, Answer, Wire
 
+TIMEOUT = 0.8  # seconds, of one wait for a store
 ANSWERED_WITHIN = 2.0
 BACK_WITHIN = 2.0
 CONNECTIONS = 8
@@ -146,7 +147,11 @@ async def set_up(stores: EmbeddedStores, broker: Started, session: aiohttp.Clien
 @pytest.fixture
 async def scene(own_stores: EmbeddedStores, start_broker: Starter, session: aiohttp.ClientSession) -> Scene:
     """On servers of the test's own, to be broken."""
-    limits = {"database_connections": CONNECTIONS, "redis_connections": CONNECTIONS}
+    limits: dict[str, object] = {
+        "database_connections": CONNECTIONS,
+        "redis_connections": CONNECTIONS,
+        "store_timeout": TIMEOUT,
+    }
     return await set_up(own_stores, await start_broker(own_stores, **limits), session)
 
 
@@ -363,7 +368,7 @@ async def test_started_while_nobody_listens(calm: Scene, start_broker: Starter, 
         if store == "postgres"
         else {"redis_url": f"redis://{nowhere}"}
     )
-    lost = await start_broker(calm.stores, **changes)
+    lost = await start_broker(calm.stores, **{"store_timeout": TIMEOUT, **changes})
     wire = replace(calm.wire, url=lost.url)
     assert (await in_time(lambda: wire.send("GET", f"{wire.url}/health/live"))).status == 200
     ready = await in_time(lambda: wire.send("GET", f"{wire.url}/health/ready"))
@@ -377,7 +382,7 @@ async def test_started_while_nobody_listens(calm: Scene, start_broker: Starter, 
 
 async def test_an_app_deleted_a_moment_ago_is_no_defect(calm: Scene, start_broker: Starter) -> None:
     """Instances remember an app for less than a second; in that time its requests are refused like others."""
-    remembering = await start_broker(calm.stores, cache_seconds=0.9)
+    remembering = await start_broker(calm.stores, cache_seconds=0.9, store_timeout=TIMEOUT)
     wire = replace(calm.wire, url=remembering.url)
     await wire.open_authentication("ann")
     await calm.broker.parts.directory.delete_app(wire.app_id)
@@ -397,7 +402,9 @@ async def losing(
 ) -> AsyncIterator[tuple[Scene, RedisProxy]]:
     """A scene whose Valkey is behind a proxy that loses what it is told to."""
     async with redis_proxy(lambda: connect_valkey(stores)) as proxy:
-        broker = await start_broker(stores, redis_url=f"redis://127.0.0.1:{proxy.port}")
+        broker = await start_broker(
+            stores, redis_url=f"redis://127.0.0.1:{proxy.port}", store_timeout=TIMEOUT
+        )
         yield await set_up(stores, broker, session), proxy
         await broker.service.close()
 
