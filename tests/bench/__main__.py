@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two runs and end"
     )
+    parser.add_argument(
+        "--python", type=Path, help="the broker's interpreter: of an environment that it is installed in"
+    )
     parser.add_argument("--tcp", action="store_true", help="speak to Valkey through loopback, not a socket")
     parser.add_argument(
         "--endurance", action="store_true", help="memory over many logins, instead of the cases"
@@ -74,7 +77,9 @@ def main() -> int:
             wanted = set(options.cases.split(",")) if options.cases else None
             if unknown := (wanted or set()) - NAMES:
                 parser.error(f"There is no case {', '.join(unknown)}; there are {', '.join(sorted(NAMES))}.")
-            result = run(options.repetitions, wanted, peers=options.peers, tcp=options.tcp)
+            result = run(
+                options.repetitions, wanted, peers=options.peers, tcp=options.tcp, python=options.python
+            )
             text = report.table(result)
     except Unfit as fault:
         print(f"Nothing to report: {fault}", file=sys.stderr)
@@ -85,7 +90,14 @@ def main() -> int:
     return 1 if result.get("unfit") else 0
 
 
-def run(repetitions: int, wanted: set[str] | None, *, peers: bool, tcp: bool = False) -> dict[str, Any]:
+def run(
+    repetitions: int,
+    wanted: set[str] | None,
+    *,
+    peers: bool,
+    tcp: bool = False,
+    python: Path | None = None,
+) -> dict[str, Any]:
     """Measure the wanted cases, all for None.
 
     **Two workers** are measured on the core that one worker has: the same core at the same minutes, so what differs is what a second
@@ -110,14 +122,14 @@ def run(repetitions: int, wanted: set[str] | None, *, peers: bool, tcp: bool = F
         stack.callback(calibrate.close)
         made = stack.enter_context(stores(cores, tcp=tcp))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="broker-bench-")))
-        server = stack.enter_context(broker(made, cores, log=folder / "log"))
+        server = stack.enter_context(broker(made, cores, log=folder / "log", python=python))
         one = Bench("broker", server, stack.enter_context(aimed(cores, server)), made, calibrate)
         sound(one.driver("register", count=USERS, in_flight=16))
         also["resident after start"] = _resident(server)
         also["bytes in Redis per login in flight"] = f"{_bytes_in_flight(one.driver, made):.0f}"
         cases += [Case(f"{what}-{k}", one, what, k, count) for what, k, count in chosen(CASES)]
         if chosen(WORKERS) and (wanted or knows_workers()):
-            server = stack.enter_context(broker(made, cores, workers=2, log=folder / "log2"))
+            server = stack.enter_context(broker(made, cores, workers=2, log=folder / "log2", python=python))
             two = Bench(
                 "broker with two workers",
                 server,
@@ -145,7 +157,7 @@ def run(repetitions: int, wanted: set[str] | None, *, peers: bool, tcp: bool = F
         )
         _compare(also, found, f"two workers against one, {k} in flight in all", f"workers2-{k}", f"flex-{k}")
     _compare(also, found, "two workers against one, 16 in flight for each", "workers2-32", "flex-16")
-    return {"machine": measure.machine(), "cases": found, "also": also, "unfit": unfit}
+    return {"machine": measure.machine_of(python), "cases": found, "also": also, "unfit": unfit}
 
 
 def _compare(also: dict[str, str], cases: dict[str, Any], what: str, ours: str, theirs: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import signal
@@ -24,6 +25,7 @@ from broker.tokens.signed import generate, sign
 
 PACKAGES = ("aiohttp", "webauthn", "redis", "hiredis", "asyncpg", "pyjwt", "uvloop", "orjson", "cryptography")
 _ECDSA = ec.ECDSA(hashes.SHA256())
+ROOT = Path(__file__).parent.parent.parent
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -186,3 +188,18 @@ def machine() -> dict[str, Any]:
         "python_build": flags,
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def machine_of(python: Path | None) -> dict[str, Any]:
+    """`machine`, as another interpreter tells it; ours for None."""
+    if python is None:
+        return machine()
+    told = subprocess.run(
+        [str(python), "-m", "tests.bench.measure"], cwd=ROOT, check=True, capture_output=True
+    )
+    found: dict[str, Any] = json.loads(told.stdout)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine()))

@@ -145,9 +145,12 @@ def _listening(
 
 
 @contextmanager
-def broker(made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = None) -> Iterator[Server]:
+def broker(
+    made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = None, python: Path | None = None
+) -> Iterator[Server]:
     """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production; events and metrics are on. It waits
-    for stores as long as settings let it: a pause of the machine's disk is no failed login."""
+    for stores as long as settings let it: a pause of the machine's disk is no failed login. `python` is the interpreter of an environment
+    that the broker is installed in, ours for None."""
     port = free_port()
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
@@ -156,7 +159,7 @@ def broker(made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = N
         "BROKER_SECRET_KEY": _SECRET,
         "BROKER_STORE_TIMEOUT": "1.5",
     }
-    command = [str(Path(sys.executable).with_name("broker"))]
+    command = [str((python or Path(sys.executable)).with_name("broker"))]
     argv = [*command, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"]
     if workers > 1:
         argv += ["--workers", str(workers)]
