@@ -45,7 +45,7 @@ from broker.cli.workers import _Channel
 async def hang():
     _Channel(socket.socket(fileno=int(sys.argv[1])), limit=0.1)
     print("hangs", flush=True)
-    time.sleep(600)
+    time.sleep(600)  # an event loop that is blocked for good
 asyncio.run(hang())
 """
 

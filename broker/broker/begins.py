@@ -120,13 +120,11 @@ class Begins:
     async def peek(
         self, app: RelyingParty, transaction_id: str, purpose: Purpose
     ) -> tuple[bytes, Transaction]:
-        if not well_formed(transaction_id, "transaction"):
-            raise UnknownTransaction(reason="transaction_malformed")
+        _judge_form(transaction_id)
         found = await self._ephemeral.peek_transaction(app.id, transaction_id)
         if found is None:
             raise UnknownTransaction(reason="transaction_unknown")
-        if found[1].purpose != purpose:
-            raise UnknownTransaction(reason="transaction_wrong_kind")
+        _judge_purpose(found[1], purpose)
         return found
 
     async def begin_registration(
@@ -183,14 +181,12 @@ class Begins:
     async def _begin(
         self, app: RelyingParty, transaction_id: str, purpose: Purpose, beginning: Beginning
     ) -> tuple[str, bytes, Transaction]:
-        if not well_formed(transaction_id, "transaction"):
-            raise UnknownTransaction(reason="transaction_malformed")
+        _judge_form(transaction_id)
         secret = self._mint.token("handle")
         found = await self._ephemeral.begin(app.id, transaction_id, purpose, secret, beginning)
         if found is None:
             raise UnknownTransaction(reason="transaction_unknown")
-        if found[2].purpose != purpose:
-            raise UnknownTransaction(reason="transaction_wrong_kind")
+        _judge_purpose(found[2], purpose)
         return found
 
     async def new_registration(
@@ -286,6 +282,16 @@ class Begins:
             app.id, user_id, approval, new_id=self._mint.id(), now=instant(self._clock())
         ):
             raise DuplicateApproval
+
+
+def _judge_form(transaction_id: str) -> None:
+    if not well_formed(transaction_id, "transaction"):
+        raise UnknownTransaction(reason="transaction_malformed")
+
+
+def _judge_purpose(transaction: Transaction, purpose: Purpose) -> None:
+    if transaction.purpose != purpose:
+        raise UnknownTransaction(reason="transaction_wrong_kind")
 
 
 def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered, ...]:

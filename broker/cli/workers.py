@@ -483,7 +483,7 @@ class _Channel:
             self.orphan = not word
             with suppress(RuntimeError):  # the loop has ended, and with it all there is to do
                 self._loop.call_soon_threadsafe(self._hear, word)
-        time.sleep(self._limit)
+        time.sleep(self._limit)  # in a thread of its own: the loop has so long to drain, and may hang
         os._exit(1)
 
     def _hear(self, word: bytes) -> None:

@@ -55,6 +55,7 @@ from broker.ephemeral.records import (
     load_pending,
     load_redeemable,
     load_transaction,
+    without_ceremony,
 )
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import Beginning, Pending, Purpose, Redeemable, Transaction
@@ -206,8 +207,7 @@ class Ephemeral:
         stored = cast(bytes | None, await self._ask("peek_transaction", "GET", b"t:" + name))
         if stored is None:
             return None
-        behind = 35 + int.from_bytes(stored[33:35], "big") if stored[:1] == b"+" else 1
-        found = self._living(load_transaction(app_id, stored[behind:]))
+        found = self._living(load_transaction(app_id, without_ceremony(stored)))
         return (name, found) if found else None
 
     async def begin(

@@ -165,6 +165,11 @@ def dump_transaction(t: Transaction) -> bytes:
     return b"-" + _joined(head, blobs)
 
 
+def without_ceremony(stored: bytes) -> bytes:
+    """The transaction in a value, without the mark and the pending ceremony in front."""
+    return stored[35 + int.from_bytes(stored[33:35], "big") :] if stored[:1] == b"+" else stored[1:]
+
+
 def load_transaction(app_id: str, stored: bytes) -> Transaction | None:
     """A transaction, without the mark in front; None for a format that this code does not know."""
     head, blobs = _split(stored)
