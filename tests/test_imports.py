@@ -2,7 +2,7 @@
 
 Imports point down only:
 
-    cli > app > dialects console demo > web > broker directory mailbox signing > ephemeral durable > ceremony tokens > settings telemetry > model > errors
+    cli > app > dialects console demo > web > broker directory mailbox signing > ephemeral durable > ceremony tokens > settings telemetry gathering > model > errors
 
 and siblings don't import each other. `broker.embedded` belongs to the command line; `broker.sdk` is for other people's programs.
 """
@@ -24,7 +24,7 @@ PACKAGE = ROOT / "broker"
 ORDER: list[set[str]] = [
     {"errors"},
     {"model"},
-    {"settings", "telemetry"},
+    {"settings", "telemetry", "gathering"},
     {"ceremony", "tokens"},
     {"ephemeral", "durable"},
     {"broker", "directory", "signals", "mailbox", "signing"},

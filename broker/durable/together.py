@@ -1,8 +1,8 @@
 """Group commit: callers who ask for the same at the same time share one statement.
 
 **Why.** A statement costs the same round trip, the same wake-ups and, where it writes, the same wait for the disk whether it is about one
-sign-in or about thirty. While one statement is under way, those who come meanwhile gather, and go together as the next one; so the more
-there is to do, the less each costs, and a single caller waits for nobody.
+sign-in or about thirty. Those who come within a few turns of the event loop share one (`broker.gathering`). While it is under way, those who
+come meanwhile go together as the next one; so the more there is to do, the less each costs, and a single caller waits for nobody.
 
 **What stays as it was.** A caller is answered after the commit of the statement that it was part of, never before. Two callers about one
 row (`name` says which) never share a statement, for `UPDATE … FROM` would apply one of them: the later one goes with the next. Each caller
@@ -29,6 +29,7 @@ from typing import Generic, TypeVar
 import asyncpg
 
 from broker.errors import Unavailable
+from broker.gathering import Gathering
 from broker.telemetry import Metrics
 
 A = TypeVar("A")
@@ -68,6 +69,7 @@ class Together(Generic[A, T]):
         self._metrics = metrics
         self._name = name
         self._waiting: list[tuple[A, asyncio.Future[T]]] = []
+        self._gathering = Gathering(self._waiting, self._begin)
         self._running: dict[asyncio.Task[None], float] = {}
         self._alone: set[asyncio.Task[None]] = set()
         self._woken: asyncio.Handle | None = None
@@ -82,8 +84,7 @@ class Together(Generic[A, T]):
         answer: asyncio.Future[T] = loop.create_future()
         self._waiting.append((asked, answer))
         if self._woken is None and len(self._running) < _LANES:
-            # Not at once: others of this turn of the loop come along. In nobody's context: the first caller's deadline is not the others'.
-            self._woken = loop.call_soon(self._begin, context=contextvars.Context())
+            self._gathering.come()
         late = loop.call_later(limit, self._late, answer)
         try:
             return await answer
@@ -97,7 +98,9 @@ class Together(Generic[A, T]):
 
     def _begin(self) -> None:
         """Begin a statement for those who wait, unless one began so recently that its end is worth waiting for."""
-        self._woken = None
+        if self._woken is not None:
+            self._woken.cancel()
+            self._woken = None
         loop = asyncio.get_running_loop()
         if self._running:
             wait = max(self._running.values()) + _PATIENCE - loop.time()
@@ -116,7 +119,7 @@ class Together(Generic[A, T]):
             else:
                 names.add(name)
                 batch.append((asked, answer))
-        self._waiting = left
+        self._waiting[:] = left
         if batch:
             task = loop.create_task(self._run(batch), name="together", context=contextvars.Context())
             self._running[task] = loop.time()
@@ -127,8 +130,6 @@ class Together(Generic[A, T]):
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         if self._waiting:
-            if self._woken is not None:
-                self._woken.cancel()
             self._begin()
 
     async def _run(self, batch: Sequence[tuple[A, asyncio.Future[T]]], *, alone: bool = False) -> None:

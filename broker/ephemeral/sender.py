@@ -1,8 +1,8 @@
 """One connection to one Redis server, shared by every caller of the process.
 
 **Why.** redis-py takes a connection from a pool for each command, packs, writes, waits, reads and gives it back: 30 to 50 microseconds of
-our CPU, several times what the server needs. Here callers queue. A turn of the event loop's worth of commands goes out in one write, the
-replies come back in the order of the commands, and each is handed to the caller whose turn it is as soon as its bytes are here. The
+our CPU, several times what the server needs. Here callers queue. What gathers in a few turns of the event loop (`broker.gathering`) goes
+out in one write, the replies come back in the order of the commands, and each is handed to the caller whose turn it is as soon as its bytes are here. The
 connection is redis-py's: making it, TLS, AUTH and SELECT stay there. Once it stands, its transport speaks to us; hiredis packs and
 parses, as it does for redis-py, and redis-py names the errors.
 
@@ -30,6 +30,8 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool, DefaultParser
 from redis.exceptions import ConnectionError as Lost
 from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
+
+from broker.gathering import Gathering
 
 _TICK = 0.05
 _NOT_YET = object()
@@ -60,6 +62,7 @@ class _Link(asyncio.Protocol):
             protocolError=InvalidResponse, replyError=DefaultParser.parse_error, notEnoughData=_NOT_YET
         )
         self._unsent: list[_Waiting] = []
+        self._gathering = Gathering(self._unsent, self._write)
         self._due: deque[_Waiting] = deque()
         self._tick: asyncio.TimerHandle | None = None
         self._postponed = False
@@ -70,9 +73,8 @@ class _Link(asyncio.Protocol):
     def ask(self, packed: bytes, limit: float) -> asyncio.Future[Any]:
         """Queue a command; the future has its reply."""
         reply: asyncio.Future[Any] = self._loop.create_future()
-        if not self._unsent and self._transport is not None:
-            self._loop.call_soon(self._write)
         self._unsent.append(_Waiting(packed, reply, self._loop.time() + limit, limit >= self._timeout))
+        self._gathering.come()
         if self._tick is None:
             self._tick = self._loop.call_later(_TICK, self._look_at_the_clock)
         return reply
