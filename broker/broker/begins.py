@@ -202,7 +202,7 @@ class Begins:
         """A pending ceremony and its options. `bound`: the transaction and its end, which the ceremony doesn't outlive."""
         user_id, external_id, user_handle = user
         user_name, user_display_name, nickname = names
-        held = await self._durable.credentials(app.id, user_id)
+        held = await self._durable.held_by(app.id, user_id)
         if len(held) >= app.policy.max_passkeys:
             raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
         # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.

@@ -7,7 +7,8 @@ event that tells of it stand or fall together.
 **Events** are inserted by the statement that makes the change they tell of. Who acts and the request id come from
 `telemetry.context()`.
 
-**Sign-ins go together.** What every login asks is one statement for all who ask at the same time: `broker.durable.sign_ins`.
+**Ceremonies go together.** What every login and every registration asks is one statement for all who ask at the same time:
+`broker.durable.sign_ins`, `broker.durable.registrations`.
 
 Limits, faults and migrations are in `broker.durable.postgres`: whatever the server or the network does wrong is `Unavailable`.
 """
@@ -16,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
 
 import asyncpg
 
 from broker.durable.catalogue import Catalogue, UserOrder
 from broker.durable.postgres import Connection, MigrationFault, Postgres, sql_files
+from broker.durable.registrations import Registrations
 from broker.durable.rows import (
     APP,
     CREDENTIAL,
@@ -34,17 +35,14 @@ from broker.durable.rows import (
     who,
 )
 from broker.durable.sign_ins import SignIns
-from broker.errors import UnknownApp, UnknownUser
+from broker.errors import UnknownUser
 from broker.model import (
     ApiKey,
     Approval,
     Credential,
     Owned,
-    PendingRegistration,
     RelyingParty,
     User,
-    VerifiedRegistration,
-    action_of,
 )
 
 __all__ = [
@@ -58,8 +56,13 @@ __all__ = [
 ]
 
 
-class Durable(SignIns):
+class Durable(SignIns, Registrations):
     """The durable store: every statement, beside its method."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        SignIns.__init__(self, postgres)
+        Registrations.__init__(self, postgres)
+        self._pg = postgres
 
     # -- relying parties and keys ---------------------------------------------------------------------------------------------
 
@@ -198,44 +201,6 @@ class Durable(SignIns):
 
     # -- users ----------------------------------------------------------------------------------------------------------------
 
-    async def ensure_user(
-        self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
-    ) -> tuple[str, str]:
-        """The id and the handle of the user with this external id, made if there is none. Two at once make one row.
-
-        Raises:
-            UnknownApp: the app was deleted while the caller still remembered it.
-        """
-        while True:
-            try:
-                row = await self._ensure_user(app_id, external_id, new_id, new_handle, now)
-            except asyncpg.ForeignKeyViolationError:
-                raise UnknownApp from None
-            if row is not None:  # None: another request inserted it after our snapshot; the next look sees it
-                return row["id"], row["handle"]
-
-    async def _ensure_user(
-        self, app_id: str, external_id: str, new_id: str, new_handle: str, now: datetime
-    ) -> asyncpg.Record | None:
-        return await self._pg.row(
-            "ensure_user",
-            f"""
-            WITH old AS (SELECT id, handle FROM users WHERE app_id = $1 AND external_id = $2),
-            new AS (
-                INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
-                SELECT $3, $1, $2, $4, 'pending', $5, $5 WHERE NOT EXISTS (SELECT FROM old)
-                ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
-            ), told AS ({TELL} SELECT $5, $1, $6, 'user.created', id, NULL, 'done', NULL, $7 FROM new)
-            SELECT id, handle FROM old UNION ALL SELECT id, handle FROM new
-            """,
-            app_id,
-            external_id,
-            new_id,
-            new_handle,
-            now,
-            *who(),
-        )
-
     async def user(
         self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
     ) -> User | None:
@@ -310,89 +275,6 @@ class Durable(SignIns):
         )
         return row is not None and bool(row["held"])
 
-    async def add_credential(
-        self,
-        pending: PendingRegistration,
-        verified: VerifiedRegistration,
-        *,
-        new_id: str,
-        live: bool,
-        confirmed: bool = False,
-        now: datetime,
-    ) -> Literal["added", "duplicate", "no_user"]:
-        """Insert a credential; the unique index on (app, credential id) decides who was first."""
-        try:
-            row = await self._add_credential(pending, verified, new_id, live, now if confirmed else None, now)
-        except asyncpg.ForeignKeyViolationError:
-            return "no_user"
-        assert row is not None, "a SELECT without FROM has one row"
-        if row["added"]:
-            return "added"
-        if pending.external_id is None:
-            if row["owned"]:  # somebody was faster between our two inserts
-                drop = "DELETE FROM users WHERE id = $1 AND external_id IS NULL"
-                await self._pg.row("drop_nobody", drop, pending.user_id)
-            return "duplicate"
-        return "duplicate" if row["owned"] else "no_user"
-
-    async def _add_credential(
-        self,
-        pending: PendingRegistration,
-        verified: VerifiedRegistration,
-        new_id: str,
-        live: bool,
-        confirmed_at: datetime | None,
-        now: datetime,
-    ) -> asyncpg.Record | None:
-        # Who has no external id has no row before the passkey either: a page alone, which may try for ever, leaves none behind.
-        owner = (
-            "SELECT id FROM users WHERE app_id = $2 AND id = $3"
-            if pending.external_id is not None
-            else "INSERT INTO users (id, app_id, handle, status, created_at, updated_at) SELECT $3, $2, $5, 'pending', $18, $18"
-            " WHERE NOT EXISTS (SELECT FROM credentials WHERE app_id = $2 AND credential_id = $4) RETURNING id"
-        )
-        return await self._pg.row(
-            "add_credential",
-            f"""
-            WITH owner AS ({owner}),
-            new AS (
-                INSERT INTO credentials AS c (
-                    id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
-                    backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
-                    user_display_name, nickname, live, created_at, updated_at, confirmed_at, second_factor)
-                SELECT $1, $2, id, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $21, $22, $17, $18, $18, $23, $24 FROM owner
-                ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
-            ), active AS (
-                UPDATE users SET status = 'active', updated_at = $18 WHERE $17 AND id = (SELECT user_id FROM new)
-            ), told AS ({TELL} SELECT $18, $2, $19, $25, user_id, id, 'done', NULL, $20 FROM new)
-            SELECT EXISTS (SELECT FROM owner) AS owned, EXISTS (SELECT FROM new) AS added
-            """,
-            new_id,
-            pending.app_id,
-            pending.user_id,
-            verified.credential_id,
-            pending.user_handle,
-            verified.public_key,
-            verified.algorithm,
-            verified.sign_count,
-            verified.backup_eligible,
-            verified.backed_up,
-            list(verified.transports),
-            verified.attachment,
-            verified.aaguid,
-            verified.attestation_format,
-            verified.attestation_trust,
-            pending.user_name,
-            live,
-            now,
-            *who(),
-            pending.user_display_name,
-            pending.nickname,
-            confirmed_at,
-            pending.asked.second_factor,
-            action_of(pending),
-        )
-
     async def add_approval(
         self, app_id: str, user_id: str, approval: Approval, *, new_id: str, now: datetime
     ) -> bool:
@@ -415,27 +297,6 @@ class Durable(SignIns):
             )
         except asyncpg.ForeignKeyViolationError:
             raise UnknownUser from None
-        return row is not None
-
-    async def confirm_credential(self, app_id: str, passkey_id: str, now: datetime) -> bool:
-        """Record that a registration's nonce was redeemed; makes the credential live. False: revoked meanwhile."""
-        row = await self._pg.row(
-            "confirm_credential",
-            f"""
-            WITH kept AS (
-                UPDATE credentials SET confirmed_at = coalesce(confirmed_at, $3), live = true, updated_at = $3
-                WHERE app_id = $1 AND id = $2 RETURNING id, app_id, user_id
-            ), active AS (
-                UPDATE users SET status = 'active', updated_at = $3
-                WHERE id = (SELECT user_id FROM kept) AND status = 'pending'
-            ), told AS ({TELL} SELECT $3, app_id, $4, 'passkey.confirmed', user_id, id, 'done', NULL, $5 FROM kept)
-            SELECT id FROM kept
-            """,
-            app_id,
-            passkey_id,
-            now,
-            *who(),
-        )
         return row is not None
 
     async def revoke_credentials(

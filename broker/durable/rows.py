@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import asyncpg
+import orjson
 
 from broker.model import Credential, Offered, Owned, Policy, RelyingParty
 from broker.telemetry import context
@@ -34,6 +36,13 @@ TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, resu
 def who() -> tuple[str, str]:
     now = context()
     return now.actor, now.request_id
+
+
+def recordset(callers: Sequence[tuple[object, ...]], names: tuple[str, ...]) -> str:
+    """What callers ask as one value, a JSON array of objects, numbered: asyncpg asks of each item of an array whether it is one as well."""
+    return orjson.dumps(
+        [{"number": number, **dict(zip(names, asked, strict=True))} for number, asked in enumerate(callers)]
+    ).decode()
 
 
 def app_of(row: asyncpg.Record) -> RelyingParty:

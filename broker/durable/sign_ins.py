@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-import orjson
-
 from broker.durable.postgres import Postgres
-from broker.durable.rows import OFFERED, TELL, offered_of, who
+from broker.durable.rows import OFFERED, TELL, offered_of, recordset, who
 from broker.durable.together import ALONE, Alone
 from broker.model import Credential, Offered, Used, VerifiedAuthentication
 
@@ -34,13 +32,6 @@ class _Use(NamedTuple):
     request_id: str
     action: str
     approval: str | None
-
-
-def _recordset(callers: Sequence[tuple[object, ...]], names: tuple[str, ...]) -> str:
-    """What callers ask as one value, a JSON array of objects, numbered: asyncpg asks of each item of an array whether it is one as well."""
-    return orjson.dumps(
-        [{"number": number, **dict(zip(names, asked, strict=True))} for number, asked in enumerate(callers)]
-    ).decode()
 
 
 class SignIns:
@@ -69,7 +60,7 @@ class SignIns:
             " JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
             " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND (a.second_factor OR NOT c.second_factor)"
             " ORDER BY a.number, c.created_at, c.id",
-            _recordset(asked, ("app_id", "external_id", "second_factor")),
+            recordset(asked, ("app_id", "external_id", "second_factor")),
         )
         found: list[tuple[str, str, list[Offered]] | None] = [None] * len(asked)
         for row in rows:
@@ -140,7 +131,7 @@ class SignIns:
             ){approve}
             SELECT number, regressed, was_backed_up <> backed_up AS backup_changed FROM used
             """,
-            _recordset(uses, _Use._fields),
+            recordset(uses, _Use._fields),
         )
         found: list[Used | Alone | None] = [None if alone else ALONE] * len(uses)
         for number, regressed, backup_changed in rows:

@@ -1,0 +1,334 @@
+"""What every registration asks of Postgres: whose it is, what they have, the new passkey, and that its nonce was redeemed.
+
+Each is one statement for all callers who come at the same time (`broker.durable.together`).
+
+For several callers a statement waits for no row: where the app is being deleted, or the user or the passkey is in somebody else's hands, it
+passes over that caller, who then gets a statement alone, which waits. What no statement can pass over is another's insert of the same
+user or the same passkey, not yet committed: these come in the order of their names, so that no two statements wait for each other in a
+circle, and whoever is waited for waits for nothing else. The app is locked before the user, as who deletes an app goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+import asyncpg
+
+from broker.durable.postgres import Postgres
+from broker.durable.rows import TELL, recordset, who
+from broker.durable.together import ALONE, Alone
+from broker.errors import UnknownApp
+from broker.model import PendingRegistration, VerifiedRegistration, action_of
+
+Outcome = Literal["added", "duplicate", "no_user"]
+
+
+class _User(NamedTuple):
+    """A user to find, or to make."""
+
+    app_id: str
+    external_id: str
+    new_id: str
+    new_handle: str
+    at: datetime
+    actor: str
+    request_id: str
+
+
+class _Passkey(NamedTuple):
+    """A passkey to store; bytes in hexadecimal."""
+
+    id: str
+    app_id: str
+    user_id: str
+    credential_id: str
+    user_handle: str
+    public_key: str
+    algorithm: int
+    sign_count: int
+    backup_eligible: bool
+    backed_up: bool
+    transports: tuple[str, ...]
+    attachment: str | None
+    aaguid: str
+    attestation_format: str
+    attestation_trust: str
+    user_name: str
+    user_display_name: str
+    nickname: str
+    live: bool
+    confirmed_at: datetime | None
+    second_factor: bool
+    at: datetime
+    actor: str
+    request_id: str
+    action: str
+
+
+class _Confirmation(NamedTuple):
+    """A passkey whose nonce was redeemed."""
+
+    id: str
+    app_id: str
+    at: datetime
+    actor: str
+    request_id: str
+
+
+class Held(NamedTuple):
+    """What a new registration must know of a passkey that its user has."""
+
+    credential_id: bytes
+    transports: tuple[str, ...]
+    live: bool
+
+
+class Registrations:
+    """The statements of a registration."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._pg = postgres
+        self._user = postgres.together(
+            "ensure_user", self._ensure_users, name=lambda user: (user.app_id, user.external_id)
+        )
+        self._held = postgres.together("held_by", self._held_by)
+        self._add: Callable[[_Passkey], Awaitable[Outcome]] = postgres.together(
+            "add_credential", self._add_credentials, name=lambda new: (new.app_id, new.credential_id)
+        )
+        self._confirm = postgres.together(
+            "confirm_credential", self._confirm_credentials, name=lambda confirmation: confirmation.id
+        )
+
+    # -- whose it is ----------------------------------------------------------------------------------------------------------
+
+    async def ensure_user(
+        self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
+    ) -> tuple[str, str]:
+        """The id and the handle of the user with this external id, made if there is none. Two at once make one row.
+
+        Raises:
+            UnknownApp: the app was deleted while the caller still remembered it.
+        """
+        user = _User(app_id, external_id, new_id, new_handle, now, *who())
+        while True:
+            try:
+                found = await self._user(user)
+            except asyncpg.ForeignKeyViolationError:
+                raise UnknownApp from None
+            if (
+                found is not None
+            ):  # None: another request inserted it after our snapshot; the next look sees it
+                return found
+
+    async def _ensure_users(
+        self, users: Sequence[_User], alone: bool
+    ) -> list[tuple[str, str] | Alone | None]:
+        """Each with another name. Who is not looked for again is a user that somebody else has just made."""
+        rows = await self._pg.rows(
+            "ensure_user",
+            f"""
+            WITH a AS (
+                SELECT * FROM json_to_recordset($1::text::json) a (
+                    number integer, app_id text, external_id text, new_id text, new_handle text, at timestamptz, actor text, request_id text)
+            ), old AS (
+                SELECT a.number, u.id, u.handle FROM a
+                CROSS JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u
+            ), missing AS (
+                SELECT a.* FROM a {"" if alone else _APP_IS_FREE} WHERE NOT EXISTS (SELECT FROM old WHERE old.number = a.number)
+            ), new AS (
+                INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
+                SELECT new_id, app_id, external_id, new_handle, 'pending', at, at FROM missing ORDER BY app_id, external_id
+                ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
+            ), told AS (
+                {TELL} SELECT m.at, m.app_id, m.actor, 'user.created', m.new_id, NULL, 'done', NULL, m.request_id
+                FROM missing m JOIN new ON new.id = m.new_id
+            )
+            SELECT number, id, handle FROM old
+            UNION ALL SELECT m.number, new.id, new.handle FROM missing m LEFT JOIN new ON new.id = m.new_id
+            """,
+            recordset(users, _User._fields),
+        )
+        found: list[tuple[str, str] | Alone | None] = [None if alone else ALONE] * len(users)
+        for number, user_id, handle in rows:
+            found[number] = None if user_id is None else (user_id, handle)
+        return found
+
+    # -- what they have -------------------------------------------------------------------------------------------------------
+
+    async def held_by(self, app_id: str, user_id: str) -> list[Held]:
+        """The user's passkeys, oldest first."""
+        return await self._held((app_id, user_id))
+
+    async def _held_by(self, asked: Sequence[tuple[str, str]], _: bool) -> list[list[Held]]:
+        rows = await self._pg.rows(
+            "held_by",
+            "WITH a AS (SELECT * FROM json_to_recordset($1::text::json) a (number integer, app_id text, user_id text))"
+            " SELECT a.number, c.credential_id, c.transports, c.live FROM a JOIN credentials c"
+            # The array keeps the planner from reading all passkeys: it takes the callers for 100.
+            " ON c.user_id = ANY (ARRAY(SELECT user_id FROM a)) AND c.user_id = a.user_id AND c.app_id = a.app_id"
+            " ORDER BY a.number, c.created_at, c.id",
+            recordset(asked, ("app_id", "user_id")),
+        )
+        found: list[list[Held]] = [[] for _ in asked]
+        for number, credential_id, transports, live in rows:
+            found[number].append(Held(credential_id, tuple(transports), live))
+        return found
+
+    # -- the new passkey ------------------------------------------------------------------------------------------------------
+
+    async def add_credential(
+        self,
+        pending: PendingRegistration,
+        verified: VerifiedRegistration,
+        *,
+        new_id: str,
+        live: bool,
+        confirmed: bool = False,
+        now: datetime,
+    ) -> Outcome:
+        """Insert a credential; the unique index on (app, credential id) decides who was first."""
+        passkey = _Passkey(
+            new_id,
+            pending.app_id,
+            pending.user_id,
+            verified.credential_id.hex(),
+            pending.user_handle,
+            verified.public_key.hex(),
+            verified.algorithm,
+            verified.sign_count,
+            verified.backup_eligible,
+            verified.backed_up,
+            verified.transports,
+            verified.attachment,
+            verified.aaguid,
+            verified.attestation_format,
+            verified.attestation_trust,
+            pending.user_name,
+            pending.user_display_name,
+            pending.nickname,
+            live,
+            now if confirmed else None,
+            pending.asked.second_factor,
+            now,
+            *who(),
+            action_of(pending),
+        )
+        try:
+            if pending.external_id is None:
+                return await self._add_for_nobody(passkey)
+            return await self._add(passkey)
+        except asyncpg.ForeignKeyViolationError:
+            return "no_user"
+
+    async def _add_credentials(self, passkeys: Sequence[_Passkey], alone: bool) -> list[Outcome | Alone]:
+        """Each with another credential id."""
+        passing_over = "" if alone else "SKIP LOCKED"
+        rows = await self._add_rows(
+            passkeys,
+            f"""
+            SELECT a.number, u.id FROM a
+            CROSS JOIN LATERAL (SELECT id FROM relying_parties WHERE id = a.app_id FOR KEY SHARE {passing_over}) app
+            CROSS JOIN LATERAL (SELECT id FROM users WHERE id = a.user_id AND app_id = app.id FOR NO KEY UPDATE {passing_over}) u
+            """,
+        )
+        found: list[Outcome | Alone] = ["no_user" if alone else ALONE] * len(passkeys)
+        for number, added in rows:
+            found[number] = "added" if added else "duplicate"
+        return found
+
+    async def _add_for_nobody(self, passkey: _Passkey) -> Outcome:
+        """Insert a credential whose user has no external id. Such a user has no row before the passkey either: a page alone, which may try
+        for ever, leaves none behind."""
+        rows = await self._add_rows(
+            [passkey],
+            """
+            INSERT INTO users (id, app_id, handle, status, created_at, updated_at)
+            SELECT a.user_id, a.app_id, a.user_handle, 'pending', a.at, a.at FROM a
+            WHERE NOT EXISTS (SELECT FROM credentials c WHERE c.app_id = a.app_id AND c.credential_id = a.key_id)
+            RETURNING 0 AS number, id
+            """,
+        )
+        if rows and not rows[0]["added"]:  # somebody was faster between our two inserts
+            drop = "DELETE FROM users WHERE id = $1 AND external_id IS NULL"
+            await self._pg.row("drop_nobody", drop, passkey.user_id)
+        return "added" if rows and rows[0]["added"] else "duplicate"
+
+    async def _add_rows(self, passkeys: Sequence[_Passkey], owners: str) -> list[asyncpg.Record]:
+        """Number and whether it was added, of each passkey that has an owner; `owners` says who that is."""
+        return await self._pg.rows(
+            "add_credential",
+            f"""
+            WITH a AS (
+                SELECT *, decode(credential_id, 'hex') AS key_id FROM json_to_recordset($1::text::json) a (
+                    number integer, id text, app_id text, user_id text, credential_id text, user_handle text, public_key text,
+                    algorithm integer, sign_count bigint, backup_eligible boolean, backed_up boolean, transports text[], attachment text,
+                    aaguid text, attestation_format text, attestation_trust text, user_name text, user_display_name text, nickname text,
+                    live boolean, confirmed_at timestamptz, second_factor boolean, at timestamptz, actor text, request_id text, action text)
+            ), owner AS ({owners}),
+            new AS (
+                INSERT INTO credentials AS c (
+                    id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
+                    backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
+                    user_display_name, nickname, live, created_at, updated_at, confirmed_at, second_factor)
+                SELECT a.id, a.app_id, o.id, a.key_id, a.user_handle, decode(a.public_key, 'hex'), a.algorithm, a.sign_count,
+                    a.backup_eligible, a.backed_up, a.transports, a.attachment, a.aaguid, a.attestation_format, a.attestation_trust,
+                    a.user_name, a.user_display_name, a.nickname, a.live, a.at, a.at, a.confirmed_at, a.second_factor
+                FROM a JOIN owner o ON o.number = a.number ORDER BY a.app_id, a.key_id
+                ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
+            ), active AS (
+                UPDATE users SET status = 'active', updated_at = a.at FROM new JOIN a ON a.id = new.id
+                WHERE users.id = ANY (ARRAY(SELECT user_id FROM new)) AND users.id = new.user_id AND a.live
+            ), told AS (
+                {TELL} SELECT a.at, a.app_id, a.actor, a.action, new.user_id, new.id, 'done', NULL, a.request_id
+                FROM new JOIN a ON a.id = new.id
+            )
+            SELECT o.number, new.id IS NOT NULL AS added FROM owner o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
+            """,
+            recordset(passkeys, _Passkey._fields),
+        )
+
+    # -- redeemed -------------------------------------------------------------------------------------------------------------
+
+    async def confirm_credential(self, app_id: str, passkey_id: str, now: datetime) -> bool:
+        """Record that a registration's nonce was redeemed; makes the credential live. False: revoked meanwhile."""
+        return await self._confirm(_Confirmation(passkey_id, app_id, now, *who()))
+
+    async def _confirm_credentials(
+        self, confirmations: Sequence[_Confirmation], alone: bool
+    ) -> list[bool | Alone]:
+        """Each of another credential."""
+        passing_over = "" if alone else "SKIP LOCKED"
+        rows = await self._pg.rows(
+            "confirm_credential",
+            f"""
+            WITH held AS (
+                SELECT a.*, u.id AS user_id FROM json_to_recordset($1::text::json) a (
+                    number integer, id text, app_id text, at timestamptz, actor text, request_id text)
+                CROSS JOIN LATERAL (
+                    SELECT user_id FROM credentials WHERE id = a.id AND app_id = a.app_id FOR NO KEY UPDATE {passing_over}
+                ) c
+                CROSS JOIN LATERAL (SELECT id FROM users WHERE id = c.user_id FOR NO KEY UPDATE {passing_over}) u
+            ), kept AS (
+                UPDATE credentials c SET confirmed_at = coalesce(c.confirmed_at, held.at), live = true, updated_at = held.at
+                FROM held WHERE c.id = ANY (ARRAY(SELECT id FROM held)) AND c.id = held.id RETURNING held.*
+            ), active AS (
+                UPDATE users SET status = 'active', updated_at = kept.at FROM kept
+                WHERE users.id = ANY (ARRAY(SELECT user_id FROM kept)) AND users.id = kept.user_id AND users.status = 'pending'
+            ), told AS (
+                {TELL} SELECT at, app_id, actor, 'passkey.confirmed', user_id, id, 'done', NULL, request_id FROM kept
+            )
+            SELECT number FROM kept
+            """,
+            recordset(confirmations, _Confirmation._fields),
+        )
+        found: list[bool | Alone] = [False if alone else ALONE] * len(confirmations)
+        for (number,) in rows:
+            found[number] = True
+        return found
+
+
+_APP_IS_FREE = (
+    "CROSS JOIN LATERAL (SELECT FROM relying_parties WHERE id = a.app_id FOR KEY SHARE SKIP LOCKED) app"
+)
