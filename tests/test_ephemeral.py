@@ -894,7 +894,7 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
             stale = next(v for v in map(client.get, client.keys("n:*")) if b"1" * 32 in v)
         assert len(proxy.clients) == 1
         sender: Any = store._commands
-        link = sender._sender._link
+        link = sender._link
         await proxy.push(b"$%d\r\n%s\r\n" % (len(stale), stale))
         await eventually(lambda: link.ended, "the bytes have arrived")
         taken = await store.take_nonce(APP, nonce)

@@ -20,7 +20,9 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from aiohttp.http_writer import _serialize_headers
 from aiohttp.typedefs import Handler
+from multidict import CIMultiDict
 
 from broker.dialects import flex
 from broker.errors import NotFound
@@ -459,12 +461,35 @@ async def test_a_large_answer_to_nobody(start: Open, dial: Dial) -> None:
 
 
 async def test_an_answer_sets_what_a_response_sets() -> None:
-    """All attributes, with the values that aiohttp gives them."""
+    """All attributes, with the values that aiohttp gives them; its headers too, as soon as somebody asks for them."""
     for status in (200, 201, 404, 503, 599):
-        ours = vars(Answer(b"{}", status))
+        answer = Answer(b"{}", status)
         theirs = vars(web.Response(body=b"{}", status=status, headers=_JSON_HEADERS))
-        assert ours == theirs
-    assert ours["_headers"] is not _JSON_HEADERS, "each has its own"
+        for _ in range(2):
+            ours = {name: value for name, value in vars(answer).items() if name not in OWN}
+            assert ours | {"_headers": answer.headers} == theirs
+        assert answer.headers is answer.headers is not _JSON_HEADERS, "each has its own"
+
+
+OWN = ("_own", "_more", "_request_id")
+
+
+async def test_an_answer_goes_out_the_same_with_and_without_a_dictionary() -> None:
+    """Of whoever asks for its headers, before or after it was finished."""
+    more = {"Access-Control-Allow-Origin": "https://example.org", "Vary": "Origin"}
+    date = {"Content-Length": "7", "Date": "today"}
+    for status in (200, 201, 599):
+        whole = Answer(b'{"a":1}', status)
+        before, after = Answer(b'{"a":1}', status), Answer(b'{"a":1}', status)
+        assert before.headers
+        for answer in (whole, before, after):
+            answer.finish("request-1", more)
+        assert before.headers == after.headers
+        assert before.whole("today") is after.whole("today") is None
+        head = _serialize_headers(f"HTTP/1.1 {status} {whole.reason}", CIMultiDict(after.headers, **date))
+        told = whole.whole("today")
+        assert told is not None
+        assert sorted(told.split(b"\r\n")) == sorted((head + b'{"a":1}').split(b"\r\n"))
 
 
 VARYING = (b"Date:", b"X-Request-Id:", b"Connection:")

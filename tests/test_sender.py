@@ -23,7 +23,8 @@ from redis.exceptions import ConnectionError as Lost
 from redis.exceptions import ResponseError
 
 from broker.ephemeral import connect
-from broker.ephemeral.client import Commands, OneServer
+from broker.ephemeral.client import Commands
+from broker.ephemeral.sender import Sender
 from tests.servers import Valkey, eventually
 
 LIMIT = 5.0
@@ -182,8 +183,8 @@ async def test_the_server_closes_an_idle_connection(commands: Commands, door: Do
     for number in range(1, 4):
         assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
         assert door.connections == number
-        assert isinstance(commands, OneServer)
-        link = commands._sender._link
+        assert isinstance(commands, Sender)
+        link = commands._link
         assert link is not None
         with valkey.client() as client:
             client.execute_command("CLIENT KILL TYPE normal SKIPME yes")

@@ -19,7 +19,7 @@ from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from broker.ephemeral.sender import Sender
 
-__all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "OneServer", "Script", "connect"]
+__all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "Script", "connect"]
 
 # What redis-py raises for a server that is down, slow, full or refuses; RedisClusterException is no RedisError.
 DOWN = (RedisError, RedisClusterException, OSError, TimeoutError)
@@ -49,19 +49,6 @@ class Commands(Protocol):
     async def close(self) -> None:
         """Close every connection."""
         ...
-
-
-class OneServer:
-    """One server, by a connection that all callers share."""
-
-    def __init__(self, sender: Sender) -> None:
-        self._sender = sender
-
-    def ask(self, *command: Any, limit: float) -> Awaitable[Any]:
-        return self._sender.send(command, limit)
-
-    async def close(self) -> None:
-        await self._sender.close()
 
 
 class ByClient:
@@ -115,4 +102,4 @@ def connect(url: str, *, timeout: float, connections: int) -> Commands:
                 **limits,
             )
         )
-    return OneServer(Sender(ConnectionPool.from_url(url, **limits), timeout=timeout))
+    return Sender(ConnectionPool.from_url(url, **limits), timeout=timeout)

@@ -188,7 +188,7 @@ class Sender:
     def _connection(self) -> AbstractConnection:
         return cast(AbstractConnection, self._pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py
 
-    def send(self, command: tuple[Any, ...], limit: float) -> asyncio.Future[Any]:
+    def ask(self, *command: Any, limit: float) -> asyncio.Future[Any]:
         """The reply to a command, within `limit` seconds.
 
         Raises (by the future):

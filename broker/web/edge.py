@@ -76,18 +76,61 @@ REASON_PHRASES = {status: phrase for status, (phrase, _) in RESPONSES.items()}
 
 
 class Answer(web.Response):
-    """A whole JSON answer, which the server may write in one piece. It sets what its parents' `__init__` set, which ask many questions
-    that a JSON answer has no doubts about; a test compares."""
+    """A whole JSON answer. As long as nobody asks for its headers there is no dictionary of them, and `whole` is what goes over the wire.
+
+    It sets what its parents' `__init__` set, which ask many questions that a JSON answer has no doubts about; a test compares."""
 
     def __init__(self, body: bytes, status: int) -> None:
         self._state = {}
-        self._headers = CIMultiDict(_JSON_HEADERS)
         self._status = status
         self._reason = REASON_PHRASES.get(status, "")
         self._body = body
         self._compressed_body = None
         self._zlib_executor_size = MAX_SYNC_CHUNK_SIZE
         self._zlib_executor = None
+        self._own: CIMultiDict[str] | None = None
+        self._more: Mapping[str, str] = _NO_HEADERS
+        self._request_id = ""
+
+    @property
+    def _headers(self) -> CIMultiDict[str]:  # type: ignore[override]  # where aiohttp has an attribute
+        if self._own is None:
+            self._own = CIMultiDict(_JSON_HEADERS)
+            self.finish(self._request_id, self._more)
+        return self._own
+
+    def finish(self, request_id: str, more: Mapping[str, str]) -> None:
+        """Add the headers that differ from answer to answer."""
+        self._request_id, self._more = request_id, more
+        if self._own is not None:
+            self._own.update(more)
+            if request_id:
+                self._own["X-Request-Id"] = request_id
+
+    def whole(self, date: str) -> bytes | None:
+        """Head and body; None where the answer has headers of its own. `more` are names and values that we wrote, or compared with what we wrote,
+        and a request id has no line break (`_REQUEST_ID`)."""
+        body = self._body
+        if self._own is not None or not isinstance(body, bytes):
+            return None
+        first = _FIRST.get(self._status) or _first(self._status)
+        more = "".join([f"{name}: {value}\r\n" for name, value in self._more.items()]) if self._more else ""
+        last = f"X-Request-Id: {self._request_id}\r\nContent-Length: {len(body)}\r\nDate: {date}\r\n\r\n"
+        return f"{first}{more}{last}".encode() + body
+
+
+_FIRST: dict[int, str] = {}
+
+
+def _first(status: int) -> str:
+    """How an answer with this status begins: what is the same in all of them."""
+    lines = [
+        f"HTTP/1.1 {status} {REASON_PHRASES.get(status, '')}",
+        *map(": ".join, _JSON_HEADERS.items()),
+        "",
+    ]
+    _FIRST[status] = "\r\n".join(lines)
+    return _FIRST[status]
 
 
 def json_answer(
@@ -130,37 +173,35 @@ class Edge:
         self._metrics = metrics
         self._log = log
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        found = self._shortcuts.find(request.method, request.raw_path)
-        if found is None or hdrs.EXPECT in request.headers:
-            if not request.headers.get(hdrs.EXPECT, "").isascii():
-                raise InvalidRequest(reason="http_417")  # aiohttp fails over saying it back
-            try:
-                return await self._router(request)
-            except ClientConnectionResetError:  # nobody is there to be told to continue
-                raise InvalidRequest("The body ended early.", reason="disconnected") from None
-        request._match_info = found.match
-        return await found.handler(request)
+    async def _by_router(self, request: web.Request) -> web.StreamResponse:
+        if not request.headers.get(hdrs.EXPECT, "").isascii():
+            raise InvalidRequest(reason="http_417")  # aiohttp fails over saying it back
+        try:
+            return await self._router(request)
+        except ClientConnectionResetError:  # nobody is there to be told to continue
+            raise InvalidRequest("The body ended early.", reason="disconnected") from None
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         began = time.monotonic()
-        now = Context(
-            request_id=_request_id(request.headers.get("X-Request-Id", "")),
-            actor="browser",
-            deadline=began + ANSWER_SECONDS,
-        )
+        headers = request.headers
+        now = Context(_request_id(headers.get("X-Request-Id", "")), "browser", None, began + ANSWER_SECONDS)
         CONTEXT.set(now)
         refusal: Refusal | None = None
         response: web.StreamResponse
-        headers: dict[str, str] = {}
+        more: Mapping[str, str] = _NO_HEADERS
+        found = self._shortcuts.find(request.method, request.raw_path)
         try:
-            response = await self._handle(request)
+            if found is not None and hdrs.EXPECT not in headers:
+                request._match_info = found.match
+                response = await found.handler(request)
+            else:
+                response = await self._by_router(request)
         except Refusal as raised:
             refusal = raised
         except web.HTTPException as raised:
             refusal = _of_aiohttp(raised)
-            headers = {name: raised.headers[name] for name in ("Allow", "Location") if name in raised.headers}
-            response = web.Response(status=raised.status, headers=headers)
+            more = {name: raised.headers[name] for name in ("Allow", "Location") if name in raised.headers}
+            response = web.Response(status=raised.status, headers=more)
         except Exception as error:  # noqa: BLE001 - the last line: a defect is logged and answered, never shown
             self._log(
                 "defect",
@@ -172,12 +213,11 @@ class Edge:
             refusal = InternalFault()
         if refusal is not None:
             response = self._render(refusal, request)
-            response.headers.update(headers)
+            if more:
+                response.headers.update(more)
             self._metrics.refusals.inc(refusal.code, refusal.reason)
         if not response.prepared:
-            if cors := kept(request).cors:
-                response.headers.update(cors)
-            _finish(response, now.request_id)
+            _finish(response, now.request_id, kept(request).cors or _NO_HEADERS)
         self._tell(request, response.status, began, now, refusal)
         return response
 
@@ -187,7 +227,7 @@ class Edge:
         self._metrics.refusals.inc(refusal.code, refusal.reason)
         response = self._render(refusal, None)
         request_id = _request_id("")
-        _finish(response, request_id)
+        _finish(response, request_id, _NO_HEADERS)
         self._log("malformed_request", status=response.status, kind=kind, request_id=request_id)
         return response
 
@@ -231,12 +271,15 @@ def _request_id(given: str) -> str:
     return given if given and _REQUEST_ID.match(given) else f"{_CHANCE.getrandbits(96):024x}"
 
 
-def _finish(response: web.StreamResponse, request_id: str) -> None:
-    """The headers that every answer carries."""
+def _finish(response: web.StreamResponse, request_id: str, cors: Mapping[str, str]) -> None:
+    """The headers that every answer carries, and those for pages."""
+    if type(response) is Answer:
+        response.finish(request_id, cors)
+        return
+    response.headers.update(cors)
     response.headers["X-Request-Id"] = request_id
-    if type(response) is not Answer:  # else it has them
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value)
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
 
 
 def _route(request: web.Request) -> str:

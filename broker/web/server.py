@@ -163,12 +163,16 @@ class _Protocol(RequestHandler):
 
     def _write_whole(self, answer: Answer) -> None:
         if self.transport is not None:
-            content, headers = answer._body, answer._headers
-            assert isinstance(content, bytes)
-            headers[hdrs.CONTENT_LENGTH] = str(len(content))
-            headers[hdrs.DATE] = rfc822_formatted_time()
-            head = _serialize_headers(f"HTTP/1.1 {answer._status} {answer._reason}", headers)
-            self.transport.write(head + content)
+            date = rfc822_formatted_time()
+            whole = answer.whole(date)
+            if whole is None:
+                content, headers = answer._body, answer._headers
+                assert isinstance(content, bytes)
+                headers[hdrs.CONTENT_LENGTH] = str(len(content))
+                headers[hdrs.DATE] = date
+                head = _serialize_headers(f"HTTP/1.1 {answer._status} {answer._reason}", headers)
+                whole = head + content
+            self.transport.write(whole)
 
     def _give_back(self, waiter: asyncio.Future[None]) -> None:
         """Let aiohttp's task have its future again: to wait for, to look at what was queued, or to end."""
