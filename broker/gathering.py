@@ -58,5 +58,6 @@ class Gathering:
             self._soon()
         else:
             self._here = False
-            self._last = there or self._last
-            self._go()
+            if there:  # nobody is, where somebody else has emptied the queue
+                self._last = there
+                self._go()

@@ -16,6 +16,7 @@ import pytest
 
 from broker.durable.together import _LANES, _MOST, ALONE, Alone, Together
 from broker.errors import Unavailable
+from broker.gathering import TURNS
 from broker.telemetry import CONTEXT, Context, Metrics, context
 from tests.servers import eventually
 
@@ -104,6 +105,22 @@ async def test_who_comes_meanwhile_gathers_for_the_next(scene: Scene) -> None:
     assert await first == "a!"
     two.done()
     assert await asyncio.gather(*later) == ["b!", "c!", "d!"]
+
+
+async def test_who_comes_after_a_crowd_waits_for_no_clock(scene: Scene) -> None:
+    """The first statement ends while others gather, and takes them along; whoever comes then meets nothing under way."""
+    first = scene.ask("a")
+    one = await scene.began(1)
+    crowd = [scene.ask(asked) for asked in "bcd"]
+    one.done()
+    (await scene.began(2)).done()
+    assert await asyncio.gather(first, *crowd) == ["a!", "b!", "c!", "d!"]
+    await turns(TURNS)
+    last = scene.ask("e")
+    await turns(TURNS + 2)
+    assert [s.asked for s in scene.statements] == [["a"], ["b", "c", "d"], ["e"]]
+    scene.statements[-1].done()
+    assert await last == "e!"
 
 
 async def test_two_about_one_row_never_share_a_statement(scene: Scene) -> None:

@@ -101,6 +101,8 @@ class Together(Generic[A, T]):
         if self._woken is not None:
             self._woken.cancel()
             self._woken = None
+        if not self._waiting:
+            return
         loop = asyncio.get_running_loop()
         if self._running:
             wait = max(self._running.values()) + _PATIENCE - loop.time()
@@ -130,7 +132,7 @@ class Together(Generic[A, T]):
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         if self._waiting:
-            self._begin()
+            self._gathering.come()
 
     async def _run(self, batch: Sequence[tuple[A, asyncio.Future[T]]], *, alone: bool = False) -> None:
         answers: Sequence[T | Alone]
