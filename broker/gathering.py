@@ -19,7 +19,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Sized
 
-TURNS = 12
+TURNS = 32
 
 
 class Gathering:

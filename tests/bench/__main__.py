@@ -26,15 +26,15 @@ USERS = 256
 # Case, in flight, logins a repetition.
 CASES = (
     ("flex", 1, 300),
-    ("flex", 16, 2000),
+    ("flex", 16, 3000),
     ("flex", 64, 3000),
-    ("register", 16, 600),
-    ("propelauth", 16, 2000),
-    ("propelauth", 64, 3000),
-    ("hanko", 16, 1000),
+    ("register", 16, 1000),
+    ("propelauth", 16, 4000),
+    ("propelauth", 64, 5000),
+    ("hanko", 16, 1500),
 )
-NODE = (("node", 16, 2000), ("node", 64, 3000))
-WORKERS = (("workers2", 16, 2000), ("workers2", 32, 3000), ("workers2", 64, 3000))
+NODE = (("node", 16, 2500), ("node", 64, 3000))
+WORKERS = (("workers2", 16, 3000), ("workers2", 32, 3000), ("workers2", 64, 3000))
 NAMES = {f"{name}-{in_flight}" for name, in_flight, _ in CASES + NODE + WORKERS}
 
 
