@@ -28,7 +28,7 @@ CASES = (
     ("flex", 1, 300),
     ("flex", 16, 3000),
     ("flex", 64, 3000),
-    ("register", 16, 1000),
+    ("register", 16, 600),
     ("propelauth", 16, 4000),
     ("propelauth", 64, 5000),
     ("hanko", 16, 1500),

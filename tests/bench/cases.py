@@ -17,7 +17,7 @@ from tests.bench import measure
 from tests.bench.report import MOST_DRIFT, MOST_OTHER, Repetition
 from tests.bench.service import Driver, Server, Stores, settled
 
-_MOST_ROUNDS = 4  # times as many as repetitions were asked for
+_MOST_ROUNDS = 6  # times as many as repetitions were asked for
 
 
 class Unfit(Exception):
