@@ -54,7 +54,7 @@ HOMES: dict[str, set[str]] = {
     "hiredis": {"ephemeral"},
     "httpx": {"sdk"},
     "jwt": {"tokens"},
-    "orjson": {"telemetry", "ephemeral", "durable", "web", "dialects", "console", "demo"},
+    "orjson": {"telemetry", "ceremony", "ephemeral", "durable", "web", "dialects", "console", "demo"},
     "prometheus_client": {"telemetry", "app"},
     "redis": {"ephemeral"},
     "uvloop": {"cli"},

@@ -12,6 +12,8 @@ import re
 from base64 import urlsafe_b64decode
 from typing import Any, NoReturn
 
+import orjson
+
 from broker.ceremony.verdict import refuse
 from broker.errors import CeremonyRefused, InvalidRequest
 from broker.model import RelyingParty, base64url
@@ -93,6 +95,13 @@ def _text(data: dict[str, Any], key: str) -> str:
 
 
 def _read(raw: bytes) -> dict[str, Any]:
+    try:
+        # What orjson would write itself, as browsers do, has no equal keys: one of them would be missing. Everything else takes its time.
+        quick = orjson.loads(raw)
+        if type(quick) is dict and orjson.dumps(quick) == raw:
+            return quick
+    except (ValueError, RecursionError):
+        pass
     try:
         # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte order mark
         text = raw.decode("utf-8-sig")

@@ -2,9 +2,9 @@
 
 **Why.** redis-py takes a connection from a pool for each command, packs, writes, waits, reads and gives it back: 30 to 50 microseconds of
 our CPU, several times what the server needs. Here callers queue. What gathers in a few turns of the event loop (`broker.gathering`) goes
-out in one write, the replies come back in the order of the commands, and each is handed to the caller whose turn it is as soon as its bytes are here. The
-connection is redis-py's: making it, TLS, AUTH and SELECT stay there. Once it stands, its transport speaks to us; hiredis packs and
-parses, as it does for redis-py, and redis-py names the errors.
+out in one write, the replies come back in the order of the commands, and each is handed to the caller whose turn it is as soon as its bytes
+are here. The connection is redis-py's: making it, TLS, AUTH and SELECT stay there. Once it stands, its transport speaks to us; hiredis
+packs and parses, as it does for redis-py, and redis-py names the errors.
 
 **Nothing is sent twice.** A command is written once or not at all. Whoever gave up before the write is left out of it; whoever gave up
 after it leaves a place in the queue, so their reply is dropped and never given to another. When the connection ends, everybody who

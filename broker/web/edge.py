@@ -189,8 +189,8 @@ class Edge:
         refusal: Refusal | None = None
         response: web.StreamResponse
         more: Mapping[str, str] = _NO_HEADERS
-        found = self._shortcuts.find(request.method, request.raw_path)
         try:
+            found = self._shortcuts.find(request.method, request.raw_path)
             if found is not None and hdrs.EXPECT not in headers:
                 request._match_info = found.match
                 response = await found.handler(request)
