@@ -101,13 +101,13 @@ def test_cases_take_turns_and_make_up_for_what_is_discarded() -> None:
 
 
 def test_too_few_repetitions_are_told_with_the_reason() -> None:
-    good, bad = case("flex", Played([STEADY] * 2)), case("hanko", Played([BUSY] * 3 + [DRIFTED] * 5))
+    good, bad = case("flex", Played([STEADY] * 2)), case("hanko", Played([BUSY] * 3 + [DRIFTED] * 9))
     fit, [sentence] = measured([good, bad], 2, lambda _: None)
     assert fit == [good]
-    assert sentence.startswith("of 8 repetitions of hanko-16 none counted; discarded were 3 while other")
+    assert sentence.startswith("of 12 repetitions of hanko-16 none counted; discarded were 3 while other")
     assert "80 to 100 us" in sentence
     with pytest.raises(Unfit, match="hanko-16"):
-        measured([case("hanko", Played([BUSY] * 8))], 2, lambda _: None)
+        measured([case("hanko", Played([BUSY] * 12))], 2, lambda _: None)
 
 
 def test_one_failed_login_and_nothing_is_reported() -> None:

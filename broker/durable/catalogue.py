@@ -105,9 +105,12 @@ class Catalogue:
         rows = await self._pg.rows(
             "passkeys", f"{_OWNED} WHERE {where} ORDER BY {order} LIMIT $2 OFFSET $3", *values
         )
+        of_user = (
+            " JOIN users u ON u.id = c.user_id" if external_id is not None else ""
+        )  # every passkey has one
         counted = await self._pg.row(
             "passkeys",
-            f"SELECT count(*) AS total FROM credentials c JOIN users u ON u.id = c.user_id WHERE {where}"
+            f"SELECT count(*) AS total FROM credentials c{of_user} WHERE {where}"
             " AND $2::bigint IS NOT NULL AND $3::bigint IS NOT NULL",
             *values,
         )

@@ -251,7 +251,9 @@ async function ceremony(signal, steps) {
     return await steps(mine.signal);
   } catch (cause) {
     if (cause instanceof PasskeyError) throw cause;
-    throw new PasskeyError(mine.signal.aborted ? "aborted" : "unsupported", { cause });
+    // Browsers say of an answer that was being read only that it was aborted, and some do of a prompt.
+    const { aborted, reason } = mine.signal;
+    throw aborted ? new PasskeyError("aborted", { cause: reason }) : new PasskeyError("unsupported", { cause });
   } finally {
     if (current === mine) current = undefined;
     mine.abort();
