@@ -306,7 +306,19 @@ CLIENT_DATA: list[tuple[str, bytes]] = [
 ]
 
 
-@pytest.mark.parametrize("raw", [pytest.param(raw, id=name) for name, raw in CLIENT_DATA])
+def compact(raw: bytes) -> bytes:
+    """As browsers write it: without spaces."""
+    return raw.replace(b'", "', b'","').replace(b'": ', b'":')
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(write(raw), id=f"{name}, {how}")
+        for name, raw in CLIENT_DATA
+        for how, write in (("spaced", bytes), ("compact", compact))
+    ],
+)
 def test_client_data_that_is_ambiguous_or_broken(raw: bytes) -> None:
     rp = relying_party()
     answer = Authenticator().register(creation_options(rp), ORIGIN, client_data_json=raw)
@@ -322,8 +334,20 @@ def test_client_data_that_is_ambiguous_or_broken(raw: bytes) -> None:
         GOOD.encode()[:-1] + b',"x":{"\\u00e9":[1,true,null,{"y":"\\ud83d\\ude00"}]}}',
         GOOD.encode()[:-1] + b',"tokenBinding":{"status":"supported"}}',
         json.dumps(dict(reversed(json.loads(GOOD).items())), indent=3).encode(),
+        compact(GOOD.encode()),
+        compact(GOOD.encode())[:-1] + b',"x":{"\\u00e9":9}}',
+        # Deep enough that the fast parser reads it, but does not write it.
+        compact(GOOD.encode())[:-1] + b',"x":' + b"[" * 300 + b"]" * 300 + b"}",
     ],
-    ids=["byte order mark", "more keys", "token binding", "other order and spaces"],
+    ids=[
+        "byte order mark",
+        "more keys",
+        "token binding",
+        "other order and spaces",
+        "compact",
+        "escapes",
+        "nesting",
+    ],
 )
 def test_client_data_that_is_unusual(raw: bytes) -> None:
     rp = relying_party()

@@ -100,7 +100,10 @@ def _read(raw: bytes) -> dict[str, Any]:
         quick = orjson.loads(raw)
         if type(quick) is dict and orjson.dumps(quick) == raw:
             return quick
-    except (ValueError, RecursionError):
+    except (
+        ValueError,
+        orjson.JSONEncodeError,
+    ):  # the latter for what is nested so deep that it reads, but does not write it
         pass
     try:
         # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte order mark
