@@ -195,6 +195,21 @@ async def test_one_user_is_asked_for_many_times(durable: Durable, other: Durable
     assert (await told(durable, app)).count(("user.created", "done", None)) == 1
 
 
+async def test_users_who_are_there_cost_no_lock_of_their_app(
+    durable: Durable, app: RelyingParty, stores: EmbeddedStores
+) -> None:
+    """A lock is a write. The app's row is everybody's, so it is left alone where nothing is inserted."""
+    names = [f"user-{number}" for number in range(8)]
+    made = await asyncio.gather(*(ensure(durable, app, name) for name in names))
+    async with session_of(stores) as session:
+        locked = "SELECT xmax::text FROM relying_parties WHERE id = $1"
+        before = await session.fetchval(locked, app.id)
+        assert await asyncio.gather(*(ensure(durable, app, name) for name in names)) == made
+        assert await session.fetchval(locked, app.id) == before
+        await ensure(durable, app, "somebody new")
+        assert await session.fetchval(locked, app.id) != before, "an insert does lock it"
+
+
 # -- a bad one among good ones ----------------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,6 @@ class Durable(SignIns, Registrations):
     def __init__(self, postgres: Postgres) -> None:
         SignIns.__init__(self, postgres)
         Registrations.__init__(self, postgres)
-        self._pg = postgres
 
     # -- relying parties and keys ---------------------------------------------------------------------------------------------
 

@@ -105,9 +105,8 @@ class Catalogue:
         rows = await self._pg.rows(
             "passkeys", f"{_OWNED} WHERE {where} ORDER BY {order} LIMIT $2 OFFSET $3", *values
         )
-        of_user = (
-            " JOIN users u ON u.id = c.user_id" if external_id is not None else ""
-        )  # every passkey has one
+        # Every passkey has a user, so whose they are matters only where one is asked for.
+        of_user = " JOIN users u ON u.id = c.user_id" if external_id is not None else ""
         counted = await self._pg.row(
             "passkeys",
             f"SELECT count(*) AS total FROM credentials c{of_user} WHERE {where}"

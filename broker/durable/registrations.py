@@ -117,15 +117,15 @@ class Registrations:
                 found = await self._user(user)
             except asyncpg.ForeignKeyViolationError:
                 raise UnknownApp from None
-            if (
-                found is not None
-            ):  # None: another request inserted it after our snapshot; the next look sees it
+            if found is not None:
                 return found
 
     async def _ensure_users(
         self, users: Sequence[_User], alone: bool
     ) -> list[tuple[str, str] | Alone | None]:
-        """Each with another name. Who is not looked for again is a user that somebody else has just made."""
+        """Each with another name. None: somebody else has made that user after our snapshot, and the next look sees it.
+
+        The app is locked for those only who are missing, as their insert would lock it."""
         rows = await self._pg.rows(
             "ensure_user",
             f"""
@@ -135,8 +135,10 @@ class Registrations:
             ), old AS (
                 SELECT a.number, u.id, u.handle FROM a
                 CROSS JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u
+            ), absent AS MATERIALIZED (
+                SELECT a.* FROM a WHERE NOT EXISTS (SELECT FROM old WHERE old.number = a.number)
             ), missing AS (
-                SELECT a.* FROM a {"" if alone else _APP_IS_FREE} WHERE NOT EXISTS (SELECT FROM old WHERE old.number = a.number)
+                SELECT a.* FROM absent a {"" if alone else _APP_IS_FREE}
             ), new AS (
                 INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
                 SELECT new_id, app_id, external_id, new_handle, 'pending', at, at FROM missing ORDER BY app_id, external_id
