@@ -24,12 +24,13 @@ import orjson
 import pytest
 
 from broker.app import Parts, Service, assemble, serve
-from broker.durable import instant
+from broker.durable import Durable, Postgres, instant
 from broker.embedded import EmbeddedStores
 from broker.model import Policy
 from broker.settings import Settings
 from broker.telemetry import Log
 from tests.authenticator import Authenticator
+from tests.servers import pool
 from tests.wire import Wire
 
 SECRET_KEY = (
@@ -185,6 +186,28 @@ class _Brokers:
         started = Started(await serve(parts), clock, stream)
         self.started.append(started)
         return started
+
+
+@pytest.fixture
+async def postgres(stores: EmbeddedStores) -> AsyncIterator[Postgres]:
+    made = pool(stores.database_url)
+    await made.open()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def durable(postgres: Postgres) -> Durable:
+    return Durable(postgres)
+
+
+@pytest.fixture
+async def other(stores: EmbeddedStores) -> AsyncIterator[Durable]:
+    """Another instance of the durable store, on the same server."""
+    made = pool(stores.database_url)
+    await made.open()
+    yield Durable(made)
+    await made.close()
 
 
 @pytest.fixture

@@ -21,10 +21,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 import redis
 
+from broker.durable import Postgres
 from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
 from broker.embedded.children import Server
 from broker.embedded.place import server_account
+from broker.telemetry import Metrics
 from tests.processes import DEADLINE, alive, descendants, free_port, until
 from tests.proxy import Streams
 
@@ -202,3 +204,13 @@ async def session_of(stores: EmbeddedStores) -> AsyncIterator[asyncpg.Connection
         yield connection
     finally:
         await connection.close()
+
+
+def pool(url: str, *, timeout: float = 5.0, connections: int = 16) -> Postgres:
+    return Postgres(url, timeout=timeout, connections=connections, metrics=Metrics())
+
+
+def statements(postgres: Postgres, operation: str) -> float:
+    """How many of this operation there were."""
+    labels = {"store": "postgres", "operation": operation}
+    return postgres._metrics.registry.get_sample_value("broker_store_seconds_count", labels) or 0.0

@@ -27,32 +27,15 @@ from broker.model import (
     VerifiedAuthentication,
     VerifiedRegistration,
 )
-from broker.telemetry import CONTEXT, Context, Metrics
+from broker.telemetry import CONTEXT, Context
 from broker.tokens import SystemMint, key_digest
 from tests.proxy import postgres_proxy
-from tests.servers import connect_postgres, session_of
+from tests.servers import connect_postgres, pool, session_of
 
 MINT = SystemMint()
 NOW = datetime(2026, 3, 4, 5, 6, 7, 890123, UTC)
 LATER = NOW + timedelta(hours=1)
 Made = Callable[..., Awaitable[str]]
-
-
-def pool(url: str, *, timeout: float = 5.0, connections: int = 16) -> Postgres:
-    return Postgres(url, timeout=timeout, connections=connections, metrics=Metrics())
-
-
-@pytest.fixture
-async def postgres(stores: EmbeddedStores) -> AsyncIterator[Postgres]:
-    made = pool(stores.database_url)
-    await made.open()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-def durable(postgres: Postgres) -> Durable:
-    return Durable(postgres)
 
 
 def catalogue(durable: Durable) -> Catalogue:

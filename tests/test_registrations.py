@@ -6,7 +6,6 @@ Who shares one is settled in tests/test_together.py; here each caller must get w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import asyncpg
@@ -18,7 +17,7 @@ from broker.embedded import EmbeddedStores
 from broker.errors import UnknownApp
 from broker.model import Asked, RelyingParty
 from broker.telemetry import CONTEXT, Context
-from tests.servers import session_of
+from tests.servers import session_of, statements
 from tests.test_durable import (
     LATER,
     MINT,
@@ -27,35 +26,12 @@ from tests.test_durable import (
     ensure,
     new_app,
     pending,
-    pool,
     stored,
     told,
     verified,
 )
 
 MANY = 64
-
-
-@pytest.fixture
-async def postgres(stores: EmbeddedStores) -> AsyncIterator[Postgres]:
-    made = pool(stores.database_url)
-    await made.open()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-def durable(postgres: Postgres) -> Durable:
-    return Durable(postgres)
-
-
-@pytest.fixture
-async def other(stores: EmbeddedStores) -> AsyncIterator[Durable]:
-    """Another instance on the same store."""
-    made = pool(stores.database_url)
-    await made.open()
-    yield Durable(made)
-    await made.close()
 
 
 @pytest.fixture
@@ -67,12 +43,6 @@ async def add(durable: Durable, app: RelyingParty, user_id: str, key: bytes, *, 
     return await durable.add_credential(
         pending(app, user_id), verified(key), new_id=MINT.id(), live=live, now=LATER
     )
-
-
-def statements(postgres: Postgres, operation: str) -> float:
-    """How many of this operation there were."""
-    labels = {"store": "postgres", "operation": operation}
-    return postgres._metrics.registry.get_sample_value("broker_store_seconds_count", labels) or 0.0
 
 
 def unharmed(*instances: Durable) -> bool:

@@ -6,7 +6,7 @@ Who shares one is settled in tests/test_together.py; here each caller must get w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -18,7 +18,7 @@ from broker.embedded import EmbeddedStores
 from broker.errors import Unavailable
 from broker.model import Approval, Credential, RelyingParty, Used
 from broker.telemetry import CONTEXT, Context
-from tests.servers import session_of
+from tests.servers import session_of, statements
 from tests.test_durable import (
     LATER,
     MINT,
@@ -28,35 +28,12 @@ from tests.test_durable import (
     blocked,
     ensure,
     new_app,
-    pool,
     signed_in,
     stored,
     told,
 )
 
 MANY = 64
-
-
-@pytest.fixture
-async def postgres(stores: EmbeddedStores) -> AsyncIterator[Postgres]:
-    made = pool(stores.database_url)
-    await made.open()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-def durable(postgres: Postgres) -> Durable:
-    return Durable(postgres)
-
-
-@pytest.fixture
-async def other(stores: EmbeddedStores) -> AsyncIterator[Durable]:
-    """Another instance on the same store."""
-    made = pool(stores.database_url)
-    await made.open()
-    yield Durable(made)
-    await made.close()
 
 
 @pytest.fixture
@@ -86,12 +63,6 @@ async def use(
     return await durable.use_credential(
         key, signed_in(sign_count), flag_counter=flag, approval=approval, now=LATER
     )
-
-
-def statements(postgres: Postgres, operation: str) -> float:
-    """How many of this operation there were."""
-    labels = {"store": "postgres", "operation": operation}
-    return postgres._metrics.registry.get_sample_value("broker_store_seconds_count", labels) or 0.0
 
 
 # -- sign-ins ---------------------------------------------------------------------------------------------------------------------
