@@ -31,9 +31,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 from urllib.parse import quote
 
@@ -119,12 +119,14 @@ class EmbeddedStores:
         self._account: Account | None = None
         self._process = os.getpid()
         self._meanwhile: Callable[[], object] | None = None
+        self._postgres_settings = dict(_POSTGRES_SETTINGS)
 
     @classmethod
     def start(
         cls,
         data: Path,
         meanwhile: Callable[[], object] | None = None,
+        postgres: Mapping[str, str] = MappingProxyType({}),
         /,
         *,
         database_url: str | None = None,
@@ -133,12 +135,14 @@ class EmbeddedStores:
         """Claim the data directory and start what is not configured; returns when both answer. Main thread only.
 
         `meanwhile` is called once, as soon as there is something to wait for: a first start waits for initdb most of its time,
-        as long as importing a web framework takes. Its exceptions end the start.
+        as long as importing a web framework takes. Its exceptions end the start. `postgres` are settings of Postgres, by name, beside
+        or instead of ours.
 
         Raises EmbeddedFault for everything that a person can put right. Nothing is left running then.
         """
         stores = cls(claim(data), database_url, redis_url)
         stores._meanwhile = meanwhile
+        stores._postgres_settings |= postgres
         try:
             if not (database_url and redis_url):
                 stores._start(postgres=not database_url, redis=not redis_url)
@@ -280,7 +284,7 @@ class EmbeddedStores:
             write("pg_hba.conf", f"local all {ROLE} peer map={ROLE}\n", account, directory=directory)
             write("pg_ident.conf", users, account, directory=directory)
         argv = [str(binaries.directory / "postgres"), "-D", str(home)]
-        for name, value in {**_POSTGRES_SETTINGS, "unix_socket_directories": str(sockets)}.items():
+        for name, value in {**self._postgres_settings, "unix_socket_directories": str(sockets)}.items():
             argv += ["-c", f"{name}={value}"]
         self.database_url = f"postgresql://{ROLE}@/postgres?host={quote(str(sockets), safe='')}"
         return _Postgres(self._spawn(binaries.title, argv, account, home, log, home), home, account)

@@ -71,7 +71,7 @@ def main() -> int:
             result = endurance.run(options.logins, _say)
             text = endurance.table(result)
         elif options.scale:
-            result = scale.run(scale.sizes(options), options.repetitions, _say)
+            result = scale.run(scale.sizes(options), options.repetitions, _say, buffers=options.buffers)
             text = scale.table(result)
         else:
             wanted = set(options.cases.split(",")) if options.cases else None

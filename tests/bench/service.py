@@ -6,15 +6,17 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import redis
@@ -62,14 +64,20 @@ class Stores:
 
 
 @contextmanager
-def stores(cores: Cores, *, tcp: bool = False) -> Iterator[Stores]:
-    """Both, on the rest's cores and on sockets of the machine, as `broker dev` runs them; with `tcp` Valkey is spoken to through loopback."""
+def stores(
+    cores: Cores, *, tcp: bool = False, postgres: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Stores]:
+    """Both, on the rest's cores and on sockets of the machine, as `broker dev` runs them; with `tcp` Valkey is spoken to through loopback.
+    `postgres` are settings of it instead of the embedded store's."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores.rest)
     try:
-        with tempfile.TemporaryDirectory(prefix="broker-bench-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="broker-bench-") as folder,
+            tempfile.TemporaryDirectory(prefix="broker-bench-data-") as data,
+        ):
             home = Path(folder)
-            with EmbeddedStores.start(home / "stores") as embedded:
+            with _embedded(Path(data), postgres) as embedded:
                 valkey = Valkey.start(home / "valkey", "--unixsocket", str(home / "valkey.sock"))
                 try:
                     yield Stores(
@@ -82,6 +90,15 @@ def stores(cores: Cores, *, tcp: bool = False) -> Iterator[Stores]:
                     valkey.stop()
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def _embedded(data: Path, postgres: Mapping[str, str]) -> Iterator[EmbeddedStores]:
+    """Nothing of them is left, also where their user can't enter `data` and they are elsewhere."""
+    with EmbeddedStores.start(data, None, postgres) as embedded:
+        yield embedded
+    shutil.rmtree(embedded.place, ignore_errors=True)
+    data.mkdir(exist_ok=True)  # whoever made it removes it
 
 
 def _postmaster() -> int:
