@@ -42,7 +42,7 @@ def authentication_answer() -> dict[str, Any]:
     return device.authenticate(request_options(rp, made), ORIGIN)
 
 
-BAD_TEXT: list[Any] = [None, 1, True, [], {}, b"AA", "", "A", "AA=", "AA===", "AAA==", "A A", "AA\n", " AA", "AB", "+/AA", "AA.", "ÄÄÄÄ", "=", "=="]  # fmt: skip
+BAD_TEXT: list[Any] = [None, 1, True, [], {}, b"AA", "", "A", "AA=", "AA===", "AAA==", "A A", "AA\n", " AA", "AB", "+/AA", "AA.", "ÄÄÄÄ", "=", "==", "AA==AA==", "AA==AAAA", "\ud800AAA"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", BAD_TEXT, ids=repr)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from broker.ceremony import cbor
@@ -39,8 +39,7 @@ class AttestedCredential:
         return str(UUID(bytes=self.aaguid))
 
 
-@dataclass(frozen=True, slots=True)
-class AuthenticatorData:
+class AuthenticatorData(NamedTuple):
     raw: bytes
     flags: int
     sign_count: int
@@ -96,15 +95,16 @@ def judge_authenticator_data(data: AuthenticatorData, *, rp_id: str, verificatio
     Raises:
         CeremonyRefused: "rp_id", "user_presence", "user_verification", "backup_flags".
     """
+    flags = data.flags
     # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID expected"
-    if data.rp_id_hash != hashlib.sha256(rp_id.encode()).digest():
+    if data.raw[:32] != hashlib.sha256(rp_id.encode()).digest():
         raise refuse("rp_id", "The passkey was made for another RP ID than the app's.")
     # §7.1, §7.2 "Verify that the UP bit of the flags in authData is set"
-    if not data.has(UP):
+    if not flags & UP:
         raise refuse("user_presence", "The authenticator did not see the user.")
     # §7.1, §7.2 "If the Relying Party requires user verification … verify that the UV bit … is set"
-    if verification == "required" and not data.has(UV):
+    if verification == "required" and not flags & UV:
         raise refuse("user_verification", "The authenticator did not verify the user.")
     # §7.1, §7.2 "If the BE bit of the flags in authData is not set, verify that the BS bit is not set"
-    if data.has(BS) and not data.has(BE):
+    if flags & BS and not flags & BE:
         raise refuse("backup_flags", "The passkey claims to be backed up without being eligible for it.")

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Set
 
 from webauthn import verify_authentication_response, verify_registration_response
-from webauthn.helpers import bytes_to_base64url
 from webauthn.helpers.cose import COSEAlgorithmIdentifier
 from webauthn.helpers.exceptions import InvalidAuthenticationResponse
 from webauthn.helpers.structs import (
@@ -47,6 +46,7 @@ from broker.model import (
     Trust,
     VerifiedAuthentication,
     VerifiedRegistration,
+    base64url,
 )
 
 
@@ -143,7 +143,7 @@ def _ask_py_webauthn_registration(
     try:
         verify_registration_response(
             credential=RegistrationCredential(
-                id=bytes_to_base64url(answer.credential_id),
+                id=base64url(answer.credential_id),
                 raw_id=answer.credential_id,
                 response=AuthenticatorAttestationResponse(
                     client_data_json=answer.client_data_json, attestation_object=answer.attestation_object
@@ -175,15 +175,17 @@ def finish_authentication(
     _judge_owner(pending, credential, answer)
     origin = judge_client_data(answer.client_data_json, kind=GET, challenge=pending.challenge, rp=rp)
     data = read_authenticator_data(answer.authenticator_data)
+    flags = data.flags
     # WebAuthn L3 §6.1 "For assertion signatures, the AT flag MUST NOT be set and the attestedCredentialData MUST NOT be included"
-    if data.has(AT):
+    if flags & AT:
         raise refuse("malformed", "The authenticator data of a sign-in holds a credential.")
     judge_authenticator_data(data, rp_id=rp.rp_id, verification=pending.user_verification)
     # §7.2 "Compare currentBe and currentBs with credentialRecord.backupEligible … verify that currentBe is set / is not set"
-    if data.has(BE) != credential.backup_eligible:
+    eligible, backed_up = bool(flags & BE), bool(flags & BS)
+    if eligible != credential.backup_eligible:
         raise refuse("backup_eligibility", "The passkey's eligibility for backup has changed.")
     if credential.algorithm in keys.PY_WEBAUTHN_ALGORITHMS:
-        _ask_py_webauthn_authentication(pending, rp, credential, answer)
+        _ask_py_webauthn_authentication(pending, rp, origin, credential, answer)
     else:
         key = keys.load_stored(credential.public_key)
         signed = answer.authenticator_data + hashlib.sha256(answer.client_data_json).digest()
@@ -193,11 +195,11 @@ def finish_authentication(
     return VerifiedAuthentication(
         sign_count=data.sign_count,
         counter_regressed=_judge_counter(data, credential, rp.policy),
-        user_present=data.has(UP),
-        user_verified=data.has(UV),
-        backup_eligible=data.has(BE),
-        backed_up=data.has(BS),
-        backup_changed=data.has(BS) != credential.backed_up,
+        user_present=bool(flags & UP),
+        user_verified=bool(flags & UV),
+        backup_eligible=eligible,
+        backed_up=backed_up,
+        backup_changed=backed_up != credential.backed_up,
         origin=origin,
     )
 
@@ -227,13 +229,15 @@ def _judge_owner(
 def _ask_py_webauthn_authentication(
     pending: PendingAuthentication,
     rp: RelyingParty,
+    origin: str,
     credential: Credential | Offered,
     answer: AuthenticationAnswer,
 ) -> None:
+    """The verdict on the signature, and the second opinion on the rest. `origin` is the one that the app's list was found to have."""
     try:
         verify_authentication_response(
             credential=AuthenticationCredential(
-                id=bytes_to_base64url(answer.credential_id),
+                id=base64url(answer.credential_id),
                 raw_id=answer.credential_id,
                 response=AuthenticatorAssertionResponse(
                     client_data_json=answer.client_data_json,
@@ -243,8 +247,8 @@ def _ask_py_webauthn_authentication(
             ),
             expected_challenge=pending.challenge,
             expected_rp_id=rp.rp_id,
-            expected_origin=list(rp.accepted_origins),
-            credential_public_key=credential.public_key,
+            expected_origin=origin,
+            credential_public_key=keys.for_py_webauthn(credential.public_key),
             credential_current_sign_count=0,
             require_user_verification=pending.user_verification == "required",
         )

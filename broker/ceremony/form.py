@@ -8,7 +8,7 @@ the bytes mean is judged by `finish`.
 from __future__ import annotations
 
 import re
-from binascii import a2b_base64
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +28,9 @@ MAX_USER_HANDLE = 256  # characters
 MAX_TRANSPORTS = 32
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]+={0,2}\Z")
-_STANDARD = bytes.maketrans(b"-_", b"+/")
-# The last characters that leave no unused bit set, by how many stand behind the last whole group of four (RFC 4648 §3.5): one byte
-# takes two characters, of which the last has four bits to spare, two bytes take three, with two to spare.
-_LAST = {2: frozenset("AQgw"), 3: frozenset("AEIMQUYcgkosw048")}
+# Base64url as the decoder has it (RFC 4648 §4); the two characters of the other alphabet are of neither.
+_STANDARD = bytes.maketrans(b"-_+/", b"+/!!")
+_PADDING = (b"", b"===", b"==", b"=")  # by how many characters stand behind the last whole group of four
 
 
 def parse_registration(value: object) -> RegistrationAnswer:
@@ -86,23 +85,32 @@ def _parse_common(value: object) -> tuple[bytes, Mapping[str, Any], Mapping[str,
 
 
 def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
-    """Decode a base64url member (RFC 4648 §5): its alphabet only, padding as a whole or none, unused bits zero."""
+    """Decode a base64url member (RFC 4648 §5): its alphabet only, padding as a whole or none, unused bits zero. So text that is encoded
+    again from what it stands for is the same, and what the decoder overlooked is not."""
     text = holder.get(name)
     if not isinstance(text, str):
         raise InvalidRequest(f"{name} is missing or not text.")
     if len(text) > limit * 4 // 3 + 4:
         raise InvalidRequest(f"{name} is longer than {limit} bytes.")
-    found = _BASE64URL.match(text)
-    bare = text.rstrip("=")
-    over = len(bare) % 4
-    if found is None or over == 1 or (len(bare) != len(text) and len(text) % 4):
-        raise InvalidRequest(f"{name} is empty or not base64url.")
-    if over and bare[-1] not in _LAST[over]:
-        raise InvalidRequest(f"{name} is not canonical base64url.")
-    raw = a2b_base64(bare.encode().translate(_STANDARD) + b"=="[: -over % 4])
+    over = len(text) % 4
+    try:
+        padded = text.encode().translate(_STANDARD) + _PADDING[over]
+        raw = a2b_base64(padded)
+    except ValueError:  # half of a surrogate pair, or padding that no text has
+        raw = padded = b""
+    if not raw or b2a_base64(raw, newline=False) != padded or (over and text[-1] == "="):
+        raise InvalidRequest(f"{name} is {_fault(text)}.")
     if len(raw) > limit:
         raise InvalidRequest(f"{name} is longer than {limit} bytes.")
     return raw
+
+
+def _fault(text: str) -> str:
+    """What is wrong with text that is not canonical base64url."""
+    bare = text.rstrip("=")
+    if not _BASE64URL.match(text) or len(bare) % 4 == 1 or (len(bare) != len(text) and len(text) % 4):
+        return "empty or not base64url"
+    return "not canonical base64url"
 
 
 def _transports(holder: Mapping[str, Any]) -> tuple[str, ...]:

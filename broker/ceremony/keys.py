@@ -45,6 +45,10 @@ _RSA: dict[int, hashes.HashAlgorithm] = {
     RS1: hashes.SHA1(),  # noqa: S303 - judged by who calls: see tpm
 }
 
+# What stands round the coordinates of a P-256 key, as CTAP2's canonical CBOR writes it: {1: 2, 3: -7, -1: 1, -2: x, -3: y}.
+_P256_BEGINS, _P256_BETWEEN = bytes.fromhex("a5010203262001215820"), bytes.fromhex("225820")
+_P256_SIZE = 77
+
 _EDWARDS: dict[int, type[ed25519.Ed25519PublicKey] | type[ed448.Ed448PublicKey]] = {
     EDDSA: ed25519.Ed25519PublicKey,
     ED448: ed448.Ed448PublicKey,
@@ -85,6 +89,13 @@ def load_stored(raw: bytes) -> PublicKey:
     if not isinstance(members, dict):
         raise refuse("public_key", "The public key is not a CBOR map.")
     return load(members)
+
+
+def for_py_webauthn(raw: bytes) -> bytes:
+    """A stored key as py_webauthn reads it soonest: of P-256 the uncompressed point (SEC 1 §2.3.3, which it takes for ES256), else as it is."""
+    if len(raw) == _P256_SIZE and raw.startswith(_P256_BEGINS) and raw[42:45] == _P256_BETWEEN:
+        return b"\x04" + raw[10:42] + raw[45:]
+    return raw
 
 
 def _is(value: object, number: int) -> bool:
