@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO, TypeAlias
 
 import orjson
 
@@ -34,17 +34,10 @@ _AT_ONCE = 4096  # bytes
 _LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
 
 
-class _Request(NamedTuple):
-    """What a request's line tells. Every text is one of ours or was checked, so none needs escaping in JSON: a method of a closed list, a
-    route's template, an app's id, a request id, a refusal's words."""
-
-    method: str
-    route: str
-    status: int
-    seconds: float
-    app: str | None
-    request_id: str
-    refusal: tuple[str, str] | None
+# What a line tells: its time and severity, and of an event its word and its values, of a request what `Log.request` is given. Plain tuples,
+# for they are made with every request.
+_Event: TypeAlias = tuple[float, int, str, dict[str, Any]]
+_Request: TypeAlias = tuple[float, int, str, str, int, float, str | None, str, tuple[str, str] | None]
 
 
 class Log:
@@ -57,12 +50,14 @@ class Log:
         self._stream = stream or sys.stderr
         self._hold = hold
         self._always = always
-        self._held: list[tuple[float, int, str, dict[str, Any] | _Request]] = []
+        self._fixed = orjson.dumps(always).decode()[1:-1] + "," if always else ""
+        self._held: list[_Event | _Request] = []
         self.level = logging.getLevelName(level.upper())
 
     def __call__(self, event: str, *, severity: int = logging.INFO, **values: Any) -> None:
         if severity >= self.level:
-            self._hold_on(severity, event, values)
+            self._held.append((time.time(), severity, event, values))
+            self._see_to(severity)
 
     def request(
         self,
@@ -74,14 +69,17 @@ class Log:
         request_id: str,
         refusal: tuple[str, str] | None,
     ) -> None:
-        """The line of a request. `refusal` is its code and its reason. What comes from a caller must have been checked before."""
+        """The line of a request. `refusal` is its code and its reason. Every text is one of ours or was checked, so none needs escaping in
+        JSON: a method of a closed list, a route's template, an app's id, a request id, a refusal's words."""
         severity = logging.WARNING if status >= 500 else logging.INFO
         if severity >= self.level:
-            told = _Request(method, route, status, seconds, app, request_id, refusal)
-            self._hold_on(severity, "request", told)
+            held = self._held
+            held.append((time.time(), severity, method, route, status, seconds, app, request_id, refusal))
+            if len(held) == 1 or len(held) >= _MOST_HELD or severity >= logging.WARNING:
+                self._see_to(severity)
 
-    def _hold_on(self, severity: int, event: str, values: dict[str, Any] | _Request) -> None:
-        self._held.append((time.time(), severity, event, values))
+    def _see_to(self, severity: int) -> None:
+        """Have what is held written: now, or by and by where that was not said before."""
         if not self._hold or severity >= logging.WARNING or len(self._held) >= _MOST_HELD:
             self.flush()
         elif len(self._held) == 1:
@@ -96,51 +94,49 @@ class Log:
         if not held:
             return
         with suppress(OSError):  # the reader of our standard error went away, or its disk is full
-            for piece in _pieces(_line(*each, self._always) for each in held):
-                self._stream.write(piece.decode())
+            for piece in _pieces([self._line(told) for told in held]):
+                self._stream.write(piece)
                 self._stream.flush()
 
+    def _line(self, told: _Event | _Request) -> str:
+        if len(told) != 4:
+            at, severity, method, route, status, seconds, app, request_id, refusal = told
+            second, milliseconds = divmod(int(at * 1000), 1000)
+            quoted = f'"{app}"' if app else "null"
+            end = f',"code":"{refusal[0]}","reason":"{refusal[1]}"}}\n' if refusal else "}\n"
+            return (
+                f'{{"at":"{_second(second)}.{milliseconds:03d}Z","level":"{_LEVELS[severity]}","event":"request",{self._fixed}'
+                f'"method":"{method}","route":"{route}","status":{status},"ms":{seconds * 1000:.2f},"app":{quoted},'
+                f'"request_id":"{request_id}"{end}'
+            )
+        at, severity, event, values = told
+        line = {
+            "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
+            "event": event,
+            **self._always,
+            **values,
+        }
+        return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE).decode()
 
-def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
+
+def _pieces(lines: Iterable[str]) -> Iterator[str]:
     """The lines, joined as far as they may be written at once."""
-    joined = b""
+    joined: list[str] = []
+    size = 0
     for line in lines:
-        if len(joined) + len(line) > _AT_ONCE and joined:
-            yield joined
-            joined = b""
-        joined += line
-    yield joined
-
-
-def _line(
-    at: float, severity: int, event: str, values: dict[str, Any] | _Request, always: dict[str, Any]
-) -> bytes:
-    if isinstance(values, _Request):
-        method, route, status, seconds, app, request_id, refusal = values
-        quoted = f'"{app}"' if app else "null"
-        return (
-            f'{{"at":"{_second(int(at))}.{int(at % 1 * 1000):03d}Z","level":"{_LEVELS[severity]}","event":"request",{_fixed(always)}'
-            f'"method":"{method}","route":"{route}","status":{status},"ms":{seconds * 1000:.2f},"app":{quoted},'
-            f'"request_id":"{request_id}"'
-            + (f',"code":"{refusal[0]}","reason":"{refusal[1]}"}}\n' if refusal else "}\n")
-        ).encode()
-    line = {
-        "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
-        "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
-        "event": event,
-        **always,
-        **values,
-    }
-    return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE)
+        more = len(line) if line.isascii() else len(line.encode())
+        if size + more > _AT_ONCE and joined:
+            yield "".join(joined)
+            joined, size = [], 0
+        joined.append(line)
+        size += more
+    yield "".join(joined)
 
 
 @lru_cache(maxsize=4)
 def _second(at: int) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat()[:19]
-
-
-def _fixed(always: dict[str, Any]) -> str:
-    return orjson.dumps(always).decode()[1:-1] + "," if always else ""
 
 
 class _LibraryRecords(logging.Handler):
