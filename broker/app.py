@@ -53,6 +53,7 @@ from broker.web import (
     listen,
     public,
 )
+from broker.web.body import MAX_BODY
 from broker.web.server import bind
 
 DIALECTS: tuple[Dialect, ...] = (flex, hanko, passlock, propelauth)
@@ -187,7 +188,7 @@ def application(
     limits: Limits | None = None,
 ) -> web.Application:
     """The routes of one port."""
-    app = web.Application(client_max_size=64 * 1024)
+    app = web.Application(client_max_size=MAX_BODY)
     app[BROKER] = parts.broker
     app[DIRECTORY] = parts.directory
     app[SIGNALS] = parts.signals

@@ -90,6 +90,14 @@ class Directory:
             raise InvalidKey(reason="key_of_another_app")
         return key_id
 
+    def remembered(self, key: str) -> tuple[str, RelyingParty] | None:
+        """The id of an API key and its app, where both are remembered: for nearly every request they are."""
+        if not key.isascii():
+            return None
+        found = self._keys.get(key_digest(key))
+        app = self._apps.get(found[1]) if found else None
+        return (found[0], app) if found and app else None
+
     async def owner(self, key: str) -> tuple[str, str]:
         """The id of the API key `key` and the app it belongs to.
 

@@ -189,6 +189,27 @@ async def test_an_unknown_app_is_as_unknown_as_a_wrong_key(broker: Started, wire
             same_answer(unknown, await wire.send(method, filled(template, wire)))
 
 
+async def test_a_key_that_is_remembered_opens_nothing_more(
+    broker: Started, wire: Wire, open_app: OpenApp
+) -> None:
+    other = await open_app()
+    for known in (wire, other):
+        assert (await known.keyed("GET", "/users")).status == 200
+    for header, reason in (
+        (f"Bearer {other.key}", "key_of_another_app"),
+        (f"Bearer {wire.key}x", "key_unknown"),
+        (f"Bearer {wire.key}\u00e9", "key_malformed"),
+        (f"Bearer {wire.key} {wire.key}", "key_malformed"),
+        (f"Basic {wire.key}", "key_missing"),
+        ("Bearer ", "key_missing"),
+        (wire.key, "key_missing"),
+    ):
+        with refused(broker, "invalid_access_token", reason):
+            assert (await wire.send("GET", "/users", headers={"Authorization": header})).status == 401
+    for scheme in ("Bearer ", "bearer ", "BEARER ", "Bearer  "):
+        assert (await wire.send("GET", "/users", headers={"Authorization": scheme + wire.key})).status == 200
+
+
 # -- two ports ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qsl
 
 import orjson
@@ -63,20 +63,26 @@ async def read_bytes(request: web.Request) -> bytes:
     Raises:
         RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, caller gone).
     """
-    incoming = kept(request)
+    body = _at_hand(kept(request))
+    if body is None:
+        body = await _read(request)
+        context().deadline = time.monotonic() + ANSWER_SECONDS
+        kept(request).kept_body = body
+    return body
+
+
+def _at_hand(incoming: Incoming) -> bytes | None:
+    """The body where it came whole with its head, or was read before; as `read_bytes` judges it."""
     if incoming.kept_body is not None:
         return incoming.kept_body
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+    encoding = incoming.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedEncoding
-    if incoming.came is not None:
-        body = incoming.came
+    body = incoming.came
+    if body is not None:
         if len(body) > MAX_BODY:
             raise RequestTooLarge
-    else:
-        body = await _read(request)
-    context().deadline = time.monotonic() + ANSWER_SECONDS
-    incoming.kept_body = body
+        incoming.kept_body = body
     return body
 
 
@@ -102,7 +108,9 @@ async def read_object(request: web.Request, *, empty: bool = False) -> dict[str,
     Raises:
         InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what `read_bytes` raises.
     """
-    body = await read_bytes(request)
+    body = _at_hand(request)  # type: ignore[arg-type]  # see `kept`
+    if body is None:
+        body = await read_bytes(request)
     if empty and not body.strip():
         return {}
     return parse_object(body)
@@ -127,7 +135,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequest("The body is not a JSON object.", reason="not_an_object")
     if body.count(b"{") + body.count(b"[") > MAX_DEPTH or b"\\u0000" in body:
         _judge(value, 0)
-    return cast(dict[str, Any], value)
+    return value
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,13 +190,13 @@ def text_field(body: dict[str, Any], name: str) -> str:
         InvalidRequest: missing, null, empty or of another type.
     """
     value = body.get(name)
+    if isinstance(value, str) and value:
+        return value
     if name not in body:
         raise InvalidRequest(f"{name} is missing.", reason="missing_field")
     if not isinstance(value, str):
         raise InvalidRequest(f"{name} is not a string.", reason="field_type")
-    if not value:
-        raise InvalidRequest(f"{name} is empty.", reason="empty_field")
-    return value
+    raise InvalidRequest(f"{name} is empty.", reason="empty_field")
 
 
 def optional_text(body: dict[str, Any], name: str) -> str | None:

@@ -21,7 +21,7 @@ import orjson
 from aiohttp import ClientConnectionResetError, hdrs, web
 from aiohttp.compression_utils import MAX_SYNC_CHUNK_SIZE
 from aiohttp.http import RESPONSES
-from multidict import CIMultiDict
+from multidict import CIMultiDict, istr
 
 from broker.errors import (
     InternalFault,
@@ -42,8 +42,8 @@ from broker.errors import (
     UnsupportedEncoding,
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
-from broker.web.body import ANSWER_SECONDS, kept
-from broker.web.shortcuts import Shortcuts
+from broker.web.body import ANSWER_SECONDS, Incoming
+from broker.web.shortcuts import Shortcuts, Way
 
 # A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the bytes were no HTTP.
 Renderer = Callable[[Refusal, web.Request | None], web.Response]
@@ -68,6 +68,7 @@ STATUS: Mapping[type[Refusal], int] = {
 
 # Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs and events.
 _REQUEST_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
+_X_REQUEST_ID = istr("X-Request-Id")
 _CHANCE = random.Random()  # noqa: S311 - ids tell requests apart, no more
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "passkey-broker"}
 _JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json", **_HEADERS})
@@ -181,14 +182,15 @@ class Edge:
         except ClientConnectionResetError:  # nobody is there to be told to continue
             raise InvalidRequest("The body ended early.", reason="disconnected") from None
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def __call__(self, request: Incoming) -> web.StreamResponse:
         began = time.monotonic()
         headers = request.headers
-        now = Context(_request_id(headers.get("X-Request-Id", "")), "browser", None, began + ANSWER_SECONDS)
+        now = Context(_request_id(headers.get(_X_REQUEST_ID)), "browser", None, began + ANSWER_SECONDS)
         CONTEXT.set(now)
         refusal: Refusal | None = None
         response: web.StreamResponse
         more: Mapping[str, str] = _NO_HEADERS
+        found: Way | None = None
         try:
             found = self._shortcuts.find(request.method, request.raw_path)
             if found is not None and hdrs.EXPECT not in headers:
@@ -216,9 +218,23 @@ class Edge:
             if more:
                 response.headers.update(more)
             self._metrics.refusals.inc(refusal.code, refusal.reason)
-        if not response.prepared:
-            _finish(response, now.request_id, kept(request).cors or _NO_HEADERS)
-        self._tell(request, response.status, began, now, refusal)
+        if type(response) is Answer:
+            response.finish(now.request_id, request.cors or _NO_HEADERS)
+        elif not response.prepared:
+            _finish(response, now.request_id, request.cors or _NO_HEADERS)
+        seconds = time.monotonic() - began
+        route = found.route if found is not None else _route(request)
+        status = response.status
+        self._metrics.requests.observe(seconds, route, str(status))
+        self._log.request(
+            request.method if request.method in _METHODS else "other",
+            route,
+            status,
+            seconds,
+            now.app_id,
+            now.request_id,
+            (refusal.code, refusal.reason) if refusal is not None else None,
+        )
         return response
 
     def malformed(self, kind: str) -> web.Response:
@@ -226,7 +242,7 @@ class Edge:
         refusal = InvalidRequest("The request is not well-formed HTTP/1.1.", reason="http")
         self._metrics.refusals.inc(refusal.code, refusal.reason)
         response = self._render(refusal, None)
-        request_id = _request_id("")
+        request_id = _request_id(None)
         _finish(response, request_id, _NO_HEADERS)
         self._log("malformed_request", status=response.status, kind=kind, request_id=request_id)
         return response
@@ -246,36 +262,17 @@ class Edge:
                     return renderer
         return self._default
 
-    def _tell(
-        self, request: web.Request, status: int, began: float, now: Context, refusal: Refusal | None
-    ) -> None:
-        seconds = time.monotonic() - began
-        route = _route(request)
-        self._metrics.requests.observe(seconds, route, str(status))
-        self._log.request(
-            request.method if request.method in _METHODS else "other",
-            route,
-            status,
-            seconds,
-            now.app_id,
-            now.request_id,
-            (refusal.code, refusal.reason) if refusal is not None else None,
-        )
-
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def _request_id(given: str) -> str:
+def _request_id(given: str | None) -> str:
     """The caller's id where it is well-formed, else a new one."""
     return given if given and _REQUEST_ID.match(given) else f"{_CHANCE.getrandbits(96):024x}"
 
 
 def _finish(response: web.StreamResponse, request_id: str, cors: Mapping[str, str]) -> None:
     """The headers that every answer carries, and those for pages."""
-    if type(response) is Answer:
-        response.finish(request_id, cors)
-        return
     response.headers.update(cors)
     response.headers["X-Request-Id"] = request_id
     for name, value in _HEADERS.items():

@@ -30,7 +30,7 @@ from broker.model import RelyingParty
 from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
-from broker.telemetry import Metrics, context
+from broker.telemetry import CONTEXT, Metrics, context
 from broker.web.body import kept, read_bytes
 
 Access = Literal["key", "browser", "public"]
@@ -80,6 +80,9 @@ def _only(request: web.Request, name: str) -> str | None:
 
 def bearer(request: web.Request) -> str:
     """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is case-insensitive."""
+    values = request.headers.getall(hdrs.AUTHORIZATION, ())
+    if len(values) == 1 and values[0].startswith("Bearer "):  # as nearly everybody writes it
+        return values[0][7:].strip()
     scheme, _, token = (_only(request, hdrs.AUTHORIZATION) or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
@@ -104,10 +107,18 @@ async def authorise(request: web.Request, key_in: KeyReader = bearer) -> Relying
     key = key_in(request)
     if not key:
         raise InvalidKey(reason="key_missing")
-    key_id = await directory.authorise(app_id, key)
-    now = context()
-    now.actor, now.app_id = f"key:{key_id}", app_id
+    known = directory.remembered(key)
+    if known is not None and known[1].id == app_id:
+        _acts(known[0], app_id)
+        return known[1]
+    _acts(await directory.authorise(app_id, key), app_id)
     return await directory.app(app_id)
+
+
+def _acts(key_id: str, app_id: str) -> None:
+    """Who acts in this request from now on."""
+    now = CONTEXT.get()
+    now.actor, now.app_id = f"key:{key_id}", app_id
 
 
 def keyed(handler: Handler, key_in: KeyReader = bearer) -> AnyHandler:
@@ -132,9 +143,12 @@ async def authorise_alone(request: web.Request) -> RelyingParty:
     key = bearer(request)
     if not key:
         raise InvalidKey(reason="key_missing")
+    known = directory.remembered(key)
+    if known is not None:
+        _acts(known[0], known[1].id)
+        return known[1]
     key_id, app_id = await directory.owner(key)
-    now = context()
-    now.actor, now.app_id = f"key:{key_id}", app_id
+    _acts(key_id, app_id)
     return await directory.app(app_id)
 
 

@@ -32,7 +32,7 @@ from aiohttp.http_writer import StreamWriter, _serialize_headers
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from broker.web.body import LIMITS, Incoming, Limits
+from broker.web.body import LIMITS, MAX_BODY, Incoming, Limits
 from broker.web.edge import Answer, Edge
 
 LINGER_SECONDS = 1.0
@@ -122,16 +122,14 @@ class _Protocol(RequestHandler):
 
     async def _answer_each(self) -> None:
         """Answer what enters the lane, one after the other, until the connection ends. One task for all: a task costs as much as a look-up."""
-        handle, make, lane = self._request_handler, self._request_factory, self._lane
-        assert handle is not None
-        assert make is not None
+        handle, lane, loop = self._server.edge, self._lane, self._loop
         assert lane is not None
         while self._taken is not None:
             message, body, waiter = self._taken
             try:
-                request = make(message, body, self, _NO_WRITER, lane)
+                request = Incoming(message, body, self, _NO_WRITER, lane, loop, client_max_size=MAX_BODY)
                 chunks: Sequence[bytes] = body._buffer if body is not EMPTY_PAYLOAD else ()
-                request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)  # type: ignore[attr-defined]  # it is an Incoming
+                request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)
                 response = await handle(request)
                 if type(response) is Answer and response._keep_alive is None:
                     self._write_whole(response)
@@ -149,16 +147,16 @@ class _Protocol(RequestHandler):
                 raise
             finally:
                 self._taken = None
-                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                self._next_keepalive_close_time = loop.time() + self._keepalive_timeout
                 if self._keepalive_handle is None and not self._force_close:  # it rang meanwhile
-                    self._keepalive_handle = self._loop.call_at(
+                    self._keepalive_handle = loop.call_at(
                         self._next_keepalive_close_time, self._process_keepalive
                     )
                 self._give_back(waiter)
             if self._close or self._force_close:
                 return
             del message, body, waiter, request, response
-            self._idle = self._loop.create_future()
+            self._idle = loop.create_future()
             await self._idle
 
     def _write_whole(self, answer: Answer) -> None:

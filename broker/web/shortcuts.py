@@ -27,10 +27,11 @@ _REMEMBERED = 4096  # paths; each is one of ours with an id in it, so of bounded
 
 
 class Way(NamedTuple):
-    """What a path leads to."""
+    """What a path leads to. `route` is the template."""
 
     handler: Handler
     match: UrlMappingMatchInfo
+    route: str
 
 
 class Shortcuts:
@@ -81,7 +82,7 @@ class Shortcuts:
         match = UrlMappingMatchInfo(variables, route)
         match.add_app(self._app)
         match.freeze()
-        return Way(route.handler, match)
+        return Way(route.handler, match, route.resource.canonical if route.resource else "")
 
 
 def _written(resource: AbstractResource) -> str:
