@@ -5,10 +5,15 @@ caller's command or thirty; with sixteen logins in flight those were a third of 
 loop are few, because the loop turns as soon as a single connection has something to read. A few turns later those have come whose
 requests lay in the kernel, and those who were answered a moment ago and ask for their next step.
 
-**The rule.** Each turn asks the kernel once what there is to read, without waiting, so a turn in which nobody comes takes a few microseconds
-and no timer is involved. The queue goes out when a turn brought nobody and at least as many are there as went last time, and after
+**The rule.** Each turn asks the kernel once what there is to read, without waiting, so a turn in which nothing happens takes about a
+microsecond and no timer is involved. The queue goes out when a turn brought nobody and at least as many are there as went last time, and after
 `TURNS` turns in any case. One caller alone, where one went last time, goes out with the first turn: who has the broker to himself waits
-for nobody, and the first crowd after him costs what it always did. A crowd that has gone home costs one wait of `TURNS` turns.
+for nobody, and the first crowd after him costs what it always did. A crowd that has gone home costs one wait of `TURNS` turns, a tenth
+of a millisecond.
+
+**How many turns.** With too few, callers who go round in step fall apart into two crowds that never meet again, and each costs a message
+of its own: of sixteen logins in flight a login then costs a sixth more. With many more, callers who come by chance wait for nobody in
+vain too often.
 
 Waiting changes no limit: a caller's own clock runs while the queue gathers.
 """
@@ -19,7 +24,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Sized
 
-TURNS = 32
+TURNS = 96
 
 
 class Gathering:
@@ -45,17 +50,14 @@ class Gathering:
             self._here = True
             self._left = TURNS
             self._before = 1
-            self._soon()
-
-    def _soon(self) -> None:
-        asyncio.get_running_loop().call_soon(self._turn, context=self._context)
+            asyncio.get_running_loop().call_soon(self._turn, context=self._context)
 
     def _turn(self) -> None:
         there = len(self._queue)
         self._left -= 1
         if self._left and there and (there < self._last or there != self._before):
             self._before = there
-            self._soon()
+            asyncio.get_running_loop().call_soon(self._turn, context=self._context)
         else:
             self._here = False
             if there:  # nobody is, where somebody else has emptied the queue
