@@ -36,6 +36,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 _PATIENCE = 0.02  # seconds
+_TICK = 0.05  # seconds; so much later than its limit a wait may end
 _LANES = 4
 _MOST = 64  # callers of one statement
 
@@ -73,6 +74,8 @@ class Together(Generic[A, T]):
         self._running: dict[asyncio.Task[None], float] = {}
         self._alone: set[asyncio.Task[None]] = set()
         self._woken: asyncio.Handle | None = None
+        self._asking: dict[asyncio.Future[T], float] = {}  # by the loop's time until which each is asked for
+        self._tick: asyncio.Handle | None = None
 
     async def ask(self, asked: A, limit: float) -> T:
         """The answer to `asked`, within `limit` seconds.
@@ -85,16 +88,32 @@ class Together(Generic[A, T]):
         self._waiting.append((asked, answer))
         if self._woken is None and len(self._running) < _LANES:
             self._gathering.come()
-        late = loop.call_later(limit, self._late, answer)
+        self._asking[answer] = loop.time() + limit
+        if self._tick is None:
+            self._tick = loop.call_later(_TICK, self._look_at_the_clock, context=contextvars.Context())
         try:
             return await answer
         finally:
-            late.cancel()
+            del self._asking[answer]
 
-    def _late(self, answer: asyncio.Future[T]) -> None:
-        if not answer.done():
+    def _look_at_the_clock(self) -> None:
+        """End the waits that have reached their limit. One timer for all: one for each costs more than it tells."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for answer in self._asking:
+            self._over(answer, now)
+        self._tick = (
+            loop.call_later(_TICK, self._look_at_the_clock, context=contextvars.Context())
+            if self._asking
+            else None
+        )
+
+    def _over(self, answer: asyncio.Future[T], now: float) -> bool:
+        """Whether nobody waits for it any longer: it is here, who asked gave up, or the limit is reached."""
+        if not answer.done() and self._asking.get(answer, now) <= now:
             self._metrics.store_failures.inc("postgres", self._operation)
             answer.set_exception(Unavailable(reason="postgres"))
+        return answer.done()
 
     def _begin(self) -> None:
         """Begin a statement for those who wait, unless one began so recently that its end is worth waiting for."""
@@ -104,8 +123,9 @@ class Together(Generic[A, T]):
         if not self._waiting:
             return
         loop = asyncio.get_running_loop()
+        now = loop.time()
         if self._running:
-            wait = max(self._running.values()) + _PATIENCE - loop.time()
+            wait = max(self._running.values()) + _PATIENCE - now
             if wait > 0:
                 self._woken = loop.call_later(wait, self._begin, context=contextvars.Context())
                 return
@@ -113,7 +133,7 @@ class Together(Generic[A, T]):
         left: list[tuple[A, asyncio.Future[T]]] = []
         names: set[Hashable] = set()
         for asked, answer in self._waiting:
-            if answer.done():
+            if answer.done() or (self._asking.get(answer, now) <= now and self._over(answer, now)):
                 continue
             name = self._name(asked)
             if name in names or len(batch) == _MOST:
@@ -124,7 +144,7 @@ class Together(Generic[A, T]):
         self._waiting[:] = left
         if batch:
             task = loop.create_task(self._run(batch), name="together", context=contextvars.Context())
-            self._running[task] = loop.time()
+            self._running[task] = now
             task.add_done_callback(self._ended)
             if left and len(self._running) < _LANES:  # else its end calls them, which may never come
                 self._woken = loop.call_later(_PATIENCE, self._begin, context=contextvars.Context())
