@@ -41,6 +41,7 @@ from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import InvalidRequest, UnknownNonce, UnknownTransaction
 from broker.model import (
+    NOTHING_ASKED,
     Approval,
     Asked,
     Attachment,
@@ -75,7 +76,6 @@ class Begun:
     second_factor: bool = False
 
 
-_NOTHING = Asked()
 FoundBy = Literal["user", "challenge"]
 
 
@@ -110,7 +110,7 @@ class Broker:
         display_name: str,
         *,
         user_name: str | None = None,
-        asked: Asked = _NOTHING,
+        asked: Asked = NOTHING_ASKED,
     ) -> str:
         """Permit one registration for a user, who is made if the app has none with this external id. Returns a transaction id.
 
@@ -133,7 +133,7 @@ class Broker:
         return await self._open(app, "register", (user_id, external_id, handle), names, (), asked)
 
     async def open_authentication(
-        self, app: RelyingParty, external_id: str | None, *, asked: Asked = _NOTHING
+        self, app: RelyingParty, external_id: str | None, *, asked: Asked = NOTHING_ASKED
     ) -> str:
         """Permit one authentication: of a user, or without an external id of whoever has a passkey that answers (one of
         `asked.allow`, if given). Returns a transaction id.
@@ -186,7 +186,7 @@ class Broker:
         display_name: str,
         attachment: Attachment | None,
         *,
-        asked: Asked = _NOTHING,
+        asked: Asked = NOTHING_ASKED,
     ) -> Begun:
         """Begin a registration that a page asks for by itself, without a transaction, so the cap of open ceremonies counts it. The
         passkey has no owner and signs in only where ownerless ones may, until `Directory.assign` gives it one.
@@ -219,7 +219,7 @@ class Broker:
         user_display_name: str | None = None,
         nickname: str | None = None,
         attachment: Attachment | None = None,
-        asked: Asked = _NOTHING,
+        asked: Asked = NOTHING_ASKED,
         by: FoundBy = "user",
     ) -> dict[str, Any]:
         """Begin a registration of a user whom a keyed caller names, who is made if there is none. Returns the options.
@@ -312,7 +312,7 @@ class Broker:
     # -- authentication -------------------------------------------------------------------------------------------------------
 
     async def begin_authentication(
-        self, app: RelyingParty, transaction_id: str | None, *, asked: Asked = _NOTHING
+        self, app: RelyingParty, transaction_id: str | None, *, asked: Asked = NOTHING_ASKED
     ) -> Begun:
         """Begin an authentication: as the transaction says, or discoverable (`transaction_id` None), where `asked` is the page's: it
         narrows, and what it allows is not listed in the options, for a page without a transaction learns nothing of credentials.
@@ -340,7 +340,7 @@ class Broker:
         app: RelyingParty,
         external_id: str | None,
         *,
-        asked: Asked = _NOTHING,
+        asked: Asked = NOTHING_ASKED,
         by: FoundBy = "user",
         approval: Approval | None = None,
         keyless: bool = False,

@@ -169,9 +169,11 @@ class Finishes:
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
     ) -> Receipt:
         """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, record the sign-in."""
-        credential: Credential | Offered | None = next(
-            (o for o in pending.offered if o.credential_id == answer.credential_id), None
-        )
+        credential: Credential | Offered | None = None
+        for offered in pending.offered:
+            if offered.credential_id == answer.credential_id:
+                credential = offered
+                break
         external_id = pending.external_id
         try:
             if credential is None:

@@ -41,7 +41,7 @@ def who() -> tuple[str, str]:
 def recordset(callers: Sequence[tuple[object, ...]], names: tuple[str, ...]) -> str:
     """What callers ask as one value, a JSON array of objects, numbered: asyncpg asks of each item of an array whether it is one as well."""
     return orjson.dumps(
-        [{"number": number, **dict(zip(names, asked, strict=True))} for number, asked in enumerate(callers)]
+        [dict(zip(("number", *names), (number, *asked), strict=True)) for number, asked in enumerate(callers)]
     ).decode()
 
 

@@ -9,7 +9,7 @@ one row that is held up holds up nobody else, and no two statements can wait for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -42,11 +42,11 @@ class SignIns:
         self._sign_in = postgres.together("user_to_sign_in", self._users_to_sign_in)
         self._use = postgres.together("use_credential", self._use_credentials, name=lambda use: use.id)
 
-    async def user_to_sign_in(
+    def user_to_sign_in(
         self, app_id: str, external_id: str, *, second_factor: bool = False
-    ) -> tuple[str, str, list[Offered]] | None:
+    ) -> Awaitable[tuple[str, str, list[Offered]] | None]:
         """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are among them."""
-        return await self._sign_in((app_id, external_id, second_factor))
+        return self._sign_in((app_id, external_id, second_factor))
 
     async def _users_to_sign_in(
         self, asked: Sequence[tuple[str, str, bool]], _: bool
@@ -72,7 +72,7 @@ class SignIns:
                 user[2].append(offered_of(row))
         return found
 
-    async def use_credential(
+    def use_credential(
         self,
         credential: Credential | Offered,
         verified: VerifiedAuthentication,
@@ -81,12 +81,12 @@ class SignIns:
         action: str = "passkey.used",
         approval: str | None = None,
         now: datetime,
-    ) -> Used | None:
+    ) -> Awaitable[Used | None]:
         """Record a sign-in, and what was approved by it. None: revoked meanwhile, or the counter went back (unless `flag_counter`).
 
         What changed is judged against the locked row: of two clones that answer at once, one is told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
         """
-        return await self._use(
+        return self._use(
             _Use(
                 credential.id,
                 credential.app_id,

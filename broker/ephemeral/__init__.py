@@ -39,8 +39,8 @@ from __future__ import annotations
 
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import orjson
 
@@ -194,17 +194,17 @@ class Ephemeral:
 
     # -- transactions ---------------------------------------------------------------------------------------------------------
 
-    async def put_transaction(self, transaction_id: str, transaction: Transaction) -> None:
+    def put_transaction(self, transaction_id: str, transaction: Transaction) -> Awaitable[None]:
         """Store a transaction until `expires_at`."""
         name = digest("transaction", transaction.app_id, transaction_id)
-        await self._put(
+        return self._put(
             "put_transaction", b"t:" + name, dump_transaction(transaction), transaction.expires_at
         )
 
     async def peek_transaction(self, app_id: str, transaction_id: str) -> tuple[bytes, Transaction] | None:
         """A transaction and the digest of its id, left where it is."""
         name = digest("transaction", app_id, transaction_id)
-        stored = cast(bytes | None, await self._ask("peek_transaction", "GET", b"t:" + name))
+        stored = await self._ask("peek_transaction", "GET", b"t:" + name)
         if stored is None:
             return None
         found = self._living(load_transaction(app_id, without_ceremony(stored)))
@@ -298,27 +298,27 @@ class Ephemeral:
         app = app_id.encode()
         return [b"p:{%b}:%b" % (app, name), b"d:{%b}" % app]
 
-    async def put_pending_as(self, name: str, pending: Pending) -> None:
+    def put_pending_as(self, name: str, pending: Pending) -> Awaitable[None]:
         """Store a pending ceremony under `name`, within its app; an earlier one of that name is gone."""
         key = b"p:" + digest("handle", pending.app_id, name)
-        await self._put("put_pending", key, dump_pending(pending), pending.expires_at)
+        return self._put("put_pending", key, dump_pending(pending), pending.expires_at)
 
     async def take_pending_as(self, app_id: str, name: str) -> Pending | None:
         """Take the pending ceremony that was put under `name`."""
         stored = await self._ask("take_pending", "GETDEL", b"p:" + digest("handle", app_id, name))
-        return self._living_pending(load_pending(app_id, cast(bytes, stored))) if stored else None
+        return self._living_pending(load_pending(app_id, stored)) if stored else None
 
     # -- nonces ---------------------------------------------------------------------------------------------------------------
 
-    async def put_nonce(self, app_id: str, nonce: str, redeemable: Redeemable) -> None:
+    def put_nonce(self, app_id: str, nonce: str, redeemable: Redeemable) -> Awaitable[None]:
         """Store what a nonce stands for until `expires_at`."""
         key = b"n:" + digest("nonce", app_id, nonce)
-        await self._put("put_nonce", key, dump_redeemable(redeemable), redeemable.expires_at)
+        return self._put("put_nonce", key, dump_redeemable(redeemable), redeemable.expires_at)
 
     async def take_nonce(self, app_id: str, nonce: str) -> Redeemable | None:
         """Take what a nonce stands for."""
         stored = await self._ask("take_nonce", "GETDEL", b"n:" + digest("nonce", app_id, nonce))
-        return self._living(load_redeemable(cast(bytes, stored))) if stored else None
+        return self._living(load_redeemable(stored)) if stored else None
 
     # -- tickets --------------------------------------------------------------------------------------------------------------
 
@@ -334,14 +334,14 @@ class Ephemeral:
         stored = await self._ask("take_ticket", "GETDEL", key)
         if not stored:
             return None
-        ends, value = orjson.loads(cast(bytes, stored))
+        ends, value = orjson.loads(stored)
         return value if ends > self._clock() else None
 
     # -- records --------------------------------------------------------------------------------------------------------------
 
-    async def _put(self, operation: str, key: bytes, record: bytes, ends: float) -> None:
+    def _put(self, operation: str, key: bytes, record: bytes, ends: float) -> Awaitable[None]:
         life = max(1, int((ends - self._clock()) * 1000))
-        await self._ask(operation, "SET", key, record, "PX", life)
+        return self._ask(operation, "SET", key, record, "PX", life)
 
     def _living(self, record: Ends | None) -> Ends | None:
         """The record, unless it is past its end."""

@@ -20,6 +20,7 @@ from typing import Any, cast
 import orjson
 
 from broker.model import (
+    NOTHING_ASKED,
     Asked,
     Beginning,
     Offered,
@@ -37,7 +38,6 @@ from broker.model import (
 _REGISTER, _AUTHENTICATE, _LOOK_UP = "tr4", "ta4", "tl4"
 _HEADS = {tag: b'["%b",' % tag.encode() for tag in (_REGISTER, _AUTHENTICATE, _LOOK_UP)}
 _BEGINNING, _REGISTRATION, _AUTHENTICATION, _NONCE = "b1", "r5", "a4", "n4"
-_NOTHING_ASKED = Asked()  # stored as null: most ceremonies
 _NO_AAGUID = "00000000-0000-0000-0000-000000000000"  # stored as null
 _CHALLENGE = 32  # bytes, of a ceremony that has a transaction
 _BY_INITIAL: dict[str, UserVerification] = {"r": "required", "p": "preferred", "d": "discouraged"}
@@ -56,12 +56,13 @@ def _split(stored: bytes) -> tuple[Any, bytes]:
 
 
 def _asked(asked: Asked) -> list[Any] | None:
-    return None if asked is _NOTHING_ASKED or asked == _NOTHING_ASKED else list(fields_of(asked).values())
+    """Nothing asked is stored as null: most ceremonies."""
+    return None if asked is NOTHING_ASKED or asked == NOTHING_ASKED else list(fields_of(asked).values())
 
 
 def _asked_of(stored: list[Any] | None) -> Asked:
     if stored is None:
-        return _NOTHING_ASKED
+        return NOTHING_ASKED
     values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in stored]
     return Asked(*values)
 

@@ -21,6 +21,7 @@ from broker.errors import InvalidRequest, InvalidSetting
 from broker.model.origins import domain, is_origin, web_origin
 from broker.model.policy import (
     ALGORITHMS,
+    NOTHING_ASKED,
     Asked,
     Attachment,
     AttachmentPolicy,
@@ -42,6 +43,7 @@ __all__ = [
     "ALGORITHMS",
     "ID",
     "MAX_TEXT",
+    "NOTHING_ASKED",
     "ApiKey",
     "Approval",
     "ApprovalRecord",

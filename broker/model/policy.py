@@ -51,6 +51,9 @@ class Asked:
     mediation: Mediation = "required"
 
 
+NOTHING_ASKED = Asked()
+
+
 class Verifications(NamedTuple):
     """The part of a policy that decides about user verification."""
 
@@ -100,6 +103,8 @@ class Policy:
 
     def verification(self, asked: Asked) -> UserVerification:
         """The user verification of one ceremony."""
+        if asked.user_verification is None:  # as in nearly every one
+            return self.second_factor_user_verification if asked.second_factor else self.user_verification
         return verification(self.verifications, asked)
 
     @classmethod

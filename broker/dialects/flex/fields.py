@@ -19,7 +19,7 @@ from typing import Any, cast, get_args
 from aiohttp import web
 
 from broker.errors import InvalidRequest
-from broker.model import ID, Asked, Attachment, Mediation, RelyingParty, UserVerification
+from broker.model import ID, NOTHING_ASKED, Asked, Attachment, Mediation, RelyingParty, UserVerification
 from broker.web.body import read_query, text_field
 
 Body = dict[str, Any]
@@ -62,7 +62,6 @@ def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
 
 
 _PLAIN = {"external_id"}  # most ask for nothing more
-_NOTHING = Asked()
 
 
 def asked_of_registration(body: Body) -> Asked:
@@ -82,7 +81,7 @@ def asked_of_authentication(body: Body) -> tuple[str | None, Asked]:
     lacks its external id: it never means anybody.
     """
     if body.keys() == _PLAIN:
-        return text_field(body, "external_id"), _NOTHING
+        return text_field(body, "external_id"), NOTHING_ASKED
     asked = Asked(
         user_verification=_user_verification(body),
         life=_life(body),

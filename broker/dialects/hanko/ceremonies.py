@@ -17,7 +17,7 @@ from broker import ceremony
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
 from broker.errors import InvalidKey, InvalidRequest
-from broker.model import Approval, Asked, Receipt, RelyingParty
+from broker.model import NOTHING_ASKED, Approval, Asked, Receipt, RelyingParty
 from broker.tokens import text
 from broker.web import BROKER, SETTINGS, SIGNING, authorise, header, json_answer, read_object
 from broker.web.body import parse_object, read_bytes
@@ -34,7 +34,7 @@ async def begin_registration(request: web.Request, app: RelyingParty) -> web.Str
     """`{user_id, username, display_name?, icon?}` to the creation options. The user is made if there is none."""
     attachment = app.policy.authenticator_attachment
     return await _begin_registration(
-        request, app, Asked(), attachment=None if attachment == "any" else attachment
+        request, app, NOTHING_ASKED, attachment=None if attachment == "any" else attachment
     )
 
 
@@ -132,7 +132,7 @@ async def _begin_login(
     keyless: bool = False,
 ) -> web.StreamResponse:
     options = await request.app[BROKER].begin_authentication_of(
-        app, user_id, asked=asked or Asked(), by="challenge", keyless=keyless
+        app, user_id, asked=asked or NOTHING_ASKED, by="challenge", keyless=keyless
     )
     return json_answer({"publicKey": options})
 
