@@ -6,14 +6,15 @@ loop are few, because the loop turns as soon as a single connection has somethin
 requests lay in the kernel, and those who were answered a moment ago and ask for their next step.
 
 **The rule.** Each turn asks the kernel once what there is to read, without waiting, so a turn in which nothing happens takes about a
-microsecond and no timer is involved. The queue goes out when a turn brought nobody and at least as many are there as went last time, and after
-`TURNS` turns in any case. One caller alone, where one went last time, goes out with the first turn: who has the broker to himself waits
+microsecond and no timer is involved. The queue goes out when a turn brought nobody and at least as many are there as went last time.
+While they are fewer, they wait until `TURNS` turns in a row have brought nobody; when they are enough and still each turn brings somebody,
+for `TURNS` turns at most. One caller alone, where one went last time, goes out with the first turn: who has the broker to himself waits
 for nobody, and the first crowd after him costs what it always did. A crowd that has gone home costs one wait of `TURNS` turns, a tenth
 of a millisecond.
 
-**How many turns.** With too few, callers who go round in step fall apart into two crowds that never meet again, and each costs a message
-of its own: of sixteen logins in flight a login then costs a sixth more. With many more, callers who come by chance wait for nobody in
-vain too often.
+**How many turns.** With too few, callers who go round in step fall apart into two crowds that never meet again, and each crowd costs
+messages of its own: of sixteen logins in flight a login then costs a sixth more. So the wait is a little longer than those who drive
+them take from one request to the next.
 
 Waiting changes no limit: a caller's own clock runs while the queue gathers.
 """
@@ -24,7 +25,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Sized
 
-TURNS = 96
+TURNS = 128
 
 
 class Gathering:
@@ -54,8 +55,9 @@ class Gathering:
 
     def _turn(self) -> None:
         there = len(self._queue)
-        self._left -= 1
-        if self._left and there and (there < self._last or there != self._before):
+        few = there < self._last
+        self._left = TURNS if few and there > self._before else self._left - 1
+        if self._left and there and (few or there != self._before):
             self._before = there
             asyncio.get_running_loop().call_soon(self._turn, context=self._context)
         else:

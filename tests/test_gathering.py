@@ -69,6 +69,16 @@ async def test_a_few_wait_for_as_many_as_went_last_time(scene: Scene) -> None:
     assert await scene.play("a", "", "b", "", "cd") == [(5, list("abcd"))]
 
 
+async def test_a_few_wait_on_as_long_as_somebody_comes_now_and_then(scene: Scene) -> None:
+    pause = [""] * (TURNS - 2)
+    await scene.play("abcd")
+    assert await scene.play("a", *pause, "b", *pause, "cd") == [(2 * TURNS - 1, list("abcd"))]
+    assert await scene.play("a", *pause, "b", *pause, "", "", "cd") == [
+        (2 * TURNS - 1, list("ab")),
+        (2 * TURNS + 1, list("cd")),
+    ]
+
+
 async def test_a_crowd_that_has_gone_home_is_waited_for_once(scene: Scene) -> None:
     await scene.play("abcd")
     assert await scene.play("a") == [(TURNS - 1, ["a"])]
