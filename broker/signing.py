@@ -40,7 +40,7 @@ from broker.durable.signing_keys import SigningKeys, StoredKey
 from broker.errors import InvalidSetting, Unavailable
 from broker.model import RelyingParty, TokenAlgorithm
 from broker.settings import TOKEN_LIFE_LIMIT
-from broker.telemetry import context
+from broker.telemetry import remaining
 from broker.tokens import Mint, SystemMint
 from broker.tokens.signed import PrivateKey, Seal, SealBroken, generate, public_jwk, sign
 
@@ -213,7 +213,7 @@ class Signing:
         if _has(found, algorithm):
             return found
         try:
-            async with asyncio.timeout(context().remaining(_MAKING)), self._making:
+            async with asyncio.timeout(remaining(_MAKING)), self._making:
                 found = await self._read(app_id)
                 if not _has(found, algorithm):
                     await self._keys.add_first(await self._new(app_id, algorithm))

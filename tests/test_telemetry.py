@@ -22,6 +22,7 @@ from broker.app import application
 from broker.ceremony.verdict import REASONS
 from broker.errors import Refusal
 from broker.telemetry import (
+    CONTEXT,
     KEEPER,
     Context,
     Log,
@@ -31,6 +32,7 @@ from broker.telemetry import (
     capture_library_records,
     context,
     fault,
+    remaining,
 )
 from tests.authenticator import Authenticator
 from tests.conftest import Started
@@ -415,12 +417,19 @@ async def test_request_lines_hold_no_secret(broker: Started, wire: Wire, device:
 
 
 def test_a_wait_never_passes_the_deadline() -> None:
-    free = Context(request_id="r", actor="browser")
-    assert free.remaining(0.8) == 0.8
+    def left(deadline: float | None, limit: float) -> float:
+        CONTEXT.set(Context("r", "browser", deadline=deadline))
+        return remaining(limit)
+
     now = time.monotonic()
-    assert Context("r", "browser", deadline=now + 100).remaining(0.8) == 0.8
-    assert 0 < Context("r", "browser", deadline=now + 50).remaining(80) <= 50
-    assert Context("r", "browser", deadline=now - 1).remaining(0.8) == 0.0
+    for deadline, limit, least, most in (
+        (None, 0.8, 0.8, 0.8),
+        (now + 100, 0.8, 0.8, 0.8),
+        (now + 50, 80.0, 1.0, 50.0),
+        (now - 1, 0.8, 0.0, 0.0),
+    ):
+        assert least <= contextvars.Context().run(left, deadline, limit) <= most
+    assert contextvars.Context().run(remaining, 0.8) == 0.8
 
 
 def test_nobody_acts_as_the_broker() -> None:

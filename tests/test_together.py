@@ -49,7 +49,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.together = Together(
-            "test", self._work, metrics=self.metrics, name=lambda asked: asked.partition("/")[0]
+            "test", self._work, timeout=LONG, metrics=self.metrics, name=lambda asked: asked.partition("/")[0]
         )
 
     async def _work(self, asked: Sequence[str], alone: bool) -> Sequence[str | Alone]:
@@ -58,7 +58,13 @@ class Scene:
         return await answers
 
     def ask(self, asked: str, limit: float = LONG) -> asyncio.Task[str]:
-        return asyncio.create_task(self.together.ask(asked, limit))
+        """A caller, whose request may take so long."""
+
+        async def caller() -> str:
+            CONTEXT.set(Context("", "browser", deadline=time.monotonic() + limit))
+            return await self.together.ask(asked)
+
+        return asyncio.create_task(caller())
 
     async def began(self, number: int) -> Statement:
         """The statement of this number, counted from 1, as soon as it is under way."""

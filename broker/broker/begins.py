@@ -78,7 +78,7 @@ class Begins:
         if found is None:
             raise UnknownUser
         user_id, _, held = found
-        offered = [o for o in held if asked.allow is None or o.id in asked.allow]
+        offered = held if asked.allow is None else [o for o in held if o.id in asked.allow]
         if not offered:
             raise NoPasskeys
         return user_id, offered

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -89,6 +90,11 @@ def _read_attested(raw: bytes, at: int) -> tuple[AttestedCredential, int]:
     return AttestedCredential(raw[at : at + 16], raw[at + 18 : begin], raw[begin:end], members), end
 
 
+@lru_cache(maxsize=1024)
+def _hash(rp_id: str) -> bytes:
+    return hashlib.sha256(rp_id.encode()).digest()
+
+
 def judge_authenticator_data(data: AuthenticatorData, *, rp_id: str, verification: UserVerification) -> None:
     """Judge what both ceremonies have in common.
 
@@ -97,7 +103,7 @@ def judge_authenticator_data(data: AuthenticatorData, *, rp_id: str, verificatio
     """
     flags = data.flags
     # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID expected"
-    if data.raw[:32] != hashlib.sha256(rp_id.encode()).digest():
+    if data.raw[:32] != _hash(rp_id):
         raise refuse("rp_id", "The passkey was made for another RP ID than the app's.")
     # §7.1, §7.2 "Verify that the UP bit of the flags in authData is set"
     if not flags & UP:

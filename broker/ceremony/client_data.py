@@ -30,17 +30,22 @@ def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingPar
     """
     data = _read(raw)
     # WebAuthn L3 §7.1 "Verify that the value of C.type is webauthn.create", §7.2 "… is the string webauthn.get"
-    if _text(data, "type") != kind:
+    if data.get("type") != kind:
+        _text(data, "type")
         raise refuse("type", f"The client data's type is not {kind}.")
     # §7.1, §7.2 "Verify that the value of C.challenge equals the base64url encoding of pkOptions.challenge"
-    if _text(data, "challenge") != base64url(challenge):
+    if data.get("challenge") != base64url(challenge):
+        _text(data, "challenge")
         raise refuse("challenge", "The challenge is not the one that was sent for this ceremony.")
     # §7.1, §7.2 "Verify that the value of C.origin is an origin expected by the Relying Party"
-    origin = _text(data, "origin")
-    if origin not in rp.accepted_origins:
+    origin = data.get("origin")
+    if not isinstance(origin, str) or origin not in rp.accepted_origins:
+        _text(data, "origin")
         raise refuse("origin", "The ceremony ran on an origin that is not registered for the app.")
-    _judge_embedding(data, rp)
-    _judge_token_binding(data)
+    if data.get("crossOrigin") is not False or "topOrigin" in data:
+        _judge_embedding(data, rp)
+    if "tokenBinding" in data:
+        _judge_token_binding(data)
     return origin
 
 
@@ -82,12 +87,13 @@ def _judge_embedding(data: dict[str, Any], rp: RelyingParty) -> None:
 
 def _judge_token_binding(data: dict[str, Any]) -> None:
     """L3 §5.8.1 reserves the field; L2 §5.8.1 says what it held."""
-    binding = data.get("tokenBinding", {"status": "supported"})
+    binding = data["tokenBinding"]
     if not isinstance(binding, dict) or binding.get("status") not in ("present", "supported"):
         raise refuse("malformed", "The client data's tokenBinding is not well-formed.")
 
 
 def _text(data: dict[str, Any], key: str) -> str:
+    """The member, which must be text."""
     value = data.get(key)
     if not isinstance(value, str):
         raise refuse("malformed", f"The client data has no {key} that is text.")

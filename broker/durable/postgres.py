@@ -27,7 +27,7 @@ import asyncpg
 
 from broker.durable.together import Alone, Together
 from broker.errors import Fault, Unavailable
-from broker.telemetry import Metrics, Stopwatch, context
+from broker.telemetry import Metrics, Stopwatch, remaining
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Postgres:
         sound = False
         try:
             with Stopwatch(self._metrics, "postgres", operation):
-                async with asyncio.timeout(context().remaining(self._timeout)):
+                async with asyncio.timeout(remaining(self._timeout)):
                     connection = await self._acquire()
                     result = await work(connection)
             sound = True
@@ -190,8 +190,7 @@ class Postgres:
         name: Callable[[A], Hashable] = id,
     ) -> Callable[[A], Awaitable[T]]:
         """`work` for one caller, who shares a statement with others that come at the same time, within the caller's limit."""
-        shared = Together(operation, work, metrics=self._metrics, name=name)
-        return lambda asked: shared.ask(asked, context().remaining(self._timeout))
+        return Together(operation, work, timeout=self._timeout, metrics=self._metrics, name=name).ask
 
     async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
         return await self.run(operation, lambda c: c.fetchrow(sql, *values))

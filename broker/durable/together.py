@@ -30,7 +30,7 @@ import asyncpg
 
 from broker.errors import Unavailable
 from broker.gathering import Gathering
-from broker.telemetry import Metrics
+from broker.telemetry import Metrics, remaining
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Together(Generic[A, T]):
     """What `work` does for several callers at once: it is given what they ask and returns as many answers, in the same order. It is told
     whether a caller is alone, and then must not answer `ALONE`.
 
-    `operation` is its name in metrics.
+    `operation` is its name in metrics; `timeout` in seconds limits one wait.
     """
 
     def __init__(
@@ -62,11 +62,13 @@ class Together(Generic[A, T]):
         operation: str,
         work: Callable[[Sequence[A], bool], Awaitable[Sequence[T | Alone]]],
         *,
+        timeout: float,
         metrics: Metrics,
         name: Callable[[A], Hashable] = id,
     ) -> None:
         self._operation = operation
         self._work = work
+        self._timeout = timeout
         self._metrics = metrics
         self._name = name
         self._waiting: list[tuple[A, asyncio.Future[T]]] = []
@@ -77,8 +79,8 @@ class Together(Generic[A, T]):
         self._asking: dict[asyncio.Future[T], float] = {}  # by the loop's time until which each is asked for
         self._tick: asyncio.Handle | None = None
 
-    async def ask(self, asked: A, limit: float) -> T:
-        """The answer to `asked`, within `limit` seconds.
+    async def ask(self, asked: A) -> T:
+        """The answer to `asked`, within the caller's limit.
 
         Raises:
             Unavailable: see `Postgres.run`; or not in time, and then it may have been done.
@@ -88,7 +90,7 @@ class Together(Generic[A, T]):
         self._waiting.append((asked, answer))
         if self._woken is None and len(self._running) < _LANES:
             self._gathering.come()
-        self._asking[answer] = loop.time() + limit
+        self._asking[answer] = loop.time() + remaining(self._timeout)
         if self._tick is None:
             self._tick = loop.call_later(_TICK, self._look_at_the_clock, context=contextvars.Context())
         try:

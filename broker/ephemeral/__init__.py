@@ -59,7 +59,7 @@ from broker.ephemeral.records import (
 )
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import Beginning, Pending, Purpose, Redeemable, Transaction
-from broker.telemetry import Metrics, context
+from broker.telemetry import Metrics, remaining
 from broker.tokens import digest, text
 
 __all__ = ["Ephemeral", "connect"]
@@ -157,7 +157,7 @@ class Ephemeral:
         """
         began = time.perf_counter()
         try:
-            return await self._commands.ask(*command, limit=context().remaining(self._timeout))
+            return await self._commands.ask(*command, limit=remaining(self._timeout))
         except NoScriptError:
             raise
         except DOWN as fault:

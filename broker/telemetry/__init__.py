@@ -28,6 +28,7 @@ __all__ = [
     "capture_library_records",
     "context",
     "fault",
+    "remaining",
 ]
 
 
@@ -40,13 +41,6 @@ class Context:
     app_id: str | None = None
     deadline: float | None = None  # of the monotonic clock
 
-    def remaining(self, limit: float) -> float:
-        """Seconds that one wait may take: `limit`, or what is left of the request if that is less."""
-        if self.deadline is None:
-            return limit
-        left = self.deadline - time.monotonic()
-        return limit if left > limit else max(0.0, left)
-
 
 CONTEXT: ContextVar[Context] = ContextVar("broker_context")
 _NOBODY = Context(request_id="", actor="broker")
@@ -55,6 +49,15 @@ _NOBODY = Context(request_id="", actor="broker")
 def context() -> Context:
     """The context of the running request or command."""
     return CONTEXT.get(_NOBODY)
+
+
+def remaining(limit: float) -> float:
+    """Seconds that one wait may take: `limit`, or what is left of the running request if that is less."""
+    deadline = CONTEXT.get(_NOBODY).deadline
+    if deadline is None:
+        return limit
+    left = deadline - time.monotonic()
+    return limit if left > limit else max(0.0, left)
 
 
 class Stopwatch:

@@ -51,6 +51,11 @@ class Incoming(web.Request):
     kept_body: bytes | None = None
     cors: Mapping[str, str] | None = None
 
+    @property
+    def app(self) -> web.Application:
+        """The application whose route matched: aiohttp's answer, which asks the match for what it has at hand."""
+        return self._match_info._current_app  # type: ignore[union-attr, return-value]  # the router, or the edge, has set both
+
 
 def kept(request: web.Request) -> Incoming:
     """The request as our server makes them."""
