@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 from broker import ceremony
 from broker.broker.begins import Begins, carried
-from broker.broker.finishes import Finishes, kind_of, pending_name, retry_from
+from broker.broker.finishes import Finishes, SignedIn, kind_of, pending_name, retry_from
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import InvalidRequest, UnknownNonce, UnknownTransaction
@@ -399,14 +399,14 @@ class Broker:
         with self._finishes.counted("authenticate", "page") as counted:
             pending = await self._finishes.take_pending(app, handle, transaction_id, PendingAuthentication)
             counted.kind = kind_of(pending)
-            receipt = await self._finishes.authenticated(app, pending, answer)
+            receipt = (await self._finishes.authenticated(app, pending, answer)).receipt()
             with retry_from("backend" if pending.transaction else "page"):
                 return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_authentication_of(
         self, app: RelyingParty, external_id: str, answer: AuthenticationAnswer
-    ) -> Receipt:
-        """Finish the authentication begun for a user: judge the answer, record the sign-in.
+    ) -> SignedIn:
+        """Finish the authentication begun for a user: judge the answer, record the sign-in. Who wants its receipt asks for it.
 
         Raises:
             InvalidRequest; UnknownTransaction: no pending authentication of this user; CeremonyRefused; Unavailable.
@@ -438,7 +438,7 @@ class Broker:
             counted.kind = kind_of(pending)
             if (pending.approval is not None) != approved:
                 raise UnknownTransaction(reason="challenge_unknown")
-            return await self._finishes.authenticated(app, pending, answer)
+            return (await self._finishes.authenticated(app, pending, answer)).receipt()
 
     async def hand_out(self, app: RelyingParty, receipt: Receipt, life: int) -> str:
         """A nonce for a receipt, to be redeemed once within `life` seconds, 10 minutes at most.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from broker import ceremony
 from broker.durable import Durable, instant
@@ -35,6 +35,8 @@ from broker.model import (
     Redeemable,
     RegistrationAnswer,
     RelyingParty,
+    Used,
+    VerifiedAuthentication,
     action_of,
     checked,
     is_weaker,
@@ -45,6 +47,41 @@ from broker.tokens import Mint, digest, well_formed
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
 _LONGEST_NONCE = 600  # seconds
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
+
+
+class SignedIn(NamedTuple):
+    """A sign-in that was judged and recorded: by which passkey, whose it is (an external id; None for nobody's), and when."""
+
+    pending: PendingAuthentication
+    credential: Credential | Offered
+    external_id: str | None
+    verified: VerifiedAuthentication
+    recorded: Used
+    at: float
+
+    def receipt(self) -> Receipt:
+        """What it proves."""
+        pending, credential, external_id, verified, recorded, at = self
+        return Receipt(
+            external_id=external_id or credential.id,
+            user_id=credential.user_id,
+            purpose="authenticate",
+            passkey_id=credential.id,
+            credential_id=credential.credential_id,
+            origin=verified.origin,
+            user_present=verified.user_present,
+            user_verified=verified.user_verified,
+            backup_eligible=verified.backup_eligible,
+            backed_up=verified.backed_up,
+            backup_changed=recorded.backup_changed,
+            counter_regressed=recorded.counter_regressed,
+            attestation=credential.attestation_trust,
+            authenticator_name_claimed=ceremony.authenticator_name(credential.aaguid),
+            second_factor=pending.asked.second_factor,
+            approval=pending.approval,
+            at=at,
+            ownerless=external_id is None,
+        )
 
 
 class Finishes:
@@ -168,7 +205,7 @@ class Finishes:
 
     async def authenticated(
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
-    ) -> Receipt:
+    ) -> SignedIn:
         """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, record the sign-in."""
         credential: Credential | Offered | None = None
         for offered in pending.offered:
@@ -199,26 +236,7 @@ class Finishes:
             signal = Signal(app.rp_id, answer.credential_id) if gone else None
             refused = CeremonyRefused(reason="revoked_or_counter", signal=signal)
             await self._refuse_authentication(app, pending, credential, refused)
-        return Receipt(
-            external_id=external_id or credential.id,
-            user_id=credential.user_id,
-            purpose="authenticate",
-            passkey_id=credential.id,
-            credential_id=credential.credential_id,
-            origin=verified.origin,
-            user_present=verified.user_present,
-            user_verified=verified.user_verified,
-            backup_eligible=verified.backup_eligible,
-            backed_up=verified.backed_up,
-            backup_changed=recorded.backup_changed,
-            counter_regressed=recorded.counter_regressed,
-            attestation=credential.attestation_trust,
-            authenticator_name_claimed=ceremony.authenticator_name(credential.aaguid),
-            second_factor=pending.asked.second_factor,
-            approval=pending.approval,
-            at=now,
-            ownerless=external_id is None,
-        )
+        return SignedIn(pending, credential, external_id, verified, recorded, now)
 
     async def _owned(
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer

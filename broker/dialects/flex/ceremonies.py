@@ -72,7 +72,9 @@ async def finish_authentication_of(request: web.Request, app: RelyingParty) -> w
         ceremony.parse_authentication(body.get("credential")),
     )
     return json_answer(
-        receipt_object(await request.app[BROKER].finish_authentication_of(app, external_id, answer))
+        receipt_object(
+            (await request.app[BROKER].finish_authentication_of(app, external_id, answer)).receipt()
+        )
     )
 
 
