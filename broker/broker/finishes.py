@@ -161,8 +161,7 @@ class Finishes:
             await self._tell_refused_registration(app, pending, refusal)
             raise
         with retry_from("backend"):
-            if pending.transaction is not None:
-                await self._take_transaction(pending.transaction)
+            await self._take_transaction(pending.transaction)
             now = self._clock()
             passkey_id = self._mint.id()
             outcome = await self._durable.add_credential(
@@ -220,8 +219,7 @@ class Finishes:
         except CeremonyRefused as refusal:
             await self._refuse_authentication(app, pending, credential, refusal)
         with retry_from("page" if pending.user_id is None and pending.transaction is None else "backend"):
-            if pending.transaction is not None:
-                await self._take_transaction(pending.transaction)
+            await self._take_transaction(pending.transaction)
             now = self._clock()
             recorded = await self._durable.use_credential(
                 credential,
@@ -257,9 +255,9 @@ class Finishes:
             raise CeremonyRefused(reason="ownerless")
         return owned.credential, owned.external_id
 
-    async def _take_transaction(self, name: bytes) -> None:
-        """Take the transaction, before any durable write: one transaction, one success."""
-        if not await self._ephemeral.take_transaction(name):
+    async def _take_transaction(self, name: bytes | None) -> None:
+        """Take the transaction, if there is one, before any durable write: one transaction, one success."""
+        if name is not None and not await self._ephemeral.take_transaction(name):
             raise UnknownTransaction(reason="transaction_spent")
 
     async def put_nonce(

@@ -103,7 +103,7 @@ def judge_authenticator_data(data: AuthenticatorData, *, rp_id: str, verificatio
     """
     flags = data.flags
     # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID expected"
-    if data.raw[:32] != _hash(rp_id):
+    if data.rp_id_hash != _hash(rp_id):
         raise refuse("rp_id", "The passkey was made for another RP ID than the app's.")
     # §7.1, §7.2 "Verify that the UP bit of the flags in authData is set"
     if not flags & UP:

@@ -30,20 +30,16 @@ def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingPar
     """
     data = _read(raw)
     # WebAuthn L3 §7.1 "Verify that the value of C.type is webauthn.create", §7.2 "… is the string webauthn.get"
-    if data.get("type") != kind:
-        _text(data, "type")
+    if _text(data, "type") != kind:
         raise refuse("type", f"The client data's type is not {kind}.")
     # §7.1, §7.2 "Verify that the value of C.challenge equals the base64url encoding of pkOptions.challenge"
-    if data.get("challenge") != base64url(challenge):
-        _text(data, "challenge")
+    if _text(data, "challenge") != base64url(challenge):
         raise refuse("challenge", "The challenge is not the one that was sent for this ceremony.")
     # §7.1, §7.2 "Verify that the value of C.origin is an origin expected by the Relying Party"
-    origin = data.get("origin")
-    if not isinstance(origin, str) or origin not in rp.accepted_origins:
-        _text(data, "origin")
+    origin = _text(data, "origin")
+    if origin not in rp.accepted_origins:
         raise refuse("origin", "The ceremony ran on an origin that is not registered for the app.")
-    if data.get("crossOrigin") is not False or "topOrigin" in data:
-        _judge_embedding(data, rp)
+    _judge_embedding(data, rp)
     if "tokenBinding" in data:
         _judge_token_binding(data)
     return origin
@@ -93,7 +89,6 @@ def _judge_token_binding(data: dict[str, Any]) -> None:
 
 
 def _text(data: dict[str, Any], key: str) -> str:
-    """The member, which must be text."""
     value = data.get(key)
     if not isinstance(value, str):
         raise refuse("malformed", f"The client data has no {key} that is text.")

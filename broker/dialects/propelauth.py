@@ -234,9 +234,6 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 def _text(data: Data, name: str) -> str:
     """1 to 256 characters; here, so that the sentence has the caller's name of the field."""
-    value = data.get(name)
-    if isinstance(value, str) and 0 < len(value) <= MAX_TEXT:
-        return value
     return _short(text_field(data, name), name)
 
 

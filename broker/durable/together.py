@@ -135,7 +135,7 @@ class Together(Generic[A, T]):
         left: list[tuple[A, asyncio.Future[T]]] = []
         names: set[Hashable] = set()
         for asked, answer in self._waiting:
-            if answer.done() or (self._asking.get(answer, now) <= now and self._over(answer, now)):
+            if self._over(answer, now):
                 continue
             name = self._name(asked)
             if name in names or len(batch) == _MOST:

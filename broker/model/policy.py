@@ -58,13 +58,13 @@ class Verifications(NamedTuple):
     """The part of a policy that decides about user verification."""
 
     user_verification: UserVerification
-    second_factor: UserVerification
+    second_factor_user_verification: UserVerification
     allow_weaker: bool
 
 
-def verification(of: Verifications, asked: Asked) -> UserVerification:
+def verification(of: Policy | Verifications, asked: Asked) -> UserVerification:
     """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the policy allows that."""
-    base = of.second_factor if asked.second_factor else of.user_verification
+    base = of.second_factor_user_verification if asked.second_factor else of.user_verification
     wish = asked.user_verification
     return base if wish is None or (not of.allow_weaker and is_weaker(wish, base)) else wish
 
@@ -103,9 +103,7 @@ class Policy:
 
     def verification(self, asked: Asked) -> UserVerification:
         """The user verification of one ceremony."""
-        if asked.user_verification is None:  # as in nearly every one
-            return self.second_factor_user_verification if asked.second_factor else self.user_verification
-        return verification(self.verifications, asked)
+        return verification(self, asked)
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Policy:

@@ -113,7 +113,7 @@ async def read_object(request: web.Request, *, empty: bool = False) -> dict[str,
     Raises:
         InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what `read_bytes` raises.
     """
-    body = _at_hand(request)  # type: ignore[arg-type]  # see `kept`
+    body = _at_hand(kept(request))
     if body is None:
         body = await read_bytes(request)
     if empty and not body.strip():

@@ -80,9 +80,6 @@ def _only(request: web.Request, name: str) -> str | None:
 
 def bearer(request: web.Request) -> str:
     """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is case-insensitive."""
-    values = request.headers.getall(hdrs.AUTHORIZATION, ())
-    if len(values) == 1 and values[0].startswith("Bearer "):  # as nearly everybody writes it
-        return values[0][7:].strip()
     scheme, _, token = (_only(request, hdrs.AUTHORIZATION) or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
