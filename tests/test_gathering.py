@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from broker.gathering import TURNS, Gathering
+from broker.gathering import LONE, TURNS, Gathering
 from broker.telemetry import CONTEXT, Context
 
 
@@ -16,11 +16,12 @@ class Scene:
     """A queue, and what went out of it: when, counted in turns of the loop from the first who came, and who."""
 
     queue: list[str] = field(default_factory=list)
+    under_way: list[str] = field(default_factory=list)
     went: list[tuple[int, list[str]]] = field(default_factory=list)
     turn: int = 0
 
     def __post_init__(self) -> None:
-        self.gathering = Gathering(self.queue, self._go)
+        self.gathering = Gathering(self.queue, self.under_way, self._go)
 
     def _go(self) -> None:
         self.went.append((self.turn, self.queue.copy()))
@@ -48,6 +49,42 @@ def scene() -> Scene:
 async def test_who_is_alone_waits_for_nobody(scene: Scene) -> None:
     assert await scene.play("a") == [(0, ["a"])]
     assert await scene.play("b") == [(0, ["b"])]
+
+
+async def _is_alone_for_long(scene: Scene) -> None:
+    for _ in range(LONE):
+        assert await scene.play("a") == [(0, ["a"])]
+
+
+async def test_who_is_alone_for_long_does_not_wait_for_a_turn_either(scene: Scene) -> None:
+    for _ in range(LONE):
+        scene.come("a")
+        assert scene.queue == ["a"], "it may be the first of many"
+        await scene.play()
+    scene.come("a")
+    assert scene.queue == []
+    assert await scene.play("bc") == [(0, ["b"]), (0, ["c"])], "nobody knew of c"
+
+
+async def test_who_comes_while_another_is_under_way_ends_that(scene: Scene) -> None:
+    """Else two callers, each of whom goes at once, would never share a message."""
+    await _is_alone_for_long(scene)
+    scene.under_way.append("a")
+    scene.come("b")
+    assert scene.queue == ["b"], "it waits for a turn"
+    assert await scene.play("c") == [(1, ["b", "c"])]
+    scene.under_way.clear()
+    assert await scene.play("bc") == [(1, ["b", "c"])], "and so do the next two"
+
+
+async def test_a_crowd_ends_that_as_well(scene: Scene) -> None:
+    for _ in range(LONE - 1):
+        await scene.play("a")
+    await scene.play("ab")
+    await scene.play("a")
+    scene.come("a")
+    assert scene.queue == ["a"]
+    await scene.play()
 
 
 async def test_those_of_one_turn_wait_one_more_for_others(scene: Scene) -> None:
@@ -97,7 +134,7 @@ async def test_what_a_go_leaves_in_the_queue_is_its_own_matter() -> None:
     """It knows what it waits for. Who comes later brings it along."""
     queue: list[str] = []
     went: list[list[str]] = []
-    gathering = Gathering(queue, lambda: went.append(queue.copy()))
+    gathering = Gathering(queue, (), lambda: went.append(queue.copy()))
     for name in "ab":
         queue.append(name)
         gathering.come()
@@ -107,10 +144,13 @@ async def test_what_a_go_leaves_in_the_queue_is_its_own_matter() -> None:
 
 
 async def test_it_goes_out_in_nobodys_context() -> None:
-    """The deadline of whoever came first is not the others'."""
+    """The deadline of whoever came first is not the others'. Nor does it where nobody waits."""
     seen: list[object] = []
-    queue = ["a"]
+    gathering = Gathering(["a"], (), lambda: seen.append(CONTEXT.get(None)))
     CONTEXT.set(Context(request_id="first", actor="browser", deadline=0.0))
-    Gathering(queue, lambda: seen.append(CONTEXT.get(None))).come()
-    await asyncio.sleep(0)
-    assert seen == [None]
+    for times in range(1, LONE + 1):
+        gathering.come()
+        await asyncio.sleep(0)
+        assert seen == [None] * times
+    gathering.come()
+    assert seen == [None] * (LONE + 1), "at once"

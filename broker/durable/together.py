@@ -72,8 +72,8 @@ class Together(Generic[A, T]):
         self._metrics = metrics
         self._name = name
         self._waiting: list[tuple[A, asyncio.Future[T]]] = []
-        self._gathering = Gathering(self._waiting, self._begin)
         self._running: dict[asyncio.Task[None], float] = {}
+        self._gathering = Gathering(self._waiting, self._running, self._begin)
         self._alone: set[asyncio.Task[None]] = set()
         self._woken: asyncio.Handle | None = None
         self._asking: dict[asyncio.Future[T], float] = {}  # by the loop's time until which each is asked for
@@ -88,11 +88,11 @@ class Together(Generic[A, T]):
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         self._waiting.append((asked, answer))
-        if self._woken is None and len(self._running) < _LANES:
-            self._gathering.come()
         self._asking[answer] = loop.time() + remaining(self._timeout)
         if self._tick is None:
             self._tick = loop.call_later(_TICK, self._look_at_the_clock, context=contextvars.Context())
+        if self._woken is None and len(self._running) < _LANES:
+            self._gathering.come()
         try:
             return await answer
         finally:

@@ -62,8 +62,8 @@ class _Link(asyncio.Protocol):
             protocolError=InvalidResponse, replyError=DefaultParser.parse_error, notEnoughData=_NOT_YET
         )
         self._unsent: list[_Waiting] = []
-        self._gathering = Gathering(self._unsent, self._write)
         self._due: deque[_Waiting] = deque()
+        self._gathering = Gathering(self._unsent, self._due, self._write)
         self._tick: asyncio.TimerHandle | None = None
         self._postponed = False
         self._over = asyncio.Event()
