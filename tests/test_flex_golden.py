@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from broker.dialects.flex.objects import rfc3339
 from tests.authenticator import Authenticator, flex_wire_form
 from tests.conftest import Started
 from tests.golden import (
@@ -309,3 +313,16 @@ async def test_the_strict_client_is_strict(wire: Wire, device: Authenticator) ->
     for name, wrong in (("login_count", 2**31), ("login_count", 1.0), ("status", "gone"), ("webauthn", 1)):
         with pytest.raises(AssertionError):
             strict({"user": user["user"] | {name: wrong}}, USER)
+
+
+@given(
+    st.datetimes(
+        datetime(1000, 1, 2),
+        datetime(9999, 12, 30),
+        timezones=st.sampled_from([UTC, timezone(timedelta(hours=9))]),
+    )
+)
+@example(datetime(2026, 1, 16, 12, 30, 5, tzinfo=UTC))
+def test_a_time_has_one_form(value: datetime) -> None:
+    """What sorts texts, or cuts them at a place, may."""
+    assert rfc3339(value) == value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
