@@ -49,7 +49,7 @@ class Played:
 
 
 def case(name: str, played: Played) -> Case:
-    return Case(f"{name}-16", cast(Bench, played), name, 16, 1000)
+    return Case(f"{name}-16", cast("Bench", played), name, 16, 1000)
 
 
 @pytest.mark.parametrize(

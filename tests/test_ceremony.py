@@ -582,8 +582,8 @@ def test_authenticator_exports_its_key() -> None:
     key = new_key(ES256)
     rp = relying_party()
     _, device = registered(rp, private_key=key)
-    loaded = cast(Any, load_der_private_key(device.credentials("example.com")[0].export(), None))
-    assert loaded.private_numbers() == cast(Any, key).private_numbers()
+    loaded = cast("Any", load_der_private_key(device.credentials("example.com")[0].export(), None))
+    assert loaded.private_numbers() == cast("Any", key).private_numbers()
     assert rsa_key() is rsa_key()
     with pytest.raises(ValueError, match="no key"):
         new_key(0)

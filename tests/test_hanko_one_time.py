@@ -172,7 +172,7 @@ async def test_a_dump_of_redis_finalizes_nothing(
     challenge: str = json.loads(unb64(answer["response"]["clientDataJSON"]))["challenge"]
     async with Redis.from_url(broker.parts.settings.redis_url) as redis:
         names: list[bytes] = [n async for n in redis.scan_iter(match=f"p:{{{hanko.wire.app_id}}}*")]
-        values = [cast(bytes, await redis.get(name)) for name in names]
+        values = [cast("bytes", await redis.get(name)) for name in names]
     assert len(names) == 1
     for dumped in (*names, *values):
         assert challenge.encode() not in dumped

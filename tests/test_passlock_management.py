@@ -30,7 +30,7 @@ async def test_pages(passlock: Passlock, open_app: OpenApp, monkeypatch: pytest.
 
     async def page(cursor: str | None) -> tuple[list[str], str | None]:
         found = await passlock.ok("GET", "/passkeys/" + (f"?cursor={cursor}" if cursor else ""))
-        assert cast(str, found["cursor"] or "x").replace("-", "").replace("_", "").isalnum()
+        assert cast("str", found["cursor"] or "x").replace("-", "").replace("_", "").isalnum()
         return [record["id"] for record in found["records"]], found["cursor"]
 
     first, cursor = await page(None)

@@ -137,7 +137,7 @@ async def test_named_errors(broker: Started, byo: Byo, device: Authenticator) ->
         ("authentication-signature", ORIGIN, {"signature": b"x"}, "signature"),
     ):
         options = await byo.begin_authentication("ann")
-        data = user | {"publicKey": device.authenticate(options, origin, **cast(Misbehaviour, how))}
+        data = user | {"publicKey": device.authenticate(options, origin, **cast("Misbehaviour", how))}
         with refused(broker, "webauthn_login_failed", reason):
             await golden_command(byo, name, "FinishPasskeyAuthentication", data)
 

@@ -141,7 +141,8 @@ class Broker:
         Raises:
             InvalidRequest, UnknownUser, Unavailable; NoPasskeys: the user has none, or no live one is among those allowed.
         """
-        user_id, offered = None, list[Offered]()
+        user_id = None
+        offered: list[Offered] = []
         if external_id is not None:
             user_id, offered = await self._begins.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:

@@ -48,7 +48,7 @@ class Catalogue:
         order: UserOrder = "created_at",
     ) -> tuple[list[User], int]:
         """A page of users and how many there are in all."""
-        conditions, values = ["u.app_id = $1", "u.external_id IS NOT NULL"], cast(list[object], [app_id])
+        conditions, values = ["u.app_id = $1", "u.external_id IS NOT NULL"], cast("list[object]", [app_id])
         for condition, value in (
             ("u.external_id = ", external_id),
             ("u.id = ", user_id),
@@ -296,7 +296,7 @@ class Catalogue:
         the external id; `start` and `end` are exclusive."""
         # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the order would be that of ids,
         # and a plan for any app may walk through everybody's events for the few of a quiet one.
-        conditions, values = ["e.app_id BETWEEN $1 AND $1"], cast(list[object], [app_id])
+        conditions, values = ["e.app_id BETWEEN $1 AND $1"], cast("list[object]", [app_id])
         for condition, value in (
             ("e.at > {}", start),
             ("e.at < {}", end),

@@ -52,7 +52,7 @@ def app_of(row: asyncpg.Record) -> RelyingParty:
         rp_id=row["rp_id"],
         origins=tuple(row["origins"]),
         related_origins=tuple(row["related_origins"]),
-        policy=Policy.load(cast(dict[str, Any], row["policy"])),
+        policy=Policy.load(cast("dict[str, Any]", row["policy"])),
         created_at=row["created_at"],
     )
 

@@ -326,7 +326,7 @@ def load_redeemable(stored: bytes) -> Redeemable | None:
     _, receipt, ends = head
     length = receipt[_CREDENTIAL_ID]
     receipt[_CREDENTIAL_ID] = blobs[:length]
-    return Redeemable(Receipt(*cast(Any, receipt)), blobs[length:] or None, ends)
+    return Redeemable(Receipt(*cast("Any", receipt)), blobs[length:] or None, ends)
 
 
 _CREDENTIAL_ID = Receipt._fields.index("credential_id")

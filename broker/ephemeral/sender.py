@@ -102,7 +102,8 @@ class _Link(asyncio.Protocol):
         """Everything queued in one write, but for who gave up."""
         if self.ended or self._transport is None:
             return
-        now, chunks = self._loop.time(), list[bytes]()
+        now = self._loop.time()
+        chunks: list[bytes] = []
         for waiting in self._unsent:
             if not waiting.reply.done():
                 waiting.sent = now
@@ -186,7 +187,7 @@ class Sender:
         self._link: _Link | None = None
 
     def _connection(self) -> AbstractConnection:
-        return cast(AbstractConnection, self._pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py
+        return cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py
 
     def ask(self, *command: Any, limit: float) -> asyncio.Future[Any]:
         """The reply to a command, within `limit` seconds.

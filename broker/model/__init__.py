@@ -554,7 +554,7 @@ class Redeemable(NamedTuple):
 
 def fields_of(value: object) -> dict[str, Any]:
     """`asdict` for a flat slotted dataclass, without the deep copy."""
-    return {f.name: getattr(value, f.name) for f in fields(cast(Any, value))}
+    return {f.name: getattr(value, f.name) for f in fields(cast("Any", value))}
 
 
 def base64url(raw: bytes) -> str:

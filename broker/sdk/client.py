@@ -436,7 +436,7 @@ def _accept(answer: Answer) -> None:
         message if isinstance(message, str) else f"The answer has status {answer.status} and no explanation.",
         answer.status,
         _request_id(answer),
-        cast(Retry, retry) if retry in ("page", "backend") else None,
+        cast("Retry", retry) if retry in ("page", "backend") else None,
         float(after) if after.isascii() and after.isdigit() else None,
     )
 
@@ -496,7 +496,7 @@ class _Fields:
         value = self.text(name)
         if value not in get_args(Proof):
             raise self._unexpected(f"no known {name}")
-        return cast(Proof, value)
+        return cast("Proof", value)
 
     def inner(self, name: str) -> _Fields:
         return _Fields(self._answer, self._typed(name, dict))
@@ -620,7 +620,7 @@ class BrokerClient:
             while True:
                 request = steps.send(self.send(request))
         except StopIteration as done:
-            return cast(T, done.value)
+            return cast("T", done.value)
 
     def send(self, request: Request) -> Answer:
         """Carry one request, once. A subclass that wants to watch requests overrides this."""
@@ -793,7 +793,7 @@ class AsyncBrokerClient:
             while True:
                 request = steps.send(await self.send(request))
         except StopIteration as done:
-            return cast(T, done.value)
+            return cast("T", done.value)
 
     async def send(self, request: Request) -> Answer:
         """As `BrokerClient.send`."""

@@ -108,7 +108,7 @@ class Seal:
                 continue
             # It is what `generate` made, for the seal says so; proving the primes again would take 40 ms.
             private = serialization.load_der_private_key(plain, None, unsafe_skip_rsa_key_validation=True)
-            return cast(PrivateKey, private), number
+            return cast("PrivateKey", private), number
         raise SealBroken
 
 

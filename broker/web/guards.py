@@ -58,7 +58,7 @@ def _marked(handler: AnyHandler, access: Access) -> AnyHandler:
 
 def access_of(handler: object) -> Access | None:
     """How a route's handler is guarded; None where nobody said."""
-    return cast(Access | None, getattr(handler, _ACCESS, None))
+    return cast("Access | None", getattr(handler, _ACCESS, None))
 
 
 async def _slow_body(request: web.Request) -> bool:

@@ -37,7 +37,7 @@ from broker.web.edge import Answer, Edge
 
 LINGER_SECONDS = 1.0
 _BACKLOG = 1024
-_NO_WRITER = cast(AbstractStreamWriter, None)  # of requests whose answers need none, as nearly all
+_NO_WRITER = cast("AbstractStreamWriter", None)  # of requests whose answers need none, as nearly all
 
 
 class _Protocol(RequestHandler):

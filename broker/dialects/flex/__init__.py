@@ -148,7 +148,7 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     receipt = await request.app[BROKER].redeem(
         app,
         nonce,
-        purpose=cast(Proof | None, purpose),
+        purpose=cast("Proof | None", purpose),
         transaction_id=expected.get("transaction_id"),
         external_id=expected.get("external_id"),
     )
@@ -356,4 +356,4 @@ def _order(value: str | None) -> UserOrder:
     order = {"": field, "ASC": field, "DESC": "-" + field}.get(direction.upper())
     if field not in ("created_at", "updated_at", "id") or order is None:
         raise InvalidRequest("order_by is created_at, updated_at or id, with :ASC or :DESC.")
-    return cast(UserOrder, order)
+    return cast("UserOrder", order)

@@ -38,7 +38,7 @@ def attachment(body: Body, app: RelyingParty, *, second_factor: bool = False) ->
         wanted = "any" if second_factor else app.policy.authenticator_attachment
     if wanted not in ("platform", "cross-platform", "any"):
         raise InvalidRequest('authenticator_attachment is "platform", "cross-platform" or "any".')
-    return None if wanted == "any" else cast(Attachment, wanted)
+    return None if wanted == "any" else cast("Attachment", wanted)
 
 
 def switch(body: Body, name: str) -> bool:
@@ -113,14 +113,14 @@ def _user_verification(body: Body) -> UserVerification | None:
         raise InvalidRequest(
             'user_verification is "required", "preferred" or "discouraged".', reason="field_type"
         )
-    return cast(UserVerification | None, value)
+    return cast("UserVerification | None", value)
 
 
 def _mediation(body: Body) -> Mediation:
     value = "required" if body.get("mediation") is None else body["mediation"]
     if value not in get_args(Mediation):
         raise InvalidRequest('mediation is "required" or "conditional".', reason="field_type")
-    return cast(Mediation, value)
+    return cast("Mediation", value)
 
 
 def _life(body: Body) -> float | None:

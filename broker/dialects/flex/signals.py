@@ -82,8 +82,8 @@ async def exchange(request: web.Request, app: RelyingParty) -> web.StreamRespons
     kind = text_field(body, "kind")
     if kind not in get_args(SignalKind):
         raise InvalidRequest('kind is "update", "delete" or "prune".', reason="field_type")
-    told = await request.app[SIGNALS].exchange(app, cast(SignalKind, kind), text_field(body, "ticket"))
-    members = _MEMBERS[cast(SignalKind, kind)]
+    told = await request.app[SIGNALS].exchange(app, cast("SignalKind", kind), text_field(body, "ticket"))
+    members = _MEMBERS[cast("SignalKind", kind)]
     return json_answer({"calls": [{name: call[name] for name in members} for call in told.calls]})
 
 

@@ -46,7 +46,8 @@ async def begin_second_factor_registration(request: web.Request, app: RelyingPar
 async def _begin_registration(
     request: web.Request, app: RelyingParty, asked: Asked, **more: Any
 ) -> web.StreamResponse:
-    body, faults = await bound(request), list[str]()
+    body = await bound(request)
+    faults: list[str] = []
     user_id = required(body, "user_id", faults)
     user_name = required(body, "username", faults, limit=_NAME)
     display_name = _optional(body, "display_name", faults, limit=_NAME)
@@ -115,7 +116,7 @@ async def _user_of_login(request: web.Request) -> str | None:
     body = await bound(request)
     if body.get("user_id") is None:
         return None
-    faults = list[str]()
+    faults: list[str] = []
     if body["user_id"] == "":
         faults.append("user_id must at least have 1 entry")
     user_id = _optional(body, "user_id", faults)
@@ -147,7 +148,8 @@ async def finish_login(request: web.Request, app: RelyingParty) -> web.StreamRes
 
 async def begin_second_factor_login(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{user_id}` to the request options; all the user's credentials may answer."""
-    body, faults = await bound(request), list[str]()
+    body = await bound(request)
+    faults: list[str] = []
     user_id = required(body, "user_id", faults)
     judge(faults)
     return await _begin_login(request, app, user_id, _SECOND_FACTOR)
@@ -167,7 +169,8 @@ async def finish_second_factor_login(request: web.Request, app: RelyingParty) ->
 async def begin_approval(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{user_id, transaction_id, transaction_data}` to the request options, whose challenge ends with the payload's hash:
     SHA-256(UTF-8 of the transaction id, then the data as `serialised` writes it)."""
-    body, faults = await bound(request), list[str]()
+    body = await bound(request)
+    faults: list[str] = []
     user_id = required(body, "user_id", faults)
     identifier = required(body, "transaction_id", faults, limit=_NAME)
     if not _is_given(body.get("transaction_data")):

@@ -54,7 +54,8 @@ async def get_credential(request: web.Request, app: RelyingParty) -> web.StreamR
 
 async def rename_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{name}` to 204."""
-    body, faults = await bound(request), list[str]()
+    body = await bound(request)
+    faults: list[str] = []
     name = required(body, "name", faults)
     judge(faults)
     owned = await _credential(request, app)

@@ -76,7 +76,7 @@ def user_verification(body: Body) -> UserVerification | None:
     value = body.get("userVerification")
     if value is not None and value not in get_args(UserVerification):
         raise InvalidRequest("userVerification is required, preferred or discouraged.", reason="field_type")
-    return cast(UserVerification | None, value)
+    return cast("UserVerification | None", value)
 
 
 def life(body: Body) -> float | None:
@@ -130,7 +130,7 @@ def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
         life=life(body),
         allow=passkey_ids(body, "allowCredentials"),
         ownerless=app.policy.passlock_open_registration,
-        mediation=cast(Mediation, mediation),
+        mediation=cast("Mediation", mediation),
     )
 
 
