@@ -524,7 +524,8 @@ class Page:
         return cookies
 
     def offline(self, offline: bool = True) -> None:
-        """Cut the page from the network (each fetch fails), or join it again."""
+        """Cut the page from the network (each fetch fails), or join it again. Chromium answers before its network does as told, so a
+        fetch is waited for that sees it."""
         self.send(
             "Network.emulateNetworkConditions",
             offline=offline,
@@ -532,6 +533,8 @@ class Page:
             downloadThroughput=-1,
             uploadThroughput=-1,
         )
+        tried = "fetch(location.href, {cache: 'no-store'}).then(() => false, () => true)"
+        self.wait_until(f"{tried}.then((failed) => failed === {json.dumps(offline)})")
 
     def intercept(self, pattern: str, interceptor: Interceptor) -> None:
         """Ask `interceptor` about requests whose URL matches `pattern` (`*` and `?`); None lets one pass.
