@@ -22,9 +22,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from redis.exceptions import ConnectionError as Lost
 from redis.exceptions import ResponseError
 
+from broker.cli import serving
 from broker.ephemeral import connect
 from broker.ephemeral.client import Commands
 from broker.ephemeral.sender import Sender
+from broker.gathering import LONE
 from tests.servers import Valkey, eventually
 
 LIMIT = 5.0
@@ -221,3 +223,24 @@ def test_one_loop_after_the_other(valkey: Valkey) -> None:
             await commands.close()
 
     assert [asyncio.run(use()) for _ in range(2)] == [b"a", b"a"]
+
+
+def test_who_asks_as_the_connection_ends_is_told_so(valkey: Valkey) -> None:
+    """A transport is closed a turn before it says that the connection is lost, and takes a write in between for nothing. Who is alone writes at once."""
+
+    async def main() -> None:
+        commands = connect(valkey.url, timeout=LIMIT, connections=1)
+        assert isinstance(commands, Sender)
+        try:
+            for _ in range(LONE + 1):
+                assert await commands.ask("PING", limit=LIMIT) == b"PONG"
+            assert commands._link is not None
+            assert commands._link._transport is not None
+            commands._link._transport.close()
+            with pytest.raises(Lost):
+                await commands.ask("PING", limit=LIMIT)
+            assert await commands.ask("PING", limit=LIMIT) == b"PONG"
+        finally:
+            await commands.close()
+
+    serving.run(main())
