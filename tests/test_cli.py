@@ -6,12 +6,16 @@ Most commands run in this process, through the `main` that the installed `broker
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
 import secrets
+import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +34,7 @@ from broker.model import ALGORITHMS, Policy
 from broker.tokens import key_digest
 from tests.authenticator import Authenticator
 from tests.conftest import SECRET_KEY, Started, Starter
+from tests.processes import until
 from tests.test_model import BAD, GOOD
 from tests.wire import ORIGIN, RP_ID, Wire
 
@@ -152,6 +157,31 @@ def test_a_reader_that_goes_away_is_no_fault(stores: EmbeddedStores) -> None:
     finally:
         os.close(write)
     assert (process.returncode, process.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_long_answer_is_whole_when_the_process_was_stopped(
+    stores: EmbeddedStores, cli: Cli, unbuffered: str
+) -> None:
+    """A pipe that is full takes the rest later; who is stopped while waiting for that is told of a part."""
+    for _ in range(12):
+        cli(*NEW)
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen(
+        [str(BROKER), "app", "list", "--json"],
+        env={**CLEAN, "BROKER_DATABASE_URL": stores.database_url, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+    )
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        until(lambda: select.select([pipe], [], [], 0)[0] != [], "it writes")
+        until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "S", "it waits")
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            process.send_signal(number)
+            time.sleep(0.1)  # so that it is seen by itself
+        assert len(json.loads(pipe.read())) >= 12
+    assert process.wait(10) == 0
 
 
 def test_the_version(cli: Cli) -> None:

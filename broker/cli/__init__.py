@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    _write_whole()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = parser()
     if not all(map(_is_utf8, given)):
@@ -62,6 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader went away, as `head` does. What the interpreter flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+
+
+def _write_whole() -> None:
+    """Have standard output and error write all that they are given. Under PYTHONUNBUFFERED, as containers have it, Python asks the system
+    once and drops what was not taken; and of a long text a pipe takes a part where the process was stopped meanwhile."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        raw = getattr(stream, "buffer", None)
+        if isinstance(raw, io.RawIOBase):
+            buffered = io.BufferedWriter(raw)
+            whole = io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True)
+            setattr(sys, name, whole)
 
 
 def _is_utf8(argument: str) -> bool:
