@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -153,14 +154,19 @@ async def hammer(port: int, requests: int, path: str = "/health/live") -> None:
 
 
 async def test_all_answer_on_one_port_and_their_lines_stay_whole(shared: Serve) -> None:
-    await hammer(shared.port, 1000)
     lines: list[dict[str, object]] = []
 
-    def all_there() -> bool:
+    def all_there(sent: int) -> bool:
         lines[:] = [line for line in said(shared, "request") if len(str(line["request_id"])) == 64]
-        return len(lines) == 1000
+        return len(lines) == sent
 
-    until(all_there, "every request has a line, and each line is JSON")
+    for sent in range(
+        1000, 20_001, 1000
+    ):  # whoever is awake accepts: on a busy machine that may be one of them
+        await hammer(shared.port, 1000)
+        until(partial(all_there, sent), "every request has a line, and each line is JSON")
+        if {line["pid"] for line in lines} == set(workers(shared)):
+            break
     assert {line["pid"] for line in lines} == set(workers(shared))
 
 
