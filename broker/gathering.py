@@ -48,7 +48,6 @@ class Gathering:
         "_last",
         "_left",
         "_lone",
-        "_loop",
         "_queue",
         "_under_way",
     )
@@ -57,7 +56,6 @@ class Gathering:
         self._queue = queue
         self._under_way = under_way
         self._go = go
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._context = contextvars.Context()
         self._here = False  # whether somebody waits for turns
         self._left = 0  # turns
@@ -77,8 +75,7 @@ class Gathering:
         self._here = True
         self._left = TURNS
         self._before = 1
-        self._loop = asyncio.get_running_loop()
-        self._loop.call_soon(self._turn, context=self._context)
+        asyncio.get_running_loop().call_soon(self._turn, context=self._context)
 
     def _turn(self) -> None:
         there = len(self._queue)
@@ -86,8 +83,7 @@ class Gathering:
         self._left = TURNS if few and there > self._before else self._left - 1
         if self._left and there and (few or there != self._before):
             self._before = there
-            assert self._loop is not None, "somebody came"
-            self._loop.call_soon(self._turn, context=self._context)
+            asyncio.get_running_loop().call_soon(self._turn, context=self._context)
         else:
             self._here = False
             if there:  # nobody is, where somebody else has emptied the queue

@@ -160,9 +160,8 @@ async def test_all_answer_on_one_port_and_their_lines_stay_whole(shared: Serve) 
         lines[:] = [line for line in said(shared, "request") if len(str(line["request_id"])) == 64]
         return len(lines) == sent
 
-    for sent in range(
-        1000, 20_001, 1000
-    ):  # whoever is awake accepts: on a busy machine that may be one of them
+    # Whoever is awake accepts: on a busy machine that may be one of them.
+    for sent in range(1000, 20_001, 1000):
         await hammer(shared.port, 1000)
         until(partial(all_there, sent), "every request has a line, and each line is JSON")
         if {line["pid"] for line in lines} == set(workers(shared)):
