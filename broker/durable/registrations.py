@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import asyncpg
 
 from broker.durable.postgres import Postgres
-from broker.durable.rows import TELL, recordset, who
+from broker.durable.rows import TELL, Callers, who
 from broker.durable.together import ALONE, Alone
 from broker.errors import UnknownApp
 from broker.model import PendingRegistration, VerifiedRegistration, action_of
@@ -77,6 +77,19 @@ class _Confirmation(NamedTuple):
     request_id: str
 
 
+_USERS = Callers(
+    "app_id text, external_id text, new_id text, new_handle text, at timestamptz, actor text, request_id text"
+)
+_OWNERS = Callers("app_id text, user_id text")
+_PASSKEYS = Callers(
+    "id text, app_id text, user_id text, credential_id text, user_handle text, public_key text, algorithm integer, sign_count bigint,"
+    " backup_eligible boolean, backed_up boolean, transports text[], attachment text, aaguid text, attestation_format text,"
+    " attestation_trust text, user_name text, user_display_name text, nickname text, live boolean, confirmed_at timestamptz,"
+    " second_factor boolean, at timestamptz, actor text, request_id text, action text"
+)
+_CONFIRMATIONS = Callers("id text, app_id text, at timestamptz, actor text, request_id text")
+
+
 class Held(NamedTuple):
     """What a new registration must know of a passkey that its user has."""
 
@@ -126,13 +139,11 @@ class Registrations:
         """Each with another name. None: somebody else has made that user after our snapshot, and the next look sees it.
 
         The app is locked for those only who are missing, as their insert would lock it."""
+        table, values = _USERS.table(users)
         rows = await self._pg.rows(
             "ensure_user",
             f"""
-            WITH a AS (
-                SELECT * FROM json_to_recordset($1::text::json) a (
-                    number integer, app_id text, external_id text, new_id text, new_handle text, at timestamptz, actor text, request_id text)
-            ), old AS (
+            WITH a AS (SELECT * FROM {table}), old AS (
                 SELECT a.number, u.id, u.handle FROM a
                 CROSS JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u
             ), absent AS MATERIALIZED (
@@ -150,7 +161,7 @@ class Registrations:
             SELECT number, id, handle FROM old
             UNION ALL SELECT m.number, new.id, new.handle FROM missing m LEFT JOIN new ON new.id = m.new_id
             """,
-            recordset(users, _User._fields),
+            *values,
         )
         found: list[tuple[str, str] | Alone | None] = [None if alone else ALONE] * len(users)
         for number, user_id, handle in rows:
@@ -164,14 +175,15 @@ class Registrations:
         return await self._held((app_id, user_id))
 
     async def _held_by(self, asked: Sequence[tuple[str, str]], _: bool) -> list[list[Held]]:
+        table, values = _OWNERS.table(asked)
         rows = await self._pg.rows(
             "held_by",
-            "WITH a AS (SELECT * FROM json_to_recordset($1::text::json) a (number integer, app_id text, user_id text))"
+            f"WITH a AS (SELECT * FROM {table})"
             " SELECT a.number, c.credential_id, c.transports, c.live FROM a JOIN credentials c"
             # The array keeps the planner from reading all passkeys: it takes the callers for 100.
             " ON c.user_id = ANY (ARRAY(SELECT user_id FROM a)) AND c.user_id = a.user_id AND c.app_id = a.app_id"
             " ORDER BY a.number, c.created_at, c.id",
-            recordset(asked, ("app_id", "user_id")),
+            *values,
         )
         found: list[list[Held]] = [[] for _ in asked]
         for number, credential_id, transports, live in rows:
@@ -259,16 +271,11 @@ class Registrations:
 
     async def _add_rows(self, passkeys: Sequence[_Passkey], owners: str) -> list[asyncpg.Record]:
         """Number and whether it was added, of each passkey that has an owner; `owners` says who that is."""
+        table, values = _PASSKEYS.table(passkeys)
         return await self._pg.rows(
             "add_credential",
             f"""
-            WITH a AS (
-                SELECT *, decode(credential_id, 'hex') AS key_id FROM json_to_recordset($1::text::json) a (
-                    number integer, id text, app_id text, user_id text, credential_id text, user_handle text, public_key text,
-                    algorithm integer, sign_count bigint, backup_eligible boolean, backed_up boolean, transports text[], attachment text,
-                    aaguid text, attestation_format text, attestation_trust text, user_name text, user_display_name text, nickname text,
-                    live boolean, confirmed_at timestamptz, second_factor boolean, at timestamptz, actor text, request_id text, action text)
-            ), owner AS ({owners}),
+            WITH a AS (SELECT *, decode(credential_id, 'hex') AS key_id FROM {table}), owner AS ({owners}),
             new AS (
                 INSERT INTO credentials AS c (
                     id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
@@ -288,7 +295,7 @@ class Registrations:
             )
             SELECT o.number, new.id IS NOT NULL AS added FROM owner o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
             """,
-            recordset(passkeys, _Passkey._fields),
+            *values,
         )
 
     # -- redeemed -------------------------------------------------------------------------------------------------------------
@@ -302,12 +309,12 @@ class Registrations:
     ) -> list[bool | Alone]:
         """Each of another credential."""
         passing_over = "" if alone else "SKIP LOCKED"
+        table, values = _CONFIRMATIONS.table(confirmations)
         rows = await self._pg.rows(
             "confirm_credential",
             f"""
             WITH held AS (
-                SELECT a.*, u.id AS user_id FROM json_to_recordset($1::text::json) a (
-                    number integer, id text, app_id text, at timestamptz, actor text, request_id text)
+                SELECT a.*, u.id AS user_id FROM {table}
                 CROSS JOIN LATERAL (
                     SELECT user_id FROM credentials WHERE id = a.id AND app_id = a.app_id FOR NO KEY UPDATE {passing_over}
                 ) c
@@ -323,7 +330,7 @@ class Registrations:
             )
             SELECT number FROM kept
             """,
-            recordset(confirmations, _Confirmation._fields),
+            *values,
         )
         found: list[bool | Alone] = [False if alone else ALONE] * len(confirmations)
         for (number,) in rows:

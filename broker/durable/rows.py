@@ -38,11 +38,29 @@ def who() -> tuple[str, str]:
     return now.actor, now.request_id
 
 
-def recordset(callers: Sequence[tuple[object, ...]], names: tuple[str, ...]) -> str:
-    """What callers ask as one value, a JSON array of objects, numbered: asyncpg asks of each item of an array whether it is one as well."""
-    return orjson.dumps(
-        [dict(zip(("number", *names), (number, *asked), strict=True)) for number, asked in enumerate(callers)]
-    ).decode()
+class Callers:
+    """What callers ask of one statement, as its table `a`, numbered. `columns` as SQL writes them: "id text, at timestamptz".
+
+    A caller alone is a row of the statement's parameters: Postgres then plans for one row instead of a hundred, and reads no JSON, and a
+    statement takes a tenth to a fifth less time. Several are one value, a JSON array of objects: asyncpg asks of each item of an array
+    whether it is one as well. `one` and `several` are the table's two forms, for a FROM.
+    """
+
+    def __init__(self, columns: str) -> None:
+        pairs = [column.split(" ", 1) for column in columns.split(", ")]
+        self._names = ("number", *(name for name, _ in pairs))
+        parameters = ", ".join(f"${n}::{kind}" for n, (_, kind) in enumerate(pairs, 1))
+        self.one = f"(VALUES (0, {parameters})) a ({', '.join(self._names)})"
+        self.several = f"json_to_recordset($1::text::json) a (number integer, {columns})"
+
+    def table(self, asked: Sequence[tuple[object, ...]]) -> tuple[str, tuple[object, ...]]:
+        """The table for so many, and the statement's values; each of `asked` has a value for every column."""
+        return (self.one, asked[0]) if len(asked) == 1 else (self.several, (self.array(asked),))
+
+    def array(self, asked: Sequence[tuple[object, ...]]) -> str:
+        """The value of `several`, for any number."""
+        rows = [dict(zip(self._names, (number, *values), strict=True)) for number, values in enumerate(asked)]
+        return orjson.dumps(rows).decode()
 
 
 def app_of(row: asyncpg.Record) -> RelyingParty:

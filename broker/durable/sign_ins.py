@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from broker.durable.postgres import Postgres
-from broker.durable.rows import OFFERED, TELL, offered_of, recordset, who
+from broker.durable.rows import OFFERED, TELL, Callers, offered_of, who
 from broker.durable.together import ALONE, Alone
 from broker.model import Credential, Offered, Used, VerifiedAuthentication
 
@@ -34,6 +34,13 @@ class _Use(NamedTuple):
     approval: str | None
 
 
+_USES = Callers(
+    "id text, app_id text, sign_count bigint, backed_up boolean, at timestamptz, flag_counter boolean, actor text, request_id text,"
+    " action text, approval text"
+)
+_ASKED = Callers("app_id text, external_id text, second_factor boolean")
+
+
 class SignIns:
     """The two statements of a login."""
 
@@ -51,16 +58,15 @@ class SignIns:
     async def _users_to_sign_in(
         self, asked: Sequence[tuple[str, str, bool]], _: bool
     ) -> list[tuple[str, str, list[Offered]] | None]:
+        table, values = _ASKED.table(asked)
         rows = await self._pg.rows(
             "user_to_sign_in",
-            f"SELECT a.number, u.id AS owner, u.handle, {OFFERED}"
-            " FROM json_to_recordset($1::text::json)"
-            " a (number integer, app_id text, external_id text, second_factor boolean)"
+            f"SELECT a.number, u.id AS owner, u.handle, {OFFERED} FROM {table}"
             # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all users: it takes the callers for 100.
             " JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
             " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND (a.second_factor OR NOT c.second_factor)"
             " ORDER BY a.number, c.created_at, c.id",
-            recordset(asked, ("app_id", "external_id", "second_factor")),
+            *values,
         )
         found: list[tuple[str, str, list[Offered]] | None] = [None] * len(asked)
         for row in rows:
@@ -107,15 +113,14 @@ class SignIns:
             if any(use.approval is not None for use in uses)
             else ""
         )
+        table, values = _USES.table(uses)
         rows = await self._pg.rows(
             "use_credential",
             f"""
             WITH old AS (
                 SELECT a.*, c.user_id, c.backed_up AS was_backed_up,
                        NOT (c.sign_count < a.sign_count OR (c.sign_count = 0 AND a.sign_count = 0)) AS regressed
-                FROM json_to_recordset($1::text::json) a (
-                    number integer, id text, app_id text, sign_count bigint, backed_up boolean, at timestamptz, flag_counter boolean,
-                    actor text, request_id text, action text, approval text)
+                FROM {table}
                 CROSS JOIN LATERAL (
                     SELECT c.user_id, c.backed_up, c.sign_count FROM credentials c
                     WHERE c.id = a.id AND c.app_id = a.app_id AND c.live FOR UPDATE {"" if alone else "SKIP LOCKED"}
@@ -131,7 +136,7 @@ class SignIns:
             ){approve}
             SELECT number, regressed, was_backed_up <> backed_up AS backup_changed FROM used
             """,
-            recordset(uses, _Use._fields),
+            *values,
         )
         found: list[Used | Alone | None] = [None if alone else ALONE] * len(uses)
         for number, regressed, backup_changed in rows:
