@@ -290,6 +290,7 @@ CLIENT_DATA: list[tuple[str, bytes]] = [
     ("a huge number", GOOD.encode()[:-1] + b',"x":' + b"9" * 5000 + b"}"),
     ("deep nesting", b"[" * 16_000),
     ("deep nesting below", GOOD.encode()[:-1] + b',"x":' + b"[" * 7000 + b"]" * 7000 + b"}"),
+    ("nesting a little too deep", GOOD.encode()[:-1] + b',"x":' + b"[" * 500 + b"]" * 500 + b"}"),
     ("a tail", GOOD.encode() + b"x"),
     ("a NUL at the end", GOOD.encode() + b"\0"),
     ("two marks of byte order", b"\xef\xbb\xbf" * 2 + GOOD.encode()),
@@ -338,6 +339,8 @@ def test_client_data_that_is_ambiguous_or_broken(raw: bytes) -> None:
         compact(GOOD.encode())[:-1] + b',"x":{"\\u00e9":9}}',
         # Deep enough that the fast parser reads it, but does not write it.
         compact(GOOD.encode())[:-1] + b',"x":' + b"[" * 300 + b"]" * 300 + b"}",
+        GOOD.encode()[:-1] + b',"x":' + b"[" * 498 + b"]" * 498 + b"}",
+        GOOD.encode()[:-1] + b',"x":"' + b"[" * 7000 + b'"}',
     ],
     ids=[
         "byte order mark",
@@ -347,6 +350,8 @@ def test_client_data_that_is_ambiguous_or_broken(raw: bytes) -> None:
         "compact",
         "escapes",
         "nesting",
+        "as deep as may be",
+        "brackets in text",
     ],
 )
 def test_client_data_that_is_unusual(raw: bytes) -> None:

@@ -20,6 +20,7 @@ from broker.model import RelyingParty, base64url
 
 CREATE, GET = "webauthn.create", "webauthn.get"
 _CHALLENGE = re.compile(r"[A-Za-z0-9_-]{22,171}")
+_DEEPEST = 500  # levels
 
 
 def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingParty) -> str:
@@ -110,6 +111,8 @@ def _read(raw: bytes) -> dict[str, Any]:
         # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte order mark
         text = raw.decode("utf-8-sig")
         data = _DECODER.decode(text)
+        if text.count("[") + text.count("{") > _DEEPEST:
+            _judge_depth(data)
         if "\\u" in text or "\\U" in text:
             json.dumps(data, ensure_ascii=False).encode()  # fails on a lone surrogate
     except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, a number of thousands of digits
@@ -117,6 +120,21 @@ def _read(raw: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise refuse("malformed", "The client data is not a JSON object.")
     return data
+
+
+def _judge_depth(data: object) -> None:
+    """How deep Python's parser goes depends on its version: what is nested deeper than `_DEEPEST` is a ValueError with each."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ValueError("nesting")
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
