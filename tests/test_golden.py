@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 import broker.dialects
 from broker.app import DIALECTS
+from broker.dialects.hanko.refusals import status_name
 from broker.errors import Unavailable
 from broker.model import Policy
 from tests.byo import judge as judge_propelauth
@@ -88,7 +88,7 @@ def rows(dialect: str) -> Iterator[tuple[list[int], list[str]]]:
             continue
         for row in re.finditer(r"^\| (\d{3}(?:, \d{3})*) \| (.*?) \| ", section, re.M):
             statuses = [int(status) for status in row[1].split(", ")]
-            yield statuses, re.findall(r"`([^`]+)`", row[2]) or [HTTPStatus(s).phrase for s in statuses]
+            yield statuses, re.findall(r"`([^`]+)`", row[2]) or [status_name(s) for s in statuses]
 
 
 @pytest.mark.parametrize("dialect", NAMES)

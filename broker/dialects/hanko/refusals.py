@@ -1,7 +1,7 @@
 """Refusals in Hanko's shape: `{title, details, status}`, all three always there, for its SDK throws only where an error has a body.
 
 A title is the vendor's word for the step that failed, so it depends on the operation as well as on the refusal: `TITLES` has the
-rows of each operation, `_ANYWHERE` those of all, and what has no row is told by the status' own name (RFC 9110 §15). `details` is
+rows of each operation, `_ANYWHERE` those of all, and what has no row is told by the status' own name (RFC 7231 §6). `details` is
 our sentence, but where the vendor has a second word. A caller without a key gets one title for every refused sign-in.
 """
 
@@ -95,13 +95,21 @@ TITLES: Mapping[str, Mapping[_Row, _Told]] = {
     "transaction/{user_id}": {(errors.InvalidRequest, "user_id"): _Told("invalid user id")},
 }
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]{1,1364}\Z")
+_RENAMED = {
+    413: "Request Entity Too Large"
+}  # RFC 9110 has another name than RFC 7231, and Python from 3.13 on
+
+
+def status_name(status: int) -> str:
+    """The name of a status, the same with every Python."""
+    return _RENAMED.get(status) or HTTPStatus(status).phrase
 
 
 def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
     """`{title, details, status}`, in the words of the operation that was asked for."""
     told = _told(refusal, _operation(request))
     status = told.status or STATUS[type(refusal)]
-    title = told.title or HTTPStatus(status).phrase
+    title = told.title or status_name(status)
     if isinstance(refusal, errors.UnknownPasskey) and request is not None:
         wanted = request.match_info.get("credential_id", "")
         title = f"credential with id '{wanted if _BASE64URL.match(wanted) else '…'}' not found"
