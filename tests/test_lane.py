@@ -143,6 +143,7 @@ Dial = Callable[[int], Awaitable[Line]]
 @pytest.fixture
 async def start() -> AsyncIterator[Open]:
     """Start places; ended, and looked through for what would wake an operator, at the end of the test."""
+    gc.collect()  # what other tests left is told about now
     started: list[Place] = []
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
