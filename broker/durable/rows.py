@@ -42,7 +42,7 @@ class Callers:
     """What callers ask of one statement, as its table `a`, numbered. `columns` as SQL writes them: "id text, at timestamptz".
 
     A caller alone is a row of the statement's parameters: Postgres then plans for one row instead of a hundred, and reads no JSON, and a
-    statement takes a tenth to a fifth less time. Several are one value, a JSON array of objects: asyncpg asks of each item of an array
+    statement takes about a fifth less time. Several are one value, a JSON array of objects: asyncpg asks of each item of an array
     whether it is one as well. `one` and `several` are the table's two forms, for a FROM.
     """
 
