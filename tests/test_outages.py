@@ -35,7 +35,7 @@ from tests.wire import ORIGIN, Answer, Wire
 TIMEOUT = 0.8  # seconds, of one wait for a store
 ANSWERED_WITHIN = 2.0
 BACK_WITHIN = 2.0
-CONNECTIONS = 8
+CONNECTIONS = 16  # more than the first requests of an outage, fewer than a burst
 
 Call = Callable[[], Awaitable[Answer]]
 
@@ -285,12 +285,11 @@ async def test_an_outage(scene: Scene, name: str) -> None:
     requests = await scene.requests()
     spare = await scene.requests()
     async with case.outage(scene):
-        # These before the others: where statements hang, the others take every connection, and then it is not ready either.
-        live, ready = await asyncio.gather(
+        live, ready, *answers = await asyncio.gather(
             in_time(lambda: wire.send("GET", f"{wire.url}/health/live")),
             in_time(lambda: wire.send("GET", f"{wire.url}/health/ready")),
+            *(in_time(request.call) for request in requests.values()),
         )
-        answers = await asyncio.gather(*(in_time(request.call) for request in requests.values()))
         assert live.status == 200
         assert (ready.status, (ready.json or {}).get("missing", [])) == (
             503 if case.missing else 200,

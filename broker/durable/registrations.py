@@ -77,17 +77,14 @@ class _Confirmation(NamedTuple):
     request_id: str
 
 
-_USERS = Callers(
-    "app_id text, external_id text, new_id text, new_handle text, at timestamptz, actor text, request_id text"
-)
-_OWNERS = Callers("app_id text, user_id text")
-_PASSKEYS = Callers(
-    "id text, app_id text, user_id text, credential_id text, user_handle text, public_key text, algorithm integer, sign_count bigint,"
-    " backup_eligible boolean, backed_up boolean, transports text[], attachment text, aaguid text, attestation_format text,"
-    " attestation_trust text, user_name text, user_display_name text, nickname text, live boolean, confirmed_at timestamptz,"
-    " second_factor boolean, at timestamptz, actor text, request_id text, action text"
-)
-_CONFIRMATIONS = Callers("id text, app_id text, at timestamptz, actor text, request_id text")
+class _Owner(NamedTuple):
+    """A user whose passkeys are asked for."""
+
+    app_id: str
+    user_id: str
+
+
+_USERS, _OWNERS, _PASSKEYS, _CONFIRMATIONS = map(Callers, (_User, _Owner, _Passkey, _Confirmation))
 
 
 class Held(NamedTuple):
@@ -172,9 +169,9 @@ class Registrations:
 
     async def held_by(self, app_id: str, user_id: str) -> list[Held]:
         """The user's passkeys, oldest first."""
-        return await self._held((app_id, user_id))
+        return await self._held(_Owner(app_id, user_id))
 
-    async def _held_by(self, asked: Sequence[tuple[str, str]], _: bool) -> list[list[Held]]:
+    async def _held_by(self, asked: Sequence[_Owner], _: bool) -> list[list[Held]]:
         table, values = _OWNERS.table(asked)
         rows = await self._pg.rows(
             "held_by",

@@ -34,11 +34,15 @@ class _Use(NamedTuple):
     approval: str | None
 
 
-_USES = Callers(
-    "id text, app_id text, sign_count bigint, backed_up boolean, at timestamptz, flag_counter boolean, actor text, request_id text,"
-    " action text, approval text"
-)
-_ASKED = Callers("app_id text, external_id text, second_factor boolean")
+class _Asked(NamedTuple):
+    """Whose passkeys may answer."""
+
+    app_id: str
+    external_id: str
+    second_factor: bool
+
+
+_USES, _ASKED = Callers(_Use), Callers(_Asked)
 
 
 class SignIns:
@@ -53,10 +57,10 @@ class SignIns:
         self, app_id: str, external_id: str, *, second_factor: bool = False
     ) -> Awaitable[tuple[str, str, list[Offered]] | None]:
         """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are among them."""
-        return self._sign_in((app_id, external_id, second_factor))
+        return self._sign_in(_Asked(app_id, external_id, second_factor))
 
     async def _users_to_sign_in(
-        self, asked: Sequence[tuple[str, str, bool]], _: bool
+        self, asked: Sequence[_Asked], _: bool
     ) -> list[tuple[str, str, list[Offered]] | None]:
         table, values = _ASKED.table(asked)
         rows = await self._pg.rows(

@@ -95,9 +95,8 @@ TITLES: Mapping[str, Mapping[_Row, _Told]] = {
     "transaction/{user_id}": {(errors.InvalidRequest, "user_id"): _Told("invalid user id")},
 }
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]{1,1364}\Z")
-_RENAMED = {
-    413: "Request Entity Too Large"
-}  # RFC 9110 has another name than RFC 7231, and Python from 3.13 on
+# RFC 9110 has another name than RFC 7231, and Python from 3.13 on.
+_RENAMED = {413: "Request Entity Too Large"}
 
 
 def status_name(status: int) -> str:
