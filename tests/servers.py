@@ -12,10 +12,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
@@ -26,9 +26,12 @@ from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
 from broker.embedded.children import Server
 from broker.embedded.place import server_account
+from broker.errors import Unavailable
 from broker.telemetry import Metrics
 from tests.processes import DEADLINE, alive, descendants, free_port, until
 from tests.proxy import Streams
+
+T = TypeVar("T")
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -37,6 +40,21 @@ async def eventually(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"never came true: {what}"
         await asyncio.sleep(0.01)  # between two looks
+
+
+async def reached(ask: Callable[[], Awaitable[T]]) -> T:
+    """What a store that is up answers: a client's first tries can run out of time before a busy machine has connected it.
+
+    Raises:
+        Unavailable: the store is not up.
+    """
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            return await ask()
+        except Unavailable:
+            if time.monotonic() >= deadline:
+                raise
 
 
 @dataclass(slots=True)

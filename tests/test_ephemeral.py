@@ -38,7 +38,7 @@ from broker.telemetry import CONTEXT, Context, Metrics
 from broker.tokens import SystemMint, digest, text
 from tests.conftest import Clock
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
-from tests.servers import Valkey, eventually
+from tests.servers import Valkey, eventually, reached
 
 APP = "AppAppAppAppAppAppAppApp"
 OTHER = "OtherOtherOtherOtherOthe"
@@ -931,7 +931,7 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
 async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float | None, limit: float) -> None:
     """Within the store's limit, and within what is left of the request. The margin is the machine's."""
     store = real.store(port=proxy.port, timeout=0.4 if left is None else 5)
-    await store.check()
+    await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
     deadline = None if left is None else time.monotonic() + left
     token = CONTEXT.set(Context("", "browser", deadline=deadline))
@@ -946,7 +946,7 @@ async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float |
 
 async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> None:
     store = real.store(port=proxy.port, connections=2, timeout=0.4)
-    await store.check()
+    await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
     began = time.monotonic()
     results = await asyncio.gather(
@@ -955,6 +955,7 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
     assert time.monotonic() - began <= 2.0, "they wait side by side"
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
+    await reached(store.check)
     assert await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4))) == [None] * 4
 
 
@@ -978,7 +979,7 @@ async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> 
 
 async def test_connections_do_not_pile_up(proxy: RedisProxy, real: Place) -> None:
     store = real.store(port=proxy.port, connections=4, timeout=0.25)
-    await store.check()
+    await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
     for _ in range(5):
         await asyncio.gather(*(store.check() for _ in range(12)), return_exceptions=True)

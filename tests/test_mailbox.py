@@ -23,7 +23,7 @@ from broker.mailbox import ATTEMPTS, LIFE
 from tests.conftest import OpenApp, Started, Starter
 from tests.golden import golden
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
-from tests.servers import Valkey
+from tests.servers import Valkey, reached
 from tests.signals import counted, lines, quiet, refused, same_answer
 from tests.test_ephemeral import APP, MINT, OTHER, REAL, STRANGE, Place
 from tests.wire import Answer, Wire
@@ -368,7 +368,9 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
     place: Place, proxy: RedisProxy, fate: Fate
 ) -> None:
     """A guess whose verdict was lost has been counted, and a right one has spent the code."""
-    store, near = MailCodes(place.store(port=proxy.port, timeout=0.4)), codes(place)
+    far, near = place.store(port=proxy.port, timeout=0.4), codes(place)
+    await reached(far.check)
+    store = MailCodes(far)
     made = await put(store, code(place))
     await store.judge(APP, made.id, "", WRONG, place.clock())
     for digits, left in ((WRONG, ATTEMPTS - 1), (DIGITS, None)):
