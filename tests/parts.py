@@ -86,9 +86,9 @@ def npm_packages(place: Path = SDK) -> Path:
     modules = place / "node_modules"
     stamp = modules / ".installed-lock.json"
     if not stamp.exists() or stamp.read_bytes() != (place / "package-lock.json").read_bytes():
-        name = place.relative_to(ROOT)
+        name, target = place.relative_to(ROOT), "test" if place == SDK else "bench-peers"
         raise MissingPart(
-            f"The packages of {name} are not installed; run `make test`, or `npm ci` in {name}."
+            f"The packages of {name} are not installed; run `make {target}`, or `npm ci` in {name}."
         )
     return modules
 
