@@ -25,16 +25,16 @@ from tests.bench.service import Cores, Driver, Server, Stores, aimed, broker, kn
 USERS = 256
 # Case, in flight, logins a repetition.
 CASES = (
-    ("flex", 1, 300),
-    ("flex", 16, 3000),
-    ("flex", 64, 3000),
-    ("register", 16, 600),
-    ("propelauth", 16, 4000),
-    ("propelauth", 64, 5000),
-    ("hanko", 16, 1500),
+    ("flex", 1, 100),
+    ("flex", 16, 1000),
+    ("flex", 64, 1000),
+    ("register", 16, 300),
+    ("propelauth", 16, 1400),
+    ("propelauth", 64, 1700),
+    ("hanko", 16, 500),
 )
-NODE = (("node", 16, 2500), ("node", 64, 3000))
-WORKERS = (("workers2", 16, 3000), ("workers2", 32, 3000), ("workers2", 64, 3000))
+NODE = (("node", 16, 800), ("node", 64, 1000))
+WORKERS = (("workers2", 16, 1000), ("workers2", 32, 1000), ("workers2", 64, 1000))
 NAMES = {f"{name}-{in_flight}" for name, in_flight, _ in CASES + NODE + WORKERS}
 
 
@@ -45,7 +45,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--cases", help=f"only these, with commas between: {', '.join(sorted(NAMES))}")
     parser.add_argument("--peers", action="store_true", help="measure the Node peer as well")
     parser.add_argument(

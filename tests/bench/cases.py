@@ -3,7 +3,8 @@
 Cases take turns: one repetition of each, then the next round, so that a slow minute of the machine falls on all of them alike, and
 cases that are compared (a peer, two workers, a larger database) are compared within the same minutes. The core is calibrated right
 before and right after each repetition. A repetition does not count in whose course other processes took more than `MOST_OTHER` of a
-core, or the two calibrations differ by more than `MOST_DRIFT`; further rounds make up for it.
+core, or the two calibrations differ by more than `MOST_DRIFT`; further rounds make up for it. Repetitions are short and many: where
+neighbours come and go within seconds, a calibration tells little about three seconds and much about one.
 """
 
 from __future__ import annotations
