@@ -369,11 +369,12 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
 ) -> None:
     """A guess whose verdict was lost has been counted, and a right one has spent the code."""
     far, near = place.store(port=proxy.port, timeout=0.4), codes(place)
-    await reached(far.check)
     store = MailCodes(far)
+    await reached(far.check)
     made = await put(store, code(place))
     await store.judge(APP, made.id, "", WRONG, place.clock())
     for digits, left in ((WRONG, ATTEMPTS - 1), (DIGITS, None)):
+        await reached(far.check)  # the one before ended the connection
         proxy.commands.clear()
         proxy.fate = of_command(fate, b"EVALSHA")
         with pytest.raises(Unavailable):
