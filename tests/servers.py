@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
@@ -31,8 +31,6 @@ from broker.telemetry import Metrics
 from tests.processes import DEADLINE, alive, descendants, free_port, until
 from tests.proxy import Streams
 
-T = TypeVar("T")
-
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
     """`until` for a condition that this event loop brings about."""
@@ -42,8 +40,8 @@ async def eventually(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(0.01)  # between two looks
 
 
-async def reached(ask: Callable[[], Awaitable[T]]) -> T:
-    """What a store that is up answers: a client's first tries can run out of time before a busy machine has connected it.
+async def reached(check: Callable[[], Awaitable[None]]) -> None:
+    """Connect to a store that is up: a client's first tries can run out of time before a busy machine has connected it.
 
     Raises:
         Unavailable: the store is not up.
@@ -51,7 +49,7 @@ async def reached(ask: Callable[[], Awaitable[T]]) -> T:
     deadline = time.monotonic() + DEADLINE
     while True:
         try:
-            return await ask()
+            return await check()
         except Unavailable:
             if time.monotonic() >= deadline:
                 raise

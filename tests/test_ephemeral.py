@@ -955,7 +955,6 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
     assert time.monotonic() - began <= 2.0, "they wait side by side"
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
-    await reached(store.check)
     assert await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4))) == [None] * 4
 
 

@@ -25,7 +25,7 @@ from tests.bench.service import Cores, Driver, Server, Stores, aimed, broker, kn
 USERS = 256
 # Case, in flight, logins a repetition.
 CASES = (
-    ("flex", 1, 100),
+    ("flex", 1, 300),
     ("flex", 16, 1000),
     ("flex", 64, 1000),
     ("register", 16, 300),
