@@ -5,17 +5,23 @@ cases that are compared (a peer, two workers, a larger database) are compared wi
 before and right after each repetition. A repetition does not count in whose course other processes took more than `MOST_OTHER` of a
 core, or the two calibrations differ by more than `MOST_DRIFT`; further rounds make up for it. Repetitions are short and many: where
 neighbours come and go within seconds, a calibration tells little about three seconds and much about one.
+
+Other virtual machines' processes count as other processes. Nothing here shows them but the core's speed: one that computes on the core's
+other thread makes a verification a third slower, and a login more than that, for it takes half of the caches as well, which a
+verification hardly uses. So a repetition does not count either when one of its calibrations took longer by more than `MOST_OTHER` than
+the run's fastest. A core that is shared from the first to the last repetition is what the machine is, and counts.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.bench import measure
-from tests.bench.report import MOST_DRIFT, MOST_OTHER, Repetition
+from tests.bench.report import MOST_DRIFT, MOST_OTHER, Discarded, Repetition
 from tests.bench.service import Driver, Server, Stores, settled
 
 _MOST_ROUNDS = 6  # times as many as repetitions were asked for
@@ -92,8 +98,8 @@ class Case:
     what: str
     in_flight: int
     count: int
+    ran: list[Repetition] = field(default_factory=list)
     good: list[Repetition] = field(default_factory=list)
-    bad: list[Repetition] = field(default_factory=list)
 
     def warm(self) -> None:
         count = max(self.count // 4, self.in_flight * 2)
@@ -101,27 +107,37 @@ class Case:
         sound(self.bench.driver(self.what, count=count, in_flight=self.in_flight))
 
     def repeat(self) -> None:
-        found = self.bench.repetition(self.what, self.in_flight, self.count)
-        (self.good if found.counts else self.bad).append(found)
+        self.ran.append(self.bench.repetition(self.what, self.in_flight, self.count))
 
-    def unfit(self) -> str:
+    def judge(self, best: float) -> None:
+        """Find what counts, where a verification takes `best` seconds when the core is ours alone."""
+        self.good = [r for r in self.ran if r.discarded(best) is None]
+
+    def unfit(self, best: float) -> str:
         """Why there are too few repetitions."""
-        busy = [r for r in self.bad if r.others > MOST_OTHER]
-        drifted = [r for r in self.bad if r.others <= MOST_OTHER]
+        discarded: dict[Discarded | None, list[Repetition]] = {}
+        for repetition in self.ran:
+            discarded.setdefault(repetition.discarded(best), []).append(repetition)
         reasons = []
-        if busy:
+        if busy := discarded.get("busy"):
             most = max(r.others for r in busy)
             reasons.append(
                 f"{len(busy)} while other processes took over {MOST_OTHER:.0%} of a core (up to {most:.0%})"
             )
-        if drifted:
+        if drifted := discarded.get("drifted"):
             verifies = [v * 1e6 for r in drifted for v in r.verifies]
             reasons.append(
                 f"{len(drifted)} in whose course the core changed its speed by over {MOST_DRIFT:.0%}"
                 f" (one verification took {min(verifies):.0f} to {max(verifies):.0f} us)"
             )
+        if shared := discarded.get("shared"):
+            slowest = max(max(r.verifies) for r in shared) * 1e6
+            reasons.append(
+                f"{len(shared)} while a neighbour had over {MOST_OTHER:.0%} of the core"
+                f" (one verification took up to {slowest:.0f} us, {best * 1e6:.0f} at best)"
+            )
         return (
-            f"of {len(self.good) + len(self.bad)} repetitions of {self.name} {len(self.good) or 'none'} counted; discarded were "
+            f"of {len(self.ran)} repetitions of {self.name} {len(self.good) or 'none'} counted; discarded were "
             f"{' and '.join(reasons)}. Run it again when the machine is quiet, or fewer cases with --cases."
         )
 
@@ -138,6 +154,7 @@ def measured(
     """
     for case in cases:
         case.warm()
+    best = math.inf
     for number in range(repetitions * _MOST_ROUNDS):
         lacking = [case for case in cases if len(case.good) < repetitions]
         if not lacking:
@@ -145,8 +162,11 @@ def measured(
         say(f"round {number + 1}: {', '.join(case.name for case in lacking)}")
         for case in lacking:
             case.repeat()
+        best = min(best, *(v for case in lacking for v in case.ran[-1].verifies))
+        for case in cases:
+            case.judge(best)
     fit = [case for case in cases if len(case.good) * 2 > repetitions]
-    unfit = [case.unfit() for case in cases if case not in fit]
+    unfit = [case.unfit(best) for case in cases if case not in fit]
     if not fit:
         raise Unfit(" ".join(unfit))
     return fit, unfit

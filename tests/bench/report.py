@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-MOST_OTHER = 0.15  # of a core, by processes that are none of ours
+MOST_OTHER = 0.15  # of a core, by processes that are none of ours: this machine's, or a neighbour's of the same processor
 MOST_DRIFT = 0.10  # between the calibrations before and after a repetition
+Discarded = Literal["busy", "drifted", "shared"]
 _TOKENS = ("hanko",)  # what hands out a token signed with RS256
 
 
@@ -39,11 +40,14 @@ class Repetition:
     def verify(self) -> float:
         return sum(self.verifies) / 2
 
-    @property
-    def counts(self) -> bool:
-        """Whether the machine was quiet and steady enough."""
-        drift = abs(self.verifies[0] - self.verifies[1]) / self.verify
-        return self.others <= MOST_OTHER and drift <= MOST_DRIFT
+    def discarded(self, best: float) -> Discarded | None:
+        """Why it does not count, None if it does. `best` is what a verification took when it was fastest, in seconds: where it takes
+        longer, somebody else has a part of the core."""
+        if self.others > MOST_OTHER:
+            return "busy"
+        if abs(self.verifies[0] - self.verifies[1]) / self.verify > MOST_DRIFT:
+            return "drifted"
+        return "shared" if max(self.verifies) > best * (1 + MOST_OTHER) else None
 
 
 def figures(what: str, repetitions: Sequence[Repetition]) -> dict[str, Any]:
