@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -10,6 +14,8 @@ import pytest
 from tests.bench import report
 from tests.bench.cases import Bench, Case, Unfit, measured, sound
 from tests.bench.report import Repetition
+from tests.bench.service import ROOT
+from tests.processes import DEADLINE, alive, descendants
 
 STEADY = Repetition(
     logins=1000,
@@ -139,3 +145,27 @@ def test_two_runs_are_compared_by_their_ratios() -> None:
     new = {"cases": {"flex-16": {"ratio": 10.0}, "new-1": {"ratio": 1.0}}}
     _, line = report.comparison(old, new).splitlines()
     assert line.split() == ["flex-16", "20.00", "10.00", "0.50"]
+
+
+def test_what_a_benchmark_started_ends_with_it() -> None:
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "tests.bench", "--cases", "flex-1"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    started: list[int] = []
+    try:
+        assert bench.stderr is not None
+        assert "round 1" in bench.stderr.readline()  # stores, broker and driver are at work
+        started = descendants(bench.pid)
+        bench.send_signal(signal.SIGTERM)
+        assert bench.wait(2 * DEADLINE) == 128 + signal.SIGTERM
+        assert len(started) > 3
+        assert alive(started) == []
+    finally:
+        bench.kill()
+        bench.wait()
+        for pid in alive(started):
+            os.kill(pid, signal.SIGKILL)

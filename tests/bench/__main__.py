@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -66,6 +67,7 @@ def main() -> int:
         old, new = (json.loads(path.read_text()) for path in options.compare)
         print(report.comparison(old, new))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started ends as well
     try:
         if options.endurance:
             result = endurance.run(options.logins, _say)
