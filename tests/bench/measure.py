@@ -44,6 +44,17 @@ def _own(pid: int) -> float:
     return total / 1e9
 
 
+def touched(pid: int) -> int:
+    """How many pages in memory a process and its living descendants have touched, each counted when a process touches it first (minor faults)."""
+    found = 0
+    for each in (pid, *_children(pid)):
+        try:
+            found += int(Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[7])
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
