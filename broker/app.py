@@ -55,6 +55,7 @@ from broker.web import (
 )
 from broker.web.body import MAX_BODY
 from broker.web.server import bind
+from broker.web.share import Share
 
 DIALECTS: tuple[Dialect, ...] = (flex, hanko, passlock, propelauth)
 
@@ -317,10 +318,12 @@ async def _close_all(listeners: Sequence[Listener]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Sockets that listen: those of the port for pages, and those of the management port, where there is one."""
+    """Sockets that listen: those of the port for pages, and those of the management port, where there is one. `share` is this process' of
+    what they accept, where others have them too."""
 
     pages: Sequence[socket.socket]
     management: Sequence[socket.socket] = ()
+    share: Share | None = None
 
     @classmethod
     def bind(cls, settings: Settings) -> Ports:
@@ -377,7 +380,9 @@ async def serve(
                 metrics=parts.metrics,
                 log=parts.log,
             )
-            listener = await listen(app, opened, edge=edge, drain_seconds=settings.drain_seconds)
+            listener = await listen(
+                app, opened, edge=edge, drain_seconds=settings.drain_seconds, share=ports.share
+            )
             listeners.append(listener)
     except BaseException:
         await stack.aclose()

@@ -22,8 +22,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from broker.cli.workers import LONGEST_PAUSE, pause
+from broker.cli.workers import LONGEST_PAUSE, SHARES, pause
 from broker.embedded import EmbeddedStores
+from broker.web.share import ABSENT
 from tests import test_serve
 from tests.authenticator import Authenticator
 from tests.conftest import SECRET_KEY
@@ -205,6 +206,29 @@ def test_what_is_passed_on_is_private(shared: Serve) -> None:
         assert SECRET_KEY.encode() not in words
 
 
+def counts(started: Serve) -> list[int]:
+    """How many connections each worker says that it has."""
+    (folder,) = folders(workers(started))
+    seats = memoryview((folder / SHARES).read_bytes()).cast("I")
+    return [count for count in seats if count != ABSENT]
+
+
+def test_connections_that_stay_are_shared(shared: Serve) -> None:
+    """Each is taken before the next one is made; who has fewer takes it, but for one that is kept from its turn."""
+    until(lambda: counts(shared) == [0, 0], "nobody is connected")
+    opened = []
+    try:
+        for number in range(1, 25):
+            opened.append(socket.create_connection(("127.0.0.1", shared.port), timeout=30))
+            until(lambda number=number: sum(counts(shared)) == number, "it is taken")  # type: ignore[misc]
+        assert sorted(counts(shared)) == sorted(len(accepted(pid, shared.port)) for pid in workers(shared))
+        assert min(counts(shared)) >= 8
+    finally:
+        for each in opened:
+            each.close()
+    until(lambda: counts(shared) == [0, 0], "all have gone")
+
+
 def test_a_killed_worker_is_replaced_and_nothing_is_missed(shared: Serve) -> None:
     """Connections made after its death are all served; and no figure that a scrape shows ever goes down."""
     killed, other = workers(shared)
@@ -259,6 +283,7 @@ def test_a_hangup_renews_one_after_the_other(shared: Serve) -> None:
         return bool(said(shared, "workers_renewed"))
 
     until(renewed, "all are new")
+    assert len(counts(shared)) == 2, "the old ones take no more"
     until(lambda: not alive(old), "the old ones are done")
     assert len(workers(shared)) == 2
     assert get(shared.port, "/health/live") == 200

@@ -2,8 +2,9 @@
 
 The supervisor judges the settings, migrates, binds and starts workers: fresh processes that inherit the listening sockets. It says
 once what an operator has to mend, and replaces what ends. **One accept queue for all**: a worker takes the next connection when its
-event loop gets to it, so a busy one takes fewer; when a worker is killed, connections that nobody had accepted wait for the others.
-SO_REUSEPORT, a queue for each, would lose those, would let a second service bind a port that is in use, and differs between systems.
+event loop gets to it and no other has fewer (`broker.web.share`); when a worker is killed, connections that nobody had accepted wait
+for the others. SO_REUSEPORT, a queue for each, would lose those, would let a second service bind a port that is in use, and differs between
+systems.
 
 **A socket pair joins each worker to the supervisor.** The worker says when it listens, that it lives (once a second), and that it drains
 because somebody sent it SIGTERM. The supervisor says "leave" to one and "drain" to all; its end closed without that word means that it was killed, and the worker
@@ -17,7 +18,8 @@ Before the service listens nothing is replaced: a worker that can't start ends i
 supervisor's own waking time hangs, for nothing here may block that long; it is killed. SIGHUP replaces workers one after the other, each
 told to drain when its successor listens; in a terminal, where SIGHUP is the terminal's end, it ends the service.
 
-Metrics add up in a private folder (`broker.telemetry.shared`), in memory where there is /dev/shm.
+Metrics add up in a private folder (`broker.telemetry.shared`), in memory where there is /dev/shm; there stands as well how many connections
+each has.
 
 gunicorn would supervise as well, with aiohttp's worker class. But it gives one application to all its sockets, where the two ports here
 differ; it knows when a worker's process runs and not when it listens; it neither pauses in a crash loop nor adds metrics up; and its
@@ -57,6 +59,7 @@ from broker.cli.serving import (
 )
 from broker.settings import Settings
 from broker.telemetry import KEEPER, Log, Metrics, Shared, capture_library_records
+from broker.web.share import Shares
 
 BEAT = 1.0  # seconds
 HANGS = 30  # beats that a worker may miss
@@ -64,6 +67,9 @@ SETTLED = 10.0  # seconds after its start from which a worker's end says nothing
 LONGEST_PAUSE = 30.0  # seconds
 LINGER = 1.0  # seconds from a connection to its first request, when its worker leaves
 LATE = 5.0  # seconds beyond the drain limit, for closing the stores
+
+SHARES = "shares"  # the file in the folder
+_SEATS_EACH = 4  # for a worker, its successor, and some that drain still
 
 LISTENS, LIVES, DRAINS = b"l", b".", b"d"  # what a worker says
 LEAVE, DRAIN = b"l", b"d"  # what the supervisor says: you alone, or all
@@ -99,7 +105,8 @@ def supervise(
         log("dialects_left_out", dialects=left, missing="BROKER_SECRET_KEY")
     folder = _private_folder()
     try:
-        asyncio.run(_Supervisor(settings, environment, ports, folder, log).run(beat))
+        shares = _shares(folder, settings.workers * _SEATS_EACH)
+        asyncio.run(_Supervisor(settings, environment, ports, folder, shares, log).run(beat))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -109,9 +116,20 @@ def _private_folder() -> Path:
         memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
         return Path(tempfile.mkdtemp(prefix="broker-workers-", dir=memory))
     except OSError as fault:
-        raise ServingFault(
-            f"Workers need a folder for their metrics ({fault.strerror}); let TMPDIR name a place for it."
-        ) from None
+        raise _no_place(fault) from None
+
+
+def _shares(folder: Path, seats: int) -> Shares:
+    try:
+        return Shares(folder / SHARES, seats)
+    except OSError as fault:
+        raise _no_place(fault) from None
+
+
+def _no_place(fault: OSError) -> ServingFault:
+    return ServingFault(
+        f"Workers need a folder for their metrics ({fault.strerror}); let TMPDIR name a place for it."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +141,17 @@ class _Post:
     management: list[int]
     channel: int
     folder: str
+    seat: int | None  # among those who share connections; None where too many drain still
 
 
 class _Worker:
     """A process that serves, as the supervisor sees it."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    def __init__(
+        self, name: str, seat: int | None, process: subprocess.Popen[bytes], channel: socket.socket
+    ) -> None:
         self.name = name
+        self.seat = seat
         self.process = process
         self.listens = False
         self.drains = False  # by itself, or because it was told
@@ -204,7 +226,13 @@ class _Supervisor:
     """Keeps `settings.workers` workers, until told."""
 
     def __init__(
-        self, settings: Settings, environment: Mapping[str, str], ports: Ports, folder: Path, log: Log
+        self,
+        settings: Settings,
+        environment: Mapping[str, str],
+        ports: Ports,
+        folder: Path,
+        shares: Shares,
+        log: Log,
     ) -> None:
         self._settings = settings
         self._environment = environment
@@ -216,6 +244,8 @@ class _Supervisor:
         self._places: list[_Worker] = []  # who serves; one that drains leaves its place to its successor
         self._running: set[_Worker] = set()
         self._begun = 0
+        self._shares = shares
+        self._free = list(range(shares.seats))
         self._renewal: asyncio.Task[None] | None = None
 
     async def run(self, beat: float) -> None:
@@ -274,6 +304,7 @@ class _Supervisor:
             management=[each.fileno() for each in self._ports.management],
             channel=theirs.fileno(),
             folder=str(self._folder),
+            seat=self._free[0] if self._free else None,
         )
         with theirs:
             try:
@@ -287,7 +318,9 @@ class _Supervisor:
             except OSError:
                 ours.close()
                 raise
-        worker = _Worker(post.name, process, ours)
+        if post.seat is not None:
+            self._free.remove(post.seat)
+        worker = _Worker(post.name, post.seat, process, ours)
         self._running.add(worker)
         return worker
 
@@ -295,6 +328,9 @@ class _Supervisor:
         """Some child has ended."""
         for worker in [worker for worker in self._running if worker.has_ended()]:
             self._running.discard(worker)
+            if worker.seat is not None:
+                self._shares.vacate(worker.seat)
+                self._free.append(worker.seat)
             self._shared.inherit(worker.name)
             if worker.listens and worker.drains and worker.cause != "told":
                 self._log("worker_ended", severity=logging.WARNING, **worker.how)
@@ -432,7 +468,9 @@ async def _serve_until_told(settings: Settings, post: _Post, log: Log) -> None:
     channel = _Channel(socket.socket(fileno=post.channel), limit=settings.drain_seconds + LATE)
     told = [asyncio.create_task(until_told()), asyncio.create_task(channel.told.wait())]
     await asyncio.sleep(0)  # both wait
-    service = await start(parts, ports=Ports(_sockets(post.pages), _sockets(post.management)))
+    share = Shares(Path(post.folder) / SHARES).at(post.seat) if post.seat is not None else None
+    ports = Ports(_sockets(post.pages), _sockets(post.management), share)
+    service = await start(parts, ports=ports)
     channel.say(LISTENS)
     beating = asyncio.create_task(_beat(channel, shared))
     await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)

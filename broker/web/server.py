@@ -34,6 +34,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from broker.web.body import LIMITS, MAX_BODY, Incoming, Limits
 from broker.web.edge import Answer, Edge
+from broker.web.share import Acceptor, Share
 
 LINGER_SECONDS = 1.0
 _BACKLOG = 1024
@@ -257,13 +258,19 @@ class _Protocol(RequestHandler):
 class _Server(web.Server):
     """Makes a `_Protocol` for each connection."""
 
-    def __init__(self, edge: Edge, *, limits: Limits, **options: Any) -> None:
+    def __init__(self, edge: Edge, *, limits: Limits, share: Share | None, **options: Any) -> None:
         super().__init__(edge, keepalive_timeout=limits.idle, **options)  # type: ignore[arg-type]  # our request factory makes web.Request
         self.edge = edge
         self.limits = limits
+        self._share = share
 
     def __call__(self) -> RequestHandler:
         return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        if self._share is not None:
+            self._share.went()
 
 
 def _incoming(
@@ -279,11 +286,14 @@ def _incoming(
 
 
 class _Runner(web.AppRunner):
-    __slots__ = ("_edge",)
+    __slots__ = ("_edge", "_share")
 
-    def __init__(self, app: web.Application, *, edge: Edge, drain_seconds: float) -> None:
+    def __init__(
+        self, app: web.Application, *, edge: Edge, drain_seconds: float, share: Share | None
+    ) -> None:
         super().__init__(app, shutdown_timeout=drain_seconds, access_log=None)
         self._edge = edge
+        self._share = share
 
     async def _make_server(self) -> web.Server:
         loop = asyncio.get_running_loop()
@@ -294,12 +304,32 @@ class _Runner(web.AppRunner):
         return _Server(
             self._edge,
             limits=self._app.get(LIMITS, Limits()),
+            share=self._share,
             request_factory=partial(_incoming, client_max_size=self._app._client_max_size),
             loop=loop,
             lingering_time=LINGER_SECONDS,
             auto_decompress=False,
             access_log=None,
         )
+
+
+class _SharedSite(web.SockSite):
+    """A socket from which other processes accept as well."""
+
+    __slots__ = ("_acceptor", "_share")
+
+    def __init__(self, runner: _Runner, listening: socket.socket, share: Share) -> None:
+        super().__init__(runner, listening)
+        self._share = share
+
+    async def start(self) -> None:
+        self._runner._reg_site(self)
+        assert self._runner.server is not None
+        self._acceptor = Acceptor(self._sock, self._runner.server, self._share)
+
+    async def stop(self) -> None:
+        self._acceptor.close()
+        await super().stop()
 
 
 class Listener:
@@ -376,10 +406,17 @@ async def listen(
     *,
     edge: Edge,
     drain_seconds: float,
+    share: Share | None = None,
 ) -> Listener:
-    """Serve `app` behind `edge` on bound sockets. How long callers may take is `app[LIMITS]`, where it is set."""
-    runner = _Runner(app, edge=edge, drain_seconds=drain_seconds)
+    """Serve `app` behind `edge` on bound sockets, with a `share` of what they accept where other processes have them too. How long callers
+    may take is `app[LIMITS]`, where it is set."""
+    runner = _Runner(app, edge=edge, drain_seconds=drain_seconds, share=share)
     await runner.setup()
     for listening in sockets:
-        await web.SockSite(runner, listening).start()
+        site = (
+            _SharedSite(runner, listening, share)
+            if share
+            else web.SockSite(runner, listening, backlog=_BACKLOG)
+        )
+        await site.start()
     return Listener(runner, sockets, drain_seconds)

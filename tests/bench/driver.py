@@ -214,9 +214,11 @@ class Driver:
         return self._idle.pop() if self._idle else Connection(self._url, {})
 
     async def connect(self, in_flight: int) -> None:
-        """New connections for the next run: servers close those that rest for a minute or so."""
+        """New connections for the next run: servers close those that rest for a minute or so. Workers share them by how many each has, so
+        those that there were are gone first."""
         for connection in self._idle:
             connection.close()
+        await asyncio.sleep(0.1)  # nothing tells when the server has noticed
         self._idle = [Connection(self._url, {}) for _ in range(in_flight)]
         for connection in self._idle:
             await connection.open()
