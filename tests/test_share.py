@@ -47,8 +47,8 @@ class Port:
         self._acceptors.append(Acceptor(self.listening.dup(), lambda: Held(taken, own), own))
         return taken
 
-    def stop(self, number: int) -> None:
-        self._acceptors.pop(number).close()
+    async def stop(self, number: int) -> None:
+        await self._acceptors.pop(number).close()
 
     def connect(self, count: int) -> None:
         """So many clients, whom nobody has accepted yet."""
@@ -59,10 +59,10 @@ class Port:
             client.close()
         self._clients.clear()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.hang_up()
         for acceptor in self._acceptors:
-            acceptor.close()
+            await acceptor.close()
         self.listening.close()
 
 
@@ -76,7 +76,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def port() -> AsyncIterator[Port]:
     opened = Port()
     yield opened
-    opened.close()
+    await opened.close()
     await asyncio.sleep(0.01)  # transports close in the next turns
 
 
@@ -176,11 +176,23 @@ async def test_who_leaves_takes_no_more_and_the_rest_goes_on(port: Port, shares:
     port.connect(10)
     await until(lambda: len(one) + len(two) == 10)
     had = len(one)
-    port.stop(0)
+    await port.stop(0)
     port.connect(10)
     await until(lambda: len(two) == 20 - had)
     assert len(one) == had
     assert numbers(shares)[:2] == [ABSENT, len(two)]
+
+
+async def test_who_stops_keeps_what_it_had_just_accepted(port: Port, shares: Shares) -> None:
+    one = port.accept(shares.at(0))
+    port.connect(5)
+    for _ in range(1000):
+        if numbers(shares)[0] == 5:
+            break
+        await asyncio.sleep(0)
+    assert one == [], "accepted, and not known yet"
+    await port.stop(0)
+    assert len(one) == 5
 
 
 async def test_a_client_that_left_before_it_was_accepted_is_let_go(port: Port, shares: Shares) -> None:

@@ -249,6 +249,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_missed(shared: Serve) -> Non
     (ended,) = said(shared, "worker_ended", worker=killed)
     assert (ended["cause"], ended["signal"], ended["level"]) == ("signal", "SIGKILL", "warning")
     assert {other} < set(workers(shared))
+    assert len(counts(shared)) == 2, "nobody waits for the dead one to take connections"
     assert figures(shared.port)['broker_worker_restarts_total{cause="signal"}'] == 1
 
 

@@ -328,7 +328,7 @@ class _SharedSite(web.SockSite):
         self._acceptor = Acceptor(self._sock, self._runner.server, self._share)
 
     async def stop(self) -> None:
-        self._acceptor.close()
+        await self._acceptor.close()
         await super().stop()
 
 

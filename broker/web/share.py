@@ -6,7 +6,7 @@ waited. A queue for each (SO_REUSEPORT) shares by chance, and leaves what it gav
 
 **The rule.** Processes write into memory that they share how many connections each has. One that has more than another stays away from the
 queue for `PATIENCE`, in which the others are awake and take theirs. Then it takes `CHUNK` whatever the others have, for they may hang, or
-be too busy to come: nobody waits longer than that for being given to another process.
+be too busy to come.
 
 Each process writes a number of its own, so nothing is locked; a number read a moment too early makes shares a little less equal.
 """
@@ -139,10 +139,12 @@ class Acceptor:
         self._loop.add_reader(self._listening, self._take)
         self._take(CHUNK)
 
-    def close(self) -> None:
-        """Accept no more; connections that there are go on."""
+    async def close(self) -> None:
+        """Accept no more. Connections that there are go on; those just accepted have their protocols when this returns."""
         self._share.leave()
         if self._away is not None:
             self._away.cancel()
         self._loop.remove_reader(self._listening)
         self._listening.close()
+        if self._coming:
+            await asyncio.wait(self._coming)
