@@ -148,24 +148,23 @@ def test_two_runs_are_compared_by_their_ratios() -> None:
 
 
 def test_what_a_benchmark_started_ends_with_it() -> None:
-    bench = subprocess.Popen(
+    started: list[int] = []
+    with subprocess.Popen(
         [sys.executable, "-m", "tests.bench", "--cases", "flex-1"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-    )
-    started: list[int] = []
-    try:
-        assert bench.stderr is not None
-        assert "round 1" in bench.stderr.readline()  # stores, broker and driver are at work
-        started = descendants(bench.pid)
-        bench.send_signal(signal.SIGTERM)
-        assert bench.wait(2 * DEADLINE) == 128 + signal.SIGTERM
-        assert len(started) > 3
-        assert alive(started) == []
-    finally:
-        bench.kill()
-        bench.wait()
-        for pid in alive(started):
-            os.kill(pid, signal.SIGKILL)
+    ) as bench:
+        try:
+            assert bench.stderr is not None
+            assert "round 1" in bench.stderr.readline()  # stores, broker and driver are at work
+            started = descendants(bench.pid)
+            bench.send_signal(signal.SIGTERM)
+            assert bench.wait(2 * DEADLINE) == 128 + signal.SIGTERM
+            assert len(started) > 3
+            assert alive(started) == []
+        finally:
+            bench.kill()
+            for pid in alive(started):
+                os.kill(pid, signal.SIGKILL)

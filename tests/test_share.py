@@ -6,16 +6,19 @@ import asyncio
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import struct
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from broker.web import share
-from broker.web.server import bind
+from broker.web.server import _BACKLOG, bind
 from broker.web.share import ABSENT, Acceptor, Share, Shares
-from tests.processes import DEADLINE
+from tests.conftest import Started
+from tests.servers import eventually
 
 
 class Held(asyncio.Protocol):
@@ -39,11 +42,13 @@ class Port:
     def __init__(self) -> None:
         (self.listening,) = bind("127.0.0.1", 0)
         self._acceptors: list[Acceptor] = []
+        self._taken: list[list[Held]] = []
         self._clients: list[socket.socket] = []
 
     def accept(self, own: Share) -> list[Held]:
         """Have another process accept, which this one plays; what it has taken."""
         taken: list[Held] = []
+        self._taken.append(taken)
         self._acceptors.append(Acceptor(self.listening.dup(), lambda: Held(taken, own), own))
         return taken
 
@@ -64,12 +69,7 @@ class Port:
         for acceptor in self._acceptors:
             await acceptor.close()
         self.listening.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
-            await asyncio.sleep(0.001)
+        await eventually(lambda: not any(self._taken), "all have gone")
 
 
 @pytest.fixture
@@ -77,7 +77,6 @@ async def port() -> AsyncIterator[Port]:
     opened = Port()
     yield opened
     await opened.close()
-    await asyncio.sleep(0.01)  # transports close in the next turns
 
 
 @pytest.fixture
@@ -145,21 +144,21 @@ def test_ahead_is_who_has_clearly_more_than_somebody(
 async def test_a_burst_is_shared(port: Port, shares: Shares) -> None:
     one, two = port.accept(shares.at(0)), port.accept(shares.at(1))
     port.connect(64)
-    await until(lambda: len(one) + len(two) == 64)
+    await eventually(lambda: len(one) + len(two) == 64, "all are taken")
     assert min(len(one), len(two)) >= 24
     assert numbers(shares)[:2] == [len(one), len(two)]
     port.hang_up()
-    await until(lambda: numbers(shares)[:2] == [0, 0])
+    await eventually(lambda: numbers(shares)[:2] == [0, 0], "all have gone")
 
 
 async def test_who_comes_later_catches_up(port: Port, shares: Shares) -> None:
     one = port.accept(shares.at(0))
     port.connect(30)
-    await until(lambda: len(one) == 30)
+    await eventually(lambda: len(one) == 30, "all are taken")
     two = port.accept(shares.at(1))
     for count in range(31, 51):
         port.connect(1)
-        await until(lambda count=count: len(one) + len(two) == count)  # type: ignore[misc]
+        await eventually(lambda count=count: len(one) + len(two) == count, "somebody takes it")  # type: ignore[misc]
     assert len(two) >= 15
 
 
@@ -168,17 +167,17 @@ async def test_who_hangs_keeps_nobody_waiting(port: Port, shares: Shares) -> Non
     shares.at(1)
     one = port.accept(shares.at(0))
     port.connect(60)
-    await until(lambda: len(one) == 60)
+    await eventually(lambda: len(one) == 60, "all are taken")
 
 
 async def test_who_leaves_takes_no_more_and_the_rest_goes_on(port: Port, shares: Shares) -> None:
     one, two = port.accept(shares.at(0)), port.accept(shares.at(1))
     port.connect(10)
-    await until(lambda: len(one) + len(two) == 10)
+    await eventually(lambda: len(one) + len(two) == 10, "all are taken")
     had = len(one)
     await port.stop(0)
     port.connect(10)
-    await until(lambda: len(two) == 20 - had)
+    await eventually(lambda: len(two) == 20 - had, "the other takes all")
     assert len(one) == had
     assert numbers(shares)[:2] == [ABSENT, len(two)]
 
@@ -200,7 +199,7 @@ async def test_a_client_that_left_before_it_was_accepted_is_let_go(port: Port, s
     port.hang_up()
     one = port.accept(shares.at(0))
     port.connect(1)
-    await until(lambda: len(one) == 1 and numbers(shares)[0] == 1)
+    await eventually(lambda: len(one) == 1 and numbers(shares)[0] == 1, "only who is there counts")
 
 
 @contextmanager
@@ -232,7 +231,29 @@ async def test_without_descriptors_it_is_told_and_tried_again(
     port.connect(2)
     one = port.accept(shares.at(0))  # in the next turn
     with no_more_descriptors():
-        await until(lambda: len(told) > 1)
+        await eventually(lambda: len(told) > 1, "it is told, again and again")
         assert one == []
-    await until(lambda: len(one) == 2)
+    await eventually(lambda: len(one) == 2, "both are taken")
     assert {context["message"] for context in told} == {"can't accept connections"}
+
+
+# -- the queue ------------------------------------------------------------------------------------------------------------------------
+
+
+def longest(listening: socket.socket) -> int:
+    """How many may wait to be accepted: `tcpi_sacked` tells that of a socket that listens."""
+    facts = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    most: int = struct.unpack_from("I", facts, 28)[0]
+    return most
+
+
+async def test_a_queue_is_as_long_as_it_was_bound_for(port: Port, shares: Shares, broker: Started) -> None:
+    """Also where an event loop serves the socket, which listens anew."""
+    port.accept(shares.at(0))
+    (site,) = broker.service._listeners[0]._runner.sites
+    assert isinstance(site, web.SockSite)
+    assert longest(site._sock) == longest(port.listening) == min(_BACKLOG, socket_limit())
+
+
+def socket_limit() -> int:
+    return int(Path("/proc/sys/net/core/somaxconn").read_text())

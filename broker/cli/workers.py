@@ -2,7 +2,7 @@
 
 The supervisor judges the settings, migrates, binds and starts workers: fresh processes that inherit the listening sockets. It says
 once what an operator has to mend, and replaces what ends. **One accept queue for all**: a worker takes the next connection when its
-event loop gets to it and no other has fewer (`broker.web.share`); when a worker is killed, connections that nobody had accepted wait
+event loop gets to it and no other has clearly fewer (`broker.web.share`); when a worker is killed, connections that nobody had accepted wait
 for the others. SO_REUSEPORT, a queue for each, would lose those, would let a second service bind a port that is in use, and differs between
 systems.
 
@@ -105,7 +105,10 @@ def supervise(
         log("dialects_left_out", dialects=left, missing="BROKER_SECRET_KEY")
     folder = _private_folder()
     try:
-        shares = _shares(folder, settings.workers * _SEATS_EACH)
+        try:
+            shares = Shares(folder / SHARES, settings.workers * _SEATS_EACH)
+        except OSError as fault:
+            raise _no_place(fault) from None
         asyncio.run(_Supervisor(settings, environment, ports, folder, shares, log).run(beat))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,13 +118,6 @@ def _private_folder() -> Path:
     try:
         memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
         return Path(tempfile.mkdtemp(prefix="broker-workers-", dir=memory))
-    except OSError as fault:
-        raise _no_place(fault) from None
-
-
-def _shares(folder: Path, seats: int) -> Shares:
-    try:
-        return Shares(folder / SHARES, seats)
     except OSError as fault:
         raise _no_place(fault) from None
 
@@ -245,7 +241,6 @@ class _Supervisor:
         self._running: set[_Worker] = set()
         self._begun = 0
         self._shares = shares
-        self._free = list(range(shares.seats))
         self._renewal: asyncio.Task[None] | None = None
 
     async def run(self, beat: float) -> None:
@@ -304,7 +299,7 @@ class _Supervisor:
             management=[each.fileno() for each in self._ports.management],
             channel=theirs.fileno(),
             folder=str(self._folder),
-            seat=self._free[0] if self._free else None,
+            seat=self._free_seat(),
         )
         with theirs:
             try:
@@ -318,11 +313,13 @@ class _Supervisor:
             except OSError:
                 ours.close()
                 raise
-        if post.seat is not None:
-            self._free.remove(post.seat)
         worker = _Worker(post.name, post.seat, process, ours)
         self._running.add(worker)
         return worker
+
+    def _free_seat(self) -> int | None:
+        taken = {worker.seat for worker in self._running}
+        return next((seat for seat in range(self._shares.seats) if seat not in taken), None)
 
     def _reap(self) -> None:
         """Some child has ended."""
@@ -330,7 +327,6 @@ class _Supervisor:
             self._running.discard(worker)
             if worker.seat is not None:
                 self._shares.vacate(worker.seat)
-                self._free.append(worker.seat)
             self._shared.inherit(worker.name)
             if worker.listens and worker.drains and worker.cause != "told":
                 self._log("worker_ended", severity=logging.WARNING, **worker.how)

@@ -323,7 +323,7 @@ class _SharedSite(web.SockSite):
         self._share = share
 
     async def start(self) -> None:
-        self._runner._reg_site(self)
+        await web.BaseSite.start(self)  # not the one between, which accepts by itself
         assert self._runner.server is not None
         self._acceptor = Acceptor(self._sock, self._runner.server, self._share)
 

@@ -4,7 +4,7 @@
 backend's pool opens at a time, one of two workers took nearly all. They are kept for minutes, so one core worked and the other one
 waited. A queue for each (SO_REUSEPORT) shares by chance, and leaves what it gave to a process that died or hangs without an answer.
 
-**The rule.** Processes write into memory that they share how many connections each has. One that has more than another stays away from the
+**The rule.** Processes write into memory that they share how many connections each has. One that has over one more than another stays away from the
 queue for `PATIENCE`, in which the others are awake and take theirs. Then it takes `CHUNK` whatever the others have, for they may hang, or
 be too busy to come.
 

@@ -109,8 +109,8 @@ def run(
             also[name] = asyncio.run(_seeded(own, server, driver, size))
             say(f"{name}: {also[name]}, in {time.monotonic() - began:.0f} s")
             bench = Bench(name, server, driver, own, calibrate)
-            also[f"{name}, before"] = _lived_in(bench)
-            say(f"{name}: {also[f'{name}, before']}")
+            also[f"{name}, before"] = before = _lived_in(bench)
+            say(f"{name}, before: {before}")
             asyncio.run(_checkpoint(own))
             cases += [Case(f"{what}-{k} {name}", bench, what, k, count) for what, k, count in CASES]
         cases.sort(key=lambda case: case.name)
