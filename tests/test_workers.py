@@ -455,6 +455,18 @@ async def test_migrates_once_and_listens_on_both_ports(serve: Start, fresh_datab
         assert (get(started.port, "/metrics"), get(management, "/metrics")) == (404, 200)
 
 
+def test_more_workers_than_cores_are_a_warning(serve: Start) -> None:
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})  # what we start inherits it
+    try:
+        two, one = serve("--workers", "2").begun(), serve("--workers", "1").begun()
+    finally:
+        os.sched_setaffinity(0, usable)
+    until(lambda: bool(said(two, "workers_share_cores", level="warning", workers=2, cores=1)), "it warns")
+    assert one.ready()["http"] == 200
+    assert not said(one, "workers_share_cores")
+
+
 def test_one_is_as_before(serve: Start) -> None:
     """No supervisor, no process besides, no pid in the lines."""
     started = serve("--workers", "1", workers="2").begun()

@@ -21,6 +21,9 @@ told to drain when its successor listens; in a terminal, where SIGHUP is the ter
 Metrics add up in a private folder (`broker.telemetry.shared`), in memory where there is /dev/shm; there stands as well how many connections
 each has.
 
+**More workers than cores are a warning**: two on one core push each other's code and data out of its caches and share messages to the stores
+between half as many callers (README, "Performance"), and serve nobody sooner.
+
 gunicorn would supervise as well, with aiohttp's worker class. But it gives one application to all its sockets, where the two ports here
 differ; it knows when a worker's process runs and not when it listens; it neither pauses in a crash loop nor adds metrics up; and its
 own settings, signals and log lines would stand beside ours. circus is a daemon on ZeroMQ and tornado; honcho replaces nothing; granian
@@ -120,6 +123,11 @@ def _private_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="broker-workers-", dir=memory))
     except OSError as fault:
         raise _no_place(fault) from None
+
+
+def _usable_cores() -> int:
+    """How many cores the service may run on. A limit of its time on them (a container's quota) is no matter of cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _no_place(fault: OSError) -> ServingFault:
@@ -287,6 +295,8 @@ class _Supervisor:
             management_port=(management or pages)[0].getsockname()[1],
             workers=len(self._places),
         )
+        if len(self._places) > (cores := _usable_cores()):
+            self._log("workers_share_cores", severity=logging.WARNING, workers=len(self._places), cores=cores)
 
     def _begin(self) -> _Worker:
         """Start a worker. Raises OSError."""
