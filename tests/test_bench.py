@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import pytest
 
-from tests.bench import report
-from tests.bench.cases import Bench, Case, Unfit, measured, sound
+from tests.bench import measure, report
+from tests.bench.cases import Apart, Bench, Case, Unfit, measured, sound
 from tests.bench.report import Repetition
-from tests.bench.service import ROOT
+from tests.bench.service import ROOT, Cores, aimed, broker, stores
 from tests.processes import DEADLINE, alive, descendants
 
 STEADY = Repetition(
@@ -36,6 +39,7 @@ STEADY = Repetition(
 BUSY = replace(STEADY, others=0.2)
 DRIFTED = replace(STEADY, verifies=(100e-6, 114e-6))
 SHARED = replace(STEADY, verifies=(113e-6, 118e-6))
+BEHIND = replace(STEADY, behind=0.3)
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Played:
             self.ran.append(f"warm {what}")
         return {"failed": 0}
 
-    def repetition(self, what: str, in_flight: int, count: int) -> Repetition:
+    def repetition(self, what: str, in_flight: int, count: int, rate: int | None = None) -> Repetition:
         self.ran.append(what)
         return self.repetitions.pop(0)
 
@@ -66,6 +70,8 @@ def case(name: str, played: Played) -> Case:
         (BUSY, "busy"),
         (DRIFTED, "drifted"),
         (SHARED, "shared"),
+        (BEHIND, "behind"),
+        (replace(STEADY, behind=0.1), None),
         (replace(STEADY, others=0.15, verifies=(96e-6, 105e-6)), None),
         (replace(STEADY, verifies=(106e-6, 114e-6)), None),
     ],
@@ -131,6 +137,11 @@ def test_too_few_repetitions_are_told_with_the_reason() -> None:
         "4 while a neighbour had over 15% of the core (one verification took up to 118 us, 100 at best)"
         in sentence
     )
+    late = replace(case("flex", Played([BEHIND] * 6)), rate=400)
+    with pytest.raises(
+        Unfit, match=r"6 in which 400 logins a second could not begin \(they took up to 30% longer\)"
+    ):
+        measured([late], 1, lambda _: None)
     with pytest.raises(Unfit, match="hanko-16"):
         measured([case("hanko", Played([BUSY] * 12))], 2, lambda _: None)
 
@@ -145,6 +156,57 @@ def test_two_runs_are_compared_by_their_ratios() -> None:
     new = {"cases": {"flex-16": {"ratio": 10.0}, "new-1": {"ratio": 1.0}}}
     _, line = report.comparison(old, new).splitlines()
     assert line.split() == ["flex-16", "20.00", "10.00", "0.50"]
+
+
+def test_a_worker_is_measured_by_itself() -> None:
+    """Each in its turn, for the logins that it served, on a core where the other isn't; logins begin at their rate."""
+    cores = Cores.split()
+    with ExitStack() as stack:
+        calibrate = measure.Calibration(min(cores.server))
+        stack.callback(calibrate.close)
+        made = stack.enter_context(stores(cores))
+        server = stack.enter_context(broker(made, cores, workers=2))
+        driver = stack.enter_context(aimed(cores, server))
+        sound(driver("register", count=16, in_flight=16))
+        workers = server.workers()
+        assert len(workers) == 2
+        places: list[list[frozenset[int]]] = []  # before and after each turn
+        connections: list[list[int]] = []
+
+        def calibrated() -> measure.Unit:
+            places.append([frozenset(os.sched_getaffinity(pid)) for pid in workers])
+            connections.append([len(measure.peers(pid)) for pid in workers])
+            return calibrate(rounds=1, verifies=1, tokens=1)
+
+        apart = Apart(
+            "two",
+            server,
+            driver,
+            made,
+            cast("measure.Calibration", calibrated),
+            counts=False,
+            cores=cores,
+            turns=itertools.cycle(workers),
+        )
+        whole = measure.cpu_seconds(server.pid)
+        turns = [apart.repetition("flex", 16, 64, 256) for _ in workers]
+        whole = measure.cpu_seconds(server.pid) - whole
+        assert places == [[cores.server, cores.rest]] * 2 + [[cores.rest, cores.server]] * 2
+        assert [os.sched_getaffinity(pid) for pid in workers] == [cores.server] * 2
+    for turn, mine, shared in zip(turns, (0, 1), connections[1::2], strict=True):
+        assert sum(shared) == 16
+        assert turn.logins == 4 * shared[mine]
+        assert turn.behind >= -1 / 4  # the last share of the time has begun
+    assert 0 < sum(turn.server for turn in turns) < whole
+
+
+def test_who_is_at_the_other_end_of_a_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as ours, listening.accept()[0]:
+            ends = {port, ours.getsockname()[1]}
+            assert ends <= measure.peers(os.getpid())
+    assert not ends & measure.peers(os.getpid())
 
 
 def test_what_a_benchmark_started_ends_with_it() -> None:

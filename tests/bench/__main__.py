@@ -10,6 +10,7 @@ python -m tests.bench --scale                   a database of 5 million passkeys
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import endurance, measure, report, scale
-from tests.bench.cases import Bench, Case, Unfit, measured, sound
+from tests.bench.cases import Apart, Bench, Case, Unfit, measured, sound
 from tests.bench.peer import peer
 from tests.bench.service import Cores, Driver, Server, Stores, aimed, broker, knows_workers, stores
 
@@ -35,8 +36,12 @@ CASES = (
     ("hanko", 16, 500),
 )
 NODE = (("node", 16, 800), ("node", 64, 1000))
-WORKERS = (("workers2", 16, 1000), ("workers2", 32, 1000), ("workers2", 64, 1000))
-NAMES = {f"{name}-{in_flight}" for name, in_flight, _ in CASES + NODE + WORKERS}
+WORKERS = (("workers2", 16, 1000), ("workers2", 32, 1000), ("workers2", 64, 1000), ("workers2", 128, 2000))
+# Case, logins a second for each worker, its logins a repetition. With two workers the cores must have room for twice that, beside stores and driver.
+PACED = (("paced", 300, 480),)
+PACED_WORKERS = (("apart2", 300, 480),)
+CONNECTIONS = 32  # of a worker in these
+NAMES = {f"{name}-{number}" for name, number, _ in CASES + PACED + WORKERS + PACED_WORKERS + NODE}
 
 
 def main() -> int:
@@ -102,12 +107,12 @@ def run(
 ) -> dict[str, Any]:
     """Measure the wanted cases, all for None.
 
-    **Two workers** are measured on the core that one worker has: the same core at the same minutes, so what differs is what a second
-    worker costs, two sets of warm code in one cache, the switches between them, and smaller batches to the stores. With a core each
-    there would be none left for stores and driver where a machine has two, and two cores of a machine do not run alike. They are
-    compared with one worker twice: with as many logins in flight in all, so with half as many for each to batch, which is the load
-    that an operator moves to two workers; and with as many for each, which leaves the batches as they are and shows the rest alone.
-    Either is harsher than life, where a worker has its core's cache to itself.
+    **Two workers** are compared with one in two ways. *With a core for each*, as they are deployed, and the same load for each, logins
+    that begin at a rate: one of them is measured on the core that the one worker has, while the other serves as many on the other
+    cores; then the other one. A load of so many in flight would not be the same for both: where the other cores are a single one, stores and driver
+    share it with a worker, answer later, and begin fewer logins for who waits for them. *On the core that one worker has*: then a second worker's
+    cost is two sets of warm code in one cache, the switches between them, and, with as many logins in flight in all, half as
+    many callers for a message to the stores; with as many in flight for each the messages are as they were.
 
     Raises:
         Unfit: a login failed, or the machine was too busy for any case.
@@ -130,18 +135,22 @@ def run(
         also["resident after start"] = _resident(server)
         also["bytes in Redis per login in flight"] = f"{_bytes_in_flight(one.driver, made):.0f}"
         cases += [Case(f"{what}-{k}", one, what, k, count) for what, k, count in chosen(CASES)]
-        if chosen(WORKERS) and (wanted or knows_workers()):
+        cases += [
+            Case(f"{name}-{rate}", one, "flex", CONNECTIONS, count, rate)
+            for name, rate, count in chosen(PACED)
+        ]
+        if chosen(WORKERS + PACED_WORKERS) and (wanted or knows_workers()):
             server = stack.enter_context(broker(made, cores, workers=2, log=folder / "log2", python=python))
-            two = Bench(
-                "broker with two workers",
-                server,
-                stack.enter_context(aimed(cores, server)),
-                made,
-                calibrate,
-                counts=False,
-            )
+            driver = stack.enter_context(aimed(cores, server))
+            two = Bench("broker with two workers", server, driver, made, calibrate, counts=False)
             sound(two.driver("register", count=USERS, in_flight=16))
             cases += [Case(f"{name}-{k}", two, "flex", k, count) for name, k, count in chosen(WORKERS)]
+            turns = itertools.cycle(server.workers())
+            apart = Apart(two.name, server, driver, made, calibrate, counts=False, cores=cores, turns=turns)
+            cases += [
+                Case(f"{name}-{rate}", apart, "flex", 2 * CONNECTIONS, 2 * count, 2 * rate)
+                for name, rate, count in chosen(PACED_WORKERS)
+            ]
         if chosen(NODE) and (peers or wanted):
             server = stack.enter_context(peer(made, cores))
             node = Bench(
@@ -158,7 +167,18 @@ def run(
             also, found, f"two-request login against Node, {k} in flight", f"propelauth-{k}", f"node-{k}"
         )
         _compare(also, found, f"two workers against one, {k} in flight in all", f"workers2-{k}", f"flex-{k}")
-    _compare(also, found, "two workers against one, 16 in flight for each", "workers2-32", "flex-16")
+    for k in (16, 64):
+        _compare(
+            also, found, f"two workers against one, {k} in flight for each", f"workers2-{2 * k}", f"flex-{k}"
+        )
+    for _, rate, _ in PACED:
+        _compare(
+            also,
+            found,
+            f"two workers with a core each against one, {rate} logins a second for each",
+            f"apart2-{rate}",
+            f"paced-{rate}",
+        )
     return {"machine": measure.machine_of(python), "cases": found, "also": also, "unfit": unfit}
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.bench import measure
 from tests.bench.report import MOST_DRIFT, MOST_OTHER, Discarded, Repetition
-from tests.bench.service import Driver, Server, Stores, settled
+from tests.bench.service import Cores, Driver, Server, Stores, placed, settled
 
 _MOST_ROUNDS = 6  # times as many as repetitions were asked for
 
@@ -42,8 +42,11 @@ class Bench:
     calibrate: measure.Calibration
     counts: bool = True
 
-    def repetition(self, what: str, in_flight: int, count: int) -> Repetition:
-        """Run `count` logins.
+    def repetition(
+        self, what: str, in_flight: int, count: int, rate: int | None = None, *, of: int | None = None
+    ) -> Repetition:
+        """Run `count` logins, as many begun a second if a `rate` is given. What is measured is the server's CPU for them; with `of` one
+        worker's, with its part of the supervisor's, for those that it served.
 
         Raises:
             Unfit: one failed.
@@ -52,21 +55,23 @@ class Bench:
         settled()
         unit = self.calibrate()
         sent = self._sent()
-        before = self._readings()
-        told = sound(self.driver(what, count=count, in_flight=in_flight))
-        after = self._readings()
+        before = self._readings(of)
+        told = sound(self.driver(what, count=count, in_flight=in_flight, rate=rate))
+        after = self._readings(of)
         unit_after = self.calibrate()
         sent_after = self._sent()
         used = [b - a for a, b in zip(before, after, strict=True)]
         requests, statements = (
             (b - a for a, b in zip(sent, sent_after, strict=True)) if sent and sent_after else (None, None)
         )
+        served = told["logins"] if of is None else _by_worker(told["ports"], of)
+        part = served / told["logins"]  # stores are everybody's
         return Repetition(
-            logins=told["logins"],
+            logins=served,
             seconds=told["seconds"],
-            server=used[0],
-            redis=used[1],
-            postgres=used[2],
+            server=used[6],
+            redis=used[1] * part,
+            postgres=used[2] * part,
             others=(used[4] - sum(used[:4])) / used[5],
             verifies=(unit.verify, unit_after.verify),
             alone=(unit.alone + unit_after.alone) / 2,
@@ -76,11 +81,17 @@ class Bench:
             p50=told["whole"]["p50"],
             p99=told["whole"]["p99"],
             steps=told["steps"],
+            behind=told["seconds"] * rate / count - 1 if rate else 0.0,
         )
 
-    def _readings(self) -> list[float]:
+    def _readings(self, of: int | None) -> list[float]:
         pids = (self.server.pid, self.stores.redis_pid, self.stores.postgres_pid, self.driver.pid)
-        return [*(measure.cpu_seconds(pid) for pid in pids), measure.busy_seconds(), time.monotonic()]
+        cpu = [measure.cpu_seconds(pid) for pid in pids]
+        return [*cpu, measure.busy_seconds(), time.monotonic(), cpu[0] if of is None else self._of_worker(of)]
+
+    def _of_worker(self, pid: int) -> float:
+        supervisor = measure.own_cpu_seconds(self.server.pid)
+        return measure.own_cpu_seconds(pid) + supervisor / len(self.server.workers())
 
     def _sent(self) -> tuple[float, float] | None:
         if not self.counts:
@@ -89,15 +100,43 @@ class Bench:
         return self.server.metric(name, store="redis"), self.server.metric(name, store="postgres")
 
 
+def _by_worker(ports: dict[str, int], pid: int) -> int:
+    """How many logins a process served, of those that connections from these ports of the driver had."""
+    return sum(ports.get(str(port), 0) for port in measure.peers(pid))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apart(Bench):
+    """Workers of one server, of which one has the server's core to itself while it is measured, in `turns`; the others serve on the
+    rest's cores meanwhile, which they share with stores and driver."""
+
+    cores: Cores = field(kw_only=True)
+    turns: Iterator[int] = field(kw_only=True)
+
+    def repetition(
+        self, what: str, in_flight: int, count: int, rate: int | None = None, *, of: int | None = None
+    ) -> Repetition:
+        mine = next(self.turns) if of is None else of
+        workers = self.server.workers()
+        try:
+            for worker in workers:
+                placed(worker, self.cores.server if worker == mine else self.cores.rest)
+            return Bench.repetition(self, what, in_flight, count, rate, of=mine)
+        finally:
+            for worker in workers:
+                placed(worker, self.cores.server)
+
+
 @dataclass(slots=True)
 class Case:
-    """`count` logins a repetition, `in_flight` at a time."""
+    """`count` logins a repetition, `in_flight` at a time; at this rate, or for None each as soon as one is done."""
 
     name: str
     bench: Bench
     what: str
     in_flight: int
     count: int
+    rate: int | None = None
     ran: list[Repetition] = field(default_factory=list)
     good: list[Repetition] = field(default_factory=list)
 
@@ -107,7 +146,7 @@ class Case:
         sound(self.bench.driver(self.what, count=count, in_flight=self.in_flight))
 
     def repeat(self) -> None:
-        self.ran.append(self.bench.repetition(self.what, self.in_flight, self.count))
+        self.ran.append(self.bench.repetition(self.what, self.in_flight, self.count, self.rate))
 
     def judge(self, best: float) -> None:
         """Find what counts, where a verification takes `best` seconds when the core is ours alone."""
@@ -135,6 +174,11 @@ class Case:
             reasons.append(
                 f"{len(shared)} while a neighbour had over {MOST_OTHER:.0%} of the core"
                 f" (one verification took up to {slowest:.0f} us, {best * 1e6:.0f} at best)"
+            )
+        if behind := discarded.get("behind"):
+            reasons.append(
+                f"{len(behind)} in which {self.rate} logins a second could not begin"
+                f" (they took up to {max(r.behind for r in behind):.0%} longer)"
             )
         return (
             f"of {len(self.ran)} repetitions of {self.name} {len(self.good) or 'none'} counted; discarded were "

@@ -10,11 +10,13 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import statistics
 import struct
 import sys
 import time
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +125,12 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.create_connection(lambda: self, self._host, self._port)
 
+    @property
+    def port(self) -> int:
+        """Ours, by which the process at the other end is found."""
+        assert self._transport is not None, "not opened"
+        return int(self._transport.get_extra_info("sockname")[1])
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
@@ -168,10 +176,11 @@ class Connection(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Run:
-    """What a repetition took: seconds by step, and by whole login."""
+    """What a repetition took: seconds by step, and by whole login; and how many logins a connection had, by its port."""
 
     steps: dict[str, list[float]] = field(default_factory=dict)
     whole: list[float] = field(default_factory=list)
+    ports: Counter[int] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
     async def step(self, name: str, request: Awaitable[Any]) -> Any:
@@ -185,6 +194,7 @@ class Run:
             "logins": len(self.whole),
             "failures": self.failures[:5],
             "failed": len(self.failures),
+            "ports": self.ports,
             "whole": _quantiles(self.whole),
             "steps": {name: _quantiles(times) for name, times in self.steps.items()},
         }
@@ -223,18 +233,25 @@ class Driver:
         for connection in self._idle:
             await connection.open()
 
-    async def run(self, case: str, count: int, in_flight: int) -> dict[str, Any]:
-        """Run `count` logins (or registrations), `in_flight` at a time, each user once at a time."""
+    async def run(self, case: str, count: int, in_flight: int, rate: int | None = None) -> dict[str, Any]:
+        """Run `count` logins (or registrations), `in_flight` at a time, each user once at a time. With a `rate` as many begin a second, and
+        up to `in_flight` are under way: each connection begins one in each of its equal shares of time, at a random moment of it, or when
+        its last one is done."""
         what: Callable[[Run, Connection, Passkey], Awaitable[None]] = getattr(self, f"_{case}")
         run = Run()
         left = iter(range(count))
+        share = in_flight / rate if rate else 0.0
         first, self._turn = self._turn, self._turn + -(-count // in_flight)
         began = time.perf_counter()
 
         async def worker(mine: list[Passkey]) -> None:
             connection = self._free()
-            for turn, _ in enumerate(left, first):
+            for done, _ in enumerate(range(count // in_flight) if rate else left):
+                turn = first + done
                 passkey = self._new() if case == "register" else mine[turn % len(mine)]
+                if rate:
+                    due = began + (done + random.random()) * share
+                    await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 at = time.perf_counter()
                 try:
                     await what(run, connection, passkey)
@@ -243,6 +260,7 @@ class Driver:
                     connection = Connection(self._url, {})
                 else:
                     run.whole.append(time.perf_counter() - at)
+                    run.ports[connection.port] += 1
             self._idle.append(connection)
 
         await asyncio.gather(*(worker(self.passkeys[i::in_flight]) for i in range(in_flight)))
@@ -412,7 +430,9 @@ async def main() -> None:
             told = {}
         else:
             assert driver is not None, "aim first"
-            told = await driver.run(command["do"], command["count"], command["in_flight"])
+            told = await driver.run(
+                command["do"], command["count"], command["in_flight"], command.get("rate")
+            )
         print(json.dumps(told), flush=True)
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 MOST_OTHER = 0.15  # of a core, by processes that are none of ours: this machine's, or a neighbour's of the same processor
 MOST_DRIFT = 0.10  # between the calibrations before and after a repetition
-Discarded = Literal["busy", "drifted", "shared"]
+MOST_BEHIND = 0.10  # of the time that logins take when they begin at the rate they should
+Discarded = Literal["busy", "drifted", "shared", "behind"]
 _TOKENS = ("hanko",)  # what hands out a token signed with RS256
 
 
@@ -18,7 +19,7 @@ class Repetition:
     """One measured repetition; CPU and wall in seconds for all its logins.
 
     `verifies` are seconds of CPU for one verification, before and after it; `sign` for one token. Requests to Redis and statements
-    are None where the server does not count them.
+    are None where the server does not count them. `behind` is how much longer than planned logins took that begin at a rate, as a part.
     """
 
     logins: int
@@ -35,6 +36,7 @@ class Repetition:
     p50: float
     p99: float
     steps: dict[str, dict[str, float]]
+    behind: float = 0.0
 
     @property
     def verify(self) -> float:
@@ -47,6 +49,8 @@ class Repetition:
             return "busy"
         if abs(self.verifies[0] - self.verifies[1]) / self.verify > MOST_DRIFT:
             return "drifted"
+        if self.behind > MOST_BEHIND:
+            return "behind"
         return "shared" if max(self.verifies) > best * (1 + MOST_OTHER) else None
 
 

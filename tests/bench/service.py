@@ -123,6 +123,10 @@ class Server:
     def pid(self) -> int:
         return self.process.pid
 
+    def workers(self) -> list[int]:
+        """The processes that serve, where there is a supervisor."""
+        return descendants(self.pid)
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples with these labels; of a broker."""
         host, port = self.url.removeprefix("http://").split(":")
@@ -251,6 +255,12 @@ def aimed(cores: Cores, server: Server) -> Iterator[Driver]:
         yield driver
     finally:
         driver.close()
+
+
+def placed(pid: int, cores: frozenset[int]) -> None:
+    """Move a process, all of its threads, to these cores."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
 
 
 def settled(seconds: float = 0.3) -> None:
