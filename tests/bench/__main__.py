@@ -1,6 +1,6 @@
 """`python -m tests.bench`: measure, and write the figures as a table and as JSON.
 
-python -m tests.bench --json run.json          all cases (about five minutes)
+python -m tests.bench --json run.json          all cases (five to ten minutes)
 python -m tests.bench --peers                   with the Node peer
 python -m tests.bench --compare old.json new.json
 python -m tests.bench --endurance               100,000 logins: does memory stay where it was?
