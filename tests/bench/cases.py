@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.bench import measure
 from tests.bench.report import MOST_DRIFT, MOST_OTHER, Discarded, Repetition
@@ -29,6 +29,18 @@ _MOST_ROUNDS = 6  # times as many as repetitions were asked for
 
 class Unfit(Exception):
     """A run that may not be reported; the sentence says why."""
+
+
+class _Reading(NamedTuple):
+    """Seconds: CPU of what is measured, of each process with its descendants, of all processes; and the time."""
+
+    measured: float
+    server: float
+    redis: float
+    postgres: float
+    driver: float
+    machine: float
+    clock: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,12 +67,12 @@ class Bench:
         settled()
         unit = self.calibrate()
         sent = self._sent()
-        before = self._readings(of)
+        before = self._reading(of)
         told = sound(self.driver(what, count=count, in_flight=in_flight, rate=rate))
-        after = self._readings(of)
+        after = self._reading(of)
         unit_after = self.calibrate()
         sent_after = self._sent()
-        used = [b - a for a, b in zip(before, after, strict=True)]
+        used = _Reading(*(b - a for a, b in zip(before, after, strict=True)))
         requests, statements = (
             (b - a for a, b in zip(sent, sent_after, strict=True)) if sent and sent_after else (None, None)
         )
@@ -69,10 +81,10 @@ class Bench:
         return Repetition(
             logins=served,
             seconds=told["seconds"],
-            server=used[6],
-            redis=used[1] * part,
-            postgres=used[2] * part,
-            others=(used[4] - sum(used[:4])) / used[5],
+            server=used.measured,
+            redis=used.redis * part,
+            postgres=used.postgres * part,
+            others=(used.machine - used.server - used.redis - used.postgres - used.driver) / used.clock,
             verifies=(unit.verify, unit_after.verify),
             alone=(unit.alone + unit_after.alone) / 2,
             sign=(unit.sign + unit_after.sign) / 2,
@@ -84,10 +96,17 @@ class Bench:
             behind=told["seconds"] * rate / count - 1 if rate else 0.0,
         )
 
-    def _readings(self, of: int | None) -> list[float]:
-        pids = (self.server.pid, self.stores.redis_pid, self.stores.postgres_pid, self.driver.pid)
-        cpu = [measure.cpu_seconds(pid) for pid in pids]
-        return [*cpu, measure.busy_seconds(), time.monotonic(), cpu[0] if of is None else self._of_worker(of)]
+    def _reading(self, of: int | None) -> _Reading:
+        server = measure.cpu_seconds(self.server.pid)
+        return _Reading(
+            measured=server if of is None else self._of_worker(of),
+            server=server,
+            redis=measure.cpu_seconds(self.stores.redis_pid),
+            postgres=measure.cpu_seconds(self.stores.postgres_pid),
+            driver=measure.cpu_seconds(self.driver.pid),
+            machine=measure.busy_seconds(),
+            clock=time.monotonic(),
+        )
 
     def _of_worker(self, pid: int) -> float:
         supervisor = measure.own_cpu_seconds(self.server.pid)
