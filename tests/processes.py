@@ -1,4 +1,4 @@
-"""What tests of whole processes share: free ports, waiting with a deadline, and who descends from whom.
+"""What tests of whole processes share: free ports, waiting with a deadline, who descends from whom, and who took which connection.
 
 No test sleeps for a while and hopes. `until` asks again and again, and fails by name after its deadline, which is generous
 because the machine may be busy; nothing is concluded from how long it took.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -50,6 +51,17 @@ def get(port: int, path: str, host: str = "127.0.0.1") -> int:
         return 0
     finally:
         connection.close()
+
+
+def accepted(pid: int, port: int) -> list[int]:
+    """The connections to the port that a process has taken, by the clients' ports."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    mine = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01" and row[9] in inodes]
+    return [int(row[2].partition(":")[2], 16) for row in mine]
 
 
 def descendants(pid: int, but: frozenset[int] = frozenset()) -> list[int]:

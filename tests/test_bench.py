@@ -18,7 +18,7 @@ from tests.bench import measure, report
 from tests.bench.cases import Apart, Bench, Case, Unfit, measured, sound
 from tests.bench.report import Repetition
 from tests.bench.service import ROOT, Cores, aimed, broker, stores
-from tests.processes import DEADLINE, alive, descendants
+from tests.processes import DEADLINE, accepted, alive, descendants
 
 STEADY = Repetition(
     logins=1000,
@@ -54,7 +54,7 @@ class Played:
             self.ran.append(f"warm {what}")
         return {"failed": 0}
 
-    def repetition(self, what: str, in_flight: int, count: int, rate: int | None = None) -> Repetition:
+    def repetition(self, what: str, in_flight: int, count: int, rate: int | None) -> Repetition:
         self.ran.append(what)
         return self.repetitions.pop(0)
 
@@ -71,6 +71,7 @@ def case(name: str, played: Played) -> Case:
         (DRIFTED, "drifted"),
         (SHARED, "shared"),
         (BEHIND, "behind"),
+        (replace(SHARED, behind=0.3), "shared"),
         (replace(STEADY, behind=0.1), None),
         (replace(STEADY, others=0.15, verifies=(96e-6, 105e-6)), None),
         (replace(STEADY, verifies=(106e-6, 114e-6)), None),
@@ -175,7 +176,7 @@ def test_a_worker_is_measured_by_itself() -> None:
 
         def calibrated() -> measure.Unit:
             places.append([frozenset(os.sched_getaffinity(pid)) for pid in workers])
-            connections.append([len(measure.peers(pid)) for pid in workers])
+            connections.append([len(accepted(pid, server.port)) for pid in workers])
             return calibrate(rounds=1, verifies=1, tokens=1)
 
         apart = Apart(
@@ -189,7 +190,7 @@ def test_a_worker_is_measured_by_itself() -> None:
             turns=itertools.cycle(workers),
         )
         whole = measure.cpu_seconds(server.pid)
-        turns = [apart.repetition("flex", 16, 64, 256) for _ in workers]
+        turns = [apart.repetition("flex", 16, 64, rate=256) for _ in workers]
         whole = measure.cpu_seconds(server.pid) - whole
         assert places == [[cores.server, cores.rest]] * 2 + [[cores.rest, cores.server]] * 2
         assert [os.sched_getaffinity(pid) for pid in workers] == [cores.server] * 2
@@ -200,13 +201,12 @@ def test_a_worker_is_measured_by_itself() -> None:
     assert 0 < sum(turn.server for turn in turns) < whole
 
 
-def test_who_is_at_the_other_end_of_a_connection() -> None:
+def test_who_took_a_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as ours, listening.accept()[0]:
-            ends = {port, ours.getsockname()[1]}
-            assert ends <= measure.peers(os.getpid())
-    assert not ends & measure.peers(os.getpid())
+            assert accepted(os.getpid(), port) == [ours.getsockname()[1]]
+        assert accepted(os.getpid(), port) == []
 
 
 def test_what_a_benchmark_started_ends_with_it() -> None:

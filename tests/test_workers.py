@@ -7,7 +7,6 @@ time to pass: the supervisor's log, the kernel's tables and answers say when som
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import os
 import re
@@ -28,7 +27,7 @@ from broker.web.share import ABSENT
 from tests import test_serve
 from tests.authenticator import Authenticator
 from tests.conftest import SECRET_KEY
-from tests.processes import alive, descendants, free_port, get, until
+from tests.processes import accepted, alive, descendants, free_port, get, until
 from tests.test_serve import Serve, Start, finish, in_flight, refuses_connections
 from tests.wire import Wire
 
@@ -80,17 +79,6 @@ def figures(port: int) -> dict[str, float]:
         connection.close()
     samples = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in samples if "_created" not in name}
-
-
-def accepted(pid: int, port: int) -> list[int]:
-    """The connections to the port that a process has taken, by the clients' ports."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            inodes.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    mine = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01" and row[9] in inodes]
-    return [int(row[2].partition(":")[2], 16) for row in mine]
 
 
 def on_each(started: Serve, app: dict[str, str]) -> list[socket.socket]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from tests.bench import measure
 from tests.bench.report import MOST_DRIFT, MOST_OTHER, Discarded, Repetition
 from tests.bench.service import Cores, Driver, Server, Stores, placed, settled
+from tests.processes import accepted
 
 _MOST_ROUNDS = 6  # times as many as repetitions were asked for
 
@@ -54,15 +55,18 @@ class Bench:
     calibrate: measure.Calibration
     counts: bool = True
 
-    def repetition(
-        self, what: str, in_flight: int, count: int, rate: int | None = None, *, of: int | None = None
-    ) -> Repetition:
-        """Run `count` logins, as many begun a second if a `rate` is given. What is measured is the server's CPU for them; with `of` one
-        worker's, with its part of the supervisor's, for those that it served.
+    def repetition(self, what: str, in_flight: int, count: int, rate: int | None) -> Repetition:
+        """Run `count` logins; with a `rate`, as many begin a second.
 
         Raises:
             Unfit: one failed.
         """
+        return self._repetition(what, in_flight, count, rate, None)
+
+    def _repetition(
+        self, what: str, in_flight: int, count: int, rate: int | None, of: int | None
+    ) -> Repetition:
+        """What is measured is the server's CPU for all logins; with `of` a worker's, with its part of the supervisor's, for those that it served."""
         self.driver("connect", in_flight=in_flight)
         settled()
         unit = self.calibrate()
@@ -76,7 +80,9 @@ class Bench:
         requests, statements = (
             (b - a for a, b in zip(sent, sent_after, strict=True)) if sent and sent_after else (None, None)
         )
-        served = told["logins"] if of is None else _by_worker(told["ports"], of)
+        served = told["logins"]
+        if of is not None:
+            served = sum(told["ports"].get(str(port), 0) for port in accepted(of, self.server.port))
         part = served / told["logins"]  # stores are everybody's
         return Repetition(
             logins=served,
@@ -119,11 +125,6 @@ class Bench:
         return self.server.metric(name, store="redis"), self.server.metric(name, store="postgres")
 
 
-def _by_worker(ports: dict[str, int], pid: int) -> int:
-    """How many logins a process served, of those that connections from these ports of the driver had."""
-    return sum(ports.get(str(port), 0) for port in measure.peers(pid))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Apart(Bench):
     """Workers of one server, of which one has the server's core to itself while it is measured, in `turns`; the others serve on the
@@ -132,15 +133,13 @@ class Apart(Bench):
     cores: Cores = field(kw_only=True)
     turns: Iterator[int] = field(kw_only=True)
 
-    def repetition(
-        self, what: str, in_flight: int, count: int, rate: int | None = None, *, of: int | None = None
-    ) -> Repetition:
-        mine = next(self.turns) if of is None else of
+    def repetition(self, what: str, in_flight: int, count: int, rate: int | None) -> Repetition:
+        mine = next(self.turns)
         workers = self.server.workers()
         try:
             for worker in workers:
                 placed(worker, self.cores.server if worker == mine else self.cores.rest)
-            return Bench.repetition(self, what, in_flight, count, rate, of=mine)
+            return self._repetition(what, in_flight, count, rate, mine)
         finally:
             for worker in workers:
                 placed(worker, self.cores.server)

@@ -27,7 +27,6 @@ PACKAGES = ("aiohttp", "webauthn", "redis", "hiredis", "asyncpg", "pyjwt", "uvlo
 _ECDSA = ec.ECDSA(hashes.SHA256())
 ROOT = Path(__file__).parent.parent.parent
 _TICK = os.sysconf("SC_CLK_TCK")
-_ESTABLISHED = "01"  # of /proc/net/tcp
 
 
 def cpu_seconds(pid: int) -> float:
@@ -54,22 +53,6 @@ def touched(pid: int) -> int:
             found += int(Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[7])
         except OSError:  # it ended meanwhile
             continue
-    return found
-
-
-def peers(pid: int) -> set[int]:
-    """The ports at the other end of a process' TCP connections (of IPv4)."""
-    sockets = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            sockets.add(os.readlink(descriptor))
-        except OSError:  # closed meanwhile
-            continue
-    found = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, _, remote, state, _, _, _, _, _, inode, *_ = line.split()
-        if state == _ESTABLISHED and f"socket:[{inode}]" in sockets:
-            found.add(int(remote.partition(":")[2], 16))
     return found
 
 

@@ -49,9 +49,9 @@ class Repetition:
             return "busy"
         if abs(self.verifies[0] - self.verifies[1]) / self.verify > MOST_DRIFT:
             return "drifted"
-        if self.behind > MOST_BEHIND:
-            return "behind"
-        return "shared" if max(self.verifies) > best * (1 + MOST_OTHER) else None
+        if max(self.verifies) > best * (1 + MOST_OTHER):
+            return "shared"
+        return "behind" if self.behind > MOST_BEHIND else None
 
 
 def figures(what: str, repetitions: Sequence[Repetition]) -> dict[str, Any]:

@@ -123,14 +123,17 @@ class Server:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     def workers(self) -> list[int]:
         """The processes that serve, where there is a supervisor."""
         return descendants(self.pid)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples with these labels; of a broker."""
-        host, port = self.url.removeprefix("http://").split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
