@@ -10,7 +10,6 @@ what the setting `dialects` chooses from.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from broker.durable import Catalogue, Durable, Postgres
 from broker.durable.notifications import Notifications
 from broker.durable.signing_keys import SigningKeys
 from broker.ephemeral import Ephemeral, connect
-from broker.errors import NotFound, Unavailable
+from broker.errors import Unavailable
 from broker.mailbox import Mailbox
 from broker.settings import Settings, SettingsFault
 from broker.signals import Signals
@@ -202,8 +201,8 @@ def application(
     for dialect in chosen(parts.settings):
         app.add_routes(dialect.routes(management=management, browser=browser))
     app.add_routes(_health(parts))
-    if management:
-        app.router.add_get("/metrics", _metrics(parts.metrics, shared=browser), allow_head=False)
+    if management and (not browser or parts.settings.metrics_at == "public"):
+        app.router.add_get("/metrics", _metrics(parts.metrics), allow_head=False)
     if browser:
         app.add_routes(_sdk())
     for prefix, subapp in (subapps or {}).items():
@@ -240,27 +239,16 @@ def _health(parts: Parts) -> list[web.RouteDef]:
     ]
 
 
-def _metrics(metrics: Metrics, *, shared: bool) -> Callable[[web.Request], Any]:
+def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
     @public
-    async def answer(request: web.Request) -> web.StreamResponse:
-        """Prometheus' text format. On a port that pages reach, for this machine only: `reason` is for the operator."""
-        if shared and not _from_this_machine(request):
-            raise NotFound
+    async def answer(_: web.Request) -> web.StreamResponse:
+        """Prometheus' text format. `reason` is for operators, so nothing about a request can open it (`Settings.metrics_at`): a proxy on this
+        machine has a loopback address and need not say for whom it asks."""
         return web.Response(
             body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
 
     return answer
-
-
-def _from_this_machine(request: web.Request) -> bool:
-    """Whether the peer is on loopback and speaks for itself. A proxy on this machine says for whom it asks."""
-    if any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")):
-        return False
-    try:
-        return ipaddress.ip_address((request.remote or "").partition("%")[0]).is_loopback
-    except ValueError:
-        return False
 
 
 def _to(place: str) -> Callable[[web.Request], Any]:

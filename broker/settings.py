@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 PREFIX = "BROKER_"
@@ -157,6 +157,7 @@ class Settings:
     host: str = _setting(_host, "localhost")
     port: int = _setting(_whole(0, 65535), 8080)
     management_port: int = _setting(_whole(0, 65535), 0)  # 0: keyed routes share `port`
+    metrics: str = _setting(_choice("management", "public"), "management")  # which port may serve them
     workers: int = _setting(_whole(1, 64), 1)  # processes of `serve`
     public_url: str = _setting(_public_url, "")
     dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
@@ -171,6 +172,13 @@ class Settings:
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # how long an app or a key may be remembered
     drain_seconds: float = _setting(_seconds(0, 60), 10)
     log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info")
+
+    @property
+    def metrics_at(self) -> Literal["management", "public", "nowhere"]:
+        """The port that serves `/metrics`. `public` is a port that pages reach, and counts only without a management port."""
+        if self.management_port:
+            return "management"
+        return "public" if self.metrics == "public" else "nowhere"
 
     @classmethod
     def load(

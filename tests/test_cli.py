@@ -877,7 +877,7 @@ def test_doctor_finds_all_well(own_stores: EmbeddedStores, cli: Cli, monkeypatch
     findings = _findings(done.out)
     assert all(f.ok and f.todo == "" for f in findings)
     assert [f.check for f in findings] == [
-        "settings", "ports", "postgres", "clock", "migrations", "redis", "clock", "eviction", "secret key", "apps"
+        "settings", "ports", "metrics", "postgres", "clock", "migrations", "redis", "clock", "eviction", "secret key", "apps"
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
@@ -899,10 +899,39 @@ def test_doctor_finds_all_well(own_stores: EmbeddedStores, cli: Cli, monkeypatch
     assert cli("app", "update", "--app", app, "--origin", ORIGIN).status == 0
     assert cli("doctor").status == 0
 
-    monkeypatch.setenv("BROKER_MANAGEMENT_PORT", "9090")
-    assert Finding("ports", True, "keyed routes and metrics have a port of their own") in _findings(
-        cli("doctor", "--json").out
-    )
+
+PARTED = "port 9090 serves keyed routes, port 8080 serves pages"
+SHARED = "no BROKER_MANAGEMENT_PORT: port 8080 serves pages and keyed routes, unless `serve --management-port` parts them"
+NOWHERE = (
+    "served nowhere; set BROKER_MANAGEMENT_PORT, or BROKER_METRICS=public where only operators reach the port"
+)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "ports", "metrics"),
+    [
+        ({}, (), SHARED, NOWHERE),
+        ({"METRICS": "public"}, (), SHARED, "served on port 8080, to all who reach it"),
+        ({"MANAGEMENT_PORT": "9090"}, (), PARTED, "served on port 9090"),
+        ({"MANAGEMENT_PORT": "9090", "METRICS": "public"}, (), PARTED, "served on port 9090"),
+        ({}, ("--management-port", "9090"), PARTED, "served on port 9090"),
+        ({"MANAGEMENT_PORT": "9000"}, ("--management-port", "9090"), PARTED, "served on port 9090"),
+    ],
+)
+def test_doctor_tells_what_each_port_serves(
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    options: tuple[str, ...],
+    ports: str,
+    metrics: str,
+) -> None:
+    """From the environment, and from the option that `serve` takes too."""
+    for name, value in environment.items():
+        monkeypatch.setenv(f"BROKER_{name}", value)
+    findings = _findings(cli("doctor", *options, "--json").out)
+    assert Finding("ports", True, ports) in findings
+    assert Finding("metrics", True, metrics) in findings
 
 
 def test_doctor_tells_every_missing_setting(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

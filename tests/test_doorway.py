@@ -15,8 +15,9 @@ from broker.embedded import EmbeddedStores
 from broker.model import Policy
 from broker.web import Limits
 from tests.authenticator import Authenticator, flex_wire_form
-from tests.conftest import OpenApp, Started, settings_for
-from tests.signals import refused
+from tests.conftest import OpenApp, Started, Starter, settings_for
+from tests.processes import free_port
+from tests.signals import lines, refused
 from tests.wire import ORIGIN, Wire
 
 
@@ -109,13 +110,42 @@ async def test_a_policy_made_stricter_applies_to_ceremonies_under_way(
         assert (await wire.finish("register", registration, made)).status == 401
 
 
-@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"])
-async def test_metrics_on_a_shared_port_are_not_for_who_comes_through_a_proxy(
-    wire: Wire, header: str
+FORWARDED = [
+    {},  # nginx's `proxy_pass` adds none
+    *({name: "for=192.0.2.1"} for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")),
+]
+
+
+@pytest.mark.parametrize("headers", FORWARDED, ids=str)
+async def test_a_port_that_pages_reach_has_no_metrics(
+    broker: Started, wire: Wire, headers: dict[str, str]
 ) -> None:
-    assert (await wire.send("GET", f"{wire.url}/metrics")).status == 200
-    through = await wire.send("GET", f"{wire.url}/metrics", headers={header: "for=192.0.2.1"})
-    assert (through.status, through.code) == (404, "not_found")
+    """The peer's address and forwarding headers decide nothing: a proxy on this machine has both."""
+    with refused(broker, "not_found", "not_found"):
+        answer = await wire.send("GET", f"{wire.url}/metrics", headers=headers)
+    assert (answer.status, answer.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize("headers", FORWARDED, ids=str)
+async def test_metrics_are_public_where_the_setting_says_so(
+    start_broker: Starter, wire: Wire, headers: dict[str, str]
+) -> None:
+    public = await start_broker(metrics="public")
+    answer = await wire.send("GET", f"{public.url}/metrics", headers=headers)
+    assert (answer.status, b"broker_request_seconds" in answer.body) == (200, True)
+    assert len(lines(public, route="/metrics", status=200)) == 1
+
+
+@pytest.mark.parametrize("metrics", ["management", "public"])
+async def test_metrics_are_on_the_management_port_only(
+    start_broker: Starter, wire: Wire, metrics: str
+) -> None:
+    parted = await start_broker(management_port=free_port(), metrics=metrics)
+    with refused(parted, "not_found", "not_found"):
+        assert (await wire.send("GET", f"{parted.url}/metrics")).status == 404
+    management = f"http://127.0.0.1:{parted.service.management_port}"
+    assert (await wire.send("GET", f"{management}/metrics")).status == 200
+    assert len(lines(parted, route="/metrics", status=200)) == 1
 
 
 async def test_who_does_not_read_is_let_go_and_does_not_hold_up_the_end(stores: EmbeddedStores) -> None:

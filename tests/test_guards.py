@@ -94,8 +94,20 @@ async def test_one_port_for_everything(broker: Started) -> None:
     assert found == {
         "key": KEYED | KEYED_ALONE | OTHERS_KEYED,
         "browser": PAGES | OTHERS_PAGES,
-        "public": ANYBODY | METRICS | KEY_SETS | passlock.ICONS,
+        "public": ANYBODY | KEY_SETS | passlock.ICONS,
     }
+
+
+async def test_public_metrics_are_one_route_more(start_broker: Starter, broker: Started) -> None:
+    public = await start_broker(metrics="public")
+    without = guards(application(broker.parts, management=True, browser=True))
+    assert guards(application(public.parts, management=True, browser=True)) == {
+        **without,
+        "public": without["public"] | METRICS,
+    }
+    assert guards(application(public.parts, management=False, browser=True)) == guards(
+        application(broker.parts, management=False, browser=True)
+    )
 
 
 async def test_the_public_port_has_no_keyed_route(broker: Started) -> None:

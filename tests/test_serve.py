@@ -352,6 +352,21 @@ async def test_a_management_port_takes_the_keyed_routes_away(serve: Start) -> No
     assert {path: (get(public, path), get(keyed, path)) for path in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("management", "metrics", "told"),
+    [(False, "", "nowhere"), (False, "public", "public"), (True, "", "management")],
+)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_start_tells_where_metrics_are(
+    serve: Start, management: bool, metrics: str, told: str, workers: str
+) -> None:
+    port = str(free_port()) if management else ""
+    started = serve(management_port=port, metrics=metrics, workers=workers).begun()
+    (line,) = [line for line in started.log if line["event"] == "listening"]
+    assert line["metrics"] == told
+    assert get(started.port, "/metrics") == (200 if told == "public" else 404)
+
+
 # -- the end --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from io import StringIO
 from typing import Any
 
 import pytest
+from aiohttp import ClientSession
 
 from broker.app import assemble, serve
 from broker.embedded import EmbeddedStores
@@ -661,8 +662,10 @@ METRICS = [
 ]
 
 
-async def test_metrics(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_metrics(start_broker: Starter, session: ClientSession, device: Authenticator) -> None:
     """Every metric is there from the start; labels are words of ours, so their number is bounded."""
+    broker = await start_broker(metrics="public")
+    wire = await Wire.open(broker.service, session)
     answer = await wire.send("GET", broker.url + "/metrics")
     assert answer.status == 200
     assert answer.headers["Content-Type"].startswith("text/plain; version=")

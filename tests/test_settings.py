@@ -47,6 +47,8 @@ GOOD: list[tuple[str, str, object]] = [
     ("port", "0", 0),
     ("port", "65535", 65535),
     ("management_port", "9090", 9090),
+    ("metrics", "management", "management"),
+    ("metrics", "public", "public"),
     ("workers", "1", 1),
     ("workers", "64", 64),
     ("public_url", "https://passkeys.example.com/", "https://passkeys.example.com"),
@@ -106,6 +108,7 @@ BAD: list[tuple[str, str]] = [
     ("port", "٨٠"),
     ("port", "9" * 5000),
     ("management_port", "http"),
+    ("metrics", "none"),
     ("workers", "0"),
     ("workers", "65"),
     ("workers", "auto"),
@@ -221,6 +224,7 @@ def test_old_deployments_need_no_new_setting() -> None:
     settings = Settings.load(STORES)
     assert (settings.host, settings.port, settings.management_port) == ("localhost", 8080, 0)
     assert settings.workers == 1
+    assert (settings.metrics, settings.metrics_at) == ("management", "nowhere")
 
 
 def test_repr_hides_secrets() -> None:

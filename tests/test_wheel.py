@@ -99,7 +99,7 @@ def test_installed_into_an_empty_environment_it_runs_broker_dev(wheel: Path, wor
     broker = subprocess.Popen(
         [str(environment / "bin" / "broker"), "dev", "--no-open", "--data", str(workshop / "data")],
         cwd=workshop,
-        env={**clean, "PORT": str(port)},
+        env={**clean, "PORT": str(port), "BROKER_METRICS": "public"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -118,7 +118,7 @@ def free(port: int) -> bool:
 def shared(stores: EmbeddedStores) -> Iterator[Serve]:
     """A service of two workers."""
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
-    started = Serve(urls, "--workers", "2").begun()
+    started = Serve(urls | {"BROKER_METRICS": "public"}, "--workers", "2").begun()
     yield started
     (folder,) = folders(workers(started))
     started.tell(signal.SIGTERM)
@@ -305,7 +305,7 @@ def test_a_worker_that_keeps_dying_is_started_less_and_less(shared: Serve) -> No
 def test_a_worker_that_hangs_is_killed_and_replaced(stores: EmbeddedStores, app: dict[str, str]) -> None:
     """By a supervisor that looks more often than others; which at last is told twice, and ends at once."""
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
-    hasty = urls | {"BROKER_WORKERS": "2", "BROKER_DRAIN_SECONDS": "60"}
+    hasty = urls | {"BROKER_WORKERS": "2", "BROKER_DRAIN_SECONDS": "60", "BROKER_METRICS": "public"}
     started = Serve(hasty, command=(sys.executable, "-c", HASTY)).begun()
     try:
         stopped = workers(started)[0]

@@ -77,13 +77,14 @@ async def _with_records(settings: Settings, work: Callable[[Records], Awaitable[
 Work: TypeAlias = "Callable[[Records, argparse.Namespace], Awaitable[object]]"
 
 
-def settings_for_data(*needed: str) -> Settings:
-    """The settings of a command on data: the environment's, or those of the `broker dev` that runs below here.
+def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> Settings:
+    """The settings of a command on data: the environment's, or those of the `broker dev` that runs below here. `given` are variables
+    that the command line sets.
 
     Raises:
         SettingsFault: one can't be used, or one of those `needed` (default: the database's URL) is missing.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, **(given or {})}
     if not environment.get("BROKER_DATABASE_URL") and (stored := read(Path(DATA) / "dev.json")):
         sys.stderr.write(f"broker: acting on the dev instance of {DATA}/dev.json.\n")
         environment["BROKER_DATABASE_URL"] = str(stored.get("database_url", ""))

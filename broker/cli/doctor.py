@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from broker.cli.admin import settings_for_data
-from broker.cli.serving import run, with_parts
+from broker.cli.serving import listening, run, with_parts
 from broker.errors import InvalidSetting, Unavailable
 from broker.settings import Settings, SettingsFault
 
@@ -36,13 +36,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add `doctor`."""
     command = commands.add_parser("doctor", help="check settings, stores, clocks and origins")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--management-port", type=int, help="the one that `serve` is given")
     command.set_defaults(run=run_doctor)
 
 
 def run_doctor(options: argparse.Namespace) -> int:
     """0: all is well. 1: something is to be done."""
     try:
-        settings = settings_for_data("database_url", "redis_url")
+        settings = settings_for_data("database_url", "redis_url", given=listening({}, options))
         findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
     except SettingsFault as fault:
         findings = [
@@ -59,7 +60,8 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 async def _look(parts: Parts) -> list[Finding]:
     return [
-        *_ports(parts.settings),
+        ports(parts.settings),
+        metrics(parts.settings),
         *await _postgres(parts),
         *await _redis(parts),
         *await _signing(parts),
@@ -67,12 +69,28 @@ async def _look(parts: Parts) -> list[Finding]:
     ]
 
 
-def _ports(settings: Settings) -> list[Finding]:
-    if settings.management_port:
-        return [Finding("ports", True, "keyed routes and metrics have a port of their own")]
-    return [
-        Finding("ports", True, "keyed routes and metrics share the public port; --management-port parts them")
-    ]
+def ports(settings: Settings) -> Finding:
+    """What each port serves, as far as settings say: `serve` may be given a management port that this command is not."""
+    page, management = settings.port, settings.management_port
+    if management:
+        return Finding("ports", True, f"port {management} serves keyed routes, port {page} serves pages")
+    return Finding(
+        "ports",
+        True,
+        f"no BROKER_MANAGEMENT_PORT: port {page} serves pages and keyed routes,"
+        " unless `serve --management-port` parts them",
+    )
+
+
+def metrics(settings: Settings) -> Finding:
+    """Where `/metrics` is served."""
+    says = {
+        "management": f"served on port {settings.management_port}",
+        "public": f"served on port {settings.port}, to all who reach it",
+        "nowhere": "served nowhere; set BROKER_MANAGEMENT_PORT,"
+        " or BROKER_METRICS=public where only operators reach the port",
+    }
+    return Finding("metrics", True, says[settings.metrics_at])
 
 
 async def _postgres(parts: Parts) -> list[Finding]:

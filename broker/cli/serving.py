@@ -92,7 +92,13 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
     service = await start(parts)
     if left := left_out(settings):
         log("dialects_left_out", dialects=left, missing="BROKER_SECRET_KEY")
-    log("listening", host=settings.host, port=service.port, management_port=service.management_port)
+    log(
+        "listening",
+        host=settings.host,
+        port=service.port,
+        management_port=service.management_port,
+        metrics=settings.metrics_at,
+    )
     await until_told()
     log("draining", seconds=settings.drain_seconds)
     await service.close()

@@ -293,6 +293,7 @@ class _Supervisor:
             host=self._settings.host,
             port=pages[0].getsockname()[1],
             management_port=(management or pages)[0].getsockname()[1],
+            metrics=self._settings.metrics_at,
             workers=len(self._places),
         )
         if len(self._places) > (cores := _usable_cores()):

@@ -182,6 +182,7 @@ def broker(
         "BROKER_REDIS_URL": made.redis_url,
         "BROKER_SECRET_KEY": _SECRET,
         "BROKER_STORE_TIMEOUT": "1.5",
+        "BROKER_METRICS": "public",
     }
     command = [str((python or Path(sys.executable)).with_name("broker"))]
     argv = [*command, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"]
