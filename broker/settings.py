@@ -33,6 +33,7 @@ _POSTGRES = dict.fromkeys(("postgresql", "postgres"), _TARGET | _SSL | _SESSION)
 _PLAIN = frozenset(("db", "username", "password"))
 _TLS = _PLAIN | {"ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"}
 _REDIS = {"redis": _PLAIN, "rediss": _TLS, "unix": _PLAIN, "redis+cluster": _PLAIN, "rediss+cluster": _TLS}
+_ONE_HOST = frozenset(("redis", "rediss", "unix"))
 _HOST_AND_PORT = re.compile(r"(?:\[[^\[\]@]+\]|[^\[\]:@]*)(?::([0-9]{1,5}))?")
 _PATH = {
     "redis": re.compile(r"(/[0-9]{0,5})?"),
@@ -63,6 +64,8 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
         known = options[parts.scheme]
         if any(name not in known for name, _ in given):
             raise ValueError(f"has an option other than {', '.join(sorted(known))}")
+        if parts.scheme in _ONE_HOST and "," in parts.netloc.rpartition("@")[2]:
+            raise ValueError("has several hosts, which only redis+cluster:// and rediss+cluster:// take")
         if not all(re.fullmatch(r"[0-9]{1,5}", value) for name, value in given if name in ("port", "db")):
             raise ValueError(malformed)
         return text
@@ -73,7 +76,10 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
 
 def _target_is_sound(parts: SplitResult) -> bool:
     """Hosts, ports and path. An `@` behind the host is a password with an unescaped `/`."""
-    hosts = [_HOST_AND_PORT.fullmatch(host) for host in parts.netloc.rpartition("@")[2].split(",")]
+    given = parts.netloc.rpartition("@")[2].split(",")
+    hosts = [_HOST_AND_PORT.fullmatch(host) for host in given]
+    if len(given) > 1 and not all(given):
+        return False
     return (
         all(host and 0 < int(host[1] or 1) <= 65535 for host in hosts)
         and _PATH.get(parts.scheme, _ANY_PATH).fullmatch(parts.path) is not None
