@@ -147,6 +147,7 @@ async def assemble(
         connect(settings.redis_url, timeout=settings.store_timeout, connections=settings.redis_connections),
         timeout=settings.store_timeout,
         metrics=metrics,
+        log=log,
         clock=clock,
     )
     return Parts(

@@ -6,6 +6,7 @@ Servers here are the test's own, so a test may look at every key there is.
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import shutil
 import time
@@ -34,7 +35,7 @@ from broker.model import (
     Transaction,
     Verifications,
 )
-from broker.telemetry import CONTEXT, Context, Metrics
+from broker.telemetry import CONTEXT, Context, Log, Metrics
 from broker.tokens import SystemMint, digest, text
 from tests.conftest import Clock
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
@@ -55,6 +56,7 @@ class Place:
     server: Valkey | None
     clock: Clock = field(default_factory=Clock)
     metrics: Metrics = field(default_factory=Metrics)
+    stream: io.StringIO = field(default_factory=io.StringIO)
     made: list[Ephemeral] = field(default_factory=list)
     fake: fakeredis.FakeServer = field(default_factory=fakeredis.FakeServer)
 
@@ -73,9 +75,13 @@ class Place:
             client = connect(
                 self.server.url_at(port or self.server.port), timeout=timeout, connections=connections
             )
-        store = Ephemeral(client, timeout=timeout, metrics=self.metrics, clock=self.clock)
+        store = Ephemeral(client, timeout=timeout, metrics=self.metrics, log=self.log, clock=self.clock)
         self.made.append(store)
         return store
+
+    @property
+    def log(self) -> Log:
+        return Log(self.stream)
 
     def client(self) -> redis.Redis:
         """A plain client that sees every key."""

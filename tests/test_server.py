@@ -657,6 +657,7 @@ METRICS = [
     "broker_redemption_age_fraction",
     "broker_store_seconds",
     "broker_store_failures_total",
+    "broker_redis_failures_total",
     "broker_request_seconds",
     "broker_events_lost_total",
 ]

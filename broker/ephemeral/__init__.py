@@ -45,6 +45,7 @@ from typing import Any, TypeVar
 import orjson
 
 from broker.ephemeral.client import DOWN, Commands, NoScriptError, Script, connect
+from broker.ephemeral.faults import Faults
 from broker.ephemeral.records import (
     dump_beginning,
     dump_pending,
@@ -59,7 +60,7 @@ from broker.ephemeral.records import (
 )
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import Beginning, Pending, Purpose, Redeemable, Transaction
-from broker.telemetry import Metrics, remaining
+from broker.telemetry import Log, Metrics, remaining
 from broker.tokens import digest, text
 
 __all__ = ["Ephemeral", "connect"]
@@ -138,11 +139,18 @@ class Ephemeral:
     """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one wait."""
 
     def __init__(
-        self, commands: Commands, *, timeout: float, metrics: Metrics, clock: Callable[[], float]
+        self,
+        commands: Commands,
+        *,
+        timeout: float,
+        metrics: Metrics,
+        log: Log,
+        clock: Callable[[], float],
     ) -> None:
         self._commands = commands
         self._timeout = timeout
         self._metrics = metrics
+        self._faults = Faults(metrics, log, time.monotonic)
         self._clock = clock
 
     async def close(self) -> None:
@@ -161,7 +169,7 @@ class Ephemeral:
         except NoScriptError:
             raise
         except DOWN as fault:
-            self._metrics.store_failures.inc("redis", operation)
+            self._faults.tell(operation, fault)
             raise Unavailable(reason="redis") from fault
         finally:
             self._metrics.store_seconds.observe(time.perf_counter() - began, "redis", operation)

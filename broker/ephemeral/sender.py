@@ -127,7 +127,7 @@ class _Link(asyncio.Protocol):
                     else:
                         future.set_result(reply)
                 if isinstance(reply, ReadOnlyError):
-                    raise Lost("the server is a replica")
+                    raise Lost("the server is a replica") from reply
         except RedisError as fault:
             self.end(fault)
 
@@ -168,9 +168,9 @@ class _Link(asyncio.Protocol):
         self.ended = True
         for waiting in (*self._due, *self._unsent):
             if not waiting.reply.done():
-                waiting.reply.set_exception(
-                    Lost(type(fault).__name__)
-                )  # each its own: a raised one grows a trace
+                lost = Lost(type(fault).__name__)  # each its own: a raised one grows a trace
+                lost.__cause__ = fault
+                waiting.reply.set_exception(lost)
         self._due.clear()
         self._unsent.clear()
 

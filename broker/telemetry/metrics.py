@@ -157,6 +157,7 @@ class Metrics:
             "broker_store_seconds", "Time a store took.", "store", "operation", buckets=_STEPS
         )
         self.store_failures = Counts("broker_store_failures", "Failures of a store.", "store", "operation")
+        self.redis_failures = Counts("broker_redis_failures", "Failed commands to Redis.", "cause")
         self.requests = Times(
             "broker_request_seconds", "Time of a request.", "route", "status", buckets=_STEPS
         )
