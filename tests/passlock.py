@@ -12,11 +12,13 @@ adds members of its own to a success. So these are looked at in every answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 from tests.authenticator import Authenticator, Misbehaviour
+from tests.contracts import passlock as contract
+from tests.contracts.passlock import AUTHENTICATION_OPTIONS, REGISTRATION_OPTIONS
+from tests.contracts.shapes import fits
 from tests.wire import ORIGIN, RP_ID, Answer, Wire
 
 _NEW, _OLD = "/v2/{app_id}", "/{app_id}"
@@ -69,102 +71,18 @@ ICONS = {("GET", "/aaguid/{aaguid}/icon.svg")}
 
 ADDED_BY_THE_SDK = {"success", "failure", "value", "error"}
 MAY_BE_NULL = {"cursor", "metadata"}
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """One of these strings."""
-
-    words: frozenset[str]
-
-
-def words(*given: str) -> Words:
-    return Words(frozenset(given))
-
-
-WARNING = {
-    "code": words(
-        "PASSKEY_NOT_FOUND",
-        "NO_PASSKEYS_FOUND",
-        "BROWSER_SIGNAL_UNSUPPORTED",
-        "BROWSER_SIGNAL_FAILED",
-        "EMPTY_SIGNAL_PAYLOAD",
-    ),
-    "message": str,
-    "passkeyId?": str,
+# Successes by their tag, and of those without a tag the ceremonies' options, by path.
+OPTIONS = {
+    "/passkey/registration/options": REGISTRATION_OPTIONS,
+    "/passkey/authentication/options": AUTHENTICATION_OPTIONS,
 }
-PASSKEY = {
-    "_tag": words("Passkey"),
-    "id": str,
-    "userId?": str,
-    "enabled": bool,
-    "credential": {
-        "id": str,
-        "userId": str,
-        "username": str,
-        "aaguid": str,
-        "backedUp": bool,
-        "counter": int,
-        "deviceType": words("singleDevice", "multiDevice"),
-        "transports": [words("ble", "hybrid", "internal", "nfc", "usb", "cable", "smart-card")],
-        "publicKey": str,
-        "rpId": str,
-    },
-    "platform?": {"name?": str, "icon?": str},
-    "lastUsed?": int,
-    "createdAt": int,
-    "updatedAt": int,
+SHAPES: dict[str, object] = {
+    tag: shape
+    for answers in contract.ANSWERS.values()
+    for status, shape in answers.items()
+    if status < 300 and isinstance(shape, dict) and "_tag" in shape
+    for tag in shape["_tag"].words
 }
-SUMMARY = {
-    "_tag": words("PasskeySummary"),
-    "id": str,
-    "userId": str,
-    "enabled": bool,
-    "credential": {"id": str, "userId": str},
-    "createdAt": int,
-    "lastUsed?": int,
-}
-VERIFIED = {"principal": {"authenticatorId": str, "userId": str}, "id_token": str, "code": str}
-SHAPES: dict[str, dict[str, Any]] = {
-    "AuthorizedPasskeyRegistration": {"registrationToken": str, "expiresAt": int},
-    "PreparedPasskeyRegistration": {"registrationToken": str, "expiresAt": int},
-    "AuthorizedPasskeyAuthentication": {"authenticationToken": str, "expiresAt": int},
-    "PreparedPasskeyAuthentication": {"authenticationToken": str, "expiresAt": int},
-    "RegistrationSuccess": VERIFIED,
-    "AuthenticationSuccess": VERIFIED,
-    "ExtendedPrincipal": {
-        "id": str,
-        "authenticatorId": str,
-        "authenticatorType": words("passkey"),
-        "userId": str,
-        "createdAt": int,
-        "expiresAt": int,
-        "passkey?": {"verified": bool, "userVerified": bool, "platformName?": str},
-        "metadata": {"ipAddress?": str, "userAgent?": str},
-    },
-    "FindAllPasskeys": {"cursor": str, "records": [SUMMARY]},
-    "Passkey": PASSKEY,
-    "PreparedPasskeyUpdate": {"updatePasskeysToken": str, "expiresAt": int, "warnings": [WARNING]},
-    "PreparedPasskeyDeletion": {"deletePasskeysToken": str, "expiresAt": int, "warnings": [WARNING]},
-    "PreparedPasskeyPruning": {"prunePasskeysToken": str, "expiresAt": int, "warnings": [WARNING]},
-    "PasskeyUpdateInstructions": {
-        "instructions": [{"rpId": str, "userId": str, "username": str, "displayName": str}],
-        "warnings": [WARNING],
-    },
-    "PasskeyDeletionInstructions": {
-        "instructions": [{"rpId": str, "userId": str, "credentialId": str}],
-        "warnings": [WARNING],
-    },
-    "PasskeyPruningInstructions": {
-        "instructions": [{"rpId": str, "userId": str, "allAcceptedCredentialIds": [str]}],
-        "warnings": [WARNING],
-    },
-    "UpdatedPasskeys": {"updated": [PASSKEY]},
-    "DeletedPasskeys": {"deleted": [PASSKEY]},
-}
-OPTIONS = {"sessionToken": str, "optionsJSON": dict, "mediation?": words("required", "conditional")}
-CREDENTIAL = {"credentialId": str, "userId": str, "rpId": str}
-CREDENTIALS = {"rpId": str, "userId": str, "allAcceptedCredentialIds": [str]}
 ERRORS = {
     "@error/BadRequest",
     "@error/Forbidden",
@@ -187,27 +105,7 @@ def filled(template: str, wire: Wire) -> str:
     return wire.url + re.sub(r"\{[a-z_]+\}", "x" * 24, path)
 
 
-def fits(value: Any, shape: Any, where: str = "") -> None:
-    """Fail unless `value` has this shape: a type, words, a list of one shape, or fields of which those with `?` may be absent."""
-    if isinstance(shape, dict):
-        assert isinstance(value, dict), where
-        for name, inner in shape.items():
-            bare = name.removesuffix("?")
-            if bare in value and not (bare in MAY_BE_NULL and value[bare] is None):
-                fits(value[bare], inner, f"{where}.{bare}")
-            else:
-                assert bare in value or name.endswith("?"), f"{where}.{bare} is missing"
-    elif isinstance(shape, list):
-        assert isinstance(value, list), where
-        for number, item in enumerate(value):
-            fits(item, shape[0], f"{where}[{number}]")
-    elif isinstance(shape, Words):
-        assert value in shape.words, (where, value)
-    else:
-        assert type(value) is shape, (where, value)
-
-
-def judge(answer: Answer, shape: Mapping[str, Any] | None = None) -> None:
+def judge(answer: Answer, shape: object = None) -> None:
     """Fail unless both SDKs take the answer; `shape` for a success without a tag."""
     assert answer.headers["Content-Type"] == "application/json", answer.headers
     body = answer.json
@@ -215,7 +113,7 @@ def judge(answer: Answer, shape: Mapping[str, Any] | None = None) -> None:
     assert not ADDED_BY_THE_SDK & set(body)
     _no_nulls(body)
     if answer.status < 300:
-        fits(body, shape or SHAPES[body["_tag"]], body.get("_tag", ""))
+        fits(body, shape or SHAPES[body["_tag"]])
         return
     assert answer.status >= 400
     assert body["_tag"] in ERRORS, body
@@ -259,7 +157,7 @@ class Passlock:
         """As the page: POST."""
         headers = {"Accept": "application/json", **({"Origin": origin} if origin else {})}
         answer = await self.wire.send("POST", self.base + path, json=json, data=data, headers=headers)
-        judge(answer, OPTIONS if path.endswith("/options") else None)
+        judge(answer, OPTIONS.get(path))
         if origin is not None and "Forbidden" not in answer.json.get("_tag", ""):
             assert answer.headers["Access-Control-Allow-Origin"] == origin
         return answer

@@ -19,7 +19,7 @@ from broker.errors import Refusal
 from broker.model import Policy
 from tests.authenticator import Authenticator, b64, flex_wire_form, unb64
 from tests.conftest import OpenApp, Started, Starter
-from tests.golden import DEVICES, USER, USERS, strict
+from tests.contracts.flex import DEVICES, USER, USERS, strict
 from tests.signals import counted, lines, refused, same_answer
 from tests.wire import ORIGIN, Wire
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from broker.dialects.flex.objects import rfc3339
 from tests.authenticator import Authenticator, flex_wire_form
 from tests.conftest import Started
-from tests.golden import (
+from tests.contracts.flex import (
     APP,
     DEVICES,
     ERROR,
@@ -26,11 +26,10 @@ from tests.golden import (
     USER,
     USERS,
     VERIFIED,
-    Maybe,
-    golden,
-    masked,
     strict,
 )
+from tests.contracts.shapes import Maybe
+from tests.golden import golden, masked
 from tests.signals import counted, lines, refused
 from tests.wire import ORIGIN, Wire
 

@@ -18,7 +18,8 @@ from broker.errors import Unavailable
 from broker.model import Policy
 from tests.byo import judge as judge_propelauth
 from tests.conftest import OpenApp, Started
-from tests.golden import ERROR, FOLDER, golden, strict
+from tests.contracts.flex import ERROR, strict
+from tests.golden import FOLDER, golden
 from tests.hanko import judge as judge_hanko
 from tests.passlock import judge as judge_passlock
 from tests.signals import refused

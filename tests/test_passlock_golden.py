@@ -10,8 +10,9 @@ import pytest
 from broker.model import Policy
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
+from tests.contracts.passlock import CREDENTIAL, CREDENTIALS
 from tests.golden import golden
-from tests.passlock import CREDENTIAL, CREDENTIALS, OPTIONS, Passlock, judge
+from tests.passlock import OPTIONS, Passlock, judge
 from tests.signals import counted, lines, refused
 from tests.wire import ORIGIN, RP_ID, Answer, Wire
 
@@ -32,14 +33,14 @@ async def sent(
     body: object = None,
     *,
     headers: Mapping[str, str] | None = None,
-    shape: Mapping[str, Any] | None = None,
+    shape: object = None,
 ) -> Answer:
     """With the key, unless `headers` are others."""
     given = {"Authorization": f"Bearer {passlock.wire.key}"} if headers is None else headers
     below = passlock.prefix + "/{app_id}"
     answer = await golden(passlock.wire, f"passlock/{name}", method, path, body, headers=given, below=below)
     if method != "OPTIONS":
-        judge(answer, shape)
+        judge(answer, shape or OPTIONS.get(path))
     return answer
 
 
@@ -59,13 +60,7 @@ async def test_passlock_registration(broker: Started, passlock: Passlock, device
     token = {"registrationToken": answer.json["registrationToken"]}
     with counted(broker, "broker_ceremonies_total", kind="register", step="begin", result="ok"):
         begun = await sent(
-            passlock,
-            "registration-options",
-            "POST",
-            f"{REGISTRATION}/options",
-            token,
-            headers=PAGE,
-            shape=OPTIONS,
+            passlock, "registration-options", "POST", f"{REGISTRATION}/options", token, headers=PAGE
         )
     made = device.register(begun.json["optionsJSON"], ORIGIN)
     body = {"sessionToken": begun.json["sessionToken"], "response": made}
@@ -88,7 +83,7 @@ async def test_passlock_authentication(broker: Started, passlock: Passlock, devi
     answer = await sent(passlock, "authorize-authentication", "POST", f"{AUTHENTICATION}/authorize", body)
     token = {"authenticationToken": answer.json["authenticationToken"]}
     path = f"{AUTHENTICATION}/options"
-    begun = await sent(passlock, "authentication-options", "POST", path, token, headers=PAGE, shape=OPTIONS)
+    begun = await sent(passlock, "authentication-options", "POST", path, token, headers=PAGE)
     answered = device.authenticate(begun.json["optionsJSON"], ORIGIN)
     body = {"sessionToken": begun.json["sessionToken"], "response": answered}
     path = f"{AUTHENTICATION}/verification"
@@ -119,7 +114,6 @@ async def test_conditional_and_allowed(passlock: Passlock, device: Authenticator
         f"{AUTHENTICATION}/options",
         body,
         headers=PAGE,
-        shape=OPTIONS,
     )
     body = {"rpId": RP_ID, "allowCredentials": [passkey_id]}
     await sent(passlock, "authorize-allowed", "POST", path, body)
@@ -222,7 +216,7 @@ async def test_before_authorization(broker: Started, open_app: OpenApp, device: 
     passlock = Passlock(await open_app(Policy(passlock_open_registration=True)), prefix="")
     body: dict[str, object] = {"username": "ann@example.org", "displayName": "Ann"}
     path = f"{REGISTRATION}/options"
-    begun = await sent(passlock, "b-registration-options", "POST", path, body, headers=PAGE, shape=OPTIONS)
+    begun = await sent(passlock, "b-registration-options", "POST", path, body, headers=PAGE)
     made = device.register(begun.json["optionsJSON"], ORIGIN)
     body = {"sessionToken": begun.json["sessionToken"], "response": made}
     path = f"{REGISTRATION}/verification"
@@ -232,7 +226,7 @@ async def test_before_authorization(broker: Started, open_app: OpenApp, device: 
 
     body = {"allowCredentials": [passkey_id], "userVerification": "required", "rpId": RP_ID}
     path = f"{AUTHENTICATION}/options"
-    begun = await sent(passlock, "b-authentication-options", "POST", path, body, headers=PAGE, shape=OPTIONS)
+    begun = await sent(passlock, "b-authentication-options", "POST", path, body, headers=PAGE)
     answered = device.authenticate(begun.json["optionsJSON"], ORIGIN)
     body = {"sessionToken": begun.json["sessionToken"], "response": answered}
     path = f"{AUTHENTICATION}/verification"

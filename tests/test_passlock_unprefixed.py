@@ -12,7 +12,8 @@ from redis.asyncio import Redis
 from broker.model import Policy
 from tests.authenticator import Authenticator, b64
 from tests.conftest import OpenApp, Started
-from tests.passlock import CREDENTIAL, CREDENTIALS, Passlock, judge
+from tests.contracts.passlock import CREDENTIAL, CREDENTIALS
+from tests.passlock import Passlock, judge
 from tests.signals import lines, refused, same_answer
 from tests.wire import ORIGIN, RP_ID, Answer, Wire
 

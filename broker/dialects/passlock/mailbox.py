@@ -2,7 +2,7 @@
 
     POST   …/challenges          -> 201 ChallengeCreated: facts, secret, code, message
     GET    …/challenges/{id}     -> Challenge
-    POST   …/challenges/verify   -> ChallengeVerified
+    POST   …/challenges/verify   -> ChallengeVerified: a whole Challenge, its tag too
     DELETE …/challenges/{id}     -> ChallengeDeleted, also where there is none: no client expects a refusal
 
 The vendor's server SDK decodes by schema. So an absent optional field is left out, `metadata` alone is null; times are milliseconds
@@ -78,7 +78,7 @@ async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         skip_rate=switch(body, "skipRateLimit"),
     )
     shown = {
-        **challenge_object(made.code),
+        **_facts(made.code),
         "secret": made.secret,
         "code": made.digits,
         "message": {"html": made.message.html, "text": made.message.text},
@@ -92,7 +92,7 @@ async def get(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         code = await request.app[MAILBOX].get(app, request.match_info["challenge_id"])
     except UnknownMailCode as unknown:  # the vendor has another word for it here than at verify
         raise NotFound("There is no such challenge.", reason=unknown.reason) from None
-    return json_answer({"_tag": "Challenge", **challenge_object(code)})
+    return json_answer(challenge_object(code))
 
 
 async def verify(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -123,7 +123,11 @@ def routes(guard: Callable[[Handler], AnyHandler]) -> list[web.RouteDef]:
 
 
 def challenge_object(code: MailCode) -> dict[str, Any]:
-    """A challenge as it may be read again."""
+    """A challenge as it may be read again, by itself or within another answer. The one that was just created has no tag."""
+    return {"_tag": "Challenge", **_facts(code)}
+
+
+def _facts(code: MailCode) -> dict[str, Any]:
     found: dict[str, Any] = {"challengeId": code.id, "purpose": code.purpose, "email": code.email}
     if code.external_id is not None:
         found["userId"] = code.external_id
