@@ -398,6 +398,79 @@ async def test_unknown_user(
     assert len(scripted.seen) == 1
 
 
+NO_TEXTS: list[Any] = [None, "", 7, True, False, b"pbn_1", ["pbn_1"], {"nonce": "pbn_1"}]
+REQUIRED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("verify_nonce", (...,), {"purpose": "authenticate"}),
+    ("create_register_transaction", (..., "Ada"), {}),
+    ("create_register_transaction", ("ada", ...), {}),
+    ("get_user", (...,), {}),
+    ("list_passkeys", (...,), {}),
+    ("revoke_passkey", (..., "P" * 24), {}),
+    ("rename_passkey", ("P" * 24, ...), {}),
+    ("prepare_signals", (...,), {"external_id": "ada"}),
+]
+# What may be left out, so that None states nothing.
+STATED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    *[("verify_nonce", ("pbn_1",), {name: ...}) for name in ("purpose", "transaction_id", "external_id")],
+    ("create_authenticate_transaction", (...,), {"discoverable": True}),
+    ("create_authenticate_transaction", ("ada",), {"user_verification": ...}),
+    ("create_register_transaction", ("ada", "Ada"), {"user_name": ...}),
+    ("list_all_passkeys", (...,), {}),
+    *[
+        ("prepare_signals", ("update",), {name: ...})
+        for name in ("external_id", "user_name", "user_display_name")
+    ],
+]
+ITEMS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("create_authenticate_transaction", ("ada",), {"passkeys": [...]}),
+    ("create_register_transaction", ("ada", "Ada"), {"exclude_passkeys": ["P" * 24, ...]}),
+    ("prepare_signals", ("delete",), {"passkeys": (...,)}),
+]
+
+
+def with_value(argument: Any, value: Any) -> Any:
+    """The argument, with `value` in the place of each `...`."""
+    if argument is ...:
+        return value
+    if isinstance(argument, list | tuple):
+        return [with_value(item, value) for item in argument]
+    return argument
+
+
+@pytest.mark.parametrize(("method", "args", "named"), REQUIRED + STATED + ITEMS, ids=str)
+async def test_what_is_no_text_is_never_sent(
+    call: Caller, scripted: ScriptedBroker, method: str, args: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """A session's field that is not there is None: it buys nothing, and is not even asked for."""
+    may_be_left_out = (method, args, named) in STATED
+    for value in NO_TEXTS[may_be_left_out:]:
+        with pytest.raises(sdk.InvalidRequest) as caught:
+            await call(
+                method,
+                *[with_value(argument, value) for argument in args],
+                **{name: with_value(argument, value) for name, argument in named.items()},
+            )
+        assert caught.value.code == "invalid_request"
+        assert "pbn_1" not in caught.value.message
+    assert scripted.seen == []
+
+
+async def test_a_passkeys_id_that_is_no_text_is_never_sent(call: Caller, scripted: ScriptedBroker) -> None:
+    for value in (None, 7, b"P"):
+        with pytest.raises(sdk.InvalidRequest):
+            await call("revoke_passkey", "ada", value)
+        with pytest.raises(sdk.InvalidRequest):
+            await call("rename_passkey", value, "Phone")
+    for method, args, name in (
+        ("create_authenticate_transaction", ("ada",), "passkeys"),
+        ("create_register_transaction", ("ada", "Ada"), "exclude_passkeys"),
+        ("prepare_signals", ("delete",), "passkeys"),
+    ):
+        with pytest.raises(sdk.InvalidRequest):
+            await call(method, *args, **{name: "P" * 24})  # a text is a sequence of texts
+    assert scripted.seen == []
+
+
 @pytest.mark.parametrize("passkey_id", ["", ".", "..", "a/b", "a?b", "a%2Fb", "ü"])
 async def test_passkey_id_that_would_change_the_path(
     call: Caller, scripted: ScriptedBroker, passkey_id: str

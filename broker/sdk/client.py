@@ -10,7 +10,8 @@ yields requests and takes answers (`_verify_nonce` and its neighbours), and a cl
 What it promises. Every request is sent once: no retry, no redirect followed, so a nonce is never redeemed twice by this code and
 a lost answer is an error, after which the person signs in again. Every failure is a `BrokerError`. A receipt is returned only
 when all of it could be read and it agrees with the purpose and the external id that the caller named. The API key goes into one
-header and into no message, repr or exception. An answer is read up to `LARGEST_ANSWER` bytes and within `timeout` seconds.
+header and into no message, repr or exception. An argument that is no text where the broker takes one (a field of a session that is
+not there is None) is `InvalidRequest` before anything is sent. An answer is read up to `LARGEST_ANSWER` bytes and within `timeout` seconds.
 
 Needs httpx and the standard library, nothing of the broker. One file, so that a backend which installs nothing can copy it.
 """
@@ -257,8 +258,12 @@ class Answer:
 _Steps = Generator[Request, Answer, T]
 
 
-def _create_transaction(purpose: Purpose, timeout: float | None, **body: object) -> _Steps[str]:
-    """`timeout` in seconds; what is None or False was not asked."""
+def _create_transaction(
+    purpose: Purpose, timeout: float | None, required: Sequence[str] = (), **body: object
+) -> _Steps[str]:
+    """`timeout` in seconds; what is None or False was not asked, unless it is `required`."""
+    _judge_texts(**{name: body[name] for name in required})
+    _judge_stated(body)
     stated = {name: value for name, value in body.items() if value is not None and value is not False}
     if timeout is not None:
         stated["timeout"] = round(timeout * 1000)
@@ -270,6 +275,8 @@ def _verify_nonce(
     nonce: str, purpose: Proof | None, transaction_id: str | None, external_id: str | None, signed: bool
 ) -> _Steps[Receipt]:
     expected = {"purpose": purpose, "transaction_id": transaction_id, "external_id": external_id}
+    _judge_texts(nonce=nonce)
+    _judge_stated(expected)
     stated: dict[str, Any] = {name: value for name, value in expected.items() if value is not None}
     if signed:
         stated["signed"] = True
@@ -300,6 +307,7 @@ def _verify_nonce(
 
 
 def _user_id(external_id: str) -> _Steps[str]:
+    _judge_texts(external_id=external_id)
     answer = yield Request("GET", "/users", query={"identifier": external_id, "limit": "1"})
     for user in _Fields(answer).each("users"):
         if user.text("external_id") == external_id:
@@ -337,6 +345,7 @@ def _revoke_passkey(external_id: str, passkey_id: str) -> _Steps[None]:
 
 
 def _list_all_passkeys(external_id: str | None, page: int, limit: int) -> _Steps[PasskeyPage]:
+    _judge_stated({"external_id": external_id})
     query = {"page": str(page), "limit": str(limit)}
     if external_id is not None:
         query["external_id"] = external_id
@@ -346,11 +355,14 @@ def _list_all_passkeys(external_id: str | None, page: int, limit: int) -> _Steps
 
 def _rename_passkey(passkey_id: str, nickname: str) -> _Steps[OwnedPasskey]:
     _judge_id(passkey_id)
+    _judge_texts(nickname=nickname)
     answer = yield Request("PATCH", f"/passkeys/{passkey_id}", body={"nickname": nickname})
     return _owned_passkey(_Fields(answer).inner("passkey"))
 
 
 def _prepare_signals(kind: SignalKind, **body: object) -> _Steps[SignalTicket]:
+    _judge_texts(kind=kind)
+    _judge_stated(body)
     stated = {name: value for name, value in body.items() if value is not None}
     fields = _Fields((yield Request("POST", f"/signals/{quote(kind, safe='')}", body=stated)))
     return SignalTicket(
@@ -363,10 +375,35 @@ def _prepare_signals(kind: SignalKind, **body: object) -> _Steps[SignalTicket]:
 
 def _ids(passkey_ids: Sequence[str] | None) -> list[str] | None:
     """None is what was not asked. A list stays one when it is empty: the broker refuses to take it for "any"."""
+    if isinstance(passkey_ids, str):  # a sequence of its characters
+        raise InvalidRequest("invalid_request", "Passkeys' ids are a list of texts.")
     return None if passkey_ids is None else list(passkey_ids)
 
 
+def _judge_texts(**arguments: object) -> None:
+    """Refuse, before anything is sent, what is not a text with something in it. The message never holds the value."""
+    for name, value in arguments.items():
+        if not isinstance(value, str) or not value:
+            raise InvalidRequest("invalid_request", f"{name} is not a non-empty text.")
+
+
+_FLAGS = frozenset({"discoverable", "second_factor"})
+_LISTS = frozenset({"passkeys", "exclude_passkeys"})
+
+
+def _judge_stated(arguments: dict[str, Any]) -> None:
+    """The same for those that may be left out; of a list for each item."""
+    for name, value in arguments.items():
+        if name in _LISTS:
+            for item in value or ():
+                _judge_texts(**{name: item})
+        elif value is not None and name not in _FLAGS:
+            _judge_texts(**{name: value})
+
+
 def _judge_id(passkey_id: str) -> None:
+    if not isinstance(passkey_id, str):
+        raise InvalidRequest("invalid_request", "passkey_id is not a text.")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", passkey_id):  # "" and ".." would change the path
         raise PasskeyNotFound("device_not_found", "No passkey has such an id.")
 
@@ -649,12 +686,13 @@ class BrokerClient:
         second factor is asked for.
 
         Raises:
-            InvalidRequest: a text is empty or longer than 256 characters, or an option has no form that the broker takes.
+            InvalidRequest: a text is missing, empty or longer than 256 characters, or an option has no form that the broker takes.
         """
         return self._run(
             _create_transaction(
                 "register",
                 ceremony_timeout,
+                ("external_id", "passkey_display_name"),
                 external_id=external_id,
                 passkey_display_name=passkey_display_name,
                 user_name=user_name,
@@ -820,6 +858,7 @@ class AsyncBrokerClient:
             _create_transaction(
                 "register",
                 ceremony_timeout,
+                ("external_id", "passkey_display_name"),
                 external_id=external_id,
                 passkey_display_name=passkey_display_name,
                 user_name=user_name,
