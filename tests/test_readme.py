@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -16,19 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from tests import parts
 from tests.authenticator import Authenticator
-from tests.browser.chromium import Chromium, button, textbox
+from tests.browser.chromium import Answer, Chromium, Page, button, textbox
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
@@ -202,22 +205,27 @@ def finish(dev: Dev, kind: str, transaction: str | None, device: Authenticator) 
 
 def test_python(dev: Dev) -> None:
     backend, device = Backend(dev), Authenticator()
-    transaction = backend("begin_sign_up", "user-8", "Bea")
-    backend("finish", "user-8", "register", finish(dev, "register", transaction, device))
-    transaction = backend("begin_sign_in", "user-8")
-    receipt = backend("finish", "user-8", "authenticate", finish(dev, "authenticate", transaction, device))
-    assert receipt.user_verified
-    assert backend.session == {"account": "user-8"}
+    transaction = backend("begin_sign_up", "Bea")["transaction"]
+    account = backend("finish", finish(dev, "register", transaction, device))
+    transaction = backend("begin_sign_in", "Bea")["transaction"]
+    assert backend("finish", finish(dev, "authenticate", transaction, device)) == account
+    assert backend.session == account
 
     backend.session.clear()
-    backend("finish_without_a_name", finish(dev, "authenticate", None, device))
-    assert backend.session == {"account": "user-8"}
+    assert backend("finish_without_a_name", finish(dev, "authenticate", None, device)) == account
+    assert backend.session == account
 
     errors = sys.modules["broker.sdk.client"]
-    transaction = backend("begin_sign_up", "user-8", "Bea again")
-    nonce = finish(dev, "register", transaction, Authenticator())
-    with pytest.raises(errors.InvalidNonce):
-        backend("finish", "user-8", "authenticate", nonce)
+    for mine, other in (("begin_sign_in", "register"), ("begin_sign_up", "authenticate")):
+        transaction = backend("begin_sign_up", "Cid")["transaction"]
+        registered = finish(dev, "register", transaction, Authenticator())
+        nonce = registered if other == "register" else finish(dev, "authenticate", None, device)
+        backend(mine, "Bea" if mine == "begin_sign_in" else "Dan")
+        with pytest.raises(errors.InvalidNonce):
+            backend("finish", nonce)
+    for function, name in (("begin_sign_in", "nobody"), ("begin_sign_up", "Bea"), ("begin_sign_up", "")):
+        with pytest.raises(ValueError, match=r"name\."):
+            backend(function, name)
 
 
 def test_mail_codes(dev: Dev) -> None:
@@ -360,35 +368,46 @@ def test_coming_from_passlock(dev: Dev) -> None:
     assert not backend("finish_sign_in", code)
 
 
+@dataclass
+class Shop:
+    """README's page and README's backend on an origin of their own; `sessions` by the value of a cookie."""
+
+    origin: str
+    backend: Backend
+    sessions: dict[str, dict[str, Any]]
+
+    @property
+    def accounts(self) -> dict[str, str]:
+        found: dict[str, str] = self.backend.names["accounts"]
+        return found
+
+
 @pytest.fixture
-def site(dev: Dev) -> Iterator[str]:
-    """README's page and README's backend on an origin of their own, which the app gets to know."""
-    backend = Backend(dev)
-    purpose = {"begin-sign-up": "register", "begin-sign-in": "authenticate"}
+def shop(dev: Dev) -> Iterator[Shop]:
+    """Both samples as README says they fit: a path is a function, the body its arguments, an exception an HTTP error."""
+    shop = Shop("", Backend(dev), defaultdict(dict))
     page = PAGE.replace("http://localhost:8080", dev.facts["url"]).replace("APP_ID", dev.facts["app_id"])
 
     class Site(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer("text/html; charset=utf-8", page)
+            self.answer(200, "text/html; charset=utf-8", page)
 
         def do_POST(self) -> None:
+            assert self.headers["Content-Type"] == "application/json"
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            path, session = self.path.strip("/"), backend.session
-            if path in purpose:
-                session["name"], session["purpose"] = body["name"], purpose[path]
-                arguments = (body["name"], body["name"])[: 2 if path == "begin-sign-up" else 1]
-                result = {"transaction": backend(path.replace("-", "_"), *arguments)}
+            session = shop.sessions[self.headers["Cookie"]]
+            try:
+                result = shop.backend.names[self.path.strip("/").replace("-", "_")](session, **body)
+            except Exception as error:  # noqa: BLE001 - any, as a web framework does
+                self.answer(400, "text/plain", str(error))
             else:
-                if "transaction" in session:
-                    backend("finish", session["name"], session["purpose"], body["nonce"])
-                else:
-                    backend("finish_without_a_name", body["nonce"])
-                result = {"account": session["account"]}
-            self.answer("application/json", json.dumps(result))
+                self.answer(200, "application/json", json.dumps(result))
 
-        def answer(self, kind: str, body: str) -> None:
-            self.send_response(200)
+        def answer(self, status: int, kind: str, body: str) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", kind)
+            if "Cookie" not in self.headers:
+                self.send_header("Set-Cookie", f"session={secrets.token_hex(8)}; HttpOnly")
             self.end_headers()
             self.wfile.write(body.encode())
 
@@ -396,28 +415,70 @@ def site(dev: Dev) -> Iterator[str]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
-        url = f"http://localhost:{server.server_port}"
-        update = f"broker app update --app {dev.facts['app_id']} --origin {dev.facts['url']} --origin {url}"
-        bash(update, dev.folder)
+        shop.origin = f"http://localhost:{server.server_port}"
+        origins = f"--origin {dev.facts['url']} --origin {shop.origin}"
+        bash(f"broker app update --app {dev.facts['app_id']} {origins}", dev.folder)
         Thread(target=server.serve_forever, daemon=True).start()
-        wait_registered(dev, url)
-        yield url
+        wait_registered(dev, shop.origin)
+        yield shop
         server.shutdown()
 
 
-def test_page(site: str) -> None:
+def visit_as_a_stranger(page: Page, shop: Shop) -> None:
+    """Open the page where there is no passkey: the virtual authenticator then ends autofill at once, as a browser would not."""
+    page.goto(shop.origin)
+    page.wait_for_text("The passkey prompt ended without a passkey.")
+
+
+def said_after(page: Page, name: str, press: str) -> str:
+    """What the page says when somebody typed `name` and pressed that button."""
+    page.js("document.querySelector('output').textContent = ''")
+    page.fill(textbox("Name"), name)
+    page.click(button(press))
+    page.wait_until("document.querySelector('output').textContent")
+    return str(page.js("document.querySelector('output').textContent"))
+
+
+def test_page_and_backend(shop: Shop) -> None:
     with Chromium() as browser, browser.page() as page:
         device = page.authenticator()
-        page.goto(site)
-        page.fill(textbox("Name"), "user-9")
-        page.click(button("Add a passkey"))
-        page.wait_for_text("Signed in as user-9")
+        visit_as_a_stranger(page, shop)
+        signed_in = said_after(page, "ann", "Sign up")
+        assert list(shop.accounts) == ["ann"]
+        assert signed_in == f"Signed in as {shop.accounts['ann']}"
+        assert said_after(page, "ann", "Sign in") == signed_in
         assert len(device.credentials()) == 1
 
-        page.js("document.querySelector('output').textContent = ''")
-        page.click(button("Sign in"))
-        page.wait_for_text("Signed in as user-9")
-
         page.reload()  # the form's autofill offers the passkey, and the virtual authenticator takes it
-        page.wait_for_text("Signed in as user-9")
+        page.wait_for_text(signed_in)
+        assert page.errors == []
+
+
+def test_an_unknown_name_signs_nobody_in(dev: Dev, shop: Shop) -> None:
+    """The browser has a passkey that would answer a nameless sign-in. Nor does a name that is taken get a second passkey."""
+    with Chromium() as browser, browser.page() as page:
+        device = page.authenticator()
+        visit_as_a_stranger(page, shop)
+        assert said_after(page, "ann", "Sign up").startswith("Signed in as ")
+        (uses,) = [kept["signCount"] for kept in device.credentials()]
+        page.send("Network.clearBrowserCookies")
+        page.js("fetch('/')")  # another person's session, in the same browser
+        shop.sessions.clear()
+        asked = len(page.requests)
+        assert said_after(page, "nobody", "Sign in") == "There is no account of this name."
+        assert said_after(page, "ann", "Sign up") == "Choose another name."
+        assert [urlsplit(request.url).path for request in page.requests[asked:]] == [
+            "/begin-sign-in",
+            "/begin-sign-up",
+        ]
+
+        # Nor where a backend answers its refusal with status 200: then it is the SDK that stops.
+        page.intercept("*/begin-sign-*", lambda _: Answer(200, body=b'{"error": "No such name."}'))
+        for press in ("Sign in", "Sign up"):
+            assert "transactionId is not a non-empty string" in said_after(page, "nobody", press)
+        assert not [
+            one for one in page.requests[asked:] if urlsplit(one.url).path.endswith(("start", "/finish"))
+        ]
+        assert [kept["signCount"] for kept in device.credentials()] == [uses]
+        assert not any(shop.sessions.values())
         assert page.errors == []

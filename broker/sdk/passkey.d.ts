@@ -13,7 +13,9 @@ export type PasskeyErrorCode =
   /** No answer: offline, blocked, or later than 15 seconds. */
   | "network"
   /** Another ceremony began in this page, or the caller's signal was aborted. */
-  | "aborted";
+  | "aborted"
+  /** The page called with an argument of another type, like a transaction id that is undefined; no request was sent. */
+  | "invalid_argument";
 
 export interface PasskeyErrorDetails {
   message?: string;
@@ -44,7 +46,10 @@ export interface RegisterOptions {
 }
 
 export interface AuthenticateOptions {
-  /** From the backend, for a known user. Without one, whoever the chosen passkey belongs to signs in. */
+  /**
+   * From the backend, for a known user. Left out, whoever the chosen passkey belongs to signs in; present, it must be a
+   * non-empty string, else the call is refused with "invalid_argument".
+   */
   transactionId?: string;
   /** Wait for a choice in the autofill of an `<input autocomplete="username webauthn">`. */
   conditional?: boolean;

@@ -16,6 +16,9 @@
  * dies, silently, and only while somebody can see the page.
  *
  * Nothing is sent twice: an answer to the broker is one-time, and whoever gets "unavailable" or "network" starts over.
+ *
+ * A transaction that is named but missing is refused, with "invalid_argument", before any request and before the running ceremony
+ * ends: `authenticate({ transactionId: undefined })` would otherwise sign in whoever the chosen passkey belongs to.
  */
 
 /** How long one request to the broker may take, its body included. */
@@ -30,7 +33,10 @@ const SIGNALS = {
   prune: "signalAllAcceptedCredentials",
 };
 
-/** @typedef {"cancelled"|"unsupported"|"already_registered"|"refused"|"unavailable"|"network"|"aborted"} Code */
+/** The options of `authenticate`. A misspelt one is refused, for it may have been the transaction. */
+const AUTHENTICATE_OPTIONS = ["transactionId", "conditional", "signal"];
+
+/** @typedef {"cancelled"|"unsupported"|"already_registered"|"refused"|"unavailable"|"network"|"aborted"|"invalid_argument"} Code */
 
 /** @type {Record<Code, string>} */
 const SENTENCES = {
@@ -41,6 +47,7 @@ const SENTENCES = {
   unavailable: "The service is briefly unavailable.",
   network: "The service can't be reached.",
   aborted: "Another passkey request began, or the page ended this one.",
+  invalid_argument: "The page called the passkey SDK with an argument that it can't use.",
 };
 
 /** Why a ceremony gave no nonce. `code` is stable and for programs, `message` is English and for developers. */
@@ -82,7 +89,8 @@ export class Passkeys {
    * @param {{authenticatorAttachment?: "platform"|"cross-platform"|"any", signal?: AbortSignal}} [options]
    * @returns {Promise<string>}
    */
-  register(transactionId, { authenticatorAttachment, signal } = {}) {
+  async register(transactionId, { authenticatorAttachment, signal } = {}) {
+    requireText(transactionId, "register: transactionId");
     return ceremony(signal, async (ended) => {
       const begun = await this.#begin("register", transactionId, ended, {
         authenticator_attachment: authenticatorAttachment,
@@ -92,12 +100,18 @@ export class Passkeys {
   }
 
   /**
-   * Sign in with a passkey. Resolves with the nonce. `conditional` waits for a choice in the autofill of a form field.
+   * Sign in with a passkey. Resolves with the nonce. `conditional` waits for a choice in the autofill of a form field. Leave
+   * `transactionId` out for a sign-in of whoever the passkey belongs to; a value that is no id of a transaction is refused.
    *
    * @param {{transactionId?: string, conditional?: boolean, signal?: AbortSignal}} [options]
    * @returns {Promise<string>}
    */
-  authenticate({ transactionId, conditional = false, signal } = {}) {
+  async authenticate(options = {}) {
+    if (typeof options !== "object" || options === null) throw invalid("authenticate: the argument is not an object of options.");
+    const unknown = Object.keys(options).find((name) => !AUTHENTICATE_OPTIONS.includes(name));
+    if (unknown !== undefined) throw invalid(`authenticate: there is no option ${unknown}.`);
+    if ("transactionId" in options) requireText(options.transactionId, "authenticate: transactionId");
+    const { transactionId, conditional = false, signal } = options;
     return ceremony(signal, async (ended) => {
       if (conditional) return this.#autofill(transactionId, ended);
       const begun = await this.#begin("authenticate", transactionId, ended);
@@ -115,6 +129,8 @@ export class Passkeys {
    * @returns {Promise<{supported: boolean, applied: number, failed: number}>}
    */
   async applySignals(kind, ticket, { signal } = {}) {
+    if (!Object.hasOwn(SIGNALS, kind)) throw invalid("applySignals: kind is not update, delete or prune.");
+    requireText(ticket, "applySignals: ticket");
     const method = SIGNALS[kind];
     const done = { supported: typeof globalThis.PublicKeyCredential?.[method] === "function", applied: 0, failed: 0 };
     if (!done.supported) return done;
@@ -233,6 +249,17 @@ export class Passkeys {
       retry: answer?.retry,
     });
   }
+}
+
+/** @param {string} message */
+const invalid = (message) => new PasskeyError("invalid_argument", { message, cause: new TypeError(message) });
+
+/**
+ * Refuse what is not a non-empty string, like the field of an answer that was an error.
+ * @param {unknown} value @param {string} name
+ */
+function requireText(value, name) {
+  if (typeof value !== "string" || !value) throw invalid(`${name} is not a non-empty string.`);
 }
 
 /** The ceremony that the page runs now. @type {AbortController|undefined} */

@@ -483,6 +483,68 @@ def test_without_webauthn(page: Page, broker: ScriptedBroker, call: str) -> None
     assert broker.posts == []
 
 
+NO_TEXTS = ["undefined", "null", "''", "0", "7", "true", "{}", "['pbt_x']", "new String('pbt_x')"]
+MEANT_BUT_MISSING = [f"register({value})" for value in NO_TEXTS]
+MEANT_BUT_MISSING += [
+    f"authenticate({{transactionId: {value}{more}}})"
+    for value in NO_TEXTS
+    for more in ("", ", conditional: true")
+]
+MEANT_BUT_MISSING += [
+    "register()",
+    "register({transactionId: 'pbt_x'})",
+    "authenticate('pbt_x')",  # the way of register
+    "authenticate('')",
+    "authenticate(null)",
+    "authenticate({transaction_id: 'pbt_x'})",
+    "authenticate({transaction: undefined})",
+    "authenticate(Object.create({transactionId: undefined}))",
+]
+
+
+def test_a_transaction_that_was_meant_and_is_missing_signs_nobody_in(
+    page: Page, broker: ScriptedBroker, device: Authenticator
+) -> None:
+    """With a passkey at hand, so that a nameless sign-in would succeed. A running ceremony is none of its business."""
+    visit(page, broker, HELD_TIMERS)
+    told(page, "register('pbt_r')")
+    device.present(False)
+    begin(page, "autofill", "authenticate({conditional: true})")
+    wait_until(lambda: broker.to(AUTHENTICATE + "start"), "start of autofill")
+    page.wait_until(f"waiting({RENEWAL}) === 1")
+    before = len(broker.posts)
+    for call in MEANT_BUT_MISSING:
+        seen = told(page, call)
+        assert (seen["code"], seen["cause"]) == ("invalid_argument", "TypeError"), call
+        assert "status" not in seen, call
+        assert "pbt_x" not in seen["message"], call
+    assert len(broker.posts) == before
+    assert page.js("Promise.race([autofill.then(() => 'ended'), Promise.resolve('runs')])") == "runs"
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["authenticate()", "authenticate(undefined)", "authenticate({})", "authenticate({signal: undefined})"],
+)
+def test_a_nameless_sign_in_is_asked_for_by_leaving_the_transaction_out(
+    page: Page, broker: ScriptedBroker, device: Authenticator, call: str
+) -> None:
+    visit(page, broker)
+    told(page, "register('pbt_r')")
+    assert "nonce" in told(page, call)
+    assert [post.body.get("transaction_id") for post in broker.posts[2:]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["applySignals()", "applySignals('delete')", "applySignals('delete', '')", "applySignals('remove', 'x')"],
+)
+def test_signals_without_a_kind_or_a_ticket(page: Page, broker: ScriptedBroker, call: str) -> None:
+    visit(page, broker)
+    assert told(page, call)["code"] == "invalid_argument"
+    assert broker.posts == []
+
+
 CAPABILITIES = [
     ("getClientCapabilities = async () => ({conditionalGet: true})", True),
     ("getClientCapabilities = async () => ({conditionalGet: false})", False),
