@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+import redis
+from aiohttp import ClientSession
 
 from broker.ceremony import parse_authentication
-from broker.errors import CeremonyRefused, DuplicateApproval, NoPasskeys, UnknownTransaction, UnknownUser
+from broker.embedded import EmbeddedStores
+from broker.errors import (
+    CeremonyRefused,
+    DuplicateApproval,
+    NoPasskeys,
+    Unavailable,
+    UnknownTransaction,
+    UnknownUser,
+)
 from broker.model import Approval, ApprovalRecord, AuthenticationAnswer, RelyingParty
 from tests.authenticator import Authenticator, unb64
 from tests.conftest import OpenApp, Started, Starter
+from tests.servers import session_of
 from tests.wire import ORIGIN, Wire
 
 PAYMENT = Approval("payment-7", '{"amount":12}', hashlib.sha256(b"payment-7").digest())
@@ -115,6 +128,64 @@ async def test_a_counter_that_went_back_approves_nothing(broker: Started, wire: 
     )
     assert sorted(isinstance(r, CeremonyRefused) for r in results) == [False, True]
     assert sorted(r.approved_at is None for r in await records(broker, app)) == [False, True]
+
+
+@pytest.mark.parametrize("failing", ["Redis is full", "Postgres takes no writes", "Postgres hangs"])
+async def test_a_store_that_fails_leaves_the_identifier_unused(
+    own_stores: EmbeddedStores,
+    start_broker: Starter,
+    session: ClientSession,
+    device: Authenticator,
+    failing: str,
+) -> None:
+    """The caller who was told 503 asks again with the same identifier: granted, and approved."""
+    broker = await start_broker(own_stores, store_timeout=0.4)
+    wire = await Wire.open(broker.service, session)
+    await wire.user("ann", device)
+    app = await app_of(broker, wire)
+    store = "redis" if failing.startswith("Redis") else "postgres"
+    async with FAILING[failing](own_stores):
+        with pytest.raises(Unavailable) as refused:
+            await ask(broker, app, device)
+    assert refused.value.reason == store
+    operation = "put_pending" if store == "redis" else "add_approval"
+    assert broker.metric("broker_store_failures_total", store=store, operation=operation) == 1
+    assert await records(broker, app) == []
+    answer = await ask(broker, app, device)
+    receipt = await broker.parts.broker.finish_authentication_by(app, answer, approved=True)
+    assert receipt.approval == PAYMENT.identifier
+    with pytest.raises(DuplicateApproval):
+        await ask(broker, app, device)
+
+
+@contextlib.asynccontextmanager
+async def _full(stores: EmbeddedStores) -> AsyncIterator[None]:
+    with redis.Redis.from_url(stores.redis_url) as client:
+        client.config_set("maxmemory", 1)
+        yield
+        client.config_set("maxmemory", 0)
+
+
+@contextlib.asynccontextmanager
+async def _refusing(stores: EmbeddedStores) -> AsyncIterator[None]:
+    """As a standby does; reads go on."""
+    body = "BEGIN RAISE read_only_sql_transaction; END"
+    refuse = f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS '{body}'"
+    async with session_of(stores) as postgres:
+        await postgres.execute(refuse)
+        await postgres.execute("CREATE TRIGGER refuse BEFORE INSERT ON approvals EXECUTE FUNCTION refuse()")
+        yield
+        await postgres.execute("DROP TRIGGER refuse ON approvals")
+
+
+@contextlib.asynccontextmanager
+async def _locked(stores: EmbeddedStores) -> AsyncIterator[None]:
+    async with session_of(stores) as postgres, postgres.transaction():
+        await postgres.execute("LOCK TABLE approvals")
+        yield
+
+
+FAILING = {"Redis is full": _full, "Postgres takes no writes": _refusing, "Postgres hangs": _locked}
 
 
 async def test_an_identifier_is_used_once_in_an_app(

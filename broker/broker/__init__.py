@@ -361,8 +361,6 @@ class Broker:
             user_id, offered = await self._begins.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:
             offered = await self._begins.offered(app, asked)
-        if approval is not None and user_id is not None:
-            await self._begins.record(app, user_id, approval)
         pending, options = self._begins.new_authentication(
             app, (user_id, external_id), offered, asked, approval
         )
@@ -371,6 +369,10 @@ class Broker:
             await self._ephemeral.put_pending_by_challenge(pending, cap=cap)
         else:
             await self._ephemeral.put_pending_as(pending_name("authenticate", external_id), pending)
+        if approval is not None and user_id is not None:
+            # Last, so that a store that fails leaves the identifier unused. Where this refuses, the
+            # pending ceremony above expires: its challenge was given to nobody.
+            await self._begins.record(app, user_id, approval)
         self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return options
 
