@@ -35,7 +35,7 @@ from broker.tokens import key_digest
 from tests.authenticator import Authenticator
 from tests.conftest import SECRET_KEY, Started, Starter
 from tests.processes import until
-from tests.test_model import BAD, GOOD
+from tests.test_model import BAD, GOOD, ROOTS
 from tests.wire import ORIGIN, RP_ID, Wire
 
 BROKER = Path(sys.executable).with_name("broker")
@@ -386,6 +386,24 @@ def test_several_policy_keys_at_once(cli: Cli, app: str) -> None:
     arguments = ("--set", f"algorithms={names}", "--set", "nonce_life=30", "--set", "nonce_life=45")
     policy = cli("app", "update", "--app", app, *arguments, "--json").json["policy"]
     assert (policy["algorithms"], policy["nonce_life"]) == (list(ALGORITHMS.values()), 45)
+
+
+def test_policy_keys_that_contradict_each_other_are_refused(cli: Cli, app: str) -> None:
+    """When they are set, and when one is changed that another needs; in both cases nothing changes."""
+    update = ("app", "update", "--app", app)
+    root = ("--set", f"attestation_roots={ROOTS[0]}")
+    direct, verified = ("--set", "attestation=direct"), ("--set", "attestation_required=verified")
+    assert "needs attestation=direct" in refusal(cli(*update, *verified, *root))
+    assert "needs attestation_roots" in refusal(cli(*update, *verified, *direct))
+    assert (
+        cli(*update, *verified, *direct, *root, "--json").json["policy"]["attestation_required"] == "verified"
+    )
+    assert "needs attestation=direct" in refusal(cli(*update, "--set", "attestation=none"))
+    assert "needs attestation_roots" in refusal(cli(*update, "--set", "attestation_roots="))
+    assert cli("app", "show", "--app", app, "--json").json["policy"]["attestation"] == "direct"
+    created = ("app", "create", "--name", "E", "--rp-id", "example.org", "--origin", "https://example.org")
+    assert "needs attestation=direct" in refusal(cli(*created, *verified))
+    assert [e["action"] for e in cli("events", "--app", app, "--json").json] == ["app.created", "app.updated"]
 
 
 def test_delete_an_app(cli: Cli, app: str) -> None:

@@ -41,6 +41,7 @@ ROOTS = (certificate("One"), certificate("Two"))
 GOOD: list[tuple[str, str, object]] = [
     ("user_verification", "preferred", "preferred"),
     ("attestation", "direct", "direct"),
+    ("attestation_required", "none", "none"),
     ("attestation_roots", "", ()),
     ("attestation_roots", "some text\n" + "".join(ROOTS) + ROOTS[0], tuple(r.strip() for r in ROOTS)),
     ("algorithms", "ES256", (-7,)),
@@ -73,6 +74,11 @@ GOOD: list[tuple[str, str, object]] = [
 BAD: list[tuple[str, str, str]] = [
     ("user_verification", "yes", "user_verification is one of required, preferred, discouraged, not 'yes'."),
     ("attestation", "", "attestation is one of none, indirect, direct, enterprise, not ''."),
+    (
+        "attestation_required",
+        "direct",
+        "attestation_required is one of none, any, verified, not 'direct'.",
+    ),
     ("attestation_roots", "root.pem", "attestation_roots takes X.509 certificates in PEM"),
     (
         "attestation_roots",
@@ -134,6 +140,42 @@ def test_a_policy_key_refuses(key: str, text: str, sentence: str) -> None:
     with pytest.raises(InvalidSetting) as caught:
         Policy().set(key, text)
     assert caught.value.sentence.startswith(sentence)
+
+
+# keys together -> how the refusal begins, None where they fit
+TOGETHER: list[tuple[dict[str, str], str | None]] = [
+    ({"attestation_required": "any"}, "attestation_required=any needs attestation=direct"),
+    (
+        {"attestation_required": "verified", "attestation_roots": ROOTS[0]},
+        "attestation_required=verified needs attestation=direct",
+    ),
+    (
+        {"attestation_required": "verified", "attestation": "direct"},
+        "attestation_required=verified needs attestation_roots",
+    ),
+    ({"attestation_required": "any", "attestation": "indirect"}, None),
+    (
+        {"attestation_required": "verified", "attestation": "enterprise", "attestation_roots": ROOTS[0]},
+        None,
+    ),
+    ({"attestation": "direct", "attestation_roots": ROOTS[0]}, None),
+]
+
+
+@pytest.mark.parametrize(("keys", "sentence"), TOGETHER)
+def test_policy_keys_fit_each_other(keys: dict[str, str], sentence: str | None) -> None:
+    """In whatever order they are set: an app is judged with all of them, made or changed."""
+    for order in (keys.items(), reversed(keys.items())):
+        policy = Policy()
+        for key, text in order:
+            policy = policy.set(key, text)
+        app = RelyingParty("A" * 24, "Example", "example.org", ("https://example.org",), policy=policy)
+        if sentence is None:
+            assert app.checked().policy == policy
+            continue
+        with pytest.raises(InvalidSetting) as caught:
+            app.checked()
+        assert caught.value.sentence.startswith(sentence)
 
 
 def test_the_tables_have_every_key() -> None:

@@ -35,8 +35,10 @@ Decisions where the specification leaves room:
   environment is demanded; a value that is present must be right, an absent one says nothing (the W3C's vector has empty lists).
 - Trust: "none" without a statement; "claimed" for self attestation and for a chain when no roots are configured; "verified" for
   a chain to a configured root. When the policy asks for attestation and has roots, a chain that leads to none of them is
-  refused (§7.1 "SHOULD fail the registration ceremony"); a backend that must have "verified" looks at the receipt, for most
-  passkeys come without any statement.
+  refused (§7.1 "SHOULD fail the registration ceremony"). Most passkeys come without any statement; they pass unless the policy's
+  `attestation_required` says "any" (a statement, of whatever trust) or "verified".
+- An AAGUID makes no decision here: it is a claim, and only trust "verified" proves it. So self attestation with the AAGUID of a
+  certified model is "claimed", and does not register where "verified" is required.
 - Whether an attestation certificate was revoked is not asked: that needs the vendors' servers, and nothing here does I/O.
 - SHA-1 (RS1) is accepted in a TPM's own signature, for old Windows machines have no other, and never makes more than "claimed".
 - A credential id over 1023 bytes is a fault of form in the answer, a refusal inside authenticator data.

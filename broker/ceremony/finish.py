@@ -113,7 +113,29 @@ def _judge_statement(
     at: float,
     manufacturers: Set[str],
 ) -> Trust:
-    """§7.1 "Verify that attStmt is a correct attestation statement, conveying a valid attestation signature"."""
+    """§7.1 "Verify that attStmt is a correct attestation statement, conveying a valid attestation signature", and "assess the
+    attestation trustworthiness" by the policy."""
+    trust = _trust_of_statement(form, statement, about, policy, at, manufacturers)
+    if policy.attestation_required != "none" and trust == "none":
+        raise refuse(
+            "attestation_missing", "The authenticator does not say what it is, and the app requires that."
+        )
+    if policy.attestation_required == "verified" and trust != "verified":
+        raise refuse(
+            "attestation_unverified",
+            "Nobody that the app trusts vouches for this authenticator; use another one.",
+        )
+    return trust
+
+
+def _trust_of_statement(
+    form: str,
+    statement: dict[object, object],
+    about: attestation.Evidence,
+    policy: Policy,
+    at: float,
+    manufacturers: Set[str],
+) -> Trust:
     if form == "none":
         if statement:
             raise refuse("attestation", 'An attestation of format "none" has a statement.')

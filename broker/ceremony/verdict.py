@@ -35,6 +35,8 @@ Reason = Literal[
     "signature",
     "attestation",
     "attestation_trust",
+    "attestation_missing",
+    "attestation_unverified",
     "counter",
 ]
 
@@ -59,6 +61,8 @@ REASONS: dict[Reason, str] = {
     "signature": "the signature does not verify",
     "attestation": "the attestation statement does not verify or is of no supported format",
     "attestation_trust": "the attestation chain leads to none of the configured roots",
+    "attestation_missing": "no attestation statement, and the policy `attestation_required` asks for one",
+    "attestation_unverified": "self attestation or the like, and the policy `attestation_required` asks for a chain to a root",
     "counter": "the signature counter did not rise: the authenticator may be cloned",
 }
 

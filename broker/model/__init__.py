@@ -131,8 +131,8 @@ class RelyingParty:
 
         Raises:
             InvalidSetting: no name, an RP ID that is no domain, no origin, an origin that is not on the RP ID or below it,
-                plain http except on localhost. Source: WebAuthn L3 §5.1.3 step "RP ID is a registrable domain suffix of or is
-                equal to the effective domain".
+                plain http except on localhost; policy keys that contradict each other. Source: WebAuthn L3 §5.1.3 step "RP ID is a
+                registrable domain suffix of or is equal to the effective domain".
         """
         if not 1 <= len(self.name) <= 128:
             raise InvalidSetting("The name has 1 to 128 characters.")
@@ -143,7 +143,8 @@ class RelyingParty:
             raise InvalidSetting("An app needs at least one origin, like https://example.com.")
         related = tuple(dict.fromkeys(web_origin(origin) for origin in self.related_origins))
         origins = tuple(dict.fromkeys(self._origin(o, rp_id) for o in self.origins if not _is(o, related)))
-        return replace(self, rp_id=rp_id, origins=origins, related_origins=related)
+        policy = self.policy.checked()
+        return replace(self, rp_id=rp_id, origins=origins, related_origins=related, policy=policy)
 
     @staticmethod
     def _origin(origin: str, rp_id: str) -> str:

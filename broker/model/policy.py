@@ -13,6 +13,7 @@ from broker.model.origins import web_origin
 
 UserVerification = Literal["required", "preferred", "discouraged"]
 AttestationPreference = Literal["none", "indirect", "direct", "enterprise"]
+AttestationRequired = Literal["none", "any", "verified"]
 Attachment = Literal["platform", "cross-platform"]
 AttachmentPolicy = Literal["any", "platform", "cross-platform"]
 Hint = Literal["security-key", "client-device", "hybrid"]
@@ -78,6 +79,7 @@ class Policy:
     attestation_roots: tuple[
         str, ...
     ] = ()  # PEM certificates; a chain to one of them is reported as "verified"
+    attestation_required: AttestationRequired = "none"  # what a registration must bring at least
     algorithms: tuple[int, ...] = (-7, -8, -257)
     hints: tuple[Hint, ...] = ()
     authenticator_attachment: AttachmentPolicy = "any"  # when the page names none
@@ -128,10 +130,29 @@ class Policy:
         change: dict[str, Any] = {key: _policy_value(key, text)}
         return replace(self, **change)
 
+    def checked(self) -> Policy:
+        """Return itself.
+
+        Raises:
+            InvalidSetting: it has keys of which one makes what another asks for impossible.
+        """
+        if self.attestation_required != "none" and self.attestation == "none":
+            raise InvalidSetting(
+                f"attestation_required={self.attestation_required} needs attestation=direct (or indirect, "
+                "enterprise): unless asked, browsers remove the attestation statement, and nobody could register."
+            )
+        if self.attestation_required == "verified" and not self.attestation_roots:
+            raise InvalidSetting(
+                "attestation_required=verified needs attestation_roots: without roots no attestation is "
+                "verified, and nobody could register."
+            )
+        return self
+
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "user_verification": get_args(UserVerification),
     "attestation": get_args(AttestationPreference),
+    "attestation_required": get_args(AttestationRequired),
     "authenticator_attachment": get_args(AttachmentPolicy),
     "counter": get_args(CounterPolicy),
     "live_at": get_args(LiveAt),
