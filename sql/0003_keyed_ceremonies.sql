@@ -4,11 +4,12 @@
 -- known, and have a user approve something by signing it.
 -- Old code meanwhile: it reads and writes as before. A second factor signs in like any passkey there, and a user without an
 -- external id has no name in lists; neither exists before new code makes one.
+-- Locks: ACCESS EXCLUSIVE on users and on credentials, SHARE ROW EXCLUSIVE on relying_parties, all for changes of the catalogue alone.
+-- The index of lists, credentials_page, is migration 5: an earlier text of this one built it under these locks.
 
 ALTER TABLE users ALTER COLUMN external_id DROP NOT NULL; -- NULL: nobody owns this user's passkey yet
 
 ALTER TABLE credentials ADD COLUMN second_factor boolean NOT NULL DEFAULT false;
-CREATE INDEX credentials_page ON credentials (app_id, created_at, id);
 
 CREATE TABLE approvals (
     id          text        PRIMARY KEY,

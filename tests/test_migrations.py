@@ -13,7 +13,7 @@ from typing import TypeAlias
 import asyncpg
 import pytest
 
-from broker.durable import MigrationFault, Postgres, postgres, sql_files
+from broker.durable import MigrationFault, Postgres, migrations, sql_files
 from broker.embedded import EmbeddedStores
 from broker.errors import Unavailable
 from broker.telemetry import Metrics
@@ -107,7 +107,7 @@ async def test_an_older_schema_is_not_ready(
 ) -> None:
     await opened.migrate(NOW)
     further = [*sql_files(), (9999, "9999_next", "CREATE TABLE next (id integer PRIMARY KEY)")]
-    monkeypatch.setattr(postgres, "sql_files", lambda: further)
+    monkeypatch.setattr(migrations, "sql_files", lambda: further)
     newer = Postgres(opened._url, timeout=2, connections=1, metrics=Metrics())
     await newer.open()
     try:
@@ -125,7 +125,7 @@ async def test_a_migration_that_fails_leaves_nothing_behind(
     opened: Postgres, monkeypatch: pytest.MonkeyPatch, session: Session
 ) -> None:
     further = [*sql_files(), (9999, "9999_next", "CREATE TABLE next (id integer); SELECT 1 / 0")]
-    monkeypatch.setattr(postgres, "sql_files", lambda: further)
+    monkeypatch.setattr(migrations, "sql_files", lambda: further)
     with pytest.raises(MigrationFault, match="9999_next"):
         await opened.migrate(NOW)
     assert await session.fetchval("SELECT to_regclass('next')") is None
@@ -156,13 +156,14 @@ def test_each_migration_says_why_and_what_old_code_sees() -> None:
         assert header is not None, name
         assert "Why" in header[0], name
         assert "Old code" in header[0], name
+        assert "-- no transaction" in header[0] or "CONCURRENTLY" not in text, name
 
 
 def test_where_the_migrations_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the package in a checkout, inside it in a wheel; nowhere is a fault."""
     package = tmp_path / "broker"
     (package / "durable").mkdir(parents=True)
-    monkeypatch.setattr(postgres, "__file__", str(package / "durable" / "postgres.py"))
+    monkeypatch.setattr(migrations, "__file__", str(package / "durable" / "migrations.py"))
     with pytest.raises(MigrationFault, match="No migrations found"):
         sql_files()
     (tmp_path / "sql").mkdir()

@@ -10,7 +10,8 @@ event that tells of it stand or fall together.
 **Ceremonies go together.** What every login and every registration asks is one statement for all who ask at the same time:
 `broker.durable.sign_ins`, `broker.durable.registrations`.
 
-Limits, faults and migrations are in `broker.durable.postgres`: whatever the server or the network does wrong is `Unavailable`.
+Limits and faults are in `broker.durable.postgres`: whatever the server or the network does wrong is `Unavailable`. Migrations are in
+`broker.durable.migrations`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from datetime import UTC, datetime
 import asyncpg
 
 from broker.durable.catalogue import Catalogue, UserOrder
-from broker.durable.postgres import Connection, MigrationFault, Postgres, sql_files
+from broker.durable.migrations import MigrationFault, Patience, sql_files
+from broker.durable.postgres import Connection, Postgres
 from broker.durable.registrations import Registrations
 from broker.durable.rows import (
     APP,
@@ -49,6 +51,7 @@ __all__ = [
     "Catalogue",
     "Durable",
     "MigrationFault",
+    "Patience",
     "Postgres",
     "UserOrder",
     "instant",

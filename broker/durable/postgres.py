@@ -1,4 +1,4 @@
-"""The connection pool to Postgres, its limits and faults, and the migrations.
+"""The connection pool to Postgres, its limits and faults.
 
 **Every wait has a limit**: `timeout` for one statement, and never past the request's own deadline. A connection whose statement
 did not end well is cut, not returned: its answer may still be on the way, and asyncpg would otherwise wait for a server that
@@ -6,34 +6,30 @@ does not answer. The pool is a stack of idle connections and a queue of those wh
 temporary table, no advisory lock), so nothing is reset between two users of one, and a statement costs one round trip. The server has the same limit (`statement_timeout`), for it does not notice a cut while a statement waits for a
 lock: the sessions left behind would use up its `max_connections`. Whatever the network or the server does wrong is `Unavailable`; a defect of ours (a syntax error, say) stays an
 exception. An unknown outcome of a commit is a failure to the caller.
-
-**Migrations** are `sql/NNNN_name.sql`, applied in order under an advisory lock, each in its own transaction with its row in
-`schema_migrations`. A schema newer than the code is fine: migrations keep old code running, so a roll-back is safe.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
 
+from broker.durable import migrations
+from broker.durable.migrations import Patience
 from broker.durable.together import Alone, Together
-from broker.errors import Fault, Unavailable
+from broker.errors import Unavailable
 from broker.telemetry import Metrics, Stopwatch, remaining
 
 A = TypeVar("A")
 T = TypeVar("T")
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
-MIGRATION_LOCK = 0x7061_7373_6B65_79  # "passkey"
+_PATIENCE = Patience()
 
 _DOWN = (
     OSError,
@@ -53,20 +49,6 @@ _DOWN = (
 _NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
 
 
-class MigrationFault(Fault):
-    """The schema can't be brought up to date; the sentence says why."""
-
-
-def sql_files() -> list[tuple[int, str, str]]:
-    """The migrations in order: number, name, text. They stand beside the package in a checkout and inside it in a wheel."""
-    package = Path(__file__).parent.parent
-    folder = package / "sql" if (package / "sql").is_dir() else package.parent / "sql"
-    files = sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.sql"))
-    if not files:
-        raise MigrationFault(f"No migrations found in {folder.name}/.")
-    return [(int(f.name[:4]), f.stem, f.read_text()) for f in files]
-
-
 class Postgres:
     """At most `connections` connections. `timeout` in seconds limits one wait; they are made when needed, so `open` needs no server."""
 
@@ -83,7 +65,7 @@ class Postgres:
 
     async def open(self) -> None:
         """Get ready. No connection is made yet."""
-        self._wanted = sql_files()[-1][0]
+        self._wanted = migrations.sql_files()[-1][0]
 
     async def close(self) -> None:
         """Close every connection, at once where the server does not answer."""
@@ -221,57 +203,13 @@ class Postgres:
         assert row is not None, "a SELECT without FROM has one row"
         return dict(row)
 
-    async def migrate(self, now: datetime) -> list[str]:
-        """Apply what is missing, under a lock, and return the names applied. Several instances may call it at once.
+    async def migrate(self, now: datetime, patience: Patience = _PATIENCE) -> list[str]:
+        """Apply the migrations that are missing and return their names.
 
         Raises:
-            MigrationFault: the server can't be reached or refuses, or an applied migration's text has changed since.
+            MigrationFault: see `broker.durable.migrations.migrate`.
         """
-        try:
-            connection = await asyncpg.connect(self._url, timeout=10)
-        except (*_DOWN, asyncpg.PostgresError) as fault:
-            raise MigrationFault(
-                f"Postgres can't be reached ({type(fault).__name__}); check BROKER_DATABASE_URL."
-            ) from fault
-        step = "The table of migrations"
-        try:
-            await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
-            await connection.execute(
-                "CREATE TABLE IF NOT EXISTS schema_migrations (version integer PRIMARY KEY, name text NOT NULL,"
-                " sha256 text NOT NULL, applied_at timestamptz NOT NULL)"
-            )
-            applied = {
-                r["version"]: r["sha256"]
-                for r in await connection.fetch("SELECT version, sha256 FROM schema_migrations")
-            }
-            names = []
-            for version, name, text in sql_files():
-                step = f"Migration {name}"
-                sha256 = hashlib.sha256(text.encode()).hexdigest()
-                if version in applied:
-                    if applied[version] != sha256:
-                        raise MigrationFault(f"{step} was edited after it had been applied.")
-                    continue
-                async with connection.transaction():
-                    await connection.execute(text)
-                    await connection.execute(
-                        "INSERT INTO schema_migrations (version, name, sha256, applied_at) VALUES ($1, $2, $3, $4)",
-                        version,
-                        name,
-                        sha256,
-                        now,
-                    )
-                names.append(name)
-            return names
-        except asyncpg.InsufficientPrivilegeError as fault:
-            raise MigrationFault(
-                "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
-            ) from fault
-        except (*_DOWN, asyncpg.PostgresError) as fault:
-            raise MigrationFault(f"{step} failed ({type(fault).__name__}: {fault}).") from fault
-        finally:
-            with contextlib.suppress(*_DOWN):
-                await connection.close(timeout=10)
+        return await migrations.migrate(self._url, now, patience)
 
 
 async def _init(connection: asyncpg.Connection[asyncpg.Record]) -> None:
