@@ -44,7 +44,9 @@ async def ask(
     **how: bool,
 ) -> AuthenticationAnswer:
     """Begin for ann, and what the device says."""
-    options = await broker.parts.broker.begin_authentication_of(app, "ann", by="challenge", approval=approval)
+    options = await broker.parts.broker.begin_authentication_of(
+        app, "ann", by="challenge", approval=approval, opener="keyed"
+    )
     return parse_authentication(device.authenticate(options, ORIGIN, **how))  # type: ignore[arg-type]
 
 
@@ -61,7 +63,7 @@ async def test_the_challenge_ends_with_the_digest(broker: Started, wire: Wire, d
     for number in range(3):
         approval = replace(PAYMENT, identifier=f"payment-{number}")
         options = await broker.parts.broker.begin_authentication_of(
-            app, "ann", by="challenge", approval=approval
+            app, "ann", by="challenge", approval=approval, opener="keyed"
         )
         challenge = unb64(options["challenge"])
         assert (len(challenge), challenge[32:]) == (64, PAYMENT.digest)
@@ -96,14 +98,16 @@ async def test_it_is_approved_by_the_sign_in_itself(
     app = await app_of(broker, wire)
     refused = await ask(broker, app, device, uv=False)
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(app, refused, approved=True)
+        await broker.parts.broker.finish_authentication_by(app, refused, approved=True, openers=("keyed",))
     second = replace(PAYMENT, identifier="payment-8")
     answer = await ask(broker, app, device, second)
     [first, waiting] = await records(broker, app)
     assert (first.approved_at, waiting.approved_at) == (None, None)
     assert (first.identifier, first.data) == (PAYMENT.identifier, PAYMENT.data)
     broker.clock.ahead += 5
-    receipt = await broker.parts.broker.finish_authentication_by(app, answer, approved=True)
+    receipt = await broker.parts.broker.finish_authentication_by(
+        app, answer, approved=True, openers=("keyed",)
+    )
     assert receipt.approval == "payment-8"
     [first, approved] = await records(broker, app)
     passkey = await broker.parts.directory.passkey(app, receipt.passkey_id)
@@ -123,7 +127,10 @@ async def test_a_counter_that_went_back_approves_nothing(broker: Started, wire: 
         device.credentials(app.rp_id)[0].counter = 50
         answers.append(await ask(broker, app, device, replace(PAYMENT, identifier=f"p-{number}")))
     results = await asyncio.gather(
-        *(broker.parts.broker.finish_authentication_by(app, a, approved=True) for a in answers),
+        *(
+            broker.parts.broker.finish_authentication_by(app, a, approved=True, openers=("keyed",))
+            for a in answers
+        ),
         return_exceptions=True,
     )
     assert sorted(isinstance(r, CeremonyRefused) for r in results) == [False, True]
@@ -152,7 +159,9 @@ async def test_a_store_that_fails_leaves_the_identifier_unused(
     assert broker.metric("broker_store_failures_total", store=store, operation=operation) == 1
     assert await records(broker, app) == []
     answer = await ask(broker, app, device)
-    receipt = await broker.parts.broker.finish_authentication_by(app, answer, approved=True)
+    receipt = await broker.parts.broker.finish_authentication_by(
+        app, answer, approved=True, openers=("keyed",)
+    )
     assert receipt.approval == PAYMENT.identifier
     with pytest.raises(DuplicateApproval):
         await ask(broker, app, device)
@@ -200,7 +209,9 @@ async def test_an_identifier_is_used_once_in_an_app(
     async def begin(number: int) -> bool:
         try:
             user = ("ann", "bob")[number % 3 == 0]
-            await brokers[number % 2].begin_authentication_of(app, user, by="challenge", approval=PAYMENT)
+            await brokers[number % 2].begin_authentication_of(
+                app, user, by="challenge", approval=PAYMENT, opener="keyed"
+            )
         except DuplicateApproval:
             return False
         return True
@@ -216,10 +227,10 @@ async def test_nobody_is_asked_who_can_not_sign(broker: Started, wire: Wire) -> 
     app = await app_of(broker, wire)
     verbs = broker.parts.broker
     with pytest.raises(UnknownUser):
-        await verbs.begin_authentication_of(app, "ann", by="challenge", approval=PAYMENT)
+        await verbs.begin_authentication_of(app, "ann", by="challenge", approval=PAYMENT, opener="keyed")
     await wire.open_registration("ann")
     with pytest.raises(NoPasskeys):
-        await verbs.begin_authentication_of(app, "ann", by="challenge", approval=PAYMENT)
+        await verbs.begin_authentication_of(app, "ann", by="challenge", approval=PAYMENT, opener="keyed")
     assert await records(broker, app) == []
 
 
@@ -227,17 +238,18 @@ async def test_nobody_is_asked_who_can_not_sign(broker: Started, wire: Wire) -> 
 async def test_an_approval_is_no_sign_in_and_a_sign_in_no_approval(
     broker: Started, wire: Wire, device: Authenticator, approval: Approval | None
 ) -> None:
-    """The answer to the one never finishes the other; it is spent, and nothing is approved."""
+    """The answer to the one never finishes the other, which takes nothing and approves nothing."""
     await wire.user("ann", device)
     app = await app_of(broker, wire)
     answer = await ask(broker, app, device, approval)
-    for approved in (approval is None, approval is not None):
-        with pytest.raises(UnknownTransaction) as caught:
-            await broker.parts.broker.finish_authentication_by(app, answer, approved=approved)
-        assert caught.value.reason == "challenge_unknown"
+    verbs = broker.parts.broker
+    with pytest.raises(UnknownTransaction) as caught:
+        await verbs.finish_authentication_by(app, answer, approved=approval is None, openers=("keyed",))
+    assert caught.value.reason == "other_finish"
     with pytest.raises(UnknownTransaction):
-        await broker.parts.broker.finish_authentication_of(app, "ann", answer)
+        await verbs.finish_authentication_of(app, "ann", answer, opener="keyed")
     assert [r.approved_at for r in await records(broker, app)] == [None] * (approval is not None)
+    await verbs.finish_authentication_by(app, answer, approved=approval is not None, openers=("keyed",))
 
 
 async def test_of_50_finishes_one_approves(broker: Started, wire: Wire, device: Authenticator) -> None:
@@ -245,7 +257,10 @@ async def test_of_50_finishes_one_approves(broker: Started, wire: Wire, device: 
     app = await app_of(broker, wire)
     answer = await ask(broker, app, device)
     results = await asyncio.gather(
-        *(broker.parts.broker.finish_authentication_by(app, answer, approved=True) for _ in range(50)),
+        *(
+            broker.parts.broker.finish_authentication_by(app, answer, approved=True, openers=("keyed",))
+            for _ in range(50)
+        ),
         return_exceptions=True,
     )
     assert sum(isinstance(r, UnknownTransaction) for r in results) == 49
@@ -259,7 +274,7 @@ async def test_approvals_go_with_their_user(broker: Started, wire: Wire, device:
     answer = await ask(broker, app, device)
     await broker.parts.directory.delete_user(app, "ann")
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(app, answer, approved=True)
+        await broker.parts.broker.finish_authentication_by(app, answer, approved=True, openers=("keyed",))
     await wire.user("ann", device)
     assert await records(broker, app) == []
     await ask(broker, app, device)

@@ -44,11 +44,11 @@ async def register(
     broker: Started, app: RelyingParty, user: str, device: Authenticator, asked: Asked = ORDINARY, **how: Any
 ) -> Receipt:
     options = await broker.parts.broker.begin_registration_of(
-        app, user, user_name=user, asked=asked, by="challenge"
+        app, user, user_name=user, asked=asked, by="challenge", opener="keyed"
     )
     answer = parse_registration(device.register(options, ORIGIN, **how))
     return await broker.parts.broker.finish_registration_by(
-        app, answer, second_factor=asked.second_factor, confirmed=True
+        app, answer, second_factor=asked.second_factor, confirmed=True, openers=("keyed",)
     )
 
 
@@ -63,9 +63,13 @@ async def sign_in(
     **how: Any,
 ) -> Receipt:
     """By the challenge. `shown`: what the device is asked in place of the options."""
-    options = await broker.parts.broker.begin_authentication_of(app, user, asked=asked, by="challenge")
+    options = await broker.parts.broker.begin_authentication_of(
+        app, user, asked=asked, by="challenge", opener="keyed"
+    )
     answer = parse_authentication(device.authenticate(options | (shown or {}), ORIGIN, **how))
-    return await broker.parts.broker.finish_authentication_by(app, answer, second_factor=asked.second_factor)
+    return await broker.parts.broker.finish_authentication_by(
+        app, answer, second_factor=asked.second_factor, openers=("keyed",)
+    )
 
 
 # -- user verification ------------------------------------------------------------------------------------------------------------------
@@ -96,10 +100,12 @@ async def test_user_verification_is_raised_and_lowered_only_where_that_is_allowe
     """Options and judgement agree: an answer without it passes exactly where it was not required."""
     app = await app_with(user_verification=policy, allow_weaker=weaker)
     asked, device = Asked(user_verification=wish), Authenticator()
-    options = await broker.parts.broker.begin_registration_of(app, "ann", user_name="ann", asked=asked)
+    options = await broker.parts.broker.begin_registration_of(
+        app, "ann", user_name="ann", asked=asked, opener="keyed"
+    )
     assert options["authenticatorSelection"]["userVerification"] == given
     await register(broker, app, "ann", device)
-    options = await broker.parts.broker.begin_authentication_of(app, "ann", asked=asked)
+    options = await broker.parts.broker.begin_authentication_of(app, "ann", asked=asked, opener="keyed")
     assert options["userVerification"] == given
     if given == "required":
         with pytest.raises(CeremonyRefused) as caught:
@@ -122,12 +128,16 @@ async def test_a_policy_made_stricter_applies_to_what_is_open(
     app = await app_with(**loose, allow_weaker=True)
     device = Authenticator()
     await register(broker, app, "ann", device)
-    options = await broker.parts.broker.begin_authentication_of(app, "ann", asked=asked, by="challenge")
+    options = await broker.parts.broker.begin_authentication_of(
+        app, "ann", asked=asked, by="challenge", opener="keyed"
+    )
     strict: dict[str, Any] = dict.fromkeys(loose, "required")
     app = await broker.parts.directory.update_app(replace(app, policy=Policy(**strict)))
     answer = parse_authentication(device.authenticate(options, ORIGIN, uv=False))
     with pytest.raises(CeremonyRefused) as caught:
-        await broker.parts.broker.finish_authentication_by(app, answer, second_factor=asked.second_factor)
+        await broker.parts.broker.finish_authentication_by(
+            app, answer, second_factor=asked.second_factor, openers=("keyed",)
+        )
     assert caught.value.reason == "user_verification"
 
 
@@ -136,13 +146,13 @@ async def test_what_was_required_stays_required_under_a_looser_policy(
 ) -> None:
     app, device = await app_with(), Authenticator()
     await register(broker, app, "ann", device)
-    options = await broker.parts.broker.begin_authentication_of(app, "ann", by="challenge")
+    options = await broker.parts.broker.begin_authentication_of(app, "ann", by="challenge", opener="keyed")
     app = await broker.parts.directory.update_app(
         replace(app, policy=Policy(user_verification="discouraged"))
     )
     answer = parse_authentication(device.authenticate(options, ORIGIN, uv=False))
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(app, answer)
+        await broker.parts.broker.finish_authentication_by(app, answer, openers=("keyed",))
 
 
 # -- life -------------------------------------------------------------------------------------------------------------------------------
@@ -156,16 +166,20 @@ async def test_a_life_is_capped_by_the_policy(
     app, device, asked = await app_with(ceremony_life=60), Authenticator(), Asked(life=wish)
     await register(broker, app, "ann", device)
     verbs = broker.parts.broker
-    registration = await verbs.begin_registration_of(app, "ann", user_name="ann", asked=asked, by="challenge")
-    authentication = await verbs.begin_authentication_of(app, "ann", asked=asked, by="challenge")
+    registration = await verbs.begin_registration_of(
+        app, "ann", user_name="ann", asked=asked, by="challenge", opener="keyed"
+    )
+    authentication = await verbs.begin_authentication_of(
+        app, "ann", asked=asked, by="challenge", opener="keyed"
+    )
     transaction = await verbs.open_authentication(app, "ann", asked=asked)
-    begun = await verbs.begin_authentication(app, transaction)
+    begun = await verbs.begin_authentication(app, transaction, opener="page")
     for options in (registration, authentication, begun.options):
         assert given * 1000 - 1 <= options["timeout"] <= given * 1000
     answer = parse_authentication(device.authenticate(authentication, ORIGIN))
     broker.clock.ahead += given
     with pytest.raises(UnknownTransaction):
-        await verbs.finish_authentication_by(app, answer)
+        await verbs.finish_authentication_by(app, answer, openers=("keyed",))
 
 
 # -- which passkeys -----------------------------------------------------------------------------------------------------------------------
@@ -183,7 +197,7 @@ async def test_exclusions_are_added_to_the_users_own(broker: Started, app_with: 
         ((foreign.passkey_id, "x" * 24), []),
     ):
         options = await broker.parts.broker.begin_registration_of(
-            app, "ann", user_name="ann", asked=Asked(exclude=wish)
+            app, "ann", user_name="ann", asked=Asked(exclude=wish), opener="keyed"
         )
         excluded = [unb64(c["id"]) for c in options["excludeCredentials"]]
         assert sorted(excluded) == sorted(r.credential_id for r in (own, *more))
@@ -198,19 +212,21 @@ async def test_an_allow_list_narrows(broker: Started, app_with: AppWith) -> None
     asked = Asked(allow=(mine.passkey_id, bobs.passkey_id))
     verbs = broker.parts.broker
     for user, offered in (("ann", [mine]), (None, [mine, bobs])):
-        options = await verbs.begin_authentication_of(app, user, asked=asked, by="challenge")
+        options = await verbs.begin_authentication_of(app, user, asked=asked, by="challenge", opener="keyed")
         assert [unb64(c["id"]) for c in options["allowCredentials"]] == [r.credential_id for r in offered]
-        begun = await verbs.begin_authentication(app, await verbs.open_authentication(app, user, asked=asked))
+        begun = await verbs.begin_authentication(
+            app, await verbs.open_authentication(app, user, asked=asked), opener="page"
+        )
         assert begun.options["allowCredentials"] == options["allowCredentials"]
         assert (await sign_in(broker, app, user, first, asked)).passkey_id == mine.passkey_id
         with pytest.raises(CeremonyRefused) as caught:
             await sign_in(broker, app, user, second, asked, shown={"allowCredentials": []})
         assert caught.value.reason == "not_offered"
-    begun = await verbs.begin_authentication(app, None, asked=asked)
+    begun = await verbs.begin_authentication(app, None, asked=asked, opener="page")
     assert "allowCredentials" not in begun.options, "a page alone learns nothing of credentials"
     answer = parse_authentication(second.authenticate(begun.options, ORIGIN))
     with pytest.raises(DiscoverableRefused) as caught:
-        await verbs.finish_authentication(app, begun.handle, None, answer)
+        await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
     assert caught.value.reason == "not_offered"
 
 
@@ -237,32 +253,32 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
             with pytest.raises(NoPasskeys):
                 await verbs.open_authentication(app, user, asked=asked)
             with pytest.raises(NoPasskeys):
-                await verbs.begin_authentication_of(app, user, asked=asked, by="challenge")
+                await verbs.begin_authentication_of(app, user, asked=asked, by="challenge", opener="keyed")
         if allow:
-            begun = await verbs.begin_authentication(app, None, asked=asked)
+            begun = await verbs.begin_authentication(app, None, asked=asked, opener="page")
             answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
             with pytest.raises(DiscoverableRefused):
-                await verbs.finish_authentication(app, begun.handle, None, answer)
+                await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
         else:
             with pytest.raises(InvalidRequest):
-                await verbs.begin_authentication(app, None, asked=asked)
+                await verbs.begin_authentication(app, None, asked=asked, opener="page")
     with pytest.raises(NoPasskeys):
         await verbs.open_authentication(app, "ann", asked=Asked(allow=(bobs.passkey_id,)))
 
     for user in ("ann", None):
         transaction = await verbs.open_authentication(app, user, asked=Asked(allow=(mine.passkey_id,)))
-        begun = await verbs.begin_authentication(app, transaction)
+        begun = await verbs.begin_authentication(app, transaction, opener="page")
         await directory.revoke_passkey(app, mine.passkey_id)
         if user is None:
             with pytest.raises(UnknownTransaction) as unknown:
-                await verbs.begin_authentication(app, transaction)
+                await verbs.begin_authentication(app, transaction, opener="page")
             assert unknown.value.reason == "no_passkey_left"
         else:
-            begun = await verbs.begin_authentication(app, transaction)
+            begun = await verbs.begin_authentication(app, transaction, opener="page")
             assert len(begun.options["allowCredentials"]) == 1, "what was offered when it was opened"
         answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
         with pytest.raises(CeremonyRefused) as caught:
-            await verbs.finish_authentication(app, begun.handle, None, answer)
+            await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
         assert caught.value.reason == ("revoked_or_counter" if user else "unknown_credential")
         mine = await register(broker, app, "ann", device)
 
@@ -273,17 +289,17 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
 async def test_a_second_factor_follows_its_own_policy(broker: Started, app_with: AppWith) -> None:
     app = await app_with(second_factor_user_verification="discouraged", second_factor_attachment="any")
     verbs = broker.parts.broker
-    options = await verbs.begin_registration_of(app, "ann", user_name="ann", asked=SECOND)
+    options = await verbs.begin_registration_of(app, "ann", user_name="ann", asked=SECOND, opener="keyed")
     assert options["authenticatorSelection"] == {
         "residentKey": "discouraged",
         "requireResidentKey": False,
         "userVerification": "discouraged",
     }
-    ordinary = await verbs.begin_registration_of(app, "ann", user_name="ann")
+    ordinary = await verbs.begin_registration_of(app, "ann", user_name="ann", opener="keyed")
     assert ordinary["authenticatorSelection"]["userVerification"] == "required"
     asked = replace(SECOND, user_verification="required")
     options = await verbs.begin_registration_of(
-        app, "ann", user_name="ann", asked=asked, attachment="cross-platform"
+        app, "ann", user_name="ann", asked=asked, attachment="cross-platform", opener="keyed"
     )
     assert options["authenticatorSelection"]["userVerification"] == "required"
     assert options["authenticatorSelection"]["authenticatorAttachment"] == "cross-platform"
@@ -303,12 +319,12 @@ async def test_a_second_factor_signs_in_only_where_it_is_asked_for(
         with pytest.raises(CeremonyRefused) as caught:
             await sign_in(broker, app, user, fob, shown={"allowCredentials": []})
         assert caught.value.reason == "second_factor"
-    begun = await verbs.begin_authentication(app, await verbs.open_authentication(app, "ann"))
+    begun = await verbs.begin_authentication(app, await verbs.open_authentication(app, "ann"), opener="page")
     assert [unb64(c["id"]) for c in begun.options["allowCredentials"]] == [mine.credential_id]
-    begun = await verbs.begin_authentication(app, None)
+    begun = await verbs.begin_authentication(app, None, opener="page")
     answer = parse_authentication(fob.authenticate(begun.options, ORIGIN))
     with pytest.raises(DiscoverableRefused) as caught:
-        await verbs.finish_authentication(app, begun.handle, None, answer)
+        await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
     assert (caught.value.reason, caught.value.signal) == ("second_factor", None)
 
     assert (await sign_in(broker, app, "ann", fob, SECOND)).second_factor
@@ -330,13 +346,13 @@ async def test_a_user_with_second_factors_only_can_not_sign_in_by_them(
     with pytest.raises(NoPasskeys):
         await verbs.open_authentication(app, "ann")
     with pytest.raises(NoPasskeys):
-        await verbs.begin_authentication_of(app, "ann")
+        await verbs.begin_authentication_of(app, "ann", opener="keyed")
     proofs: tuple[Proof | None, ...] = ("authenticate_second_factor", "authenticate", None)
     for purpose in proofs:
         transaction = await verbs.open_authentication(app, "ann", asked=SECOND)
-        begun = await verbs.begin_authentication(app, transaction)
+        begun = await verbs.begin_authentication(app, transaction, opener="page")
         answer = parse_authentication(fob.authenticate(begun.options, ORIGIN))
-        nonce = await verbs.finish_authentication(app, begun.handle, None, answer)
+        nonce = await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
         if purpose == "authenticate_second_factor":
             receipt = await verbs.redeem(app, nonce, transaction_id=transaction, purpose=purpose)
             assert (receipt.external_id, receipt.proof) == ("ann", purpose)
@@ -346,19 +362,25 @@ async def test_a_user_with_second_factors_only_can_not_sign_in_by_them(
 
 
 async def test_finish_says_which_kind_it_is_for(broker: Started, app_with: AppWith) -> None:
-    """A ceremony about second factors finishes nothing else, and the other way round; either way it is spent."""
+    """A ceremony about second factors finishes nothing else, and the other way round; another kind of finish takes nothing."""
     app, device = await app_with(), Authenticator()
     await register(broker, app, "ann", device)
     verbs = broker.parts.broker
     for asked in (Asked(), SECOND):
-        options = await verbs.begin_authentication_of(app, "ann", asked=asked, by="challenge")
+        options = await verbs.begin_authentication_of(app, "ann", asked=asked, by="challenge", opener="keyed")
         answer = parse_authentication(device.authenticate(options, ORIGIN))
-        for second_factor in (not asked.second_factor, asked.second_factor):
-            with pytest.raises(UnknownTransaction) as caught:
-                await verbs.finish_authentication_by(app, answer, second_factor=second_factor)
-            assert caught.value.reason == "challenge_unknown"
-        options = await verbs.begin_registration_of(app, "eve", user_name="eve", asked=asked, by="challenge")
+        other, own = not asked.second_factor, asked.second_factor
+        with pytest.raises(UnknownTransaction) as caught:
+            await verbs.finish_authentication_by(app, answer, second_factor=other, openers=("keyed",))
+        assert caught.value.reason == "other_finish"
+        await verbs.finish_authentication_by(app, answer, second_factor=own, openers=("keyed",))
+        options = await verbs.begin_registration_of(
+            app, "eve", user_name="eve", asked=asked, by="challenge", opener="keyed"
+        )
         made = parse_registration(Authenticator().register(options, ORIGIN))
-        for second_factor in (not asked.second_factor, asked.second_factor):
-            with pytest.raises(UnknownTransaction):
-                await verbs.finish_registration_by(app, made, second_factor=second_factor, confirmed=True)
+        with pytest.raises(UnknownTransaction) as caught:
+            await verbs.finish_registration_by(
+                app, made, second_factor=other, confirmed=True, openers=("keyed",)
+            )
+        assert caught.value.reason == "other_finish"
+        await verbs.finish_registration_by(app, made, second_factor=own, confirmed=True, openers=("keyed",))

@@ -25,7 +25,9 @@ from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
     Asked,
     Beginning,
+    FinishKind,
     Offered,
+    Opener,
     Pending,
     PendingAuthentication,
     PendingRegistration,
@@ -34,9 +36,11 @@ from broker.model import (
     Redeemable,
     Transaction,
     Verifications,
+    finish_kind_of,
+    purpose_of,
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics
-from broker.tokens import SystemMint, digest, text
+from broker.tokens import SystemMint, ceremony_digest, digest, text
 from tests.conftest import Clock
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
 from tests.servers import Valkey, eventually, reached
@@ -46,6 +50,8 @@ OTHER = "OtherOtherOtherOtherOthe"
 TIMEOUT = 3.0  # what is not about limits shall not meet one on a busy machine
 REAL = ("valkey", "cluster", *(["redis"] if shutil.which("redis-server") else []))
 MINT = SystemMint()
+REGISTER: tuple[Opener, Purpose] = ("page", "register")
+SIGN_IN: tuple[Opener, Purpose] = ("page", "authenticate")
 
 
 @dataclass(slots=True)
@@ -278,7 +284,7 @@ def beginning(place: Place, **changes: Any) -> Beginning:
 async def begin_one(store: Ephemeral, place: Place, token: str, secret: str = "", **changes: Any) -> str:
     """The handle of a registration begun with a transaction."""
     begun = await store.begin(
-        APP, token, "register", secret or MINT.token("handle"), beginning(place, **changes)
+        APP, token, "page", "register", secret or MINT.token("handle"), beginning(place, **changes)
     )
     assert begun is not None
     return begun[0]
@@ -287,7 +293,7 @@ async def begin_one(store: Ephemeral, place: Place, token: str, secret: str = ""
 async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: Any) -> str:
     """The handle of a ceremony without a transaction."""
     handle = MINT.token("handle")
-    await store.put_pending(handle, authentication(place, None, **changes), cap=cap)
+    await store.put_pending(handle, authentication(place, None, **changes), opener="page", cap=cap)
     return handle
 
 
@@ -329,13 +335,13 @@ async def test_a_begun_ceremony_comes_back_with_its_transaction(
         put = put._replace(user_handle="", user_name="", user_display_name="", offered=held)
     await store.put_transaction(token, put)
     made = beginning(place, allowed=allowed, challenge=b"\xff" * 31 + b"+")
-    begun = await store.begin(APP, token, purpose, MINT.token("handle"), made)
+    begun = await store.begin(APP, token, "page", purpose, MINT.token("handle"), made)
     assert begun is not None
     handle, name, found = begun
     assert (name, found) == (digest("transaction", APP, token), put)
-    taken = await store.take_pending(APP, handle)
+    taken = await store.take_pending(APP, handle, "page", purpose)
     assert taken == made.pending(name, put)
-    assert await store.take_pending(APP, handle) is None
+    assert await store.take_pending(APP, handle, "page", purpose) is None
     assert await store.peek_transaction(APP, token) == (name, put), "the transaction stays"
 
 
@@ -362,11 +368,11 @@ async def test_a_begin_leaves_a_transaction_of_another_purpose_as_it_was(place: 
     store = place.store()
     token, _ = await open_one(store, place)
     handle = await begin_one(store, place, token)
-    found = await store.begin(APP, token, "authenticate", MINT.token("handle"), beginning(place))
+    found = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), beginning(place))
     assert found is not None
     assert found[2].purpose == "register", "the caller sees which it is"
-    assert await store.take_pending(APP, found[0]) is None
-    assert await store.take_pending(APP, handle) is not None
+    assert await store.take_pending(APP, found[0], *SIGN_IN) is None
+    assert await store.take_pending(APP, handle, *REGISTER) is not None
 
 
 async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> None:
@@ -374,23 +380,23 @@ async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> N
     store = place.store()
     token, _ = await open_one(store, place, purpose="authenticate", user_id=None, external_id=None)
     known = beginning(place, allowed=("x" * 24,))
-    first = await store.begin(APP, token, "authenticate", MINT.token("handle"), known)
+    first = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), known)
     assert first is not None
-    second = await store.begin(APP, token, "authenticate", MINT.token("handle"), beginning(place))
+    second = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), beginning(place))
     assert second is not None
     assert second[2].to_look_up
-    assert await store.take_pending(APP, second[0]) is None
-    assert await store.take_pending(APP, first[0]) is not None
+    assert await store.take_pending(APP, second[0], *SIGN_IN) is None
+    assert await store.take_pending(APP, first[0], *SIGN_IN) is not None
 
 
 async def test_nothing_begins_without_its_transaction(place: Place) -> None:
     store = place.store()
     token, name = await open_one(store, place)
-    assert await store.begin(OTHER, token, "register", MINT.token("handle"), beginning(place)) is None
+    assert await store.begin(OTHER, token, "page", "register", MINT.token("handle"), beginning(place)) is None
     handle = await begin_one(store, place, token)
     assert await store.take_transaction(name)
-    assert await store.take_pending(APP, handle) is None
-    assert await store.begin(APP, token, "register", MINT.token("handle"), beginning(place)) is None
+    assert await store.take_pending(APP, handle, *REGISTER) is None
+    assert await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place)) is None
 
 
 PENDING: dict[str, Callable[[Place], Pending]] = {
@@ -407,9 +413,9 @@ PENDING: dict[str, Callable[[Place], Pending]] = {
 @pytest.mark.parametrize("kind", PENDING)
 async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) -> None:
     store, put, handle = place.store(), PENDING[kind](place), MINT.token("handle")
-    await store.put_pending(handle, put, cap=10)
-    assert await store.take_pending(APP, handle) == put
-    assert await store.take_pending(APP, handle) is None
+    await store.put_pending(handle, put, opener="page", cap=10)
+    assert await store.take_pending(APP, handle, "page", purpose_of(put)) == put
+    assert await store.take_pending(APP, handle, "page", purpose_of(put)) is None
 
 
 @pytest.mark.parametrize("cap", [None, 10])
@@ -419,16 +425,17 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
 ) -> None:
     """Whoever has the challenge may make an answer to it, so it is as secret at rest as a handle."""
     store, put = place.store(), NAMED[kind](place)
-    await store.put_pending_by_challenge(put, cap=cap)
+    wanted: tuple[tuple[Opener, ...], FinishKind] = (("keyed", "hanko"), finish_kind_of(put))
+    await store.put_pending_by_challenge(put, opener="hanko", cap=cap)
     with place.client() as client:
         (key,) = client.keys("p:*")
         stored = key + client.get(key)
     assert put.challenge not in stored
     assert text(put.challenge).encode() not in stored
-    assert await store.take_pending_by_challenge(OTHER, put.challenge) is None
-    assert await store.take_pending_by_challenge(APP, put.challenge[:-1] + b"?") is None
-    assert await store.take_pending_by_challenge(APP, put.challenge) == put
-    assert await store.take_pending_by_challenge(APP, put.challenge) is None
+    assert await store.take_pending_by_challenge(OTHER, put.challenge, *wanted) is None
+    assert await store.take_pending_by_challenge(APP, put.challenge[:-1] + b"?", *wanted) is None
+    assert await store.take_pending_by_challenge(APP, put.challenge, *wanted) == put
+    assert await store.take_pending_by_challenge(APP, put.challenge, *wanted) is None
 
 
 NAMED: dict[str, Callable[[Place], Pending]] = {
@@ -440,49 +447,55 @@ NAMED: dict[str, Callable[[Place], Pending]] = {
 @pytest.mark.parametrize("kind", NAMED)
 async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(place: Place, kind: str) -> None:
     store, put = place.store(), NAMED[kind](place)
-    await store.put_pending_as(STRANGE, put)
-    assert await store.take_pending_as(OTHER, STRANGE) is None, "another app's names are others"
-    assert await store.take_pending_as(APP, STRANGE + "!") is None
-    assert await store.take_pending_as(APP, STRANGE) == put
-    assert await store.take_pending_as(APP, STRANGE) is None
+    await store.put_pending_of(STRANGE, put, opener="keyed")
+    assert await store.take_pending_of(OTHER, STRANGE, "keyed", purpose_of(put)) is None, (
+        "another app's names are others"
+    )
+    assert await store.take_pending_of(APP, STRANGE + "!", "keyed", purpose_of(put)) is None
+    assert await store.take_pending_of(APP, STRANGE, "keyed", purpose_of(put)) == put
+    assert await store.take_pending_of(APP, STRANGE, "keyed", purpose_of(put)) is None
     with place.client() as client:
         assert client.keys() == []
 
 
 @pytest.mark.parametrize("kind", NAMED)
 async def test_a_put_under_a_name_replaces_what_was_there(place: Place, kind: str) -> None:
-    store = place.store()
-    await store.put_pending_as("ann", NAMED[kind](place))
-    second = NAMED[kind](place)._replace(challenge=b"2" * 32)
-    await store.put_pending_as("ann", second)
+    store, put = place.store(), NAMED[kind](place)
+    await store.put_pending_of("ann", put, opener="keyed")
+    second = put._replace(challenge=b"2" * 32)
+    await store.put_pending_of("ann", second, opener="keyed")
     with place.client() as client:
         (key,) = client.keys()
         assert b"ann" not in key
         assert 0 < client.pttl(key) <= 300_000
-    assert await store.take_pending_as(APP, "ann") == second
-    assert await store.take_pending_as(APP, "ann") is None
+    assert await store.take_pending_of(APP, "ann", "keyed", purpose_of(put)) == second
+    assert await store.take_pending_of(APP, "ann", "keyed", purpose_of(put)) is None
 
 
 @pytest.mark.parametrize("kind", NAMED)
 async def test_of_many_takers_of_a_name_one_gets_it(place: Place, kind: str) -> None:
-    await place.store().put_pending_as("ann", NAMED[kind](place))
-    assert len(await _parallel(place, lambda store: store.take_pending_as(APP, "ann"))) == 1
+    put = NAMED[kind](place)
+    await place.store().put_pending_of("ann", put, opener="keyed")
+    assert (
+        len(await _parallel(place, lambda store: store.take_pending_of(APP, "ann", "keyed", purpose_of(put))))
+        == 1
+    )
 
 
 async def test_a_handle_made_up_from_a_name_takes_nothing(place: Place) -> None:
     """A page may know the user's id, and so the digest of the name; what a keyed caller begins is not for pages."""
     store, put = place.store(), NAMED["authentication"](place)
-    await store.put_pending_as("authenticate:ann", put)
-    made_up = MINT.token("handle") + text(digest("handle", APP, "authenticate:ann"))
-    assert await store.take_pending(APP, made_up) is None
-    assert await store.take_pending_as(APP, "authenticate:ann") == put
+    await store.put_pending_of("ann", put, opener="keyed")
+    name = ceremony_digest("user", APP, "keyed", "authenticate", "ann")
+    assert await store.take_pending(APP, MINT.token("handle") + text(name), *SIGN_IN) is None
+    assert await store.take_pending_of(APP, "ann", "keyed", "authenticate") == put
 
 
 async def test_a_ceremony_under_a_name_ends_by_the_brokers_clock(place: Place) -> None:
-    store = place.store()
-    await store.put_pending_as("ann", NAMED["registration"](place))
+    store, put = place.store(), NAMED["registration"](place)
+    await store.put_pending_of("ann", put, opener="keyed")
     place.clock.ahead = 300
-    assert await store.take_pending_as(APP, "ann") is None
+    assert await store.take_pending_of(APP, "ann", "keyed", purpose_of(put)) is None
 
 
 @pytest.mark.parametrize("bound", [b"\0" * 32, None])
@@ -508,10 +521,10 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
             assert newer != stored
             client.set(key, newer, px=5000)
     assert await store.peek_transaction(APP, token) is None
-    assert await store.begin(APP, token, "register", MINT.token("handle"), beginning(place)) is None
+    assert await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place)) is None
     assert await store.take_nonce(APP, nonce) is None
-    assert await store.take_pending(APP, bound) is None
-    assert await store.take_pending(APP, free) is None
+    assert await store.take_pending(APP, bound, *REGISTER) is None
+    assert await store.take_pending(APP, free, *SIGN_IN) is None
 
 
 # -- time -----------------------------------------------------------------------------------------------------------------------
@@ -529,10 +542,10 @@ async def test_nothing_is_returned_past_its_end(place: Place) -> None:
     with place.client() as client:
         assert len(client.keys("[tnp]:*")) == 3
     assert await store.peek_transaction(APP, token) is None
-    assert await store.begin(APP, token, "register", MINT.token("handle"), beginning(place)) is None
+    assert await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place)) is None
     assert await store.take_nonce(APP, nonce) is None
-    assert await store.take_pending(APP, bound) is None
-    assert await store.take_pending(APP, free) is None
+    assert await store.take_pending(APP, bound, *REGISTER) is None
+    assert await store.take_pending(APP, free, *SIGN_IN) is None
 
 
 async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> None:
@@ -542,7 +555,7 @@ async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> Non
     nonce, secrets = MINT.token("nonce"), [MINT.token("handle") for _ in range(2)]
     await store.put_nonce(APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token, secrets[0])
-    await store.put_pending(secrets[1], authentication(place, None), cap=9)
+    await store.put_pending(secrets[1], authentication(place, None), opener="page", cap=9)
     ends = {b"t": 600, b"p": 300, b"n": 60, b"d": 300}
     secret = [value.partition("_")[2].encode() for value in (token, nonce, *secrets)]
     assert bound.startswith(secrets[0])
@@ -567,8 +580,8 @@ async def test_a_begin_replaces_the_transactions_earlier_one(place: Place) -> No
     token, _ = await open_one(store, place)
     first = await begin_one(store, place, token)
     second = await begin_one(store, place, token, challenge=b"2" * 32)
-    assert await store.take_pending(APP, first) is None
-    taken = await store.take_pending(APP, second)
+    assert await store.take_pending(APP, first, *REGISTER) is None
+    taken = await store.take_pending(APP, second, *REGISTER)
     assert taken is not None
     assert taken.challenge == b"2" * 32
 
@@ -583,11 +596,11 @@ async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
     assert await store.peek_transaction(OTHER, token) is None
     assert not await store.take_transaction(digest("transaction", OTHER, token))
     assert await store.take_nonce(OTHER, nonce) is None
-    assert await store.take_pending(OTHER, bound) is None
-    assert await store.take_pending(OTHER, free) is None
+    assert await store.take_pending(OTHER, bound, *REGISTER) is None
+    assert await store.take_pending(OTHER, free, *SIGN_IN) is None
 
-    assert await store.take_pending(APP, free) is not None
-    assert await store.take_pending(APP, bound) is not None
+    assert await store.take_pending(APP, free, *SIGN_IN) is not None
+    assert await store.take_pending(APP, bound, *REGISTER) is not None
     assert await store.take_nonce(APP, nonce) is not None
     assert await store.take_transaction(name)
 
@@ -598,9 +611,9 @@ async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> Non
     nonce = MINT.token("nonce")
     await store.put_nonce(APP, nonce, redeemable(place))
     assert await store.take_nonce(APP, token) is None
-    assert await store.take_pending(APP, token) is None
+    assert await store.take_pending(APP, token, *REGISTER) is None
     assert await store.peek_transaction(APP, nonce) is None
-    assert await store.take_pending(APP, nonce) is None
+    assert await store.take_pending(APP, nonce, *REGISTER) is None
     assert await store.take_nonce(APP, nonce) is not None
     assert await store.peek_transaction(APP, token) is not None
 
@@ -612,8 +625,8 @@ async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
     token, name = await open_one(store, place)
     handle = await begin_one(store, place, token)
     forged = MINT.token("handle") + text(name)[:end]
-    assert await store.take_pending(APP, forged) is None
-    assert await store.take_pending(APP, handle) is not None
+    assert await store.take_pending(APP, forged, *REGISTER) is None
+    assert await store.take_pending(APP, handle, *REGISTER) is not None
 
 
 # -- at most once ---------------------------------------------------------------------------------------------------------------
@@ -635,14 +648,16 @@ async def test_one_of_many_takes_a_transaction(place: Place) -> None:
 @pytest.mark.parametrize("kind", PENDING)
 async def test_one_of_many_takes_a_pending_ceremony(place: Place, kind: str) -> None:
     handle = MINT.token("handle")
-    await place.store().put_pending(handle, PENDING[kind](place), cap=5)
-    assert len(await _parallel(place, lambda store: store.take_pending(APP, handle))) == 1
+    put = PENDING[kind](place)
+    await place.store().put_pending(handle, put, opener="page", cap=5)
+    taken = await _parallel(place, lambda store: store.take_pending(APP, handle, "page", purpose_of(put)))
+    assert len(taken) == 1
 
 
 async def test_one_of_many_takes_a_begun_ceremony(place: Place) -> None:
     token, name = await open_one(place.store(), place)
     handle = await begin_one(place.store(), place, token)
-    assert len(await _parallel(place, lambda store: store.take_pending(APP, handle))) == 1
+    assert len(await _parallel(place, lambda store: store.take_pending(APP, handle, *REGISTER))) == 1
     assert await place.store().take_transaction(name), "the transaction stays"
 
 
@@ -653,10 +668,11 @@ async def test_of_a_begin_and_a_take_at_once_one_wins(place: Place) -> None:
         token, _ = await open_one(instances[0], place)
         old = await begin_one(instances[0], place, token)
         taken, new = await asyncio.gather(
-            instances[0].take_pending(APP, old), begin_one(instances[1], place, token, challenge=b"2" * 32)
+            instances[0].take_pending(APP, old, *REGISTER),
+            begin_one(instances[1], place, token, challenge=b"2" * 32),
         )
         assert taken is None or taken.challenge == bytes(range(32))
-        following = await instances[0].take_pending(APP, new)
+        following = await instances[0].take_pending(APP, new, *REGISTER)
         assert following is not None
         assert following.challenge == b"2" * 32
 
@@ -691,7 +707,7 @@ async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
     token, _ = await open_one(store, place)
     assert await begin_one(store, place, token), "not counted with a transaction"
 
-    assert await store.take_pending(APP, handles[1])
+    assert await store.take_pending(APP, handles[1], *SIGN_IN)
     assert await put_open(store, place, cap=3), "a take frees one"
     with pytest.raises(TooManyCeremonies):
         await put_open(store, place, cap=3)
@@ -737,9 +753,9 @@ async def test_counting_takes_no_round_trip_of_its_own(proxy: RedisProxy, real: 
     proxy.commands.clear()
     handle = await put_open(store, real)
     assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
-    await store.take_pending(APP, handle)
+    await store.take_pending(APP, handle, *SIGN_IN)
     proxy.commands.clear()
-    await store.take_pending(APP, handle)
+    await store.take_pending(APP, handle, *SIGN_IN)
     assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
 
 
@@ -770,15 +786,19 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
     await store.put_nonce(APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token)
     free = await put_open(store, place)
-    await store.put_pending_as("ann", NAMED["registration"](place))
+    await store.put_pending_of("ann", NAMED["registration"](place), opener="keyed")
     other, _ = await open_one(store, place)
     return [
-        Step(b"SET", "put_pending", lambda s: s.put_pending_as("bob", NAMED["registration"](place))),
+        Step(
+            b"SET",
+            "put_pending",
+            lambda s: s.put_pending_of("bob", NAMED["registration"](place), opener="keyed"),
+        ),
         Step(
             b"GETDEL",
             "take_pending",
-            lambda s: s.take_pending_as(APP, "ann"),
-            lambda s: s.take_pending_as(APP, "ann"),
+            lambda s: s.take_pending_of(APP, "ann", "keyed", "register"),
+            lambda s: s.take_pending_of(APP, "ann", "keyed", "register"),
         ),
         Step(b"EVALSHA", "put_pending", lambda s: put_open(s, place)),
         Step(b"EVALSHA", "begin", lambda s: begin_one(s, place, other)),
@@ -791,14 +811,14 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
         Step(
             b"EVALSHA",
             "take_pending",
-            lambda s: s.take_pending(APP, bound),
-            lambda s: s.take_pending(APP, bound),
+            lambda s: s.take_pending(APP, bound, *REGISTER),
+            lambda s: s.take_pending(APP, bound, *REGISTER),
         ),
         Step(
             b"EVALSHA",
             "take_pending",
-            lambda s: s.take_pending(APP, free),
-            lambda s: s.take_pending(APP, free),
+            lambda s: s.take_pending(APP, free, *SIGN_IN),
+            lambda s: s.take_pending(APP, free, *SIGN_IN),
         ),
         Step(b"GETDEL", "take_nonce", lambda s: s.take_nonce(APP, nonce), lambda s: s.take_nonce(APP, nonce)),
         Step(
@@ -814,7 +834,7 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
     store = real.store(port=proxy.port, timeout=1.0 if real.kind == "cluster" else 0.4)
     for handle in (MINT.token("handle"), MINT.token("handle") + text(bytes(32))):
         assert (
-            await store.take_pending(APP, handle) is None
+            await store.take_pending(APP, handle, *REGISTER) is None
         )  # the server has the scripts: no reply is NOSCRIPT below
     await begin_one(store, real, (await open_one(store, real))[0])
     for step in await _steps(real, store):
@@ -849,10 +869,10 @@ async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) ->
         token, _ = await open_one(store, place)
         bound = await begin_one(store, place, token)
         free = await put_open(store, place)
-        for handle in (bound, free):
+        for handle, opened in ((bound, REGISTER), (free, SIGN_IN)):
             with place.client() as client:
                 client.script_flush()
-            assert await store.take_pending(APP, handle) is not None
+            assert await store.take_pending(APP, handle, *opened) is not None
         with place.client() as client:
             client.script_flush()
 
@@ -1006,7 +1026,7 @@ async def test_nobody_listens(cluster: bool, tmp_path: Path) -> None:
         store.check,
         store.facts,
         lambda: store.take_nonce(APP, MINT.token("nonce")),
-        lambda: store.take_pending(APP, MINT.token("handle")),
+        lambda: store.take_pending(APP, MINT.token("handle"), *REGISTER),
         lambda: put_open(store, place),
     ):
         with pytest.raises(Unavailable) as refused:

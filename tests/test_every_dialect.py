@@ -223,7 +223,7 @@ async def test_one_more_dialect_is_one_module_and_one_line(
 
 
 async def test_a_second_factors_transaction_begins_nothing_at_passlock(broker: Started, wire: Wire) -> None:
-    """Its wire has no word for one. What was begun natively, and a page brings there, gets no token either."""
+    """Its wire has no word for one. What was begun natively, and a page brings there, is unknown and stays."""
     opened = await wire.keyed(
         "POST",
         "/transactions/register",
@@ -235,7 +235,8 @@ async def test_a_second_factors_transaction_begins_nothing_at_passlock(broker: S
         answer = await passlock.page("/passkey/registration/options", {"registrationToken": transaction})
     assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
     handle, options = await wire.begin("register", transaction)
-    with refused(broker, "webauthn_login_failed", "second_factor"):
-        answer = await passlock.finish("registration", handle, key.register(options, ORIGIN))
-    assert answer.json["_tag"] == "@error/BadRequest"
-    assert "id_token" not in answer.json
+    made = key.register(options, ORIGIN)
+    with refused(broker, "transaction_not_found", "other_finish"):
+        answer = await passlock.finish("registration", handle, made)
+    assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
+    assert (await wire.finish("register", handle, made)).status == 200

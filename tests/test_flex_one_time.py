@@ -114,7 +114,7 @@ async def test_all_bad_handshakes_are_alike(
         ("handle_unknown", outlived, None),
         ("handle_unknown", used, None),
         ("handle_unknown", replaced, twice),
-        ("handle_wrong_kind", wrong, None),
+        ("other_finish", wrong, None),
         ("handle_unknown", foreign, None),
         ("other_transaction", elsewhere, "pbt_" + "a" * 43),
     ):

@@ -153,7 +153,7 @@ async def test_a_page_that_never_finishes_leaves_nobody_behind(broker: Started, 
     await wire.user("ann", device)
     for how in ({"uv": False}, {"credential_id": next(iter(device.held))}):
         transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
-        begun = await broker.parts.broker.begin_registration(app, transaction, None)
+        begun = await broker.parts.broker.begin_registration(app, transaction, None, opener="page")
         made = Authenticator().register(begun.options, ORIGIN, **how)
         assert (await wire.finish("register", begun.handle, made, transaction)).status == 401
     assert await users(broker, app) == [("ann", "active")]
@@ -185,10 +185,10 @@ async def test_where_it_is_asked_for_it_stands_for_itself(
     app, passkey = await ownerless(broker, wire, device)
     verbs = broker.parts.broker
     for asked, may in ((Asked(ownerless=True), True), (Asked(ownerless=True), False), (Asked(), False)):
-        begun = await verbs.begin_authentication(app, None, asked=asked)
+        begun = await verbs.begin_authentication(app, None, asked=asked, opener="page")
         answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
         if asked.ownerless:
-            nonce = await verbs.finish_authentication(app, begun.handle, None, answer)
+            nonce = await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
             if may:
                 receipt = await verbs.redeem(app, nonce, ownerless=True)
                 assert receipt.external_id == receipt.passkey_id == passkey
@@ -199,7 +199,7 @@ async def test_where_it_is_asked_for_it_stands_for_itself(
                     await verbs.redeem(app, nonce)
         else:
             with pytest.raises(DiscoverableRefused):
-                await verbs.finish_authentication(app, begun.handle, None, answer)
+                await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
 
 
 async def test_two_devices_of_one_page_are_two_nobodies(broker: Started, wire: Wire) -> None:
@@ -209,7 +209,7 @@ async def test_two_devices_of_one_page_are_two_nobodies(broker: Started, wire: W
     for _ in range(2):
         options = (
             await broker.parts.broker.begin_registration(
-                app, await broker.parts.broker.open_registration(app, None, "Somebody"), None
+                app, await broker.parts.broker.open_registration(app, None, "Somebody"), None, opener="page"
             )
         ).options
         parse_registration(device.register(options, ORIGIN))

@@ -19,6 +19,9 @@ so this holds for any number of instances.
 **Who may learn what.** Callers with a key may know of users. Callers without one get the same refusal for unknown, expired, used,
 wrong-kind and foreign values; `Refusal.reason` tells the operator which it was.
 
+**A ceremony is finished by its opener.** `opener` (a dialect, with a key or without) is part of the name under which a ceremony is
+stored, and so is its kind. The finish of another dialect, or of another kind of ceremony, finds nothing and takes nothing.
+
 **Nothing is read twice.** Who may sign in with which passkeys is looked up once, when a transaction is opened (or a keyed ceremony
 begun), and travels with the one-time value: public keys, not secrets. A passkey added since is not offered by that transaction; one
 that was revoked since is refused by the write that records the sign-in. A login is two statements: that look-up, and that write.
@@ -36,10 +39,10 @@ from typing import Any, Literal
 
 from broker import ceremony
 from broker.broker.begins import Begins, carried
-from broker.broker.finishes import Finishes, SignedIn, kind_of, pending_name, retry_from
+from broker.broker.finishes import Finishes, SignedIn, kind_of, retry_from
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
-from broker.errors import InvalidRequest, UnknownNonce, UnknownTransaction
+from broker.errors import InvalidRequest, UnknownNonce
 from broker.model import (
     NOTHING_ASKED,
     Approval,
@@ -49,6 +52,7 @@ from broker.model import (
     Credential,
     Mediation,
     Offered,
+    Opener,
     PendingAuthentication,
     PendingRegistration,
     Proof,
@@ -58,6 +62,7 @@ from broker.model import (
     RelyingParty,
     Transaction,
     checked,
+    finish_kind,
 )
 from broker.telemetry import Metrics
 from broker.tokens import Mint, SystemMint, digest, well_formed
@@ -169,14 +174,16 @@ class Broker:
     # -- registration ---------------------------------------------------------------------------------------------------------
 
     async def begin_registration(
-        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None
+        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None, *, opener: Opener
     ) -> Begun:
         """Begin a registration; replaces the transaction's earlier pending ceremony.
 
         Raises:
             UnknownTransaction, TooManyPasskeys, Unavailable.
         """
-        handle, transaction, options = await self._begins.begin_registration(app, transaction_id, attachment)
+        handle, transaction, options = await self._begins.begin_registration(
+            app, transaction_id, attachment, opener
+        )
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options, second_factor=transaction.asked.second_factor)
 
@@ -187,6 +194,7 @@ class Broker:
         display_name: str,
         attachment: Attachment | None,
         *,
+        opener: Opener,
         asked: Asked = NOTHING_ASKED,
     ) -> Begun:
         """Begin a registration that a page asks for by itself, without a transaction, so the cap of open ceremonies counts it. The
@@ -207,7 +215,7 @@ class Broker:
             asked=asked,
         )
         handle = self._mint.token("handle")
-        await self._ephemeral.put_pending(handle, pending, cap=app.policy.discoverable_limit)
+        await self._ephemeral.put_pending(handle, pending, opener=opener, cap=app.policy.discoverable_limit)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options)
 
@@ -216,6 +224,7 @@ class Broker:
         app: RelyingParty,
         external_id: str,
         *,
+        opener: Opener,
         user_name: str,
         user_display_name: str | None = None,
         nickname: str | None = None,
@@ -247,14 +256,20 @@ class Broker:
             asked=asked,
         )
         if by == "challenge":
-            await self._ephemeral.put_pending_by_challenge(pending, cap=None)
+            await self._ephemeral.put_pending_by_challenge(pending, opener=opener, cap=None)
         else:
-            await self._ephemeral.put_pending_as(pending_name("register", external_id), pending)
+            await self._ephemeral.put_pending_of(external_id, pending, opener=opener)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return options
 
     async def finish_registration(
-        self, app: RelyingParty, handle: str, transaction_id: str | None, answer: RegistrationAnswer
+        self,
+        app: RelyingParty,
+        handle: str,
+        transaction_id: str | None,
+        answer: RegistrationAnswer,
+        *,
+        opener: Opener,
     ) -> str:
         """Finish a registration: judge the answer, store the credential, return a nonce.
 
@@ -263,7 +278,9 @@ class Broker:
             CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.1, or its credential id is registered already.
             Unavailable.
         """
-        nonce, _ = await self.finish_registration_with_receipt(app, handle, transaction_id, answer)
+        nonce, _ = await self.finish_registration_with_receipt(
+            app, handle, transaction_id, answer, opener=opener
+        )
         return nonce
 
     async def finish_registration_with_receipt(
@@ -273,17 +290,20 @@ class Broker:
         transaction_id: str | None,
         answer: RegistrationAnswer,
         *,
+        opener: Opener,
         nonce_life: int | None = None,
     ) -> tuple[str, Receipt]:
         """`finish_registration` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
         with self._finishes.counted("register", "page"):
-            pending = await self._finishes.take_pending(app, handle, transaction_id, PendingRegistration)
+            pending = await self._finishes.take_pending(
+                app, handle, transaction_id, opener, PendingRegistration
+            )
             receipt = await self._finishes.registered(app, pending, answer, confirmed=False)
             with retry_from("backend"):
                 return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_registration_of(
-        self, app: RelyingParty, external_id: str, answer: RegistrationAnswer
+        self, app: RelyingParty, external_id: str, answer: RegistrationAnswer, *, opener: Opener
     ) -> Receipt:
         """Finish the registration begun for a user: judge the answer, store the credential. The call is the caller's redemption, so
         the passkey is confirmed, and live under any policy.
@@ -292,28 +312,40 @@ class Broker:
             InvalidRequest; UnknownTransaction: no pending registration of this user; CeremonyRefused; Unavailable.
         """
         with self._finishes.counted("register", "backend"):
-            pending = await self._finishes.take_pending_of(app, "register", external_id, PendingRegistration)
+            pending = await self._finishes.take_pending_of(app, external_id, opener, PendingRegistration)
             return await self._finishes.registered(app, pending, answer, confirmed=True)
 
     async def finish_registration_by(
-        self, app: RelyingParty, answer: RegistrationAnswer, *, second_factor: bool, confirmed: bool
+        self,
+        app: RelyingParty,
+        answer: RegistrationAnswer,
+        *,
+        openers: tuple[Opener, ...],
+        second_factor: bool,
+        confirmed: bool,
     ) -> Receipt:
-        """Finish the registration whose challenge the answer carries. `confirmed`: the call is a keyed caller's, so its redemption.
+        """Finish the registration whose challenge the answer carries, if one of `openers` began it. `confirmed`: the call is a keyed caller's, so its redemption.
 
         Raises:
             UnknownTransaction: no such pending registration; CeremonyRefused; Unavailable.
         """
         with self._finishes.counted("register", "backend"):
             challenge = ceremony.challenge_of(answer.client_data_json)
+            kind = finish_kind("register", second_factor=second_factor)
             pending = await self._finishes.take_pending_by_challenge(
-                app, challenge, PendingRegistration, second_factor=second_factor
+                app, challenge, openers, kind, PendingRegistration
             )
             return await self._finishes.registered(app, pending, answer, confirmed=confirmed)
 
     # -- authentication -------------------------------------------------------------------------------------------------------
 
     async def begin_authentication(
-        self, app: RelyingParty, transaction_id: str | None, *, asked: Asked = NOTHING_ASKED
+        self,
+        app: RelyingParty,
+        transaction_id: str | None,
+        *,
+        opener: Opener,
+        asked: Asked = NOTHING_ASKED,
     ) -> Begun:
         """Begin an authentication: as the transaction says, or discoverable (`transaction_id` None), where `asked` is the page's: it
         narrows, and what it allows is not listed in the options, for a page without a transaction learns nothing of credentials.
@@ -322,7 +354,9 @@ class Broker:
             UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of passkeys, which none could answer.
         """
         if transaction_id is not None:
-            handle, transaction, options = await self._begins.begin_authentication(app, transaction_id)
+            handle, transaction, options = await self._begins.begin_authentication(
+                app, transaction_id, opener
+            )
             kind = "discoverable" if transaction.user_id is None else "authenticate"
             self._metrics.ceremonies.inc(kind, "begin", "ok")
             return Begun(handle, options, transaction.asked.mediation, transaction.asked.second_factor)
@@ -332,7 +366,7 @@ class Broker:
         if asked.allow is not None:
             pending = pending._replace(allowed=asked.allow)
         handle = self._mint.token("handle")
-        await self._ephemeral.put_pending(handle, pending, cap=app.policy.discoverable_limit)
+        await self._ephemeral.put_pending(handle, pending, opener=opener, cap=app.policy.discoverable_limit)
         self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return Begun(handle, options, asked.mediation, asked.second_factor)
 
@@ -341,6 +375,7 @@ class Broker:
         app: RelyingParty,
         external_id: str | None,
         *,
+        opener: Opener,
         asked: Asked = NOTHING_ASKED,
         by: FoundBy = "user",
         approval: Approval | None = None,
@@ -366,9 +401,9 @@ class Broker:
         )
         if by == "challenge" or external_id is None:
             cap = app.policy.discoverable_limit if keyless else None
-            await self._ephemeral.put_pending_by_challenge(pending, cap=cap)
+            await self._ephemeral.put_pending_by_challenge(pending, opener=opener, cap=cap)
         else:
-            await self._ephemeral.put_pending_as(pending_name("authenticate", external_id), pending)
+            await self._ephemeral.put_pending_of(external_id, pending, opener=opener)
         if approval is not None and user_id is not None:
             # Last, so that a store that fails leaves the identifier unused. Where this refuses, the
             # pending ceremony above expires: its challenge was given to nobody.
@@ -377,7 +412,13 @@ class Broker:
         return options
 
     async def finish_authentication(
-        self, app: RelyingParty, handle: str, transaction_id: str | None, answer: AuthenticationAnswer
+        self,
+        app: RelyingParty,
+        handle: str,
+        transaction_id: str | None,
+        answer: AuthenticationAnswer,
+        *,
+        opener: Opener,
     ) -> str:
         """Finish an authentication: judge the answer, record the sign-in, return a nonce.
 
@@ -386,7 +427,9 @@ class Broker:
             CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.2; `DiscoverableRefused` where there was no transaction.
             Unavailable.
         """
-        nonce, _ = await self.finish_authentication_with_receipt(app, handle, transaction_id, answer)
+        nonce, _ = await self.finish_authentication_with_receipt(
+            app, handle, transaction_id, answer, opener=opener
+        )
         return nonce
 
     async def finish_authentication_with_receipt(
@@ -396,18 +439,21 @@ class Broker:
         transaction_id: str | None,
         answer: AuthenticationAnswer,
         *,
+        opener: Opener,
         nonce_life: int | None = None,
     ) -> tuple[str, Receipt]:
         """`finish_authentication` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
         with self._finishes.counted("authenticate", "page") as counted:
-            pending = await self._finishes.take_pending(app, handle, transaction_id, PendingAuthentication)
+            pending = await self._finishes.take_pending(
+                app, handle, transaction_id, opener, PendingAuthentication
+            )
             counted.kind = kind_of(pending)
             receipt = (await self._finishes.authenticated(app, pending, answer)).receipt()
             with retry_from("backend" if pending.transaction else "page"):
                 return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
 
     async def finish_authentication_of(
-        self, app: RelyingParty, external_id: str, answer: AuthenticationAnswer
+        self, app: RelyingParty, external_id: str, answer: AuthenticationAnswer, *, opener: Opener
     ) -> SignedIn:
         """Finish the authentication begun for a user: judge the answer, record the sign-in. Who wants its receipt asks for it.
 
@@ -415,9 +461,7 @@ class Broker:
             InvalidRequest; UnknownTransaction: no pending authentication of this user; CeremonyRefused; Unavailable.
         """
         with self._finishes.counted("authenticate", "backend"):
-            pending = await self._finishes.take_pending_of(
-                app, "authenticate", external_id, PendingAuthentication
-            )
+            pending = await self._finishes.take_pending_of(app, external_id, opener, PendingAuthentication)
             return await self._finishes.authenticated(app, pending, answer)
 
     async def finish_authentication_by(
@@ -425,22 +469,23 @@ class Broker:
         app: RelyingParty,
         answer: AuthenticationAnswer,
         *,
+        openers: tuple[Opener, ...],
         second_factor: bool = False,
         approved: bool = False,
     ) -> Receipt:
-        """Finish the authentication whose challenge the answer carries; `approved`: it must be about an approval, else about none.
+        """Finish the authentication whose challenge the answer carries, if one of `openers` began it; `approved`: it must be about an
+        approval, else about none.
 
         Raises:
             UnknownTransaction: no such pending authentication; CeremonyRefused, DiscoverableRefused, Unavailable.
         """
         with self._finishes.counted("authenticate", "backend") as counted:
             challenge = ceremony.challenge_of(answer.client_data_json)
+            kind = finish_kind("authenticate", second_factor=second_factor, approved=approved)
             pending = await self._finishes.take_pending_by_challenge(
-                app, challenge, PendingAuthentication, second_factor=second_factor
+                app, challenge, openers, kind, PendingAuthentication
             )
             counted.kind = kind_of(pending)
-            if (pending.approval is not None) != approved:
-                raise UnknownTransaction(reason="challenge_unknown")
             return (await self._finishes.authenticated(app, pending, answer)).receipt()
 
     async def hand_out(self, app: RelyingParty, receipt: Receipt, life: int) -> str:

@@ -27,6 +27,7 @@ from broker.model import (
     Beginning,
     Credential,
     Offered,
+    Opener,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
@@ -128,7 +129,7 @@ class Begins:
         return found
 
     async def begin_registration(
-        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None
+        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None, opener: Opener
     ) -> tuple[str, Transaction, dict[str, Any]]:
         """Begin the registration of a transaction: the handle, the transaction, the options. What may be refused comes before the earlier
         pending ceremony is replaced."""
@@ -149,22 +150,24 @@ class Begins:
             app.policy.verifications,
             app.policy.algorithms,
         )
-        handle, _, _ = await self._begin(app, transaction_id, "register", beginning)
+        handle, _, _ = await self._begin(app, transaction_id, opener, "register", beginning)
         return handle, transaction, options
 
     async def begin_authentication(
-        self, app: RelyingParty, transaction_id: str
+        self, app: RelyingParty, transaction_id: str, opener: Opener
     ) -> tuple[str, Transaction, dict[str, Any]]:
         """Begin the authentication of a transaction: the handle, the transaction, the options. One round trip, unless the transaction
         does not carry who may answer."""
         now = self._clock()
         beginning = Beginning(self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications)
-        handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
+        handle, name, transaction = await self._begin(app, transaction_id, opener, "authenticate", beginning)
         offered: Sequence[Credential] | Sequence[Offered] = transaction.offered
         if transaction.to_look_up:
             offered = await self.offered_again(app, transaction)
             beginning = beginning._replace(allowed=tuple(c.id for c in offered))
-            handle, name, transaction = await self._begin(app, transaction_id, "authenticate", beginning)
+            handle, name, transaction = await self._begin(
+                app, transaction_id, opener, "authenticate", beginning
+            )
         pending = beginning.pending(name, transaction)
         return (
             handle,
@@ -179,11 +182,16 @@ class Begins:
         )
 
     async def _begin(
-        self, app: RelyingParty, transaction_id: str, purpose: Purpose, beginning: Beginning
+        self,
+        app: RelyingParty,
+        transaction_id: str,
+        opener: Opener,
+        purpose: Purpose,
+        beginning: Beginning,
     ) -> tuple[str, bytes, Transaction]:
         _judge_form(transaction_id)
         secret = self._mint.token("handle")
-        found = await self._ephemeral.begin(app.id, transaction_id, purpose, secret, beginning)
+        found = await self._ephemeral.begin(app.id, transaction_id, opener, purpose, secret, beginning)
         if found is None:
             raise UnknownTransaction(reason="transaction_unknown")
         _judge_purpose(found[2], purpose)

@@ -27,7 +27,10 @@ from broker.errors import (
 from broker.model import (
     AuthenticationAnswer,
     Credential,
+    FinishKind,
     Offered,
+    Opener,
+    Pending,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
@@ -46,7 +49,13 @@ from broker.tokens import Mint, digest, well_formed
 
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
 _LONGEST_NONCE = 600  # seconds
+# The reason of a refusal: the ceremony is there, but another dialect or another kind of finish ends it.
+_OTHER_FINISH = "other_finish"
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
+_PURPOSES: dict[type[Pending], Purpose] = {
+    PendingRegistration: "register",
+    PendingAuthentication: "authenticate",
+}
 
 
 class SignedIn(NamedTuple):
@@ -103,17 +112,16 @@ class Finishes:
         self._mint = mint
 
     async def take_pending(
-        self, app: RelyingParty, handle: str, transaction_id: str | None, kind: type[P]
+        self, app: RelyingParty, handle: str, transaction_id: str | None, opener: Opener, kind: type[P]
     ) -> P:
         """Take the pending ceremony, before any cryptography. Its own transaction is meant where `transaction_id` is None."""
-        with retry_from("page"):
-            pending = (
-                await self._ephemeral.take_pending(app.id, handle) if well_formed(handle, "handle") else None
-            )
-        if pending is None:
+        if not well_formed(handle, "handle"):
             raise UnknownTransaction(reason="handle_unknown")
-        if not isinstance(pending, kind):
-            raise UnknownTransaction(reason="handle_wrong_kind")
+        with retry_from("page"):
+            pending = await self._ephemeral.take_pending(app.id, handle, opener, _PURPOSES[kind])
+            if not isinstance(pending, kind):
+                elsewhere = await self._ephemeral.other_finish_of_handle(app.id, handle)
+                raise UnknownTransaction(reason=_OTHER_FINISH if elsewhere else "handle_unknown")
         if (
             transaction_id is not None
             and digest("transaction", app.id, transaction_id) != pending.transaction
@@ -121,28 +129,34 @@ class Finishes:
             raise UnknownTransaction(reason="other_transaction")
         return as_strict_as(app, pending)
 
-    async def take_pending_of(
-        self, app: RelyingParty, purpose: Purpose, external_id: str, kind: type[P]
-    ) -> P:
+    async def take_pending_of(self, app: RelyingParty, external_id: str, opener: Opener, kind: type[P]) -> P:
         """Take the user's pending ceremony, before any cryptography."""
         checked(external_id, "external_id")
-        pending = await self._ephemeral.take_pending_as(app.id, pending_name(purpose, external_id))
+        purpose = _PURPOSES[kind]
+        pending = await self._ephemeral.take_pending_of(app.id, external_id, opener, purpose)
         if not isinstance(pending, kind):
+            elsewhere = await self._ephemeral.other_finish_of_user(app.id, external_id, purpose)
             raise UnknownTransaction(
                 "There is no begun ceremony of this user, or it is expired or already used; begin again.",
-                reason="user_has_no_ceremony",
+                reason=_OTHER_FINISH if elsewhere else "user_has_no_ceremony",
             )
         return as_strict_as(app, pending)
 
     async def take_pending_by_challenge(
-        self, app: RelyingParty, challenge: bytes, kind: type[P], *, second_factor: bool
+        self,
+        app: RelyingParty,
+        challenge: bytes,
+        openers: tuple[Opener, ...],
+        kind: FinishKind,
+        expected: type[P],
     ) -> P:
         """Take the pending ceremony with this challenge, before any cryptography."""
-        pending = await self._ephemeral.take_pending_by_challenge(app.id, challenge)
-        if not isinstance(pending, kind) or pending.asked.second_factor != second_factor:
+        pending = await self._ephemeral.take_pending_by_challenge(app.id, challenge, openers, kind)
+        if not isinstance(pending, expected):
+            elsewhere = await self._ephemeral.other_finish_of_challenge(app.id, challenge)
             raise UnknownTransaction(
                 "There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
-                reason="challenge_unknown",
+                reason=_OTHER_FINISH if elsewhere else "challenge_unknown",
             )
         return as_strict_as(app, pending)
 
@@ -378,11 +392,6 @@ class Counted:
         else:
             return
         self._metrics.ceremonies.inc(self.kind, "finish", result)
-
-
-def pending_name(purpose: Purpose, external_id: str) -> str:
-    """The name of a user's one pending ceremony of this purpose."""
-    return f"{purpose}:{external_id}"
 
 
 def kind_of(pending: PendingAuthentication) -> str:

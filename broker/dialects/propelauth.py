@@ -66,6 +66,7 @@ TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     "FinishPasskeyRegistration": _ORIGIN_FORM
     | {
         (errors.UnknownTransaction, "user_has_no_ceremony"): "NoRegistrationChallengeFound",
+        (errors.UnknownTransaction, "other_finish"): "NoRegistrationChallengeFound",
         (errors.CeremonyRefused, "challenge"): "NoRegistrationChallengeFound",
         (errors.CeremonyRefused, "origin"): "OriginNotAllowed",
         (errors.OperationNotAllowed, "additional_origin"): "OriginNotAllowed",
@@ -79,6 +80,7 @@ TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     "FinishPasskeyAuthentication": _ORIGIN_FORM
     | {
         (errors.UnknownTransaction, "user_has_no_ceremony"): "NoAuthenticationChallengeFound",
+        (errors.UnknownTransaction, "other_finish"): "NoAuthenticationChallengeFound",
         (errors.CeremonyRefused, "challenge"): "NoAuthenticationChallengeFound",
         (errors.CeremonyRefused, "origin"): "OriginNotAllowed",
         (errors.OperationNotAllowed, "additional_origin"): "OriginNotAllowed",
@@ -139,6 +141,7 @@ async def start_registration(request: web.Request, app: RelyingParty, data: Data
     options = await request.app[BROKER].begin_registration_of(
         app,
         user_id,
+        opener="propelauth",
         user_name=user_name,
         user_display_name=display_name,
         nickname=nickname,
@@ -151,7 +154,7 @@ async def finish_registration(request: web.Request, app: RelyingParty, data: Dat
     """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`; `publicKey` is the whole answer of the browser."""
     user_id, answer = _text(data, "userId"), ceremony.parse_registration(_credential(data))
     _judge_registered(_additional_origin(data), app)
-    await request.app[BROKER].finish_registration_of(app, user_id, answer)
+    await request.app[BROKER].finish_registration_of(app, user_id, answer, opener="propelauth")
     return {}
 
 
@@ -159,14 +162,15 @@ async def start_authentication(request: web.Request, app: RelyingParty, data: Da
     """`{userId, additionalAllowedOrigin?}` to `{authenticationOptions}`."""
     user_id = _text(data, "userId")
     _additional_origin(data)
-    return {"authenticationOptions": await request.app[BROKER].begin_authentication_of(app, user_id)}
+    options = await request.app[BROKER].begin_authentication_of(app, user_id, opener="propelauth")
+    return {"authenticationOptions": options}
 
 
 async def finish_authentication(request: web.Request, app: RelyingParty, data: Data) -> Data:
     """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`."""
     user_id, answer = _text(data, "userId"), ceremony.parse_authentication(_credential(data))
     _judge_registered(_additional_origin(data), app)
-    await request.app[BROKER].finish_authentication_of(app, user_id, answer)
+    await request.app[BROKER].finish_authentication_of(app, user_id, answer, opener="propelauth")
     return {}
 
 

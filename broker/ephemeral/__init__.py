@@ -3,10 +3,12 @@
 **Taking is validating.** A value is there or it is not; `take` reads and deletes in one command, so of any number of callers
 on any number of instances one gets it. Nothing here answers "is it valid?".
 
-**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app), the 32 bytes of one as they are:
+**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app), the 32 bytes of one as they are. The digest
+of a pending ceremony also takes in its opener and its kind (`tokens.ceremony_digest`): a finish of another dialect, or of another
+kind of ceremony, finds nothing and takes nothing.
 
     t:T               a transaction and, once begun, its pending ceremony with the digest of the handle that may take it
-    p:N               a pending ceremony under a name that a keyed caller chose; N is the name's digest
+    p:N               a pending ceremony of a user whom a keyed caller named; N is the digest of the external id
     p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge, which the record
                       then lacks: whoever reads it here can't make an answer
     d:{app}           the open ones of an app, by end of life: what the cap counts
@@ -21,8 +23,8 @@ transaction is worked out when both are taken (`Beginning`). A handle carries T 
 handle alone; the script compares the secret's digest and leaves the ceremony alone if it is another's. The transaction stays until it is
 taken by itself. A server that is full refuses that script as a whole, for it writes what is left: nothing is taken then. `peek` is for transactions only.
 
-The braces keep what must change together in one slot of a cluster. No cap counts a put under a name: a key opened it; it replaces what
-was there. A chosen name is no secret, but no handle leads to it, for a transaction's keys begin with another letter.
+The braces keep what must change together in one slot of a cluster. No cap counts a user's ceremony: a key opened it; it replaces what
+was there. An external id is no secret, but no handle leads to its ceremony, for a transaction's keys begin with another letter.
 
 **Time.** Every record carries the end of its life by the server's clock and is also given to Redis with a TTL; a record past its
 end is never returned, even if a restored snapshot brings it back.
@@ -37,10 +39,11 @@ open discoverable ceremonies; about half a kB each.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import orjson
 
@@ -59,9 +62,20 @@ from broker.ephemeral.records import (
     without_ceremony,
 )
 from broker.errors import TooManyCeremonies, Unavailable
-from broker.model import Beginning, Pending, Purpose, Redeemable, Transaction
+from broker.model import (
+    Beginning,
+    FinishKind,
+    Opener,
+    Pending,
+    Proof,
+    Purpose,
+    Redeemable,
+    Transaction,
+    finish_kind_of,
+    purpose_of,
+)
 from broker.telemetry import Log, Metrics, remaining
-from broker.tokens import digest, text
+from broker.tokens import FoundBy, ceremony_digest, digest, text
 
 __all__ = ["Ephemeral", "connect"]
 
@@ -69,6 +83,9 @@ _SECRET = len("pbh_") + 43  # characters of a handle before the transaction's di
 _HANDLE = _SECRET + 43
 
 _PROBE = b"ready"
+
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+_KINDS: tuple[FinishKind, ...] = (*get_args(Proof), "approve_second_factor")
 
 # What a transaction's value (`broker.ephemeral.records`) has behind its mark and its pending ceremony.
 _REST = """
@@ -125,10 +142,16 @@ redis.call('PEXPIREAT', KEYS[2], ARGV[4], 'NX')
 return 1
 """)
 
-# KEYS: p:{app}:H, d:{app}. ARGV: member.
+# KEYS: d:{app}, then p:{app}:H of each name that the ceremony may have. ARGV: the members.
 _TAKE_OPEN = Script("""
-redis.call('ZREM', KEYS[2], ARGV[1])
-return redis.call('GETDEL', KEYS[1])
+for i, member in ipairs(ARGV) do
+  local v = redis.call('GETDEL', KEYS[i + 1])
+  if v then
+    redis.call('ZREM', KEYS[1], member)
+    return v
+  end
+end
+return false
 """)
 
 
@@ -219,7 +242,13 @@ class Ephemeral:
         return (name, found) if found else None
 
     async def begin(
-        self, app_id: str, transaction_id: str, purpose: Purpose, secret: str, beginning: Beginning
+        self,
+        app_id: str,
+        transaction_id: str,
+        opener: Opener,
+        purpose: Purpose,
+        secret: str,
+        beginning: Beginning,
     ) -> tuple[str, bytes, Transaction] | None:
         """Begin a ceremony of a transaction: replaces its pending one. The new handle, made from `secret` (a minted token), the digest of the
         transaction's id, and the transaction. A transaction of another purpose is left as it is, as is one whose passkeys are to be
@@ -230,7 +259,10 @@ class Ephemeral:
             "begin",
             _BEGIN,
             keys=[b"t:" + name],
-            args=[head_of(purpose, beginning), dump_beginning(digest("handle", app_id, handle), beginning)],
+            args=[
+                head_of(purpose, beginning),
+                dump_beginning(ceremony_digest("handle", app_id, opener, purpose, handle), beginning),
+            ],
         )
         found = self._living(load_transaction(app_id, opened)) if opened else None
         return (handle, name, found) if found else None
@@ -242,26 +274,28 @@ class Ephemeral:
 
     # -- pending ceremonies ---------------------------------------------------------------------------------------------------
 
-    async def put_pending(self, secret: str, pending: Pending, *, cap: int) -> None:
+    async def put_pending(self, secret: str, pending: Pending, *, opener: Opener, cap: int) -> None:
         """Store a pending ceremony that has no transaction; `secret`, a minted token, is its handle.
 
         Raises:
             TooManyCeremonies: the app has `cap` open ceremonies without a transaction. Counted in the same round trip.
         """
-        await self._put_open_pending(digest("handle", pending.app_id, secret), pending, cap)
+        name = ceremony_digest("handle", pending.app_id, opener, purpose_of(pending), secret)
+        await self._put_open_pending(name, pending, cap)
 
-    async def put_pending_by_challenge(self, pending: Pending, *, cap: int | None) -> None:
+    async def put_pending_by_challenge(self, pending: Pending, *, opener: Opener, cap: int | None) -> None:
         """Store a pending ceremony that its challenge finds. `cap` is None for those that no cap counts.
 
         Raises:
             TooManyCeremonies: see `put_pending`.
         """
-        name = digest("challenge", pending.app_id, text(pending.challenge))
+        challenge = text(pending.challenge)
+        name = ceremony_digest("challenge", pending.app_id, opener, finish_kind_of(pending), challenge)
         pending = pending._replace(challenge=b"")
         if cap is not None:
             await self._put_open_pending(name, pending, cap)
         else:
-            key = self._open_keys(pending.app_id, name)[0]
+            key = _open_key(pending.app_id, name)
             await self._put("put_pending", key, dump_pending(pending), pending.expires_at)
 
     async def _put_open_pending(self, name: bytes, pending: Pending, cap: int) -> None:
@@ -270,20 +304,22 @@ class Ephemeral:
         stored = await self.run(
             "put_pending",
             _PUT_OPEN,
-            keys=self._open_keys(pending.app_id, name),
+            keys=[_open_key(pending.app_id, name), _cap_key(pending.app_id)],
             args=[dump_pending(pending), max(1, end - now), now, end, cap, name],
         )
         if not stored:
             raise TooManyCeremonies(reason="discoverable_limit")
 
-    async def take_pending(self, app_id: str, handle: str) -> Pending | None:
-        """Take the pending ceremony that `handle` finds, of either kind."""
-        name = digest("handle", app_id, handle)
+    async def take_pending(
+        self, app_id: str, handle: str, opener: Opener, purpose: Purpose
+    ) -> Pending | None:
+        """Take the pending ceremony that `handle` finds, with a transaction or without one."""
+        name = ceremony_digest("handle", app_id, opener, purpose, handle)
         if len(handle) == _SECRET:
             return await self._take_open_pending(app_id, name)
         if len(handle) != _HANDLE:
             return None
-        place = urlsafe_b64decode(handle[_SECRET:] + "=")
+        place = _transaction_in(handle)
         found = await self.run("take_pending", _TAKE_BOUND, keys=[b"t:" + place], args=[name])
         if not found:
             return None
@@ -292,29 +328,56 @@ class Ephemeral:
             return None
         return self._living_pending(beginning.pending(place, transaction))
 
-    async def take_pending_by_challenge(self, app_id: str, challenge: bytes) -> Pending | None:
-        """Take the pending ceremony with this challenge."""
-        found = await self._take_open_pending(app_id, digest("challenge", app_id, text(challenge)))
+    async def take_pending_by_challenge(
+        self, app_id: str, challenge: bytes, openers: tuple[Opener, ...], kind: FinishKind
+    ) -> Pending | None:
+        """Take the pending ceremony with this challenge, whichever of `openers` began it."""
+        token = text(challenge)
+        names = [ceremony_digest("challenge", app_id, opener, kind, token) for opener in openers]
+        found = await self._take_open_pending(app_id, *names)
         return found._replace(challenge=challenge) if found else None
 
-    async def _take_open_pending(self, app_id: str, name: bytes) -> Pending | None:
-        stored = await self.run("take_pending", _TAKE_OPEN, keys=self._open_keys(app_id, name), args=[name])
+    async def _take_open_pending(self, app_id: str, *names: bytes) -> Pending | None:
+        keys = [_cap_key(app_id), *[_open_key(app_id, name) for name in names]]
+        stored = await self.run("take_pending", _TAKE_OPEN, keys=keys, args=list(names))
         return self._living_pending(load_pending(app_id, stored)) if stored else None
 
-    @staticmethod
-    def _open_keys(app_id: str, name: bytes) -> list[bytes]:
-        app = app_id.encode()
-        return [b"p:{%b}:%b" % (app, name), b"d:{%b}" % app]
+    def put_pending_of(self, external_id: str, pending: Pending, *, opener: Opener) -> Awaitable[None]:
+        """Store a user's pending ceremony; the opener's earlier one of this purpose is gone."""
+        name = ceremony_digest("user", pending.app_id, opener, purpose_of(pending), external_id)
+        return self._put("put_pending", b"p:" + name, dump_pending(pending), pending.expires_at)
 
-    def put_pending_as(self, name: str, pending: Pending) -> Awaitable[None]:
-        """Store a pending ceremony under `name`, within its app; an earlier one of that name is gone."""
-        key = b"p:" + digest("handle", pending.app_id, name)
-        return self._put("put_pending", key, dump_pending(pending), pending.expires_at)
-
-    async def take_pending_as(self, app_id: str, name: str) -> Pending | None:
-        """Take the pending ceremony that was put under `name`."""
-        stored = await self._ask("take_pending", "GETDEL", b"p:" + digest("handle", app_id, name))
+    async def take_pending_of(
+        self, app_id: str, external_id: str, opener: Opener, purpose: Purpose
+    ) -> Pending | None:
+        """Take the user's pending ceremony of this purpose that `opener` began."""
+        name = ceremony_digest("user", app_id, opener, purpose, external_id)
+        stored = await self._ask("take_pending", "GETDEL", b"p:" + name)
         return self._living_pending(load_pending(app_id, stored)) if stored else None
+
+    # Asked after a take found nothing, for the reason that the operator reads. The caller's answer stays the same.
+
+    async def other_finish_of_handle(self, app_id: str, handle: str) -> bool:
+        """Whether this handle's ceremony waits for another finish than the one that asked for it."""
+        names = _names("handle", app_id, _PURPOSES, handle)
+        if len(handle) == _HANDLE:
+            key = b"t:" + _transaction_in(handle)
+            return await self._ask("find_pending", "GETRANGE", key, 1, 32) in names
+        return await self._is_there([_open_key(app_id, name) for name in names])
+
+    async def other_finish_of_challenge(self, app_id: str, challenge: bytes) -> bool:
+        """Whether this challenge's ceremony waits for another finish than the one that asked for it."""
+        names = _names("challenge", app_id, _KINDS, text(challenge))
+        return await self._is_there([_open_key(app_id, name) for name in names])
+
+    async def other_finish_of_user(self, app_id: str, external_id: str, purpose: Purpose) -> bool:
+        """Whether the user has a ceremony of this purpose that waits for another opener's finish."""
+        names = _names("user", app_id, (purpose,), external_id)
+        # Each name lies in a slot of its own.
+        return any(await asyncio.gather(*[self._is_there([b"p:" + name]) for name in names]))
+
+    async def _is_there(self, keys: list[bytes]) -> bool:
+        return bool(await self._ask("find_pending", "EXISTS", *keys))
 
     # -- nonces ---------------------------------------------------------------------------------------------------------------
 
@@ -357,6 +420,24 @@ class Ephemeral:
 
     def _living_pending(self, record: Pending | None) -> Pending | None:
         return record if record is not None and record.expires_at > self._clock() else None
+
+
+def _open_key(app_id: str, name: bytes) -> bytes:
+    return b"p:{%b}:%b" % (app_id.encode(), name)
+
+
+def _cap_key(app_id: str) -> bytes:
+    return b"d:{%b}" % app_id.encode()
+
+
+def _transaction_in(handle: str) -> bytes:
+    """The digest of the transaction's id, which a handle of a transaction's ceremony carries."""
+    return urlsafe_b64decode(handle[_SECRET:] + "=")
+
+
+def _names(by: FoundBy, app_id: str, kinds: tuple[FinishKind, ...], token: str) -> list[bytes]:
+    """The names under which any opener may have begun this ceremony."""
+    return [ceremony_digest(by, app_id, opener, kind, token) for opener in get_args(Opener) for kind in kinds]
 
 
 def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:

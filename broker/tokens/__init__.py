@@ -14,9 +14,10 @@ import re
 import secrets
 from typing import Literal, Protocol
 
-from broker.model import base64url
+from broker.model import FinishKind, Opener, base64url
 
-OneTime = Literal["transaction", "handle", "challenge", "nonce", "ticket"]
+FoundBy = Literal["handle", "challenge", "user"]  # how a finish finds its ceremony
+OneTime = Literal["transaction", "nonce", "ticket"] | FoundBy
 Kind = Literal["transaction", "handle", "nonce", "ticket", "key"]
 
 PREFIX: dict[Kind, str] = {
@@ -75,6 +76,15 @@ class SystemMint:
 def digest(kind: OneTime, app_id: str, token: str) -> bytes:
     """SHA-256 (32 bytes) that stands for a one-time value in a store."""
     return hashlib.sha256(f"{kind}:{app_id}:{token}".encode()).digest()
+
+
+def ceremony_digest(by: FoundBy, app_id: str, opener: Opener, kind: FinishKind, token: str) -> bytes:
+    """SHA-256 (32 bytes) that names a pending ceremony. `token` is the handle, the challenge or the user.
+
+    Opener and kind are hashed in, so only the ceremony's own finish finds it. To any other finish the
+    ceremony is unknown and stays where it is.
+    """
+    return digest(by, app_id, f"{opener}:{kind}:{token}")
 
 
 def key_digest(key: str) -> bytes:

@@ -262,7 +262,9 @@ async def begin_registration(request: web.Request, app: RelyingParty) -> web.Str
     """A1. `{transaction_id, authenticator_attachment?}` to `{handshake, transaction_id}`."""
     body = await read_object(request)
     transaction_id = text_field(body, "transaction_id")
-    begun = await request.app[BROKER].begin_registration(app, transaction_id, attachment(body, app))
+    begun = await request.app[BROKER].begin_registration(
+        app, transaction_id, attachment(body, app), opener="page"
+    )
     return json_answer(
         {
             "handshake": {"id": begun.handle, "challenge": {"publicKey": begun.options}},
@@ -276,7 +278,7 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
     body = await read_object(request)
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     answer = ceremony.parse_registration(body.get("handshake_response"))
-    nonce = await request.app[BROKER].finish_registration(app, handle, transaction_id, answer)
+    nonce = await request.app[BROKER].finish_registration(app, handle, transaction_id, answer, opener="page")
     return json_answer({"nonce": nonce})
 
 
@@ -285,7 +287,7 @@ async def begin_authentication(request: web.Request, app: RelyingParty) -> web.S
     transaction asks for a conditional one."""
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
-    begun = await request.app[BROKER].begin_authentication(app, transaction_id)
+    begun = await request.app[BROKER].begin_authentication(app, transaction_id, opener="page")
     challenge: dict[str, Any] = {"publicKey": begun.options}
     if begun.mediation != "required":
         challenge["mediation"] = begun.mediation
@@ -300,7 +302,9 @@ async def finish_authentication(request: web.Request, app: RelyingParty) -> web.
     body = await read_object(request)
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     answer = ceremony.parse_authentication(body.get("handshake_response"))
-    nonce = await request.app[BROKER].finish_authentication(app, handle, transaction_id, answer)
+    nonce = await request.app[BROKER].finish_authentication(
+        app, handle, transaction_id, answer, opener="page"
+    )
     return json_answer({"nonce": nonce})
 
 

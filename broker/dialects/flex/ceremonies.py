@@ -51,7 +51,9 @@ async def finish_registration_of(request: web.Request, app: RelyingParty) -> web
     body = await read_object(request)
     external_id, answer = text_field(body, "external_id"), ceremony.parse_registration(body.get("credential"))
     return json_answer(
-        receipt_object(await request.app[BROKER].finish_registration_of(app, external_id, answer))
+        receipt_object(
+            await request.app[BROKER].finish_registration_of(app, external_id, answer, opener="keyed")
+        )
     )
 
 
@@ -60,7 +62,7 @@ async def begin_authentication_of(request: web.Request, app: RelyingParty) -> we
     body = await read_object(request)
     external_id, asked = text_field(body, "external_id"), asked_of_authentication(body)[1]
     _judge_by_user(asked)
-    options = await request.app[BROKER].begin_authentication_of(app, external_id, asked=asked)
+    options = await request.app[BROKER].begin_authentication_of(app, external_id, opener="keyed", asked=asked)
     return json_answer({"options": options})
 
 
@@ -73,7 +75,9 @@ async def finish_authentication_of(request: web.Request, app: RelyingParty) -> w
     )
     return json_answer(
         receipt_object(
-            (await request.app[BROKER].finish_authentication_of(app, external_id, answer)).receipt()
+            (
+                await request.app[BROKER].finish_authentication_of(app, external_id, answer, opener="keyed")
+            ).receipt()
         )
     )
 
@@ -91,7 +95,7 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
     body = await read_object(request)
     second_factor, answer = switch(body, "second_factor"), ceremony.parse_registration(body.get("credential"))
     receipt = await request.app[BROKER].finish_registration_by(
-        app, answer, second_factor=second_factor, confirmed=True
+        app, answer, openers=("keyed",), second_factor=second_factor, confirmed=True
     )
     return json_answer(receipt_object(receipt))
 
@@ -104,7 +108,7 @@ async def begin_authentication(request: web.Request, app: RelyingParty) -> web.S
     if approval is not None and external_id is None:
         raise InvalidRequest("approval needs external_id: somebody is asked to approve.", reason="scope")
     options = await request.app[BROKER].begin_authentication_of(
-        app, external_id, asked=asked, by="challenge", approval=approval
+        app, external_id, opener="keyed", asked=asked, by="challenge", approval=approval
     )
     return json_answer({"options": options})
 
@@ -115,7 +119,7 @@ async def finish_authentication(request: web.Request, app: RelyingParty) -> web.
     second_factor, approved = switch(body, "second_factor"), switch(body, "approval")
     answer = ceremony.parse_authentication(body.get("credential"))
     receipt = await request.app[BROKER].finish_authentication_by(
-        app, answer, second_factor=second_factor, approved=approved
+        app, answer, openers=("keyed",), second_factor=second_factor, approved=approved
     )
     return json_answer(receipt_object(receipt))
 
@@ -130,6 +134,7 @@ async def _begin_registration(
     options = await request.app[BROKER].begin_registration_of(
         app,
         text_field(body, "external_id"),
+        opener="keyed",
         user_name=text_field(body, "user_name"),
         user_display_name=optional_text(body, "user_display_name"),
         nickname=optional_text(body, "passkey_display_name"),

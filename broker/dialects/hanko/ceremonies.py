@@ -58,6 +58,7 @@ async def _begin_registration(
     options = await request.app[BROKER].begin_registration_of(
         app,
         user_id,
+        opener="hanko",
         user_name=user_name,
         user_display_name=display_name if display_name.strip() else None,
         asked=asked,
@@ -74,7 +75,7 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
     answer = ceremony.parse_registration(await read_object(request))
     await _ready(request, app)
     receipt = await request.app[BROKER].finish_registration_by(
-        app, answer, second_factor=False, confirmed=False
+        app, answer, openers=("hanko",), second_factor=False, confirmed=False
     )
     return await _token(request, app, receipt)
 
@@ -84,7 +85,7 @@ async def finish_second_factor_registration(request: web.Request, app: RelyingPa
     answer = ceremony.parse_registration(await read_object(request))
     await _ready(request, app)
     receipt = await request.app[BROKER].finish_registration_by(
-        app, answer, second_factor=True, confirmed=True
+        app, answer, openers=("hanko",), second_factor=True, confirmed=True
     )
     return await _token(request, app, receipt)
 
@@ -133,7 +134,12 @@ async def _begin_login(
     keyless: bool = False,
 ) -> web.StreamResponse:
     options = await request.app[BROKER].begin_authentication_of(
-        app, user_id, asked=asked or NOTHING_ASKED, by="challenge", keyless=keyless
+        app,
+        user_id,
+        opener="hanko_keyless" if keyless else "hanko",
+        asked=asked or NOTHING_ASKED,
+        by="challenge",
+        keyless=keyless,
     )
     return json_answer({"publicKey": options})
 
@@ -142,7 +148,9 @@ async def finish_login(request: web.Request, app: RelyingParty) -> web.StreamRes
     """The browser's answer to `{token}`."""
     answer = ceremony.parse_authentication(await read_object(request))
     await _ready(request, app)
-    receipt = await request.app[BROKER].finish_authentication_by(app, answer)
+    receipt = await request.app[BROKER].finish_authentication_by(
+        app, answer, openers=("hanko", "hanko_keyless")
+    )
     return await _token(request, app, receipt)
 
 
@@ -159,7 +167,9 @@ async def finish_second_factor_login(request: web.Request, app: RelyingParty) ->
     """The browser's answer to `{token}`."""
     answer = ceremony.parse_authentication(await read_object(request))
     await _ready(request, app)
-    receipt = await request.app[BROKER].finish_authentication_by(app, answer, second_factor=True)
+    receipt = await request.app[BROKER].finish_authentication_by(
+        app, answer, openers=("hanko",), second_factor=True
+    )
     return await _token(request, app, receipt)
 
 
@@ -179,7 +189,7 @@ async def begin_approval(request: web.Request, app: RelyingParty) -> web.StreamR
     data = go_json_again(await read_bytes(request), "transaction_data")
     digest = hashlib.sha256((identifier + data).encode()).digest()
     options = await request.app[BROKER].begin_authentication_of(
-        app, user_id, by="challenge", approval=Approval(identifier, data, digest)
+        app, user_id, opener="hanko", by="challenge", approval=Approval(identifier, data, digest)
     )
     return json_answer({"publicKey": options})
 
@@ -193,7 +203,9 @@ async def finish_approval(request: web.Request, app: RelyingParty) -> web.Stream
     """The browser's answer to `{token}`, whose `trans` is the transaction's id."""
     answer = ceremony.parse_authentication(await read_object(request))
     await _ready(request, app)
-    receipt = await request.app[BROKER].finish_authentication_by(app, answer, approved=True)
+    receipt = await request.app[BROKER].finish_authentication_by(
+        app, answer, openers=("hanko",), approved=True
+    )
     return await _token(request, app, receipt)
 
 

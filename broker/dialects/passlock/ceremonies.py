@@ -33,7 +33,7 @@ from broker.dialects.passlock.fields import (
     short_text,
     switch,
 )
-from broker.errors import CeremonyRefused, InvalidRequest, OperationNotAllowed, UnknownTransaction
+from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction
 from broker.model import Attachment, Receipt, RelyingParty
 from broker.tokens import text
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
@@ -100,13 +100,17 @@ async def registration_options(request: web.Request, app: RelyingParty) -> web.S
     attachment = app.policy.authenticator_attachment
     wanted: Attachment | None = None if attachment == "any" else attachment
     if "registrationToken" in body or "username" not in body:
-        begun = await broker.begin_registration(app, text_field(body, "registrationToken"), wanted)
+        begun = await broker.begin_registration(
+            app, text_field(body, "registrationToken"), wanted, opener="passlock"
+        )
     else:
         judge_open(app)
         user_name = short_text(body, "username")
         display_name = optional_short_text(body, "displayName") or user_name
         asked = as_a_page_may(asked_of_registration(body), app)
-        begun = await broker.begin_registration_of_nobody(app, user_name, display_name, wanted, asked=asked)
+        begun = await broker.begin_registration_of_nobody(
+            app, user_name, display_name, wanted, opener="passlock", asked=asked
+        )
     return json_answer(_begun(begun))
 
 
@@ -116,12 +120,14 @@ async def authentication_options(request: web.Request, app: RelyingParty) -> web
     body = await read_object(request)
     broker = request.app[BROKER]
     if "authenticationToken" in body:
-        begun = await broker.begin_authentication(app, text_field(body, "authenticationToken"))
+        begun = await broker.begin_authentication(
+            app, text_field(body, "authenticationToken"), opener="passlock"
+        )
     else:
         if body.get("rpId") is not None:
             judge_rp_id(body, app)
         asked = as_a_page_may(asked_of_authentication(body, app), app)
-        begun = await broker.begin_authentication(app, None, asked=asked)
+        begun = await broker.begin_authentication(app, None, opener="passlock", asked=asked)
     return json_answer(_begun(begun) | {"mediation": begun.mediation})
 
 
@@ -157,7 +163,12 @@ async def verify_registration(request: web.Request, app: RelyingParty) -> web.St
     handle, answer = text_field(body, "sessionToken"), ceremony.parse_registration(body.get("response"))
     await _judge_signing(request)
     code, receipt = await request.app[BROKER].finish_registration_with_receipt(
-        app, handle, None, answer, nonce_life=request.app[SETTINGS].passlock_code_life
+        app,
+        handle,
+        None,
+        answer,
+        opener="passlock",
+        nonce_life=request.app[SETTINGS].passlock_code_life,
     )
     return await _verified(request, app, "RegistrationSuccess", code, receipt)
 
@@ -168,7 +179,12 @@ async def verify_authentication(request: web.Request, app: RelyingParty) -> web.
     handle, answer = text_field(body, "sessionToken"), ceremony.parse_authentication(body.get("response"))
     await _judge_signing(request)
     code, receipt = await request.app[BROKER].finish_authentication_with_receipt(
-        app, handle, None, answer, nonce_life=request.app[SETTINGS].passlock_code_life
+        app,
+        handle,
+        None,
+        answer,
+        opener="passlock",
+        nonce_life=request.app[SETTINGS].passlock_code_life,
     )
     return await _verified(request, app, "AuthenticationSuccess", code, receipt)
 
@@ -185,8 +201,6 @@ async def _judge_signing(request: web.Request) -> None:
 async def _verified(
     request: web.Request, app: RelyingParty, tag: str, code: str, receipt: Receipt
 ) -> web.StreamResponse:
-    if receipt.proof != receipt.purpose:  # of a native transaction for a second factor: no word for it here
-        raise CeremonyRefused(reason="second_factor")
     claims = _claims(app, receipt, code, request.app[SETTINGS].passlock_token_life)
     return json_answer(
         {
