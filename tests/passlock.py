@@ -68,6 +68,9 @@ PAGES = (
 )
 KEY_SETS = {("GET", "/v2/.well-known/jwks.json"), ("GET", "/.well-known/jwks.json")}
 ICONS = {("GET", "/aaguid/{aaguid}/icon.svg")}
+# The same paths with an id that can't be a tenancy's, for any method.
+NOT_OF_KEYS = {("*", path) for _, path in KEYED}
+NOT_OF_PAGES = {("*", path) for _, path in PAGES}
 
 ADDED_BY_THE_SDK = {"success", "failure", "value", "error"}
 MAY_BE_NULL = {"cursor", "metadata"}

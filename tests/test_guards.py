@@ -94,7 +94,7 @@ async def test_one_port_for_everything(broker: Started) -> None:
     assert found == {
         "key": KEYED | KEYED_ALONE | OTHERS_KEYED,
         "browser": PAGES | OTHERS_PAGES,
-        "public": ANYBODY | KEY_SETS | passlock.ICONS,
+        "public": ANYBODY | KEY_SETS | passlock.ICONS | passlock.NOT_OF_KEYS | passlock.NOT_OF_PAGES,
     }
 
 
@@ -114,7 +114,7 @@ async def test_the_public_port_has_no_keyed_route(broker: Started) -> None:
     found = guards(application(broker.parts, management=False, browser=True))
     assert found == {
         "browser": PAGES | OTHERS_PAGES,
-        "public": ANYBODY | KEY_SETS | passlock.ICONS,
+        "public": ANYBODY | KEY_SETS | passlock.ICONS | passlock.NOT_OF_PAGES,
     }
 
 
@@ -123,7 +123,8 @@ async def test_the_management_port_has_no_page(broker: Started) -> None:
     keyed_here = {("GET", APP), ("GET", APP + "/"), *(place for place in hanko.PAGES if place[0] == "POST")}
     assert found == {
         "key": KEYED | KEYED_ALONE | OTHERS_KEYED | keyed_here,
-        "public": HEALTH | METRICS | {place for place in KEY_SETS if place[0] == "GET"},
+        "public": {place for place in KEY_SETS if place[0] == "GET"}
+        | (HEALTH | METRICS | passlock.NOT_OF_KEYS),
     }
 
 

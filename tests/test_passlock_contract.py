@@ -69,7 +69,7 @@ OURS = [
     "/v2",
     "/v2/",
     "/v2/{app}/nowhere",
-    "/v2/nobody/passkeys/",
+    "/v2/nobody/passkeys",
     "/{app}",
     "/{app}/passkeys/x/y",
     "/aaguid/x",
@@ -79,7 +79,8 @@ NOT_OURS = [
     "/v20",
     "/signup",
     "/v1/apps/{app}/nowhere",
-    "/{app}x/passkeys/",
+    "/{app}x/passkeys",
+    "/{app}x/passkey/registration/authorize",
     "/.well-known/webauthn",
     "/nowhere",
 ]

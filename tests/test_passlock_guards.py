@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
+from itertools import product
 from typing import Any
 
 import pytest
 
+from broker.app import application
+from broker.demo.guard import COOKIE_PATH
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
 from tests.passlock import ICONS, KEY_SETS, KEYED, PAGES, POSTS, Passlock, filled, judge
@@ -88,6 +91,61 @@ async def test_keyed_answers_have_no_cors_headers(wire: Wire) -> None:
     for method, template in sorted(KEYED):
         answer = await wire.send(method, filled(template, wire), headers=key(wire) | {"Origin": ORIGIN})
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+# -- tenancies ----------------------------------------------------------------------------------------------------------------------------
+
+NO_TENANCY = (
+    "short",
+    "x" * 23,
+    "x" * 25,
+    "x" * 23 + "-",
+    "x" * 23 + "%C3%A9",
+    "%20",
+    "%0A",
+    "pbk_x",
+    "1" * 3000,
+)
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")
+
+
+@pytest.mark.parametrize("template", sorted({template for _, template in (*KEYED, *PAGES)}))
+async def test_an_id_that_can_not_be_a_tenancys(broker: Started, wire: Wire, template: str) -> None:
+    """The one tag that every call of the SDKs declares, for whatever method, with and without a key."""
+    with refused(broker, "app_not_found", "tenancy", times=len(NO_TENANCY) * len(METHODS) * 2):
+        for tenancy, method in product(NO_TENANCY, METHODS):
+            for headers in (key(wire), {"Origin": ORIGIN}):
+                url = filled(template.replace("{app_id}", tenancy), wire)
+                answer = await wire.send(method, url, headers=headers)
+                assert answer.status == 403, (method, tenancy)
+                if method != "HEAD":
+                    judge(answer)
+                    assert answer.json["_tag"] == "@error/Forbidden"
+
+
+async def test_a_tenancy_that_is_not_there(broker: Started, wire: Wire) -> None:
+    """Every route, and the same tag."""
+    nobody = Wire(wire.session, wire.url, "x" * 24, wire.key)
+    for routes, code in ((sorted(KEYED), "invalid_access_token"), (sorted(PAGES), "app_not_found")):
+        for method, template in routes:
+            answer = await nobody.send(method, filled(template, nobody), headers=key(wire))
+            judge(answer)
+            assert (answer.status, answer.json["_tag"]) == (403, "@error/Forbidden"), (method, template)
+            assert lines(broker, code=code, status=403, method=method)
+
+
+async def test_paths_of_others_are_no_tenancies(broker: Started, wire: Wire) -> None:
+    """Whatever else answers below the root: a path there that looks like one of Passlock's stays what it was, in the shape of its owner."""
+    ours = {template for _, template in (*KEYED, *PAGES, *KEY_SETS, *ICONS)}
+    resources = application(broker.parts, management=True, browser=True).router.resources()
+    others = {resource.canonical.split("/")[1] for resource in resources if resource.canonical not in ours}
+    assert {"v1", "hanko", "propelauth", "health", "sdk"} <= others
+    for first in sorted({*others, "metrics", COOKIE_PATH.strip("/"), "aaguid", ".well-known"}):
+        for template in sorted({t for t in ours if t.startswith("/{app_id}/")}):
+            answer = await wire.send("GET", filled(template.replace("{app_id}", first), wire))
+            assert answer.status == 404, (first, template)
+            owner = {"aaguid": "_tag", "hanko": "title", "propelauth": "type"}.get(first, "code")
+            assert owner in answer.json, (first, template)
 
 
 # -- pages --------------------------------------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ async def routes(broker: Started) -> set[tuple[str, str]]:
     found = {
         (route.method, route.resource.canonical)
         for route in app.router.routes()
-        if route.resource is not None and route.method != "OPTIONS"
+        if route.resource is not None and route.method not in {"OPTIONS", "*"}
     }
     return {(m, path) for m, path in found if not path.startswith(_NO_STORE)}
 

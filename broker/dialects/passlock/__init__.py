@@ -5,7 +5,8 @@
     /v2/.well-known/jwks.json, /.well-known/…    the key set of id_tokens, which names no tenancy
     /aaguid/{aaguid}/icon.svg                    no icons, said in the vendor's words
 
-A tenancy is an app, and its id is the app's. The vendor's words are translated in `ceremonies`, `management` and `mailbox`; here is where
+A tenancy is an app, and its id is the app's. A path of these with an id that can't be an app's is answered too, by 403: an SDK that was
+given a wrong tenancy reads that and nothing else. The root has other owners (`_OTHERS`), whose paths are never the dialect's. The vendor's words are translated in `ceremonies`, `management` and `mailbox`; here is where
 they are mounted, and how refusals look. Facts are those of the wire contract summarised in README.md beside this package, with every
 decision where the contract is open.
 
@@ -24,13 +25,25 @@ from aiohttp import web
 
 from broker import errors
 from broker.dialects.passlock import ceremonies, mailbox, management
-from broker.errors import NotFound, Refusal
+from broker.errors import NotFound, Refusal, UnknownApp
 from broker.signing import JWKS_MAX_AGE
 from broker.tokens import text
 from broker.web import SIGNING, browser_routes, edge, json_answer, keyed, public
 from broker.web.body import kept
 
-PATHS = re.compile(r"/(?:v2|[A-Za-z0-9]{24}|\.well-known/jwks\.json|aaguid)(?:/|\Z)")
+# First segments of the root that are no tenancy. A test compares them with the router.
+_OTHERS = r"(?:v1|v2|hanko|propelauth|health|metrics|sdk|demo|aaguid|\.well-known)/"
+# What can't be an app's id, and stands where one should. An escaped slash is more than one segment.
+_NO_TENANCY = r"(?![A-Za-z0-9]{24}/)(?:(?!%2[Ff])[^/])+"
+# The unprefixed paths below a tenancy.
+_BELOW = (
+    r"(?:passkey/(?:registration|authentication)/(?:options|verification)|principal/[^/]+|passkeys/[^/]*"
+    r"|users/(?s:.+)/passkeys/|challenges(?:/[^/]+)?|credentials?/[^/]+)"
+)
+PATHS = re.compile(
+    r"/(?:v2|[A-Za-z0-9]{24}|\.well-known/jwks\.json|aaguid)(?:/|\Z)"
+    rf"|/(?!{_OTHERS}){_NO_TENANCY}/{_BELOW}\Z"
+)
 SIGNS = True
 _TENANCY = "{app_id:[A-Za-z0-9]{24}}"
 _V2 = f"/v2/{_TENANCY}"
@@ -104,6 +117,12 @@ async def icon(_: web.Request) -> web.StreamResponse:
     raise NotFound("There are no icons here.", reason="no_icon")
 
 
+@public
+async def no_tenancy(_: web.Request) -> web.StreamResponse:
+    """Never: the id in the path can't be an app's."""
+    raise UnknownApp("There is no such tenancy; its id has 24 letters and digits.", reason="tenancy")
+
+
 # -- routes -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +134,19 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     if browser:
         found += _page_routes()
         found.append(web.get("/aaguid/{aaguid}/icon.svg", icon, allow_head=False))
-    return found
+    return found + _without_tenancy(found)
+
+
+def _without_tenancy(routes: list[web.RouteDef]) -> list[web.RouteDef]:
+    """The paths of `routes` that have a tenancy, for any method, where the id is none. They match nothing that `routes` match."""
+    paths = dict.fromkeys(route.path for route in routes if _TENANCY in route.path)
+    places = ((_V2, f"/v2/{{app_id:{_NO_TENANCY}}}"), (_V1, f"/{{app_id:(?!{_OTHERS}){_NO_TENANCY}}}"))
+    return [
+        web.route("*", other + path.removeprefix(place), no_tenancy)
+        for path in paths
+        for place, other in places
+        if path.startswith(place)
+    ]
 
 
 def _keyed_routes() -> list[web.RouteDef]:
