@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
+import orjson
 import pytest
 from aiohttp import web
+from redis.asyncio import Redis
 
 from broker.app import application
 from broker.model import Policy
@@ -15,8 +19,9 @@ from broker.web import access_of
 from tests import hanko, passlock
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
+from tests.servers import eventually
 from tests.signals import lines, refused, same_answer
-from tests.wire import ORIGIN, Wire
+from tests.wire import ORIGIN, RP_ID, Wire
 
 APP = "/v1/apps/{app_id}"
 ANYBODY = {
@@ -221,6 +226,85 @@ async def test_a_key_that_is_remembered_opens_nothing_more(
             assert (await wire.send("GET", "/users", headers={"Authorization": header})).status == 401
     for scheme in ("Bearer ", "bearer ", "BEARER ", "Bearer  "):
         assert (await wire.send("GET", "/users", headers={"Authorization": scheme + wire.key})).status == 200
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A route of one guard: its path, where its key stands, and a body that would change something."""
+
+    path: str
+    body: dict[str, object]
+    key_in: str = "Authorization"
+
+
+# Each guard, with a begin of each API: it makes a user, a transaction or a pending ceremony.
+GUARDED = {
+    "keyed": Guarded(APP + "/transactions/register", {"external_id": "new", "passkey_display_name": "New"}),
+    "keyed-native-ceremony": Guarded(
+        APP + "/ceremonies/register/start", {"external_id": "new", "user_name": "new"}
+    ),
+    "keyed-hanko": Guarded(
+        hanko.TENANT + "/registration/initialize", {"user_id": "new", "username": "new"}, "apiKey"
+    ),
+    "hanko-login": Guarded(hanko.TENANT + "/login/initialize", {"user_id": "ann"}, "apiKey"),
+    "keyed-passlock": Guarded(
+        "/v2/{app_id}/passkey/registration/authorize",
+        {"rpId": RP_ID, "userId": "new", "username": "new"},
+    ),
+    "keyed_alone": Guarded(
+        "/propelauth/run-command",
+        {"command": "StartPasskeyRegistration", "data": {"userId": "new", "emailOrUsername": "new"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+async def test_a_key_that_is_revoked_while_the_body_comes(
+    broker: Started, wire: Wire, device: Authenticator, name: str
+) -> None:
+    """The guard looks at the key before the body is read. After a slow body it looks again, so the request does nothing."""
+    guarded, arrived = GUARDED[name], asyncio.Event()
+    await wire.user("ann", device)
+    directory, app = broker.parts.directory, await broker.parts.directory.app(wire.app_id)
+    key, secret = await directory.create_key(app.id, "revoked soon")
+    raw = orjson.dumps(guarded.body)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield raw[:9]
+        await arrived.wait()
+        yield raw[9:]
+
+    async def request() -> tuple[int, bytes]:
+        bearer = f"Bearer {secret}" if guarded.key_in == "Authorization" else secret
+        headers = {guarded.key_in: bearer, "Content-Type": "application/json"}
+        url = filled(guarded.path, wire)
+        async with wire.session.post(url, data=slowly(), headers=headers) as response:
+            return response.status, await response.read()
+
+    def looks() -> float:
+        return sum(
+            broker.metric("broker_store_seconds_count", store="postgres", operation=operation)
+            for operation in ("key", "app")
+        )
+
+    before, seen = await _stored(broker), looks()
+    with refused(broker, "invalid_access_token", "key_unknown"):
+        running = asyncio.create_task(request())
+        await eventually(lambda: looks() >= seen + 1 + (name != "hanko-login"), "the guard has looked")
+        await directory.revoke_key(app.id, key.id)
+        await asyncio.sleep(0.15)  # a body that takes longer than 0.1 s is slow
+        arrived.set()
+        status, body = await running
+    assert status == (403 if "passlock" in name else 401), body
+    assert await _stored(broker) - before == set(), "nothing begins"
+    users, _ = await directory.users(app, limit=10, page=1, external_id="new")
+    assert users == []
+
+
+async def _stored(broker: Started) -> set[bytes]:
+    """The names of all one-time values."""
+    async with Redis.from_url(broker.parts.settings.redis_url) as redis:
+        return {name async for name in redis.scan_iter()}
 
 
 # -- two ports ----------------------------------------------------------------------------------------------------------------------------

@@ -119,15 +119,8 @@ def _acts(key_id: str, app_id: str) -> None:
 
 
 def keyed(handler: Handler, key_in: KeyReader = bearer) -> AnyHandler:
-    """Guard a handler by an API key, which `key_in` finds in the request."""
-
-    async def guarded(request: web.Request) -> web.StreamResponse:
-        app = await authorise(request, key_in)
-        if await _slow_body(request):
-            app = await authorise(request, key_in)  # the key may be revoked by now
-        return await handler(request, app)
-
-    return _marked(guarded, "key")
+    """Guard a handler by an API key of the app in the path, which `key_in` finds in the request."""
+    return _by_key(handler, lambda request: authorise(request, key_in))
 
 
 async def authorise_alone(request: web.Request) -> RelyingParty:
@@ -151,9 +144,17 @@ async def authorise_alone(request: web.Request) -> RelyingParty:
 
 def keyed_alone(handler: Handler) -> AnyHandler:
     """Guard a handler by an API key that names the app by itself."""
+    return _by_key(handler, authorise_alone)
+
+
+def _by_key(handler: Handler, app_of: Callable[[web.Request], Awaitable[RelyingParty]]) -> AnyHandler:
+    """The guard of every keyed route: the key is looked at before the body, and again after a slow one."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        return await handler(request, await authorise_alone(request))
+        app = await app_of(request)
+        if await _slow_body(request):
+            app = await app_of(request)  # the key may be revoked by now
+        return await handler(request, app)
 
     return _marked(guarded, "key")
 
