@@ -6,6 +6,7 @@ key), and a value is masked only where it has the shape it must have: a nonce th
 
     <transaction> <handshake> <nonce> <ticket> <key>    our tokens: prefix and 43 characters (a bound handshake: 86)
     <id>                                         24 alphanumerics: app, user, passkey
+    <uuid>                                       RFC 9562, as an `id`
     <32 bytes>                                   43 characters of base64url: challenges, credential ids
     <64 bytes> <256 bytes> <ES256 key>           86, 342 and 103 characters of it: a challenge with a hash, an RSA modulus, a COSE key
     <user handle>                                58 characters: the base64url of a handle's 43 characters
@@ -63,6 +64,7 @@ _BYTES = {"challenge": 43, "cred": 43, "cred_id": 43, "credential_id": 43, "cred
 _BYTES |= {"jti": 43, "allAcceptedCredentialIds": 43, "x": 43, "y": 43}
 _HANDLES = {"id", "userId"}
 _EPOCHS = {"created_before", "exp", "iat", "timestamp"}
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _MAIL_CODE = re.compile(r"(?<!\w)\d{6}(?!\w)")
 _MAIL_CODES = {"code", "html", "text"}
 _EPOCHS_MS = {"createdAt", "expiresAt", "updatedAt", "lastUsed"}
@@ -100,6 +102,8 @@ def masked(value: Any, key: str = "") -> Any:
             return "<32 bytes>"
         if key in _HANDLES and re.fullmatch(r"[\w-]{58}", value):
             return "<user handle>"
+        if key == "id" and _UUID.fullmatch(value):
+            return "<uuid>"
         if key == "id" and value.isdigit():
             return "<number>"
         if key in _LONGER and re.fullmatch(rf"[\w-]{{{_LONGER[key][0]}}}", value):

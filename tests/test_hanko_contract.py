@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -587,6 +588,11 @@ async def test_what_was_approved(broker: Started, hanko: Hanko, device: Authenti
         ("one", '{"to":"Bob"}', True),
         ("two", "[1]", False),
     ]
+    # The vendor's schema of a transaction's id: format uuid, 36 characters. It is the same whenever it is read.
+    ids = [row["id"] for row in listed]
+    assert [str(UUID(one)) for one in ids] == ids
+    assert len(set(ids)) == 2
+    assert [row["id"] for row in await hanko.get(f"{TRANSACTION}/{user}")] == ids
 
 
 async def test_transactions_are_their_tenants(hanko: Hanko, open_app: OpenApp, device: Authenticator) -> None:

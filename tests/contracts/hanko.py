@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.contracts.shapes import BYTES, EPOCH, ID, NOTHING, TIME, Maybe, either, signed, text, word
+from tests.contracts.shapes import BYTES, EPOCH, ID, NOTHING, TIME, UUID, Maybe, either, signed, text, word
 from tests.contracts.webauthn import CREATION, REQUEST, RSA, TRANSPORT, USER, jwks
 
 Shape = dict[str, object]
@@ -53,7 +53,7 @@ CREDENTIAL: Shape = {
     "user_id?": str,
 }
 TRANSACTION: Shape = {
-    "id": ID,
+    "id": UUID,
     "identifier": str,
     "data": str,
     "created_at": TIME,

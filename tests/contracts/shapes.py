@@ -73,6 +73,7 @@ TIME = Masked("RFC 3339", Word(("<time>",)))
 EPOCH = Masked(Whole(64), Word(("<epoch>",)))
 EPOCH_MS = Masked(Whole(64), Word(("<epoch ms>",)))
 ID = text("<id>")
+UUID = text("<uuid>")
 BYTES = text("<32 bytes>")
 HANDLE = text("<user handle>")
 
