@@ -356,6 +356,67 @@ def test_update_changes_what_is_named(cli: Cli, app: str) -> None:
     ]
 
 
+def test_origins_are_added_and_removed_beside_those_there_are(cli: Cli, app: str) -> None:
+    """In canonical form, repeatable, in one command or several; an origin that is there already is no fault."""
+
+    def update(*changes: str) -> list[str]:
+        origins: list[str] = cli("app", "update", "--app", app, "--json", *changes).json["origins"]
+        assert cli("app", "show", "--app", app, "--json").json["origins"] == origins
+        return origins
+
+    (first,) = cli("app", "show", "--app", app, "--json").json["origins"]
+    more = ["https://a.example.org", "https://b.example.org:8443", ANDROID]
+    assert update("--add-origin", "HTTPS://A.example.org:443/") == [first, more[0]]
+    assert update("--add-origin", more[1], "--add-origin", ANDROID) == [first, *more]
+    assert update("--add-origin", more[0]) == [first, *more]
+    assert update("--remove-origin", "https://A.example.org") == [first, *more[1:]]
+    assert update("--remove-origin", more[1], "--remove-origin", ANDROID, "--add-origin", more[0]) == [
+        first,
+        more[0],
+    ]
+    assert update("--name", "Renamed", "--remove-origin", first) == [more[0]]
+    assert [e["action"] for e in cli("events", "--app", app, "--json").json[1:]] == ["app.updated"] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (("--add-origin", "https://example.com"), "The host of https://example.com is neither example.org"),
+        (("--add-origin", "http://example.org"), "http://example.org is plain http"),
+        (("--add-origin", "null"), "'null' is not an origin like https://example.com."),
+        (("--add-origin", "https://example.org/login"), "'https://example.org/login' is not an origin like"),
+        (("--add-origin", "android:apk-key-hash:abc"), "'android:apk-key-hash:abc' is not android:"),
+        (
+            ("--remove-origin", "https://a.example.org"),
+            "https://a.example.org is none of the app's origins: https://example.org.",
+        ),
+        (("--remove-origin", ANDROID), f"{ANDROID} is none of the app's origins: https://example.org."),
+        (("--remove-origin", "example.org"), "'example.org' is not an origin like https://example.com."),
+        (("--remove-origin", "https://example.org"), "An app needs at least one origin"),
+        (
+            ("--remove-origin", "https://example.org", "--remove-origin", "https://example.org"),
+            "https://example.org is none of the app's origins",
+        ),
+        (
+            ("--origin", "https://example.org", "--add-origin", "https://a.example.org"),
+            "--origin replaces every origin; give it, or --add-origin and --remove-origin.",
+        ),
+    ],
+)
+def test_an_origin_that_can_not_be_added_or_removed_changes_nothing(
+    cli: Cli, app: str, changes: tuple[str, ...], sentence: str
+) -> None:
+    before = cli("app", "show", "--app", app, "--json").json
+    assert refusal(cli("app", "update", "--app", app, *changes)).startswith(sentence)
+    assert cli("app", "show", "--app", app, "--json").json == before
+
+
+def test_a_related_origin_is_removed_in_its_own_way(cli: Cli, app: str) -> None:
+    cli("app", "update", "--app", app, "--related-origin", "https://example.com")
+    said = refusal(cli("app", "update", "--app", app, "--remove-origin", "https://example.com"))
+    assert said.startswith("https://example.com is a related origin; --related-origin replaces those.")
+
+
 def test_update_refuses_an_rp_id_that_its_origins_are_not_below(cli: Cli, app: str) -> None:
     sentence = refusal(cli("app", "update", "--app", app, "--rp-id", "example.net"))
     assert sentence.startswith("The host of https://example.org is neither example.net nor below it;")

@@ -28,6 +28,7 @@ from broker.model import (
     RelyingParty,
     TokenAlgorithm,
     fields_of,
+    web_origin,
 )
 from broker.settings import Settings
 from broker.telemetry import CONTEXT, Context
@@ -126,6 +127,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--name")
     command.add_argument("--rp-id")
     _origins(command, required=False)
+    for action, says in (("add", "one more origin"), ("remove", "an origin that is no longer allowed")):
+        command.add_argument(
+            f"--{action}-origin",
+            action="append",
+            default=[],
+            metavar="ORIGIN",
+            help=f"{says}, beside those there are; may be repeated",
+        )
     _policy(command)
     _app(_add(group, "delete", "delete an app with its keys, users and passkeys", delete_app))
 
@@ -270,21 +279,40 @@ async def show_app(records: Records, options: argparse.Namespace) -> Row:
 
 async def update_app(records: Records, options: argparse.Namespace) -> Row:
     """The changed app."""
-    given = (options.name, options.rp_id, options.origin, options.related_origin, options.set or None)
-    if all(value is None for value in given):
-        raise InvalidSetting("Nothing to change; give --name, --rp-id, --origin, --related-origin or --set.")
+    given = (options.name, options.rp_id, options.origin, options.related_origin)
+    if all(value is None for value in given) and not (
+        options.set or options.add_origin or options.remove_origin
+    ):
+        raise InvalidSetting(
+            "Nothing to change; give --name, --rp-id, --origin, --add-origin, --remove-origin, --related-origin or --set."
+        )
     app = await records.directory.app(options.app)
     app = replace(
         app,
         name=options.name if options.name is not None else app.name,
         rp_id=options.rp_id if options.rp_id is not None else app.rp_id,
-        origins=tuple(options.origin) if options.origin else app.origins,
+        origins=_changed_origins(app, options),
         related_origins=tuple(filter(None, options.related_origin))
         if options.related_origin is not None
         else app.related_origins,
         policy=_changed(app.policy, options.set),
     )
     return _app_row(await records.directory.update_app(app))
+
+
+def _changed_origins(app: RelyingParty, options: argparse.Namespace) -> tuple[str, ...]:
+    """Those that `--origin` gives, else those there are, without the removed and with the added; `checked` judges them."""
+    if options.origin and (options.add_origin or options.remove_origin):
+        raise InvalidSetting("--origin replaces every origin; give it, or --add-origin and --remove-origin.")
+    origins = list(options.origin or app.origins)
+    for given in options.remove_origin:
+        origin = given if given.startswith("android:") else web_origin(given)
+        if origin in app.related_origins:
+            raise InvalidSetting(f"{origin} is a related origin; --related-origin replaces those.")
+        if origin not in origins:
+            raise InvalidSetting(f"{origin} is none of the app's origins: {', '.join(origins)}.")
+        origins.remove(origin)
+    return (*origins, *options.add_origin)
 
 
 async def delete_app(records: Records, options: argparse.Namespace) -> Row:
