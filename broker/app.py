@@ -30,10 +30,11 @@ from broker.durable.signing_keys import SigningKeys
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import Unavailable
 from broker.mailbox import Mailbox
+from broker.model import RelyingParty
 from broker.settings import Settings, SettingsFault
 from broker.signals import Signals
 from broker.signing import Signing
-from broker.telemetry import Log, Metrics
+from broker.telemetry import Log, Metrics, context
 from broker.tokens import Mint, SystemMint
 from broker.web import (
     BROKER,
@@ -42,12 +43,14 @@ from broker.web import (
     MAILBOX,
     METRICS,
     PUBLIC_URL,
+    REFUSED_ORIGINS,
     SETTINGS,
     SIGNALS,
     SIGNING,
     Edge,
     Limits,
     Listener,
+    RefusedOrigins,
     json_answer,
     listen,
     public,
@@ -103,6 +106,7 @@ class Parts:
     signals: Signals
     mailbox: Mailbox
     signing: Signing
+    refused_origins: RefusedOrigins
     metrics: Metrics
     log: Log
 
@@ -150,6 +154,14 @@ async def assemble(
         log=log,
         clock=clock,
     )
+    directory = Directory(
+        durable=durable,
+        catalogue=catalogue,
+        clock=clock,
+        mint=mint,
+        cache_seconds=settings.cache_seconds,
+        news=notifications.news,
+    )
     return Parts(
         settings=settings,
         postgres=postgres,
@@ -157,14 +169,7 @@ async def assemble(
         durable=durable,
         ephemeral=ephemeral,
         broker=Broker(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
-        directory=Directory(
-            durable=durable,
-            catalogue=catalogue,
-            clock=clock,
-            mint=mint,
-            cache_seconds=settings.cache_seconds,
-            news=notifications.news,
-        ),
+        directory=directory,
         signals=Signals(ephemeral=ephemeral, durable=durable, catalogue=catalogue, clock=clock, mint=mint),
         mailbox=Mailbox(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
         signing=Signing(
@@ -175,9 +180,17 @@ async def assemble(
             cache_seconds=settings.cache_seconds,
             news=notifications.news,
         ),
+        refused_origins=RefusedOrigins(directory, metrics, _logged(log)),
         metrics=metrics,
         log=log,
     )
+
+
+def _logged(log: Log) -> Callable[[RelyingParty, str], None]:
+    def notify(app: RelyingParty, origin: str) -> None:
+        log("origin_refused", app=app.id, origin=origin, request_id=context().request_id)
+
+    return notify
 
 
 def application(
@@ -196,6 +209,7 @@ def application(
     app[MAILBOX] = parts.mailbox
     app[METRICS] = parts.metrics
     app[PUBLIC_URL] = parts.settings.public_url
+    app[REFUSED_ORIGINS] = parts.refused_origins
     app[SETTINGS] = parts.settings
     app[SIGNING] = parts.signing
     app[LIMITS] = limits or Limits()

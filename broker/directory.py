@@ -61,6 +61,10 @@ class Directory:
 
     # -- who asks -------------------------------------------------------------------------------------------------------------
 
+    async def tell_refused_origin(self, app: RelyingParty, origin: str) -> None:
+        """Write the event of a page that was refused for its origin. `origin` was judged: an event is shown to people."""
+        await self._durable.tell(app.id, "origin.refused", result="refused", reason=origin, now=self.now())
+
     async def app(self, app_id: str) -> RelyingParty:
         """The relying party with this id.
 

@@ -126,12 +126,11 @@ def allows(port: int, app_id: str, origin: str) -> bool:
     """Whether a page of that origin may start a ceremony of the app."""
     answer = request(
         port,
-        "OPTIONS",
+        "POST",
         f"/v1/apps/{app_id}/authenticate/transactions/webauthn/start",
         Origin=origin,
-        Access_Control_Request_Method="POST",
     )
-    return answer.getheader("Access-Control-Allow-Origin") == origin
+    return (answer.status, answer.getheader("Access-Control-Allow-Origin")) == (200, origin)
 
 
 def test_the_first_start_says_where_everything_is(
@@ -184,6 +183,31 @@ def test_the_next_start_has_the_same_app_and_key_and_takes_its_origin(
         broker.port, "GET", f"/v1/apps/{told['app_id']}/users", Authorization=f"Bearer {told['api_key']}"
     )
     assert answer.status == 200
+
+
+def test_a_refused_origin_is_shown_with_the_command_that_allows_it(
+    data: Path, dev: Callable[..., Dev]
+) -> None:
+    """Once, however often the page asks; the command works as it is printed."""
+    broker = dev(data)
+    broker.ready()
+    app, page = broker.told()["app_id"], "http://localhost:5173"
+    assert not any(allows(broker.port, app, page) for _ in range(3))
+    assert not allows(broker.port, app, "\x1b]0;evil\x07")
+    command = ["app", "update", "--app", app, "--add-origin", page]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
+    subprocess.run(
+        [BROKER, *command],
+        cwd=data.parent,
+        env=clean,
+        capture_output=True,
+        check=True,
+    )
+    until(partial(allows, broker.port, app, page), "the page's origin is registered")
+    status, output, errors = broker.stop()
+    assert (status, errors) == (0, "")
+    assert output.count(f"  Refused origin {page}; allow it with `broker {' '.join(command)}`\n") == 1
+    assert "evil" not in output
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -238,8 +238,9 @@ async def test_preflights(broker: Started, wire: Wire) -> None:
     path = "/authenticate/transactions/webauthn/start"
     await golden(wire, "flex/preflight", "OPTIONS", path, headers=asked)
     asked["Origin"] = "https://anywhere.example"
+    await golden(wire, "flex/preflight-stranger", "OPTIONS", path, headers=asked)
     with refused(broker, "operation_not_allowed", "origin"):
-        await golden(wire, "flex/preflight-stranger", "OPTIONS", path, headers=asked)
+        await golden(wire, "flex/origin", "POST", path, headers={"Origin": "https://anywhere.example"})
     await golden(wire, "flex/preflight-app", "OPTIONS", "", headers=asked)
 
 

@@ -376,13 +376,14 @@ STRANGERS = [
 
 @pytest.mark.parametrize("origin", STRANGERS)
 async def test_an_origin_that_is_not_registered(broker: Started, open_app: OpenApp, origin: str) -> None:
-    """403 without a CORS header, before the body is looked at, on every page route and its preflight."""
+    """403 before the body is looked at, on every page route. What of it a page may read: `test_refused_origins`."""
     wire = await open_app(origins=(ORIGIN, "android:apk-key-hash:" + "k" * 43))
     for method, template in sorted(PAGES):
+        if method == "OPTIONS":
+            continue
         with refused(broker, "operation_not_allowed", "origin"):
             answer = await wire.send(method, filled(template, wire), data=b"{", headers={"Origin": origin})
         assert (answer.status, answer.code) == (403, "operation_not_allowed")
-        assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
 async def test_a_registered_origin_and_none(broker: Started, open_app: OpenApp) -> None:

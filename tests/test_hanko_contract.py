@@ -231,13 +231,11 @@ async def test_hanko_can_be_switched_off(start_broker: Starter, session: Any) ->
 async def test_hankos_pages_of_an_origin_that_is_not_registered(
     broker: Started, hanko: Hanko, origin: str
 ) -> None:
-    """403 in the vendor's shape and without a CORS header, before the body is looked at."""
-    for method in ("POST", "OPTIONS"):
-        for path in PAGES:
-            with refused(broker, "operation_not_allowed", "origin"):
-                answer = await hanko.send(method, path, data=b"{", headers={"Origin": origin})
-            assert (answer.status, answer.json["title"]) == (403, "Forbidden")
-            assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+    """403 in the vendor's shape, before the body is looked at."""
+    for path in PAGES:
+        with refused(broker, "operation_not_allowed", "origin"):
+            answer = await hanko.send("POST", path, data=b"{", headers={"Origin": origin})
+        assert (answer.status, answer.json["title"]) == (403, "Forbidden")
 
 
 async def test_hankos_pages_of_a_registered_origin(hanko: Hanko) -> None:

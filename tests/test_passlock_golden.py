@@ -286,6 +286,7 @@ async def test_errors(broker: Started, passlock: Passlock) -> None:
     }
     path = f"{REGISTRATION}/options"
     await sent(passlock, "preflight", "OPTIONS", path, headers=asked)
+    stranger = {"Origin": "https://evil.example"}
+    await sent(passlock, "preflight-stranger", "OPTIONS", path, headers=asked | stranger)
     with refused(broker, "operation_not_allowed", "origin"):
-        asked["Origin"] = "https://evil.example"
-        await sent(passlock, "preflight-stranger", "OPTIONS", path, headers=asked)
+        await sent(passlock, "origin", "POST", path, {}, headers=stranger)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.cli.serving import run, start, until_told
 from broker.embedded import EmbeddedStores
-from broker.errors import Fault, InvalidKey, UnknownApp
+from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
 from broker.settings import Settings, SettingsFault
 from broker.telemetry import CONTEXT, Context, Log, capture_library_records
@@ -99,6 +99,7 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
     from broker.demo import demo_app
 
     parts = await assemble(settings, log=log)
+    parts.refused_origins.notify = RefusedOnTheTerminal()
     try:
         await parts.postgres.migrate(datetime.now(UTC))
         app, key = await _dev_app(parts, data / "dev.json")
@@ -138,6 +139,32 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
         await until_told()
     finally:
         await service.close()
+
+
+class RefusedOnTheTerminal:
+    """Prints a refused origin once, with the command that allows it, or why none does; the first hundred of a run."""
+
+    MOST = 100
+
+    def __init__(self) -> None:
+        self._shown: set[tuple[str, str]] = set()
+
+    def __call__(self, app: RelyingParty, origin: str) -> None:
+        if (app.id, origin) not in self._shown and len(self._shown) < self.MOST:
+            self._shown.add((app.id, origin))
+            print(f"  Refused origin {origin}; {_what_to_do(app, origin)}", flush=True)  # noqa: T201 - for the developer
+
+
+def _what_to_do(app: RelyingParty, origin: str) -> str:
+    if origin == "null":
+        return "a file, or a sandboxed frame, has no origin: serve the page from http://localhost."
+    if origin == "malformed":
+        return "no browser writes such an Origin header."
+    try:
+        replace(app, origins=(*app.origins, origin)).checked()
+    except InvalidSetting as fault:
+        return fault.sentence
+    return f"allow it with `broker app update --app {app.id} --add-origin {origin}`"
 
 
 async def _dev_app(parts: Parts, place: Path) -> tuple[RelyingParty, str]:

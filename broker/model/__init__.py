@@ -34,7 +34,7 @@ from broker.model.ceremonies import (
     finish_kind_of,
     purpose_of,
 )
-from broker.model.origins import domain, is_origin, web_origin
+from broker.model.origins import domain, is_origin, page_origin, web_origin
 from broker.model.policy import (
     ALGORITHMS,
     NOTHING_ASKED,
@@ -107,6 +107,7 @@ __all__ = [
     "finish_kind_of",
     "is_origin",
     "is_weaker",
+    "page_origin",
     "purpose_of",
     "verification",
     "web_origin",

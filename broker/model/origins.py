@@ -47,6 +47,19 @@ def _is_ipv6(text: str) -> bool:
     return True
 
 
+# HTML Standard, "ascii serialization of an origin": a scheme, a host in ASCII and lower case, a port. Extensions and app shells
+# have schemes of their own.
+_PAGE_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]{0,31}://(?:[a-z0-9._~%-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?\Z"
+)
+
+
+def page_origin(text: str) -> bool:
+    """Whether `text` is an `Origin` as a browser writes it for a page that has one: never "null", and nothing that is not a bounded
+    number of harmless ASCII characters."""
+    return _PAGE_ORIGIN.match(text) is not None
+
+
 def is_origin(text: str) -> bool:
     """Whether `text` has the form of a web origin, `scheme://host[:port]`, also where no passkey could be used."""
     return _origin_parts(text) is not None

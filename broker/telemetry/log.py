@@ -1,8 +1,8 @@
 """Logs: JSON, one object a line, on standard error.
 
 A request makes one line, with the route's template (never the path), status, duration, app and request id. Nothing that came from a
-caller is logged except a well-formed request id and the app id of a route that matched; so no token, key, body, header or query can
-reach a log. Of a library's record only what its source code says is kept: the logger, the place, the template of a message that has
+caller is logged except a well-formed request id, the app id of a route that matched, and a refused origin in the form that browsers
+write (`broker.web.refused_origins`); so no token, key, body, query or other header can reach a log. Of a library's record only what its source code says is kept: the logger, the place, the template of a message that has
 arguments, and an exception's type and trace. Arguments, finished messages and the texts of exceptions are dropped: aiohttp reports
 malformed requests with the bytes it could not parse, asyncio reports callbacks with their arguments, and either may hold an
 Authorization header. A log that can't be written to stops no request.

@@ -161,9 +161,7 @@ class Metrics:
         self.requests = Times(
             "broker_request_seconds", "Time of a request.", "route", "status", buckets=_STEPS
         )
-        self.events_lost = Counts(
-            "broker_events_lost", "Events of refused ceremonies that could not be written."
-        )
+        self.events_lost = Counts("broker_events_lost", "Events of refusals that could not be written.")
         self.worker_restarts = Counts("broker_worker_restarts", "Workers that were replaced.", "cause")
         self.tally = Tally([metric for metric in vars(self).values() if isinstance(metric, Counts | Times)])
         self.registry = CollectorRegistry()

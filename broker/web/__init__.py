@@ -3,6 +3,7 @@
 body     bytes -> an object every JSON parser agrees on; limits of size and time
 guards   who may call a route: API key, registered origin, anybody; CORS
 edge     one place where requests get an id, a deadline, a log line, and refusals a status
+refused_origins  an event and a line for the operator, rate-limited
 server   aiohttp's protocol with limits on slow heads, and error answers that hold no request bytes
 """
 
@@ -16,6 +17,7 @@ from broker.web.guards import (
     MAILBOX,
     METRICS,
     PUBLIC_URL,
+    REFUSED_ORIGINS,
     SETTINGS,
     SIGNALS,
     SIGNING,
@@ -32,6 +34,7 @@ from broker.web.guards import (
     public,
     public_app,
 )
+from broker.web.refused_origins import RefusedOrigins
 from broker.web.server import Listener, listen
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "MAILBOX",
     "METRICS",
     "PUBLIC_URL",
+    "REFUSED_ORIGINS",
     "SETTINGS",
     "SIGNALS",
     "SIGNING",
@@ -49,6 +53,7 @@ __all__ = [
     "Handler",
     "Limits",
     "Listener",
+    "RefusedOrigins",
     "Renderer",
     "access_of",
     "authorise",

@@ -109,7 +109,7 @@ class Answer(web.Response):
                 self._own["X-Request-Id"] = request_id
 
     def whole(self, date: str) -> bytes | None:
-        """Head and body; None where the answer has headers of its own. `more` are names and values that we wrote, or compared with what we wrote,
+        """Head and body; None where the answer has headers of its own. `more` are names and values that we wrote, or judged (`page_origin`),
         and a request id has no line break (`_REQUEST_ID`)."""
         body = self._body
         if self._own is not None or not isinstance(body, bytes):

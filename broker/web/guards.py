@@ -9,7 +9,9 @@
 A handler behind any of them but `public` is called with the relying party, so it can't forget to look it up either.
 
 CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with credentials. An unregistered one is
-refused without CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
+refused, and that refusal alone is readable by its page, so that a developer sees the reason: browsers show a page only what a
+preflight has permitted, so the preflight before it is granted. "null", which is no origin of a page, and what browsers don't write gets
+no CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from broker.broker import Broker
 from broker.directory import Directory
 from broker.errors import InvalidKey, InvalidRequest, OperationNotAllowed, Unavailable
 from broker.mailbox import Mailbox
-from broker.model import RelyingParty
+from broker.model import RelyingParty, page_origin
 from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import CONTEXT, Metrics, context
 from broker.web.body import kept, read_bytes
+from broker.web.refused_origins import RefusedOrigins
 
 Access = Literal["key", "browser", "public"]
 Handler = Callable[[web.Request, RelyingParty], Awaitable[web.StreamResponse]]
@@ -43,6 +46,7 @@ MAILBOX = web.AppKey("MAILBOX", Mailbox)
 SIGNALS = web.AppKey("SIGNALS", Signals)
 METRICS = web.AppKey("METRICS", Metrics)
 PUBLIC_URL = web.AppKey("PUBLIC_URL", str)
+REFUSED_ORIGINS = web.AppKey("REFUSED_ORIGINS", RefusedOrigins)
 SETTINGS = web.AppKey("SETTINGS", Settings)
 SIGNING = web.AppKey("SIGNING", Signing)
 
@@ -166,7 +170,10 @@ async def _app_of(request: web.Request) -> RelyingParty:
 
 
 async def _admitted(request: web.Request) -> RelyingParty:
-    """The relying party of the path, if the request comes from one of its pages, or from none."""
+    """The relying party of the path, if the request comes from one of its pages, or from none.
+
+    A preflight from any page is granted: the request after it is refused where the page can read why.
+    """
     try:
         app = await _app_of(request)
     except Unavailable as fault:
@@ -174,11 +181,20 @@ async def _admitted(request: web.Request) -> RelyingParty:
         raise
     origin = _only(request, hdrs.ORIGIN)
     if origin is not None:
-        incoming = kept(request)
-        incoming.cors = None
-        if origin not in app.web_origins:
-            raise OperationNotAllowed(reason="origin")
-        incoming.cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        registered, readable = origin in app.web_origins, page_origin(origin)
+        admitted = registered or (readable and request.method == hdrs.METH_OPTIONS)
+        if not admitted:
+            await request.app[REFUSED_ORIGINS].tell(app, origin)
+        allowed = {"Access-Control-Allow-Origin": origin} if registered or readable else {}
+        kept(request).cors = {**allowed, "Vary": "Origin"}
+        if not admitted:
+            raise OperationNotAllowed(
+                f"This page's origin {origin} is not registered for the app;"
+                " `broker app update --add-origin` registers it."
+                if readable
+                else None,
+                reason="origin",
+            )
     return app
 
 
