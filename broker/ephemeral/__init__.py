@@ -34,7 +34,7 @@ burnt and its owner told it was never valid. Every client here has `Retry(NoBack
 connection whose reply was not awaited to its end is closed, so nobody reads another's answer.
 
 An operator can compute: keys = open transactions + pending ceremonies without one + unredeemed nonces and tickets + one set per app with
-open discoverable ceremonies; about half a kB each.
+open discoverable ceremonies; about half a kB each. A request without a key stores 6 KiB at most, which a test measures on every route.
 """
 
 from __future__ import annotations

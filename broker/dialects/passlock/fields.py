@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 from broker import ceremony
 from broker.errors import InvalidRequest
 from broker.model import (
+    ID,
     Asked,
     Credential,
     Mediation,
@@ -27,6 +28,7 @@ from broker.tokens import text
 from broker.web.body import optional_text, text_field
 
 _LONGEST_ID = 64
+_MOST_OF_A_PAGE = 20  # passkeys
 
 Body = dict[str, Any]
 
@@ -90,8 +92,7 @@ def life(body: Body) -> float | None:
 
 
 def passkey_ids(body: Body, name: str, *, most: int = 100) -> tuple[str, ...] | None:
-    """A list of passkey ids, at most so many; None where it is absent or empty. What a page sends is kept while the ceremony lasts, so
-    neither the list nor what stands in it may be long."""
+    """A list of passkey ids, at most so many; None where it is absent or empty."""
     value = body.get(name)
     if value is None:
         return None
@@ -135,7 +136,19 @@ def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
 
 
 def as_a_page_may(asked: Asked, app: RelyingParty) -> Asked:
-    """What a caller without a key may ask: no less user verification than the policy, also where keyed callers may."""
+    """What a caller without a key may ask: few passkeys, by their ids alone, for the store keeps them while the ceremony lasts; no less
+    user verification than the policy, also where keyed callers may.
+
+    Raises:
+        InvalidRequest: too many passkeys, or text that is no passkey's id.
+    """
+    for name, ids in (("allowCredentials", asked.allow), ("excludeCredentials", asked.exclude)):
+        if ids is not None and (len(ids) > _MOST_OF_A_PAGE or not all(map(ID.match, ids))):
+            raise InvalidRequest(
+                f"{name} of a page is a list of at most {_MOST_OF_A_PAGE} passkey ids"
+                " (24 letters and digits each).",
+                reason="field_type",
+            )
     wish = asked.user_verification
     if wish is not None and is_weaker(wish, app.policy.user_verification):
         return replace(asked, user_verification=None)
