@@ -573,8 +573,29 @@ async def test_13_origins_of_pages_and_of_apps(
         assert (await wire.redeem(answer.json["nonce"])).json["origin"] == origin
     with refused(broker, "operation_not_allowed", "origin"):
         assert (await wire.page(START, {}, origin=android)).status == 403
-    app = (await wire.send("GET", "")).json["app"]
-    assert (app["auth_origin"], app["additional_auth_origins"]) == (ORIGIN, ["https://app.example.org:8443"])
+
+
+async def test_13_the_app_names_the_pages_origin_first(open_app: OpenApp, broker: Started) -> None:
+    """The registered one that asks; else the app's first. An answer that depends on who asks says so to caches."""
+    android, second = "android:apk-key-hash:" + "k" * 43, "https://app.example.org:8443"
+    wire = await open_app(origins=(ORIGIN, second, android))
+    for asking, told, others in (
+        (None, ORIGIN, [second]),
+        (ORIGIN, ORIGIN, [second]),
+        (second, second, [ORIGIN]),
+        ("https://evil.example", ORIGIN, [second]),
+        (second + "/", ORIGIN, [second]),
+        (android, ORIGIN, [second]),
+        ("null", ORIGIN, [second]),
+    ):
+        for path in ("", "/"):
+            answer = await wire.send("GET", path, headers={"Origin": asking} if asking else {})
+            app = answer.json["app"]
+            assert (app["auth_origin"], app["additional_auth_origins"]) == (told, others), asking
+            assert answer.headers["Vary"] == "Origin"
+    keyed = await wire.keyed("GET", "")
+    assert (keyed.json["app"]["auth_origin"], keyed.headers.get("Vary")) == (ORIGIN, None)
+    assert len(lines(broker, app=wire.app_id, status=200)) == 15
 
 
 # -- where the contract is open -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 from urllib.parse import quote, urlencode, urlsplit
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from broker import ceremony, errors
 from broker.dialects.flex import ceremonies, mail, signals, signed
@@ -240,9 +240,10 @@ async def get_app(_: web.Request, app: RelyingParty) -> web.StreamResponse:
     return json_answer({"app": app_object(app)})
 
 
-async def get_app_public(_: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A5. The public subset; old browser clients compare `auth_origin` with the page's."""
-    return json_answer({"app": public_app_object(app)})
+async def get_app_public(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    """A5. The public subset; old browser clients compare `auth_origin` with the page's, so a registered origin reads itself there."""
+    shown = public_app_object(app, request.headers.get(hdrs.ORIGIN))
+    return json_answer({"app": shown}, headers={"Vary": "Origin"})
 
 
 _keyed_app = keyed(get_app)

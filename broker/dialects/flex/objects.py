@@ -167,16 +167,17 @@ def _device_type(credential: Credential) -> Literal["passkey", "security_key", "
     return "security_key"
 
 
-def public_app_object(app: RelyingParty) -> dict[str, Any]:
-    """What anybody may know of an app."""
-    first, *more = app.web_origins or ("",)
+def public_app_object(app: RelyingParty, origin: str | None = None) -> dict[str, Any]:
+    """What anybody may know of an app. `auth_origin` is `origin` where that is one of the app's for pages, else the first of those."""
+    known = app.web_origins or ("",)
+    first = origin if origin in known else known[0]
     return {
         "id": app.id,
         "name": app.name,
         "type": "flex",
         "rp_id": app.rp_id,
         "auth_origin": first,
-        "additional_auth_origins": more,
+        "additional_auth_origins": [other for other in known if other != first],
     }
 
 
