@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from broker.durable import Catalogue, Durable, UserOrder, instant
@@ -381,23 +382,26 @@ class Directory:
         ).checked()
         secret, key = self._new_key(app.id, "first")
         await self._durable.create_app(app, key, key_digest(secret))
-        return app, secret
+        return replace(app, created_at=key.created_at, updated_at=key.created_at), secret
 
     async def apps(self) -> list[RelyingParty]:
         """Every relying party, oldest first."""
         return await self._durable.apps()
 
     async def update_app(self, app: RelyingParty) -> RelyingParty:
-        """Replace an app's name, RP ID, origins and policy. Effective everywhere when remembered look-ups have ended.
+        """Replace an app's name, RP ID, origins and policy, as they were read. Effective everywhere when remembered look-ups have ended.
 
         Raises:
+            Conflict: somebody else has changed the app since it was read.
             InvalidSetting, UnknownApp, Unavailable.
         """
-        checked = app.checked()
-        if not await self._durable.update_app(checked, self.now()):
+        try:
+            updated = await self._durable.update_app(app.checked(), self.now())
+        finally:
+            self._apps.forget(app.id)
+        if updated is None:
             raise UnknownApp
-        self._apps.forget(checked.id)
-        return checked
+        return updated
 
     async def delete_app(self, app_id: str) -> None:
         """Delete an app with its keys, users, passkeys and events.

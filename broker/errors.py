@@ -255,6 +255,13 @@ class InvalidSetting(Refusal):
     default = "The setting can't be used."
 
 
+class Conflict(Refusal):
+    """A change that rests on what was read before, and somebody else has changed it since. Nothing was changed."""
+
+    code = "conflict"
+    default = "The app was changed meanwhile; look at it and try again."
+
+
 class InternalFault(Refusal):
     """A defect of ours, as the caller sees it; the log has the exception, the answer has nothing of it."""
 

@@ -35,6 +35,7 @@ from broker.tokens import key_digest
 from tests.authenticator import Authenticator
 from tests.conftest import SECRET_KEY, Started, Starter
 from tests.processes import until
+from tests.servers import session_of
 from tests.test_model import BAD, GOOD, ROOTS
 from tests.wire import ORIGIN, RP_ID, Wire
 
@@ -415,6 +416,24 @@ def test_a_related_origin_is_removed_in_its_own_way(cli: Cli, app: str) -> None:
     cli("app", "update", "--app", app, "--related-origin", "https://example.com")
     said = refusal(cli("app", "update", "--app", app, "--remove-origin", "https://example.com"))
     assert said.startswith("https://example.com is a related origin; --related-origin replaces those.")
+
+
+async def test_update_of_what_was_changed_meanwhile_is_refused(app: str, stores: EmbeddedStores) -> None:
+    """The command has read the app and waits for the row, which another one changes."""
+    async with session_of(stores) as session:
+        async with session.transaction():
+            change = "UPDATE relying_parties SET name = 'Theirs', updated_at = now() WHERE id = $1"
+            await session.execute(change, app)
+            update = asyncio.to_thread(program, stores, "app", "update", "--app", app, "--name", "Ours")
+            task = asyncio.create_task(update)
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            while not await session.fetchval(waiting):
+                assert not task.done(), task.result()
+                await asyncio.sleep(0.005)  # between two looks
+        done = await task
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "broker: The app was changed meanwhile; look at it and try again.\n"
+        assert await session.fetchval("SELECT name FROM relying_parties WHERE id = $1", app) == "Theirs"
 
 
 def test_update_refuses_an_rp_id_that_its_origins_are_not_below(cli: Cli, app: str) -> None:

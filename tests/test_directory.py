@@ -15,7 +15,7 @@ import pytest
 from broker.durable import remembered
 from broker.durable.remembered import Remembered
 from broker.embedded import EmbeddedStores
-from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
+from broker.errors import Conflict, InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import Policy
 from tests.authenticator import Authenticator
 from tests.conftest import Started, Starter
@@ -55,6 +55,21 @@ async def test_a_change_is_effective_elsewhere_in_time(one: Started, other: Star
     other.clock.ahead += REMEMBERS * 0.1
     changed = await other.parts.directory.app(app.id)
     assert (changed.name, changed.policy.nonce_life) == ("New", 30)
+
+
+async def test_a_change_of_what_another_instance_changed_is_refused(one: Started, other: Started) -> None:
+    """An instance that remembers the app as it was undoes nothing, and then sees it as it is."""
+    app, _ = await one.parts.directory.create_app("Old", RP_ID, [ORIGIN])
+    remembered = await other.parts.directory.app(app.id)
+    await one.parts.directory.update_app(replace(app, policy=Policy(nonce_life=30)))
+    with pytest.raises(Conflict):
+        await other.parts.directory.update_app(replace(remembered, name="New"))
+    seen = await other.parts.directory.app(app.id)
+    assert (seen.name, seen.policy.nonce_life) == ("Old", 30)
+    await other.parts.directory.update_app(replace(seen, name="New"))
+    assert [e for e in await one.events(app.id) if e[0] == "app.updated"] == [
+        ("app.updated", "done", None)
+    ] * 2
 
 
 async def test_a_deleted_app_is_gone_in_time(one: Started, other: Started) -> None:

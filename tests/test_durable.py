@@ -15,7 +15,7 @@ import pytest
 
 from broker.durable import Catalogue, Durable, Postgres
 from broker.embedded import EmbeddedStores
-from broker.errors import Unavailable, UnknownApp
+from broker.errors import Conflict, Unavailable, UnknownApp
 from broker.model import (
     ApiKey,
     Asked,
@@ -54,7 +54,7 @@ async def new_app(durable: Durable, **changes: Any) -> RelyingParty:
     app = relying_party(**changes)
     secret = MINT.token("key")
     await durable.create_app(app, ApiKey(MINT.id(), app.id, "pbk_…", "first", NOW, None), key_digest(secret))
-    return replace(app, created_at=NOW)
+    return replace(app, created_at=NOW, updated_at=NOW)
 
 
 @pytest.fixture
@@ -180,11 +180,39 @@ async def test_an_app_comes_back_as_it_was(durable: Durable) -> None:
         origins=("android:apk-key-hash:" + "x" * 43,),
         policy=Policy(),
     )
-    assert await durable.update_app(changed, LATER)
-    assert await durable.app(app.id) == changed
+    assert await durable.update_app(changed, LATER) == replace(changed, updated_at=LATER)
+    assert await durable.app(app.id) == replace(changed, updated_at=LATER)
     assert await durable.app(MINT.id()) is None
     assert not await durable.update_app(relying_party(), LATER)
     assert await told(durable, app) == [("app.created", "done", None), ("app.updated", "done", None)]
+
+
+async def test_of_two_updates_at_once_one_is_refused(
+    durable: Durable, app: RelyingParty, stores: EmbeddedStores
+) -> None:
+    """Both rest on what was read before; the first one is held open with the row, and the second one waits for it."""
+    read = await durable.app(app.id)
+    assert read is not None
+    named, ruled = replace(read, name="Named"), replace(read, policy=Policy(nonce_life=30))
+    async with session_of(stores) as session:
+        async with session.transaction():
+            await session.execute("SELECT FROM relying_parties WHERE id = $1 FOR UPDATE", app.id)
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            tasks = [asyncio.create_task(durable.update_app(a, LATER)) for a in (named, ruled)]
+            while await session.fetchval(waiting) < 1:
+                assert not any(task.done() for task in tasks)
+                await asyncio.sleep(0.005)  # between two looks
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    [refused] = [r for r in results if isinstance(r, Conflict)]
+    [updated] = [r for r in results if isinstance(r, RelyingParty)]
+    assert refused.sentence == "The app was changed meanwhile; look at it and try again."
+    assert await durable.app(app.id) == updated
+    assert (await told(durable, app)).count(("app.updated", "done", None)) == 1
+    with pytest.raises(Conflict):
+        await durable.update_app(replace(named, name="Later"), LATER)
+    again = await durable.update_app(replace(updated, name="Again"), LATER)
+    assert again is not None
+    assert again.updated_at == LATER + timedelta(microseconds=1), "no two versions share their time"
 
 
 async def test_a_policy_of_newer_code_is_read_by_older(
@@ -1024,13 +1052,20 @@ async def test_a_statement_ends_in_time_on_both_sides(
                     CONTEXT.reset(token)
                 assert limit - 0.02 <= time.monotonic() - began <= limit + 1.0
                 assert {(type(r), r.reason) for r in results} == {(Unavailable, "postgres")}
-            mine = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid))"
+            left_behind = (
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE wait_event_type = 'Lock' AND position('UPDATE relying_parties' in query) > 0"
+            )
             deadline = time.monotonic() + 5
-            while await session.fetchval(mine, session.get_server_pid()):
+            while await session.fetchval(left_behind):
                 assert time.monotonic() < deadline, "sessions of callers long answered still wait"
                 await asyncio.sleep(0.02)  # between two looks
             await change.rollback()
-        assert await durable.update_app(app, LATER)
+        read = await durable.app(
+            app.id
+        )  # a statement whose caller was answered may still have come to its end
+        assert read is not None
+        assert await durable.update_app(read, LATER)
     finally:
         await made.close()
 

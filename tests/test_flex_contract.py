@@ -536,6 +536,7 @@ def test_11_codes_and_statuses() -> None:
         ("too_many_passkeys", 409),
         ("passkey_has_owner", 409),
         ("approval_exists", 409),
+        ("conflict", 409),
         ("request_too_large", 413),
         ("unsupported_media_type", 415),
         ("too_many_requests", 429),

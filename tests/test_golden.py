@@ -34,7 +34,7 @@ NAMES = [dialect.__name__.rpartition(".")[2] for dialect in DIALECTS]
 APART = {
     (408, word) for word in ("request_timeout", "@error/BadRequest", "UnexpectedError", "Request Timeout")
 }
-APART.add((400, "invalid_setting"))
+APART |= {(400, "invalid_setting"), (409, "conflict")}
 
 
 def files(dialect: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ Limits and faults are in `broker.durable.postgres`: whatever the server or the n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import asyncpg
@@ -37,7 +38,7 @@ from broker.durable.rows import (
     who,
 )
 from broker.durable.sign_ins import SignIns
-from broker.errors import UnknownUser
+from broker.errors import Conflict, UnknownUser
 from broker.model import (
     ApiKey,
     Approval,
@@ -95,16 +96,22 @@ class Durable(SignIns, Registrations):
             *who(),
         )
 
-    async def update_app(self, app: RelyingParty, now: datetime) -> bool:
-        """Replace name, RP ID, origins and policy. False: no such app."""
+    async def update_app(self, app: RelyingParty, now: datetime) -> RelyingParty | None:
+        """Replace name, RP ID, origins and policy of the version with this `updated_at` (compare-and-swap), which no two versions
+        share. Returns the new version; None: no such app.
+
+        Raises:
+            Conflict: there is another version meanwhile.
+        """
         row = await self._pg.row(
             "update_app",
             f"""
             WITH app AS (
-                UPDATE relying_parties SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6, updated_at = $7
-                WHERE id = $1 RETURNING id
-            ), told AS ({TELL} SELECT $7, id, $8, 'app.updated', NULL, NULL, 'done', NULL, $9 FROM app)
-            SELECT id FROM app
+                UPDATE relying_parties SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6,
+                       updated_at = greatest($7, updated_at + interval '1 microsecond')
+                WHERE id = $1 AND updated_at = $8 RETURNING id, updated_at
+            ), told AS ({TELL} SELECT $7, id, $9, 'app.updated', NULL, NULL, 'done', NULL, $10 FROM app)
+            SELECT r.id, (SELECT updated_at FROM app) AS updated_at FROM relying_parties r WHERE r.id = $1
             """,
             app.id,
             app.name,
@@ -113,9 +120,14 @@ class Durable(SignIns, Registrations):
             list(app.related_origins),
             app.policy.dump(),
             now,
+            app.updated_at,
             *who(),
         )
-        return row is not None
+        if row is None:
+            return None
+        if row["updated_at"] is None:
+            raise Conflict
+        return replace(app, updated_at=row["updated_at"])
 
     async def delete_app(self, app_id: str, now: datetime) -> bool:
         """Delete a relying party with its keys, users, credentials and events. False: no such app."""

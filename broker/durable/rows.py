@@ -30,7 +30,7 @@ OFFERED = (
     "c.id, c.credential_id, c.transports, c.user_handle, c.public_key, c.algorithm, c.sign_count, c.backup_eligible, c.backed_up, "
     "c.attestation_trust, c.aaguid, c.user_id, c.app_id"
 )
-APP = "id, name, rp_id, origins, related_origins, policy, created_at"
+APP = "id, name, rp_id, origins, related_origins, policy, created_at, updated_at"
 TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
 
 
@@ -88,6 +88,7 @@ def app_of(row: asyncpg.Record) -> RelyingParty:
         related_origins=tuple(row["related_origins"]),
         policy=Policy.load(cast("dict[str, Any]", row["policy"])),
         created_at=row["created_at"],
+        updated_at=row["updated_at"],
     )
 
 

@@ -133,6 +133,7 @@ class RelyingParty:
     related_origins: tuple[str, ...] = ()
     policy: Policy = Policy()  # noqa: RUF009 - frozen, so one instance may be everybody's
     created_at: datetime | None = None  # None until it is stored
+    updated_at: datetime | None = None  # the version that an update replaces; None until it is stored
 
     @property
     def accepted_origins(self) -> tuple[str, ...]:

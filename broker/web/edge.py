@@ -24,6 +24,7 @@ from aiohttp.http import RESPONSES
 from multidict import CIMultiDict, istr
 
 from broker.errors import (
+    Conflict,
     InternalFault,
     InvalidKey,
     InvalidRequest,
@@ -56,6 +57,7 @@ STATUS: Mapping[type[Refusal], int] = {
     NotFound: 404,
     MethodNotAllowed: 405,
     RequestTimeout: 408,
+    Conflict: 409,
     MailCodeExpired: 410,
     MailCodeAttempts: 410,
     RequestTooLarge: 413,
