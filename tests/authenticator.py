@@ -309,7 +309,9 @@ def default_authority() -> Authority:
 
 
 class Authenticator:
-    """See the module. `algorithms` are those it supports; it takes the first of the options' that it has."""
+    """See the module. `algorithms` are those it supports; it takes the first of the options' that it has. As a phone, it can be reached
+    from its own browser and from another device, so it registers as either `attachment`, whichever the options ask for; with None its
+    browser says nothing of that."""
 
     def __init__(
         self,
@@ -408,7 +410,8 @@ class Authenticator:
             "attestationObject": b64(whole if isinstance(whole, bytes) else cbor2.dumps(whole)),
             "transports": list(self.transports),
         }
-        return self._answer(credential.id, response, how)
+        wanted = options.get("authenticatorSelection", {}).get("authenticatorAttachment")
+        return self._answer(credential.id, response, how, self.attachment and (wanted or self.attachment))
 
     def authenticate(
         self, options: Mapping[str, Any], origin: str, **how: Unpack[Misbehaviour]
@@ -439,9 +442,11 @@ class Authenticator:
         }
         if handle is not None:
             response["userHandle"] = handle
-        return self._answer(how.get("credential_id", credential.id), response, how)
+        return self._answer(how.get("credential_id", credential.id), response, how, self.attachment)
 
-    def _answer(self, id_: bytes, response: Mapping[str, Any], how: Misbehaviour) -> dict[str, Any]:
+    def _answer(
+        self, id_: bytes, response: Mapping[str, Any], how: Misbehaviour, attachment: str | None
+    ) -> dict[str, Any]:
         answer: dict[str, Any] = {
             "id": b64(id_),
             "rawId": b64(id_),
@@ -449,8 +454,8 @@ class Authenticator:
             "response": response,
             "clientExtensionResults": {},
         }
-        if self.attachment is not None:
-            answer["authenticatorAttachment"] = self.attachment
+        if attachment is not None:
+            answer["authenticatorAttachment"] = attachment
         return {**answer, **how.get("answer", {})}
 
     @staticmethod

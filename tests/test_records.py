@@ -24,6 +24,7 @@ from broker.ephemeral.records import (
 from broker.errors import InvalidRequest
 from broker.model import (
     Asked,
+    Attachment,
     Beginning,
     Offered,
     PendingAuthentication,
@@ -106,6 +107,7 @@ TIMES = st.floats(min_value=0, max_value=4e9, allow_nan=False)
 VERIFICATIONS = st.sampled_from(get_args(UserVerification))
 TRUSTS = st.sampled_from(get_args(Trust))
 AAGUIDS = st.sampled_from(["00000000-0000-0000-0000-000000000000", "08987058-cadc-4b81-b6e1-30de50dcbe96"])
+ATTACHMENTS = st.none() | st.sampled_from(get_args(Attachment))
 MANY = st.lists(IDS, max_size=3).map(tuple)
 ALGORITHMS = st.lists(st.sampled_from([-7, -8, -35, -53, -257]), max_size=4).map(tuple)
 ASKED = st.just(Asked()) | st.builds(
@@ -171,6 +173,7 @@ BEGINNINGS = st.builds(
     verifications=st.builds(Verifications, VERIFICATIONS, VERIFICATIONS, st.booleans()),
     algorithms=ALGORITHMS,
     allowed=st.none() | MANY,
+    attachment=ATTACHMENTS,
 )
 REGISTRATIONS = st.builds(
     PendingRegistration,
@@ -188,6 +191,7 @@ REGISTRATIONS = st.builds(
     algorithms=ALGORITHMS,
     begun_at=TIMES,
     expires_at=TIMES,
+    attachment=ATTACHMENTS,
 )
 
 

@@ -149,6 +149,7 @@ class Begins:
             app.policy.ceremony_life,
             app.policy.verifications,
             app.policy.algorithms,
+            attachment=pending.attachment,
         )
         handle, _, _ = await self._begin(app, transaction_id, opener, "register", beginning)
         return handle, transaction, options
@@ -237,6 +238,7 @@ class Begins:
             algorithms=app.policy.algorithms,
             begun_at=now,
             expires_at=min(ends, bound[1]) if bound else ends,
+            attachment=attachment,
         )
         return pending, ceremony.begin_registration(
             app,
@@ -248,7 +250,7 @@ class Begins:
             life=pending.expires_at - now,
             attachment=attachment,
             user_verification=pending.user_verification,
-            discoverable=not asked.second_factor,
+            discoverable=pending.discoverable,
         )
 
     def new_authentication(

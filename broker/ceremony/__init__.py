@@ -37,6 +37,8 @@ Decisions where the specification leaves room:
   a chain to a configured root. When the policy asks for attestation and has roots, a chain that leads to none of them is
   refused (§7.1 "SHOULD fail the registration ceremony"). Most passkeys come without any statement; they pass unless the policy's
   `attestation_required` says "any" (a statement, of whatever trust) or "verified".
+- `authenticatorAttachment` and `credProps.rk` are judged where the answer has them: an answer that contradicts the options is
+  refused, one that says nothing passes. Neither is signed, so this finds honest pages whose browser did otherwise, not forgers.
 - An AAGUID makes no decision here: it is a claim, and only trust "verified" proves it. So self attestation with the AAGUID of a
   certified model is "claimed", and does not register where "verified" is required.
 - Whether an attestation certificate was revoked is not asked: that needs the vendors' servers, and nothing here does I/O.

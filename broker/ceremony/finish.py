@@ -81,6 +81,7 @@ def finish_registration(
     # §7.1 "Verify that the alg parameter in the credential public key in authData matches the alg attribute of one of the items"
     if type(algorithm) is not int or algorithm not in pending.algorithms:
         raise refuse("algorithm", "The public key is of an algorithm that was not offered.")
+    _judge_selection(pending, answer)
     evidence = attestation.Evidence(
         data, credential, keys.load(credential.members), hashlib.sha256(answer.client_data_json).digest()
     )
@@ -103,6 +104,21 @@ def finish_registration(
         attestation_trust=trust,
         origin=origin,
     )
+
+
+def _judge_selection(pending: PendingRegistration, answer: RegistrationAnswer) -> None:
+    """What the page says of the authenticator against `authenticatorSelection` of the options. What it doesn't say is not judged:
+    no signature covers either, and SDKs and browsers leave them out."""
+    # WebAuthn L3 §5.4.4 "authenticatorAttachment: If this member is present, eligible authenticators are filtered to be only those"
+    if pending.attachment is not None and answer.attachment not in (None, pending.attachment):
+        raise refuse(
+            "attachment", f"The options ask for a {pending.attachment} authenticator; this one is another."
+        )
+    # §5.4.6 "required: The Relying Party requires a client-side discoverable credential", §10.1.3 "rk"
+    if pending.discoverable and answer.resident_key is False:
+        raise refuse(
+            "resident_key", "The authenticator made no discoverable credential; use another authenticator."
+        )
 
 
 def _judge_statement(

@@ -46,6 +46,7 @@ def parse_registration(value: object) -> RegistrationAnswer:
         attestation_object=_bytes(response, "attestationObject", MAX_ATTESTATION_OBJECT),
         transports=_transports(response) or _transports(answer),
         attachment=_attachment(answer),
+        resident_key=_resident_key(answer),
     )
 
 
@@ -131,3 +132,11 @@ def _attachment(answer: Mapping[str, Any]) -> Attachment | None:
         case "cross-platform":
             return "cross-platform"
     return None
+
+
+def _resident_key(answer: Mapping[str, Any]) -> bool | None:
+    """WebAuthn L3 §10.1.3 "rk: … true indicates that the … credential is discoverable"; None where the answer does not say it."""
+    results = answer.get("clientExtensionResults")
+    properties = results.get("credProps") if isinstance(results, dict) else None
+    found = properties.get("rk") if isinstance(properties, dict) else None
+    return found if isinstance(found, bool) else None

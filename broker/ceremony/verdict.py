@@ -30,6 +30,8 @@ Reason = Literal[
     "public_key",
     "algorithm",
     "credential_id",
+    "attachment",
+    "resident_key",
     "not_offered",
     "user_handle",
     "signature",
@@ -56,6 +58,9 @@ REASONS: dict[Reason, str] = {
     "public_key": "the public key is malformed, weak or not on its curve",
     "algorithm": "an algorithm that was not offered",
     "credential_id": "the credential id is too long or not the one answered",
+    "attachment": "platform or cross-platform, and the options (the page, or the policy `authenticator_attachment` or "
+    "`second_factor_attachment`) asked for the other",
+    "resident_key": "not discoverable (credProps.rk is false), and a passkey is",
     "not_offered": "a passkey that this ceremony does not allow, or of another user",
     "user_handle": "no user handle, or not the one registered",
     "signature": "the signature does not verify",

@@ -37,7 +37,7 @@ from broker.model import (
 
 _REGISTER, _AUTHENTICATE, _LOOK_UP = "tr4", "ta4", "tl4"
 _HEADS = {tag: b'["%b",' % tag.encode() for tag in (_REGISTER, _AUTHENTICATE, _LOOK_UP)}
-_BEGINNING, _REGISTRATION, _AUTHENTICATION, _NONCE = "b1", "r5", "a4", "n4"
+_BEGINNING, _REGISTRATION, _AUTHENTICATION, _NONCE = "b2", "r6", "a4", "n4"
 _NO_AAGUID = "00000000-0000-0000-0000-000000000000"  # stored as null
 _CHALLENGE = 32  # bytes, of a ceremony that has a transaction
 _BY_INITIAL: dict[str, UserVerification] = {"r": "required", "p": "preferred", "d": "discouraged"}
@@ -200,8 +200,10 @@ def load_transaction(app_id: str, stored: bytes) -> Transaction | None:
 
 def dump_beginning(handle: bytes, beginning: Beginning) -> bytes:
     """What stands before a transaction once a ceremony was begun; `handle` is the digest of the only handle that may take it."""
-    challenge, begun_at, life, (user, second, weaker), algorithms, allowed = beginning
-    head = orjson.dumps((_BEGINNING, begun_at, life, user[0] + second[0], weaker, algorithms, allowed))
+    challenge, begun_at, life, (user, second, weaker), algorithms, allowed, attachment = beginning
+    head = orjson.dumps(
+        (_BEGINNING, begun_at, life, user[0] + second[0], weaker, algorithms, allowed, attachment)
+    )
     return b"+%b%b%b%b" % (handle, (len(challenge) + len(head)).to_bytes(2, "big"), challenge, head)
 
 
@@ -210,7 +212,7 @@ def load_beginning(record: bytes) -> Beginning | None:
     tag, *values = orjson.loads(record[_CHALLENGE:])
     if tag != _BEGINNING:
         return None
-    begun_at, life, initials, weaker, algorithms, allowed = values
+    begun_at, life, initials, weaker, algorithms, allowed, attachment = values
     return Beginning(
         record[:_CHALLENGE],
         begun_at,
@@ -218,6 +220,7 @@ def load_beginning(record: bytes) -> Beginning | None:
         Verifications(_BY_INITIAL[initials[0]], _BY_INITIAL[initials[1]], weaker),
         tuple(algorithms),
         None if allowed is None else tuple(allowed),
+        attachment,
     )
 
 
@@ -259,6 +262,7 @@ def dump_pending(p: PendingRegistration | PendingAuthentication) -> bytes:
             p.algorithms,
             p.begun_at,
             p.expires_at,
+            p.attachment,
         )
     return _joined(head, blobs)
 
@@ -287,7 +291,7 @@ def load_pending(app_id: str, stored: bytes) -> PendingRegistration | PendingAut
         )
     if head[0] == _REGISTRATION:
         _, length, user_id, external_id, handle, user_name, shown, nickname, *more = head
-        asked, verification, algorithms, begun, ends = more
+        asked, verification, algorithms, begun, ends, attachment = more
         return PendingRegistration(
             app_id,
             blobs[:length],
@@ -303,6 +307,7 @@ def load_pending(app_id: str, stored: bytes) -> PendingRegistration | PendingAut
             tuple(algorithms),
             begun,
             ends,
+            attachment,
         )
     return None
 

@@ -311,13 +311,17 @@ class ApprovalRecord:
 
 
 class RegistrationAnswer(NamedTuple):
-    """What `navigator.credentials.create()` returned, decoded from base64url and not yet judged."""
+    """What `navigator.credentials.create()` returned, decoded from base64url and not yet judged.
+
+    `attachment` and `resident_key` (`credProps.rk`) are None where the page does not say them, as many do not.
+    """
 
     credential_id: bytes
     client_data_json: bytes
     attestation_object: bytes
     transports: tuple[str, ...]
     attachment: Attachment | None
+    resident_key: bool | None = None
 
 
 class AuthenticationAnswer(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from broker.model.policy import Asked, Trust, UserVerification, Verifications, verification
+from broker.model.policy import Asked, Attachment, Trust, UserVerification, Verifications, verification
 
 Purpose = Literal["register", "authenticate"]
 # What a finished ceremony proves: a login is "authenticate" and nothing else.
@@ -81,7 +81,7 @@ class Beginning(NamedTuple):
     """What a begin adds to its transaction: the pending ceremony, but for what the transaction says.
 
     `life` (seconds), `verifications` and `algorithms` (of a registration) are the policy's at that moment. `allowed` is None where the
-    transaction's `offered` say who may answer.
+    transaction's `offered` say who may answer. `attachment` is what the options of a registration ask for, None where any will do.
     """
 
     challenge: bytes
@@ -90,6 +90,7 @@ class Beginning(NamedTuple):
     verifications: Verifications
     algorithms: tuple[int, ...] = ()
     allowed: tuple[str, ...] | None = None
+    attachment: Attachment | None = None
 
     def pending(self, name: bytes, transaction: Transaction) -> PendingRegistration | PendingAuthentication:
         """The whole pending ceremony. `name` is the digest of the transaction's id."""
@@ -114,6 +115,7 @@ class Beginning(NamedTuple):
                 self.algorithms,
                 self.begun_at,
                 ends,
+                self.attachment,
             )
         offered = transaction.offered
         return PendingAuthentication(
@@ -152,6 +154,12 @@ class PendingRegistration(NamedTuple):
     algorithms: tuple[int, ...]
     begun_at: float
     expires_at: float
+    attachment: Attachment | None = None  # that the options ask for
+
+    @property
+    def discoverable(self) -> bool:
+        """Whether the options ask for a discoverable credential: for a passkey, not for a second factor."""
+        return not self.asked.second_factor
 
 
 class PendingAuthentication(NamedTuple):
