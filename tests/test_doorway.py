@@ -92,6 +92,42 @@ async def test_a_header_that_decides_is_sent_once(broker: Started, wire: Wire, n
     writer.close()
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("expect", ["", "Expect: \r\n"])
+@pytest.mark.parametrize(
+    ("encodings", "status", "code", "reason"),
+    [
+        (("identity", "gzip"), 400, "invalid_request", "header_twice"),
+        (("gzip", "identity"), 400, "invalid_request", "header_twice"),
+        (("identity", "identity"), 400, "invalid_request", "header_twice"),
+        (("identity, gzip",), 415, "unsupported_media_type", "unsupported_media_type"),
+        (("gzip, identity",), 415, "unsupported_media_type", "unsupported_media_type"),
+    ],
+)
+async def test_an_encoding_is_said_once(
+    broker: Started,
+    wire: Wire,
+    encodings: tuple[str, ...],
+    status: int,
+    code: str,
+    reason: str,
+    expect: str,
+    chunked: bool,
+) -> None:
+    """In the fast lane and on aiohttp's own way, which an empty `Expect` takes. A proxy in front may have unpacked by the other one."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", broker.service.port)
+    lines = [f"POST /v1/apps/{wire.app_id}/authenticate/transactions/webauthn/start HTTP/1.1", "Host: b"]
+    lines += ["Transfer-Encoding: chunked" if chunked else "Content-Length: 2"]
+    lines += [f"Content-Encoding: {value}" for value in encodings]
+    body = "2\r\n{}\r\n0\r\n\r\n" if chunked else "{}"
+    with refused(broker, code, reason):
+        writer.write(("\r\n".join([*lines, expect]) + f"\r\n{body}").encode())
+        writer.write_eof()
+        answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    writer.close()
+
+
 async def test_a_policy_made_stricter_applies_to_ceremonies_under_way(
     broker: Started, open_app: OpenApp
 ) -> None:

@@ -62,11 +62,23 @@ def kept(request: web.Request) -> Incoming:
     return request  # type: ignore[return-value]  # and a cast is a call
 
 
+def only_header(request: web.Request, name: str) -> str | None:
+    """A header that decides something: who may do what, how a body is read. Sent twice it is refused: a proxy may have read the other one.
+
+    Raises:
+        InvalidRequest: it is sent twice.
+    """
+    values = request.headers.getall(name, ())
+    if len(values) > 1:
+        raise InvalidRequest(f"The header {name} is sent twice.", reason="header_twice")
+    return values[0] if values else None
+
+
 async def read_bytes(request: web.Request) -> bytes:
     """The body, at most 64 KiB, complete in time and not compressed. The deadline of the answer starts when it is here.
 
     Raises:
-        RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, caller gone).
+        RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, two encodings, caller gone).
     """
     body = _at_hand(kept(request))
     if body is None:
@@ -80,7 +92,7 @@ def _at_hand(incoming: Incoming) -> bytes | None:
     """The body where it came whole with its head, or was read before; as `read_bytes` judges it."""
     if incoming.kept_body is not None:
         return incoming.kept_body
-    encoding = incoming.headers.get(hdrs.CONTENT_ENCODING)
+    encoding = only_header(incoming, hdrs.CONTENT_ENCODING)
     if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedEncoding
     body = incoming.came

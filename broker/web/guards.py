@@ -26,14 +26,14 @@ from aiohttp.typedefs import Handler as AnyHandler
 
 from broker.broker import Broker
 from broker.directory import Directory
-from broker.errors import InvalidKey, InvalidRequest, OperationNotAllowed, Unavailable
+from broker.errors import InvalidKey, OperationNotAllowed, Unavailable
 from broker.mailbox import Mailbox
 from broker.model import RelyingParty, page_origin
 from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import CONTEXT, Metrics, context
-from broker.web.body import kept, read_bytes
+from broker.web.body import kept, only_header, read_bytes
 from broker.web.refused_origins import RefusedOrigins
 
 Access = Literal["key", "browser", "public"]
@@ -74,17 +74,9 @@ async def _slow_body(request: web.Request) -> bool:
     return time.monotonic() - began > _SLOW_SECONDS
 
 
-def _only(request: web.Request, name: str) -> str | None:
-    """A header that decides who may do what. Sent twice it is refused: a proxy may have read the other one."""
-    values = request.headers.getall(name, ())
-    if len(values) > 1:
-        raise InvalidRequest(f"The header {name} is sent twice.", reason="header_twice")
-    return values[0] if values else None
-
-
 def bearer(request: web.Request) -> str:
     """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is case-insensitive."""
-    scheme, _, token = (_only(request, hdrs.AUTHORIZATION) or "").partition(" ")
+    scheme, _, token = (only_header(request, hdrs.AUTHORIZATION) or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
@@ -92,7 +84,7 @@ def header(name: str) -> KeyReader:
     """The API key as the whole of a header, "" if there is none."""
 
     def read(request: web.Request) -> str:
-        return (_only(request, name) or "").strip()
+        return (only_header(request, name) or "").strip()
 
     return read
 
@@ -179,7 +171,7 @@ async def _admitted(request: web.Request) -> RelyingParty:
     except Unavailable as fault:
         fault.retry = "page"  # nothing was taken yet
         raise
-    origin = _only(request, hdrs.ORIGIN)
+    origin = only_header(request, hdrs.ORIGIN)
     if origin is not None:
         registered, readable = origin in app.web_origins, page_origin(origin)
         admitted = registered or (readable and request.method == hdrs.METH_OPTIONS)
