@@ -57,6 +57,7 @@ class Place:
     """A server of few routes. `/held` waits for `release`; `entered` counts who came there, `left` who got to its end."""
 
     stream: StringIO = field(default_factory=StringIO)
+    metrics: Metrics = field(default_factory=Metrics)
     release: asyncio.Event = field(default_factory=asyncio.Event)
     entered: int = 0
     left: int = 0
@@ -83,7 +84,7 @@ class Place:
         log = Log(self.stream)
         capture_library_records(log)
         app = self.application(limits)
-        edge = Edge(app, renderers=[], default=flex.render, metrics=Metrics(), log=log)
+        edge = Edge(app, renderers=[], default=flex.render, metrics=self.metrics, log=log)
         self.listener: Listener = await listen(
             app, bind("127.0.0.1", 0), edge=edge, drain_seconds=drain_seconds
         )
@@ -91,6 +92,15 @@ class Place:
     @property
     def log(self) -> list[dict[str, Any]]:
         return [orjson.loads(line) for line in self.stream.getvalue().splitlines()]
+
+    @property
+    def late_heads(self) -> int:
+        """How many the log tells of; the metric must agree."""
+        logged = sum(entry["event"] == "late_head" for entry in self.log)
+        labels = {"code": "request_timeout", "reason": "head"}
+        counted = int(self.metrics.registry.get_sample_value("broker_refusals_total", labels) or 0)
+        assert logged == counted
+        return counted
 
     @property
     def faults(self) -> list[dict[str, Any]]:
@@ -551,7 +561,137 @@ async def test_a_slow_head_on_a_connection_that_used_the_lane(start: Open, dial:
     line = await used(await dial(place.listener.ports[0]))
     await line.send(PLAIN[:10])
     assert await line.ends() == b""
-    assert len(place.log) == 1
+    assert [entry["event"] for entry in place.log] == ["request", "late_head"]
+    assert place.late_heads == 1
+
+
+# Of each kind the last request, whose way it is; requests before it in the same segment make all of them take aiohttp's.
+WAYS: dict[str, tuple[str, ...]] = {"lane": (), "aiohttp": ("Expect: ",)}
+BEFORE: dict[str, Callable[[tuple[str, ...]], list[bytes]]] = {
+    "no body": lambda way: [request("GET", "/plain", *way)],
+    "a length": lambda way: [echo("x" * 100, *way)],
+    "a body that ends with an empty line": lambda way: [echo("x\r\n\r\n", *way)],
+    "chunks": lambda way: [
+        request("POST", "/echo", "Transfer-Encoding: chunked", *way) + b"1\r\nx\r\n0\r\n\r\n"
+    ],
+    "two": lambda way: [PLAIN, echo("x", *way)],
+    "forty": lambda way: [echo(f"request {n}", *way) for n in range(40)],
+    "an offer to upgrade": lambda way: [echo("x", "Connection: Upgrade", "Upgrade: websocket", *way)],
+}
+HEADS = [b"G", PLAIN[:10], PLAIN[:-2], PLAIN[:-1]]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("pause", ["none", "in the head", "before the head"])
+async def test_a_slow_head_behind_whole_requests(
+    start: Open,
+    dial: Dial,
+    way: tuple[str, ...],
+    before: Callable[[tuple[str, ...]], list[bytes]],
+    pause: str,
+) -> None:
+    """Its limit is its own, and not the longer one of an idle connection; what came before it is answered."""
+    place = await start(Limits(head=SOON, idle=60))
+    whole = before(way)
+    lines = []
+    for head in HEADS:
+        line = await dial(place.listener.ports[0])
+        lines.append(line)
+        part = {"none": len(head), "in the head": len(head) // 2, "before the head": 0}[pause]
+        await line.send(b"".join(whole) + head[:part])
+        for _ in whole:
+            assert (await line.answer())[0] == 200
+        await line.send(head[part:])
+    for line in lines:
+        assert await line.ends() == b""
+    assert place.late_heads == len(HEADS)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+async def test_a_slow_head_behind_a_request_that_is_under_way(
+    start: Open, dial: Dial, way: tuple[str, ...]
+) -> None:
+    """The request is answered, although the head is late before that; the rest of that head is not read any more."""
+    place = await start(Limits(head=SOON, idle=60))
+    line = await used(await dial(place.listener.ports[0]))
+    await line.send(request("POST", "/held", *way, body=b"first") + PLAIN[:10])
+    await place.holds(1)
+    await eventually(lambda: place.late_heads == 1, "the head is late")
+    await line.send(PLAIN[10:])
+    place.release.set()
+    assert await told(line) == {"held": "first"}
+    assert await line.ends() == b""
+    assert [entry["route"] for entry in place.log if entry["event"] == "request"] == ["/plain", "/held"]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+async def test_an_idle_connection_has_no_slow_head(
+    start: Open, dial: Dial, way: tuple[str, ...], before: Callable[[tuple[str, ...]], list[bytes]]
+) -> None:
+    """However its last request was cut into segments. A head that begins after them is late: then the time of theirs would be over, too."""
+    place = await start(Limits(head=SOON, idle=60))
+    whole = before(way)
+    data = b"".join(whole)
+    end = len(data) - len(whole[-1]) + whole[-1].index(b"\r\n\r\n")
+    lines = []
+    for cut in (len(data), end, end + 1, end + 3, end + 4, end + 5, len(data) - 2, len(data) - 1):
+        line = await dial(place.listener.ports[0])
+        lines.append(line)
+        await line.send(data[:cut])
+        for _ in whole[:-1]:
+            await line.answer()
+        await asyncio.sleep(0)
+        await line.send(data[cut:])
+        assert (await line.answer())[0] == 200
+    late = await dial(place.listener.ports[0])
+    await late.send(b"G")
+    assert await late.ends() == b""
+    for line in lines:
+        await line.send(PLAIN)
+        assert await told(line) == {"is": "plain"}
+    assert place.late_heads == 1
+
+
+async def test_heads_that_come_one_behind_the_other_have_a_limit_each(start: Open, dial: Dial) -> None:
+    """Each ends in the segment in which the next one begins."""
+    place = await start(Limits(head=60, idle=60))
+    line = await used(await dial(place.listener.ports[0]))
+    await line.send(PLAIN[:10])
+    for _ in range(3):
+        await eventually(lambda: place.connections[0]._head_timer is not None, "a head has begun")
+        timer = place.connections[0]._head_timer
+        await line.send(PLAIN[10:] + PLAIN[:10])
+        assert await told(line) == {"is": "plain"}
+        again = place.connections[0]._head_timer
+        assert timer is not None
+        assert timer.cancelled()
+        assert again is not None
+        assert again.when() > timer.when()
+    await line.send(PLAIN[10:])
+    assert await told(line) == {"is": "plain"}
+    assert place.connections[0]._head_timer is None
+
+
+async def test_the_first_head_begins_with_its_first_byte(start: Open, dial: Dial) -> None:
+    """A connection that says nothing ends as early as a slow head does, and is none."""
+    place = await start(Limits(head=SOON, idle=60))
+    silent = await dial(place.listener.ports[0])
+    assert await silent.ends() == b""
+    assert place.log == []
+    line = await dial(place.listener.ports[0])
+    await eventually(lambda: len(place.connections) == 1, "it is there")
+    opened = place.connections[0]._head_timer
+    assert opened is not None
+    await line.send(b"G")
+    await eventually(lambda: place.connections[0]._head_timer is not opened, "its first byte is there")
+    begun = place.connections[0]._head_timer
+    assert begun is not None
+    assert opened.cancelled()
+    assert begun.when() > opened.when()
+    assert await line.ends() == b""
+    assert place.late_heads == 1
 
 
 async def test_a_slow_body_on_a_connection_that_used_the_lane(start: Open, dial: Dial) -> None:
@@ -598,19 +738,33 @@ async def test_nonsense_from_a_peer_that_goes_away(place: Place, dial: Dial, tur
 # -- who goes away ----------------------------------------------------------------------------------------------------------------
 
 
+NO_LINGER = b"\1\0\0\0\0\0\0\0"  # of a socket whose end is a reset
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("behind", [b"", PLAIN, PLAIN[:10]])
-@pytest.mark.parametrize("how", ["close", "abort", "half"])
-async def test_a_peer_that_goes_away(place: Place, line: Line, how: str, behind: bytes) -> None:
-    """What was asked is done to its end; what was asked behind it is not; nothing is left and nothing is said."""
+async def test_a_peer_that_closes(place: Place, line: Line, way: tuple[str, ...], behind: bytes) -> None:
+    """It looks like one that half-closes until an answer is refused. What was asked is done to its end; nothing is left and nothing is said."""
+    await line.send(request("POST", "/held", *way, body=b"x") + behind)
+    await place.holds(1)
+    line.writer.close()
+    await eventually(lambda: place.connections[0]._ending, "its end is seen")
+    assert place.left == 0
+    place.release.set()
+    await eventually(lambda: not place.connections and not in_lane(), "all is over")
+    gc.collect()  # a task's exception that nobody looked at is told about now
+    assert place.left == 1
+    assert {entry["event"] for entry in place.log} == {"request"}
+
+
+@pytest.mark.parametrize("behind", [b"", PLAIN, PLAIN[:10]])
+async def test_a_peer_that_goes_away(place: Place, line: Line, behind: bytes) -> None:
+    """With a reset. What was asked is done to its end; what was asked behind it is not; nothing is left and nothing is said."""
     await line.send(held("x"))
     await place.holds(1)
     await line.send(behind)
-    if how == "close":
-        line.writer.close()
-    elif how == "abort":
-        line.writer.transport.abort()
-    else:
-        line.writer.write_eof()
+    line.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+    line.writer.transport.abort()
     await eventually(lambda: place.connections[0].transport is None, "the connection is over")
     assert place.left == 0
     place.release.set()
@@ -618,6 +772,127 @@ async def test_a_peer_that_goes_away(place: Place, line: Line, how: str, behind:
     gc.collect()  # a task's exception that nobody looked at is told about now
     assert place.left == 1
     assert [entry["route"] for entry in place.log] == ["/plain", "/held"]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_peer_that_half_closes(
+    place: Place,
+    dial: Dial,
+    way: tuple[str, ...],
+    before: Callable[[tuple[str, ...]], list[bytes]],
+    fresh: bool,
+    apart: bool,
+) -> None:
+    """It gets the answers to all that it asked, and then the connection ends."""
+    line = await dial(place.listener.ports[0])
+    if not fresh:
+        await used(line)
+    whole = before(way)
+    line.writer.write(b"".join(whole))
+    if apart:
+        await eventually(lambda: place.connections[0]._request_count > (not fresh), "a request is there")
+    line.writer.write_eof()
+    for _ in whole:
+        assert (await line.answer())[0] == 200
+    assert await line.ends() == b""
+    await eventually(lambda: not place.connections and not in_lane(), "all is over")
+    assert [(entry["event"], entry["status"]) for entry in place.log] == [("request", 200)] * (
+        len(whole) + (not fresh)
+    )
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("behind", [0, 1, 40])
+async def test_a_peer_that_half_closes_while_it_waits(
+    place: Place, line: Line, way: tuple[str, ...], behind: int
+) -> None:
+    """Also for several answers: more than aiohttp keeps in its queue."""
+    await line.send(request("POST", "/held", *way, body=b"x"))
+    await place.holds(1)
+    await line.send(PLAIN * behind)
+    line.writer.write_eof()
+    if behind < 30:
+        await eventually(lambda: place.connections[0]._ending, "its end is seen")
+    place.release.set()
+    assert await told(line) == {"held": "x"}
+    for _ in range(behind):
+        assert await told(line) == {"is": "plain"}
+    assert await line.ends() == b""
+    assert [entry["status"] for entry in place.log] == [200] * (2 + behind)
+
+
+async def test_a_peer_that_half_closes_and_reads_slowly(place: Place, dial: Dial) -> None:
+    line = await dial(place.listener.ports[0])
+    await line.send(request("GET", "/large"))
+    await eventually(lambda: any(p.writing_paused for p in place.connections), "the peer does not read")
+    line.writer.write_eof()
+    await eventually(lambda: place.connections[0]._ending, "its end is seen")
+    assert await told(line) == "x" * LARGE
+    assert await line.ends() == b""
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("first", ["nothing", "answered", "under way", "in one segment"])
+@pytest.mark.parametrize("cut", [1, 10, -30, -1])
+async def test_a_peer_that_half_closes_within_a_request(
+    place: Place, dial: Dial, way: tuple[str, ...], first: str, cut: int
+) -> None:
+    """In its head or its body. It is not waited for; a whole one before it gets its answer."""
+    line = await dial(place.listener.ports[0])
+    begun = echo("x" * 60, *way)[:cut]
+    if first == "answered":
+        await used(line)
+    elif first == "under way":
+        await line.send(request("POST", "/held", *way, body=b"x"))
+        await place.holds(1)
+    elif first == "in one segment":
+        begun = request("POST", "/held", *way, body=b"x") + begun
+    line.writer.write(begun)
+    line.writer.write_eof()
+    if first in ("under way", "in one segment"):
+        await eventually(lambda: bool(place.connections and place.connections[0]._ending), "its end is seen")
+        await place.holds(1)
+        place.release.set()
+        assert await told(line) == {"held": "x"}
+    assert await line.ends() == b""
+    await eventually(lambda: not place.connections and not in_lane(), "all is over")
+    requests = [(entry["route"], entry["status"]) for entry in place.log]
+    whole = {"answered": [("/plain", 200)], "nothing": []}.get(first, [("/held", 200)])
+    assert requests in (whole, [*whole, ("/echo", 400)]), "of what came in parts at most a refusal is logged"
+    assert place.late_heads == 0
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+async def test_nonsense_before_a_half_close(place: Place, line: Line, way: tuple[str, ...]) -> None:
+    await line.send(request("POST", "/held", *way, body=b"x"))
+    await place.holds(1)
+    line.writer.write(b"nonsense\r\n\r\n")
+    line.writer.write_eof()
+    await eventually(lambda: place.connections[0]._ending, "its end is seen")
+    place.release.set()
+    assert await told(line) == {"held": "x"}
+    assert (await told(line, 400))["code"] == "invalid_request"
+    assert await line.ends() == b""
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+async def test_the_end_waits_for_a_peer_that_half_closed(
+    place: Place, line: Line, way: tuple[str, ...]
+) -> None:
+    await line.send(request("POST", "/held", *way, body=b"x"))
+    await place.holds(1)
+    line.writer.write_eof()
+    await eventually(lambda: place.connections[0]._ending, "its end is seen")
+    closing = asyncio.create_task(place.listener.close())
+    await eventually(lambda: place.connections[0]._force_close, "it is to end")
+    place.release.set()
+    assert await told(line) == {"held": "x"}
+    assert await line.ends() == b""
+    async with asyncio.timeout(PATIENCE):
+        await closing
 
 
 async def test_peers_that_go_away_at_any_moment(place: Place, dial: Dial) -> None:
@@ -629,7 +904,7 @@ async def test_peers_that_go_away_at_any_moment(place: Place, dial: Dial) -> Non
             if first:
                 await used(line)
             raw = line.writer.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close is a reset
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             line.writer.write(held("x") + (PLAIN if turns % 2 else b""))
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -656,7 +931,9 @@ async def test_a_statement_ends_without_its_caller(broker: Started, wire: Wire, 
             line.writer.transport.abort()
         else:
             line.writer.write_eof()
-            assert await line.ends() == b""
+    if how == "half":
+        assert (await line.answer())[0] == 201
+        assert await line.ends() == b""
     await eventually(lambda: bool(lines(broker, status=201)), "the request is over")
     assert (await wire.keyed("GET", "/users?identifier=ann")).json["total_users"] == 1
     assert [entry["event"] for entry in broker.log] == ["request", "request"]

@@ -367,6 +367,26 @@ def test_the_start_tells_where_metrics_are(
     assert get(started.port, "/metrics") == (200 if told == "public" else 404)
 
 
+# -- half-closed connections ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expect", ["", "Expect: \r\n"])
+def test_a_peer_that_half_closes_gets_its_answers(serve: Start, expect: str) -> None:
+    """On uvloop, in the fast lane and on aiohttp's own way, which an empty `Expect` takes."""
+    started = serve().begun()
+    asked = f"GET /health/live HTTP/1.1\r\nHost: localhost\r\n{expect}\r\n".encode()
+    for times in (1, 3, 40):
+        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as opened:
+            opened.sendall(asked * times)
+            opened.shutdown(socket.SHUT_WR)
+            assert opened.makefile("rb").read().count(b"HTTP/1.1 200 OK\r\n") == times
+    for part in (asked[:9], b"POST" + asked[3:-2] + b"Content-Length: 9\r\n\r\n{"):
+        with socket.create_connection(("127.0.0.1", started.port), timeout=10) as opened:
+            opened.sendall(part)
+            opened.shutdown(socket.SHUT_WR)
+            assert b" 200 " not in opened.makefile("rb").read()
+
+
 # -- the end --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -249,6 +249,11 @@ class Edge:
         self._log("malformed_request", status=response.status, kind=kind, request_id=request_id)
         return response
 
+    def late_head(self) -> None:
+        """Count and log a request whose head was not complete in time. Its connection ends without an answer."""
+        self._metrics.refusals.inc(RequestTimeout.code, "head")
+        self._log("late_head", request_id=_request_id(None))
+
     def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
         response = self._renderer(request)(refusal, request)
         for name, value in _headers_of(refusal).items():

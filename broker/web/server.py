@@ -2,9 +2,10 @@
 
 aiohttp has no limit on how long a request's head may take, keeps idle connections for an hour, unpacks compressed bodies, and
 answers and logs malformed requests with the bytes it could not parse (a control byte in a header makes it print the Authorization
-header). Here: a head is complete within 10 s, an idle connection ends after 75 s (`Limits`), compressed bodies stay compressed (and
-are refused), and a malformed request gets one fixed JSON sentence and a log line without a byte of it. Two more things aiohttp does
-otherwise: a body whose chunks break leaves its reader waiting, and at shut-down the rest of a body that is under way is dropped.
+header). Here: a head is complete within 10 s of its first byte, an idle connection ends after 75 s (`Limits`), compressed bodies stay compressed (and
+are refused), and a malformed request gets one fixed JSON sentence and a log line without a byte of it. Three more things aiohttp does
+otherwise: a body whose chunks break leaves its reader waiting, at shut-down the rest of a body that is under way is dropped, and a peer that
+half-closes the connection (RFC 9293 §3.6, "CLOSE is an operation meaning 'I have no more data to send'") gets no answer to what it asked before.
 
 **The fast lane.** aiohttp hands each request from its connection's task to a task of its own and back, and writes answers in steps that
 any response might need: two thirds of what a small request costs. A request that is whole when its head is (as nearly all are), on a
@@ -44,21 +45,37 @@ _NO_WRITER = cast("AbstractStreamWriter", None)  # of requests whose answers nee
 class _Protocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_head_timer", "_idle", "_lane", "_last_body", "_server", "_taken", "_write_timer")
+    __slots__ = (
+        "_answered",
+        "_ending",
+        "_head_timer",
+        "_held",
+        "_idle",
+        "_lane",
+        "_last_body",
+        "_server",
+        "_silent",
+        "_taken",
+        "_write_timer",
+    )
 
     def __init__(self, manager: _Server, **options: Any) -> None:
         super().__init__(manager, **options)
         self._server = manager  # aiohttp's `_manager` is gone with the peer
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._last_body: StreamReader | None = None
+        self._last_body: StreamReader = EMPTY_PAYLOAD  # of the last request whose head is here
+        self._silent = True  # no byte has come
+        self._held = b""  # the last byte that came, where the parser can't take it yet
+        self._answered = 0  # of `_request_count`
+        self._ending = False  # the connection ends when all requests that are here are answered
         self._lane: asyncio.Task[None] | None = None
         self._idle: asyncio.Future[None]  # what the lane's task waits for
         self._taken: tuple[RawRequestMessage, StreamReader, asyncio.Future[None]] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._expect_head()
+        self._head_timer = self._loop.call_later(self._server.limits.head, self.force_close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._head_is_here()
@@ -68,32 +85,98 @@ class _Protocol(RequestHandler):
             self._lane.cancel()  # else it ends with its request
 
     def data_received(self, data: bytes) -> None:
+        if self._ending and data and self._last_body.is_eof():
+            return
         complete = self._request_count
         waiter = self._waiter
         if waiter is not None and not waiter.done() and not self._messages:
             self._waiter = None  # so that what is read is queued and wakes nobody yet
-            super().data_received(data)
-            if self._request_count != complete:
-                self._head_is_here()
-                if self._enter_lane(waiter):
-                    return
-                self._judge_framing()
-            elif self._head_timer is None:
-                self._expect_head()  # the first bytes of the next head on an idle connection
+            self._parse(data)
+            if self._request_count != complete and self._enter_lane(waiter):
+                return
             self._give_back(waiter)
             return
         if (self._close or self._force_close) and self._request_in_progress and self.transport is not None:
             # Shutting down: aiohttp would drop these bytes, and with them the body of a request that may still end well.
             closing = self._close, self._force_close
             self._close = self._force_close = False
-            super().data_received(data)
+            self._parse(data)
             self._close, self._force_close = closing
-            self._judge_framing()
             return
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        """Parse `data`. A head that it leaves incomplete has `Limits.head` seconds from here on.
+
+        The parser does not say whether it holds an incomplete head. It does where no body is awaited and the last byte has completed no
+        request, so that byte is parsed by itself. Data that ends with an empty line leaves no incomplete head, and is parsed at once.
+        """
+        before, begun = self._request_count, False
+        data, self._held = self._held + data, b""
+        if data.endswith(b"\r\n\r\n"):
+            self._parse_part(data)
+        else:
+            self._parse_part(data[:-1])
+            complete, awaited = self._request_count, not self._last_body.is_eof()
+            if len(self._messages) >= self._max_msg_queue_size and not self._upgraded:
+                self._held = data[-1:]  # the parser waits for room, and may hold more requests
+            elif data and not self._is_broken():
+                self._parse_part(data[-1:])
+                begun = self._request_count == complete and not awaited and not self._upgraded
+        if self._request_count != before or (self._silent and data):
+            self._head_is_here()
+        self._silent = self._silent and not data
+        if begun and self._head_timer is None:
+            self._head_timer = self._loop.call_later(self._server.limits.head, self._head_is_late)
+
+    def _parse_part(self, data: bytes) -> None:
+        complete = self._request_count
         super().data_received(data)
         if self._request_count != complete:
-            self._head_is_here()
             self._judge_framing()
+
+    def _is_broken(self) -> bool:
+        return self._close or bool(self._messages and isinstance(self._messages[-1][0], _ErrInfo))
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's answers nothing, which closes the transport
+        """The peer sends no more (a half-close, or the end of its process). It gets the answers to whole requests, then the connection ends."""
+        left = self._request_count - self._answered
+        if left and not self._last_body.is_eof():  # the last one will never be whole
+            left -= 1
+            if left:  # else it is with its handler, which learns it from the end of the connection
+                self._messages.pop()
+                self._answered += 1
+        self._ending = True
+        self._head_is_here()
+        return left > 0
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        self._server.edge.late_head()
+        if self._request_count == self._answered:
+            self.force_close()
+        self._ending = True
+
+    def _is_answered(self) -> None:
+        self._answered += 1
+        if self._ending and self._answered == self._request_count:
+            self._close = True
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write an answer on aiohttp's own way. It offers nothing to upgrade to: what came behind the offer is HTTP."""
+        if self._upgraded and not self._messages and self._parser is not None:
+            self._parser.set_upgraded(False)
+            self._upgraded = False
+            tail, self._message_tail = self._message_tail, b""
+            self._parse(tail)
+            if self._buffer_paused:
+                self._resume_reading_if_drained()
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._is_answered()
 
     def _enter_lane(self, waiter: asyncio.Future[None]) -> bool:
         """Whether what came is one whole request, which is being answered now; aiohttp's task, which waits for `waiter`, goes on waiting."""
@@ -138,7 +221,7 @@ class _Protocol(RequestHandler):
                         await self._drain_helper()
                 else:
                     request._payload_writer = StreamWriter(self, self._loop)
-                    await self.finish_response(request, response, None)
+                    await super().finish_response(request, response, None)
                     if not response.keep_alive:
                         self.force_close()
             except ConnectionError:  # the peer is gone
@@ -148,6 +231,7 @@ class _Protocol(RequestHandler):
                 raise
             finally:
                 self._taken = None
+                self._is_answered()
                 self._next_keepalive_close_time = loop.time() + self._keepalive_timeout
                 if self._keepalive_handle is None and not self._force_close:  # it rang meanwhile
                     self._keepalive_handle = loop.call_at(
@@ -155,6 +239,8 @@ class _Protocol(RequestHandler):
                     )
                 self._give_back(waiter)
             if self._close or self._force_close:
+                if self.transport is not None:
+                    self.transport.close()
                 return
             del message, body, waiter, request, response
             self._idle = loop.create_future()
@@ -205,8 +291,9 @@ class _Protocol(RequestHandler):
             self._last_body = body
             if message.path is None:  # CONNECT to nothing, which the parser lets pass
                 self._messages[-1] = _ErrInfo(400, InvalidURLError(""), ""), EMPTY_PAYLOAD
-        elif self._last_body is not None and not self._last_body.is_eof():
+        elif not self._last_body.is_eof():
             self._messages.pop()  # the request that has this body gets the answer
+            self._answered += 1
             self._close = True
             self._last_body.set_exception(web.RequestPayloadError())
             self._last_body.feed_eof()
@@ -229,9 +316,6 @@ class _Protocol(RequestHandler):
     def _give_up(self) -> None:
         if self.transport is not None:
             self.transport.abort()
-
-    def _expect_head(self) -> None:
-        self._head_timer = self._loop.call_later(self._server.limits.head, self.force_close)
 
     def _head_is_here(self) -> None:
         if self._head_timer is not None:
