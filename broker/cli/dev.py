@@ -9,6 +9,7 @@ process is killed, the kernel stops the stores (`broker.embedded`).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker.cli.serving import run, start, until_told
-from broker.embedded import EmbeddedStores
+from broker.embedded import INSTALL, EmbeddedStores
 from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
 from broker.settings import Settings, SettingsFault
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 DATA = ".broker"
 SECRET = "secret-key"  # noqa: S105 - a file's name
 NAME = "Passkey broker demo"
+
+
+class ExtraFault(Fault):
+    """A package that only `dev` needs is not installed; the sentence names the extra that has it."""
 
 
 class SecretFault(Fault):
@@ -69,6 +74,8 @@ def run_dev(options: argparse.Namespace) -> int:
         Settings.load(environment, needed=())  # faults are reported before anything is started
     except SettingsFault as fault:
         raise SettingsFault([_as_given(sentence, said) for sentence in fault.faults]) from None
+    if importlib.util.find_spec("httpx") is None:  # and the stores look for servers before they make anything
+        raise ExtraFault(f"The demo of `broker dev` needs httpx, which is not installed; run {INSTALL}.")
     with EmbeddedStores.start(options.data, _load, **stores) as embedded:
         environment["BROKER_DATABASE_URL"] = embedded.database_url
         environment["BROKER_REDIS_URL"] = embedded.redis_url

@@ -37,7 +37,7 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 from urllib.parse import quote
 
-from broker.embedded.binaries import Binaries, find_postgres, find_redis
+from broker.embedded.binaries import INSTALL, Binaries, find_postgres, find_redis
 from broker.embedded.children import Log, Server, exists, reap, record, runs, stop
 from broker.embedded.place import (
     Account,
@@ -46,6 +46,7 @@ from broker.embedded.place import (
     binaries_directory,
     claim,
     entered,
+    is_new,
     own,
     place_elsewhere,
     recorded_place,
@@ -55,7 +56,7 @@ from broker.embedded.place import (
     write,
 )
 
-__all__ = ["EmbeddedFault", "EmbeddedStores"]
+__all__ = ["INSTALL", "EmbeddedFault", "EmbeddedStores"]
 
 READY_WITHIN = 30.0
 ROLE = "broker"
@@ -138,8 +139,15 @@ class EmbeddedStores:
         as long as importing a web framework takes. Its exceptions end the start. `postgres` are settings of Postgres, by name, beside
         or instead of ours.
 
-        Raises EmbeddedFault for everything that a person can put right. Nothing is left running then.
+        Raises EmbeddedFault for everything that a person can put right. Nothing is left running then, and where there was no data
+        directory and a server is missing, none is made.
         """
+        if is_new(data):
+            account = server_account()
+            if not database_url:
+                find_postgres(account, None)
+            if not redis_url:
+                find_redis(account)
         stores = cls(claim(data), database_url, redis_url)
         stores._meanwhile = meanwhile
         stores._postgres_settings |= postgres

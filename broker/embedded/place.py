@@ -155,6 +155,14 @@ class Claim:
         self._descriptors += other._descriptors
 
 
+def is_new(data: Path) -> bool:
+    """Whether there is no data directory of a broker yet; False also for what can't be looked at, which `claim` tells of."""
+    try:
+        return not os.path.lexists(data.expanduser() / "lock")
+    except (OSError, RuntimeError):
+        return False
+
+
 def claim(data: Path) -> Claim:
     """Make the data directory where it is missing, and hold its lock.
 
