@@ -25,6 +25,7 @@ from broker.broker import Broker
 from broker.dialects import Dialect, flex, hanko, passlock, propelauth
 from broker.directory import Directory
 from broker.durable import Catalogue, Durable, Postgres
+from broker.durable.housekeeping import Housekeeping
 from broker.durable.notifications import Notifications
 from broker.durable.signing_keys import SigningKeys
 from broker.ephemeral import Ephemeral, connect
@@ -99,6 +100,7 @@ class Parts:
     settings: Settings
     postgres: Postgres
     notifications: Notifications
+    housekeeping: Housekeeping
     durable: Durable
     ephemeral: Ephemeral
     broker: Broker
@@ -112,6 +114,7 @@ class Parts:
 
     async def close(self) -> None:
         """Close the stores' connections."""
+        await self.housekeeping.close()
         await self.notifications.close()
         await self.ephemeral.close()
         await self.postgres.close()
@@ -166,6 +169,9 @@ async def assemble(
         settings=settings,
         postgres=postgres,
         notifications=notifications,
+        housekeeping=Housekeeping(
+            postgres, retention_days=settings.event_retention_days, metrics=metrics, log=log, clock=clock
+        ),
         durable=durable,
         ephemeral=ephemeral,
         broker=Broker(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
@@ -363,6 +369,7 @@ async def serve(
     stack = AsyncExitStack()
     stack.push_async_callback(parts.close)
     parts.notifications.start()
+    parts.housekeeping.start()
     try:
         ports = ports or Ports.bind(settings)
         extra = await prepare(ports.pages[0].getsockname()[1]) if prepare else {}

@@ -353,7 +353,7 @@ class Directory:
         )
 
     async def delete_user(self, app: RelyingParty, external_id: str) -> None:
-        """Delete a user with all traces.
+        """Delete a user with passkeys and approvals; events keep kind, time and our ids.
 
         Raises:
             UnknownUser, Unavailable.
@@ -404,7 +404,7 @@ class Directory:
         return updated
 
     async def delete_app(self, app_id: str) -> None:
-        """Delete an app with its keys, users, passkeys and events.
+        """Delete an app with its keys, users and passkeys. Its events stay.
 
         Raises:
             UnknownApp, Unavailable.
@@ -436,6 +436,11 @@ class Directory:
         """Revoke a key. False: no such key, or revoked before."""
         return await self._durable.revoke_key(app_id, key_id, self.now())
 
-    async def events(self, app_id: str, *, limit: int, after: int = 0) -> Sequence[Event]:
+    async def events(self, app_id: str, *, limit: int) -> Sequence[Event]:
         """The newest events of an app, oldest first."""
-        return await self._catalogue.events(app_id, limit=limit, after=after)
+        return await self._catalogue.events(app_id, limit=limit)
+
+    async def events_after(self, app_id: str, cursor: int, *, limit: int) -> tuple[list[AuditRow], int]:
+        """The first events of an app behind a cursor (an event's id; 0 for all), oldest first, and the next cursor: an event that is
+        committed later comes behind that one."""
+        return await self._catalogue.events_after(app_id, cursor, limit=limit)

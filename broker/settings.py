@@ -176,6 +176,7 @@ class Settings:
     database_connections: int = _setting(_whole(1, 500), 16)
     redis_connections: int = _setting(_whole(1, 2000), 64)
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # how long an app or a key may be remembered
+    event_retention_days: int = _setting(_whole(0, 36_500), 90)  # 0: events stay for ever
     drain_seconds: float = _setting(_seconds(0, 60), 10)
     log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info")
 

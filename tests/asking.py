@@ -99,7 +99,7 @@ async def _native_management(wire: Wire) -> None:
         ok(await wire.keyed("GET", f"/passkeys{query}"))
     ok(await wire.keyed("GET", f"/passkeys/{passkey}"))
     ok(await wire.keyed("PATCH", f"/passkeys/{passkey}", {"nickname": "Work"}))
-    for query in ("", f"?after={_LONG_AGO}&before={_FAR}", "?user=mia", "?action=passkey.used"):
+    for query in ("", f"?after={_LONG_AGO}&before={_FAR}", "?user=mia", "?action=passkey.used", "?cursor=0"):
         ok(await wire.keyed("GET", f"/events{query}"))
     for kind, body in (
         ("update", {"external_id": "mia", "user_name": "mia"}),
@@ -246,6 +246,8 @@ async def _operators(service: Service, wire: Wire) -> None:
     await directory.keys(app.id)
     await directory.revoke_key(app.id, key.id)
     await directory.events(app.id, limit=10)
+    await directory.events_after(app.id, 0, limit=10)
+    await service.parts.housekeeping.clean()
     await signing.rotate(app, "ES256")
     await directory.delete_user(app, "bob")
     doomed, _ = await directory.create_app("Doomed", "example.org", (ORIGIN,))

@@ -28,6 +28,7 @@ from broker.embedded.children import Server
 from broker.embedded.place import server_account
 from broker.errors import Unavailable
 from broker.telemetry import Metrics
+from broker.tokens import SystemMint
 from tests.processes import DEADLINE, alive, descendants, free_port, until
 from tests.proxy import Streams
 
@@ -220,6 +221,18 @@ async def session_of(stores: EmbeddedStores) -> AsyncIterator[asyncpg.Connection
         yield connection
     finally:
         await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def database_of(stores: EmbeddedStores) -> AsyncIterator[str]:
+    """The URL of a database of the test's own, empty."""
+    name = "test_" + SystemMint().id().lower()
+    async with session_of(stores) as session:
+        await session.execute(f"CREATE DATABASE {name}")
+        try:
+            yield stores.database_url.replace("/postgres?", f"/{name}?")
+        finally:
+            await session.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def pool(url: str, *, timeout: float = 5.0, connections: int = 16) -> Postgres:

@@ -489,8 +489,10 @@ def test_policy_keys_that_contradict_each_other_are_refused(cli: Cli, app: str) 
 def test_delete_an_app(cli: Cli, app: str) -> None:
     assert cli("app", "delete", "--app", app, "--json").json == {"deleted": app}
     assert refusal(cli("app", "delete", "--app", app)) == "There is no such app."
-    (event,) = cli("events", "--app", app, "--json").json
+    created, event = cli("events", "--app", app, "--json").json
+    assert created["action"] == "app.created"
     assert (event["action"], event["actor"], event["result"]) == ("app.deleted", "cli", "done")
+    assert cli("events", "--app", app, "--after", str(created["id"]), "--json").json == [event]
 
 
 @pytest.mark.parametrize("app_id", [UNKNOWN, "", "x", "../../etc/passwd", "A" * 23 + "é", "' OR 1=1 --"])
@@ -624,10 +626,10 @@ async def test_an_unknown_user_is_one_sentence(
         assert refusal(done) == "The app has no such user."
 
 
-async def test_a_deleted_user_leaves_no_trace(
+async def test_a_deleted_user_leaves_our_ids_in_events_alone(
     cli: Cli, stores: EmbeddedStores, wire: Wire, device: Authenticator
 ) -> None:
-    """In no table, under none of their names; who stays is as before."""
+    """In no table, under none of their names but our ids in events; who stays is as before."""
     external = f"ann-{secrets.token_hex(8)}@example.org"
     passkey = await wire.user(external, device)
     await wire.user("ben", Authenticator())
@@ -639,7 +641,9 @@ async def test_a_deleted_user_leaves_no_trace(
 
     done = await beside(cli)("user", "delete", "--app", wire.app_id, "--user", external, "--json")
     assert done.json == {"deleted": external}
-    assert await _found(stores, names) == set()
+    assert await _found(stores, names) == {user["id"], passkey}
+    for table in ("users", "credentials"):
+        assert await query(stores, f"SELECT FROM {table} WHERE id IN ($1, $2)", user["id"], passkey) == []
     answer = await wire.keyed("POST", "/transactions/authenticate", {"external_id": external})
     assert answer.code == "user_not_found"
     assert (await wire.keyed("GET", f"/users/{user['id']}")).code == "user_not_found"
@@ -647,7 +651,7 @@ async def test_a_deleted_user_leaves_no_trace(
     answer = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
     assert answer.code == "discoverable_login_failed"
     last = (await beside(cli)("events", "--app", wire.app_id, "--json")).json[-1]
-    assert (last["action"], last["user_id"], last["passkey_id"]) == ("user.deleted", None, None)
+    assert (last["action"], last["user_id"], last["passkey_id"]) == ("user.deleted", user["id"], None)
     assert (await beside(cli)("passkey", "list", "--app", wire.app_id, "--user", "ben")).status == 0
 
 
@@ -700,6 +704,9 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
     assert newest == events[-2:]
     after = (await run("events", "--app", wire.app_id, "--after", str(events[3]["id"]), "--json")).json
     assert after == events[4:]
+    first = str(events[0]["id"])
+    after = (await run("events", "--app", wire.app_id, "--after", first, "--limit", "2", "--json")).json
+    assert after == events[1:3], "the first ones behind it, not the newest"
     assert (await run("events", "--app", wire.app_id, "--after", str(2**63 - 1), "--json")).json == []
     assert (await run("events", "--app", wire.app_id)).out.count("\n") == len(events)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,10 +15,12 @@ import asyncpg
 import pytest
 
 from broker.durable import Catalogue, Durable, Postgres
+from broker.durable.rows import ERASE
 from broker.embedded import EmbeddedStores
 from broker.errors import Conflict, Unavailable, UnknownApp
 from broker.model import (
     ApiKey,
+    Approval,
     Asked,
     Credential,
     PendingRegistration,
@@ -265,18 +268,19 @@ async def test_one_key_is_revoked_once_in_parallel(durable: Durable, app: Relyin
     assert (await told(durable, app)).count(("key.revoked", "done", key.id)) == 1
 
 
-async def test_a_deleted_app_leaves_one_line(
+async def test_a_deleted_app_leaves_its_events(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
     user = await ensure(durable, app, "ann")
     await add(durable, app, user)
+    before = await told(durable, app)
     other = await new_app(durable)
     kept = await ensure(durable, other, "ann")
     assert await durable.delete_app(app.id, LATER)
     assert not await durable.delete_app(app.id, LATER)
-    assert await found_in(stores, app.id) == {"events": 1}
-    assert await found_in(stores, user) == {}
-    assert await told(durable, app) == [("app.deleted", "done", None)]
+    assert await found_in(stores, app.id) == {"events": 4}
+    assert await found_in(stores, user) == {"events": 2}
+    assert await told(durable, app) == [*before, ("app.deleted", "done", None)]
     assert await durable.user(other.id, user_id=kept) is not None
 
 
@@ -442,44 +446,58 @@ async def test_a_user_becomes_active_with_the_first_live_passkey(durable: Durabl
     assert await durable.user_to_sign_in(app.id, "nobody") is None
 
 
-async def test_a_deleted_user_leaves_no_trace(
+async def test_of_a_deleted_user_events_keep_our_ids_alone(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
-    external_id = "trace-" + MINT.id()
-    user_id = await ensure(durable, app, external_id)
-    handle = (await durable.ensure_user(app.id, external_id, new_id="", new_handle="", now=NOW))[1]
-    key = await add(durable, app, user_id)
-    other = await ensure(durable, app, "other")
-    await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
-    await durable.tell(
-        app.id,
-        "passkey.used",
-        result="refused",
-        reason="origin",
-        user_id=user_id,
-        passkey_id=key.id,
-        now=LATER,
-    )
-    assert set(await found_in(stores, user_id)) == {"users", "credentials", "events"}
+    """Kind, time and our ids stay. Nothing that a caller or the user chose is in any column of any table."""
+    external_id, chosen = "trace-" + MINT.id(), "ann-" + MINT.id()
+    token = CONTEXT.set(Context(chosen, "key:k"))
+    try:
+        user_id = await ensure(durable, app, external_id)
+        handle = (await durable.ensure_user(app.id, external_id, new_id="", new_handle="", now=NOW))[1]
+        key = await add(durable, app, user_id)
+        approval = Approval("payment-" + chosen, "data-" + chosen, b"")
+        assert await durable.add_approval(app.id, user_id, approval, new_id=MINT.id(), now=NOW)
+        await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
+        refusal: dict[str, Any] = {
+            "result": "refused",
+            "user_id": user_id,
+            "passkey_id": key.id,
+            "now": LATER,
+        }
+        await durable.tell(app.id, "passkey.used", reason="origin", **refusal)
+        other = await ensure(durable, app, "other")
+    finally:
+        CONTEXT.reset(token)
+    assert set(await found_in(stores, user_id)) == {"users", "credentials", "events", "approvals"}
+    before = await catalogue(durable).events(app.id, limit=100)
     assert await durable.delete_user(app.id, external_id, LATER)
     assert not await durable.delete_user(app.id, external_id, LATER)
     # A ceremony that was under way when the user was deleted is refused afterwards, and tells of it.
-    await durable.tell(
-        app.id,
-        "passkey.registered",
-        result="refused",
-        reason="no_user",
-        user_id=user_id,
-        passkey_id=key.id,
-        now=LATER,
-    )
-    for trace in (external_id, user_id, handle, key.id):
+    await durable.tell(app.id, "passkey.registered", reason="no_user", **refusal)
+    for trace in (external_id, handle, approval.identifier, approval.data):
         assert await found_in(stores, trace) == {}
-    assert (await told(durable, app))[-2:] == [
-        ("user.deleted", "done", None),
-        ("passkey.registered", "refused", "no_user"),
+    assert await found_in(stores, chosen) == {"events": 1}, "another user's, of the same request"
+    after = await catalogue(durable).events(app.id, limit=100)
+    assert after[: len(before)] == [replace(e, request_id="") if e.user_id == user_id else e for e in before]
+    assert [(e.action, e.user_id, e.reason) for e in after[len(before) :]] == [
+        ("user.deleted", user_id, None),
+        ("passkey.registered", None, "no_user"),
     ]
+    assert await found_in(stores, user_id) == {"events": 5}
     assert await durable.user(app.id, user_id=other) is not None
+
+
+async def test_every_column_of_events_is_ours_or_erased(stores: EmbeddedStores) -> None:
+    """A column that is added has to be put into one of these, and into the erasure."""
+    ours = {"id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason"}
+    erased = set(re.findall(r"(\w+) = ''", ERASE))
+    async with session_of(stores) as session:
+        rows = await session.fetch(
+            "SELECT column_name FROM information_schema.columns WHERE table_schema = 'public' AND table_name = 'events'"
+        )
+    assert {row["column_name"] for row in rows} == ours | erased
+    assert erased == {"request_id"}
 
 
 async def found_in(stores: EmbeddedStores, text: str) -> dict[str, int]:
@@ -862,7 +880,8 @@ async def test_an_event_says_who_and_what(durable: Durable, app: RelyingParty) -
     assert await catalogue(durable).events(app.id, limit=2) == [registered, refused], (
         "the newest, oldest first"
     )
-    assert await catalogue(durable).events(app.id, limit=10, after=registered.id) == [refused]
+    found, cursor = await catalogue(durable).events_after(app.id, registered.id, limit=10)
+    assert ([row.event for row in found], cursor) == ([refused], refused.id)
 
 
 CHANGES: dict[str, Callable[[Durable, RelyingParty, Credential], Awaitable[object]]] = {

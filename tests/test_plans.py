@@ -53,7 +53,10 @@ OPERATORS = {
     "reseal_signing_key": "broker key reseal",
 }
 # What a request brings about only when another one is faster at the same moment.
-RACES = {"drop_nobody": "two pages that register one passkey at once, for nobody yet"}
+RACES = {
+    "drop_nobody": "two pages that register one passkey at once, for nobody yet",
+    "events_writers": "a reader of events while another transaction writes one",
+}
 # Routes that ask no store, or never succeed.
 _NO_STORE = ("/sdk/", "/metrics", "/health/", "/aaguid/")
 NOT_RUN = OPERATORS.keys() | RACES.keys()

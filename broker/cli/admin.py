@@ -159,10 +159,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     command = _app(_add(commands, "events", "what happened in an app", list_events))
     command.add_argument(
-        "--limit", type=_whole(1, 10_000), default=100, metavar="N", help="the newest N (default 100)"
+        "--limit",
+        type=_whole(1, 10_000),
+        default=100,
+        metavar="N",
+        help="at most N, the newest (default 100)",
     )
     command.add_argument(
-        "--after", type=_whole(0, 2**63 - 1), default=0, metavar="ID", help="only those after this event"
+        "--after",
+        type=_whole(0, 2**63 - 1),
+        metavar="ID",
+        help="the first N after this event, none skipped; 0 for all",
     )
 
     group = commands.add_parser("signing-key", help="keys that sign tokens").add_subparsers(
@@ -362,8 +369,12 @@ async def delete_user(records: Records, options: argparse.Namespace) -> Row:
 
 
 async def list_events(records: Records, options: argparse.Namespace) -> list[Row]:
-    """The newest events, oldest first. Also of an app deleted since, of which one event stays."""
-    found = await records.directory.events(options.app, limit=options.limit, after=options.after)
+    """The newest events, or the first ones after one of them; oldest first. Also of an app deleted since."""
+    if options.after is None:
+        found = await records.directory.events(options.app, limit=options.limit)
+    else:
+        rows, _ = await records.directory.events_after(options.app, options.after, limit=options.limit)
+        found = [row.event for row in rows]
     if not found:
         await records.directory.app(options.app)
     return [_event_row(event) for event in found]

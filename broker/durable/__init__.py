@@ -29,6 +29,7 @@ from broker.durable.registrations import Registrations
 from broker.durable.rows import (
     APP,
     CREDENTIAL,
+    ERASE,
     TELL,
     USER,
     USES,
@@ -130,15 +131,14 @@ class Durable(SignIns, Registrations):
         return replace(app, updated_at=row["updated_at"])
 
     async def delete_app(self, app_id: str, now: datetime) -> bool:
-        """Delete a relying party with its keys, users, credentials and events. False: no such app."""
+        """Delete a relying party with its keys, users and credentials. Its events stay, and one more. False: no such app."""
 
         async def delete(connection: Connection) -> bool:
             async with connection.transaction():
                 deleted = "DELETE FROM relying_parties WHERE id = $1 RETURNING id"
                 if await connection.fetchrow(deleted, app_id) is None:
                     return False
-                # A statement of its own sees what others committed while the first one waited for them.
-                await connection.execute("DELETE FROM events WHERE app_id = $1", app_id)
+                # Last: readers of events wait for a transaction that writes one, and a large app takes its time.
                 told = f"{TELL} VALUES ($1, $2, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4)"
                 await connection.execute(told, now, app_id, *who())
             return True
@@ -228,7 +228,8 @@ class Durable(SignIns, Registrations):
         return User(**dict(row)) if row else None
 
     async def delete_user(self, app_id: str, external_id: str, now: datetime) -> bool:
-        """Delete a user with credentials and events. The event that stays names nobody. False: no such user."""
+        """Delete a user with credentials and approvals. Events keep kind, time and our ids; of what a caller chose they hold the
+        request's id, which is erased. False: no such user."""
 
         async def delete(connection: Connection) -> bool:
             async with connection.transaction():
@@ -237,9 +238,10 @@ class Durable(SignIns, Registrations):
                 if gone is None:
                     return False
                 # A statement of its own sees what others committed while the first one waited for them.
-                await connection.execute("DELETE FROM events WHERE user_id = $1", gone["id"])
-                told = f"{TELL} VALUES ($1, $2, $3, 'user.deleted', NULL, NULL, 'done', NULL, $4)"
-                await connection.execute(told, now, app_id, *who())
+                await connection.execute(ERASE, [gone["id"]])
+                told = f"{TELL} VALUES ($1, $2, $3, 'user.deleted', $4, NULL, 'done', NULL, $5)"
+                actor, request_id = who()
+                await connection.execute(told, now, app_id, actor, gone["id"], request_id)
             return True
 
         return await self._pg.run("delete_user", delete)

@@ -1,18 +1,19 @@
-"""What keyed callers and operators look up and change outside of ceremonies: users, passkeys by page, approvals, the audit log.
+"""What keyed callers and operators look up and change outside of ceremonies: users, passkeys by page, approvals, the audit
+log (`broker.durable.events`).
 
 Users without an external id (nobody owns their passkey yet) are in no list of users; their passkeys are in the lists of passkeys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, cast
 
+from broker.durable.events import Events
 from broker.durable.postgres import Connection, Postgres
 from broker.durable.rows import CREDENTIAL, TELL, USER, USES, owned_of, who
 from broker.errors import OwnedAlready, UnknownPasskey
-from broker.model import ApprovalRecord, AuditRow, Event, Owned, User
+from broker.model import ApprovalRecord, Owned, User
 
 UserOrder = Literal["created_at", "-created_at", "updated_at", "-updated_at", "id", "-id"]
 _ORDERS: dict[UserOrder, str] = {
@@ -23,15 +24,14 @@ _ORDERS: dict[UserOrder, str] = {
     "id": "u.id",
     "-id": "u.id DESC",
 }
-_EVENT = "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason, e.request_id"
 _OWNED = f"SELECT {CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
 
 
-class Catalogue:
+class Catalogue(Events):
     """The statements, each beside its method."""
 
     def __init__(self, postgres: Postgres) -> None:
-        self._pg = postgres
+        Events.__init__(self, postgres)
 
     # -- users ----------------------------------------------------------------------------------------------------------------
 
@@ -267,61 +267,3 @@ class Catalogue:
             user_id,
         )
         return [ApprovalRecord(**dict(row)) for row in rows]
-
-    # -- events ---------------------------------------------------------------------------------------------------------------
-
-    async def events(self, app_id: str, *, limit: int, after: int = 0) -> Sequence[Event]:
-        """The newest `limit` events of an app with an id above `after`, oldest first."""
-        rows = await self._pg.rows(
-            "events",
-            f"SELECT {_EVENT} FROM events e WHERE app_id = $1 AND id > $2 ORDER BY id DESC LIMIT $3",
-            app_id,
-            after,
-            limit,
-        )
-        return [Event(**dict(row)) for row in reversed(rows)]
-
-    async def audit(
-        self,
-        app_id: str,
-        *,
-        limit: int,
-        offset: int,
-        start: datetime | None,
-        end: datetime | None,
-        kinds: Sequence[tuple[str, str]] | None,
-        user: str | None,
-    ) -> tuple[list[AuditRow], int]:
-        """A page of events, newest first, and how many there are in all. `kinds` are pairs of action and result; `user` is a part of
-        the external id; `start` and `end` are exclusive."""
-        # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the order would be that of ids,
-        # and a plan for any app may walk through everybody's events for the few of a quiet one.
-        conditions, values = ["e.app_id BETWEEN $1 AND $1"], cast("list[object]", [app_id])
-        for condition, value in (
-            ("e.at > {}", start),
-            ("e.at < {}", end),
-            ("strpos(u.external_id, {}) > 0", user),
-            (
-                "e.action || ' ' || e.result = ANY({}::text[])",
-                None if kinds is None else [" ".join(k) for k in kinds],
-            ),
-        ):
-            if value is not None:
-                values.append(value)
-                conditions.append(condition.format(f"${len(values)}"))
-        where = " AND ".join(conditions)
-        source = f"FROM events e LEFT JOIN users u ON u.id = e.user_id AND u.app_id = $1 WHERE {where}"
-        counted = await self._pg.row("audit", f"SELECT count(*) AS total {source}", *values)
-        assert counted is not None, "an aggregate has one row"
-        rows = await self._pg.rows(
-            "audit",
-            f"SELECT {_EVENT}, u.external_id {source} ORDER BY e.app_id DESC, e.id DESC LIMIT ${len(values) + 1} OFFSET ${len(values) + 2}",
-            *values,
-            limit,
-            offset,
-        )
-        audited = [
-            AuditRow(Event(**{k: v for k, v in row.items() if k != "external_id"}), row["external_id"])
-            for row in rows
-        ]
-        return audited, counted["total"]

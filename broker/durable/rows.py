@@ -31,6 +31,8 @@ OFFERED = (
     "c.attestation_trust, c.aaguid, c.user_id, c.app_id"
 )
 APP = "id, name, rp_id, origins, related_origins, policy, created_at, updated_at"
+# Of users who are gone, all that their events hold and a caller chose. A column that is added to events has its place here, or is ours.
+ERASE = "UPDATE events SET request_id = '' WHERE user_id = ANY ($1::text[]) AND request_id <> ''"
 TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
 
 

@@ -34,11 +34,15 @@ class Counts:
 
     def inc(self, *labels: str) -> None:
         """Once more. `labels` in the order of the metric's names."""
+        self.add(1.0, *labels)
+
+    def add(self, number: float, *labels: str) -> None:
+        """So many more."""
         found = self.values.get(labels)
         if found is None:
-            self.values[labels] = [1.0]
+            self.values[labels] = [number]
         else:
-            found[0] += 1.0
+            found[0] += number
 
     def family(self, values: Values) -> Metric:
         """These values as Prometheus has them."""
@@ -162,6 +166,12 @@ class Metrics:
             "broker_request_seconds", "Time of a request.", "route", "status", buckets=_STEPS
         )
         self.events_lost = Counts("broker_events_lost", "Events of refusals that could not be written.")
+        self.housekeeping_rows = Counts(
+            "broker_housekeeping_rows", "Rows that the periodic clean-up deleted.", "chore"
+        )
+        self.housekeeping_failures = Counts(
+            "broker_housekeeping_failures", "Batches of the periodic clean-up that failed.", "chore"
+        )
         self.worker_restarts = Counts("broker_worker_restarts", "Workers that were replaced.", "cause")
         self.tally = Tally([metric for metric in vars(self).values() if isinstance(metric, Counts | Times)])
         self.registry = CollectorRegistry()

@@ -8,6 +8,7 @@
     PATCH  /users/{user_id}                {user_name} -> {passkeys}: the name that authenticators show, on each of the user's
     GET    /users/{user_id}/approvals      -> {approvals}
     GET    /events                         a page: after?, before?, user?, action?, page?, limit? -> {events, page, limit, total}
+                                           or what follows: cursor, limit? -> {events, next_cursor}
 
 Each handler reads, calls one verb and renders. A list's unknown field is refused, so that a filter that is misspelt does not answer
 with everything. Renames here change lists; authenticators hear of them through signals.
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from broker.dialects.flex.fields import page_and_limit, query_of
+from broker.dialects.flex.fields import page_and_limit, query_of, whole
 from broker.dialects.flex.objects import approval_object, event_object, passkey_object
 from broker.errors import InvalidRequest
 from broker.model import RelyingParty
@@ -101,9 +102,12 @@ async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamR
 
 
 async def list_events(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A page of what happened in the app, the newest first. `after` and `before` are exclusive; `user` is a part of the external id."""
-    query = query_of(request, "page", "limit", "after", "before", "user", "action")
+    """A page of what happened in the app, the newest first. `after` and `before` are exclusive; `user` is a part of the external id.
+    With `cursor` what follows it, the oldest first, none skipped; it stands alone with `limit`."""
+    query = query_of(request, "page", "limit", "after", "before", "user", "action", "cursor")
     place = page_and_limit(query)
+    if "cursor" in query:
+        return await _events_after(request, app, query, place["limit"])
     action = query.get("action")
     rows, total = await request.app[DIRECTORY].audit(
         app,
@@ -114,6 +118,16 @@ async def list_events(request: web.Request, app: RelyingParty) -> web.StreamResp
         **place,
     )
     return json_answer({"events": [event_object(row) for row in rows], **place, "total": total})
+
+
+async def _events_after(
+    request: web.Request, app: RelyingParty, query: dict[str, str], limit: int
+) -> web.StreamResponse:
+    if others := query.keys() - {"cursor", "limit"}:
+        raise InvalidRequest(f"cursor stands alone with limit, without {', '.join(sorted(others))}.")
+    cursor = whole(query["cursor"], "cursor", 0, 0, 10**12 - 1)
+    rows, following = await request.app[DIRECTORY].events_after(app.id, cursor, limit=limit)
+    return json_answer({"events": [event_object(row) for row in rows], "next_cursor": str(following)})
 
 
 def _moment(query: dict[str, str], name: str) -> datetime | None:

@@ -1,0 +1,148 @@
+"""Periodic clean-up: rows that nobody needs any more are deleted in batches, by one instance at a time.
+
+Each instance makes a pass every `EVERY` seconds or so. A batch is a transaction of its own that takes an advisory lock first, if it is
+free, so that of many instances one works; the others leave it to that one. A batch has at most `BATCH` rows, keeps within the limit of
+any wait for Postgres, waits for no row that somebody else holds, and a pause of several times its own length follows it: requests go
+first. A batch that failed ends the chore's pass, counts in `broker_housekeeping_failures_total`, and the next one is half as large.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, TypeAlias
+
+import asyncpg
+
+from broker.durable.postgres import Connection, Postgres
+from broker.errors import Unavailable
+from broker.telemetry import Log, Metrics, fault
+
+EVERY = 600.0  # seconds between two passes of an instance, give or take half of it
+BATCH = 1000  # rows
+_SMALLEST = 10  # rows
+_REST = 4  # times as long as a batch took
+_SHORTEST_REST = 0.02  # seconds
+_LOCK = 0x636C_6561_6E75_70  # "cleanup"
+_CHANCE = random.Random()  # noqa: S311 - instances that started together shall not come together
+
+
+class _Batch(NamedTuple):
+    """What a batch did."""
+
+    rows: int
+    more: bool  # whether there may be further rows
+
+
+_Chore: TypeAlias = "Callable[[Connection, datetime, int], Awaitable[_Batch]]"
+
+
+class Housekeeping:
+    """The chores, one after the other. `retention_days` is how long events stay, 0 for ever; `clock` gives seconds since the epoch."""
+
+    def __init__(
+        self,
+        postgres: Postgres,
+        *,
+        retention_days: int,
+        metrics: Metrics,
+        log: Log,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._pg = postgres
+        self._retention = timedelta(days=retention_days)
+        self._metrics = metrics
+        self._log = log
+        self._clock = clock
+        self._seen = 0  # the newest event that this pass has looked at
+        self._chores: dict[str, _Chore] = {"events": self._old_events} if retention_days else {}
+        self._sizes = dict.fromkeys(self._chores, BATCH)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; needs no server. The first pass comes later, so that a restart has its stores for itself."""
+        self._task = asyncio.create_task(self._run(), name="housekeeping")
+        self._task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """End, in the middle of a batch as well: what is not committed is not done."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(EVERY * _CHANCE.uniform(0.5, 1.5))
+            await self.clean()
+
+    async def clean(self) -> dict[str, int]:
+        """One pass: every chore until nothing is left for it, another instance works, or a batch fails. Returns rows by chore."""
+        done = {}
+        self._seen = 0
+        for name, chore in self._chores.items():
+            if rows := await self._all_of(name, chore):
+                done[name] = rows
+        if done:
+            self._log("housekeeping", rows=done)
+        return done
+
+    async def _all_of(self, name: str, chore: _Chore) -> int:
+        rows = 0
+        while True:
+            began, size = time.monotonic(), self._sizes[name]
+            try:
+                batch = await self._batch(chore, size)
+            except (Unavailable, asyncpg.PostgresError) as failure:
+                self._sizes[name] = max(_SMALLEST, size // 2)
+                self._metrics.housekeeping_failures.inc(name)
+                reason = failure.reason if isinstance(failure, Unavailable) else type(failure).__name__
+                self._log("housekeeping_failed", severity=logging.WARNING, chore=name, reason=reason)
+                return rows
+            if batch is None:
+                return rows
+            rows += batch.rows
+            self._metrics.housekeeping_rows.add(batch.rows, name)
+            self._sizes[name] = min(BATCH, 2 * size)
+            if not batch.more:
+                return rows
+            await asyncio.sleep(max(_SHORTEST_REST, _REST * (time.monotonic() - began)))
+
+    async def _batch(self, chore: _Chore, size: int) -> _Batch | None:
+        """None: another instance works."""
+        now = datetime.fromtimestamp(self._clock(), UTC)
+
+        async def work(connection: Connection) -> _Batch | None:
+            async with connection.transaction():
+                if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
+                    return None
+                return await chore(connection, now, size)
+
+        return await self._pg.run("housekeeping", work)
+
+    # -- events ---------------------------------------------------------------------------------------------------------------
+
+    async def _old_events(self, connection: Connection, now: datetime, size: int) -> _Batch:
+        """Delete events that are older than the retention, of all apps. A look at events in the order of their ids ends at the first
+        batch without an old one: by more than the instances' clocks differ the time of a later event is not earlier."""
+        row = await connection.fetchrow(
+            """
+            WITH oldest AS MATERIALIZED (SELECT id, at FROM events WHERE id > $1 ORDER BY id LIMIT $2),
+            gone AS (DELETE FROM events WHERE id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3)) RETURNING id)
+            SELECT (SELECT max(id) FROM oldest) AS last, (SELECT count(*) FROM oldest) AS seen,
+                   (SELECT count(*) FROM gone) AS gone
+            """,
+            self._seen,
+            size,
+            now - self._retention,
+        )
+        assert row is not None, "a SELECT without FROM has one row"
+        self._seen = row["last"] or self._seen
+        return _Batch(row["gone"], more=row["gone"] > 0 and row["seen"] == size)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log("defect", severity=logging.ERROR, **fault(error))

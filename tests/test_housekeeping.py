@@ -1,0 +1,195 @@
+"""The periodic clean-up, on a database of the test's own, with the clock moved and a pass called by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import asyncpg
+import pytest
+
+from broker.durable import Durable, Postgres, housekeeping, instant
+from broker.durable.housekeeping import BATCH, Housekeeping
+from broker.embedded import EmbeddedStores
+from broker.model import RelyingParty
+from broker.telemetry import Log
+from tests.conftest import Starter
+from tests.servers import database_of, eventually, pool
+from tests.test_durable import NOW, new_app
+
+Session: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+
+@dataclass(slots=True)
+class House:
+    """A database, its clean-up, and what a test looks at."""
+
+    postgres: Postgres
+    durable: Durable
+    session: Session
+    now: list[float] = field(default_factory=lambda: [NOW.timestamp()])
+    stream: io.StringIO = field(default_factory=io.StringIO)
+
+    def keeping(self, days: int = 90) -> Housekeeping:
+        return Housekeeping(
+            self.postgres,
+            retention_days=days,
+            metrics=self.postgres._metrics,
+            log=Log(self.stream),
+            clock=lambda: self.now[0],
+        )
+
+    def pass_time(self, **period: float) -> None:
+        self.now[0] += timedelta(**period).total_seconds()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
+
+    def metric(self, name: str, chore: str) -> float:
+        found = self.postgres._metrics.registry.get_sample_value(
+            f"broker_housekeeping_{name}_total", {"chore": chore}
+        )
+        return found or 0.0
+
+    async def fill(self, app: RelyingParty, number: int) -> None:
+        """So many events of this moment."""
+        await self.session.execute(
+            "INSERT INTO events (at, app_id, actor, action, result, request_id)"
+            " SELECT $1, $2, 'test', 'old', 'done', '' FROM generate_series(1, $3::int)",
+            instant(self.now[0]),
+            app.id,
+            number,
+        )
+
+    async def kept(self) -> list[tuple[str, int]]:
+        rows = await self.session.fetch("SELECT action, count(*) FROM events GROUP BY action ORDER BY action")
+        return [(row[0], row[1]) for row in rows]
+
+
+@pytest.fixture
+async def house(stores: EmbeddedStores, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    monkeypatch.setattr(housekeeping, "_REST", 0)
+    monkeypatch.setattr(housekeeping, "_SHORTEST_REST", 0)
+    async with database_of(stores) as url:
+        made = pool(url)
+        await made.open()
+        await made.migrate(NOW)
+        session = await asyncpg.connect(url)
+        yield House(made, Durable(made), session)
+        await session.close()
+        await made.close()
+
+
+# -- events -------------------------------------------------------------------------------------------------------------------------
+
+
+async def test_events_end_with_the_retention(house: House) -> None:
+    """At the boundary: what is exactly as old as the retention stays. Of every app, also of one that was deleted."""
+    app, gone = await new_app(house.durable), await new_app(house.durable)
+    await house.fill(app, 3)
+    await house.durable.delete_app(gone.id, NOW)
+    keeping = house.keeping(90)
+    house.pass_time(days=90)
+    await house.fill(app, 2)
+    assert await keeping.clean() == {}
+    assert await house.kept() == [("app.created", 2), ("app.deleted", 1), ("old", 5)]
+    house.pass_time(seconds=0.001)
+    assert await keeping.clean() == {"events": 6}
+    assert await house.kept() == [("old", 2)]
+    assert house.metric("rows", "events") == 6
+    [line] = [line for line in house.lines if line["event"] == "housekeeping"]
+    assert line["rows"] == {"events": 6}
+
+
+async def test_a_batch_is_small_and_a_statement_of_its_own(house: House) -> None:
+    app = await new_app(house.durable)
+    await house.session.execute(
+        "CREATE TABLE batches (rows bigint, moment bigint);"
+        "CREATE FUNCTION batch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO batches SELECT count(*), pg_current_xact_id()::text::bigint FROM gone; RETURN NULL; END $$;"
+        "CREATE TRIGGER batch AFTER DELETE ON events REFERENCING OLD TABLE AS gone EXECUTE FUNCTION batch()"
+    )
+    await house.fill(app, 2 * BATCH + 500)
+    house.pass_time(days=91)
+    await house.fill(app, 10)
+    assert await house.keeping().clean() == {"events": 2 * BATCH + 501}
+    batches = await house.session.fetch("SELECT rows, moment FROM batches WHERE rows > 0 ORDER BY moment")
+    assert [row["rows"] for row in batches] == [BATCH, BATCH, 501]
+    assert len({row["moment"] for row in batches}) == 3, "each in a transaction of its own"
+    assert await house.kept() == [("old", 10)]
+
+
+async def test_without_a_retention_events_stay(house: House) -> None:
+    await house.fill(await new_app(house.durable), 3)
+    house.pass_time(days=40_000)
+    assert await house.keeping(0).clean() == {}
+    assert await house.kept() == [("app.created", 1), ("old", 3)]
+
+
+async def test_old_events_behind_one_of_a_clock_ahead_end_as_well(house: House) -> None:
+    app = await new_app(house.durable)
+    house.pass_time(days=3)
+    await house.fill(app, 1)
+    house.pass_time(days=-3)
+    await house.fill(app, 5)
+    house.pass_time(days=91)
+    assert await house.keeping().clean() == {"events": 6}
+    assert await house.kept() == [("old", 1)]
+
+
+# -- how it goes about it -----------------------------------------------------------------------------------------------------------
+
+
+async def test_one_instance_works_at_a_time(house: House) -> None:
+    """The second one comes while a batch of the first is held open, and leaves the work to it."""
+    await house.fill(await new_app(house.durable), 5)
+    house.pass_time(days=91)
+    async with house.session.transaction():
+        await house.session.execute("LOCK TABLE events IN SHARE MODE")
+        first = asyncio.create_task(house.keeping().clean())
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'events'::regclass"
+        while not await house.session.fetchval(waiting):
+            assert not first.done()
+            await asyncio.sleep(0.005)  # between two looks
+        assert await house.keeping().clean() == {}
+        assert not first.done()
+    assert await first == {"events": 6}
+    assert house.metric("failures", "events") == 0
+
+
+async def test_a_batch_that_fails_is_counted_and_the_next_one_is_smaller(house: House) -> None:
+    await house.fill(await new_app(house.durable), BATCH)
+    house.pass_time(days=91)
+    keeping = house.keeping()
+    house.postgres._timeout = 0.2
+    async with house.session.transaction():
+        await house.session.execute("LOCK TABLE events IN SHARE MODE")
+        assert await keeping.clean() == {}
+    house.postgres._timeout = 5.0
+    assert house.metric("failures", "events") == 1
+    [line] = [line for line in house.lines if line["event"] == "housekeeping_failed"]
+    assert (line["chore"], line["reason"]) == ("events", "postgres")
+    assert keeping._sizes == {"events": BATCH // 2}
+    assert await keeping.clean() == {"events": BATCH + 1}
+    assert keeping._sizes == {"events": BATCH}
+
+
+async def test_a_broker_cleans_up_by_its_setting(
+    house: House, start_broker: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A running instance makes passes without being asked, with its own clock and retention."""
+    monkeypatch.setattr(housekeeping, "EVERY", 0.01)
+    await house.fill(await new_app(house.durable), 5)
+    broker = await start_broker(database_url=house.postgres._url, event_retention_days=7)
+    await eventually(
+        lambda: broker.metric("broker_housekeeping_rows_total", chore="events") == 6, "events are deleted"
+    )
+    await broker.service.close()
+    assert broker.parts.housekeeping._task is not None
+    assert broker.parts.housekeeping._task.cancelled()
