@@ -280,6 +280,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     "POST /register/transactions/webauthn/finish": {200: NONCE, 401: REFUSED, 404: _NO_TRANSACTION},
     "POST /authenticate/transactions/webauthn/start": {
         200: AUTHENTICATE_START,
+        403: error("operation_not_allowed"),
         404: error("app_not_found"),
         429: error("too_many_requests"),
     },
@@ -317,7 +318,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     "POST /signals/{kind}": {201: TICKET},
     "POST /signals/exchange": {200: {"calls": [CALL]}, 404: _NO_TICKET},
     "GET /.well-known/jwks.json": {200: jwks(P256)},
-    "OPTIONS": {204: NOTHING, 403: error("operation_not_allowed")},
+    "OPTIONS": {204: NOTHING},
 }
 EVERYWHERE: dict[int, object] = {
     404: error("not_found"),

@@ -135,7 +135,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     "DELETE /credentials/{id}": {204: NOTHING, 404: CREDENTIAL_NOT_FOUND},
     "GET /audit_logs": {200: [AUDIT_LOG], 400: BAD_FIELDS},
     "GET /.well-known/jwks.json": {200: jwks(RSA)},
-    "OPTIONS": {204: NOTHING, 403: error("Forbidden")},
+    "OPTIONS": {204: NOTHING},
 }
 EVERYWHERE: dict[int, object] = {
     404: error("Not Found"),

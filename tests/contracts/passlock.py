@@ -230,7 +230,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     "DELETE /{t}/challenges/{id}": {200: {"_tag": word("ChallengeDeleted")}},
     "GET /.well-known/jwks.json": {200: jwks(RSA)},
     "GET /aaguid/{aaguid}/icon.svg": {404: NOT_FOUND},
-    "OPTIONS": {204: NOTHING, 403: FORBIDDEN},
+    "OPTIONS": {204: NOTHING},
 }
 # Whatever is asked for. The SDKs know none of these from 404 on.
 EVERYWHERE: dict[int, object] = {
