@@ -21,6 +21,7 @@ from broker.errors import (
     UnknownUser,
 )
 from broker.model import (
+    MAX_REFUSALS,
     Approval,
     Asked,
     Attachment,
@@ -124,7 +125,7 @@ class Begins:
         _judge_form(transaction_id)
         found = await self._ephemeral.peek_transaction(app.id, transaction_id)
         if found is None:
-            raise UnknownTransaction(reason="transaction_unknown")
+            raise await self._unknown(app, transaction_id)
         _judge_purpose(found[1], purpose)
         return found
 
@@ -194,9 +195,14 @@ class Begins:
         secret = self._mint.token("handle")
         found = await self._ephemeral.begin(app.id, transaction_id, opener, purpose, secret, beginning)
         if found is None:
-            raise UnknownTransaction(reason="transaction_unknown")
+            raise await self._unknown(app, transaction_id)
         _judge_purpose(found[2], purpose)
         return found
+
+    async def _unknown(self, app: RelyingParty, transaction_id: str) -> UnknownTransaction:
+        """The refusal of a transaction that is not there; its reason tells whether refused finishes ended it."""
+        ended = await self._ephemeral.refusals(app.id, transaction_id) >= MAX_REFUSALS
+        return UnknownTransaction(reason="too_many_refusals" if ended else "transaction_unknown")
 
     async def new_registration(
         self,

@@ -25,6 +25,7 @@ from broker.errors import (
     UnknownTransaction,
 )
 from broker.model import (
+    MAX_REFUSALS,
     AuthenticationAnswer,
     Credential,
     FinishKind,
@@ -126,6 +127,7 @@ class Finishes:
             transaction_id is not None
             and digest("transaction", app.id, transaction_id) != pending.transaction
         ):
+            await self._count_refusal(pending)
             raise UnknownTransaction(reason="other_transaction")
         return as_strict_as(app, pending)
 
@@ -172,7 +174,8 @@ class Finishes:
             # by an earlier ceremony, whose answer came again: then somebody signs in with it.
             if await self._nobody_has(app, answer.credential_id):
                 refusal.signal = signal
-            await self._tell_refused_registration(app, pending, refusal)
+            if await self._count_refusal(pending):
+                await self._tell_refused_registration(app, pending, refusal)
             raise
         with retry_from("backend"):
             await self._take_transaction(pending.transaction)
@@ -231,7 +234,8 @@ class Finishes:
                 credential, external_id = await self._owned(app, pending, answer)
             verified = ceremony.finish_authentication(pending, app, credential, answer)
         except CeremonyRefused as refusal:
-            await self._refuse_authentication(app, pending, credential, refusal)
+            told = await self._count_refusal(pending)
+            await self._refuse_authentication(app, pending, credential, refusal, told=told)
         with retry_from("page" if pending.user_id is None and pending.transaction is None else "backend"):
             await self._take_transaction(pending.transaction)
             now = self._clock()
@@ -247,7 +251,7 @@ class Finishes:
             gone = await self._nobody_has(app, answer.credential_id)
             signal = Signal(app.rp_id, answer.credential_id) if gone else None
             refused = CeremonyRefused(reason="revoked_or_counter", signal=signal)
-            await self._refuse_authentication(app, pending, credential, refused)
+            await self._refuse_authentication(app, pending, credential, refused, told=True)
         return SignedIn(pending, credential, external_id, verified, recorded, now)
 
     async def _owned(
@@ -268,6 +272,19 @@ class Finishes:
         if owned.external_id is None and not pending.asked.ownerless:
             raise CeremonyRefused(reason="ownerless")
         return owned.credential, owned.external_id
+
+    async def _count_refusal(self, pending: Pending) -> bool:
+        """Count a refused finish of the ceremony's transaction, if it has one, and end the transaction with the last that it may have.
+        False for those beyond, which were in flight then: they are no events. A refusal stands also when it can't be counted."""
+        if pending.transaction is None:
+            return True
+        try:
+            refusals = await self._ephemeral.count_refusal(pending.transaction)
+            if refusals >= MAX_REFUSALS:
+                await self._ephemeral.take_transaction(pending.transaction)
+        except Unavailable:
+            return True
+        return refusals <= MAX_REFUSALS
 
     async def _take_transaction(self, name: bytes | None) -> None:
         """Take the transaction, if there is one, before any durable write: one transaction, one success."""
@@ -299,10 +316,12 @@ class Finishes:
         pending: PendingAuthentication,
         credential: Credential | Offered | None,
         refusal: CeremonyRefused,
+        *,
+        told: bool,
     ) -> NoReturn:
-        """Tell of the refusal, where it concerns somebody, and raise it as what the caller may learn."""
+        """Tell of the refusal, where it concerns somebody and `told` is true, and raise it as what the caller may learn."""
         # Where nobody was named anybody can have answers refused, so only what a genuine passkey signed is worth an event.
-        if pending.user_id is not None or refusal.reason in _SIGNED:
+        if told and (pending.user_id is not None or refusal.reason in _SIGNED):
             await self._tell_refusal(
                 app,
                 action_of(pending),

@@ -12,6 +12,7 @@ kind of ceremony, finds nothing and takes nothing.
     p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge, which the record
                       then lacks: whoever reads it here can't make an answer
     d:{app}           the open ones of an app, by end of life: what the cap counts
+    f:T               how many finishes of a transaction were refused; it outlives the transaction
     n:H               what a nonce stands for
     s:H               what a ticket for signals stands for
     ready             nothing, for a second: what `check` writes
@@ -154,6 +155,14 @@ end
 return false
 """)
 
+# KEYS: f:T. ARGV: life in ms.
+_COUNT_REFUSAL = Script("""
+local refusals = redis.call('INCR', KEYS[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return refusals
+""")
+_REFUSALS_LIFE = 600_000  # ms; no transaction lives longer
+
 
 Ends = TypeVar("Ends", Transaction, Redeemable)
 
@@ -271,6 +280,16 @@ class Ephemeral:
         """Take the transaction whose id has this digest; whether it was there. Who asks has taken its pending ceremony, and so has all
         that it says, and knows that it has not ended."""
         return bool(await self._ask("take_transaction", "DEL", b"t:" + name))
+
+    async def count_refusal(self, name: bytes) -> int:
+        """Count a refused finish of the transaction whose id has this digest; how many there were."""
+        keys = [b"f:" + name]
+        return int(await self.run("count_refusal", _COUNT_REFUSAL, keys=keys, args=[_REFUSALS_LIFE]))
+
+    async def refusals(self, app_id: str, transaction_id: str) -> int:
+        """How many finishes of a transaction were refused, also where it has ended."""
+        name = digest("transaction", app_id, transaction_id)
+        return int(await self._ask("refusals", "GET", b"f:" + name) or 0)
 
     # -- pending ceremonies ---------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from broker.errors import InvalidRequest, InvalidSetting
 from broker.model.ceremonies import (
+    MAX_REFUSALS,
     Beginning,
     FinishKind,
     Offered,
@@ -58,6 +59,7 @@ from broker.model.policy import (
 __all__ = [
     "ALGORITHMS",
     "ID",
+    "MAX_REFUSALS",
     "MAX_TEXT",
     "NOTHING_ASKED",
     "ApiKey",

@@ -19,6 +19,8 @@ FinishKind = Proof | Literal["approve_second_factor"]
 # stored, so that no other dialect's finish finds it.
 Opener = Literal["page", "keyed", "hanko", "hanko_keyless", "passlock", "propelauth"]
 
+MAX_REFUSALS = 10  # refused finishes of one transaction; the last of them ends it
+
 
 class Offered(NamedTuple):
     """A passkey that a ceremony offers, with what judging its answer needs: what was read when it was offered isn't read again.
