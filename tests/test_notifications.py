@@ -291,11 +291,12 @@ async def test_an_answer_comes_behind_every_notification(one: Instance, other: S
     """The listening process is stopped, the change is made, and then the question sent; so it meets both at the same moment."""
     await one.lasting()
     notifications = one.broker.parts.notifications
+    app = one.app
     for number in range(20):
         os.kill(one.pid, signal.SIGSTOP)
         try:
             name = f"Name {number}"
-            await asyncio.wait_for(other.parts.directory.update_app(replace(one.app, name=name)), 5)
+            app = await asyncio.wait_for(other.parts.directory.update_app(replace(app, name=name)), 5)
             count = one.news.count
             asking = asyncio.create_task(notifications._postgres.run("listen", notifications._prove))
             await asyncio.sleep(0)  # it sends its question, or stands in line behind one that was sent

@@ -576,6 +576,7 @@ async def test_nothing_of_a_caller_reaches_the_log(
     device, stranger = Authenticator(), Authenticator()
     external, name = "ann.external-4711@example.org", "Ann's secret display name"
     said: set[str] = {wire.key, external, name, "passkeys.invalid", "evil-query", "evil-path", "evil-agent"}
+    said.add("evil query")
 
     def remember(value: Any) -> None:
         if isinstance(value, dict):
@@ -630,7 +631,8 @@ async def test_nothing_of_a_caller_reaches_the_log(
     await wire.keyed("GET", "/users?limit=evil-query")
     await wire.keyed("DELETE", f"/users/{user}/devices/evil-path")
     await wire.send("GET", "/evil-path?evil-query", headers={"Origin": "https://passkeys.invalid"})
-    await wire.page("/authenticate/transactions/webauthn/start", {}, origin="https://passkeys.invalid")
+    for origin in ("https://passkeys.invalid", "https://passkeys.invalid/evil-path", "https://evil query"):
+        await wire.page("/authenticate/transactions/webauthn/start", {}, origin=origin)
     await wire.page("/authenticate/transactions/webauthn/start", data=b'{"evil-query')
     line = await dial(broker)
     await line.send(f"GET /evil-path HTTP/1.1\r\nAuthorization: Bearer {wire.key}\x00\r\n\r\n".encode())
@@ -639,7 +641,10 @@ async def test_nothing_of_a_caller_reaches_the_log(
     said -= {ORIGIN}
     tokens = {value for value in said if re.match(r"pb[tnhk]_", value)}
     assert len(tokens) > 15
-    log = broker.stream.getvalue()
+    notices = [entry for entry in broker.log if entry["event"] == "origin_refused"]
+    assert [entry["origin"] for entry in notices] == ["https://passkeys.invalid", "malformed"]
+    # The one thing that callers put into the log: an origin, in the form that browsers write.
+    log = "\n".join(line for line in broker.stream.getvalue().splitlines() if '"origin_refused"' not in line)
     assert len(broker.log) > 40
     shown = {value for value in said if value in log}
     assert shown == {wire.app_id} & said, "ids of ours may be logged, nothing a caller can use"
