@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import sqlite3
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from broker.app import Parts, Service, assemble, serve
+from broker.app import Parts, Service, application, assemble, serve
 from broker.demo import demo_app
 from broker.demo.accounts import CEREMONY, NAME_LIMIT, RESERVATION, SESSION, InvalidName, parse_name
 from broker.demo.api import routes
@@ -68,6 +69,7 @@ class Site:
     app_id: str
     key: str
     subapp: web.Application
+    log: io.StringIO
 
     @property
     def origin(self) -> str:
@@ -193,10 +195,10 @@ async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[St
     opened: list[tuple[Service, aiohttp.ClientSession]] = []
 
     async def start(again: Site | None = None, **changes: Any) -> Site:
-        clock = again.clock if again else Clock()
+        clock, log = again.clock if again else Clock(), io.StringIO()
         parts = await assemble(
             settings_for(stores, host="localhost", store_timeout=1.5),
-            log=Log(io.StringIO(), level="debug"),
+            log=Log(log, level="debug"),
             clock=clock,
         )
         if again is None:
@@ -221,7 +223,7 @@ async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[St
         await parts.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
         session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         opened.append((service, session))
-        return Site(service, session, clock, tmp_path, app.id, key, made[0])
+        return Site(service, session, clock, tmp_path, app.id, key, made[0], log)
 
     yield start
     for service, session in opened:
@@ -900,6 +902,72 @@ async def test_the_bare_address_leads_to_the_host_that_passkeys_work_on(site: Si
         assert moved.status == 302
         assert moved.headers["Location"] == f"{site.origin}/demo/"
     async with site.session.get(url, headers={"Host": "evil.example"}, allow_redirects=False) as served:
+        assert served.status == 200
+
+
+HOSTS = [
+    b"[::1",
+    b"::1]",
+    b"[]",
+    b"[::1]x",
+    b"[::g]",
+    b"[1.2.3.4]",
+    b"[v1.x]",
+    b"127.0.0.1:99999",
+    b"127.0.0.1:65536",
+    b"127.0.0.1:abc",
+    b"127.0.0.1:-1",
+    b"127.0.0.1:+1",
+    b"127.0.0.1:8080:8080",
+    b"localhost:" + b"9" * 5000,
+    "127.0.0.1:\u0661".encode(),
+    b"user@localhost",
+    b"localhost/demo",
+    b"localhost?x",
+    b"localhost#x",
+    b"local host",
+    b"a,b",
+    b"\xff",
+    b"%00",
+    b"http://localhost",
+]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_an_odd_host_is_refused_by_every_route_that_reads_it(site: Site, version: str) -> None:
+    """RFC 9112 §3.2 "any request message that contains ... a Host header field with an invalid field value". No other route fails over it."""
+    routes = {
+        (route.method, re.sub(r"\{[^}]*\}", "A" * 24, route.resource.canonical))
+        for app in (site.subapp, application(site.parts, management=True, browser=True))
+        for route in app.router.routes()
+        if route.resource is not None
+    }
+    assert {("GET", "/demo/"), ("GET", "/health/ready"), ("POST", "/demo/api/sign-up/start")} <= routes
+    assert len(routes) > 60
+    forwarded = b"X-Forwarded-Host: [::1\r\nX-Forwarded-Port: abc\r\nForwarded: host=[::1;proto=\r\n"
+    for method, path in sorted(routes):
+        for host in HOSTS if path == "/demo/" else HOSTS[:8]:
+            reader, writer = await asyncio.open_connection("127.0.0.1", site.service.port)
+            head = f"{method} {path} HTTP/{version}\r\nConnection: close\r\nHost: ".encode()
+            writer.write(head + host + b"\r\n" + forwarded + b"\r\n")
+            answer = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            status, body = int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2]
+            if path.startswith("/demo/"):
+                assert status == 400, (method, path, host, answer)
+                assert method == "HEAD" or json.loads(body)["code"] == "invalid_request"
+            assert status not in (500, 502), (method, path, host)
+    told = [json.loads(line) for line in site.log.getvalue().splitlines()]
+    assert [line for line in told if line["event"] == "defect"] == []
+    refused = [line for line in told if line.get("route") == "/demo/" and line.get("status") == 400]
+    assert len(refused) == len(HOSTS)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1", "[::1]:65535", "[::ffff:1.2.3.4]", "a.b-c_d.example.", "10.0.0.1"]
+)
+async def test_a_usual_host_is_taken(site: Site, host: str) -> None:
+    async with site.session.get(f"{site.origin}/demo/", headers={"Host": host}) as served:
         assert served.status == 200
 
 

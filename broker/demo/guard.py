@@ -10,13 +10,15 @@ stable code and a sentence for the visitor.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
+import re
 import sqlite3
 from collections.abc import Callable, Collection
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from broker.demo.accounts import SESSION, Accounts, Session
@@ -41,6 +43,8 @@ BODY_LIMIT = 4096  # bytes; the longest honest body is a nonce and a name
 BODY_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
+
+_HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5})?)?")
 
 HEADERS = {
     # Nothing but our own files, and no inline code: an injected tag or attribute does nothing.
@@ -76,10 +80,11 @@ def answer(status: int = 200, **fields: Any) -> web.Response:
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Origin check before the handler, security headers after it, and one shape for every refusal."""
+    """Checks of Host and origin before the handler, security headers after it, and one shape for every refusal."""
     TRACE.set(Trace())
     response: web.StreamResponse
     try:
+        read_host(request)
         if request.method not in ("GET", "HEAD"):
             _check_origin(request)
         response = await handler(request)
@@ -114,6 +119,26 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _refused(refusal: DemoRefusal) -> web.Response:
     return answer(refusal.status, code=refusal.code, error=refusal.sentence)
+
+
+def read_host(request: web.Request) -> tuple[str, int | None]:
+    """Host, without brackets, and port of the Host header; "" of HTTP/1.0, which may lack one (RFC 9112 §3.2).
+
+    Raises:
+        DemoRefusal: it has another form than a name or address with a port.
+    """
+    found = _HOST.fullmatch(request.headers.get(hdrs.HOST, ""))
+    try:
+        if found is None:
+            raise ValueError
+        name, address, port = found.groups()
+        if address is not None:
+            ipaddress.IPv6Address(address)
+        if int(port or 0) > 65535:
+            raise ValueError
+    except ValueError:
+        raise DemoRefusal(400, "invalid_request", "The request's Host header can't be understood.") from None
+    return address or name or "", int(port) if port else None
 
 
 def _check_origin(request: web.Request) -> None:

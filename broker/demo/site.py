@@ -17,7 +17,7 @@ from aiohttp import web
 
 from broker.demo.accounts import Accounts
 from broker.demo.api import routes
-from broker.demo.guard import ACCOUNTS, APP_ID, CLIENT, ORIGINS, DemoRefusal, guard
+from broker.demo.guard import ACCOUNTS, APP_ID, CLIENT, ORIGINS, DemoRefusal, guard, read_host
 from broker.demo.wire import TracedClient
 from broker.web import public
 
@@ -90,9 +90,9 @@ async def index(request: web.Request) -> web.Response:
     WebAuthn L3 §5.1.3 "effective domain": an IP address is no valid domain. The target comes from our origins, never from the request.
     """
     origins = sorted(request.app[ORIGINS]())
-    asked = urlsplit(f"//{request.host}")
-    if asked.hostname in _IP_LITERALS and f"{request.scheme}://{request.host}" not in origins:
-        same_port = [origin for origin in origins if urlsplit(origin).port == asked.port]
+    host, port = read_host(request)
+    if host in _IP_LITERALS and f"{request.scheme}://{request.host}" not in origins:
+        same_port = [origin for origin in origins if urlsplit(origin).port == port]
         if same_port:
             return web.Response(status=302, headers={"Location": f"{same_port[0]}/demo/"})
     return _page(request, "index.html")
