@@ -91,6 +91,8 @@ class Visitor:
     site: Site
     device: Authenticator = field(default_factory=Authenticator)
     cookie: str | None = None
+    cookie_name: str = COOKIE
+    transaction: str = "pbt_none"  # the last one that the site gave
     set_cookies: list[str] = field(default_factory=list)
 
     async def send(
@@ -108,7 +110,7 @@ class Visitor:
         if origin is not None and method == "POST":
             headers["Origin"] = origin or self.site.origin
         if self.cookie:
-            headers["Cookie"] = f"{COOKIE}={self.cookie}"
+            headers["Cookie"] = f"{self.cookie_name}={self.cookie}"
         url = f"{self.site.origin}/demo{path}"
         sent = orjson.dumps(body) if data is None and method == "POST" else data
         async with self.site.session.request(
@@ -116,11 +118,17 @@ class Visitor:
         ) as response:
             for line in response.headers.getall("Set-Cookie", []):
                 self.set_cookies.append(line)
-                self.cookie = line.split(";")[0].partition("=")[2].strip('"') or None
-            return Reply(response.status, response.headers, await response.read())
+                self.cookie_name, _, token = line.split(";")[0].partition("=")
+                self.cookie = token.strip('"') or None
+            reply = Reply(response.status, response.headers, await response.read())
+        if path.endswith("/start") and reply.status == 200:
+            self.transaction = reply.json["transaction_id"]
+        return reply
 
     async def post(self, path: str, **body: object) -> Reply:
-        return await self.send("POST", path, body)
+        """As the page does: a ceremony's end names the transaction that its start gave."""
+        named = {"transaction_id": self.transaction} if path.endswith("/finish") else {}
+        return await self.send("POST", path, named | body)
 
     async def get(self, path: str) -> Reply:
         return await self.send("GET", path)
@@ -389,10 +397,11 @@ async def test_an_unfinished_name_is_held_for_its_session_and_then_free(
     )
 
 
-async def test_a_retry_of_the_same_session_keeps_its_external_id(ada: Visitor) -> None:
+async def test_a_retry_begins_anew(ada: Visitor) -> None:
+    """Whoever else has the first transaction has one for nobody's account."""
     first = await ada.post("/api/sign-up/start", name="Ada")
     second = await ada.post("/api/sign-up/start", name="Ada")
-    assert first.json["trace"][0]["sent"]["external id"] == second.json["trace"][0]["sent"]["external id"]
+    assert first.json["trace"][0]["sent"]["external id"] != second.json["trace"][0]["sent"]["external id"]
     assert first.json["transaction_id"] != second.json["transaction_id"]
     nonce = await ada.register(first.json["transaction_id"])
     refused = await ada.post("/api/sign-up/finish", nonce=nonce)
@@ -518,6 +527,7 @@ async def test_cookies_are_out_of_reach_of_scripts_and_other_sites(ada: Visitor)
     await ada.post("/api/sign-out")
     assert len(ada.set_cookies) == 3  # visit, signed in, cleared
     for line in ada.set_cookies:
+        assert line.startswith("demo_session=")
         flags = {part.strip().lower() for part in line.split(";")[1:]}
         assert {"httponly", "samesite=strict", "path=/demo/"} <= flags
         assert "secure" not in flags, "plain http on localhost"
@@ -528,7 +538,11 @@ async def test_cookies_are_secure_over_https(ada: Visitor) -> None:
     await ada.send("POST", "/api/sign-up/start", {"name": "Ada"}, origin="https://demo.example")
     await ada.send("POST", "/api/sign-out", {}, origin="https://demo.example")
     assert len(ada.set_cookies) == 2
-    assert all("secure" in line.lower() for line in ada.set_cookies)
+    for line in ada.set_cookies:
+        assert line.startswith("__Host-demo_session=")
+        flags = {part.strip().lower() for part in line.split(";")[1:]}
+        assert {"httponly", "samesite=strict", "path=/", "secure"} <= flags
+        assert not any(flag.startswith("domain") for flag in flags)
 
 
 async def test_a_planted_session_is_worth_nothing_after_sign_in(ada: Visitor, eve: Visitor) -> None:
@@ -540,6 +554,79 @@ async def test_a_planted_session_is_worth_nothing_after_sign_in(ada: Visitor, ev
     assert await ada.account() == "Ada"
     assert await eve.account() is None
     assert (await eve.get("/api/passkeys")).code == "not_signed_in"
+
+
+async def test_a_planted_session_gets_no_transaction_for_the_sign_up_under_way(
+    ada: Visitor, eve: Visitor
+) -> None:
+    """Eve knows the session with which Ada begins, and asks for a transaction of her own before Ada has finished."""
+    await eve.begin_sign_up("Eve")
+    ada.cookie = planted = eve.cookie
+    transaction = await ada.begin_sign_up("Ada")
+    assert ada.cookie != planted
+    refused = await eve.post("/api/sign-up/start", name="Ada")
+    assert (refused.status, refused.code, refused.json["trace"]) == (409, "name_taken", [])
+    assert "transaction_id" not in refused.json
+    finished = await ada.post("/api/sign-up/finish", nonce=await ada.register(transaction))
+    assert finished.status == 200
+    assert len(await ada.passkeys()) == 1
+
+
+async def test_a_name_that_a_planted_session_holds_brings_no_passkey_along(
+    ada: Visitor, eve: Visitor
+) -> None:
+    """Eve begins Ada's sign-up herself, plants that session, and registers her own passkey when Ada has signed up."""
+    transaction = await eve.begin_sign_up("Ada")
+    ada.cookie = eve.cookie
+    await ada.sign_up("Ada")
+    await eve.register(transaction)
+    refused = await eve.post("/api/sign-in/discoverable", nonce=await eve.authenticate())
+    assert (refused.status, refused.code) == (404, "no_such_account")
+    assert len(await ada.passkeys()) == 1
+
+
+async def test_a_planted_session_has_no_part_in_a_sign_in_by_name(ada: Visitor, eve: Visitor) -> None:
+    await ada.sign_up("Ada")
+    await ada.post("/api/sign-out")
+    await eve.begin_sign_up("Eve")
+    ada.cookie = planted = eve.cookie
+    nonce = await ada.authenticate(await ada.begin_sign_in("Ada"))
+    assert ada.cookie != planted
+    refused = await eve.post("/api/sign-in/finish", nonce=nonce, transaction_id=ada.transaction)
+    assert (refused.status, refused.code, refused.json["trace"]) == (409, "nothing_begun", [])
+    assert (await ada.post("/api/sign-in/finish", nonce=nonce)).status == 200
+
+
+async def test_who_is_signed_in_stays_so_when_a_sign_in_begins(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    old = ada.cookie
+    await ada.begin_sign_in("Ada")
+    assert ada.cookie != old
+    assert await ada.account() == "Ada"
+    ada.cookie = old
+    assert await ada.account() is None
+
+
+async def test_a_cookie_without_the_prefix_is_none_over_https(start_site: StartSite, site: Site) -> None:
+    """Anybody who can answer for the host over http, or for one beside it, can plant that one."""
+    eve = site.visitor()
+    await eve.sign_up("Eve")
+    assert eve.cookie_name == "demo_session"
+    await site.service.close()
+    ada = (await start_site(site, origins={"https://demo.example"})).visitor()
+    ada.cookie = eve.cookie
+    assert await ada.account() is None
+    refused = await ada.send("POST", "/api/passkeys/start", {}, origin="https://demo.example")
+    assert (refused.status, refused.code) == (401, "not_signed_in")
+    ada.cookie_name = "__Host-demo_session"
+    assert await ada.account() == "Eve"
+
+
+async def test_an_https_page_of_a_site_that_has_both_takes_the_prefixed_cookie_alone(ada: Visitor) -> None:
+    await ada.sign_up("Ada")
+    refused = await ada.send("POST", "/api/passkeys/start", {}, origin="https://demo.example")
+    assert (refused.status, refused.code) == (401, "not_signed_in")
+    assert (await ada.post("/api/passkeys/start")).status == 200
 
 
 async def test_a_session_of_the_visitors_own_making_is_not_taken_up(ada: Visitor) -> None:
@@ -795,6 +882,19 @@ async def test_a_broker_that_is_down_or_refuses_is_one_sentence(
     assert ("Retry-After" in refused.headers) == (status == 503)
     assert [hop["path"] for hop in refused.json["trace"]] == ["/transactions/register"]
     assert b"pbk_" not in refused.body
+
+
+async def test_a_sign_up_that_the_broker_did_not_answer_can_be_tried_again(
+    start_site: StartSite, site: Site
+) -> None:
+    """The name is the visitor's, although the session is a new one."""
+    await site.service.close()
+    down = (await start_site(site, broker_url="http://127.0.0.1:9")).visitor()
+    assert (await down.post("/api/sign-up/start", name="Ada")).code == "broker_down"
+    await down.site.service.close()
+    down.site = await start_site(site)
+    await down.sign_up("Ada")
+    assert await down.account() == "Ada"
 
 
 async def test_a_file_that_cannot_be_used_is_one_sentence(site: Site, ada: Visitor) -> None:

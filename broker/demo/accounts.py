@@ -8,10 +8,11 @@ whoever's INSERT succeeded, and a begun ceremony is read by the DELETE that spen
 - The broker knows an account by its `external_id`, a random UUID. It is never the name: a name may be given up and taken by
   somebody else, and must not carry the old passkeys along.
 - A name is taken for good by its first passkey. Until then it is reserved for the session that asked, for `RESERVATION`
-  seconds after its last try, which is longer than a register transaction lives (10 minutes): nobody else can take the name
+  seconds, which is longer than a register transaction lives (10 minutes): nobody else can take the name
   under a sign-up that can still finish, and nobody can keep a name without finishing.
 - A session is a random token of which only the SHA-256 is stored. It begins before sign-in (to remember what this browser
-  asked for) and gets a new token at sign-in, so that a token planted before sign-in is worth nothing after it.
+  asked for) and gets a new token whenever a sign-up or sign-in begins, and at sign-in. So a token that somebody planted in the browser
+  (session fixation) is worth nothing from then on, and neither is what it began: a retried sign-up gets a new external id.
 - A ceremony row says what a session expects: purpose, transaction and external id. It is spent by the first answer, right or wrong.
 """
 
@@ -214,17 +215,38 @@ class Accounts:
         account = Account(row[2], row[3], row[4], bool(row[5])) if row[2] is not None else None
         return Session(row[0], account, row[1])
 
-    def begin_visit(self) -> tuple[str, Session]:
-        """A session before sign-in: its token for the cookie, and itself. What has expired is removed on the way."""
+    def renew(self, old: Session | None) -> tuple[str, Session]:
+        """End `old` and begin a session: its token for the cookie, and itself. What has expired is removed on the way.
+
+        Whoever was signed in stays so, until the same time. Begun ceremonies and a reserved name end with `old`, which somebody else may know.
+        """
         token = secrets.token_urlsafe(32)
+        fresh = Session(hash_token(token), old.account if old else None, old.passkey_id if old else None)
         now = self._clock()
         with self._transaction() as db:
             db.execute("DELETE FROM session WHERE expires_at <= ?", (now,))
-            db.execute("DELETE FROM account WHERE opened_at IS NULL AND reserved_until <= ?", (now,))
-            db.execute(
-                "INSERT INTO session (token_hash, expires_at) VALUES (?, ?)", (hash_token(token), now + VISIT)
+            ended = (
+                old
+                and db.execute(
+                    "DELETE FROM session WHERE token_hash = ? RETURNING expires_at", (old.token_hash,)
+                ).fetchone()
             )
-        return token, Session(hash_token(token), None, None)
+            db.execute(
+                "DELETE FROM account WHERE opened_at IS NULL AND (reserved_until <= ? OR reserved_by = ?)",
+                (now, old.token_hash if old else None),
+            )
+            if ended is None or fresh.account is None:
+                fresh = Session(fresh.token_hash, None, None)
+            db.execute(
+                "INSERT INTO session (token_hash, external_id, passkey_id, expires_at) VALUES (?, ?, ?, ?)",
+                (
+                    fresh.token_hash,
+                    fresh.account.external_id if fresh.account else None,
+                    fresh.passkey_id,
+                    ended[0] if ended and fresh.account else now + VISIT,
+                ),
+            )
+        return token, fresh
 
     def sign_in(self, old: Session | None, external_id: str, passkey_id: str) -> str | None:
         """End `old` and begin a session of the account under a new token, which is returned; None when there is no such account.
@@ -264,18 +286,14 @@ class Accounts:
     # Accounts
 
     def reserve(self, name: str, key: str, session: Session) -> Account:
-        """Hold a name for this session's sign-up; again for the same session (a retry). Raises NameTaken."""
+        """Hold a name for this session's sign-up. Raises NameTaken."""
         now = self._clock()
         with self._transaction() as db:
-            db.execute(
-                "DELETE FROM account WHERE opened_at IS NULL AND (reserved_until <= ? OR (reserved_by = ? AND name_key <> ?))",
-                (now, session.token_hash, key),
-            )
+            db.execute("DELETE FROM account WHERE opened_at IS NULL AND reserved_until <= ?", (now,))
             row = db.execute(
                 "INSERT INTO account (external_id, name, name_key, created_at, reserved_by, reserved_until)"
                 " VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (name_key) DO UPDATE SET name = excluded.name, reserved_until = excluded.reserved_until"
-                "  WHERE opened_at IS NULL AND reserved_by = excluded.reserved_by"
+                " ON CONFLICT (name_key) DO NOTHING"
                 " RETURNING external_id, name, created_at",
                 (str(uuid.uuid4()), name, key, now, session.token_hash, now + RESERVATION),
             ).fetchone()

@@ -32,6 +32,7 @@ from broker.demo.guard import (
     ACCOUNTS,
     APP_ID,
     CLIENT,
+    RENEWED,
     DemoRefusal,
     answer,
     clear_cookie,
@@ -68,14 +69,11 @@ def _name(body: dict[str, Any], field: str = "name") -> tuple[str, str]:
         raise DemoRefusal(400, "invalid_name", str(fault)) from None
 
 
-async def _visit(request: web.Request) -> tuple[Session, str | None]:
-    """The request's session, or a new one with the token that the answer has to set."""
-    session = await current_session(request)
-    if session is not None:
-        return session, None
+async def _renewed(request: web.Request, old: Session | None) -> Session:
+    """The session in which a ceremony begins. Its token goes out with the answer, also where that is a refusal."""
     accounts = request.app[ACCOUNTS]
-    token, visit = await accounts.call(accounts.begin_visit)
-    return visit, token
+    request[RENEWED], session = await accounts.call(accounts.renew, old)
+    return session
 
 
 async def _signed_in(request: web.Request) -> tuple[Session, Account]:
@@ -162,10 +160,11 @@ async def state(request: web.Request) -> web.Response:
 async def sign_up_start(request: web.Request) -> web.Response:
     """Reserve the name for this session and open a register transaction for its new external id."""
     name, key = _name(await read_body(request))
-    session, token = await _visit(request)
-    if session.account is not None:
-        raise DemoRefusal(409, "signed_in", f"You're signed in as {session.account.name}. Sign out first.")
+    old = await current_session(request)
+    if old is not None and old.account is not None:
+        raise DemoRefusal(409, "signed_in", f"You're signed in as {old.account.name}. Sign out first.")
     accounts = request.app[ACCOUNTS]
+    session = await _renewed(request, old)
     try:
         account = await accounts.call(accounts.reserve, name, key, session)
     except NameTaken:
@@ -173,10 +172,7 @@ async def sign_up_start(request: web.Request) -> web.Response:
         raise DemoRefusal(409, "name_taken", sentence) from None
     transaction_id = await request.app[CLIENT].create_register_transaction(account.external_id, account.name)
     await accounts.call(accounts.expect, session, "sign-up", account.external_id, transaction_id)
-    response = answer(transaction_id=transaction_id)
-    if token is not None:
-        set_cookie(request, response, token)
-    return response
+    return answer(transaction_id=transaction_id)
 
 
 @routes.post("/api/sign-up/finish")
@@ -204,12 +200,9 @@ async def sign_in_start(request: web.Request) -> web.Response:
     except (NoPasskeys, UserNotFound):
         sentence = f"“{account.name}” has no passkeys left, so nobody can sign in to it any more."
         raise DemoRefusal(409, "no_passkeys", sentence) from None
-    session, token = await _visit(request)
+    session = await _renewed(request, await current_session(request))
     await accounts.call(accounts.expect, session, "sign-in", account.external_id, transaction_id)
-    response = answer(transaction_id=transaction_id)
-    if token is not None:
-        set_cookie(request, response, token)
-    return response
+    return answer(transaction_id=transaction_id)
 
 
 @routes.post("/api/sign-in/finish")

@@ -2,7 +2,7 @@
 
 Theory of operation. A request that changes something must come from our own page: it is a POST with JSON whose `Origin` header
 is exactly one of the site's origins. A browser sets that header itself and sends JSON to another origin only after asking, so
-another site can't make a visitor's browser act here; the cookie is SameSite=Strict besides, HttpOnly, and Secure over https.
+another site can't make a visitor's browser act here; the cookie is SameSite=Strict besides, HttpOnly, and over https Secure and `__Host-`.
 Bodies end at `BODY_LIMIT` bytes and are one JSON object with no key twice. Whatever goes wrong is a `DemoRefusal`: a status, a
 stable code and a sentence for the visitor.
 """
@@ -36,8 +36,12 @@ CLIENT = web.AppKey("client", AsyncBrokerClient)
 APP_ID = web.AppKey("app_id", str)
 ORIGINS: web.AppKey[Callable[[], Collection[str]]] = web.AppKey("origins")
 
+RENEWED = web.RequestKey("renewed", str)  # the token of a session that the request began
 COOKIE = "demo_session"
 COOKIE_PATH = "/demo/"
+HTTPS_COOKIE = (
+    f"__Host-{COOKIE}"  # no other host, and nobody over http, can set one of this name (RFC 6265bis §4.1.3.2)
+)
 BODY_LIMIT = 4096  # bytes; the longest honest body is a nonce and a name
 
 BODY_SECONDS = 10.0
@@ -113,6 +117,8 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = _refused(DemoRefusal(error.status, code, sentence))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
+    if RENEWED in request:
+        set_cookie(request, response, request[RENEWED])
     response.headers.extend(HEADERS)
     return response
 
@@ -199,20 +205,36 @@ def text_field(body: dict[str, Any], name: str, limit: int, *, least: int = 1) -
 
 async def current_session(request: web.Request) -> Session | None:
     """The live session of the request's cookie."""
-    token = request.cookies.get(COOKIE)
+    token = next(filter(None, map(request.cookies.get, _cookies_read(request))), None)
     accounts = request.app[ACCOUNTS]
     return await accounts.call(accounts.session, token) if token else None
 
 
-def set_cookie(request: web.Request, response: web.Response, token: str) -> None:
+def set_cookie(request: web.Request, response: web.StreamResponse, token: str) -> None:
     """Give the browser its session. Secure whenever the page itself came over https, as its (checked) Origin says."""
+    name, path, secure = _cookie_set(request)
     response.set_cookie(
-        COOKIE, token, path=COOKIE_PATH, max_age=SESSION, httponly=True, samesite="Strict", secure=_https(request)
-    )  # fmt: skip
+        name, token, path=path, max_age=SESSION, httponly=True, samesite="Strict", secure=secure
+    )
 
 
 def clear_cookie(request: web.Request, response: web.Response) -> None:
-    response.del_cookie(COOKIE, path=COOKIE_PATH, httponly=True, samesite="Strict", secure=_https(request))
+    name, path, secure = _cookie_set(request)
+    response.del_cookie(name, path=path, httponly=True, samesite="Strict", secure=secure)
+
+
+def _cookie_set(request: web.Request) -> tuple[str, str, bool]:
+    """Name, path and `Secure` of the cookie for the page that asks."""
+    return (HTTPS_COOKIE, "/", True) if _https(request) else (COOKIE, COOKIE_PATH, False)
+
+
+def _cookies_read(request: web.Request) -> tuple[str, ...]:
+    """Names of the cookies that may bring the session. Browsers send no Origin with a GET of our own page; then the name without prefix counts
+    only on a site that has pages over http."""
+    if request.method not in ("GET", "HEAD"):
+        return (_cookie_set(request)[0],)
+    plain = any(origin.startswith("http://") for origin in request.app[ORIGINS]())
+    return (HTTPS_COOKIE, COOKIE) if plain else (HTTPS_COOKIE,)
 
 
 def _https(request: web.Request) -> bool:
