@@ -10,9 +10,11 @@ import asyncio
 import io
 import json
 import re
+import secrets
 import sqlite3
 import stat
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -662,9 +664,67 @@ async def test_sessions_end_by_time(site: Site, ada: Visitor) -> None:
     assert (await ada.get("/api/passkeys")).status == 401
 
 
-async def test_the_file_is_private_and_holds_no_token(site: Site, ada: Visitor) -> None:
+OLD_CEREMONY = """
+DROP TABLE ceremony;
+CREATE TABLE ceremony (
+  token_hash     TEXT NOT NULL REFERENCES session (token_hash) ON DELETE CASCADE,
+  kind           TEXT NOT NULL,
+  external_id    TEXT NOT NULL,
+  transaction_id TEXT NOT NULL,
+  expires_at     REAL NOT NULL,
+  PRIMARY KEY (token_hash, kind)
+);
+"""
+
+
+async def test_an_older_file_opens_and_keeps_no_transaction(
+    start_site: StartSite, site: Site, ada: Visitor
+) -> None:
+    """Accounts and sessions stay; ceremonies that were under way begin again."""
     await ada.sign_up("Ada")
-    await ada.begin_sign_in("Ada")
+    transaction = "pbt_" + secrets.token_urlsafe(32)
+    await site.service.close()
+    with closing(site.database()) as db:
+        db.executescript(OLD_CEREMONY)
+        db.execute(
+            "INSERT INTO ceremony SELECT token_hash, 'sign-in', external_id, ?, expires_at FROM session",
+            (transaction,),
+        )
+        db.execute("UPDATE ceremony SET transaction_id = transaction_id || '-again'")
+    assert any(transaction.encode() in path.read_bytes() for path in site.data.glob("demo.sqlite3*"))
+    ada.site = await start_site(site)
+    for path in site.data.glob("demo.sqlite3*"):
+        assert transaction.encode() not in path.read_bytes()
+    assert await ada.account() == "Ada"
+    assert (await ada.post("/api/sign-in/finish", nonce="pbn_x")).code == "nothing_begun"
+    nonce = await ada.authenticate(await ada.begin_sign_in("Ada"))
+    assert (await ada.post("/api/sign-in/finish", nonce=nonce)).status == 200
+
+
+@pytest.mark.parametrize("kind", ["sign-up", "sign-in", "passkeys"])
+async def test_a_ceremony_ends_with_the_transaction_it_began_with(ada: Visitor, kind: str) -> None:
+    """The page has to name it; another one spends the ceremony, and the broker isn't asked."""
+    if kind != "sign-up":
+        await ada.sign_up("Ada")
+    if kind == "passkeys":
+        ada.device = Authenticator()
+    started = await ada.post(f"/api/{kind}/start", **({} if kind == "passkeys" else {"name": "Ada"}))
+    assert started.status == 200
+    device = ada.authenticate if kind == "sign-in" else ada.register
+    nonce = await device(ada.transaction)
+    refused = await ada.post(f"/api/{kind}/finish", nonce=nonce, transaction_id="pbt_" + "x" * 43)
+    assert (refused.status, refused.code, refused.json["trace"]) == (401, "nonce_refused", [])
+    again = await ada.post(f"/api/{kind}/finish", nonce=nonce)
+    assert (again.status, again.code) == (409, "nothing_begun")
+
+
+async def test_the_file_is_private_and_holds_no_token(site: Site, ada: Visitor) -> None:
+    transactions = [await ada.begin_sign_up("Ada")]
+    await ada.post("/api/sign-up/finish", nonce=await ada.register(ada.transaction))
+    transactions += [
+        (await ada.post("/api/passkeys/start")).json["transaction_id"],
+        await ada.begin_sign_in("Ada"),
+    ]
     files = sorted(site.data.glob("demo.sqlite3*"))
     assert len(files) >= 1
     for path in files:
@@ -672,6 +732,8 @@ async def test_the_file_is_private_and_holds_no_token(site: Site, ada: Visitor) 
         content = path.read_bytes()
         assert (ada.cookie or "no cookie").encode() not in content
         assert site.key.encode() not in content
+        for transaction in transactions:
+            assert transaction.encode() not in content
 
 
 @pytest.mark.parametrize("path", [path for path in POSTS if path.startswith("/api/passkeys/")])
@@ -679,7 +741,7 @@ async def test_passkeys_need_a_session(ada: Visitor, path: str) -> None:
     await ada.begin_sign_up("Ada")  # a session, but nobody's
     for cookie in (ada.cookie, None, "forged"):
         ada.cookie = cookie
-        refused = await ada.send("POST", path, {"nonce": "pbn_x", "label": "x"})
+        refused = await ada.send("POST", path, {"nonce": "pbn_x", "transaction_id": "x", "label": "x"})
         assert (refused.status, refused.code) == (401, "not_signed_in")
         assert refused.json["trace"] == [], "the broker isn't asked"
     assert (await ada.get("/api/passkeys")).code == "not_signed_in"

@@ -14,6 +14,7 @@ whoever's INSERT succeeded, and a begun ceremony is read by the DELETE that spen
   asked for) and gets a new token whenever a sign-up or sign-in begins, and at sign-in. So a token that somebody planted in the browser
   (session fixation) is worth nothing from then on, and neither is what it began: a retried sign-up gets a new external id.
 - A ceremony row says what a session expects: purpose, transaction and external id. It is spent by the first answer, right or wrong.
+  A transaction id is a bearer right as long as it lives, so only its SHA-256 is stored; the page names the transaction when it finishes.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ CREATE TABLE IF NOT EXISTS session (
   expires_at  REAL NOT NULL
 );
 CREATE TABLE IF NOT EXISTS ceremony (
-  token_hash     TEXT NOT NULL REFERENCES session (token_hash) ON DELETE CASCADE,
-  kind           TEXT NOT NULL,
-  external_id    TEXT NOT NULL,
-  transaction_id TEXT NOT NULL,
-  expires_at     REAL NOT NULL,
+  token_hash       TEXT NOT NULL REFERENCES session (token_hash) ON DELETE CASCADE,
+  kind             TEXT NOT NULL,
+  external_id      TEXT NOT NULL,
+  transaction_hash TEXT NOT NULL,
+  expires_at       REAL NOT NULL,
   PRIMARY KEY (token_hash, kind)
 );
 CREATE TABLE IF NOT EXISTS label (
@@ -106,7 +107,7 @@ class Ceremony:
     """What a session expects the next nonce of this kind to prove."""
 
     external_id: str
-    transaction_id: str
+    transaction_hash: str
 
 
 class AccountsFault(Fault):
@@ -140,8 +141,16 @@ def parse_name(text: str) -> tuple[str, str]:
 
 
 def hash_token(token: str) -> str:
-    """SHA-256 of a session token, in hex. No salt: the token has 256 random bits."""
+    """SHA-256 of a session token or a transaction id, in hex. No salt: they have 256 random bits."""
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _drop_old_ceremonies(db: sqlite3.Connection) -> None:
+    """Older files hold whole transaction ids. They go with the ceremonies, also from the file's free pages; nobody is signed out."""
+    if any(column[1] == "transaction_id" for column in db.execute("PRAGMA table_info(ceremony)")):
+        db.execute("DROP TABLE ceremony")
+        db.execute("VACUUM")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 class Accounts:
@@ -174,6 +183,7 @@ class Accounts:
             self._db = sqlite3.connect(self._path, isolation_level=None, timeout=5)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA foreign_keys = ON")
+            _drop_old_ceremonies(self._db)
             self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as fault:
             reason = (fault.strerror if isinstance(fault, OSError) else None) or fault
@@ -326,9 +336,9 @@ class Accounts:
         """Remember what the session has begun; a later begin of the same kind replaces it."""
         with self._transaction() as db:
             db.execute(
-                "INSERT OR REPLACE INTO ceremony (token_hash, kind, external_id, transaction_id, expires_at)"
+                "INSERT OR REPLACE INTO ceremony (token_hash, kind, external_id, transaction_hash, expires_at)"
                 " VALUES (?, ?, ?, ?, ?)",
-                (session.token_hash, kind, external_id, transaction_id, self._clock() + CEREMONY),
+                (session.token_hash, kind, external_id, hash_token(transaction_id), self._clock() + CEREMONY),
             )
 
     def take(self, session: Session, kind: Kind) -> Ceremony | None:
@@ -336,7 +346,7 @@ class Accounts:
         with self._transaction() as db:
             row = db.execute(
                 "DELETE FROM ceremony WHERE token_hash = ? AND kind = ?"
-                " RETURNING external_id, transaction_id, expires_at",
+                " RETURNING external_id, transaction_hash, expires_at",
                 (session.token_hash, kind),
             ).fetchone()
         if row is None or row[2] <= self._clock():

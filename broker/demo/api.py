@@ -2,8 +2,8 @@
 
 Each ceremony is two requests of the page. `start` asks the broker for a transaction, notes in the session what it expects, and
 gives the transaction id to the page. The page runs the ceremony against the broker and gets a nonce. `finish` takes the note out of the
-session (the first answer spends it, right or wrong) and redeems the nonce while stating purpose, transaction and user: a nonce of
-another purpose, of another transaction or of another person is worth nothing here.
+session (the first answer spends it, right or wrong), compares the transaction that the page names with the digest in it, and redeems the
+nonce while stating purpose, transaction and user: a nonce of another purpose, of another transaction or of another person is worth nothing here.
 
 Signing in without a name has no transaction, for nobody knows yet who it will be; its nonce is redeemed for the purpose alone,
 and the external id on the receipt must be an account of ours.
@@ -14,6 +14,7 @@ visitor may revoke the last passkey, after a clear warning (`last: true`), becau
 
 from __future__ import annotations
 
+import hmac
 from typing import Any
 
 from aiohttp import web
@@ -26,6 +27,7 @@ from broker.demo.accounts import (
     Kind,
     NameTaken,
     Session,
+    hash_token,
     parse_name,
 )
 from broker.demo.guard import (
@@ -83,27 +85,46 @@ async def _signed_in(request: web.Request) -> tuple[Session, Account]:
     return session, session.account
 
 
-async def _expected(request: web.Request, kind: Kind) -> tuple[Session, Ceremony]:
-    """The session, and what it expects of this kind; the note is gone afterwards."""
+async def _finishing(request: web.Request) -> tuple[str, str]:
+    """The nonce and the transaction id that the page brings at the end of a ceremony."""
+    body = await read_body(request)
+    return text_field(body, "nonce", TOKEN_LIMIT), text_field(body, "transaction_id", TOKEN_LIMIT)
+
+
+async def _expected(request: web.Request, kind: Kind, transaction_id: str) -> tuple[Session, Ceremony]:
+    """The session, and what it expects of this kind; the note is gone afterwards, also where it names another transaction."""
     session = await current_session(request)
     accounts = request.app[ACCOUNTS]
     ceremony = await accounts.call(accounts.take, session, kind) if session is not None else None
     if session is None or ceremony is None:
         raise DemoRefusal(409, "nothing_begun", "That took too long, or was already finished. Start again.")
+    if not hmac.compare_digest(ceremony.transaction_hash, hash_token(transaction_id)):
+        raise _nonce_refused()
     return session, ceremony
 
 
-async def _redeem(request: web.Request, nonce: str, purpose: Purpose, ceremony: Ceremony | None) -> Receipt:
+def _nonce_refused() -> DemoRefusal:
+    sentence = "That proof was too late, already used, or meant for something else. Start again."
+    return DemoRefusal(401, "nonce_refused", sentence)
+
+
+async def _redeem(
+    request: web.Request,
+    nonce: str,
+    purpose: Purpose,
+    *,
+    transaction_id: str | None = None,
+    external_id: str | None = None,
+) -> Receipt:
     try:
         return await request.app[CLIENT].verify_nonce(
             nonce,
             purpose=purpose,
-            transaction_id=ceremony.transaction_id if ceremony else None,
-            external_id=ceremony.external_id if ceremony else None,
+            transaction_id=transaction_id,
+            external_id=external_id,
         )
     except (InvalidNonce, InvalidRequest):
-        sentence = "That proof was too late, already used, or meant for something else. Start again."
-        raise DemoRefusal(401, "nonce_refused", sentence) from None
+        raise _nonce_refused() from None
 
 
 async def _keep_claimed_name(request: web.Request, receipt: Receipt) -> None:
@@ -177,9 +198,11 @@ async def sign_up_start(request: web.Request) -> web.Response:
 
 @routes.post("/api/sign-up/finish")
 async def sign_up_finish(request: web.Request) -> web.Response:
-    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
-    session, ceremony = await _expected(request, "sign-up")
-    receipt = await _redeem(request, nonce, "register", ceremony)
+    nonce, transaction_id = await _finishing(request)
+    session, ceremony = await _expected(request, "sign-up", transaction_id)
+    receipt = await _redeem(
+        request, nonce, "register", transaction_id=transaction_id, external_id=ceremony.external_id
+    )
     response = await _welcome(request, session, receipt)
     await _keep_claimed_name(request, receipt)
     return response
@@ -207,9 +230,11 @@ async def sign_in_start(request: web.Request) -> web.Response:
 
 @routes.post("/api/sign-in/finish")
 async def sign_in_finish(request: web.Request) -> web.Response:
-    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
-    session, ceremony = await _expected(request, "sign-in")
-    receipt = await _redeem(request, nonce, "authenticate", ceremony)
+    nonce, transaction_id = await _finishing(request)
+    session, ceremony = await _expected(request, "sign-in", transaction_id)
+    receipt = await _redeem(
+        request, nonce, "authenticate", transaction_id=transaction_id, external_id=ceremony.external_id
+    )
     return await _welcome(request, session, receipt)
 
 
@@ -217,7 +242,7 @@ async def sign_in_finish(request: web.Request) -> web.Response:
 async def sign_in_discoverable(request: web.Request) -> web.Response:
     """Sign in as whoever the passkey belongs to; there was no transaction and no name."""
     nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
-    receipt = await _redeem(request, nonce, "authenticate", None)
+    receipt = await _redeem(request, nonce, "authenticate")
     return await _welcome(request, await current_session(request), receipt)
 
 
@@ -272,10 +297,12 @@ async def add_start(request: web.Request) -> web.Response:
 
 @routes.post("/api/passkeys/finish")
 async def add_finish(request: web.Request) -> web.Response:
-    nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
+    nonce, transaction_id = await _finishing(request)
     session, account = await _signed_in(request)
-    _, ceremony = await _expected(request, "add")
-    receipt = await _redeem(request, nonce, "register", ceremony)
+    _, ceremony = await _expected(request, "add", transaction_id)
+    receipt = await _redeem(
+        request, nonce, "register", transaction_id=transaction_id, external_id=ceremony.external_id
+    )
     await _keep_claimed_name(request, receipt)
     return answer(receipt=_highlights(receipt), passkeys=await _list(request, session, account))
 

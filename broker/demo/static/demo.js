@@ -115,7 +115,7 @@ async function signUp() {
   await run(about, async (exchange) => {
     const { transaction_id } = await backend("POST", "/sign-up/start", { name: input.value }, exchange);
     const nonce = await passkeys.register(transaction_id, { authenticatorAttachment: "any" });
-    const answer = await backend("POST", "/sign-up/finish", { nonce }, exchange);
+    const answer = await backend("POST", "/sign-up/finish", { nonce, transaction_id }, exchange);
     input.value = "";
     welcome(answer, exchange, "Your account is open and its first passkey is kept.");
   });
@@ -127,7 +127,7 @@ async function signInByName() {
   await run(about, async (exchange) => {
     const { transaction_id } = await backend("POST", "/sign-in/start", { name: input.value }, exchange);
     const nonce = await passkeys.authenticate({ transactionId: transaction_id });
-    const answer = await backend("POST", "/sign-in/finish", { nonce }, exchange);
+    const answer = await backend("POST", "/sign-in/finish", { nonce, transaction_id }, exchange);
     welcome(answer, exchange, "You signed in by name.");
   });
 }
@@ -176,7 +176,7 @@ async function addPasskey() {
   await run({ step: "second", title: "Add a passkey", button: byId("add"), notice: byId("passkeys-notice") }, async (exchange) => {
     const { transaction_id } = await backend("POST", "/passkeys/start", {}, exchange);
     const nonce = await passkeys.register(transaction_id, { authenticatorAttachment: "any" });
-    const answer = await backend("POST", "/passkeys/finish", { nonce }, exchange);
+    const answer = await backend("POST", "/passkeys/finish", { nonce, transaction_id }, exchange);
     showPasskeys(answer.passkeys);
     showReceipt(answer.receipt);
     tell(byId("passkeys-notice"), "Added. You can sign in with either passkey now.", "good");
