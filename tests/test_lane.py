@@ -11,9 +11,12 @@ import gc
 import json
 import logging
 import socket
+import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -231,6 +234,14 @@ def echoed(text: str) -> dict[str, Any]:
 
 def held(text: str) -> bytes:
     return request("POST", "/held", body=text.encode())
+
+
+def test_aiohttp_is_held_to_the_minor_release_that_is_tested() -> None:
+    """The lane uses its internals, which may change with any other one."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    (declared,) = [part for part in project["dependencies"] if part.startswith("aiohttp")]
+    major, minor, _ = version("aiohttp").split(".", 2)
+    assert declared == f"aiohttp=={major}.{minor}.*"
 
 
 # -- several at once --------------------------------------------------------------------------------------------------------------
