@@ -255,8 +255,8 @@ def _health(parts: Parts) -> list[web.RouteDef]:
         return json_answer({"status": "ready"})
 
     return [
-        web.get("/health/live", live, allow_head=False),
-        web.get("/health/ready", ready, allow_head=False),
+        web.get("/health/live", live),
+        web.get("/health/ready", ready),
     ]
 
 
@@ -295,7 +295,7 @@ def _sdk() -> list[web.RouteDef]:
                 headers={"Cache-Control": "public, max-age=300", "Access-Control-Allow-Origin": "*"},
             )
 
-        return web.get(f"/sdk/{name}", answer, allow_head=False)
+        return web.get(f"/sdk/{name}", answer)
 
     return [of(name) for name in _SDK_TYPES]
 

@@ -29,10 +29,8 @@ ANYBODY = {
     ("GET", APP + "/"),
     ("OPTIONS", APP),
     ("OPTIONS", APP + "/"),
-    ("GET", "/health/live"),
-    ("GET", "/health/ready"),
-    ("GET", "/sdk/passkey.js"),
-    ("GET", "/sdk/passkey.d.ts"),
+    *((method, f"/health/{name}") for name in ("live", "ready") for method in ("GET", "HEAD")),
+    *((method, f"/sdk/passkey.{kind}") for kind in ("js", "d.ts") for method in ("GET", "HEAD")),
 }
 PAGES = {
     (method, f"{APP}/{kind}/transactions/webauthn/{step}")
@@ -77,7 +75,7 @@ KEYED |= {
 }
 KEYED_ALONE = {("POST", "/propelauth/run-command")}
 START = "/authenticate/transactions/webauthn/start"
-HEALTH = {("GET", "/health/live"), ("GET", "/health/ready")}
+HEALTH = {(method, f"/health/{name}") for name in ("live", "ready") for method in ("GET", "HEAD")}
 METRICS = {("GET", "/metrics")}
 OTHERS_KEYED = passlock.KEYED.keys() | hanko.KEYED  # looked into in tests of their own
 OTHERS_PAGES = passlock.PAGES | hanko.PAGES

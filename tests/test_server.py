@@ -435,25 +435,51 @@ async def test_pipelined_requests_are_answered_in_order(broker: Started, wire: W
 @pytest.mark.parametrize(
     ("method", "status", "allow"),
     [
-        ("HEAD", 405, "GET"),
-        ("PUT", 405, "GET"),
-        ("POST", 405, "GET"),
-        ("TRACE", 405, "GET"),
-        ("PROPFIND", 405, "GET"),
-        ("OPTIONS", 405, "GET"),
+        ("PUT", 405, "GET,HEAD"),
+        ("POST", 405, "GET,HEAD"),
+        ("TRACE", 405, "GET,HEAD"),
+        ("PROPFIND", 405, "GET,HEAD"),
+        ("OPTIONS", 405, "GET,HEAD"),
     ],
 )
 async def test_other_methods(broker: Started, dial: Dial, method: str, status: int, allow: str) -> None:
     line = await dial(broker)
     with refused(broker, "method_not_allowed", "method_not_allowed"):
         await line.send(request(method, "/health/live"))
-        got, headers, body = await line.answer(body=method != "HEAD")
+        got, headers, body = await line.answer()
     assert (got, headers["allow"]) == (status, allow.lower())
     assert headers["content-type"] == "application/json"
-    if method != "HEAD":
-        assert json.loads(body)["code"] == "method_not_allowed"
-    known = method in ("HEAD", "PUT", "POST", "OPTIONS")
+    assert json.loads(body)["code"] == "method_not_allowed"
+    known = method in ("PUT", "POST", "OPTIONS")
     assert lines(broker, status=405, method=method if known else "other", route="unmatched")
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/sdk/passkey.js", "/sdk/passkey.d.ts"])
+async def test_head_is_get_without_a_body(broker: Started, dial: Dial, path: str) -> None:
+    """RFC 9110 §9.3.2 "The HEAD method is identical to GET except that the server MUST NOT send content in the response"."""
+    line = await dial(broker)
+    answers = []
+    for method in ("GET", "HEAD", "GET"):
+        await line.send(request(method, path))
+        status, headers, body = await line.answer(body=method == "GET")
+        answers.append((status, {k: v for k, v in headers.items() if k not in ("date", "x-request-id")}))
+        assert (len(body) > 0) == (method == "GET")
+    assert answers[0] == answers[1] == answers[2], "with the same headers, and the connection goes on"
+    assert answers[0][0] == 200
+    assert [(e["method"], e["status"]) for e in lines(broker, route=path)] == [
+        ("GET", 200),
+        ("HEAD", 200),
+        ("GET", 200),
+    ]
+
+
+async def test_head_of_what_is_not_ready_is_503(start_broker: Starter, dial: Dial) -> None:
+    broker = await start_broker(redis_url="unix:///nonexistent")
+    line = await dial(broker)
+    await line.send(request("HEAD", "/health/ready"))
+    status, headers, _ = await line.answer(body=False)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert lines(broker, method="HEAD", status=503, route="/health/ready")
 
 
 TARGETS = [
