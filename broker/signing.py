@@ -154,7 +154,7 @@ class Signing:
             last = key.created_at if drop else signs_from + timedelta(seconds=TOKEN_LIFE_LIMIT + SKEW)
             await self._keys.rotate(replace(key, signs_from=signs_from), others_retire_at=last)
         else:
-            await self._keys.add_first(await self._new(app_id, algorithm))
+            await self._keys.add_first(await self._new(app_id, algorithm), rotated=True)
         self._sets.forget(app_id)
         return await self.listed(app)
 

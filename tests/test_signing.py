@@ -85,9 +85,9 @@ class Together(SigningKeys):
         super().__init__(postgres)
         self._barrier = barrier
 
-    async def add_first(self, key: StoredKey) -> None:
+    async def add_first(self, key: StoredKey, *, rotated: bool = False) -> None:
         await self._barrier.wait()
-        await super().add_first(key)
+        await super().add_first(key, rotated=rotated)
 
 
 Start = Callable[..., Awaitable[Instance]]
@@ -326,6 +326,22 @@ async def test_another_instance_follows_within_a_second(start: Start, clock: Clo
     assert await two.kids(app) == [new]
     await two.signing.rotate(app, "ES256", now=True)
     assert await two.signer(app) != new, "its own rotation it knows at once"
+
+
+async def test_a_rotation_that_makes_the_first_key_is_an_event_and_a_first_use_is_none(one: Instance) -> None:
+    rotated, used = await one.app(), await one.app()
+    await one.signing.rotate(rotated, "ES256")
+    await one.signer(used)
+    for app, actions in ((rotated, ["app.created", "signing_key.rotated"]), (used, ["app.created"])):
+        assert [e.action for e in await one.directory.events(app.id, limit=10)] == actions
+
+
+async def test_a_rotation_of_the_brokers_own_keys_is_an_event_of_no_app(one: Instance) -> None:
+    before = len(await one.directory.events("", limit=1000))
+    for _ in range(2):
+        await one.signing.rotate(None, "ES256")
+    found = (await one.directory.events("", limit=1000))[before:]
+    assert [(e.app_id, e.action, e.result) for e in found] == [("", "signing_key.rotated", "done")] * 2
 
 
 async def test_a_rotation_is_an_event_of_its_app(one: Instance) -> None:

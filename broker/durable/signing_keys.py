@@ -67,8 +67,9 @@ class SigningKeys:
         )
         return [StoredKey(**dict(row)) for row in rows]
 
-    async def add_first(self, key: StoredKey) -> None:
-        """Insert a key where its line has none; whoever was first decides, so read the set afterwards.
+    async def add_first(self, key: StoredKey, *, rotated: bool = False) -> None:
+        """Insert a key where its line has none; whoever was first decides, so read the set afterwards. Where somebody asked for it (`rotated`)
+        the event is `signing_key.rotated`.
 
         Raises:
             UnknownApp: the app was deleted while the caller still remembered it.
@@ -77,10 +78,14 @@ class SigningKeys:
             await self._pg.row(
                 "add_signing_key",
                 """
-                INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
-                SELECT $1, $2::text, $3::text, 1, $4, $5, $6, $7
-                WHERE NOT EXISTS (SELECT FROM signing_keys WHERE scope = coalesce($2, '') AND algorithm = $3)
-                ON CONFLICT (scope, algorithm, generation) DO NOTHING
+                WITH new AS (
+                    INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
+                    SELECT $1, $2::text, $3::text, 1, $4, $5, $6, $7
+                    WHERE NOT EXISTS (SELECT FROM signing_keys WHERE scope = coalesce($2, '') AND algorithm = $3)
+                    ON CONFLICT (scope, algorithm, generation) DO NOTHING RETURNING app_id, created_at
+                )
+                INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)
+                SELECT created_at, coalesce(app_id, ''), $9, 'signing_key.rotated', NULL, NULL, 'done', NULL, $10 FROM new WHERE $8
                 """,
                 key.id,
                 key.app_id,
@@ -89,13 +94,16 @@ class SigningKeys:
                 key.public,
                 key.created_at,
                 key.signs_from,
+                rotated,
+                *who(),
             )
         except asyncpg.ForeignKeyViolationError:
             raise UnknownApp from None
 
     async def rotate(self, key: StoredKey, *, others_retire_at: datetime) -> None:
         """Insert the next key of its line. Older ones leave the set at `others_retire_at`, or when they were to leave before that;
-        those of the set that have left it are deleted. `key.generation` is not looked at. The event is `signing_key.rotated`.
+        those of the set that have left it are deleted. `key.generation` is not looked at. The event is `signing_key.rotated`, of the broker's own set
+        under the app id "".
 
         Raises:
             UnknownApp: there is no such app.
@@ -123,8 +131,7 @@ class SigningKeys:
                 DELETE FROM signing_keys k USING new WHERE k.scope = coalesce($2, '') AND k.retires_at <= $6
             ), told AS (
                 INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)
-                SELECT created_at, app_id, $9, 'signing_key.rotated', NULL, NULL, 'done', NULL, $10 FROM new
-                WHERE app_id IS NOT NULL
+                SELECT created_at, coalesce(app_id, ''), $9, 'signing_key.rotated', NULL, NULL, 'done', NULL, $10 FROM new
             )
             SELECT id FROM new
             """,
