@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import io
 import json
 import os
 import re
@@ -22,12 +23,14 @@ import asyncpg
 import pytest
 import redis
 
+from broker.app import assemble
 from broker.cli import serving
 from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
 from broker.embedded.place import server_account
+from broker.telemetry import Log
 from tests.authenticator import Authenticator
-from tests.conftest import SECRET_KEY
+from tests.conftest import SECRET_KEY, settings_for
 from tests.processes import free_port, get, until
 from tests.wire import ORIGIN, RP_ID, Wire
 
@@ -283,6 +286,10 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
         "missing": ["postgres_not_migrated"],
     }
     assert get(started.port, "/health/live") == 200
+    until(lambda: "not_migrated" in started.events, "it says so")
+    (said,) = [line for line in started.log if line["event"] == "not_migrated"]
+    assert said["level"] == "warning"
+    assert "`broker migrate`" in said["todo"]
     assert migrate(fresh_database).startswith("0001_first\n")
     assert migrate(fresh_database) == "Nothing to apply.\n"
     assert started.ready() == {"http": 200, "status": "ready"}
@@ -296,6 +303,52 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
         assert started.ready()["missing"] == ["postgres_not_migrated"]
     finally:
         await connection.close()
+
+
+async def test_the_log_says_what_to_do_until_the_database_is_migrated(
+    stores: EmbeddedStores, fresh_database: str
+) -> None:
+    """At each look: one finds an unmigrated database, one none that answers, and one that somebody has migrated, which ends it."""
+    stream = io.StringIO()
+    settings = settings_for(stores, database_url=fresh_database, store_timeout=0.3)
+    parts = await assemble(settings, log=Log(stream))
+    looks: list[float] = []
+    operator = await asyncpg.connect(fresh_database)
+    holding = operator.transaction()
+
+    async def pause(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            await holding.start()
+            await operator.execute("LOCK pg_class IN ACCESS EXCLUSIVE MODE")
+        elif len(looks) == 3:
+            await holding.rollback()
+            await serving.apply_migrations(parts)
+
+    try:
+        async with asyncio.timeout(30):
+            await serving.tell_until_migrated(parts, pause=pause)
+    finally:
+        await parts.close()
+        await operator.close()
+    assert looks == [60.0] * 3
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == [
+        "not_migrated",
+        "not_migrated",
+        "migrated",
+    ]
+
+
+@pytest.mark.parametrize("workers", ["2", "3"])
+def test_one_of_several_workers_says_that_the_database_is_not_migrated(
+    serve: Start, fresh_database: str, workers: str
+) -> None:
+    started = serve(workers=workers, database_url=fresh_database).begun()
+    until(lambda: "not_migrated" in started.events, "one says so")
+    assert started.ready()["http"] == 503
+    started.tell(signal.SIGTERM)
+    assert started.end() == 0
+    assert started.events.count("not_migrated") == 1
 
 
 async def test_several_may_migrate_at_once(serve: Start, fresh_database: str) -> None:

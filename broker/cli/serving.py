@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import errno
 import gc
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -13,7 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from broker.errors import Fault
+from broker.errors import Fault, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, capture_library_records
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # the service is imported when a command needs it: `dev` does
 T = TypeVar("T")
 
 LOG_HOLD = 0.05  # seconds
+LOOK_SECONDS = 60.0  # between two looks whether the database is migrated
 # How many more objects there are, and how many younger collections, before cycles are looked for. Requests leave hardly any, and by
 # default the search, for each 700 objects, takes a twelfth of the time of a login.
 _GARBAGE = (50_000, 20, 1000)
@@ -99,7 +101,9 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
         management_port=service.management_port,
         metrics=settings.metrics_at,
     )
+    looking = asyncio.create_task(tell_until_migrated(parts))
     await until_told()
+    looking.cancel()
     log("draining", seconds=settings.drain_seconds)
     await service.close()
     log("stopped")
@@ -108,6 +112,26 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
 async def apply_migrations(parts: Parts) -> None:
     """Apply those that are missing. Raises MigrationFault."""
     await parts.postgres.migrate(datetime.now(UTC))
+
+
+async def tell_until_migrated(
+    parts: Parts, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> None:
+    """Look whether the database is migrated, now and every minute, and say what to do as long as it is not. Ends when it is."""
+    told = False
+    while True:
+        try:
+            await parts.postgres.check()
+        except Unavailable as fault:
+            if fault.reason == "postgres_not_migrated":
+                told = True
+                todo = "Run `broker migrate`, or start `broker serve --migrate`; until then requests that need the database get 503."
+                parts.log("not_migrated", severity=logging.WARNING, todo=todo)
+        else:
+            if told:
+                parts.log("migrated")
+            return
+        await pause(LOOK_SECONDS)
 
 
 async def start(

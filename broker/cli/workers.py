@@ -57,6 +57,7 @@ from broker.cli.serving import (
     cannot_listen,
     run,
     start,
+    tell_until_migrated,
     until_told,
     with_parts,
 )
@@ -480,8 +481,11 @@ async def _serve_until_told(settings: Settings, post: _Post, log: Log) -> None:
     service = await start(parts, ports=ports)
     channel.say(LISTENS)
     beating = asyncio.create_task(_beat(channel, shared))
+    looking = asyncio.create_task(tell_until_migrated(parts)) if post.seat == 0 else None  # one for all
     await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
     channel.say(DRAINS)
+    if looking is not None:
+        looking.cancel()
     if not channel.all_end.is_set():
         await service.accept_no_more()
         with suppress(TimeoutError):
