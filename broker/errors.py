@@ -7,6 +7,12 @@ Two rules decide what a sentence may say. A caller without a key learns nothing,
 wrong-kind and foreign values; `reason` tells the log, the metric and the event which of these it was, and never leaves the
 process, but for a keyed caller whose wire format has a word of its own for it. And a sentence tells the reader what to do, not what
 the code did.
+
+**Two readers.** A `sentence` may be read by a person at a page, so it is plain and names no policy, command or setting. What an operator
+or a backend's developer needs besides is the `hint`: what was wrong in technical words, and, where a policy or a setting caused the
+refusal, which one and how to set it (`policy_hint`). The edge adds a hint to the request's log line, and to the answer of a caller
+whose key was accepted; no other answer has it. So a hint holds no byte of a caller. (A fault of form, `InvalidRequest`, is the mistake of
+whoever wrote the page; its sentence names the field.)
 """
 
 from __future__ import annotations
@@ -28,19 +34,29 @@ class Signal:
     credential_id: bytes
 
 
+def policy_hint(key: str, value: str) -> str:
+    """The hint of a refusal that a policy key causes: the key, and how to set it to what would let the request pass."""
+    return f"The app's policy {key} decides that; `broker app update --app A --set {key}={value}` changes it."
+
+
 class Fault(Exception):
     """An operator's trouble, outside of any request: one sentence that says what to do about it."""
 
 
 class Refusal(Exception):
-    """A request that is not granted. `sentence` is for the caller; `reason` (a short bounded word) is for the operator."""
+    """A request that is not granted. `sentence` is for the caller, who may be a person at a page; `reason` (a short bounded word) and
+    `hint` (sentences of ours) are for the operator, the hint for keyed callers too."""
 
     code: ClassVar[str]
     default: ClassVar[str]
+    default_hint: ClassVar[str | None] = None
 
-    def __init__(self, sentence: str | None = None, *, reason: str | None = None) -> None:
+    def __init__(
+        self, sentence: str | None = None, *, reason: str | None = None, hint: str | None = None
+    ) -> None:
         self.sentence = sentence or self.default
         self.reason = reason or self.code
+        self.hint = hint if hint or sentence else self.default_hint
         super().__init__(self.sentence)
 
 
@@ -60,7 +76,7 @@ class InvalidKey(Refusal):
 
 class OperationNotAllowed(Refusal):
     code = "operation_not_allowed"
-    default = "This origin is not registered for the app."
+    default = "This origin is not registered for the app; tell whoever runs this site."
 
 
 class UnknownApp(Refusal):
@@ -86,12 +102,19 @@ class TooManyPasskeys(Refusal):
     """The user has as many passkeys as the policy allows: `count` of `limit`."""
 
     code = "too_many_passkeys"
-    default = "The user has as many passkeys as the app allows; revoke one first."
+    default = "This account has as many passkeys as it may have; remove one first."
+    default_hint = policy_hint("max_passkeys", "N")
 
     def __init__(
-        self, sentence: str | None = None, *, reason: str | None = None, limit: int = 0, count: int = 0
+        self,
+        sentence: str | None = None,
+        *,
+        reason: str | None = None,
+        hint: str | None = None,
+        limit: int = 0,
+        count: int = 0,
     ) -> None:
-        super().__init__(sentence, reason=reason)
+        super().__init__(sentence, reason=reason, hint=hint)
         self.limit = limit
         self.count = count
 
@@ -107,7 +130,8 @@ class UnknownTransaction(Refusal):
     """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle or a user without a pending ceremony."""
 
     code = "transaction_not_found"
-    default = "The transaction is unknown, expired or already used; ask the backend for a new one."
+    default = "This step has expired or was already used; reload the page and start again."
+    default_hint = "The transaction, session or ceremony is unknown, expired or already used; open a new one."
 
 
 class UnknownNonce(Refusal):
@@ -121,7 +145,8 @@ class UnknownTicket(Refusal):
     """Unknown, expired, used, of another kind or of another app: all alike."""
 
     code = "ticket_not_found"
-    default = "The ticket is unknown, expired or already used; ask the backend for a new one."
+    default = "This step has expired or was already used; reload the page."
+    default_hint = "The ticket is unknown, expired or already used; prepare a new one."
 
 
 class OwnedAlready(Refusal):
@@ -146,12 +171,17 @@ class CeremonyRefused(Refusal):
     """
 
     code = "webauthn_login_failed"
-    default = "The passkey could not be verified."
+    default = "The passkey could not be verified; try again, or use another one."
 
     def __init__(
-        self, sentence: str | None = None, *, reason: str | None = None, signal: Signal | None = None
+        self,
+        sentence: str | None = None,
+        *,
+        reason: str | None = None,
+        hint: str | None = None,
+        signal: Signal | None = None,
     ) -> None:
-        super().__init__(sentence, reason=reason)
+        super().__init__(sentence, reason=reason, hint=hint)
         self.signal = signal
 
 
@@ -159,7 +189,7 @@ class DiscoverableRefused(CeremonyRefused):
     """A refused authentication that had no transaction."""
 
     code = "discoverable_login_failed"
-    default = "The passkey could not be verified."
+    default = "The passkey could not be verified; try again, or use another one."
 
 
 class TooManyCeremonies(Refusal):
@@ -167,6 +197,7 @@ class TooManyCeremonies(Refusal):
 
     code = "too_many_requests"
     default = "Too many sign-ins are open; try again in a moment."
+    default_hint = policy_hint("discoverable_limit", "N")
     retry_after = 5
 
 
@@ -266,4 +297,4 @@ class InternalFault(Refusal):
     """A defect of ours, as the caller sees it; the log has the exception, the answer has nothing of it."""
 
     code = "internal_server_error"
-    default = "Something went wrong on our side."
+    default = "Something went wrong on our side; try again later."

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 from redis.asyncio import Redis
 
+from broker.errors import UnknownTransaction
 from broker.model import Policy
 from tests.authenticator import Authenticator, unb64
 from tests.conftest import OpenApp, Started, Starter
@@ -51,11 +52,11 @@ async def begun(hanko: Hanko, at: str, device: Authenticator, name: str = "t", *
 def gone(at: str) -> tuple[int, str, str]:
     """Status, title and details of an answer to a challenge that is not there."""
     if at.endswith(REGISTRATION):
-        return (
-            400,
-            NO_CHALLENGE,
-            "There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
+        told, keyed = UnknownTransaction.default, at == SECOND_REGISTRATION
+        hint = (
+            "There is no begun ceremony with this challenge, or it is expired or already used; begin again."
         )
+        return 400, NO_CHALLENGE, f"{told} {hint}" if keyed else told
     details = "no transaction found for this challenge" if at == TRANSACTION else NO_CHALLENGE
     return 401, "failed to get session data", details
 

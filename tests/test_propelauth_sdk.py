@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from broker.errors import InternalFault
 from broker.model import Policy
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started
@@ -185,7 +186,7 @@ async def test_a_defect_of_ours_in_ping(
         raise RuntimeError
 
     monkeypatch.setattr(broker.parts.directory, "now", broken)
-    assert await fails(client, "UnexpectedError", "ping") == "Something went wrong on our side."
+    assert await fails(client, "UnexpectedError", "ping") == InternalFault.default
 
 
 async def test_a_wrong_key(broker: Started, stranger: Client) -> None:

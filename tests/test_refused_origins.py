@@ -13,6 +13,7 @@ import pytest
 
 from broker.app import application
 from broker.cli.dev import RefusedOnTheTerminal
+from broker.errors import OperationNotAllowed
 from broker.model import RelyingParty, page_origin
 from broker.telemetry import CONTEXT, Context
 from broker.web import RefusedOrigins, access_of
@@ -130,7 +131,7 @@ async def test_which_origins_may_read_it(
         readable = {"access-control-allow-origin": origin} if origin in PAGES_OF_OTHERS else {}
         assert cors(answer) == readable
         if not readable:
-            assert sentence(answer) == "This origin is not registered for the app."
+            assert sentence(answer) == OperationNotAllowed.default
             with refused(broker, "operation_not_allowed", "origin"):
                 answer = await wire.send("OPTIONS", url(wire, path), headers={"Origin": origin})
             assert (answer.status, cors(answer)) == (403, {})

@@ -21,6 +21,7 @@ from aiohttp import ClientSession
 
 from broker.app import assemble, serve
 from broker.embedded import EmbeddedStores
+from broker.errors import InternalFault
 from broker.telemetry import Log, capture_library_records
 from broker.web import Limits
 from tests.authenticator import Authenticator, Misbehaviour
@@ -853,7 +854,7 @@ async def test_a_defect_of_ours_is_a_500_without_a_word_of_it(
         answer = await wire.page("/authenticate/transactions/webauthn/start", {})
     assert (answer.status, answer.json) == (
         500,
-        {"code": "internal_server_error", "error": "Something went wrong on our side."},
+        {"code": "internal_server_error", "error": InternalFault.default},
     )
     assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
     defect = next(entry for entry in broker.log if entry["event"] == "defect")

@@ -23,6 +23,7 @@ from broker.errors import (
     Signal,
     Unavailable,
     UnknownTransaction,
+    policy_hint,
 )
 from broker.model import (
     MAX_REFUSALS,
@@ -157,7 +158,7 @@ class Finishes:
         if not isinstance(pending, expected):
             elsewhere = await self._ephemeral.other_finish_of_challenge(app.id, challenge)
             raise UnknownTransaction(
-                "There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
+                hint="There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
                 reason=_OTHER_FINISH if elsewhere else "challenge_unknown",
             )
         return as_strict_as(app, pending)
@@ -192,7 +193,7 @@ class Finishes:
         if outcome != "added":
             # No signal for a duplicate: somebody signs in with that passkey.
             refused = CeremonyRefused(
-                "This passkey can't be added; use another authenticator.",
+                "This passkey can't be added; use another device or security key.",
                 reason=outcome,
                 signal=signal if outcome == "no_user" else None,
             )
@@ -250,7 +251,12 @@ class Finishes:
         if recorded is None:
             gone = await self._nobody_has(app, answer.credential_id)
             signal = Signal(app.rp_id, answer.credential_id) if gone else None
-            refused = CeremonyRefused(reason="revoked_or_counter", signal=signal)
+            refused = CeremonyRefused(
+                reason="revoked_or_counter",
+                signal=signal,
+                hint="The passkey was revoked meanwhile, or its counter went back. "
+                + policy_hint("counter", "flag"),
+            )
             await self._refuse_authentication(app, pending, credential, refused, told=True)
         return SignedIn(pending, credential, external_id, verified, recorded, now)
 
@@ -266,11 +272,14 @@ class Finishes:
                 signal=Signal(app.rp_id, answer.credential_id) if unknown else None,
             )
         if not owned.credential.live:
-            raise CeremonyRefused(reason="not_live")
+            raise CeremonyRefused(
+                reason="not_live",
+                hint="The registration's nonce was not redeemed. " + policy_hint("live_at", "finish"),
+            )
         if owned.credential.second_factor and not pending.asked.second_factor:
             raise CeremonyRefused(reason="second_factor")
         if owned.external_id is None and not pending.asked.ownerless:
-            raise CeremonyRefused(reason="ownerless")
+            raise CeremonyRefused(reason="ownerless", hint=policy_hint("passlock_open_registration", "true"))
         return owned.credential, owned.external_id
 
     async def _count_refusal(self, pending: Pending) -> bool:
@@ -330,7 +339,9 @@ class Finishes:
                 credential.id if credential else None,
             )
         if pending.user_id is None:
-            raise DiscoverableRefused(reason=refusal.reason, signal=refusal.signal) from refusal
+            raise DiscoverableRefused(
+                reason=refusal.reason, signal=refusal.signal, hint=refusal.hint
+            ) from refusal
         raise refusal
 
     async def _tell_refused_registration(
@@ -423,7 +434,9 @@ def as_strict_as(app: RelyingParty, pending: P) -> P:
     if not app.policy.passlock_open_registration:
         by_a_page = pending.transaction is None
         if isinstance(pending, PendingRegistration) and pending.external_id is None and by_a_page:
-            raise UnknownTransaction(reason="not_open")
+            raise UnknownTransaction(
+                reason="not_open", hint=policy_hint("passlock_open_registration", "true")
+            )
         if pending.asked.ownerless:
             pending = pending._replace(asked=replace(pending.asked, ownerless=False))
     now = app.policy.verification(pending.asked)

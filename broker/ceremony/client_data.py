@@ -55,7 +55,7 @@ def challenge_of(raw: bytes) -> bytes:
     try:
         encoded = _text(_read(raw), "challenge")
     except CeremonyRefused as refusal:
-        raise InvalidRequest(refusal.sentence, reason="client_data") from None
+        raise InvalidRequest(refusal.hint, reason="client_data") from None
     if not _CHALLENGE.fullmatch(encoded) or len(encoded) % 4 == 1:
         raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
     challenge = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))

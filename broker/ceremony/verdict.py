@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from webauthn.helpers.exceptions import WebAuthnException
 
-from broker.errors import CeremonyRefused
+from broker.errors import CeremonyRefused, policy_hint
 
 Reason = Literal[
     "malformed",
@@ -86,6 +86,47 @@ PARSER_FAULTS = (
 )
 
 
-def refuse(reason: Reason, sentence: str) -> CeremonyRefused:
-    """The refusal to raise: `reason` for the operator, `sentence` for the developer who reads the answer."""
-    return CeremonyRefused(sentence, reason=reason)
+_ELSEWHERE = "Passkeys don't work on this page; open the site at its own address, in a tab of its own."
+_UNUSABLE = "This device or security key can't be used here; use another one."
+# What a person at a page can do about it; for other reasons the refusal's default.
+_TOLD: dict[Reason, str] = {
+    "origin": _ELSEWHERE,
+    "cross_origin": _ELSEWHERE,
+    "top_origin": _ELSEWHERE,
+    "user_presence": "The device did not notice you; try again and touch or unlock it when it asks.",
+    "user_verification": "The device did not check that it is you; set up a PIN, fingerprint or face on it and try again.",
+    "algorithm": _UNUSABLE,
+    "public_key": _UNUSABLE,
+    "attachment": "The site asked for another kind of authenticator; use a device that it asks for.",
+    "resident_key": _UNUSABLE,
+    "attestation": _UNUSABLE,
+    "attestation_trust": _UNUSABLE,
+    "attestation_missing": _UNUSABLE,
+    "attestation_unverified": _UNUSABLE,
+    "not_offered": "This passkey is not for this sign-in; choose another one.",
+    "user_handle": "This passkey is not for this sign-in; choose another one.",
+    "backup_eligibility": "This passkey can't be used any more; sign in another way and add a new one.",
+    "counter": "This passkey can't be used any more; sign in another way and add a new one.",
+}
+# What decides about the reason, and a value that lets the ceremony pass.
+CAUSES: dict[Reason, str] = {
+    "origin": "`broker app update --app A --add-origin ORIGIN` registers an origin.",
+    "cross_origin": policy_hint("allow_cross_origin", "true"),
+    "top_origin": policy_hint("top_origins", "ORIGIN"),
+    "user_verification": policy_hint("user_verification", "preferred")
+    + " For second factors it is second_factor_user_verification; a caller may have asked for more.",
+    "algorithm": policy_hint("algorithms", "NAMES"),
+    "attachment": policy_hint("authenticator_attachment", "any")
+    + " For second factors it is second_factor_attachment; the page may have asked for one.",
+    "attestation_trust": policy_hint("attestation_roots", "PEM"),
+    "attestation_missing": policy_hint("attestation_required", "none"),
+    "attestation_unverified": policy_hint("attestation_required", "any"),
+    "counter": policy_hint("counter", "flag"),
+}
+
+
+def refuse(reason: Reason, detail: str) -> CeremonyRefused:
+    """The refusal to raise: `reason` and `detail`, a sentence of ours, are for the operator and the developer; a person at a page is told
+    what to do."""
+    hint = f"{detail} {CAUSES[reason]}" if reason in CAUSES else detail
+    return CeremonyRefused(_TOLD.get(reason), reason=reason, hint=hint)

@@ -282,6 +282,7 @@ def _judge_registered(origin: str | None, app: RelyingParty) -> None:
         known = False
     if not known:
         raise OperationNotAllowed(
-            "additionalAllowedOrigin is not one of the app's origins; register it with broker app update.",
+            "additionalAllowedOrigin is not one of the app's origins.",
             reason="additional_origin",
+            hint="`broker app update --app A --add-origin ORIGIN` registers an origin.",
         )

@@ -37,7 +37,9 @@ _LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warni
 # What a line tells: its time and severity, and of an event its word and its values, of a request what `Log.request` is given. Plain tuples,
 # for they are made with every request.
 _Event: TypeAlias = tuple[float, int, str, dict[str, Any]]
-_Request: TypeAlias = tuple[float, int, str, str, int, float, str | None, str, tuple[str, str] | None]
+_Request: TypeAlias = tuple[
+    float, int, str, str, int, float, str | None, str, tuple[str, str, str | None] | None
+]
 
 
 class Log:
@@ -67,9 +69,9 @@ class Log:
         seconds: float,
         app: str | None,
         request_id: str,
-        refusal: tuple[str, str] | None,
+        refusal: tuple[str, str, str | None] | None,
     ) -> None:
-        """The line of a request. `refusal` is its code and its reason. Every text is one of ours or was checked, so none needs escaping in
+        """The line of a request. `refusal` is its code, its reason and its hint. Every other text is one of ours or was checked, so none needs escaping in
         JSON: a method of a closed list, a route's template, an app's id, a request id, a refusal's words."""
         severity = logging.WARNING if status >= 500 else logging.INFO
         if severity >= self.level:
@@ -103,7 +105,11 @@ class Log:
             at, severity, method, route, status, seconds, app, request_id, refusal = told
             second, milliseconds = divmod(int(at * 1000), 1000)
             quoted = f'"{app}"' if app else "null"
-            end = f',"code":"{refusal[0]}","reason":"{refusal[1]}"}}\n' if refusal else "}\n"
+            end = "}\n"
+            if refusal:
+                code, reason, hint = refusal
+                more = f',"hint":{orjson.dumps(hint).decode()}' if hint else ""
+                end = f',"code":"{code}","reason":"{reason}"{more}}}\n'
             return (
                 f'{{"at":"{_second(second)}.{milliseconds:03d}Z","level":"{_LEVELS[severity]}","event":"request",{self._fixed}'
                 f'"method":"{method}","route":"{route}","status":{status},"ms":{seconds * 1000:.2f},"app":{quoted},'

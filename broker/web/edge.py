@@ -216,6 +216,10 @@ class Edge:
             )
             refusal = InternalFault()
         if refusal is not None:
+            if refusal.hint and now.actor.startswith(
+                "key:"
+            ):  # the key was accepted: a backend reads it, not a page
+                refusal.sentence = f"{refusal.sentence} {refusal.hint}"
             response = self._render(refusal, request)
             if more:
                 response.headers.update(more)
@@ -235,7 +239,7 @@ class Edge:
             seconds,
             now.app_id,
             now.request_id,
-            (refusal.code, refusal.reason) if refusal is not None else None,
+            (refusal.code, refusal.reason, refusal.hint) if refusal is not None else None,
         )
         return response
 

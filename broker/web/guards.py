@@ -181,11 +181,11 @@ async def _admitted(request: web.Request) -> RelyingParty:
         kept(request).cors = {**allowed, "Vary": "Origin"}
         if not admitted:
             raise OperationNotAllowed(
-                f"This page's origin {origin} is not registered for the app;"
-                " `broker app update --add-origin` registers it."
+                f"This page's origin {origin} is not registered for the app; tell whoever runs this site."
                 if readable
                 else None,
                 reason="origin",
+                hint="`broker app update --app A --add-origin ORIGIN` registers an origin.",
             )
     return app
 

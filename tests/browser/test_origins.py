@@ -79,7 +79,7 @@ async def test_the_sdk_says_why(broker: Started, page: Page, origin: str, wire: 
         with refused(broker, "operation_not_allowed", "origin"):
             told = await in_page(page, "told", {**place, "call": call})
         assert told.pop("message") == (
-            f"This page's origin {origin} is not registered for the app; `broker app update --add-origin` registers it."
+            f"This page's origin {origin} is not registered for the app; tell whoever runs this site."
         )
         assert told == {"code": "refused", "status": 403, "refusal": "operation_not_allowed"}
     assert ("origin.refused", "refused", origin) in await broker.events(wire.app_id)

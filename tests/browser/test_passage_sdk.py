@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from broker.errors import DiscoverableRefused, UnknownTransaction
+from broker.ceremony.verdict import refuse
+from broker.errors import CeremonyRefused, DiscoverableRefused, UnknownTransaction
 from tests.browser.chromium import Authenticator, Chromium, Page, wait_until
 from tests.conftest import OpenApp, Started, Starter
 from tests.sdk.passage import HOST, PACKAGES, Name, Outcome, Site, Way, body, held_name, opened_site
@@ -19,6 +20,7 @@ from tests.wire import Wire
 REGISTER = "/register/transactions/webauthn/"
 AUTHENTICATE = "/authenticate/transactions/webauthn/"
 NOT_FOUND = {"name": "PassageError", "message": UnknownTransaction.default, "statusCode": 404}
+UNVERIFIED_USER = refuse("user_verification", "").sentence
 UNVERIFIED = {"name": "PassageError", "statusCode": 401}
 
 both_versions = pytest.mark.parametrize("version", PACKAGES)
@@ -403,9 +405,9 @@ def _refusals(site: Site, code: str, reason: str) -> float:
 @pytest.mark.parametrize(
     ("fault", "reason", "sentence"),
     [
-        ("bogus_signature", "signature", "The signature does not verify."),
-        ("bad_uv", "user_verification", "The authenticator did not verify the user."),
-        ("bad_up", "user_presence", "The authenticator did not see the user."),
+        ("bogus_signature", "signature", CeremonyRefused.default),
+        ("bad_uv", "user_verification", UNVERIFIED_USER),
+        ("bad_up", "user_presence", refuse("user_presence", "").sentence),
     ],
 )
 async def test_an_answer_that_does_not_verify(
@@ -433,7 +435,7 @@ async def test_a_registration_that_does_not_verify(site: Site, device: Authentic
     transaction = await site.wire.open_registration("ann")
     device.misbehave(bad_uv=True)
     outcome = await site.register(transaction)
-    assert outcome == outcome | UNVERIFIED | {"message": "The authenticator did not verify the user."}
+    assert outcome == outcome | UNVERIFIED | {"message": UNVERIFIED_USER}
     assert await site.devices("ann") == []
     assert (await site.broker.events(site.wire.app_id))[-1] == (
         "passkey.registered",

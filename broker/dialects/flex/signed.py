@@ -37,8 +37,9 @@ async def make_ready(request: web.Request, app: RelyingParty) -> None:
     """
     if not request.app[SETTINGS].secret_key:
         raise InvalidRequest(
-            "This broker signs nothing, for it has no BROKER_SECRET_KEY; leave out signed.",
+            "This broker signs nothing; leave out signed.",
             reason="no_secret_key",
+            hint="The setting BROKER_SECRET_KEY is missing; signed receipts need it.",
         )
     await request.app[SIGNING].ready(app, ALGORITHM)
 

@@ -33,7 +33,7 @@ from broker.dialects.passlock.fields import (
     short_text,
     switch,
 )
-from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction
+from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction, policy_hint
 from broker.model import Attachment, Receipt, RelyingParty
 from broker.tokens import text
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
@@ -149,8 +149,9 @@ def judge_open(app: RelyingParty) -> None:
     """
     if not app.policy.passlock_open_registration:
         raise OperationNotAllowed(
-            "Pages of this tenancy can't do this by themselves; have the backend authorise it.",
+            "This page can't do that by itself; tell whoever runs this site.",
             reason="not_open",
+            hint="Have the backend authorise it. " + policy_hint("passlock_open_registration", "true"),
         )
 
 
