@@ -114,6 +114,47 @@ async def test_too_many_passkeys(broker: Started, open_app: OpenApp, device: Aut
     assert (await wire.page(path, {"transaction_id": transaction})).status == 200
 
 
+async def test_registrations_that_began_below_the_limit_add_no_more_than_it(
+    broker: Started, open_app: OpenApp
+) -> None:
+    """Three are begun, two fit. The device that made the third one may forget it."""
+    wire, devices = await open_app(Policy(max_passkeys=2)), [Authenticator() for _ in range(3)]
+    begun = [await wire.begin("register", await wire.open_registration("ann")) for _ in devices]
+    answers = [
+        (handle, device.register(options, ORIGIN))
+        for (handle, options), device in zip(begun, devices, strict=True)
+    ]
+    for handle, answer in answers[:2]:
+        assert (await wire.finish("register", handle, answer)).status == 200
+    with refused(broker, "webauthn_login_failed", "too_many_passkeys"):
+        refusal = await wire.finish("register", *answers[2])
+    assert (refusal.status, refusal.code) == (401, "webauthn_login_failed")
+    assert refusal.json["error"].startswith(
+        "This account has as many passkeys as it may have; remove one first."
+    )
+    assert refusal.json["signal"]["credential_id"] == answers[2][1]["id"]
+    assert (await broker.events(wire.app_id))[-1] == ("passkey.registered", "refused", "too_many_passkeys")
+    assert len((await wire.keyed("GET", "/passkeys?external_id=ann")).json["passkeys"]) == 2
+
+
+async def test_a_passkey_that_nobody_confirmed_makes_room(
+    broker: Started, open_app: OpenApp, device: Authenticator
+) -> None:
+    """Not before its nonce is dead."""
+    wire = await open_app(Policy(max_passkeys=1, live_at="redemption"))
+    nonce = await wire.register(await wire.open_registration("ann"), device)
+    path, body = (
+        "/register/transactions/webauthn/start",
+        {"transaction_id": await wire.open_registration("ann")},
+    )
+    with refused(broker, "too_many_passkeys", "too_many_passkeys"):
+        assert (await wire.page(path, body)).code == "too_many_passkeys"
+    broker.clock.ahead += 661
+    assert (await wire.redeem(nonce)).code == "invalid_nonce"
+    again = await wire.register(await wire.open_registration("ann"), Authenticator())
+    assert (await wire.redeem(again)).status == 200
+
+
 # -- names and policy ---------------------------------------------------------------------------------------------------------------------
 
 

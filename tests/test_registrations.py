@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
 import asyncpg
 import pytest
@@ -62,7 +63,7 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
         CONTEXT.set(Context(f"request-{number:03}", f"key:{number}"))
         at = NOW + timedelta(microseconds=number)
         user_id = await ensure(durable, app, f"user-{number}", at)
-        assert await durable.held_by(app.id, user_id) == []
+        assert await durable.held_by(app.id, user_id, now=NOW) == []
         passkey_id = MINT.id()
         outcome = await durable.add_credential(
             pending(
@@ -98,7 +99,7 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
         assert credential.second_factor is (number % 5 == 0)
         assert (credential.live, credential.created_at, credential.updated_at) == (True, at, later)
         assert credential.confirmed_at == (at if number % 4 == 0 else later)
-        assert await durable.held_by(app.id, user_id) == [
+        assert await durable.held_by(app.id, user_id, now=NOW) == [
             (credential.credential_id, credential.transports, True)
         ]
         user = await durable.user(app.id, user_id=user_id)
@@ -155,7 +156,7 @@ async def test_several_passkeys_of_one_user_at_once(
         *(add((durable, other)[number % 2], app, user, b"%d" % number) for number in range(20))
     )
     assert outcomes == ["added"] * 20
-    assert len(await durable.held_by(app.id, user)) == 20
+    assert len(await durable.held_by(app.id, user, now=NOW)) == 20
     assert unharmed(durable, other)
 
 
@@ -214,7 +215,7 @@ async def test_users_and_passkeys_of_others_among_good_ones(durable: Durable, ap
     confirmed = await asyncio.gather(*(durable.confirm_credential(of.id, key, LATER) for of, key in asked))
     assert confirmed == [False, True, False]
     assert [action for action, _, _ in await told(durable, elsewhere)].count("passkey.confirmed") == 0
-    held = await asyncio.gather(*(durable.held_by(of.id, user) for of in (app, elsewhere)))
+    held = await asyncio.gather(*(durable.held_by(of.id, user, now=NOW) for of in (app, elsewhere)))
     assert held == [[(mine.credential_id, mine.transports, True)], []]
 
 
@@ -302,5 +303,74 @@ async def test_deletions_and_registrations_at_once(
     )
     assert set(outcomes[:24]) <= {"added", "no_user"}
     assert outcomes[24:] == [True] * 24
-    assert [await durable.held_by(app.id, user) for user in users] == [[]] * 24
+    assert [await durable.held_by(app.id, user, now=NOW) for user in users] == [[]] * 24
     assert unharmed(durable, other)
+
+
+# -- how many a user may have -----------------------------------------------------------------------------------------------------------
+
+
+async def registered(
+    durable: Durable, app: RelyingParty, user: str, name: bytes, limit: int, **how: Any
+) -> str:
+    of: dict[str, Any] = {"live": True, "now": NOW, **how}
+    return await durable.add_credential(
+        pending(app, user), verified(name), new_id=MINT.id(), max_passkeys=limit, **of
+    )
+
+
+@pytest.mark.parametrize("live", [True, False])
+async def test_of_many_at_once_as_many_are_added_as_a_user_may_have(
+    durable: Durable, other: Durable, app: RelyingParty, stores: EmbeddedStores, live: bool
+) -> None:
+    """Twelve registrations that all began below the limit, on two instances. All are held open at the user's row, so that every
+    statement has taken its snapshot before any of them adds a passkey."""
+    user = await ensure(durable, app, "ann")
+    assert await registered(durable, app, user, b"first", 4) == "added"
+    async with session_of(stores) as session:
+        async with session.transaction():
+            await session.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", user)
+            tasks = [
+                asyncio.create_task(registered(store, app, user, bytes([number]) * 8, 4, live=live))
+                for number, store in enumerate((durable, other) * 6)
+            ]
+            waiting = (
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype IN ('transactionid', 'tuple')"
+            )
+            while await session.fetchval(waiting) < 12:
+                assert not any(task.done() for task in tasks)
+                await asyncio.sleep(0.005)  # between two looks
+        outcomes = await asyncio.gather(*tasks)
+    assert sorted(outcomes) == ["added"] * 3 + ["too_many_passkeys"] * 9
+    assert len(await durable.credentials(app.id, user)) == 4
+    assert await registered(other, app, user, b"last", 4) == "too_many_passkeys"
+    assert await registered(other, app, user, b"last", 5) == "added"
+
+
+async def test_of_several_in_one_statement_as_many_are_added_as_a_user_may_have(
+    durable: Durable, app: RelyingParty
+) -> None:
+    """The user's passkeys and another one's, all in one batch; a duplicate takes no place."""
+    user, fresh = await ensure(durable, app, "ann"), await ensure(durable, app, "ben")
+    assert await registered(durable, app, fresh, b"taken", 2) == "added"
+    names = [b"taken", b"1", b"2", b"3"]
+    outcomes = await asyncio.gather(
+        *(registered(durable, app, user, name, 2) for name in names),
+        registered(durable, app, fresh, b"4", 2),
+    )
+    assert sorted(outcomes[1:4]) == ["added", "added", "too_many_passkeys"]
+    assert outcomes[0] in ("duplicate", "too_many_passkeys")
+    assert outcomes[4] == "added"
+    assert len(await durable.credentials(app.id, user)) == 2
+
+
+async def test_a_passkey_that_was_never_confirmed_counts_as_long_as_it_may_be(
+    durable: Durable, app: RelyingParty
+) -> None:
+    """At the boundary, by the statement that adds."""
+    user = await ensure(durable, app, "ann")
+    assert await registered(durable, app, user, b"1", 1, live=False) == "added"
+    for late, outcome in ((659.999, "too_many_passkeys"), (660.0, "added")):
+        then = NOW + timedelta(seconds=late)
+        assert len(await durable.held_by(app.id, user, now=then)) == (outcome != "added")
+        assert await registered(durable, app, user, b"2", 1, now=then) == outcome

@@ -217,14 +217,16 @@ class Begins:
         """A pending ceremony and its options. `bound`: the transaction and its end, which the ceremony doesn't outlive."""
         user_id, external_id, user_handle = user
         user_name, user_display_name, nickname = names
-        held = await self._durable.held_by(app.id, user_id)
+        held = await self._durable.held_by(app.id, user_id, now=instant(self._clock()))
         if len(held) >= app.policy.max_passkeys:
             raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
         # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
         exclude = {c.credential_id: c.transports for c in held if c.live}
         if asked.exclude:
             others = await self._durable.owned_by_ids(app.id, asked.exclude)
-            exclude |= {o.credential.credential_id: o.credential.transports for o in others}
+            exclude |= {
+                o.credential.credential_id: o.credential.transports for o in others if o.credential.live
+            }
         if asked.second_factor and attachment is None and app.policy.second_factor_attachment != "any":
             attachment = app.policy.second_factor_attachment
         now = self._clock()

@@ -21,11 +21,13 @@ from broker.errors import (
     Refusal,
     Retry,
     Signal,
+    TooManyPasskeys,
     Unavailable,
     UnknownTransaction,
     policy_hint,
 )
 from broker.model import (
+    LONGEST_NONCE,
     MAX_REFUSALS,
     AuthenticationAnswer,
     Credential,
@@ -50,7 +52,11 @@ from broker.telemetry import Metrics
 from broker.tokens import Mint, digest, well_formed
 
 _SIGNED = frozenset({"counter", "revoked_or_counter"})  # refused after the signature was verified
-_LONGEST_NONCE = 600  # seconds
+_NOT_ADDED = {
+    "duplicate": "This passkey can't be added; use another device or security key.",
+    "no_user": "This registration has ended; start again.",
+    "too_many_passkeys": TooManyPasskeys.default,
+}
 # The reason of a refusal: the ceremony is there, but another dialect or another kind of finish ends it.
 _OTHER_FINISH = "other_finish"
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
@@ -188,14 +194,15 @@ class Finishes:
                 new_id=passkey_id,
                 live=confirmed or app.policy.live_at == "finish",
                 confirmed=confirmed,
+                max_passkeys=app.policy.max_passkeys,
                 now=instant(now),
             )
         if outcome != "added":
             # No signal for a duplicate: somebody signs in with that passkey.
             refused = CeremonyRefused(
-                "This passkey can't be added; use another device or security key.",
+                _NOT_ADDED[outcome],
                 reason=outcome,
-                signal=signal if outcome == "no_user" else None,
+                signal=signal if outcome != "duplicate" else None,
             )
             await self._tell_refused_registration(app, pending, refused)
             raise refused
@@ -305,7 +312,7 @@ class Finishes:
     ) -> str:
         """A nonce for the receipt; `life` in seconds, the policy's if not given, 10 minutes at most."""
         nonce = self._mint.token("nonce")
-        ends = receipt.at + min(life or app.policy.nonce_life, _LONGEST_NONCE)
+        ends = receipt.at + min(life or app.policy.nonce_life, LONGEST_NONCE)
         await self._ephemeral.put_nonce(app.id, nonce, Redeemable(receipt, transaction, ends))
         return nonce
 

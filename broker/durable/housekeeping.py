@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 import asyncpg
 
 from broker.durable.postgres import Connection, Postgres
+from broker.durable.rows import TELL, UNCONFIRMED, who
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics, fault
 
@@ -59,7 +60,9 @@ class Housekeeping:
         self._log = log
         self._clock = clock
         self._seen = 0  # the newest event that this pass has looked at
-        self._chores: dict[str, _Chore] = {"events": self._old_events} if retention_days else {}
+        self._chores: dict[str, _Chore] = {"unconfirmed_passkeys": self._unconfirmed_passkeys}
+        if retention_days:
+            self._chores["events"] = self._old_events
         self._sizes = dict.fromkeys(self._chores, BATCH)
         self._task: asyncio.Task[None] | None = None
 
@@ -142,6 +145,43 @@ class Housekeeping:
         assert row is not None, "a SELECT without FROM has one row"
         self._seen = row["last"] or self._seen
         return _Batch(row["gone"], more=row["gone"] > 0 and row["seen"] == size)
+
+    # -- passkeys -------------------------------------------------------------------------------------------------------------
+
+    async def _unconfirmed_passkeys(self, connection: Connection, now: datetime, size: int) -> _Batch:
+        """Delete passkeys that were to be confirmed and can't be any more. Their users are pending again if they have no other one; a
+        user without an external id was there for its one passkey, and goes with it."""
+        rows = await connection.fetch(
+            "SELECT c.id, c.user_id FROM credentials c JOIN users u ON u.id = c.user_id WHERE NOT c.live AND c.created_at < $1"
+            " ORDER BY c.created_at LIMIT $2 FOR UPDATE SKIP LOCKED",
+            now - UNCONFIRMED,
+            size,
+        )
+        if not rows:
+            return _Batch(0, more=False)
+        # None of them is live: the locks waited for nobody. Statements of their own see what was committed before the locks.
+        await connection.execute(
+            f"""
+            WITH gone AS (DELETE FROM credentials WHERE id = ANY ($1::text[]) RETURNING app_id, user_id, id)
+            {TELL} SELECT $2, app_id, $3, 'passkey.expired', user_id, id, 'done', NULL, $4 FROM gone
+            """,
+            [row["id"] for row in rows],
+            now,
+            *who(),
+        )
+        await connection.execute(
+            """
+            WITH without AS (
+                SELECT u.id, u.external_id IS NULL AS nobody FROM users u
+                WHERE u.id = ANY ($1::text[]) AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)
+            ), nobody AS (DELETE FROM users WHERE id = ANY (ARRAY(SELECT id FROM without WHERE nobody)))
+            UPDATE users SET status = 'pending', opened_at = $2, updated_at = $2
+            WHERE id = ANY (ARRAY(SELECT id FROM without WHERE NOT nobody)) AND status <> 'pending'
+            """,
+            list({row["user_id"] for row in rows}),
+            now,
+        )
+        return _Batch(len(rows), more=len(rows) == size)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

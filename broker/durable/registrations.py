@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 import asyncpg
 
 from broker.durable.postgres import Postgres
-from broker.durable.rows import TELL, Callers, who
+from broker.durable.rows import TELL, UNCONFIRMED, Callers, who
 from broker.durable.together import ALONE, Alone
 from broker.errors import UnknownApp
 from broker.model import PendingRegistration, VerifiedRegistration, action_of
 
-Outcome = Literal["added", "duplicate", "no_user"]
+Outcome = Literal["added", "duplicate", "no_user", "too_many_passkeys"]
 
 
 class _User(NamedTuple):
@@ -65,6 +65,8 @@ class _Passkey(NamedTuple):
     actor: str
     request_id: str
     action: str
+    max_passkeys: int
+    counted_from: datetime
 
 
 class _Confirmation(NamedTuple):
@@ -82,6 +84,7 @@ class _Owner(NamedTuple):
 
     app_id: str
     user_id: str
+    counted_from: datetime
 
 
 _USERS, _OWNERS, _PASSKEYS, _CONFIRMATIONS = map(Callers, (_User, _Owner, _Passkey, _Confirmation))
@@ -167,9 +170,9 @@ class Registrations:
 
     # -- what they have -------------------------------------------------------------------------------------------------------
 
-    async def held_by(self, app_id: str, user_id: str) -> list[Held]:
-        """The user's passkeys, oldest first."""
-        return await self._held(_Owner(app_id, user_id))
+    async def held_by(self, app_id: str, user_id: str, *, now: datetime) -> list[Held]:
+        """The user's passkeys, oldest first, without those that can't be confirmed any more."""
+        return await self._held(_Owner(app_id, user_id, now - UNCONFIRMED))
 
     async def _held_by(self, asked: Sequence[_Owner], _: bool) -> list[list[Held]]:
         table, values = _OWNERS.table(asked)
@@ -179,6 +182,7 @@ class Registrations:
             " SELECT a.number, c.credential_id, c.transports, c.live FROM a JOIN credentials c"
             # The array keeps the planner from reading all passkeys: it takes the callers for 100.
             " ON c.user_id = ANY (ARRAY(SELECT user_id FROM a)) AND c.user_id = a.user_id AND c.app_id = a.app_id"
+            " AND (c.live OR c.created_at > a.counted_from)"
             " ORDER BY a.number, c.created_at, c.id",
             *values,
         )
@@ -197,9 +201,11 @@ class Registrations:
         new_id: str,
         live: bool,
         confirmed: bool = False,
+        max_passkeys: int = 1000,
         now: datetime,
     ) -> Outcome:
-        """Insert a credential; the unique index on (app, credential id) decides who was first."""
+        """Insert a credential of a user who has fewer than `max_passkeys`; those that can't be confirmed any more don't count. The
+        unique index on (app, credential id) decides who was first."""
         passkey = _Passkey(
             new_id,
             pending.app_id,
@@ -225,6 +231,8 @@ class Registrations:
             now,
             *who(),
             action_of(pending),
+            max_passkeys,
+            now - UNCONFIRMED,
         )
         try:
             if pending.external_id is None:
@@ -245,8 +253,13 @@ class Registrations:
             """,
         )
         found: list[Outcome | Alone] = ["no_user" if alone else ALONE] * len(passkeys)
-        for number, added in rows:
-            found[number] = "added" if added else "duplicate"
+        for number, fits, added in rows:
+            if added:
+                found[number] = "added"
+            elif fits:
+                found[number] = "duplicate"
+            elif alone:
+                found[number] = "too_many_passkeys"
         return found
 
     async def _add_for_nobody(self, passkey: _Passkey) -> Outcome:
@@ -267,13 +280,20 @@ class Registrations:
         return "added" if rows and rows[0]["added"] else "duplicate"
 
     async def _add_rows(self, passkeys: Sequence[_Passkey], owners: str) -> list[asyncpg.Record]:
-        """Number and whether it was added, of each passkey that has an owner; `owners` says who that is."""
+        """Number, whether the owner may have it, and whether it was added, of each passkey that has an owner; `owners` says who that is.
+
+        The owner's row is locked when passkeys are counted, so no other statement adds one of theirs meanwhile. Several of one owner in
+        one statement count as if all before were added; one that does not fit then gets a statement alone."""
         table, values = _PASSKEYS.table(passkeys)
         return await self._pg.rows(
             "add_credential",
             f"""
             WITH a AS (SELECT *, decode(credential_id, 'hex') AS key_id FROM {table}), owner AS ({owners}),
-            new AS (
+            counted AS MATERIALIZED (
+                SELECT o.number, o.id, counted_passkeys(o.id, a.counted_from)
+                    + row_number() OVER (PARTITION BY o.id ORDER BY o.number) <= a.max_passkeys AS fits
+                FROM owner o JOIN a ON a.number = o.number
+            ), new AS (
                 INSERT INTO credentials AS c (
                     id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
                     backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
@@ -281,7 +301,7 @@ class Registrations:
                 SELECT a.id, a.app_id, o.id, a.key_id, a.user_handle, decode(a.public_key, 'hex'), a.algorithm, a.sign_count,
                     a.backup_eligible, a.backed_up, a.transports, a.attachment, a.aaguid, a.attestation_format, a.attestation_trust,
                     a.user_name, a.user_display_name, a.nickname, a.live, a.at, a.at, a.confirmed_at, a.second_factor
-                FROM a JOIN owner o ON o.number = a.number ORDER BY a.app_id, a.key_id
+                FROM a JOIN counted o ON o.number = a.number AND o.fits ORDER BY a.app_id, a.key_id
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = a.at FROM new JOIN a ON a.id = new.id
@@ -290,7 +310,7 @@ class Registrations:
                 {TELL} SELECT a.at, a.app_id, a.actor, a.action, new.user_id, new.id, 'done', NULL, a.request_id
                 FROM new JOIN a ON a.id = new.id
             )
-            SELECT o.number, new.id IS NOT NULL AS added FROM owner o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
+            SELECT o.number, o.fits, new.id IS NOT NULL AS added FROM counted o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
             """,
             *values,
         )
@@ -304,7 +324,7 @@ class Registrations:
     async def _confirm_credentials(
         self, confirmations: Sequence[_Confirmation], alone: bool
     ) -> list[bool | Alone]:
-        """Each of another credential."""
+        """Each of another credential. With "= 'pending'" the planner may read the whole index of pending users."""
         passing_over = "" if alone else "SKIP LOCKED"
         table, values = _CONFIRMATIONS.table(confirmations)
         rows = await self._pg.rows(
@@ -321,7 +341,7 @@ class Registrations:
                 FROM held WHERE c.id = ANY (ARRAY(SELECT id FROM held)) AND c.id = held.id RETURNING held.*
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = kept.at FROM kept
-                WHERE users.id = ANY (ARRAY(SELECT user_id FROM kept)) AND users.id = kept.user_id AND users.status = 'pending'
+                WHERE users.id = ANY (ARRAY(SELECT user_id FROM kept)) AND users.id = kept.user_id AND users.status <> 'active'
             ), told AS (
                 {TELL} SELECT at, app_id, actor, 'passkey.confirmed', user_id, id, 'done', NULL, request_id FROM kept
             )

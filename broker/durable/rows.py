@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, cast, get_args, get_type_hints
 
 import asyncpg
 import orjson
 
-from broker.model import Credential, Offered, Owned, Policy, RelyingParty
+from broker.model import LONGEST_NONCE, Credential, Offered, Owned, Policy, RelyingParty
 from broker.telemetry import context
 
 CREDENTIAL = (
@@ -33,6 +33,8 @@ OFFERED = (
 APP = "id, name, rp_id, origins, related_origins, policy, created_at, updated_at"
 # Of users who are gone, all that their events hold and a caller chose. A column that is added to events has its place here, or is ours.
 ERASE = "UPDATE events SET request_id = '' WHERE user_id = ANY ($1::text[]) AND request_id <> ''"
+# For how long after its registration a passkey that is not confirmed may still be: its nonce lives no longer, by any instance's clock.
+UNCONFIRMED = timedelta(seconds=LONGEST_NONCE + 60)
 TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
 
 

@@ -38,6 +38,7 @@ from broker.model.ceremonies import (
 from broker.model.origins import domain, is_origin, page_origin, web_origin
 from broker.model.policy import (
     ALGORITHMS,
+    LONGEST_NONCE,
     NOTHING_ASKED,
     Asked,
     Attachment,
@@ -59,6 +60,7 @@ from broker.model.policy import (
 __all__ = [
     "ALGORITHMS",
     "ID",
+    "LONGEST_NONCE",
     "MAX_REFUSALS",
     "MAX_TEXT",
     "NOTHING_ASKED",

@@ -70,6 +70,9 @@ def verification(of: Policy | Verifications, asked: Asked) -> UserVerification:
     return base if wish is None or (not of.allow_weaker and is_weaker(wish, base)) else wish
 
 
+LONGEST_NONCE = 600  # seconds that a nonce lives at most, whoever asks for how long
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What a relying party asks of ceremonies. Every key can be set with `broker app update --set key=value`."""
