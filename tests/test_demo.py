@@ -29,7 +29,7 @@ from broker.demo import demo_app
 from broker.demo.accounts import CEREMONY, NAME_LIMIT, RESERVATION, SESSION, InvalidName, parse_name
 from broker.demo.api import routes
 from broker.demo.guard import BODY_LIMIT, COOKIE
-from broker.demo.wire import short
+from broker.demo.wire import BODY_SHOWN, redacted, short
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
 from broker.telemetry import Log
@@ -206,15 +206,15 @@ async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[St
 
     async def start(again: Site | None = None, **changes: Any) -> Site:
         clock, log = again.clock if again else Clock(), io.StringIO()
-        parts = await assemble(
+        broker = await assemble(
             settings_for(stores, host="localhost", store_timeout=1.5),
             log=Log(log, level="debug"),
             clock=clock,
         )
         if again is None:
-            app, key = await parts.directory.create_app("Demo", "localhost", ["http://localhost:1"])
+            app, key = await broker.directory.create_app("Demo", "localhost", ["http://localhost:1"])
         else:
-            app, key = await parts.directory.app(again.app_id), again.key
+            app, key = await broker.directory.app(again.app_id), again.key
         made: list[web.Application] = []
 
         async def prepare(port: int) -> dict[str, web.Application]:
@@ -229,8 +229,8 @@ async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[St
             made.append(demo_app(**arguments | changes))
             return {"/demo/": made[0]}
 
-        service = await serve(parts, prepare=prepare)
-        await parts.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
+        service = await serve(broker, prepare=prepare)
+        await broker.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
         session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         opened.append((service, session))
         return Site(service, session, clock, tmp_path, app.id, key, made[0], log)
@@ -303,11 +303,46 @@ async def test_the_trace_tells_of_every_call_and_holds_no_secret(ada: Visitor) -
     assert hop["sent"]["nonce"] == short(nonce)
     assert hop["sent"]["transaction"] == short(transaction)
     assert hop["got"]["external id"] == short(done.json["account"]["external_id"])
+    assert hop["body"] == {
+        "nonce": short(nonce),
+        "purpose": "register",
+        "transaction_id": short(transaction),
+        "external_id": short(done.json["account"]["external_id"]),
+    }
+    assert hop["answer"]["external_id"] == short(done.json["account"]["external_id"])
+    assert hop["ms"] > 0
     listed = await ada.get("/api/passkeys")
     assert [h["path"].split("/")[-1] for h in listed.json["trace"]] == ["users", "devices"]
+    external_id = done.json["account"]["external_id"]
+    assert listed.json["trace"][0]["query"] == {"identifier": short(external_id), "limit": "1"}
     for reply in (done, listed):
         for secret in (nonce, ada.site.key, ada.cookie or "no cookie"):
             assert secret.encode() not in reply.body
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("pbn_" + "x" * 43, "pbn_xxxx…xx"),
+        ("0d142565-22ae-43c8-b29f-d082a9337e2f", "0d142565…2f"),
+        ("Ada Lovelace, Countess of", "Ada Lovelace, Countess of"),
+        ({"users": [{"id": "A" * 24, "count": 7, "last": None}]}, {"users": [{"id": "AAAAAAAA…AA", "count": 7, "last": None}]}),
+    ],
+)  # fmt: skip
+def test_bodies_are_shown_with_tokens_and_ids_cut(value: object, shown: object) -> None:
+    assert redacted(value) == shown
+
+
+async def test_a_long_answer_of_the_broker_is_not_shown(
+    ada: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ada.sign_up("Ada")
+    shown = (await ada.get("/api/passkeys")).json["trace"][1]
+    assert len(shown["answer"]["devices"]) == 1
+    assert BODY_SHOWN > 10_000
+    monkeypatch.setattr("broker.demo.wire.BODY_SHOWN", 100)
+    hidden = (await ada.get("/api/passkeys")).json["trace"][1]
+    assert (hidden["status"], hidden["answer"], hidden["got"]) == (200, None, {"passkeys": "1"})
 
 
 async def test_accounts_and_sessions_survive_a_restart(
@@ -1042,7 +1077,13 @@ async def test_every_answer_has_the_security_headers(ada: Visitor, path: str, co
 
 @pytest.mark.parametrize(
     "path",
-    ["/static/guard.py", "/static/..%2fguard.py", "/static/%2e%2e%2fdemo.sqlite3", "/static/", "/nothing"],
+    [
+        "/static/guard.py",
+        "/static/..%2fguard.py",
+        "/static/%2e%2e%2fdemo.sqlite3",
+        "/static/",
+        "/nothing",
+    ],
 )
 async def test_nothing_but_the_pages_is_served(ada: Visitor, path: str) -> None:
     refused = await ada.get(path)
