@@ -13,7 +13,7 @@ import re
 import secrets
 import sqlite3
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,8 @@ from broker.app import Parts, Service, application, assemble, serve
 from broker.demo import demo_app
 from broker.demo.accounts import CEREMONY, NAME_LIMIT, RESERVATION, SESSION, InvalidName, parse_name
 from broker.demo.api import routes
-from broker.demo.guard import BODY_LIMIT, COOKIE
+from broker.demo.guard import BODY_LIMIT, COOKIE, REDEMPTIONS
+from broker.demo.replay import KEPT, MOST, LastRedemptions, Redemption
 from broker.demo.wire import BODY_SHOWN, redacted, short
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
@@ -852,6 +853,108 @@ async def test_a_nonce_and_a_ceremony_are_good_once(ada: Visitor) -> None:
     assert wrong.code == "nonce_refused"
     spent = await ada.post("/api/sign-in/finish", nonce=await ada.authenticate(transaction))
     assert (spent.status, spent.code) == (409, "nothing_begun"), "a wrong answer can't be retried"
+
+
+async def sign_in_without_a_name(visitor: Visitor) -> str:
+    nonce = await visitor.authenticate()
+    assert (await visitor.post("/api/sign-in/discoverable", nonce=nonce)).status == 200
+    return nonce
+
+
+async def sign_in_by_name(visitor: Visitor) -> str:
+    transaction = await visitor.begin_sign_in("Ada")
+    nonce = await visitor.authenticate(transaction)
+    finished = await visitor.post("/api/sign-in/finish", nonce=nonce, transaction_id=transaction)
+    assert finished.status == 200, finished.body
+    return nonce
+
+
+async def add_a_passkey(visitor: Visitor) -> str:
+    visitor.device = Authenticator()
+    transaction = (await visitor.post("/api/passkeys/start")).json["transaction_id"]
+    nonce = await visitor.register(transaction)
+    finished = await visitor.post("/api/passkeys/finish", nonce=nonce, transaction_id=transaction)
+    assert finished.status == 200, finished.body
+    return nonce
+
+
+@pytest.mark.parametrize("last", [sign_in_without_a_name, sign_in_by_name, add_a_passkey])
+async def test_redeeming_again_shows_the_refusal(
+    ada: Visitor, last: Callable[[Visitor], Awaitable[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    await ada.sign_up("Ada")
+    nonce = await last(ada)
+    for _ in range(2):
+        again = await ada.post("/api/redeem-again")
+        assert again.status == 200, again.body
+        assert again.json["refusal"]["status"] == 401
+        assert again.json["refusal"]["code"] == "invalid_nonce"
+        (hop,) = again.json["trace"]
+        assert (hop["path"], hop["status"], hop["got"]) == (
+            "/authenticate/verify",
+            401,
+            {"code": "invalid_nonce"},
+        )
+        assert hop["body"]["nonce"] == short(nonce), "the nonce of the last step"
+        assert nonce.encode() not in again.body
+    assert await ada.account() == "Ada"
+    said = ada.site.log.getvalue()
+    assert said.count('"nonce_unknown"') == 2
+    assert nonce not in said + caplog.text
+
+
+async def test_a_nonce_is_redeemed_again_for_its_own_session_only(
+    ada: Visitor, eve: Visitor, site: Site, start_site: StartSite
+) -> None:
+    assert (await ada.post("/api/redeem-again")).code == "not_signed_in"
+    await ada.begin_sign_up("Nobody")
+    assert (await ada.post("/api/redeem-again")).code == "not_signed_in"
+    await ada.sign_up("Ada")
+    await eve.sign_up("Eve")
+    left = ada.cookie
+    assert len(site.subapp[REDEMPTIONS]) == 2
+    await ada.post("/api/sign-out")
+    assert len(site.subapp[REDEMPTIONS]) == 1, "forgotten with the session"
+    ada.cookie = left
+    assert (await ada.post("/api/redeem-again")).code == "not_signed_in"
+
+    site.clock.ahead += KEPT - 1
+    assert (await eve.post("/api/redeem-again")).status == 200
+    site.clock.ahead += 2
+    refused = await eve.post("/api/redeem-again")
+    assert (refused.status, refused.code, refused.json["trace"]) == (409, "no_nonce_kept", [])
+
+    await sign_in_without_a_name(eve)
+    eve.site = await start_site(again=site)
+    assert (await eve.post("/api/redeem-again")).code == "no_nonce_kept", "kept in memory only"
+
+
+async def test_a_broker_that_redeems_twice_is_no_success(
+    ada: Visitor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fresh nonce stands in for the spent one, so that the broker does redeem it."""
+    await ada.sign_up("Ada")
+    fresh = await ada.authenticate()
+    monkeypatch.setattr(LastRedemptions, "of", lambda *_: Redemption(fresh, "authenticate"))
+    worried = await ada.post("/api/redeem-again")
+    assert (worried.status, worried.code) == (502, "redeemed_twice")
+    assert "the broker redeemed a nonce twice" in caplog.text
+    assert fresh not in caplog.text
+
+
+def test_few_redemptions_are_kept_and_none_is_printed() -> None:
+    clock = Clock()
+    kept = LastRedemptions(clock)
+    for number in range(MOST + 1):
+        kept.keep(str(number), Redemption("pbn_secret", "authenticate"))
+    assert len(kept) == MOST
+    assert kept.of("0") is None, "the oldest leaves"
+    assert kept.of(str(MOST)) is not None
+    assert "pbn_secret" not in repr(kept.of(str(MOST)))
+    clock.ahead += KEPT + 1
+    kept.keep("next", Redemption("pbn_secret", "authenticate"))
+    assert len(kept) == 1, "what has expired is removed"
 
 
 @pytest.mark.parametrize("nonce", ["x", "\x00", "é", "a" * 256])

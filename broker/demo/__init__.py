@@ -2,7 +2,8 @@
 
 It is the example people copy, so it is small, whole and safe. Reading order: `api` (what a site adds to offer passkeys, two
 requests a ceremony), `guard` (what every request goes through), `accounts` (what the site remembers), `wire` (how the page
-comes to show what travelled), `site` (how it is put together), and in `static/` `demo.js` (the page's side of each ceremony).
+comes to show what travelled), `replay` (how a nonce is redeemed twice), `site` (how it is put
+together), and in `static/` `demo.js` (the page's side of each ceremony).
 
 It knows the broker only as any customer does: over HTTP, through `broker.sdk.client`, with an app id and an API key.
 """

@@ -15,6 +15,7 @@ visitor may revoke the last passkey, after a clear warning (`last: true`), becau
 from __future__ import annotations
 
 import hmac
+import logging
 from typing import Any
 
 from aiohttp import web
@@ -34,6 +35,7 @@ from broker.demo.guard import (
     ACCOUNTS,
     APP_ID,
     CLIENT,
+    REDEMPTIONS,
     RENEWED,
     DemoRefusal,
     answer,
@@ -43,17 +45,19 @@ from broker.demo.guard import (
     set_cookie,
     text_field,
 )
+from broker.demo.replay import Redemption
 from broker.sdk.client import (
     InvalidNonce,
     InvalidRequest,
     NoPasskeys,
     PasskeyNotFound,
-    Purpose,
     Receipt,
     UserNotFound,
 )
 
 routes = web.RouteTableDef()
+
+log = logging.getLogger(__name__)
 
 NAME_BYTES = 256  # characters taken from the wire before Unicode normalisation; a name proper has at most 64
 TOKEN_LIMIT = 256
@@ -108,21 +112,9 @@ def _nonce_refused() -> DemoRefusal:
     return DemoRefusal(401, "nonce_refused", sentence)
 
 
-async def _redeem(
-    request: web.Request,
-    nonce: str,
-    purpose: Purpose,
-    *,
-    transaction_id: str | None = None,
-    external_id: str | None = None,
-) -> Receipt:
+async def _redeem(request: web.Request, redemption: Redemption) -> Receipt:
     try:
-        return await request.app[CLIENT].verify_nonce(
-            nonce,
-            purpose=purpose,
-            transaction_id=transaction_id,
-            external_id=external_id,
-        )
+        return await redemption.send(request.app[CLIENT])
     except (InvalidNonce, InvalidRequest):
         raise _nonce_refused() from None
 
@@ -139,7 +131,9 @@ async def _keep_claimed_name(request: web.Request, receipt: Receipt) -> None:
         )
 
 
-async def _welcome(request: web.Request, session: Session | None, receipt: Receipt) -> web.Response:
+async def _welcome(
+    request: web.Request, session: Session | None, receipt: Receipt, redemption: Redemption
+) -> web.Response:
     """Sign in as whom the receipt names, under a new session token."""
     accounts = request.app[ACCOUNTS]
     token = await accounts.call(accounts.sign_in, session, receipt.external_id, receipt.passkey_id)
@@ -149,6 +143,7 @@ async def _welcome(request: web.Request, session: Session | None, receipt: Recei
             "This passkey is good, but its account isn't on this site any more. Sign up to make a new one."
         )
         raise DemoRefusal(404, "no_such_account", sentence)
+    request.app[REDEMPTIONS].keep(hash_token(token), redemption)
     response = answer(account=_person(account), receipt=_highlights(receipt))
     set_cookie(request, response, token)
     return response
@@ -200,10 +195,9 @@ async def sign_up_start(request: web.Request) -> web.Response:
 async def sign_up_finish(request: web.Request) -> web.Response:
     nonce, transaction_id = await _finishing(request)
     session, ceremony = await _expected(request, "sign-up", transaction_id)
-    receipt = await _redeem(
-        request, nonce, "register", transaction_id=transaction_id, external_id=ceremony.external_id
-    )
-    response = await _welcome(request, session, receipt)
+    redemption = Redemption(nonce, "register", transaction_id, ceremony.external_id)
+    receipt = await _redeem(request, redemption)
+    response = await _welcome(request, session, receipt, redemption)
     await _keep_claimed_name(request, receipt)
     return response
 
@@ -232,18 +226,37 @@ async def sign_in_start(request: web.Request) -> web.Response:
 async def sign_in_finish(request: web.Request) -> web.Response:
     nonce, transaction_id = await _finishing(request)
     session, ceremony = await _expected(request, "sign-in", transaction_id)
-    receipt = await _redeem(
-        request, nonce, "authenticate", transaction_id=transaction_id, external_id=ceremony.external_id
-    )
-    return await _welcome(request, session, receipt)
+    redemption = Redemption(nonce, "authenticate", transaction_id, ceremony.external_id)
+    return await _welcome(request, session, await _redeem(request, redemption), redemption)
 
 
 @routes.post("/api/sign-in/discoverable")
 async def sign_in_discoverable(request: web.Request) -> web.Response:
     """Sign in as whoever the passkey belongs to; there was no transaction and no name."""
     nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
-    receipt = await _redeem(request, nonce, "authenticate")
-    return await _welcome(request, await current_session(request), receipt)
+    redemption = Redemption(nonce, "authenticate")
+    receipt = await _redeem(request, redemption)
+    return await _welcome(request, await current_session(request), receipt, redemption)
+
+
+@routes.post("/api/redeem-again")
+async def redeem_again(request: web.Request) -> web.Response:
+    """Send the session's last redemption a second time, and answer with the broker's refusal."""
+    await read_body(request)
+    session, _ = await _signed_in(request)
+    redemption = request.app[REDEMPTIONS].of(session.token_hash)
+    if redemption is None:
+        sentence = "This site doesn't keep that nonce any more. Sign in again, then redeem it twice at once."
+        raise DemoRefusal(409, "no_nonce_kept", sentence)
+    try:
+        await redemption.send(request.app[CLIENT])
+    except InvalidNonce as refusal:
+        return answer(refusal={"status": refusal.status, "code": refusal.code, "error": refusal.message})
+    log.error("the broker redeemed a nonce twice")
+    sentence = (
+        "The broker redeemed the nonce a second time, which must never happen. Its operator has to know."
+    )
+    raise DemoRefusal(502, "redeemed_twice", sentence)
 
 
 @routes.post("/api/sign-out")
@@ -252,6 +265,7 @@ async def sign_out(request: web.Request) -> web.Response:
     session = await current_session(request)
     accounts = request.app[ACCOUNTS]
     if session is not None:
+        request.app[REDEMPTIONS].forget(session.token_hash)
         await accounts.call(accounts.sign_out, session)
     response = answer()
     clear_cookie(request, response)
@@ -300,9 +314,9 @@ async def add_finish(request: web.Request) -> web.Response:
     nonce, transaction_id = await _finishing(request)
     session, account = await _signed_in(request)
     _, ceremony = await _expected(request, "add", transaction_id)
-    receipt = await _redeem(
-        request, nonce, "register", transaction_id=transaction_id, external_id=ceremony.external_id
-    )
+    redemption = Redemption(nonce, "register", transaction_id, ceremony.external_id)
+    receipt = await _redeem(request, redemption)
+    request.app[REDEMPTIONS].keep(session.token_hash, redemption)
     await _keep_claimed_name(request, receipt)
     return answer(receipt=_highlights(receipt), passkeys=await _list(request, session, account))
 

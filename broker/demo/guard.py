@@ -22,6 +22,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from broker.demo.accounts import SESSION, Accounts, Session
+from broker.demo.replay import LastRedemptions
 from broker.demo.wire import TRACE, Trace
 from broker.sdk.client import (
     AsyncBrokerClient,
@@ -34,6 +35,7 @@ from broker.sdk.client import (
 ACCOUNTS = web.AppKey("accounts", Accounts)
 CLIENT = web.AppKey("client", AsyncBrokerClient)
 APP_ID = web.AppKey("app_id", str)
+REDEMPTIONS = web.AppKey("redemptions", LastRedemptions)
 ORIGINS: web.AppKey[Callable[[], Collection[str]]] = web.AppKey("origins")
 
 RENEWED = web.RequestKey("renewed", str)  # the token of a session that the request began

@@ -17,7 +17,17 @@ from aiohttp import web
 
 from broker.demo.accounts import Accounts
 from broker.demo.api import routes
-from broker.demo.guard import ACCOUNTS, APP_ID, CLIENT, ORIGINS, DemoRefusal, guard, read_host
+from broker.demo.guard import (
+    ACCOUNTS,
+    APP_ID,
+    CLIENT,
+    ORIGINS,
+    REDEMPTIONS,
+    DemoRefusal,
+    guard,
+    read_host,
+)
+from broker.demo.replay import LastRedemptions
 from broker.demo.wire import TracedClient
 from broker.web import public
 
@@ -57,6 +67,7 @@ def demo_app(
     app[APP_ID] = app_id
     app[ACCOUNTS] = Accounts(data / FILE, clock=clock)
     app[ORIGINS] = origins if callable(origins) else lambda: origins
+    app[REDEMPTIONS] = LastRedemptions(clock)
     app[PAGES] = {path.name: _read(path) for path in STATIC.iterdir() if path.suffix in _TYPES}
     for route in (*routes, web.get("/", index), web.get("/static/{name}", static)):
         assert isinstance(route, web.RouteDef)
