@@ -7,16 +7,20 @@ the broker. Attacks are sent as a browser, or a program, would send them; each t
 from __future__ import annotations
 
 import asyncio
+import html
 import io
 import json
+import os
 import re
 import secrets
 import sqlite3
 import stat
+import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -33,10 +37,13 @@ from broker.demo.replay import KEPT, MOST, LastRedemptions, Redemption
 from broker.demo.wire import BODY_SHOWN, redacted, short
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
+from broker.sdk.client import AsyncBrokerClient
 from broker.telemetry import Log
+from tests import parts
 from tests.authenticator import Authenticator, flex_wire_form
 from tests.conftest import Clock, settings_for
 
+ROOT = Path(__file__).parent.parent
 POSTS = sorted(
     route.path.replace("{passkey_id:[A-Za-z0-9]{24}}", "A" * 24)
     for route in routes
@@ -1181,6 +1188,9 @@ async def test_every_answer_has_the_security_headers(ada: Visitor, path: str, co
 @pytest.mark.parametrize(
     "path",
     [
+        "/source/passkey.js",
+        "/source/..%2fbroker.py",
+        "/source/",
         "/static/guard.py",
         "/static/..%2fguard.py",
         "/static/%2e%2e%2fdemo.sqlite3",
@@ -1191,6 +1201,126 @@ async def test_every_answer_has_the_security_headers(ada: Visitor, path: str, co
 async def test_nothing_but_the_pages_is_served(ada: Visitor, path: str) -> None:
     refused = await ada.get(path)
     assert (refused.status, refused.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize("name", ["README.md", "api.py", "guard.py", "accounts.py", "client.py"])
+async def test_documentation_and_source_are_plain_text(ada: Visitor, name: str) -> None:
+    served = await ada.get(f"/source/{name}")
+    assert served.status == 200
+    assert served.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert served.headers["X-Content-Type-Options"] == "nosniff"
+    text = served.body.decode()
+    assert str(ROOT) not in text
+    found = {"README.md": ROOT, "client.py": ROOT / "broker/sdk"}.get(name, ROOT / "broker/demo")
+    assert text == (found / name).read_text()
+
+
+async def test_documentation_of_an_installed_package_is_its_metadata(
+    start_site: StartSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An installed package has no README.md beside it."""
+    installed = tmp_path / "site-packages/broker/demo"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr("broker.demo.site.HERE", installed)
+    site: Site = await start_site()
+    served = await site.visitor().get("/source/README.md")
+    assert served.status == 200
+    assert served.body.startswith(b"# ")
+    assert b"make run" in served.body
+
+
+# The code that the page shows
+
+
+CODE = [
+    html.unescape(code)
+    for code in re.findall(
+        r"<pre [^>]*><code>(.*?)</code></pre>", (ROOT / "broker/demo/static/index.html").read_text(), re.S
+    )
+]
+PYTHON, NODE, CURL = (
+    [CODE[n], CODE[n + 4], CODE[n + 7]] for n in (0, 1, 2)
+)  # the page's own part is the fourth
+USER = SimpleNamespace(id="user-7", name="Ada")
+
+
+async def shell(site: Site, *command: str, **environment: str) -> str:
+    """What a program of another language prints."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env={
+            **os.environ,
+            "URL": site.origin,
+            "APP_ID": site.app_id,
+            "API_KEY": site.key,
+            "USER_ID": USER.id,
+            "USER_NAME": USER.name,
+            "NO_PROXY": "*",
+            **environment,
+        },
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, faults = await process.communicate()
+    assert process.returncode == 0, faults.decode()
+    return out.decode()
+
+
+def test_the_code_is_there_in_three_languages() -> None:
+    assert len(CODE) == 10
+    assert all("broker" in code for code in PYTHON + NODE)
+    assert all(code.count("curl") for code in CURL)
+    assert "passkeys.register(" in CODE[3]
+
+
+async def test_the_code_in_python_runs(site: Site, ada: Visitor, capsys: pytest.CaptureFixture[str]) -> None:
+    session = SimpleNamespace()
+    async with AsyncBrokerClient(site.origin, site.app_id, site.key) as broker:
+
+        async def run(code: str, **names: object) -> dict[str, Any]:
+            scope: dict[str, Any] = {"broker": broker, "user": USER, "session": session, **names}
+            exec(f"async def run():\n{textwrap.indent(code, ' ')}\n return locals()", scope)
+            found: dict[str, Any] = await scope["run"]()
+            return found
+
+        await run(PYTHON[0])
+        nonce = await ada.register(session.expects)
+        receipt = (await run(PYTHON[1], nonce=nonce))["receipt"]
+        assert (receipt.external_id, receipt.purpose) == (USER.id, "register")
+        await run(PYTHON[2])
+        assert receipt.passkey_id in capsys.readouterr().out
+        assert await broker.list_passkeys(USER.id) == [], "the last one is revoked"
+
+
+async def test_the_code_for_node_runs(site: Site, ada: Visitor) -> None:
+    given = """const { URL: url, APP_ID: appId, API_KEY: apiKey, NONCE: nonce, EXPECTS } = process.env;
+    const user = { id: process.env.USER_ID, name: process.env.USER_NAME }, session = { expects: EXPECTS };"""
+    node = (*parts.node().node, "--input-type=module", "--eval")
+    begun = await shell(site, *node, f"{given}\n{NODE[0]}\nconsole.log(session.expects);")
+    nonce = await ada.register(begun.strip())
+    helper = NODE[0].split("\n\n")[0]
+    script = "\n".join([given, helper, NODE[1], "console.log(JSON.stringify(receipt));", NODE[2]])
+    out = await shell(site, *node, script, NONCE=nonce, EXPECTS=begun.strip())
+    receipt = json.loads(out.splitlines()[0])
+    assert (receipt["external_id"], receipt["purpose"]) == (USER.id, "register")
+    assert out.splitlines()[1].startswith(receipt["passkey_id"])
+    async with AsyncBrokerClient(site.origin, site.app_id, site.key) as broker:
+        assert await broker.list_passkeys(USER.id) == [], "the last one is revoked"
+
+
+async def test_the_code_for_curl_runs(site: Site, ada: Visitor) -> None:
+    begun = json.loads(await shell(site, "sh", "-c", CURL[0]))["transaction_id"]
+    nonce = await ada.register(begun)
+    receipt = json.loads(await shell(site, "sh", "-c", CURL[1], NONCE=nonce, TRANSACTION=begun))
+    assert (receipt["external_id"], receipt["purpose"]) == (USER.id, "register")
+    users, find, devices, delete = CURL[2].split("\n\n")
+    (user,) = json.loads(await shell(site, "sh", "-c", f"{users}\n{find}"))["users"]
+    assert user["external_id"] == USER.id
+    known = {"ID": user["id"], "PASSKEY": receipt["passkey_id"]}
+    (device,) = json.loads(await shell(site, "sh", "-c", f"{users}\n{devices}", **known))["devices"]
+    assert device["id"] == receipt["passkey_id"]
+    await shell(site, "sh", "-c", f"{users}\n{delete}", **known)
+    assert json.loads(await shell(site, "sh", "-c", f"{users}\n{devices}", **known))["devices"] == []
 
 
 async def test_a_page_that_did_not_change_is_not_sent_again(site: Site, ada: Visitor) -> None:

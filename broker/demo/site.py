@@ -1,7 +1,9 @@
 """The sample site as an aiohttp application: its pages, its API, and the one client through which it talks to the broker.
 
 The pages are files of `static/`, read once when the application is made and served from memory with a validator (ETag), so a
-file that changed is fetched again and others are not. Nothing outside that folder can be named.
+file that changed is fetched again and others are not. The footer's links lead to README.md and to
+the site's own source, as plain text from memory too, so they work wherever the site runs and name
+no other host. Nothing else can be named.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,10 +32,12 @@ from broker.demo.guard import (
 )
 from broker.demo.replay import LastRedemptions
 from broker.demo.wire import TracedClient
+from broker.sdk import client
 from broker.web import public
 
 FILE = "demo.sqlite3"
-STATIC = Path(__file__).parent / "static"
+HERE = Path(__file__).parent
+STATIC = HERE / "static"
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _IP_LITERALS = ("127.0.0.1", "::1")
@@ -45,7 +50,7 @@ class Page:
     etag: str
 
 
-PAGES = web.AppKey("pages", dict[str, Page])
+PAGES = web.AppKey("pages", dict[str, Page])  # by their paths below the site
 
 
 def demo_app(
@@ -68,8 +73,8 @@ def demo_app(
     app[ACCOUNTS] = Accounts(data / FILE, clock=clock)
     app[ORIGINS] = origins if callable(origins) else lambda: origins
     app[REDEMPTIONS] = LastRedemptions(clock)
-    app[PAGES] = {path.name: _read(path) for path in STATIC.iterdir() if path.suffix in _TYPES}
-    for route in (*routes, web.get("/", index), web.get("/static/{name}", static)):
+    app[PAGES] = _pages()
+    for route in (*routes, web.get("/", index), web.get("/{folder:static|source}/{name}", file)):
         assert isinstance(route, web.RouteDef)
         public(
             route.handler
@@ -80,8 +85,8 @@ def demo_app(
         accounts = app[ACCOUNTS]
         try:
             await accounts.call(accounts.open)
-            async with TracedClient(broker_url, app_id, api_key) as client:
-                app[CLIENT] = client
+            async with TracedClient(broker_url, app_id, api_key) as traced:
+                app[CLIENT] = traced
                 yield
         finally:
             await accounts.close()
@@ -90,9 +95,28 @@ def demo_app(
     return app
 
 
-def _read(path: Path) -> Page:
-    content = path.read_bytes()
-    return Page(content, _TYPES[path.suffix], hashlib.sha256(content).hexdigest()[:32])
+def _pages() -> dict[str, Page]:
+    pages = {
+        f"static/{path.name}": _page_of(path.read_bytes(), _TYPES[path.suffix])
+        for path in STATIC.iterdir()
+        if path.suffix in _TYPES
+    }
+    for source in (*HERE.glob("*.py"), Path(client.__file__)):
+        pages[f"source/{source.name}"] = _page_of(source.read_bytes(), "text/plain")
+    pages["source/README.md"] = _page_of(_readme(), "text/plain")
+    return pages
+
+
+def _readme() -> bytes:
+    """README.md of the checkout; an installed package carries it in its metadata."""
+    checkout = HERE.parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        return (checkout / "README.md").read_bytes()
+    return str(metadata("passkey-broker").json["description"]).encode()
+
+
+def _page_of(content: bytes, content_type: str) -> Page:
+    return Page(content, content_type, hashlib.sha256(content).hexdigest()[:32])
 
 
 async def index(request: web.Request) -> web.Response:
@@ -106,11 +130,11 @@ async def index(request: web.Request) -> web.Response:
         same_port = [origin for origin in origins if urlsplit(origin).port == port]
         if same_port:
             return web.Response(status=302, headers={"Location": f"{same_port[0]}/demo/"})
-    return _page(request, "index.html")
+    return _page(request, "static/index.html")
 
 
-async def static(request: web.Request) -> web.Response:
-    return _page(request, request.match_info["name"])
+async def file(request: web.Request) -> web.Response:
+    return _page(request, "{folder}/{name}".format_map(request.match_info))
 
 
 def _page(request: web.Request, name: str) -> web.Response:

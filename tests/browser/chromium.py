@@ -300,7 +300,7 @@ class Page:
         self.requests: list[Request] = []
         self.dialogs: list[str] = []  # texts of alert, confirm and prompt; `accept_dialogs` answers them
         self.accept_dialogs = True
-        self._context = context
+        self.context = context
         self._owner = owner
         self._loads: list[str] = []
         self._authenticators: dict[str, Authenticator] = {}
@@ -317,7 +317,7 @@ class Page:
 
     def another(self) -> Page:
         """A second tab in the same browser context: same cookies and storage, its own authenticators."""
-        return Page(self.browser, self._context, owner=False)
+        return Page(self.browser, self.context, owner=False)
 
     def send(self, method: str, timeout: float = 15.0, **params: Any) -> dict[str, Any]:
         """Call a DevTools method on this page."""
@@ -327,7 +327,7 @@ class Page:
         """Close the tab, and with the first tab of a context the context."""
         self.browser.listen(self._session, None)
         if self._owner:
-            self.browser.send("Target.disposeBrowserContext", browserContextId=self._context)
+            self.browser.send("Target.disposeBrowserContext", browserContextId=self.context)
         else:
             self.browser.send("Target.closeTarget", targetId=self._target)
 

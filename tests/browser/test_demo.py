@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
+import shlex
+import subprocess
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +28,18 @@ from broker.app import Service, assemble, serve
 from broker.demo import demo_app
 from broker.embedded import EmbeddedStores
 from broker.telemetry import Log
-from tests.browser.chromium import Answer, Authenticator, Chromium, Named, Page, Request, button, textbox
+from tests import parts
+from tests.browser.chromium import (
+    Answer,
+    Authenticator,
+    Chromium,
+    Named,
+    Page,
+    Request,
+    button,
+    link,
+    textbox,
+)
 from tests.conftest import settings_for
 
 T = TypeVar("T")
@@ -40,6 +54,38 @@ COUNT_PROMPTS = """
     return got;
   };
 """
+
+# What became of each prompt, as the platform told it.
+NOTE_PROMPTS = """
+  globalThis.prompted = [];
+  for (const verb of ["create", "get"]) {
+    const real = navigator.credentials[verb].bind(navigator.credentials);
+    navigator.credentials[verb] = (options) => {
+      const told = real(options);
+      told.then(() => prompted.push("answered"), (error) => prompted.push(error.name));
+      return told;
+    };
+  }
+"""
+
+# The page's own requests to `finish` wait for `release()`.
+HOLD_FINISH = """
+  const real = globalThis.fetch;
+  globalThis.finishing = 0;
+  const gate = new Promise((resolve) => (globalThis.release = resolve));
+  globalThis.fetch = async (resource, init) => {
+    if (String(resource).endsWith("/webauthn/finish")) { finishing += 1; await gate; }
+    return real(resource, init);
+  };
+"""
+
+# What moved, by how much, and where to, as the browser tells it (Layout Instability).
+SHIFTS = """new Promise((resolve) => {
+  new PerformanceObserver((list) => resolve(list.getEntries().map(({ value, sources }) =>
+    [value, ...sources.map(({ node, previousRect: a, currentRect: b }) => [node?.outerHTML?.slice(0, 60), a.y, b.y])])))
+    .observe({ type: "layout-shift", buffered: true });
+  requestAnimationFrame(() => setTimeout(() => resolve([]), 100));
+})"""
 
 HOLD_LIST = """(() => {
   const real = globalThis.fetch;
@@ -61,12 +107,14 @@ HOLD_LIST = """(() => {
 CREATE, SIGN_IN, WITHOUT, ADD, OUT = map(
     button, ("Create account", "Sign in", "Sign in without a name", "Add another passkey", "Sign out")
 )
+CANCEL, AGAIN, COPY_CURL = button("Cancel"), button("Redeem it again"), button("Copy as curl")
 NEW_NAME, NAME = textbox("New name"), textbox("Your name")
 
 
 @dataclass(frozen=True, slots=True)
 class Demo:
     service: Service
+    key: str
 
     @property
     def origin(self) -> str:
@@ -87,19 +135,19 @@ def demo(stores: EmbeddedStores, tmp_path_factory: pytest.TempPathFactory) -> It
     def run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, loop).result(30)
 
-    service = run(_serve(stores, tmp_path_factory.mktemp("demo")))
-    yield Demo(service)
+    service, key = run(_serve(stores, tmp_path_factory.mktemp("demo")))
+    yield Demo(service, key)
     run(service.close())
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
     loop.close()
 
 
-async def _serve(stores: EmbeddedStores, data: Path) -> Service:
-    parts = await assemble(
+async def _serve(stores: EmbeddedStores, data: Path) -> tuple[Service, str]:
+    broker = await assemble(
         settings_for(stores, host="localhost", store_timeout=1.5), log=Log(io.StringIO(), level="warning")
     )
-    app, key = await parts.directory.create_app("Demo", "localhost", ["http://localhost:1"])
+    app, key = await broker.directory.create_app("Demo", "localhost", ["http://localhost:1"])
 
     async def prepare(port: int) -> dict[str, web.Application]:
         demo = demo_app(
@@ -111,9 +159,9 @@ async def _serve(stores: EmbeddedStores, data: Path) -> Service:
         )
         return {"/demo/": demo}
 
-    service = await serve(parts, prepare=prepare)
-    await parts.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
-    return service
+    service = await serve(broker, prepare=prepare)
+    await broker.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
+    return service, key
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +264,8 @@ def test_sign_up_with_a_name_makes_a_passkey_and_shows_what_travelled(
         assert token not in site.js("document.documentElement.innerHTML")
     assert f"{external_id[:8]}…{external_id[-2:]}" in shown
     hops = site.js(
-        "[...document.querySelectorAll('#flow .hop:not(.back)')].map((hop) => hop.querySelector('.what').textContent)"
+        "[...document.querySelectorAll('#flow .exchange > .hops > .hop:not(.back)')]"
+        ".map((hop) => hop.querySelector('.what').textContent)"
     )
     assert [re.sub(r"\s+", " ", hop) for hop in hops] == [
         "This page to its backend: POST /demo/api/sign-up/start",
@@ -227,6 +276,7 @@ def test_sign_up_with_a_name_makes_a_passkey_and_shows_what_travelled(
         "Its backend to broker: POST /authenticate/verify",
     ]
     assert site.count("#flow .hop.back") == 6
+    site.wait_for_text("3 look-ups", within="#flow .lookups")
     assert steps_done(site) == ["sign-up"]
 
 
@@ -383,7 +433,7 @@ def test_a_revoked_passkey_no_longer_signs_in_and_the_page_says_so(site: Page, d
     sign_out(site)
     stick.unplug()
     site.click(WITHOUT)
-    site.wait_for_text("it may have been revoked", within="#sign-in-notice")
+    site.wait_for_text("it may have been revoked", within="#without-name-notice")
     refused = site.wait_sent("/authenticate/transactions/webauthn/finish")
     assert refused.status == 401
     device.wait_event("deleted")  # the WebAuthn Signal API: the device forgets it too
@@ -407,6 +457,104 @@ def test_the_last_passkey_is_revoked_after_a_warning(site: Page) -> None:
     site.wait_for_text("has no passkeys left", within="#sign-in-notice")
 
 
+# While the device is asked
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to a ceremony: the card, its button, where its sentence stands, and that sentence after Cancel."""
+
+    card: str
+    press: Named
+    notice: str
+    sentence: str
+
+
+WAYS = {
+    "sign-up": Way("#sign-up", CREATE, "#sign-up-notice", "Cancelled, no passkey was made."),
+    "by-name": Way("#sign-in", SIGN_IN, "#sign-in-notice", "Cancelled, no passkey was used."),
+    "without-name": Way("#sign-in", WITHOUT, "#without-name-notice", "Cancelled, no passkey was used."),
+    "second": Way("#passkeys", ADD, "#passkeys-notice", "Cancelled, no passkey was added."),
+}
+
+
+@pytest.mark.parametrize("step", WAYS)
+def test_a_ceremony_that_waits_says_so_and_can_be_cancelled(
+    page: Page, demo: Demo, device: Authenticator, step: str
+) -> None:
+    page.before_scripts(NO_AUTOFILL)
+    page.before_scripts(NOTE_PROMPTS)
+    page.goto(demo.url)
+    page.wait_for(CREATE)
+    name = sign_up(page)
+    if step != "second":
+        sign_out(page)
+    way = WAYS[step]
+    if step == "sign-up":
+        page.fill(NEW_NAME, name := fresh_name())
+    elif step == "by-name":
+        page.fill(NAME, name)
+    device.present(False)
+    box = f"(({{ offsetTop, offsetHeight }}) => [offsetTop, offsetHeight])(document.querySelector('{way.card}'))"
+    page.click(way.press)
+    page.wait_for_text("Waiting for your device", within=f"{way.card} .waiting")
+    page.wait_for_text(re.compile("Your device asks"), within="#flow")
+    assert page.focused() == CANCEL
+    assert page.text("#announcer") == "Waiting for your device."
+    assert page.count(way.press) == 0, "out of reach while the device is asked"
+    waiting = page.js(box)
+    assert page.js("prompted") == ["answered"], "the prompt waits"
+    page.click(CANCEL)
+    page.wait_for_text(way.sentence, within=way.notice)
+    page.wait_until("prompted.length === 2")
+    assert page.js("prompted") == ["answered", "AbortError"], "the prompt itself was taken back"
+    assert page.count(".waiting") == 0
+    assert page.focused() == way.press
+    assert "bad" not in (page.attribute(way.notice, "class") or "")
+    assert page.text("#announcer") == page.text(way.notice)
+    page.wait_for_text("You cancelled, and the prompt was taken back.", within="#flow")
+    page.wait_for_text("stopped", within="#flow .exchange[open] .sum")
+    page.js(f"document.querySelector('{way.notice}').replaceChildren()")
+    assert page.js(box) == waiting, "nothing moved while the device was asked"
+    device.forget()
+    device.present(True)
+    if step in ("sign-up", "second"):
+        page.click(way.press)
+        page.wait_until("prompted.length === 3")
+        assert page.js("prompted[2]") == "answered"
+        page.wait_until(f"document.querySelectorAll('.key').length === {1 if step == 'sign-up' else 2}")
+
+
+def test_what_the_device_answered_can_no_longer_be_cancelled(
+    page: Page, demo: Demo, device: Authenticator
+) -> None:
+    page.before_scripts(NO_AUTOFILL)
+    page.before_scripts(HOLD_FINISH)
+    page.goto(demo.url)
+    page.fill(NEW_NAME, name := fresh_name())
+    page.click(CREATE)
+    page.wait_until("finishing === 1")
+    assert page.count(".waiting") == page.count(CANCEL) == 0
+    assert page.attribute("#sign-up-form", "aria-busy") == "true"
+    page.js("release()")
+    page.wait_for_text(f"Hello, {name}")
+
+
+def test_the_card_that_waits_is_the_one_whose_prompt_runs(site: Page, device: Authenticator) -> None:
+    name = sign_up(site)
+    device.present(False)
+    sign_out(site)
+    site.fill(NEW_NAME, fresh_name())
+    site.click(CREATE)
+    site.wait_for("#sign-up .waiting")
+    sign_in(site, name)
+    site.wait_for("#sign-in .waiting")
+    site.wait_gone("#sign-up .waiting")
+    site.wait_for(CREATE)
+    assert site.count(SIGN_IN) == 0
+    assert site.count("#sign-up-notice") == 0, "who began another prompt needs no sentence about the first"
+
+
 # What goes wrong
 
 
@@ -424,7 +572,7 @@ def test_a_refused_prompt_is_a_sentence_and_can_be_tried_again(site: Page, devic
     device.verified(False)
     sign_out(site)
     site.click(WITHOUT)
-    site.wait_for_text("No passkey was used", within="#sign-in-notice")
+    site.wait_for_text("No passkey was used", within="#without-name-notice")
     sign_in(site, name)
     site.wait_for_text("this device has none for that name", within="#sign-in-notice")
 
@@ -436,9 +584,8 @@ def test_another_button_ends_a_prompt_that_waits(site: Page, device: Authenticat
     site.fill(NEW_NAME, fresh_name())
     site.click(CREATE)
     site.wait_for_text("Your device asks you to make a passkey.", within="#flow")
+    device.present(True)  # this releases no prompt that waits already
     sign_in(site, name)
-    site.wait_sent("/authenticate/transactions/webauthn/start")
-    device.present(True)
     site.wait_for_text("You signed in by name.")
     assert site.text("#account-title") == f"Hello, {name}"
     assert site.sent("/api/sign-up/finish")[1:] == [], "the ended sign-up came to nothing"
@@ -485,9 +632,13 @@ def test_a_browser_without_scripts_is_told_why_nothing_happens(page: Page, demo:
 
 
 def test_this_device_already_has_one(site: Page, device: Authenticator) -> None:
+    """Nothing is wrong, so nothing looks like an alarm."""
     sign_up(site)
     site.click(ADD)
     site.wait_for_text("This device already has a passkey for this account.", within="#passkeys-notice")
+    assert (site.attribute("#passkeys-notice", "class") or "").split() == ["notice"]
+    assert site.count("#flow .exchange.bad") == site.count("#flow .bad") == 0
+    site.wait_for_text("3 calls, stopped", within="#flow .exchange[open] .sum")
     assert site.count(".key") == 1
     assert len(device.credentials()) == 1
 
@@ -508,6 +659,55 @@ def test_an_unknown_name_is_refused_at_its_field(site: Page) -> None:
     sign_in(site, "Nobody at all")
     site.wait_for_text("There's no account called “Nobody at all” here.", within="#sign-in-notice")
     assert site.focused() == NAME
+    assert site.attribute("#sign-in-name", "aria-invalid") == "true"
+    assert (site.attribute("#sign-in-name", "aria-describedby") or "").split()[0] == "sign-in-notice"
+    field, notice, other = (
+        site.js(f"document.querySelector('{part}').getBoundingClientRect().top")
+        for part in ("#sign-in-name", "#sign-in-notice", "#without-name")
+    )
+    assert field < notice < other
+
+
+def test_autofill_in_the_background_takes_no_sentence_away(
+    page: Page, demo: Demo, device: Authenticator
+) -> None:
+    """The broker is down for the autofill that nobody asked for, before and after the visitor's own step."""
+
+    def down(request: Request) -> Answer | None:
+        if "transaction_id" in (request.body or ""):
+            return None
+        body = {"code": "service_unavailable", "error": "secret words"}
+        return Answer(503, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    page.intercept("*/authenticate/transactions/webauthn/start", down)
+    page.goto(demo.url)
+    page.wait_for_text("Nothing to suggest right now", within="#autofill-hint")
+    assert page.js("document.querySelectorAll('.notice:not(:empty)').length") == 0
+    assert page.count("#flow .exchange") == 0, "nobody asked, so nothing is shown"
+    sign_in(page, "Nobody at all")
+    page.wait_for_text("There's no account", within="#sign-in-notice")
+    page.wait_for_text("Nothing to suggest right now", within="#autofill-hint")
+    tries = len(page.sent("/authenticate/transactions/webauthn/start"))
+    page.js("document.activeElement.blur()")
+    page.click(NAME)
+    page.wait_sent("/authenticate/transactions/webauthn/start", tries + 1)
+    page.wait_for_text("Nothing to suggest right now", within="#autofill-hint")
+    sentence = "There's no account called “Nobody at all” here. Sign up to make one."
+    assert page.text("#sign-in-notice") == page.text("#announcer") == sentence
+    assert page.attribute("#sign-in-name", "aria-invalid") == "true"
+
+
+def test_a_passkey_chosen_from_autofill_and_refused_is_a_sentence_at_the_field(
+    page: Page, demo: Demo, device: Authenticator
+) -> None:
+    page.goto(demo.url)
+    page.wait_for_text("Nothing to suggest right now", within="#autofill-hint")
+    sign_up(page)
+    device.misbehave(bogus_signature=True)
+    page.click(OUT)
+    page.wait_for_text("This passkey isn't accepted here", within="#sign-in-notice")
+    assert page.js("document.querySelector('#flow details[open] h3').textContent") == "Sign in from autofill"
+    page.wait_for_text("failed", within="#flow .exchange[open] .sum")
 
 
 @pytest.mark.parametrize(("field", "press"), [("sign-up", CREATE), ("sign-in", SIGN_IN)])
@@ -553,7 +753,7 @@ def test_a_session_that_ended_closes_the_dialog(site: Page) -> None:
     site.wait_for(Named("dialog", "Name this passkey"))
     site.send("Network.clearBrowserCookies")
     site.click(button("Save"))
-    site.wait_for_text("You're signed out. Sign in to go on.", within="#sign-in-notice")
+    site.wait_for_text("You're signed out. Sign in to go on.", within="#visit-notice")
     assert site.count(Named("dialog", "Name this passkey")) == 0
 
 
@@ -578,7 +778,7 @@ def test_a_broker_that_is_down_is_a_sentence(site: Page) -> None:
 
     site.intercept("*/v1/apps/*", down)
     site.click(WITHOUT)
-    site.wait_for_text("The passkey service can't be reached right now.", within="#sign-in-notice")
+    site.wait_for_text("The passkey service can't be reached right now.", within="#without-name-notice")
     assert "secret words" not in site.text()
     assert "503" in site.text("#flow")
 
@@ -597,7 +797,7 @@ def test_a_session_that_ended_leads_back_to_sign_in(site: Page) -> None:
     sign_up(site)
     site.send("Network.clearBrowserCookies")
     site.click(ADD)
-    site.wait_for_text("You're signed out. Sign in to go on.", within="#sign-in-notice")
+    site.wait_for_text("You're signed out. Sign in to go on.", within="#visit-notice")
     assert site.count(ADD) == 0
 
 
@@ -654,6 +854,33 @@ def test_the_focus_is_always_visible(site: Page) -> None:
     else:
         raise AssertionError("Tab never reaches the end of the page")
     assert hidden == []
+
+
+def test_the_form_lies_within_the_first_screen_of_a_phone(site: Page) -> None:
+    site.view(360, 640)
+    bottom = "document.getElementById('sign-up-form').getBoundingClientRect().bottom"
+    assert site.js("scrollY") == 0
+    assert 0 < site.js(bottom) <= 640
+    assert site.count(CREATE) == 1
+
+
+@pytest.mark.parametrize("width", [320, 360, 1280])
+def test_the_brand_link_has_its_name(site: Page, width: int) -> None:
+    site.view(width, 640)
+    assert site.count(link("passkey broker")) == 1
+    tall = "document.querySelector('.top').getBoundingClientRect().height"
+    assert site.js(tall) < 70, "one line"
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_moves_while_the_page_opens(
+    page: Page, demo: Demo, device: Authenticator, width: int
+) -> None:
+    page.before_scripts(NO_AUTOFILL)
+    page.view(width, 640 if width == 360 else 900)
+    page.goto(demo.url)
+    page.wait_for_text("doesn't suggest passkeys")
+    assert page.js(SHIFTS) == []
 
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1280])
@@ -772,6 +999,222 @@ def test_nothing_moves_for_those_who_asked_for_that(site: Page) -> None:
     site.view(1280, 900, prefers_reduced_motion="reduce")
     sign_up(site)
     assert site.js("document.getAnimations().length") == 0
+
+
+# axe-core's rules for WCAG 2.2 A and AA, and its good practice.
+AXE = """axe.run(document, { runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"] })
+  .then(({ passes, violations }) => ({
+    passes: passes.length,
+    violations: violations.flatMap(({ id, nodes }) => nodes.map((node) => `${id}: ${node.html.slice(0, 120)} ${node.failureSummary}`)),
+  }))"""
+
+
+def axe_finds_nothing(page: Page) -> None:
+    page.js((parts.npm_packages() / "axe-core/axe.min.js").read_text() + ";0")
+    told = page.js(AXE, timeout=60)
+    assert told["violations"] == []
+    assert told["passes"] > 10
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_axe_finds_nothing_in_any_state(site: Page, device: Authenticator, width: int, dark: bool) -> None:
+    site.view(width, 640 if width == 360 else 900, dark=dark, prefers_reduced_motion="reduce")
+    axe_finds_nothing(site)  # start
+
+    sign_in(site, "Nobody at all")
+    site.wait_for_text("There's no account", within="#sign-in-notice")
+    axe_finds_nothing(site)  # a refusal at its field
+
+    device.present(False)
+    site.fill(NEW_NAME, fresh_name())
+    site.click(CREATE)
+    site.wait_for(".waiting")
+    site.wait_for_text("Your device asks you to make a passkey.", within="#flow")
+    axe_finds_nothing(site)  # waiting for the device
+    site.click(CANCEL)
+    site.wait_for_text("Cancelled", within="#sign-up-notice")
+    device.present(True)
+
+    sign_up(site)
+    axe_finds_nothing(site)  # signed in
+    site.click(ADD)
+    site.wait_for_text("already has a passkey", within="#passkeys-notice")
+    site.click(AGAIN)
+    site.wait_for_text("Refused, as it should be", within="#again-notice")
+    site.js("document.querySelectorAll('#wire details').forEach((details) => (details.open = true))")
+    site.click(button("Node"))
+    site.js("document.querySelector('details.codes').open = true")
+    axe_finds_nothing(site)  # all of the wire and of the code opened
+    site.click("#keys .tools button:last-child")
+    site.wait_for(Named("dialog", "Revoke this passkey?"))
+    axe_finds_nothing(site)  # a dialog with a warning
+    site.press("Escape")
+    site.click("#keys .tools button:first-child")
+    site.fill(textbox("Name"), "<")
+    site.press("Enter")
+    site.wait_for_text("Use letters", within="#label-notice")
+    axe_finds_nothing(site)  # a dialog with a refusal
+
+
+# What the page shows of itself
+
+
+def test_a_nonce_redeemed_again_is_refused(site: Page) -> None:
+    sign_up(site)
+    nonce = finished(site, "/api/sign-up/finish")["nonce"]
+    site.click(AGAIN)
+    site.wait_for_text("Refused, as it should be: 401 invalid_nonce.", within="#again-notice")
+    assert site.text("#announcer") == site.text("#again-notice")
+    hops = site.js(
+        "[...document.querySelectorAll('#flow .exchange[open] .hop')].map((hop) => hop.textContent)"
+    )
+    first_words = [" ".join(hop.split(": ", 1)[1].split()[:2]) for hop in hops]
+    assert first_words[:2] == ["POST /demo/api/redeem-again", "POST /authenticate/verify"]
+    assert [words.split()[0] for words in first_words[2:]] == ["401", "200"]
+    assert "invalid_nonce" in hops[2]
+    assert f"{nonce[:8]}…{nonce[-2:]}" in hops[1], "the nonce of the receipt"
+    assert nonce not in site.js("document.documentElement.innerHTML")
+    sign_out(site)
+    site.click(WITHOUT)
+    site.wait_for_text("You signed in without typing a name.")
+    assert site.count("#again-notice") == 0
+    site.click(AGAIN)
+    site.wait_for_text("401 invalid_nonce", within="#again-notice")
+
+
+@pytest.fixture
+def clipboard(page: Page, demo: Demo) -> Callable[[], str]:
+    """What the page has copied."""
+    allowed = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    page.browser.send(
+        "Browser.grantPermissions",
+        permissions=allowed,
+        origin=demo.origin,
+        browserContextId=page.context,
+    )
+    return lambda: str(page.js("navigator.clipboard.readText()"))
+
+
+def test_each_call_opens_to_its_json_and_can_be_copied_as_curl(
+    site: Page, demo: Demo, clipboard: Callable[[], str]
+) -> None:
+    name = sign_up(site)
+    nonce = finished(site, "/api/sign-up/finish")["nonce"]
+    (session,) = (cookie["value"] for cookie in site.cookies() if cookie["name"] == "demo_session")
+    assert site.count("#flow .raw") == 0, "folded until somebody wants it"
+    for answer in site.js("[...document.querySelectorAll('#flow .back .what')].map((e) => e.textContent)"):
+        assert re.search(r"\b20[01] [\d.]+ ms$", answer), answer
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", site.text("#flow time"))
+
+    first, second = (f"#flow .hop:nth-child({n})" for n in (1, 2))
+    site.click(f"{first} summary")
+    assert json.loads(site.text(f"{first} pre")) == {"name": name}
+    site.click(f"{second} summary")
+    sent = json.loads(site.text(f"{second} pre"))
+    assert sent["passkey_display_name"] == name
+    assert re.fullmatch(".{8}….{2}", sent["external_id"]), "cut"
+    site.click(f"{second} .copy")
+    site.wait_for_text("Copied", within=f"{second} .copy")
+    command = clipboard()
+    assert "Authorization: Bearer $BROKER_API_KEY" in command
+    ran = subprocess.run(
+        ["sh", "-c", command + " -sS --noproxy '*'"],
+        env={**os.environ, "BROKER_URL": demo.origin, "BROKER_API_KEY": demo.key},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(ran.stdout)["transaction_id"].startswith("pbt_"), "with a key it works"
+
+    site.js("document.querySelectorAll('#wire details').forEach((details) => (details.open = true))")
+    copied = []
+    for number in range(site.js("document.querySelectorAll('#flow .copy').length")):
+        site.js(f"document.querySelectorAll('#flow .copy')[{number}].click()")
+        site.wait_until(f"document.querySelectorAll('#flow .copy')[{number}].textContent === 'Copied'")
+        copied.append(clipboard())
+    assert len(copied) == 9
+    assert '--data \'{"nonce":"<nonce>"' in copied[4]
+    shown = site.js("document.documentElement.innerHTML")
+    for secret in (demo.key, nonce, session):
+        assert secret not in shown + "".join(copied)
+
+
+def test_a_name_with_a_quote_stays_one_word_of_the_command(site: Page, clipboard: Callable[[], str]) -> None:
+    name = f"O'Neil & (co) {fresh_name()}"
+    site.fill(NEW_NAME, name)
+    site.click(CREATE)
+    site.wait_for_text(f"Hello, {name}")
+    site.js("document.querySelectorAll('#flow .hop details').forEach((details) => (details.open = true))")
+    site.click("#flow .hop:nth-child(1) .copy")
+    site.wait_for_text("Copied", within="#flow .hop:nth-child(1) .copy")
+    words = shlex.split(clipboard().replace("\\\n", ""))
+    assert json.loads(words[words.index("--data") + 1]) == {"name": name}
+
+
+def test_look_ups_are_folded(site: Page) -> None:
+    sign_up(site)
+    site.wait_for_text("3 look-ups", within="#flow .lookups")
+    assert site.count("#flow .lookups .hop") == 0
+    site.click("#flow .lookups summary")
+    site.wait_until("document.querySelector('#flow .lookups details').open")
+    assert site.count("#flow .lookups .hop:not(.back)") == 3
+    site.wait_for_text("6 calls, done", within="#flow .sum")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_title_of_the_wire_stays_in_sight(site: Page, width: int) -> None:
+    site.view(width, 640)
+    sign_up(site)
+    site.js("document.querySelectorAll('#flow .hop details').forEach((details) => (details.open = true))")
+    site.js("document.querySelector('#flow .verdict').scrollIntoView({ block: 'end' })")
+    site.js("document.getElementById('flow').scrollTop = 1e6")
+    for title in ("#wire-title", "#wire .lanes"):
+        box = site.js(
+            f"(({{ top, bottom }}) => [top, bottom])(document.querySelector('{title}').getBoundingClientRect())"
+        )
+        assert 50 < box[0] < box[1] < 300, title
+
+
+@pytest.mark.parametrize("language", ["Python", "Node", "curl"])
+def test_the_code_is_shown_in_the_language_of_the_backend(
+    site: Page, clipboard: Callable[[], str], language: str
+) -> None:
+    site.click(button(language))
+    pressed = "[...document.querySelectorAll('#language [aria-pressed=true]')].map((e) => e.textContent)"
+    assert site.js(pressed) == [language]
+    assert site.count("#code > .codes figure:not(:nth-child(2)) pre") == 2
+    for number in (1, 2, 3):
+        site.click(f"#code > div figure:nth-child({number}) .copy")
+        site.wait_for_text("Copied", within=f"#code > div figure:nth-child({number}) .copy")
+        assert clipboard() == site.js(
+            f"document.querySelector('#code > div figure:nth-child({number}) pre:not([hidden])').textContent"
+        )
+    assert site.count("details.codes figure") == 0, "look-ups are folded"
+    site.click("details.codes summary")
+    site.wait_for("details.codes figure")
+
+
+def test_a_clipboard_that_is_forbidden_is_said(site: Page, demo: Demo) -> None:
+    site.js("navigator.clipboard.writeText = () => Promise.reject(new DOMException('no', 'NotAllowedError'))")
+    site.click("#code figure:nth-child(1) .copy")
+    site.wait_for_text("Not allowed", within="#code figure:nth-child(1) .copy")
+
+
+def test_the_footer_leads_to_documentation_and_source(site: Page) -> None:
+    links = site.js(
+        "[...document.querySelectorAll('footer a')].map((a) => [a.textContent, a.getAttribute('href')])"
+    )
+    assert [text for text, _ in links] == [
+        "Documentation",
+        "Source: backend",
+        "Source: page",
+        "Backend SDK",
+        "Page SDK",
+    ]
+    for _, address in links:
+        assert address.startswith("/"), "no host is made up"
+        assert site.js(f"fetch('{address}').then((answer) => answer.status)") == 200
 
 
 def test_links_to_steps_that_are_hidden_say_what_to_do_first(site: Page) -> None:

@@ -4,12 +4,14 @@
  */
 
 import { Passkeys, PasskeyError } from "/sdk/passkey.js";
-import { SiteError, UNSUPPORTED, ago, wordsFor } from "/demo/static/words.js";
-import { Wire, drawing, element, short, watchFetch } from "/demo/static/wire.js";
+import { SiteError, UNSUPPORTED, ago, isCalm, wordsFor } from "/demo/static/words.js";
+import { Wire, copy, drawing, element, redacted, short, watchFetch } from "/demo/static/wire.js";
 
 const API = "/demo/api";
 const TOUR = "passkey-demo-tour";
-const NOTICES = ["sign-up-notice", "sign-in-notice", "account-notice", "passkeys-notice", "label-notice"];
+/** What is wrong with a field, and so is said under it. */
+const FIELD_CODES = ["invalid_name", "name_taken", "unknown_name", "no_passkeys"];
+const ICONS = { good: "check", bad: "warning" };
 
 /** @param {string} id @returns {any} */
 const byId = (id) => document.getElementById(id);
@@ -20,6 +22,8 @@ const wire = new Wire({ flow: byId("flow"), empty: byId("wire-empty"), clear: by
 let passkeys;
 /** @type {ReturnType<typeof watchFetch>} */
 let watch;
+/** Path of the app's API at the broker. */
+let appPath = "";
 /** The exchange to which the SDK's calls belong. @type {any} */
 let running;
 /** The exchange of the autofill that waits in the background. @type {any} */
@@ -42,7 +46,9 @@ let autofillArmed = false;
  * @param {any} [exchange]
  */
 async function backend(method, path, body, exchange) {
-  const answered = exchange?.call("page", "backend", method, API + path, facts(body ?? {}));
+  const call = { from: "page", to: "backend", method, url: location.origin + API + path, shown: API + path };
+  const answered = exchange?.call({ ...call, facts: facts(body ?? {}), body: redacted(body) });
+  const begun = performance.now();
   let response, answer;
   try {
     response = await fetch(API + path, {
@@ -55,8 +61,10 @@ async function backend(method, path, body, exchange) {
     answered?.("no answer");
     throw new SiteError("offline", "This site can't be reached. Check the connection, then try again.");
   }
-  exchange?.hops(answer.trace);
-  answered?.(response.status, facts(answer));
+  const ms = performance.now() - begun;
+  const { trace, ...told } = answer;
+  exchange?.hops(appPath, trace);
+  answered?.(response.status, { facts: facts(told), body: redacted(told), ms });
   if (response.ok) return answer;
   if (answer.code === "not_signed_in") show(null, { notice: answer.error });
   throw new SiteError(answer.code, answer.error);
@@ -90,15 +98,17 @@ async function run({ step, title, button, notice, input }, work) {
   const exchange = (running = wire.exchange(title));
   try {
     await work(exchange);
-    exchange.end(true);
+    exchange.end("done");
     done(step);
   } catch (error) {
-    const words = wordsFor(error, step);
-    if (error instanceof PasskeyError && ["cancelled", "aborted", "already_registered", "unsupported"].includes(error.code))
+    const words = wordsFor(error, step, exchange.cancelled);
+    const calm = isCalm(error);
+    if (exchange.cancelled) watch.refused(exchange, "You cancelled, and the prompt was taken back.");
+    else if (calm || (error instanceof PasskeyError && error.code === "unsupported"))
       watch.refused(exchange, `Your device gave no passkey: ${error.code.replace("_", " ")}.`);
-    exchange.end(false);
-    tell(notice, words, "bad");
-    if (input && error instanceof SiteError && ["invalid_name", "name_taken", "unknown_name"].includes(error.code)) {
+    exchange.end(calm ? "stopped" : "failed");
+    tell(notice, words, calm ? "" : "bad");
+    if (input && error instanceof SiteError && FIELD_CODES.includes(error.code)) {
       input.ariaInvalid = "true";
       input.focus();
     }
@@ -109,12 +119,51 @@ async function run({ step, title, button, notice, input }, work) {
   }
 }
 
+/**
+ * Run a ceremony. Meanwhile its card says that the device is waited for, and has a button that aborts the ceremony; once the device
+ * has answered there is nothing left to abort.
+ *
+ * @param {any} exchange
+ * @param {HTMLElement} place an element of the card
+ * @param {(signal: AbortSignal) => Promise<string>} ceremony
+ */
+async function withDevice(exchange, place, ceremony) {
+  const card = /** @type {HTMLElement} */ (place.closest(".card"));
+  const covered = [...card.children];
+  const panel = byId("waiting").content.firstElementChild.cloneNode(true);
+  const cancel = panel.querySelector("button");
+  const began = /** @type {HTMLElement} */ (document.activeElement);
+  const stop = new AbortController();
+  const cover = (/** @type {boolean} */ on) => covered.forEach((/** @type {any} */ child) => (child.inert = on));
+  const uncover = () => {
+    if (!panel.isConnected) return;
+    const focused = panel.contains(document.activeElement);
+    panel.remove();
+    cover(false);
+    if (focused) began.focus();
+  };
+  cancel.addEventListener("click", () => {
+    exchange.cancelled = true;
+    stop.abort();
+  });
+  exchange.answered = uncover;
+  cover(true);
+  card.append(panel);
+  cancel.focus();
+  byId("announcer").textContent = "Waiting for your device.";
+  try {
+    return await ceremony(stop.signal);
+  } finally {
+    uncover();
+  }
+}
+
 async function signUp() {
   const input = byId("sign-up-name");
   const about = { step: "sign-up", title: "Sign up", button: byId("sign-up-form"), notice: byId("sign-up-notice"), input };
   await run(about, async (exchange) => {
     const { transaction_id } = await backend("POST", "/sign-up/start", { name: input.value }, exchange);
-    const nonce = await passkeys.register(transaction_id, { authenticatorAttachment: "any" });
+    const nonce = await withDevice(exchange, input, (signal) => passkeys.register(transaction_id, { authenticatorAttachment: "any", signal }));
     const answer = await backend("POST", "/sign-up/finish", { nonce, transaction_id }, exchange);
     input.value = "";
     welcome(answer, exchange, "Your account is open and its first passkey is kept.");
@@ -126,7 +175,7 @@ async function signInByName() {
   const about = { step: "by-name", title: "Sign in by name", button: byId("sign-in-form"), notice: byId("sign-in-notice"), input };
   await run(about, async (exchange) => {
     const { transaction_id } = await backend("POST", "/sign-in/start", { name: input.value }, exchange);
-    const nonce = await passkeys.authenticate({ transactionId: transaction_id });
+    const nonce = await withDevice(exchange, input, (signal) => passkeys.authenticate({ transactionId: transaction_id, signal }));
     const answer = await backend("POST", "/sign-in/finish", { nonce, transaction_id }, exchange);
     welcome(answer, exchange, "You signed in by name.");
   });
@@ -134,38 +183,47 @@ async function signInByName() {
 
 async function signInWithoutName() {
   const button = byId("without-name");
-  const about = { step: "without-name", title: "Sign in without a name", button, notice: byId("sign-in-notice") };
+  const about = { step: "without-name", title: "Sign in without a name", button, notice: byId("without-name-notice") };
   await run(about, async (exchange) => {
-    const nonce = await passkeys.authenticate();
+    const nonce = await withDevice(exchange, button, (signal) => passkeys.authenticate({ signal }));
     const answer = await backend("POST", "/sign-in/discoverable", { nonce }, exchange);
     welcome(answer, exchange, "You signed in without typing a name.");
   });
 }
 
-/** Offer passkeys in the name field's autofill; waits in the background until one is chosen or another ceremony begins. */
+/**
+ * Offer passkeys in the name field's autofill; waits in the background until one is chosen or another ceremony begins. Until then
+ * nobody has asked for anything: what goes wrong is said in the hint below the field, and takes no other sentence away.
+ */
 async function armAutofill() {
   if (!autofillWorks || autofillArmed || account || running) return;
   autofillArmed = true;
-  byId("autofill-text").textContent = "Click the field: your browser suggests your passkeys in it.";
+  const hint = byId("autofill-text");
+  hint.textContent = "Click the field: your browser suggests your passkeys in it.";
   const exchange = (waiting = wire.exchange("Autofill, waiting for a choice", false));
-  try {
-    const nonce = await passkeys.authenticate({ conditional: true });
+  let chosen = false;
+  exchange.answered = () => {
+    chosen = true;
+    clearNotices();
     exchange.heading.textContent = "Sign in from autofill";
     exchange.open();
+  };
+  try {
+    const nonce = await passkeys.authenticate({ conditional: true });
     const answer = await backend("POST", "/sign-in/discoverable", { nonce }, exchange);
     welcome(answer, exchange, "You signed in from the field’s autofill.");
-    exchange.end(true);
+    exchange.end("done");
     done("autofill");
   } catch (error) {
-    const silent = error instanceof PasskeyError && ["aborted", "cancelled"].includes(error.code);
-    if (silent) exchange.discard();
-    else {
-      exchange.end(false);
-      exchange.open();
+    if (chosen) {
+      exchange.end("failed");
       tell(byId("sign-in-notice"), wordsFor(error, "autofill"), "bad");
+    } else {
+      if (!(error instanceof PasskeyError)) throw error;
+      exchange.discard();
     }
     if (!(error instanceof PasskeyError) || error.code !== "aborted")
-      byId("autofill-text").textContent = "Nothing to suggest right now. Click the field to look again.";
+      hint.textContent = "Nothing to suggest right now. Click the field to look again.";
   } finally {
     autofillArmed = false;
     waiting = undefined;
@@ -173,14 +231,25 @@ async function armAutofill() {
 }
 
 async function addPasskey() {
-  await run({ step: "second", title: "Add a passkey", button: byId("add"), notice: byId("passkeys-notice") }, async (exchange) => {
+  const button = byId("add");
+  await run({ step: "second", title: "Add a passkey", button, notice: byId("passkeys-notice") }, async (exchange) => {
     const { transaction_id } = await backend("POST", "/passkeys/start", {}, exchange);
-    const nonce = await passkeys.register(transaction_id, { authenticatorAttachment: "any" });
+    const nonce = await withDevice(exchange, button, (signal) => passkeys.register(transaction_id, { authenticatorAttachment: "any", signal }));
     const answer = await backend("POST", "/passkeys/finish", { nonce, transaction_id }, exchange);
     showPasskeys(answer.passkeys);
     showReceipt(answer.receipt);
     tell(byId("passkeys-notice"), "Added. You can sign in with either passkey now.", "good");
     exchange.verdict("The passkey belongs to this account.");
+  });
+}
+
+/** What a stolen nonce is worth: the backend redeems the one of the receipt a second time, and is refused. */
+async function redeemAgain() {
+  const notice = byId("again-notice");
+  await run({ step: "again", title: "Redeem the nonce again", button: byId("again"), notice }, async (exchange) => {
+    const { refusal } = await backend("POST", "/redeem-again", {}, exchange);
+    tell(notice, `Refused, as it should be: ${refusal.status} ${refusal.code}. A nonce is good once.`, "good");
+    exchange.verdict("The broker refused: this nonce was redeemed before.");
   });
 }
 
@@ -243,7 +312,7 @@ async function signOut() {
 /** @param {any} answer @param {any} exchange @param {string} words */
 function welcome(answer, exchange, words) {
   exchange.verdict(`Redeemed: the backend knows that this is ${answer.account.name}.`);
-  show(answer.account, { receipt: answer.receipt, notice: words, kind: "good" });
+  show(answer.account, { receipt: answer.receipt, notice: words, kind: "good", exchange });
   byId("account-title").focus();
 }
 
@@ -251,14 +320,15 @@ function welcome(answer, exchange, words) {
  * Switch between the signed-out and the signed-in page.
  *
  * @param {typeof account} person
- * @param {{receipt?: any, notice?: string, kind?: string}} [about]
+ * @param {{receipt?: any, notice?: string, kind?: string, exchange?: any}} [about]
  */
-function show(person, { receipt, notice = "", kind = "bad" } = {}) {
+function show(person, { receipt, notice = "", kind = "bad", exchange } = {}) {
   account = person;
+  byId("steps").ariaBusy = "false";
   for (const section of document.querySelectorAll("[data-when]"))
     section.toggleAttribute("hidden", (section.getAttribute("data-when") === "signed-in") !== Boolean(person));
   clearNotices();
-  tell(byId(person ? "account-notice" : "sign-in-notice"), notice, kind);
+  tell(byId(person ? "account-notice" : "visit-notice"), notice, kind);
   if (!person) {
     byId("keys").replaceChildren();
     byId("label-dialog").close();
@@ -268,15 +338,15 @@ function show(person, { receipt, notice = "", kind = "bad" } = {}) {
   byId("avatar").textContent = [...person.name][0].toLocaleUpperCase();
   byId("external-id").textContent = person.external_id;
   showReceipt(receipt);
-  void listPasskeys();
+  void listPasskeys(exchange);
 }
 
-/** The list and the button below it appear together, so that the button is not somewhere else a moment later. */
-async function listPasskeys() {
+/** The list and the button below it appear together, so that the button is not somewhere else a moment later. @param {any} [exchange] */
+async function listPasskeys(exchange) {
   byId("passkeys").ariaBusy = "true";
   byId("keys").replaceChildren(element("li", "key-place"));
   try {
-    showPasskeys((await backend("GET", "/passkeys", undefined)).passkeys);
+    showPasskeys((await backend("GET", "/passkeys", undefined, exchange)).passkeys);
   } catch (error) {
     byId("keys").replaceChildren();
     tell(byId("passkeys-notice"), wordsFor(error, "list"), "bad");
@@ -287,7 +357,7 @@ async function listPasskeys() {
 
 /** @param {any} receipt */
 function showReceipt(receipt) {
-  byId("receipt").hidden = !receipt;
+  byId("receipt").hidden = byId("replay").hidden = !receipt;
   if (!receipt) return;
   const yes = (/** @type {string} */ text) => element("li", "yes", drawing("check"), text);
   const plain = (/** @type {string} */ text) => element("li", "", text);
@@ -368,13 +438,13 @@ function moment(when) {
  */
 function tell(notice, words, kind = "") {
   notice.className = `notice ${kind}`;
-  notice.textContent = words;
+  notice.replaceChildren(...(words ? [drawing(ICONS[kind] ?? "info"), element("span", "", words)] : []));
   byId("announcer").textContent = words;
 }
 
 /** Take away what earlier steps said, and the mark on a field that it was about. */
 function clearNotices() {
-  for (const id of NOTICES) tell(byId(id), "");
+  for (const notice of document.querySelectorAll(".notice")) tell(/** @type {HTMLElement} */ (notice), "");
   for (const input of document.querySelectorAll("input[aria-invalid='true']")) input.ariaInvalid = "false";
 }
 
@@ -407,6 +477,9 @@ function done(step) {
     count += Number(ticked);
   }
   byId("tour-count").textContent = `${count} of ${items.length} done`;
+  const next = items.find((item) => !item.classList.contains("done"));
+  for (const item of items) item.firstElementChild.ariaCurrent = item === next ? "step" : null;
+  byId("tour-next").textContent = next ? `Next: ${next.querySelector("span").textContent}` : "All done.";
 }
 
 /** A link to a step that is hidden now says what to do first. @param {MouseEvent} event */
@@ -421,6 +494,12 @@ function followLink(event) {
     heading.focus();
     heading.scrollIntoView({ block: "center" });
   } else target.querySelector("h2[tabindex], h1")?.focus({ preventScroll: true });
+}
+
+/** Show the code in another language. @param {string} language */
+function showCode(language) {
+  for (const button of byId("language").children) button.ariaPressed = String(button.value === language);
+  for (const code of document.querySelectorAll("pre[data-lang]")) code.toggleAttribute("hidden", code.getAttribute("data-lang") !== language);
 }
 
 async function start() {
@@ -438,7 +517,11 @@ async function start() {
     });
   byId("without-name").addEventListener("click", signInWithoutName);
   byId("add").addEventListener("click", addPasskey);
+  byId("again").addEventListener("click", redeemAgain);
   byId("sign-out").addEventListener("click", signOut);
+  byId("language").addEventListener("click", (/** @type {any} */ { target }) => target.value && showCode(target.value));
+  for (const button of document.querySelectorAll("#code .copy"))
+    button.addEventListener("click", () => copy(button, button.closest("figure").querySelector("pre:not([hidden])").textContent));
   byId("label-cancel").addEventListener("click", () => byId("label-dialog").close());
   byId("sign-in-name").addEventListener("focus", armAutofill);
 
@@ -450,9 +533,9 @@ async function start() {
     show(null, { notice: error.message });
     return;
   }
-  const base = `/v1/apps/${state.app_id}`;
+  appPath = `/v1/apps/${state.app_id}`;
   passkeys = new Passkeys(location.origin, state.app_id);
-  watch = watchFetch(base, () => running ?? waiting);
+  watch = watchFetch(appPath, () => running ?? waiting);
   show(state.account);
   if (!(await passkeys.canRegister())) {
     byId("unsupported").textContent = UNSUPPORTED;

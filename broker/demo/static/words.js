@@ -20,6 +20,12 @@ const CLOSED = {
   second: "No passkey was added: the prompt was closed or timed out.",
 };
 
+/** The visitor pressed Cancel in the page. */
+const STOPPED = {
+  "sign-up": "Cancelled, no passkey was made. Your name is still held for you.",
+  second: "Cancelled, no passkey was added.",
+};
+
 const ALREADY = {
   "sign-up": "This device already made a passkey for this name. Choose “Sign in without a name” to finish.",
   second: "This device already has a passkey for this account. Use another device or a security key for the second one.",
@@ -48,13 +54,14 @@ export const UNSUPPORTED =
  *
  * @param {unknown} error
  * @param {string} step
+ * @param {boolean} [cancelled] by the visitor, in the page
  */
-export function wordsFor(error, step) {
+export function wordsFor(error, step, cancelled = false) {
   if (error instanceof SiteError) return error.message;
   if (!(error instanceof PasskeyError)) throw error;
   switch (error.code) {
     case "aborted":
-      return "";
+      return cancelled ? (STOPPED[step] ?? "Cancelled, no passkey was used.") : "";
     case "cancelled":
       return CLOSED[step] ?? "The passkey prompt was closed or timed out.";
     case "already_registered":
@@ -68,6 +75,11 @@ export function wordsFor(error, step) {
       if (error.refusal === "webauthn_login_failed" && ["sign-up", "second"].includes(step)) return REFUSED_NEW;
       return REFUSED[error.refusal ?? ""] ?? "The passkey service refused this. Start again.";
   }
+}
+
+/** Whether nothing is wrong: the visitor said no, or has a passkey already. @param {unknown} error */
+export function isCalm(error) {
+  return error instanceof PasskeyError && ["cancelled", "aborted", "already_registered"].includes(error.code);
 }
 
 /**
