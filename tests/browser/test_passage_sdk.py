@@ -145,6 +145,7 @@ async def test_0_1_3_on_any_registered_origin(site: Site, device: Authenticator)
         await asyncio.to_thread(site.page.wait_until, "pf.isWebauthnSupported")
         assert site.page.errors == []
     assert (await site.enrol("ann"))["external_id"] == "ann"
+    app = await site.broker.parts.directory.app(site.wire.app_id)
     await site.broker.parts.directory.update_app(replace(app, origins=(site.stranger,)))
     await site.open("0.1.3")
     await asyncio.to_thread(wait_until, lambda: site.page.errors, "unhandled rejection")
