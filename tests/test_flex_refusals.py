@@ -397,6 +397,8 @@ async def test_a_registration_for_a_user_who_was_deleted_meanwhile(
         made = device.register(options, ORIGIN)
         answer = await wire.finish("register", handle, made, transaction)
     assert (answer.status, answer.json["signal"]) == (401, signal(unb64(made["id"])))
+    assert answer.json["error"] == "This registration has ended; start again."
+    assert (await broker.events(wire.app_id))[-1] == ("passkey.registered", "refused", "no_user")
 
 
 # -- revocation ---------------------------------------------------------------------------------------------------------------------------

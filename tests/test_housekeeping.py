@@ -16,13 +16,14 @@ import pytest
 from broker.durable import Catalogue, Durable, Postgres, housekeeping, instant
 from broker.durable.housekeeping import BATCH, Housekeeping
 from broker.embedded import EmbeddedStores
-from broker.model import RelyingParty
-from broker.telemetry import Log
+from broker.model import Approval, RelyingParty
+from broker.telemetry import CONTEXT, Context, Log
 from tests.conftest import Starter
 from tests.servers import database_of, eventually, pool
 from tests.test_durable import MINT, NOW, add, ensure, new_app, verified
 from tests.test_durable import pending as pending_of
 
+HOLD = 4242  # the advisory lock at which a statement is held
 Session: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 
@@ -221,6 +222,150 @@ async def test_a_passkey_in_somebody_elses_hands_is_passed_over(house: House) ->
     assert await house.keeping().clean() == {}
     assert [c.id for c in await house.durable.credentials(app.id, user)] == [held.id]
     assert house.metric("failures", "unconfirmed_passkeys") == 0
+
+
+# -- users who never got a passkey ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_user_who_never_got_a_passkey_ends_a_day_later(house: House) -> None:
+    """At the boundary, from the last time that a registration was opened. Who has anything stays."""
+    app = await new_app(house.durable)
+    names = ("once", "again", "passkey", "approval", "logins", "active")
+    once, again, with_passkey, with_approval, with_logins, active = [
+        await ensure(house.durable, app, name) for name in names
+    ]
+    approval = Approval("payment", "{}", b"")
+    assert await house.durable.add_approval(app.id, with_approval, approval, new_id=MINT.id(), now=NOW)
+    await house.session.execute("UPDATE users SET past_logins = 1 WHERE id = $1", with_logins)
+    await add(house.durable, app, active, b"1")
+    keeping = house.keeping()
+    house.pass_time(hours=23)
+    assert await ensure(house.durable, app, "again", instant(house.now[0])) == again
+    house.pass_time(hours=1)
+    await add(house.durable, app, with_passkey, b"2", live=False, now=instant(house.now[0]))
+    assert await keeping.clean() == {}
+    house.pass_time(seconds=0.001)
+    assert await keeping.clean() == {"pending_users": 1}
+    users, _ = await Catalogue(house.postgres).users(app.id, limit=10)
+    assert {user.external_id for user in users} == set(names) - {"once"}
+    assert house.metric("rows", "pending_users") == 1
+    assert (await actions(house, app))[-1] == ("user.expired", once, None)
+    house.pass_time(hours=23)
+    assert await keeping.clean() == {"unconfirmed_passkeys": 1, "pending_users": 2}
+    users, _ = await Catalogue(house.postgres).users(app.id, limit=10)
+    assert {user.external_id for user in users} == {"approval", "logins", "active"}
+
+
+async def test_of_a_user_who_ended_events_keep_our_ids_alone(house: House) -> None:
+    app = await new_app(house.durable)
+    token = CONTEXT.set(Context("chosen-by-ann", "key:k"))
+    try:
+        user = await ensure(house.durable, app, "ann")
+    finally:
+        CONTEXT.reset(token)
+    house.pass_time(days=2)
+    assert await house.keeping().clean() == {"pending_users": 1}
+    events = await Catalogue(house.postgres).events(app.id, limit=10)
+    assert [(e.action, e.user_id, e.request_id) for e in events[1:]] == [
+        ("user.created", user, ""),
+        ("user.expired", user, ""),
+    ]
+    assert await ensure(house.durable, app, "ann") != user
+
+
+async def test_a_user_before_the_column_was_there_ends_by_its_age(house: House) -> None:
+    app = await new_app(house.durable)
+    await ensure(house.durable, app, "ann")
+    await house.session.execute("UPDATE users SET opened_at = NULL")
+    house.pass_time(hours=24)
+    assert await house.keeping().clean() == {}
+    house.pass_time(seconds=1)
+    assert await house.keeping().clean() == {"pending_users": 1}
+
+
+async def held(house: House, when: str) -> None:
+    """From now on a statement that does this to a row is held there, with its locks, as long as the test has the advisory lock."""
+    await house.session.execute(
+        "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" PERFORM pg_advisory_xact_lock_shared({HOLD}); RETURN coalesce(NEW, OLD); END $$;"
+        f"CREATE TRIGGER hold {when} FOR EACH ROW EXECUTE FUNCTION hold()"
+    )
+    await house.session.execute("SELECT pg_advisory_lock($1)", HOLD)
+
+
+async def waits(house: House, kind: str, task: asyncio.Task[Any]) -> None:
+    while not await house.session.fetchval(
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = $1", kind
+    ):
+        assert not task.done(), task
+        await asyncio.sleep(0.005)  # between two looks
+
+
+@pytest.mark.parametrize("together", [1, 2])
+async def test_who_opens_while_the_user_ends_has_a_user(house: House, together: int) -> None:
+    """The clean-up deletes the user and is held open; whoever opens a registration waits, and has another user then."""
+    app = await new_app(house.durable)
+    old = await ensure(house.durable, app, "ann")
+    house.pass_time(days=2)
+    await held(house, "BEFORE DELETE ON users")
+    cleaning = asyncio.create_task(house.keeping().clean())
+    await waits(house, "advisory", cleaning)
+    names = ["ann", "ben"][:together]
+    opening = [asyncio.create_task(ensure(house.durable, app, n, instant(house.now[0]))) for n in names]
+    await waits(house, "transactionid", opening[0])
+    await house.session.execute("SELECT pg_advisory_unlock($1)", HOLD)
+    assert await cleaning == {"pending_users": 1}
+    new, *_ = await asyncio.gather(*opening)
+    assert new != old
+    assert [await state(house, user) for user in (old, new)] == [None, "pending"]
+    assert await house.keeping().clean() == {}
+    assert await add(house.durable, app, new, b"1")
+
+
+async def test_the_clean_up_passes_over_who_opens_at_this_moment(house: House) -> None:
+    """Opened, and not yet committed."""
+    app = await new_app(house.durable)
+    user = await ensure(house.durable, app, "ann")
+    house.pass_time(days=2)
+    async with house.session.transaction():
+        await house.session.execute("UPDATE users SET opened_at = $1", instant(house.now[0]))
+        assert await house.keeping().clean() == {}
+    assert await house.keeping().clean() == {}
+    assert await state(house, user) == "pending"
+
+
+async def test_a_registration_that_finishes_at_this_moment_keeps_its_user(house: House) -> None:
+    """Opened by code that does not say so: the passkey is added, and not yet committed."""
+    app = await new_app(house.durable)
+    user = await ensure(house.durable, app, "ann")
+    house.pass_time(days=2)
+    await held(house, "AFTER INSERT ON credentials")
+    adding = asyncio.create_task(add(house.durable, app, user, b"1", now=instant(house.now[0])))
+    await waits(house, "advisory", adding)
+    assert await house.keeping().clean() == {}
+    await house.session.execute("SELECT pg_advisory_unlock($1)", HOLD)
+    key = await adding
+    assert await house.keeping().clean() == {}
+    assert [c.id for c in await house.durable.credentials(app.id, user)] == [key.id]
+    assert await state(house, user) == "active"
+
+
+async def test_a_registration_whose_user_ends_at_this_moment_is_refused(house: House) -> None:
+    app = await new_app(house.durable)
+    user = await ensure(house.durable, app, "ann")
+    house.pass_time(days=2)
+    await held(house, "BEFORE DELETE ON users")
+    cleaning = asyncio.create_task(house.keeping().clean())
+    await waits(house, "advisory", cleaning)
+    adding = asyncio.create_task(
+        house.durable.add_credential(
+            pending_of(app, user), verified(b"1"), new_id=MINT.id(), live=True, now=instant(house.now[0])
+        )
+    )
+    await waits(house, "transactionid", adding)
+    await house.session.execute("SELECT pg_advisory_unlock($1)", HOLD)
+    assert await cleaning == {"pending_users": 1}
+    assert await adding == "no_user"
 
 
 # -- how it goes about it -----------------------------------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ class Finishes:
             refused = CeremonyRefused(
                 _NOT_ADDED[outcome],
                 reason=outcome,
+                hint=TooManyPasskeys.default_hint if outcome == "too_many_passkeys" else None,
                 signal=signal if outcome != "duplicate" else None,
             )
             await self._tell_refused_registration(app, pending, refused)

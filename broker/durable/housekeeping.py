@@ -19,13 +19,18 @@ from typing import NamedTuple, TypeAlias
 import asyncpg
 
 from broker.durable.postgres import Connection, Postgres
-from broker.durable.rows import TELL, UNCONFIRMED, who
+from broker.durable.rows import ERASE, TELL, UNCONFIRMED, who
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics, fault
 
 EVERY = 600.0  # seconds between two passes of an instance, give or take half of it
 BATCH = 1000  # rows
 _SMALLEST = 10  # rows
+_PENDING = timedelta(days=1)  # after the last registration was opened for a user who never got a passkey
+_HAS_NOTHING = (
+    "u.past_logins = 0 AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)"
+    " AND NOT EXISTS (SELECT FROM approvals p WHERE p.user_id = u.id)"
+)
 _REST = 4  # times as long as a batch took
 _SHORTEST_REST = 0.02  # seconds
 _LOCK = 0x636C_6561_6E75_70  # "cleanup"
@@ -60,7 +65,10 @@ class Housekeeping:
         self._log = log
         self._clock = clock
         self._seen = 0  # the newest event that this pass has looked at
-        self._chores: dict[str, _Chore] = {"unconfirmed_passkeys": self._unconfirmed_passkeys}
+        self._chores: dict[str, _Chore] = {
+            "unconfirmed_passkeys": self._unconfirmed_passkeys,
+            "pending_users": self._pending_users,
+        }
         if retention_days:
             self._chores["events"] = self._old_events
         self._sizes = dict.fromkeys(self._chores, BATCH)
@@ -182,6 +190,33 @@ class Housekeeping:
             now,
         )
         return _Batch(len(rows), more=len(rows) == size)
+
+    # -- users ----------------------------------------------------------------------------------------------------------------
+
+    async def _pending_users(self, connection: Connection, now: datetime, size: int) -> _Batch:
+        """Delete users who have nothing and for whom no registration was opened during `_PENDING`. Whoever opens one, or adds a passkey,
+        locks the user's row: who is first decides, and the other one sees it."""
+        rows = await connection.fetch(
+            f"SELECT u.id FROM users u WHERE u.status = 'pending' AND coalesce(u.opened_at, u.created_at) < $1 AND {_HAS_NOTHING}"
+            " ORDER BY coalesce(u.opened_at, u.created_at) LIMIT $2 FOR UPDATE SKIP LOCKED",
+            now - _PENDING,
+            size,
+        )
+        if not rows:
+            return _Batch(0, more=False)
+        # Statements of their own see what was committed before the locks.
+        gone = await connection.fetch(
+            f"""
+            WITH gone AS (DELETE FROM users u WHERE u.id = ANY ($1::text[]) AND {_HAS_NOTHING} RETURNING u.id, u.app_id),
+            told AS ({TELL} SELECT $2, app_id, $3, 'user.expired', id, NULL, 'done', NULL, $4 FROM gone)
+            SELECT id FROM gone
+            """,
+            [row["id"] for row in rows],
+            now,
+            *who(),
+        )
+        await connection.execute(ERASE, [row["id"] for row in gone])
+        return _Batch(len(gone), more=len(rows) == size)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

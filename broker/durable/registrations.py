@@ -136,29 +136,43 @@ class Registrations:
     async def _ensure_users(
         self, users: Sequence[_User], alone: bool
     ) -> list[tuple[str, str] | Alone | None]:
-        """Each with another name. None: somebody else has made that user after our snapshot, and the next look sees it.
+        """Each with another name. None: somebody else has made that user, or ended it, after our snapshot, and the next look sees that.
 
-        The app is locked for those only who are missing, as their insert would lock it."""
+        The app is locked for those only who are missing, as their insert would lock it. A user who is pending is told that a registration
+        was opened, or the periodic clean-up would end it."""
+        passing_over = "" if alone else "SKIP LOCKED"
         table, values = _USERS.table(users)
         rows = await self._pg.rows(
             "ensure_user",
             f"""
             WITH a AS (SELECT * FROM {table}), old AS (
-                SELECT a.number, u.id, u.handle FROM a
-                CROSS JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u
+                SELECT a.number, u.id, u.handle, u.status FROM a
+                CROSS JOIN LATERAL (
+                    SELECT id, handle, status FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1
+                ) u
+            ), waiting AS (
+                SELECT a.number, u.id, u.handle, a.at FROM old JOIN a ON a.number = old.number
+                CROSS JOIN LATERAL (
+                    SELECT id, handle FROM users WHERE id = old.id AND status <> 'active' FOR NO KEY UPDATE {passing_over}
+                ) u
+                WHERE old.status <> 'active'
+            ), opened AS (
+                UPDATE users SET opened_at = greatest(users.opened_at, w.at) FROM waiting w
+                WHERE users.id = ANY (ARRAY(SELECT id FROM waiting)) AND users.id = w.id
             ), absent AS MATERIALIZED (
                 SELECT a.* FROM a WHERE NOT EXISTS (SELECT FROM old WHERE old.number = a.number)
             ), missing AS (
                 SELECT a.* FROM absent a {"" if alone else _APP_IS_FREE}
             ), new AS (
-                INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
-                SELECT new_id, app_id, external_id, new_handle, 'pending', at, at FROM missing ORDER BY app_id, external_id
+                INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at, opened_at)
+                SELECT new_id, app_id, external_id, new_handle, 'pending', at, at, at FROM missing ORDER BY app_id, external_id
                 ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
             ), told AS (
                 {TELL} SELECT m.at, m.app_id, m.actor, 'user.created', m.new_id, NULL, 'done', NULL, m.request_id
                 FROM missing m JOIN new ON new.id = m.new_id
             )
-            SELECT number, id, handle FROM old
+            SELECT number, id, handle FROM old WHERE status = 'active'
+            UNION ALL SELECT number, id, handle FROM waiting
             UNION ALL SELECT m.number, new.id, new.handle FROM missing m LEFT JOIN new ON new.id = m.new_id
             """,
             *values,
