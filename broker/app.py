@@ -151,7 +151,7 @@ async def assemble(
         clock=clock,
     )
     ephemeral = Ephemeral(
-        connect(settings.redis_url, timeout=settings.store_timeout, connections=settings.redis_connections),
+        connect(settings.redis_url, timeout=settings.store_timeout),
         timeout=settings.store_timeout,
         metrics=metrics,
         log=log,

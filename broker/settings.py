@@ -174,7 +174,7 @@ class Settings:
     passlock_code_life: int = _setting(_whole(10, 600), 300)  # seconds; the vendor's own
     store_timeout: float = _setting(_seconds(0.05, 1.5), 0.8)  # limit of one wait for a store
     database_connections: int = _setting(_whole(1, 500), 16)
-    redis_connections: int = _setting(_whole(1, 2000), 64)
+    redis_connections: int = _setting(_whole(1, 2000), 64)  # without effect, of old deployments
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # how long an app or a key may be remembered
     event_retention_days: int = _setting(_whole(0, 36_500), 90)  # 0: events stay for ever
     drain_seconds: float = _setting(_seconds(0, 60), 10)

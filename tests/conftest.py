@@ -30,7 +30,7 @@ from broker.model import Policy
 from broker.settings import Settings
 from broker.telemetry import Log
 from tests.authenticator import Authenticator
-from tests.servers import pool
+from tests.servers import Cluster, pool
 from tests.wire import Wire
 
 SECRET_KEY = (
@@ -140,6 +140,14 @@ async def _migrate(stores: EmbeddedStores) -> None:
 
 
 @pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Redis Cluster of three masters and three replicas, shared by the tests of one worker."""
+    started = Cluster.start(tmp_path_factory.mktemp("cluster"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
 def stopped_stores() -> Iterator[Path]:
     """A data directory with migrated stores that do not run, to be copied: quicker than making one for each test."""
     with _new_folder() as folder:
@@ -173,13 +181,29 @@ def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
     return Settings(**values)
 
 
+ON_BOTH = pytest.mark.parametrize("redis_url", ["single", "cluster"], indirect=True)
+"""Runs a test's brokers on the shared Valkey, then on the shared Redis Cluster."""
+
+
+@pytest.fixture
+def redis_url(request: pytest.FixtureRequest, stores: EmbeddedStores) -> str:
+    """The Redis of brokers on the shared stores."""
+    if getattr(request, "param", "single") == "single":
+        return stores.redis_url
+    shared: Cluster = request.getfixturevalue("cluster")
+    return shared.url
+
+
 @dataclass(slots=True)
 class _Brokers:
     stores: EmbeddedStores
+    redis_url: str
     started: list[Started] = field(default_factory=list)
 
     async def __call__(self, stores: EmbeddedStores | None = None, **changes: object) -> Started:
         clock, stream = Clock(), io.StringIO()
+        if stores is None:
+            changes.setdefault("redis_url", self.redis_url)
         parts = await assemble(
             settings_for(stores or self.stores, **changes), log=Log(stream, level="debug"), clock=clock
         )
@@ -211,9 +235,9 @@ async def other(stores: EmbeddedStores) -> AsyncIterator[Durable]:
 
 
 @pytest.fixture
-async def start_broker(stores: EmbeddedStores) -> AsyncIterator[Starter]:
+async def start_broker(stores: EmbeddedStores, redis_url: str) -> AsyncIterator[Starter]:
     """Start brokers; each is an instance of its own on the same stores. Stopped at the end of the test."""
-    brokers = _Brokers(stores)
+    brokers = _Brokers(stores, redis_url)
     yield brokers
     for started in brokers.started:
         await started.service.close()

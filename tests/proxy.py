@@ -1,6 +1,7 @@
 """Proxies on the loopback between the broker and a store, which lose what a network can lose.
 
-`RedisProxy` understands commands: it counts them (`commands`) and asks `fate` what becomes of each. `PostgresProxy` counts the
+`RedisProxy` understands commands: it counts them (`commands`), forwards one at a time on a
+connection, and asks `fate` what becomes of each. `PostgresProxy` counts the
 client's messages and falls silent after `silent_after` of them, or only towards those who listen to notifications. Both forward
 everything else untouched.
 
@@ -19,6 +20,9 @@ import enum
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
+
+import hiredis
 
 _BACKEND_KEY = re.compile(rb"(K\0\0\0\x0c)....", re.S)  # PostgreSQL's BackendKeyData: a process, a secret
 
@@ -50,14 +54,21 @@ def of_command(fate: Fate, *prefix: bytes) -> Callable[[list[bytes]], Fate]:
 
 @dataclass(slots=True)
 class RedisProxy:
-    """Made by `redis_proxy`. `commands` are those that clients sent, in order of arrival."""
+    """Made by `redis_proxy`. `commands` are those that clients sent, in order of arrival; `ports` has one
+    for each server."""
 
-    port: int
+    ports: list[int] = field(default_factory=list)
     commands: list[list[bytes]] = field(default_factory=list)
     fate: Callable[[list[bytes]], Fate] = _pass
     release: asyncio.Event = field(default_factory=asyncio.Event)
     held: asyncio.Event = field(default_factory=asyncio.Event)
     clients: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    @property
+    def port(self) -> int:
+        """The port, where it is one."""
+        (port,) = self.ports
+        return port
 
     async def push(self, data: bytes) -> None:
         """Send bytes that nobody asked for to every client."""
@@ -71,28 +82,28 @@ class RedisProxy:
 
 
 @contextlib.asynccontextmanager
-async def redis_proxy(connect: Connect) -> AsyncIterator[RedisProxy]:
-    """A proxy in front of the server that `connect` reaches."""
-    proxy = RedisProxy(0)
+async def redis_proxy(*servers: Connect) -> AsyncIterator[RedisProxy]:
+    """A proxy in front of each of these servers."""
+    proxy = RedisProxy()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(connect: Connect, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream_writer = await connect()
-        fate = Fate.PASS
+        answered: asyncio.Queue[bytes] = asyncio.Queue()
 
         async def answers() -> None:
+            parser, whole = hiredis.Reader(notEnoughData=answered), b""
             while data := await upstream_reader.read(65536):
-                if fate is Fate.CUT:
-                    break
-                if fate is Fate.HOLD:
-                    proxy.held.set()
-                    await proxy.release.wait()
-                if fate is not Fate.SWALLOW:
-                    writer.write(data)
-                    await writer.drain()
+                parser.feed(data)
+                whole += data
+                if parser.gets() is not answered:
+                    answered.put_nowait(whole)
+                    whole = b""
             writer.close()
+            answered.put_nowait(b"")
 
         answering = asyncio.create_task(answers())
         proxy.clients.add(writer)
+        silent = False  # what comes behind a lost reply is lost too, for replies have one order
         try:
             while words := await _command(reader):
                 proxy.commands.append(words)
@@ -100,15 +111,27 @@ async def redis_proxy(connect: Connect) -> AsyncIterator[RedisProxy]:
                 if fate is Fate.REFUSE:
                     break
                 upstream_writer.write(_packed(words))
-                await upstream_writer.drain()
+                reply = await answered.get()
+                if fate is Fate.CUT or not reply:
+                    break
+                if fate is Fate.HOLD:
+                    proxy.held.set()
+                    await proxy.release.wait()
+                silent = silent or fate is Fate.SWALLOW
+                if not silent:
+                    writer.write(reply)
+                    await writer.drain()
+        except ConnectionError:
+            pass
         finally:
             proxy.clients.discard(writer)
             answering.cancel()
             writer.close()
             upstream_writer.close()
 
-    async with _listening(serve) as port:
-        proxy.port = port
+    async with contextlib.AsyncExitStack() as stack:
+        for connect in servers:
+            proxy.ports.append(await stack.enter_async_context(_listening(partial(serve, connect))))
         yield proxy
 
 

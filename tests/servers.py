@@ -1,7 +1,7 @@
 """Servers of a test's own, and what can befall a server: stopped, killed, started again.
 
-`Valkey` is a Valkey (or Redis) on a loopback port, single or a cluster of one node, with settings of the test's choice. The
-functions below it do to embedded servers what machines do: `freeze` (SIGSTOP of every process of it), `kill` (SIGKILL), `revive`.
+`Valkey` is a Valkey (or Redis) on a loopback port with settings of the test's choice, `Cluster` six of
+them as a Redis Cluster. The functions below them do to embedded servers what machines do: `freeze` (SIGSTOP of every process of it), `kill` (SIGKILL), `revive`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
@@ -26,11 +27,14 @@ from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
 from broker.embedded.children import Server
 from broker.embedded.place import server_account
+from broker.ephemeral import connect
+from broker.ephemeral.client import Commands
+from broker.ephemeral.cluster import ClusterRouter
 from broker.errors import Unavailable
 from broker.telemetry import Metrics
 from broker.tokens import SystemMint
 from tests.processes import DEADLINE, alive, descendants, free_port, until
-from tests.proxy import Streams
+from tests.proxy import Connect, RedisProxy, Streams
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -58,16 +62,13 @@ async def reached(check: Callable[[], Awaitable[None]]) -> None:
 
 @dataclass(slots=True)
 class Valkey:
-    """A running server; `cluster` says whether it is a cluster of one node."""
+    """A running server."""
 
     process: subprocess.Popen[bytes]
     port: int
-    cluster: bool
 
     @classmethod
-    def start(
-        cls, home: Path, *settings: str, cluster: bool = False, binary: Path | None = None, port: int = 0
-    ) -> Self:
+    def start(cls, home: Path, *settings: str, binary: Path | None = None, port: int = 0) -> Self:
         """Start one in `home`, in memory only. `settings` are further command-line words."""
         if binary is None:
             found = find_redis(server_account())
@@ -76,19 +77,10 @@ class Valkey:
         port = port or free_port()
         argv = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(home)]
         argv += ["--save", "", "--appendonly", "no", "--logfile", str(home / "log"), *settings]
-        if cluster:
-            argv += ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
-        server = cls(process, port, cluster)
+        server = cls(process, port)
         try:
             until(server._answers, "Valkey answers")
-            if cluster:
-                with server.client() as client:
-                    client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-                    until(
-                        lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok",
-                        "the cluster is up",
-                    )
         except BaseException:
             server.stop()
             raise
@@ -100,11 +92,32 @@ class Valkey:
 
     def url_at(self, port: int) -> str:
         """The URL for the broker where clients reach the server at another port."""
-        return f"redis{'+cluster' if self.cluster else ''}://127.0.0.1:{port}"
+        return f"redis://127.0.0.1:{port}"
+
+    @property
+    def doors(self) -> list[Connect]:
+        """What reaches the server, for a proxy."""
+        return [self.connect]
+
+    def commands(self, *, timeout: float, through: RedisProxy | None = None) -> Commands:
+        """The broker's commands to the server, through a proxy where one is given."""
+        return connect(self.url_at(through.port) if through else self.url, timeout=timeout)
 
     def client(self) -> redis.Redis:
         """A plain client of the node."""
         return redis.Redis(port=self.port, decode_responses=False, protocol=2)
+
+    def ask(self, *command: Any) -> Any:
+        """The raw reply to one command."""
+        with redis.Redis(port=self.port, protocol=2) as client:
+            client.response_callbacks.clear()
+            return client.execute_command(*command)
+
+    def knows(self, ids: list[str]) -> bool:
+        """Whether this node of a cluster knows all of these and has met them."""
+        lines = self.ask("CLUSTER NODES").decode().splitlines()
+        met = [line.split()[0] for line in lines if "handshake" not in line and " connected" in line]
+        return sorted(met) == sorted(ids)
 
     async def connect(self) -> Streams:
         return await asyncio.open_connection("127.0.0.1", self.port)
@@ -121,6 +134,105 @@ class Valkey:
                 return bool(client.ping())
         except redis.ConnectionError:
             return False
+
+
+MASTERS = 3
+_SLOTS = 16384
+_NODE_TIMEOUT = 1000  # ms without a reply after which a node counts as failed
+
+
+class _Whole(redis.RedisCluster):
+    """By itself redis-py asks one node for its keys."""
+
+    def keys(self, pattern: Any = "*", **options: Any) -> Any:
+        return super().keys(pattern, target_nodes=self.PRIMARIES, **options)
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A Redis Cluster of three masters, `nodes[:3]`, and their replicas, `nodes[3:]`, in one order."""
+
+    nodes: list[Valkey]
+    ids: list[str]
+
+    @classmethod
+    def start(cls, home: Path, *settings: str, failover: bool = False) -> Self:
+        """Start one. Without `failover` a node that a busy machine holds up is not replaced."""
+        home.mkdir(exist_ok=True)
+        nodes: list[Valkey] = []
+        words = ["--cluster-node-timeout", str(_NODE_TIMEOUT), "--repl-diskless-sync-delay", "0"]
+        try:
+            for number in range(2 * MASTERS):
+                bus = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+                nodes.append(Valkey.start(home / str(number), *bus, *words, *settings))
+            made = cls(nodes, [node.ask("CLUSTER MYID").decode() for node in nodes])
+            made._form()
+            if not failover:
+                for node in nodes:
+                    node.ask("CONFIG SET", "cluster-node-timeout", 60_000)
+        except BaseException:
+            for node in nodes:
+                node.stop()
+            raise
+        return made
+
+    def _form(self) -> None:
+        first = self.nodes[0]
+        for number, node in enumerate(self.nodes):
+            node.ask("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            if node is not first:
+                bus = int(node.ask("CONFIG GET", "cluster-port")[1])
+                first.ask("CLUSTER MEET", "127.0.0.1", node.port, bus)
+        for number, node in enumerate(self.nodes[:MASTERS]):
+            node.ask("CLUSTER ADDSLOTSRANGE", *self.slots(number))
+        for node in self.nodes:
+            until(partial(node.knows, self.ids), "the nodes know each other")
+        for node, master in zip(self.nodes[MASTERS:], self.ids, strict=False):
+            node.ask("CLUSTER REPLICATE", master)
+        until(self.whole, "the cluster is up and replicates")
+
+    @staticmethod
+    def slots(number: int) -> tuple[int, int]:
+        """The first and the last slot of a master."""
+        return number * _SLOTS // MASTERS, (number + 1) * _SLOTS // MASTERS - 1
+
+    def whole(self) -> bool:
+        """Whether each node sees every slot served by a master that has a replica."""
+        return all(
+            b"cluster_state:ok" in node.ask("CLUSTER INFO")
+            and all(len(shard) == 4 for shard in node.ask("CLUSTER SLOTS"))
+            and (replication := node.ask("INFO", "replication"))
+            and (b"role:master" in replication or b"master_link_status:up" in replication)
+            for node in self.nodes
+        )
+
+    @property
+    def url(self) -> str:
+        """The URL for the broker; every node is a seed."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    @property
+    def doors(self) -> list[Connect]:
+        """What reaches each node, for a proxy."""
+        return [node.connect for node in self.nodes]
+
+    def commands(self, *, timeout: float, through: RedisProxy | None = None) -> ClusterRouter:
+        """The broker's commands to the cluster, through proxies where they are given."""
+        router = connect(self.url, timeout=timeout)
+        assert isinstance(router, ClusterRouter)
+        if through is not None:
+            ports = dict(zip([node.port for node in self.nodes], through.ports, strict=True))
+            node = router._connect
+            router._connect = lambda address, on_end: node((address[0], ports[address[1]]), on_end)
+        return router
+
+    def client(self) -> redis.RedisCluster:
+        """A client of all masters, which sees every key."""
+        return _Whole("127.0.0.1", self.nodes[0].port, protocol=2)
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()
 
 
 Which = Literal["PostgreSQL", "Valkey"]

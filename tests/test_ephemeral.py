@@ -1,4 +1,5 @@
-"""The contract of the ephemeral store, on everything that can be had: fakeredis, Valkey, a cluster, and the machine's own Redis.
+"""The contract of the ephemeral store, on everything that can be had: fakeredis, Valkey, a Redis Cluster,
+and the machine's own Redis.
 
 Servers here are the test's own, so a test may look at every key there is.
 """
@@ -17,10 +18,10 @@ from typing import Any
 
 import fakeredis
 import pytest
-import redis
 
-from broker.ephemeral import Ephemeral, connect
-from broker.ephemeral.client import ByClient, Commands
+from broker import ephemeral
+from broker.ephemeral import Ephemeral
+from broker.ephemeral.client import ByClient, Commands, Script
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
     Asked,
@@ -43,7 +44,7 @@ from broker.telemetry import CONTEXT, Context, Log, Metrics
 from broker.tokens import SystemMint, ceremony_digest, digest, text
 from tests.conftest import Clock
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
-from tests.servers import Valkey, eventually, reached
+from tests.servers import Cluster, Valkey, eventually, reached
 
 APP = "AppAppAppAppAppAppAppApp"
 OTHER = "OtherOtherOtherOtherOthe"
@@ -52,6 +53,7 @@ REAL = ("valkey", "cluster", *(["redis"] if shutil.which("redis-server") else []
 MINT = SystemMint()
 REGISTER: tuple[Opener, Purpose] = ("page", "register")
 SIGN_IN: tuple[Opener, Purpose] = ("page", "authenticate")
+SCRIPTS = [script for script in vars(ephemeral).values() if isinstance(script, Script)]
 
 
 @dataclass(slots=True)
@@ -59,7 +61,7 @@ class Place:
     """A store to test: makes clients of it, each an instance of the broker's, and shows its keys."""
 
     kind: str
-    server: Valkey | None
+    server: Valkey | Cluster | None
     clock: Clock = field(default_factory=Clock)
     metrics: Metrics = field(default_factory=Metrics)
     stream: io.StringIO = field(default_factory=io.StringIO)
@@ -69,18 +71,15 @@ class Place:
     def store(
         self,
         *,
-        connections: int = 16,
         timeout: float = TIMEOUT,
-        port: int | None = None,
+        through: RedisProxy | None = None,
     ) -> Ephemeral:
-        """Another instance's store; `port` where it should go through a proxy."""
+        """Another instance's store; `through` a proxy where one is given."""
         client: Commands
         if self.server is None:
             client = ByClient(fakeredis.FakeAsyncRedis(server=self.fake))
         else:
-            client = connect(
-                self.server.url_at(port or self.server.port), timeout=timeout, connections=connections
-            )
+            client = self.server.commands(timeout=timeout, through=through)
         store = Ephemeral(client, timeout=timeout, metrics=self.metrics, log=self.log, clock=self.clock)
         self.made.append(store)
         return store
@@ -89,9 +88,15 @@ class Place:
     def log(self) -> Log:
         return Log(self.stream)
 
-    def client(self) -> redis.Redis:
+    def client(self) -> Any:
         """A plain client that sees every key."""
         return self.server.client() if self.server else fakeredis.FakeRedis(server=self.fake)
+
+    def connections(self) -> int:
+        """How many connections the servers have, ours and those of a cluster's nodes among them."""
+        assert self.server is not None
+        nodes = self.server.nodes if isinstance(self.server, Cluster) else [self.server]
+        return sum(int(node.ask("INFO", "clients").split(b":")[1].split()[0]) for node in nodes)
 
     def failures(self, operation: str) -> float:
         """What an operator sees of failed waits."""
@@ -107,9 +112,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Valk
     class Lazily(dict[str, Valkey]):
         def __missing__(self, kind: str) -> Valkey:
             binary = Path(shutil.which("redis-server") or "") if kind == "redis" else None
-            self[kind] = made[kind] = Valkey.start(
-                tmp_path_factory.mktemp(kind), cluster=kind == "cluster", binary=binary
-            )
+            self[kind] = made[kind] = Valkey.start(tmp_path_factory.mktemp(kind), binary=binary)
             return made[kind]
 
     yield Lazily()
@@ -117,8 +120,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Valk
         server.stop()
 
 
-async def _place(kind: str, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
-    made = Place(kind, None if kind == "fakeredis" else servers[kind])
+async def _place(
+    kind: str, servers: dict[str, Valkey], request: pytest.FixtureRequest
+) -> AsyncIterator[Place]:
+    server = request.getfixturevalue("cluster") if kind == "cluster" else None
+    made = Place(kind, server if kind in ("fakeredis", "cluster") else servers[kind])
     with made.client() as client:
         client.flushall()
     yield made
@@ -129,36 +135,31 @@ async def _place(kind: str, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
 @pytest.fixture(params=("fakeredis", *REAL))
 async def place(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
     """Every kind of store."""
-    async for made in _place(request.param, servers):
+    async for made in _place(request.param, servers, request):
         yield made
 
 
 @pytest.fixture(params=REAL)
 async def real(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
     """Every kind of store that is a server: for what concerns connections."""
-    async for made in _place(request.param, servers):
+    async for made in _place(request.param, servers, request):
         yield made
 
 
 @pytest.fixture
-async def single(servers: dict[str, Valkey]) -> AsyncIterator[Place]:
+async def single(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
     """One Valkey."""
-    async for made in _place("valkey", servers):
+    async for made in _place("valkey", servers, request):
         yield made
 
 
 @pytest.fixture
 async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
-    """A proxy in front of the server; a cluster announces it, so that its clients stay on it."""
+    """A proxy in front of the server, or of each node of the cluster."""
     assert real.server is not None
-    async with redis_proxy(real.server.connect) as made:
-        with real.client() as client:
-            if real.server.cluster:
-                client.config_set("cluster-announce-port", made.port)
-            yield made
-            made.release.set()
-            if real.server.cluster:
-                client.config_set("cluster-announce-port", 0)
+    async with redis_proxy(*real.server.doors) as made:
+        yield made
+        made.release.set()
 
 
 # -- values ---------------------------------------------------------------------------------------------------------------------
@@ -634,7 +635,7 @@ async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
 
 async def _parallel(place: Place, take: Callable[[Ephemeral], Awaitable[object]]) -> list[object]:
     """50 takes over five instances; the results that are something."""
-    instances = [place.store(connections=10) for _ in range(5)]
+    instances = [place.store() for _ in range(5)]
     await asyncio.gather(*(instance.check() for instance in instances))
     taken = await asyncio.gather(*(take(instances[n % 5]) for n in range(50)))
     return [value for value in taken if value not in (None, False)]
@@ -685,7 +686,7 @@ async def test_one_of_many_takes_a_nonce(place: Place) -> None:
 
 async def test_many_callers_wait_for_few_connections(real: Place) -> None:
     """A burst is slower than its parts, and no part of it fails."""
-    store = real.store(connections=2, timeout=10)
+    store = real.store(timeout=10)
     nonces = [MINT.token("nonce") for _ in range(200)]
     await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
     assert None not in await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces))
@@ -748,7 +749,7 @@ async def test_the_cap_is_exact_in_parallel(place: Place) -> None:
 
 async def test_counting_takes_no_round_trip_of_its_own(proxy: RedisProxy, real: Place) -> None:
     assert real.server is not None
-    store = real.store(port=proxy.port)
+    store = real.store(through=proxy)
     await put_open(store, real)
     proxy.commands.clear()
     handle = await put_open(store, real)
@@ -830,13 +831,11 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
 async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
     proxy: RedisProxy, real: Place, fate: Fate
 ) -> None:
-    # A cluster's client learns anew where keys are after each loss, which takes it a while.
-    store = real.store(port=proxy.port, timeout=1.0 if real.kind == "cluster" else 0.4)
-    for handle in (MINT.token("handle"), MINT.token("handle") + text(bytes(32))):
-        assert (
-            await store.take_pending(APP, handle, *REGISTER) is None
-        )  # the server has the scripts: no reply is NOSCRIPT below
-    await begin_one(store, real, (await open_one(store, real))[0])
+    # After each loss the topology of a cluster is read again, by way of six proxies in this loop.
+    store = real.store(through=proxy, timeout=1.0 if real.kind == "cluster" else 0.4)
+    with real.client() as client:
+        for script in SCRIPTS:  # every master has them: no reply is NOSCRIPT below
+            client.script_load(script.text)
     for step in await _steps(real, store):
         before, failed = len(proxy.named(step.command)), real.failures(step.operation)
         proxy.fate = of_command(fate, step.command)
@@ -852,7 +851,7 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
 
 async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Place) -> None:
     """Nobody is left waiting, no command is sent again, and the next caller has a connection."""
-    store, nonces = real.store(port=proxy.port), [MINT.token("nonce") for _ in range(20)]
+    store, nonces = real.store(through=proxy), [MINT.token("nonce") for _ in range(20)]
     await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
     proxy.fate = of_command(Fate.CUT, b"GETDEL")
     taken = await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces), return_exceptions=True)
@@ -878,7 +877,7 @@ async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) ->
 
 
 async def test_a_command_that_never_arrived_spends_nothing(proxy: RedisProxy, real: Place) -> None:
-    store, nonce = real.store(port=proxy.port), MINT.token("nonce")
+    store, nonce = real.store(through=proxy), MINT.token("nonce")
     await store.put_nonce(APP, nonce, redeemable(real))
     proxy.fate = of_command(Fate.REFUSE, b"GETDEL")
     with pytest.raises(Unavailable):
@@ -890,7 +889,7 @@ async def test_a_command_that_never_arrived_spends_nothing(proxy: RedisProxy, re
 
 async def test_a_cancelled_wait_leaves_no_answer_for_the_next(proxy: RedisProxy, real: Place) -> None:
     """The next caller on the pool's only connection must get its own answer, not the one that came too late."""
-    store = real.store(port=proxy.port, connections=1)
+    store = real.store(through=proxy)
     mine, theirs = MINT.token("nonce"), MINT.token("nonce")
     await store.put_nonce(APP, mine, redeemable(real, transaction=b"1" * 32))
     await store.put_nonce(APP, theirs, redeemable(real, transaction=b"2" * 32))
@@ -912,8 +911,8 @@ async def test_a_cancelled_wait_leaves_no_answer_for_the_next(proxy: RedisProxy,
 async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None:
     """An answer without a question on an idle connection is nobody's answer."""
     assert single.server is not None
-    async with redis_proxy(single.server.connect) as proxy:
-        store, nonce = single.store(port=proxy.port, connections=1), MINT.token("nonce")
+    async with redis_proxy(*single.server.doors) as proxy:
+        store, nonce = single.store(through=proxy), MINT.token("nonce")
         await store.put_nonce(APP, nonce, redeemable(single, transaction=b"2" * 32))
         await store.put_nonce(APP, MINT.token("nonce"), redeemable(single, transaction=b"1" * 32))
         with single.client() as client:
@@ -931,7 +930,7 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
 
 async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
     """Cancel after each number of turns of the event loop; then every connection is still there and answers its own caller."""
-    store = real.store(connections=3)
+    store = real.store()
     await store.check()
     for turns in range(40):
         nonces = [MINT.token("nonce") for _ in range(6)]
@@ -956,7 +955,7 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
 @pytest.mark.parametrize(("left", "limit"), [(None, 0.4), (0.1, 0.1), (0.0, 0.0)])
 async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float | None, limit: float) -> None:
     """Within the store's limit, and within what is left of the request. The margin is the machine's."""
-    store = real.store(port=proxy.port, timeout=0.4 if left is None else 5)
+    store = real.store(through=proxy, timeout=0.4 if left is None else 5)
     await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
     deadline = None if left is None else time.monotonic() + left
@@ -971,7 +970,7 @@ async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float |
 
 
 async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> None:
-    store = real.store(port=proxy.port, connections=2, timeout=0.4)
+    store = real.store(through=proxy, timeout=0.4)
     await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
     began = time.monotonic()
@@ -981,14 +980,15 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
     assert time.monotonic() - began <= 2.0, "they wait side by side"
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
+    await reached(store.check)
     assert await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4))) == [None] * 4
 
 
 async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> None:
     """A busy process looks at the clock late, every time; a server that fell silent is found all the same."""
     assert single.server is not None
-    async with redis_proxy(single.server.connect) as proxy:
-        store = single.store(port=proxy.port, timeout=1.0)
+    async with redis_proxy(*single.server.doors) as proxy:
+        store = single.store(through=proxy, timeout=1.0)
         await store.check()
         proxy.fate = lambda _: Fate.SWALLOW
         asked = asyncio.create_task(store.take_nonce(APP, MINT.token("nonce")))
@@ -1003,22 +1003,23 @@ async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> 
 
 
 async def test_connections_do_not_pile_up(proxy: RedisProxy, real: Place) -> None:
-    store = real.store(port=proxy.port, connections=4, timeout=0.25)
+    before = real.connections()
+    store = real.store(through=proxy, timeout=0.25)
     await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
     for _ in range(5):
         await asyncio.gather(*(store.check() for _ in range(12)), return_exceptions=True)
     proxy.fate = of_command(Fate.PASS, b"")
-    with real.client() as client:
-        await eventually(lambda: len(client.client_list()) <= 4 + 2 + 1, "few connections")
+    await reached(store.check)
+    masters = 3 if real.kind == "cluster" else 1
+    await eventually(lambda: real.connections() <= before + masters, "one connection for each master")
 
 
 # -- a server in distress -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cluster", [False, True])
-async def test_nobody_listens(cluster: bool, tmp_path: Path) -> None:
-    server = Valkey.start(tmp_path / "gone", cluster=cluster)
+async def test_nobody_listens(tmp_path: Path) -> None:
+    server = Valkey.start(tmp_path / "gone")
     server.stop()
     place = Place("gone", server)
     store = place.store()
@@ -1032,7 +1033,7 @@ async def test_nobody_listens(cluster: bool, tmp_path: Path) -> None:
         with pytest.raises(Unavailable) as refused:
             await run()
         assert refused.value.reason == "redis"
-    server = Valkey.start(tmp_path / "again", cluster=cluster, port=server.port)
+    server = Valkey.start(tmp_path / "again", port=server.port)
     try:
         await store.check()
         assert await store.take_nonce(APP, MINT.token("nonce")) is None

@@ -21,7 +21,7 @@ from broker.model import Policy, RelyingParty
 from broker.web import DIRECTORY, json_answer, keyed, read_object
 from tests.authenticator import Authenticator
 from tests.byo import Byo
-from tests.conftest import OpenApp, Started, Starter
+from tests.conftest import ON_BOTH, OpenApp, Started, Starter
 from tests.hanko import SECOND_LOGIN, SECOND_REGISTRATION, Hanko
 from tests.passlock import Passlock
 from tests.signals import refused
@@ -90,6 +90,7 @@ WITHOUT: dict[str, SignIn] = {
 }
 
 
+@ON_BOTH
 @pytest.mark.parametrize("made", REGISTER)
 async def test_every_pair(wire: Wire, device: Authenticator, made: str) -> None:
     await REGISTER[made](wire, "ann", device)
@@ -104,6 +105,7 @@ async def test_every_pair(wire: Wire, device: Authenticator, made: str) -> None:
     assert first["credential"]["id"] == theirs["id"]
 
 
+@ON_BOTH
 @pytest.mark.parametrize(("first", "second"), list(product(REGISTER, repeat=2)))
 async def test_a_passkey_is_not_made_twice(
     wire: Wire, device: Authenticator, first: str, second: str
@@ -114,6 +116,7 @@ async def test_a_passkey_is_not_made_twice(
         await REGISTER[second](wire, "ann", device)
 
 
+@ON_BOTH
 async def test_a_second_factor_is_one_in_every_dialect(broker: Started, wire: Wire) -> None:
     hanko, key, device = Hanko(wire), Authenticator(), Authenticator()
     await REGISTER["native"](wire, "ann", device)
@@ -131,6 +134,7 @@ async def test_a_second_factor_is_one_in_every_dialect(broker: Started, wire: Wi
     )
 
 
+@ON_BOTH
 async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
     broker: Started, open_app: OpenApp, device: Authenticator
 ) -> None:
@@ -147,6 +151,7 @@ async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
         assert await sign_in(wire, None, device) == "ann"
 
 
+@ON_BOTH
 async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(wire: Wire, device: Authenticator) -> None:
     """Hanko's jti and Passlock's code are nonces: the second redemption is refused everywhere, and so is another app's."""
     await REGISTER["native"](wire, "ann", device)
@@ -160,6 +165,7 @@ async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(wire: Wire, de
         assert (answer.status, answer.json["_tag"]) == (404, "@error/InvalidCode")
 
 
+@ON_BOTH
 async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(wire: Wire, device: Authenticator) -> None:
     """The challenge of one dialect is no handle in another, so nothing that one checks is passed by."""
     await REGISTER["native"](wire, "ann", device)

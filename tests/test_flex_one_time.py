@@ -15,7 +15,7 @@ import pytest
 from broker.embedded import EmbeddedStores
 from broker.model import Policy
 from tests.authenticator import Authenticator, flex_wire_form
-from tests.conftest import OpenApp, Started, Starter
+from tests.conftest import ON_BOTH, OpenApp, Started, Starter
 from tests.proxy import Fate, of_command, redis_proxy
 from tests.servers import connect_valkey
 from tests.signals import counted, refused, same_answer
@@ -29,6 +29,7 @@ def start(kind: str) -> str:
     return f"/{kind}/transactions/webauthn/start"
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_all_bad_transactions_are_alike(
     broker: Started, wire: Wire, open_app: OpenApp, device: Authenticator, kind: str
@@ -72,6 +73,7 @@ async def test_all_bad_transactions_are_alike(
     await wire.begin(kind, good)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_all_bad_handshakes_are_alike(
     broker: Started, wire: Wire, open_app: OpenApp, device: Authenticator, kind: str
@@ -128,6 +130,7 @@ async def test_all_bad_handshakes_are_alike(
         same_answer(answers[0], answer)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 @pytest.mark.parametrize("other", ["unknown", "another of the app", "malformed"])
 async def test_a_different_transaction_at_finish_spends_the_handshake(
@@ -153,6 +156,7 @@ async def test_a_different_transaction_at_finish_spends_the_handshake(
     assert (await wire.finish(kind, handle, make(options, ORIGIN), mine)).status == 200
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_a_transaction_id_with_a_discoverable_handshake_is_another_one(
     broker: Started, wire: Wire, device: Authenticator, kind: str
@@ -167,6 +171,7 @@ async def test_a_transaction_id_with_a_discoverable_handshake_is_another_one(
     assert answer.status == 404
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_a_new_begin_ends_the_old_one(
     broker: Started, wire: Wire, device: Authenticator, kind: str
@@ -188,6 +193,7 @@ async def test_a_new_begin_ends_the_old_one(
     assert (await wire.finish(kind, new, make(new_options, ORIGIN), transaction)).status == 200
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_a_finished_transaction_begins_nothing(
     broker: Started, wire: Wire, device: Authenticator, kind: str
@@ -202,6 +208,7 @@ async def test_a_finished_transaction_begins_nothing(
     assert (answer.status, answer.code) == (404, NOT_FOUND)
 
 
+@ON_BOTH
 async def test_a_refused_finish_leaves_the_transaction(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
@@ -219,6 +226,7 @@ async def test_a_refused_finish_leaves_the_transaction(
     await wire.authenticate(transaction, device)
 
 
+@ON_BOTH
 async def test_a_transaction_whose_passkeys_are_gone(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
@@ -239,6 +247,7 @@ async def test_a_transaction_whose_passkeys_are_gone(
 # -- lives ------------------------------------------------------------------------------------------------------------------------------
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_a_handshake_lives_for_five_minutes_or_what_is_left(
     broker: Started, wire: Wire, device: Authenticator, kind: str
@@ -270,6 +279,7 @@ async def test_a_handshake_lives_for_five_minutes_or_what_is_left(
         assert (await wire.page(start(kind), {"transaction_id": transaction})).status == 404
 
 
+@ON_BOTH
 async def test_lives_follow_the_policy(open_app: OpenApp, broker: Started, device: Authenticator) -> None:
     wire = await open_app(Policy(transaction_life=40, ceremony_life=20, nonce_life=10))
     await wire.user("ann", device)
@@ -297,6 +307,7 @@ async def at_once(calls: list[Callable[[], Awaitable[Answer]]]) -> tuple[list[An
     return answers, Counter(answer.status for answer in answers)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate", "discoverable"])
 async def test_50_finishes_of_one_handshake(
     start_broker: Starter, broker: Started, wire: Wire, device: Authenticator, kind: str
@@ -332,6 +343,7 @@ async def test_50_finishes_of_one_handshake(
     assert done == (2 if kind == "register" else 1)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_50_begins_and_finishes_of_one_transaction(
     start_broker: Starter, broker: Started, wire: Wire, kind: str

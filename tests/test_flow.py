@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from tests.authenticator import Authenticator
-from tests.conftest import Started
+from tests.conftest import ON_BOTH, Started
 from tests.wire import ORIGIN, Wire
 
 
+@ON_BOTH
 async def test_registers_and_signs_in(broker: Started, wire: Wire, device: Authenticator) -> None:
     transaction = await wire.open_registration("ann@example.org")
     receipt = (await wire.redeem(await wire.register(transaction, device), purpose="register")).json

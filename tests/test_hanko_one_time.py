@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from broker.errors import UnknownTransaction
 from broker.model import Policy
 from tests.authenticator import Authenticator, unb64
-from tests.conftest import OpenApp, Started, Starter
+from tests.conftest import ON_BOTH, OpenApp, Started, Starter
 from tests.hanko import (
     LOGIN,
     NO_CHALLENGE,
@@ -66,6 +66,7 @@ async def is_gone(hanko: Hanko, at: str, answer: object) -> None:
     assert (response.status, response.json["title"], response.json["details"]) == gone(at)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_of_50_finalizes_one_succeeds(
     start_broker: Starter, session: Any, hanko: Hanko, broker: Started, device: Authenticator, at: str
@@ -86,6 +87,7 @@ async def test_of_50_finalizes_one_succeeds(
     await is_gone(hanko, at, answer)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_a_refused_answer_spends_the_challenge(
     broker: Started, hanko: Hanko, device: Authenticator, at: str
@@ -101,6 +103,7 @@ async def test_a_refused_answer_spends_the_challenge(
         await is_gone(hanko, at, answer)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_a_fault_of_form_spends_no_challenge(hanko: Hanko, device: Authenticator, at: str) -> None:
     await hanko.register("ann", device)
@@ -115,6 +118,7 @@ async def test_a_fault_of_form_spends_no_challenge(hanko: Hanko, device: Authent
     await hanko.finish(at, answer)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_a_challenge_of_another_operation(
     broker: Started, hanko: Hanko, device: Authenticator, at: str
@@ -135,6 +139,7 @@ def swapped(answer: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "response": {**more, **answer["response"]}}
 
 
+@ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_a_challenge_of_another_tenant(
     broker: Started, hanko: Hanko, open_app: OpenApp, device: Authenticator, at: str
@@ -148,6 +153,7 @@ async def test_a_challenge_of_another_tenant(
     await hanko.finish(at, answer)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_a_challenge_lives_as_long_as_its_timeout(
     broker: Started, open_app: OpenApp, device: Authenticator, at: str
@@ -181,6 +187,7 @@ async def test_a_dump_of_redis_finalizes_nothing(
     await hanko.finish(at, answer)
 
 
+@ON_BOTH
 async def test_a_token_of_an_hour_is_redeemed_within_ten_minutes(
     start_broker: Starter, session: Any, device: Authenticator
 ) -> None:
@@ -197,6 +204,7 @@ async def test_a_token_of_an_hour_is_redeemed_within_ten_minutes(
         assert (await hanko.wire.redeem(late["jti"])).status == 401
 
 
+@ON_BOTH
 async def test_several_may_be_open(hanko: Hanko, device: Authenticator) -> None:
     """Each is found by its own challenge, so a new one replaces none."""
     await hanko.register("ann", device)
@@ -206,6 +214,7 @@ async def test_several_may_be_open(hanko: Hanko, device: Authenticator) -> None:
             await hanko.finish(at, answer)
 
 
+@ON_BOTH
 async def test_a_challenge_that_the_answer_made_up(
     broker: Started, hanko: Hanko, device: Authenticator
 ) -> None:

@@ -20,7 +20,7 @@ import pytest
 from broker.ephemeral.mailbox import GRACE, PENDING, PER_MAILBOX, PER_USER, WINDOW, MailCode, MailCodes
 from broker.errors import Unavailable
 from broker.mailbox import ATTEMPTS, LIFE
-from tests.conftest import OpenApp, Started, Starter
+from tests.conftest import ON_BOTH, OpenApp, Started, Starter
 from tests.golden import golden
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
 from tests.servers import Valkey
@@ -44,8 +44,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if kind == "fakeredis":
         yield Place(kind, None)
         return
+    if kind == "cluster":
+        yield Place(kind, request.getfixturevalue("cluster"))
+        return
     binary = Path(shutil.which("redis-server") or "") if kind == "redis" else None
-    started = Valkey.start(tmp_path_factory.mktemp(kind), cluster=kind == "cluster", binary=binary)
+    started = Valkey.start(tmp_path_factory.mktemp(kind), binary=binary)
     yield Place(kind, started)
     started.stop()
 
@@ -177,7 +180,7 @@ async def test_a_code_of_newer_code_is_as_unknown(place: Place) -> None:
 
 async def judged(place: Place, made: MailCode, guesses: list[str]) -> Counter[str]:
     """The verdicts on guesses made at once over five instances."""
-    instances = [place.store(connections=10) for _ in range(5)]
+    instances = [place.store() for _ in range(5)]
     await asyncio.gather(*(instance.check() for instance in instances))
     stores = [MailCodes(instance) for instance in instances]
     answers = await asyncio.gather(
@@ -337,21 +340,16 @@ async def test_a_dump_redeems_nothing(place: Place) -> None:
 
 @pytest.fixture
 async def proxy(place: Place) -> AsyncIterator[RedisProxy]:
-    """A proxy in front of a server; a cluster announces it, so that its clients stay on it."""
+    """A proxy in front of the server, or of each node of the cluster."""
     assert place.server is not None
-    async with redis_proxy(place.server.connect) as made:
-        with place.client() as client:
-            if place.server.cluster:
-                client.config_set("cluster-announce-port", made.port)
-            yield made
-            made.release.set()
-            if place.server.cluster:
-                client.config_set("cluster-announce-port", 0)
+    async with redis_proxy(*place.server.doors) as made:
+        yield made
+        made.release.set()
 
 
 @real
 async def test_each_step_is_one_round_trip(place: Place, proxy: RedisProxy) -> None:
-    store, made = MailCodes(place.store(port=proxy.port)), code(place)
+    store, made = MailCodes(place.store(through=proxy)), code(place)
     for turn in range(2):  # the first one teaches the server the scripts
         proxy.commands.clear()
         await put(store, made, counted=True, replace_others=True)
@@ -369,7 +367,7 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
 ) -> None:
     """A guess whose verdict was lost has been counted, and a right one has spent the code."""
     # A limit in which a busy machine connects: each lost reply ends the connection, and the next guess has to make one.
-    store, near = MailCodes(place.store(port=proxy.port, timeout=1.5)), codes(place)
+    store, near = MailCodes(place.store(through=proxy, timeout=1.5)), codes(place)
     made = await put(store, code(place))
     await store.judge(APP, made.id, "", WRONG, place.clock())
     for digits, left in ((WRONG, ATTEMPTS - 1), (DIGITS, None)):
@@ -588,6 +586,7 @@ async def test_what_is_not_six_digits_counts_nothing(broker: Started, wire: Wire
     ] == ATTEMPTS
 
 
+@ON_BOTH
 async def test_of_50_verifies_one_succeeds(broker: Started, start_broker: Starter, wire: Wire) -> None:
     """Over two instances."""
     second = replace(wire, url=(await start_broker()).url)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.authenticator import Authenticator
-from tests.conftest import OpenApp, Started
+from tests.conftest import ON_BOTH, OpenApp, Started
 from tests.passlock import Passlock
 from tests.signals import counted, refused, same_answer
 from tests.wire import ORIGIN, Answer, Wire
@@ -43,6 +43,7 @@ async def begun(
 # -- races --------------------------------------------------------------------------------------------------------------------------------
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["registration", "authentication"])
 async def test_of_50_verifications_one_succeeds(
     broker: Started, passlock: Passlock, device: Authenticator, kind: str
@@ -60,6 +61,7 @@ async def test_of_50_verifications_one_succeeds(
     assert verdicts(answers) == {(200, success): 1, (400, "@error/BadRequest"): PARALLEL - 1}
 
 
+@ON_BOTH
 @pytest.mark.parametrize("with_user", [False, True])
 async def test_of_50_exchanges_one_succeeds(
     broker: Started, passlock: Passlock, device: Authenticator, with_user: bool
@@ -76,6 +78,7 @@ async def test_of_50_exchanges_one_succeeds(
     assert verdicts(answers) == {(200, "ExtendedPrincipal"): 1, (404, "@error/InvalidCode"): PARALLEL - 1}
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["update", "delete", "prune"])
 async def test_of_50_exchanges_of_a_ticket_one_succeeds(
     broker: Started, passlock: Passlock, device: Authenticator, kind: str
@@ -92,6 +95,7 @@ async def test_of_50_exchanges_of_a_ticket_one_succeeds(
     assert statuses == {200: 1, 400: PARALLEL - 1}
 
 
+@ON_BOTH
 async def test_of_many_begun_with_one_token_one_succeeds(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
@@ -111,6 +115,7 @@ async def test_of_many_begun_with_one_token_one_succeeds(
 # -- replays and wrong answers ------------------------------------------------------------------------------------------------------------
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["registration", "authentication"])
 async def test_a_refused_answer_spends_the_session(
     broker: Started, passlock: Passlock, device: Authenticator, kind: str
@@ -133,6 +138,7 @@ async def test_a_refused_answer_spends_the_session(
     assert (await passlock.finish(kind, session, make(options, ORIGIN))).status == 200
 
 
+@ON_BOTH
 async def test_a_fault_of_form_spends_nothing(passlock: Passlock, device: Authenticator) -> None:
     session, response = await begun(passlock, "registration", device)
     for bad in (None, {}, "x", response | {"id": "!"}, response | {"response": None}):
@@ -140,6 +146,7 @@ async def test_a_fault_of_form_spends_nothing(passlock: Passlock, device: Authen
     assert (await passlock.finish("registration", session, response)).status == 200
 
 
+@ON_BOTH
 async def test_another_users_answer_never_finishes(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
@@ -155,6 +162,7 @@ async def test_another_users_answer_never_finishes(
     assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
 
 
+@ON_BOTH
 async def test_an_orphan_is_told_only_where_it_is_proved(
     broker: Started, passlock: Passlock, open_app: OpenApp
 ) -> None:
@@ -172,6 +180,7 @@ async def test_an_orphan_is_told_only_where_it_is_proved(
 # -- tokens of another kind or app --------------------------------------------------------------------------------------------------------
 
 
+@ON_BOTH
 async def test_no_token_is_good_for_another_step(
     broker: Started, passlock: Passlock, device: Authenticator, open_app: OpenApp
 ) -> None:
@@ -210,6 +219,7 @@ async def test_no_token_is_good_for_another_step(
     await elsewhere.begin("authentication", {"authenticationToken": foreign})
 
 
+@ON_BOTH
 async def test_a_ticket_of_another_kind_is_spent(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
@@ -220,6 +230,7 @@ async def test_a_ticket_of_another_kind_is_spent(
         await passlock.page("/passkeys/prune/exchange", {"prunePasskeysToken": token})
 
 
+@ON_BOTH
 async def test_a_ticket_lives_for_five_minutes(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
@@ -232,6 +243,7 @@ async def test_a_ticket_lives_for_five_minutes(
         await passlock.page("/passkeys/prune/exchange", body)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", ["registration", "authentication"])
 async def test_a_session_of_the_other_kind_or_app(
     broker: Started, passlock: Passlock, open_app: OpenApp, kind: str
@@ -252,6 +264,7 @@ async def test_a_session_of_the_other_kind_or_app(
     assert (await elsewhere.finish(kind, own, response)).status == 200
 
 
+@ON_BOTH
 async def test_a_code_of_another_app(broker: Started, passlock: Passlock, open_app: OpenApp) -> None:
     elsewhere = Passlock(await open_app())
     code = (await elsewhere.register("ann", Authenticator()))["code"]
@@ -264,6 +277,7 @@ async def test_a_code_of_another_app(broker: Started, passlock: Passlock, open_a
 # -- beside the native API ----------------------------------------------------------------------------------------------------------------
 
 
+@ON_BOTH
 async def test_a_passkey_signs_in_both_ways(passlock: Passlock, device: Authenticator) -> None:
     await passlock.user("ann", device)
     nonce = await passlock.wire.authenticate(await passlock.wire.open_authentication("ann"), device)
@@ -274,6 +288,7 @@ async def test_a_passkey_signs_in_both_ways(passlock: Passlock, device: Authenti
     assert (await passlock.authenticate(None, other))["principal"]["userId"] == "bob"
 
 
+@ON_BOTH
 async def test_tokens_of_the_native_api_buy_no_more_here(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:

@@ -19,6 +19,7 @@ from broker.ephemeral.client import Script
 from broker.ephemeral.faults import CAUSES, Faults, cause_of
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics
+from tests.processes import free_port
 from tests.proxy import Fate, redis_proxy
 from tests.servers import Valkey, eventually
 
@@ -37,7 +38,7 @@ class Operator:
 
     def __init__(self, url: str, timeout: float = LIMIT) -> None:
         self.metrics, self.stream = Metrics(), io.StringIO()
-        commands = connect(url, timeout=timeout, connections=1)
+        commands = connect(url, timeout=timeout)
         self.store = Ephemeral(
             commands, timeout=timeout, metrics=self.metrics, log=Log(self.stream), clock=lambda: 0.0
         )
@@ -128,7 +129,8 @@ async def test_a_wrong_password(valkey: Valkey, watch: Callable[..., Operator]) 
 
 
 async def test_a_cluster_without_slots(watch: Callable[..., Operator], tmp_path: Path) -> None:
-    server = Valkey.start(tmp_path / "no-slots", "--cluster-enabled", "yes", "--cluster-port", "0")
+    bus = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+    server = Valkey.start(tmp_path / "no-slots", *bus)
     try:
         await watch(server.url).sees("cluster_down", "ClusterDownError", "CLUSTERDOWN")
     finally:

@@ -112,7 +112,7 @@ async def door(request: pytest.FixtureRequest, valkey: Valkey, certificate: Path
 
 @pytest.fixture
 async def commands(door: Door) -> AsyncIterator[Commands]:
-    made = connect(door.url, timeout=LIMIT, connections=1)
+    made = connect(door.url, timeout=LIMIT)
     yield made
     await made.close()
 
@@ -196,7 +196,7 @@ async def test_the_server_closes_an_idle_connection(commands: Commands, door: Do
 async def test_an_end_leaves_no_task(door: Door) -> None:
     """Closed before it was used, while it connects, in use, idle, and twice."""
     before = asyncio.all_tasks()
-    own = connect(door.url, timeout=LIMIT, connections=1)
+    own = connect(door.url, timeout=LIMIT)
     await own.close()
     connecting = asyncio.ensure_future(own.ask("ECHO", b"a", limit=LIMIT))
     await asyncio.sleep(0)
@@ -214,7 +214,7 @@ async def test_an_end_leaves_no_task(door: Door) -> None:
 
 def test_one_loop_after_the_other(valkey: Valkey) -> None:
     """A store that was closed may be used again, also in another event loop."""
-    commands = connect(valkey.url, timeout=LIMIT, connections=1)
+    commands = connect(valkey.url, timeout=LIMIT)
 
     async def use() -> object:
         try:
@@ -229,7 +229,7 @@ def test_who_asks_as_the_connection_ends_is_told_so(valkey: Valkey) -> None:
     """A transport is closed a turn before it says that the connection is lost, and takes a write in between for nothing. Who is alone writes at once."""
 
     async def main() -> None:
-        commands = connect(valkey.url, timeout=LIMIT, connections=1)
+        commands = connect(valkey.url, timeout=LIMIT)
         assert isinstance(commands, Sender)
         try:
             for _ in range(LONE + 1):

@@ -32,6 +32,7 @@ from broker.telemetry import Log
 from tests.authenticator import Authenticator
 from tests.conftest import SECRET_KEY, settings_for
 from tests.processes import free_port, get, until
+from tests.servers import Cluster
 from tests.wire import ORIGIN, RP_ID, Wire
 
 BROKER = Path(sys.executable).with_name("broker")
@@ -576,29 +577,16 @@ def doctor(stores: EmbeddedStores, redis_url: str) -> list[dict[str, Any]]:
 
 
 async def test_works_on_a_cluster(
-    serve: Start, stores: EmbeddedStores, tmp_path: Path, app: dict[str, str], device: Authenticator
+    serve: Start, stores: EmbeddedStores, cluster: Cluster, app: dict[str, str], device: Authenticator
 ) -> None:
-    """One node with all slots is a cluster in all that clients see: commands are routed by slot, and keys must share one."""
-    port = free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes"]
-    node = Valkey(tmp_path, *options, "--cluster-port", str(free_port()))
-    node.start()
-    try:
-        with redis.Redis(port=port) as client:
-            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            until(
-                lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok",
-                "the cluster is whole",
-            )
-        url = f"redis+cluster://127.0.0.1:{port}"
-        assert {"check": "eviction", "ok": True, "found": "noeviction", "todo": ""} in doctor(stores, url)
-        started = serve(redis_url=url).begun()
-        assert started.ready() == {"http": 200, "status": "ready"}
-        async with aiohttp.ClientSession() as session:
-            wire = Wire(session, f"http://127.0.0.1:{started.port}", app["app_id"], app["api_key"])
-            await wire.user("ann", device)
-            nonce = await wire.authenticate(None, device)
-            assert (await wire.redeem(nonce)).json["external_id"] == "ann"
-            assert (await wire.redeem(nonce)).code == "invalid_nonce"
-    finally:
-        node.stop()
+    """As an operator runs it: doctor, readiness, a registration, a login, a redemption."""
+    url = cluster.url
+    assert {"check": "eviction", "ok": True, "found": "noeviction", "todo": ""} in doctor(stores, url)
+    started = serve(redis_url=url).begun()
+    assert started.ready() == {"http": 200, "status": "ready"}
+    async with aiohttp.ClientSession() as session:
+        wire = Wire(session, f"http://127.0.0.1:{started.port}", app["app_id"], app["api_key"])
+        await wire.user("ann", device)
+        nonce = await wire.authenticate(None, device)
+        assert (await wire.redeem(nonce)).json["external_id"] == "ann"
+        assert (await wire.redeem(nonce)).code == "invalid_nonce"

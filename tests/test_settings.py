@@ -41,7 +41,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("redis_url", "unix:///run/valkey.sock?db=2", "unix:///run/valkey.sock?db=2"),
     ("redis_url", "redis+cluster://h:7000", "redis+cluster://h:7000"),
     ("redis_url", "rediss+cluster://h:7000/", "rediss+cluster://h:7000/"),
-    ("redis_url", "redis+cluster://u:p@a:1,b,[::1]:2/", "redis+cluster://u:p@a:1,b,[::1]:2/"),
+    ("redis_url", "redis+cluster://u:p@a:1,b,c:2/", "redis+cluster://u:p@a:1,b,c:2/"),
     ("host", "0.0.0.0", "0.0.0.0"),
     ("host", "::", "::"),
     ("host", "node-1.example", "node-1.example"),

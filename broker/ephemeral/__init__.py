@@ -83,8 +83,6 @@ __all__ = ["Ephemeral", "connect"]
 _SECRET = len("pbh_") + 43  # characters of a handle before the transaction's digest
 _HANDLE = _SECRET + 43
 
-_PROBE = b"ready"
-
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 _KINDS: tuple[FinishKind, ...] = (*get_args(Proof), "approve_second_factor")
 
@@ -189,15 +187,19 @@ class Ephemeral:
         """Close every connection."""
         await self._commands.close()
 
-    async def _ask(self, operation: str, *command: Any) -> Any:
+    def _ask(self, operation: str, *command: Any) -> Awaitable[Any]:
         """The reply to one command, within the limit.
 
         Raises:
             Unavailable: the server is down, slow, full, or refuses to write; or its reply was lost.
         """
+        reply = self._commands.ask(*command, limit=remaining(self._timeout))
+        return self._watched(operation, reply)
+
+    async def _watched(self, operation: str, reply: Awaitable[Any]) -> Any:
         began = time.perf_counter()
         try:
-            return await self._commands.ask(*command, limit=remaining(self._timeout))
+            return await reply
         except NoScriptError:
             raise
         except DOWN as fault:
@@ -218,8 +220,9 @@ class Ephemeral:
             return await self._ask(operation, "EVAL", script.text, len(keys), *keys, *args)
 
     async def check(self) -> None:
-        """Raise `Unavailable` unless the server takes a write: one that is full, or a replica, answers PING and serves nobody."""
-        await self._ask("check", "SET", _PROBE, b"", "PX", 1000)
+        """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: one that is
+        full, or a replica, answers PING and serves nobody."""
+        await self._watched("check", self._commands.check(limit=remaining(self._timeout)))
 
     async def facts(self) -> dict[str, Any]:
         """For `broker doctor`: version, seconds since the epoch by the server's clock, eviction policy."""

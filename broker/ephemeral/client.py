@@ -1,28 +1,31 @@
-"""How commands reach Redis: one server through a `Sender`, a cluster through redis-py's own client.
+"""How commands reach Redis: one server through a `Sender`, a cluster through a `ClusterRouter`, which
+has a `Sender` for each node.
 
-Both answer the same way: `ask` gives the raw reply within a limit or raises what `DOWN` names, and sends a command at most once.
-Sentinel and TLS are matters of the connection, which is redis-py's either way.
+Both answer the same way: `ask` gives the raw reply within a limit or raises what `DOWN` names, and no
+command is run twice. TLS and credentials are matters of the connection, which is redis-py's either way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Redis
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError
+from redis.exceptions import NoScriptError, RedisError
 
-from broker.ephemeral.sender import Sender
+from broker.ephemeral.cluster import Address, ClusterRouter
+from broker.ephemeral.sender import PROBE, Batch, Sender
 
 __all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "Script", "connect"]
 
-# What redis-py raises for a server that is down, slow, full or refuses; RedisClusterException is no RedisError.
-DOWN = (RedisError, RedisClusterException, OSError, TimeoutError)
+# What is raised for a server that is down, slow, full or refuses.
+DOWN = (RedisError, OSError, TimeoutError)
 
 
 class Script:
@@ -46,44 +49,35 @@ class Commands(Protocol):
         """
         ...
 
+    async def check(self, *, limit: float) -> None:
+        """Raise `DOWN` unless every server that has keys takes a write."""
+        ...
+
     async def close(self) -> None:
         """Close every connection."""
         ...
 
 
 class ByClient:
-    """A client of redis-py: a cluster's, which knows where keys are, or a stand-in for a server in tests. It gives INFO as a dict."""
+    """A client of redis-py that stands in for a server in tests. It gives INFO as a dict."""
 
-    def __init__(self, client: Redis | RedisCluster) -> None:
+    def __init__(self, client: Redis) -> None:
         self._client = client
 
     async def ask(self, *command: Any, limit: float) -> Any:
         async with asyncio.timeout(limit):
-            return await self._client.execute_command(*command)
+            return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def check(self, *, limit: float) -> None:
+        await self.ask("SET", PROBE, b"", "PX", 1000, limit=limit)
 
     async def close(self) -> None:
         await self._client.aclose()
 
 
-class _PatientCluster(RedisCluster):
-    """A cluster's client whose callers wait for their turn, as they do for one server. By itself redis-py refuses
-    the caller for whom no connection is left, so a short burst would be an outage."""
-
-    def __init__(self, *, turns: int, **options: Any) -> None:
-        # A connection that is being closed after a fault still counts, so there is room for as many again.
-        super().__init__(max_connections=2 * turns, **options)
-        self._turns = asyncio.Semaphore(turns)
-
-    async def execute_command(self, *args: Any, **options: Any) -> Any:
-        async with self._turns:
-            return await super().execute_command(*args, **options)
-
-
-def connect(url: str, *, timeout: float, connections: int) -> Commands:
-    """A client that never repeats a command by itself. `redis+cluster://` and `rediss+cluster://` name a cluster.
-
-    Of a cluster at most `connections` commands are under way at once; who comes later waits.
-    """
+def connect(url: str, *, timeout: float) -> Commands:
+    """Commands to the server that `url` names, or to the cluster (`redis+cluster://`,
+    `rediss+cluster://`; one or more of its nodes). Nothing is connected yet."""
     limits: dict[str, Any] = {
         # `ask` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a cancelled asyncio.wait_for
         # returns what happens to be there, and the wait goes on past the request's deadline.
@@ -93,13 +87,22 @@ def connect(url: str, *, timeout: float, connections: int) -> Commands:
         # With RESP3 the server may push between answers, so redis-py takes a connection with unread data for sound.
         "protocol": 2,
     }
-    if "+cluster://" in url:
-        return ByClient(
-            _PatientCluster.from_url(
-                url.replace("+cluster://", "://"),
-                turns=connections,
-                require_full_coverage=False,
-                **limits,
-            )
-        )
-    return Sender(ConnectionPool.from_url(url, **limits), timeout=timeout)
+    if "+cluster://" not in url:
+        return Sender(ConnectionPool.from_url(url, **limits), timeout=timeout)
+    parts = urlsplit(url.replace("+cluster://", "://"))
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    pools = [
+        ConnectionPool.from_url(parts._replace(netloc=credentials + at + host).geturl(), **limits)
+        for host in hosts.split(",")
+    ]
+    kind, options = pools[0].connection_class, pools[0].connection_kwargs
+
+    batch = Batch()
+
+    def node(address: Address, on_end: Callable[[], None]) -> Sender:
+        pool = ConnectionPool(kind, **{**options, "host": address[0], "port": address[1]})
+        return Sender(pool, timeout=timeout, batch=batch, on_end=on_end)
+
+    given = [pool.connection_kwargs for pool in pools]
+    seeds = [(one.get("host", "localhost"), one.get("port", 6379)) for one in given]
+    return ClusterRouter(seeds, node, timeout=timeout)
