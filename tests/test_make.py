@@ -67,7 +67,7 @@ def test_the_lock_has_what_the_project_asks_for() -> None:
 def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
     code = (ROOT / "broker/sdk/passkey.js").read_text()
     types = re.sub(r"/\*.*?\*/", "", (ROOT / "broker/sdk/passkey.d.ts").read_text(), flags=re.S)
-    words = re.search(r"@typedef \{(.*?)\} Code", code)
+    words = re.search(r"@typedef \{(.*?)\} Code", code, re.S)
     union = re.search(r"type PasskeyErrorCode =(.*?);", types, re.S)
     assert words
     assert union
@@ -75,5 +75,12 @@ def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
     assert set(re.findall(r"export class (\w+)", types)) == set(re.findall(r"export class (\w+)", code))
     body = code[code.index("export class Passkeys") : code.index("/** The ceremony that the page runs now.")]
     methods = set(re.findall(r"^  (?:async )?(\w+)\(", body, re.M)) - {"constructor"}
-    assert methods == {"register", "authenticate", "applySignals", "canRegister", "canAutofill"}
+    assert methods == {
+        "register",
+        "authenticate",
+        "applySignals",
+        "canRegister",
+        "canAutofill",
+        "capabilities",
+    }
     assert all(re.search(rf"^  {name}\(", types, re.M) for name in methods)

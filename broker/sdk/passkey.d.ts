@@ -2,8 +2,12 @@
 export type PasskeyErrorCode =
   /** The prompt ended without a passkey: the person closed it, or no passkey fits. Trying again may help. */
   | "cancelled"
-  /** This browser, device or page can't do it; trying again won't help. */
+  /** This browser can't do it, or not in the way that was asked for; trying again won't help. */
   | "unsupported"
+  /** The page's domain is not the app's RP ID or below it, or the page is not https. */
+  | "wrong_domain"
+  /** No authenticator here can do what the app's policy asks, like user verification. */
+  | "not_supported_by_device"
   /** This authenticator already has a passkey of this user: not an error to fear. */
   | "already_registered"
   /** The broker said no; `refusal` says which no. */
@@ -42,6 +46,13 @@ export class PasskeyError extends Error {
 export interface RegisterOptions {
   /** Which authenticators to offer; the app's policy decides where it is left out. */
   authenticatorAttachment?: "platform" | "cross-platform" | "any";
+  /**
+   * Conditional create: make the passkey without a prompt, right after a sign-in with a saved
+   * password. Rejects with "cancelled" where the browser decides against it, and with "unsupported",
+   * before any request, where it lacks the capability `conditionalCreate`.
+   */
+  autoRegister?: boolean;
+  /** Ends the ceremony, which then rejects with "aborted". */
   signal?: AbortSignal;
 }
 
@@ -53,6 +64,14 @@ export interface AuthenticateOptions {
   transactionId?: string;
   /** Wait for a choice in the autofill of an `<input autocomplete="username webauthn">`. */
   conditional?: boolean;
+  /**
+   * Offer only passkeys that the browser has at hand, and reject with "cancelled" at once where it
+   * has none. Needs user activation (a click, a key press) and neither `transactionId` nor
+   * `conditional`, else the call is refused with "invalid_argument". Rejects with "unsupported",
+   * before any request, where the browser lacks the capability `immediateGet`.
+   */
+  immediate?: boolean;
+  /** Ends the ceremony, which then rejects with "aborted". */
   signal?: AbortSignal;
 }
 
@@ -63,6 +82,35 @@ export interface AppliedSignals {
   applied: number;
   /** How many the browser would not take. */
   failed: number;
+}
+
+/**
+ * What the browser says that it can do, by the names of `PublicKeyCredential.getClientCapabilities`
+ * (WebAuthn L3 §5.1.7). A name that is absent is unknown.
+ */
+export interface Capabilities {
+  /** `register(…, { autoRegister: true })` */
+  readonly conditionalCreate?: boolean;
+  /** `authenticate({ conditional: true })` */
+  readonly conditionalGet?: boolean;
+  /** `authenticate({ immediate: true })` */
+  readonly immediateGet?: boolean;
+  /** A phone can be asked, by a QR code. */
+  readonly hybridTransport?: boolean;
+  /** This device keeps passkeys, or a phone can be asked. */
+  readonly passkeyPlatformAuthenticator?: boolean;
+  /** This device verifies its user, by a screen lock or a fingerprint. */
+  readonly userVerifyingPlatformAuthenticator?: boolean;
+  /** Pages of other domains may use the passkeys of an RP ID that lists them. */
+  readonly relatedOrigins?: boolean;
+  /** `applySignals("prune", …)` */
+  readonly signalAllAcceptedCredentials?: boolean;
+  /** `applySignals("update", …)` */
+  readonly signalCurrentUserDetails?: boolean;
+  /** `applySignals("delete", …)` */
+  readonly signalUnknownCredential?: boolean;
+  /** Further names, like "extension:prf". */
+  readonly [name: string]: boolean | undefined;
 }
 
 export class Passkeys {
@@ -85,4 +133,6 @@ export class Passkeys {
   canRegister(): Promise<boolean>;
   /** Whether `authenticate({ conditional: true })` can work in this browser. */
   canAutofill(): Promise<boolean>;
+  /** What this browser can do; never rejects, makes no request. */
+  capabilities(): Promise<Capabilities>;
 }

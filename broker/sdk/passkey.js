@@ -7,6 +7,8 @@
  *     const nonce = await passkeys.authenticate({ transactionId });    // a known person
  *     const nonce = await passkeys.authenticate();                     // whoever the passkey belongs to
  *     const nonce = await passkeys.authenticate({ conditional: true }) // from autofill: <input autocomplete="username webauthn">
+ *     const nonce = await passkeys.authenticate({ immediate: true })   // only what is at hand, else "cancelled" at once
+ *     const nonce = await passkeys.register(transactionId, { autoRegister: true }) // without a prompt, after a password
  *     await passkeys.applySignals("delete", ticket);                   // the ticket comes from your backend
  *
  * A page has one passkey prompt, so starting a ceremony ends the last one, whichever `Passkeys` began it; the ended one rejects
@@ -34,14 +36,22 @@ const SIGNALS = {
 };
 
 /** The options of `authenticate`. A misspelt one is refused, for it may have been the transaction. */
-const AUTHENTICATE_OPTIONS = ["transactionId", "conditional", "signal"];
+const AUTHENTICATE_OPTIONS = ["transactionId", "conditional", "immediate", "signal"];
 
-/** @typedef {"cancelled"|"unsupported"|"already_registered"|"refused"|"unavailable"|"network"|"aborted"|"invalid_argument"} Code */
+/** Fields in whose autofill a browser offers passkeys (HTML §4.10.18.7.1). */
+const AUTOFILL_FIELDS = '[autocomplete~="webauthn" i]';
+
+/**
+ * @typedef {"cancelled"|"unsupported"|"wrong_domain"|"not_supported_by_device"|"already_registered"
+ *   |"refused"|"unavailable"|"network"|"aborted"|"invalid_argument"} Code
+ */
 
 /** @type {Record<Code, string>} */
 const SENTENCES = {
   cancelled: "The passkey prompt ended without a passkey.",
-  unsupported: "This browser or device can't use passkeys here.",
+  unsupported: "This browser can't use passkeys here, or not in the way that was asked for.",
+  wrong_domain: "The page's domain is not the app's RP ID or below it, or the page is not https.",
+  not_supported_by_device: "No authenticator of this device can make or use such a passkey.",
   already_registered: "This device already has a passkey for this account.",
   refused: "The request was refused.",
   unavailable: "The service is briefly unavailable.",
@@ -85,17 +95,24 @@ export class Passkeys {
   /**
    * Make a passkey for the user of a register transaction. Resolves with the nonce.
    *
+   * `autoRegister` is a conditional create: the browser makes the passkey without a prompt, right
+   * after a sign-in with a saved password, or rejects with "cancelled". A browser without
+   * conditional create gets "unsupported" before any request.
+   *
    * @param {string} transactionId
-   * @param {{authenticatorAttachment?: "platform"|"cross-platform"|"any", signal?: AbortSignal}} [options]
+   * @param {{authenticatorAttachment?: "platform"|"cross-platform"|"any", autoRegister?: boolean,
+   *   signal?: AbortSignal}} [options]
    * @returns {Promise<string>}
    */
-  async register(transactionId, { authenticatorAttachment, signal } = {}) {
+  async register(transactionId, { authenticatorAttachment, autoRegister = false, signal } = {}) {
     requireText(transactionId, "register: transactionId");
     return ceremony(signal, async (ended) => {
+      if (autoRegister) await this.#requireCapability("conditionalCreate");
       const begun = await this.#begin("register", transactionId, ended, {
         authenticator_attachment: authenticatorAttachment,
       });
-      return this.#finish(begun, await prompt("create", begun.options, ended), ended);
+      const how = autoRegister ? { mediation: "conditional" } : {};
+      return this.#finish(begun, await prompt("create", begun.options, ended, how), ended);
     });
   }
 
@@ -103,7 +120,12 @@ export class Passkeys {
    * Sign in with a passkey. Resolves with the nonce. `conditional` waits for a choice in the autofill of a form field. Leave
    * `transactionId` out for a sign-in of whoever the passkey belongs to; a value that is no id of a transaction is refused.
    *
-   * @param {{transactionId?: string, conditional?: boolean, signal?: AbortSignal}} [options]
+   * `immediate` offers only passkeys that the browser has at hand, and rejects with "cancelled" at
+   * once where there is none. It needs a click or a key press just before. A browser without it
+   * gets "unsupported" before any request.
+   *
+   * @param {{transactionId?: string, conditional?: boolean, immediate?: boolean,
+   *   signal?: AbortSignal}} [options]
    * @returns {Promise<string>}
    */
   async authenticate(options = {}) {
@@ -111,11 +133,14 @@ export class Passkeys {
     const unknown = Object.keys(options).find((name) => !AUTHENTICATE_OPTIONS.includes(name));
     if (unknown !== undefined) throw invalid(`authenticate: there is no option ${unknown}.`);
     if ("transactionId" in options) requireText(options.transactionId, "authenticate: transactionId");
-    const { transactionId, conditional = false, signal } = options;
+    const { transactionId, conditional = false, immediate = false, signal } = options;
+    if (immediate) requireImmediate(transactionId, conditional);
     return ceremony(signal, async (ended) => {
       if (conditional) return this.#autofill(transactionId, ended);
+      if (immediate) await this.#requireCapability("immediateGet");
       const begun = await this.#begin("authenticate", transactionId, ended);
-      return this.#finish(begun, await prompt("get", begun.options, ended), ended);
+      const how = immediate ? { uiMode: "immediate" } : {};
+      return this.#finish(begun, await prompt("get", begun.options, ended, how), ended);
     });
   }
 
@@ -161,13 +186,36 @@ export class Passkeys {
 
   /** Whether `authenticate({conditional: true})` can work in this browser. @returns {Promise<boolean>} */
   async canAutofill() {
-    if (!(await this.canRegister())) return false;
+    return (await this.capabilities()).conditionalGet ?? false;
+  }
+
+  /**
+   * What this browser says that it can do, by the names of `getClientCapabilities` (WebAuthn L3
+   * §5.1.7). Where it says nothing of autofill, a screen lock or the signals, the older methods are
+   * asked. A name that is absent is unknown. No request.
+   *
+   * @returns {Promise<Record<string, boolean|undefined>>}
+   */
+  async capabilities() {
+    if (!(await this.canRegister())) return {};
+    const platform = PublicKeyCredential;
     try {
-      const { conditionalGet } = (await PublicKeyCredential.getClientCapabilities?.()) ?? {};
-      return conditionalGet ?? (await PublicKeyCredential.isConditionalMediationAvailable?.()) ?? false;
+      const told = { ...(await platform.getClientCapabilities?.()) };
+      told.conditionalGet ??= await platform.isConditionalMediationAvailable?.();
+      told.userVerifyingPlatformAuthenticator ??=
+        await platform.isUserVerifyingPlatformAuthenticatorAvailable?.();
+      for (const method of Object.values(SIGNALS))
+        told[method] ??= typeof platform[method] === "function";
+      return Object.fromEntries(Object.entries(told).filter(([, can]) => can !== undefined));
     } catch {
-      return false;
+      return {};
     }
+  }
+
+  /** @param {"conditionalCreate"|"immediateGet"} name */
+  async #requireCapability(name) {
+    if ((await this.capabilities())[name]) return;
+    throw new PasskeyError("unsupported", { message: `This browser has no ${name}.` });
   }
 
   /**
@@ -176,6 +224,7 @@ export class Passkeys {
    */
   async #autofill(transactionId, ended) {
     if (!(await this.canAutofill())) throw new PasskeyError("unsupported");
+    warnWithoutField();
     let life = 0;
     for (;;) {
       let begun;
@@ -189,7 +238,7 @@ export class Passkeys {
       life = begun.options.timeout || CHALLENGE_LIFE;
       const round = follow(ended);
       const renewal = pause(Math.max(1000, life * 0.8), round.signal).then(() => seen(round.signal));
-      const credential = await Promise.race([prompt("get", begun.options, round.signal, "conditional"), renewal]);
+      const credential = await Promise.race([prompt("get", begun.options, round.signal, { mediation: "conditional" }), renewal]);
       round.abort();
       if (credential) return this.#finish(begun, credential, ended);
     }
@@ -262,6 +311,31 @@ function requireText(value, name) {
   if (typeof value !== "string" || !value) throw invalid(`${name} is not a non-empty string.`);
 }
 
+/**
+ * Refuse what a browser refuses of an immediate request: a list of allowed passkeys, a wait for
+ * autofill, a call without user activation. A browser says "cancelled" of all of them.
+ * @param {string|undefined} transactionId @param {boolean} conditional
+ */
+function requireImmediate(transactionId, conditional) {
+  const refusal = (why) => invalid(`authenticate: immediate ${why}.`);
+  if (transactionId !== undefined) throw refusal("is for a sign-in without a transaction");
+  if (conditional) throw refusal("and conditional exclude each other");
+  if (globalThis.navigator?.userActivation?.isActive === false)
+    throw refusal("needs a click or a key press of the person just before");
+}
+
+let warned = false;
+
+/** Warn once where the document has no field for autofill (shadow roots are not searched). */
+function warnWithoutField() {
+  if (warned || document.querySelector(AUTOFILL_FIELDS)) return;
+  warned = true;
+  console.warn(
+    "authenticate({ conditional: true }) offers passkeys only in the autofill of a field, and this " +
+      'page has none: add <input autocomplete="username webauthn">.',
+  );
+}
+
 /** The ceremony that the page runs now. @type {AbortController|undefined} */
 let current;
 
@@ -274,7 +348,9 @@ async function ceremony(signal, steps) {
   current?.abort(new DOMException("Another ceremony began", "AbortError"));
   const mine = (current = follow(signal));
   try {
-    if (typeof PublicKeyCredential !== "function") throw new PasskeyError("unsupported");
+    // Browsers hide WebAuthn from a page that is neither https nor on localhost.
+    if (typeof PublicKeyCredential !== "function")
+      throw new PasskeyError(globalThis.isSecureContext === false ? "wrong_domain" : "unsupported");
     return await steps(mine.signal);
   } catch (cause) {
     if (cause instanceof PasskeyError) throw cause;
@@ -290,15 +366,17 @@ async function ceremony(signal, steps) {
 /**
  * Ask the platform. A signal's abort ends the wait at once, also where a browser extension stands in for the platform.
  * @param {"create"|"get"} verb @param {any} options in JSON form
- * @param {AbortSignal} signal @param {CredentialMediationRequirement} [mediation] @returns {Promise<Credential>}
+ * @param {AbortSignal} signal
+ * @param {{mediation?: CredentialMediationRequirement, uiMode?: "immediate"}} [how]
+ * @returns {Promise<Credential>}
  */
-async function prompt(verb, options, signal, mediation) {
+async function prompt(verb, options, signal, how) {
   try {
     signal.throwIfAborted();
     const publicKey = fromJSON(verb, options);
     const credential = await new Promise((resolve, reject) => {
       signal.addEventListener("abort", () => reject(signal.reason), { once: true });
-      navigator.credentials[verb]({ publicKey, signal, ...(mediation && { mediation }) }).then(resolve, reject);
+      navigator.credentials[verb]({ publicKey, signal, ...how }).then(resolve, reject);
     });
     if (!credential) throw new DOMException("No credential was returned", "NotAllowedError");
     return credential;
@@ -308,14 +386,24 @@ async function prompt(verb, options, signal, mediation) {
   }
 }
 
+/** Exceptions that say one thing only. @type {Record<string, Code>} */
+const PLATFORM_CODES = {
+  AbortError: "aborted",
+  SecurityError: "wrong_domain",
+  // Residence or user verification that no authenticator here has.
+  ConstraintError: "not_supported_by_device",
+  // No algorithm in common. Chromium says it of a device without screen lock or discoverable keys too.
+  NotSupportedError: "not_supported_by_device",
+};
+
 /**
  * "cancelled" where trying again may help, "unsupported" where it won't. Source: WebAuthn L3 §5.1.3 and §5.1.4 (exceptions).
  * @param {"create"|"get"} verb @param {any} error @returns {Code}
  */
 function platformCode(verb, error) {
   const name = error?.name;
+  if (Object.hasOwn(PLATFORM_CODES, name)) return PLATFORM_CODES[name];
   if (name === "InvalidStateError") return verb === "create" ? "already_registered" : "cancelled";
-  if (name === "AbortError") return "aborted";
   const passing = ["NotAllowedError", "OperationError", "UnknownError", "NotReadableError", "TimeoutError"];
   return passing.includes(name) ? "cancelled" : "unsupported";
 }

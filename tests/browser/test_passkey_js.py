@@ -20,7 +20,7 @@ import pytest
 from webauthn import verify_authentication_response, verify_registration_response
 from webauthn.helpers import base64url_to_bytes
 
-from tests.browser.chromium import Answer, Authenticator, Page, wait_until
+from tests.browser.chromium import Answer, Authenticator, Chromium, Page, wait_until
 
 SDK = Path(__file__).parents[2] / "broker" / "sdk" / "passkey.js"
 PAGES = Path(__file__).parent / "pages"
@@ -406,31 +406,38 @@ def test_already_registered(page: Page, broker: ScriptedBroker, device: Authenti
 
 
 @pytest.mark.parametrize(
-    ("changes", "cause"),
+    ("changes", "code", "cause"),
     [
-        ({"rp": {"id": "example.com", "name": "Elsewhere"}}, "SecurityError"),
-        ({"challenge": "***"}, "InvalidCharacterError"),
+        ({"rp": {"id": "example.com", "name": "Elsewhere"}}, "wrong_domain", "SecurityError"),
+        ({"challenge": "***"}, "unsupported", "InvalidCharacterError"),
     ],
 )
 def test_options_that_the_browser_cannot_use(
-    page: Page, broker: ScriptedBroker, device: Authenticator, changes: dict[str, Any], cause: str
+    page: Page,
+    broker: ScriptedBroker,
+    device: Authenticator,
+    changes: dict[str, Any],
+    code: str,
+    cause: str,
 ) -> None:
     visit(page, broker)
     broker.creation = changes
     seen = told(page, "register('pbt_r')")
-    assert (seen["code"], seen["cause"]) == ("unsupported", cause)
+    assert (seen["code"], seen["cause"]) == (code, cause)
     assert broker.to("finish") == []
 
 
 PLATFORM_ERRORS = [
     ("create", "AbortError", "aborted"),
-    ("create", "NotSupportedError", "unsupported"),
-    ("create", "ConstraintError", "unsupported"),
+    ("create", "NotSupportedError", "not_supported_by_device"),
+    ("create", "ConstraintError", "not_supported_by_device"),
+    ("create", "TypeError", "unsupported"),
     ("create", "UnknownError", "cancelled"),
     ("get", "NotReadableError", "cancelled"),
     ("get", "OperationError", "cancelled"),
     ("get", "InvalidStateError", "cancelled"),
-    ("get", "SecurityError", "unsupported"),
+    ("get", "SecurityError", "wrong_domain"),
+    ("get", "NotSupportedError", "not_supported_by_device"),
 ]
 
 
@@ -568,6 +575,191 @@ def test_can_autofill(page: Page, broker: ScriptedBroker, script: str, can: bool
 def test_this_browser_can(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
     visit(page, broker)
     assert page.js("Promise.all([passkeys.canRegister(), passkeys.canAutofill()])") == [True, True]
+    told_by_the_browser = page.js("PublicKeyCredential.getClientCapabilities()")
+    assert page.js("passkeys.capabilities()") == told_by_the_browser
+    assert told_by_the_browser["conditionalCreate"]
+    assert told_by_the_browser["immediateGet"]
+    assert broker.posts == []
+
+
+SIGNALS_HERE = {
+    "signalAllAcceptedCredentials": True,
+    "signalCurrentUserDetails": True,
+    "signalUnknownCredential": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "capabilities"),
+    [
+        (
+            "PublicKeyCredential.getClientCapabilities = undefined;",
+            {
+                "conditionalGet": True,
+                "userVerifyingPlatformAuthenticator": True,
+                **SIGNALS_HERE,
+            },
+        ),
+        (
+            "PublicKeyCredential.getClientCapabilities = async () => ({immediateGet: false});"
+            "PublicKeyCredential.isConditionalMediationAvailable = undefined;"
+            "delete PublicKeyCredential.signalUnknownCredential;",
+            {
+                "immediateGet": False,
+                "userVerifyingPlatformAuthenticator": True,
+                **SIGNALS_HERE,
+                "signalUnknownCredential": False,
+            },
+        ),
+        ("PublicKeyCredential.getClientCapabilities = async () => { throw new Error('no') };", {}),
+        ("delete window.PublicKeyCredential;", {}),
+    ],
+    ids=["older", "silent on some", "throwing", "without WebAuthn"],
+)
+def test_capabilities_of_other_browsers(
+    page: Page,
+    broker: ScriptedBroker,
+    device: Authenticator,
+    script: str,
+    capabilities: dict[str, bool],
+) -> None:
+    """The older methods stand in; a name that nothing tells of is absent, which means unknown."""
+    visit(page, broker, script)
+    assert page.js("passkeys.capabilities()") == capabilities
+    assert broker.posts == []
+
+
+def test_a_page_without_https_is_at_the_wrong_domain(broker: ScriptedBroker) -> None:
+    """A browser hides WebAuthn there, as one without WebAuthn does; the page can be mended."""
+    port = broker.origin.rpartition(":")[2]
+    rule = f"--host-resolver-rules=MAP plain.example 127.0.0.1:{port} , MAP * ~NOTFOUND"
+    with Chromium((rule,)) as browser, browser.page() as page:
+        page.goto("http://plain.example/passkeys.html")
+        page.wait_until("window.ready")
+        assert page.js("window.PublicKeyCredential === undefined")
+        for call in ("register('pbt_r')", "authenticate()", "authenticate({conditional: true})"):
+            assert told(page, call)["code"] == "wrong_domain"
+    assert broker.posts == []
+
+
+# Conditional create, immediate mediation, the field of autofill
+
+
+# What the page hands to the platform, and the platform's answer to a create without its mediation: the virtual authenticator
+# has no password manager that would make a passkey without a prompt.
+HANDED = """
+  window.handed = [];
+  for (const verb of ["create", "get"]) {
+    const own = navigator.credentials[verb].bind(navigator.credentials);
+    navigator.credentials[verb] = (options) => {
+      const { publicKey, signal, ...how } = options;
+      handed.push([verb, how]);
+      return own(window.prompting ? { publicKey, signal } : options);
+    };
+  }
+"""
+
+
+def test_register_without_a_prompt(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+    """The browser is asked for a conditional create; what it makes goes to the broker as always."""
+    visit(page, broker, HANDED)
+    page.js("window.prompting = true")
+    assert told(page, "register('pbt_r', {autoRegister: true})") == {"nonce": "pbn_2"}
+    assert page.js("handed") == [["create", {"mediation": "conditional"}]]
+    verify_registration(broker, broker.posts[1])
+    assert "nonce" in told(page, "register('pbt_r', {autoRegister: false})")
+    assert page.js("handed")[1:] == [["create", {}]]
+
+
+def test_register_without_a_prompt_where_the_browser_decides_against_it(
+    page: Page, broker: ScriptedBroker, device: Authenticator
+) -> None:
+    """This Chromium itself: nobody signed in with a saved password, so no passkey is made."""
+    broker.life = 100
+    visit(page, broker)
+    seen = told(page, "register('pbt_r', {autoRegister: true})")
+    assert (seen["code"], seen["cause"]) == ("cancelled", "NotAllowedError")
+    assert device.credentials() == []
+    assert broker.to("finish") == []
+
+
+def test_an_immediate_sign_in(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+    """A passkey at hand signs in. Without one the browser says so at once, where a prompt would wait for another device."""
+    visit(page, broker, HANDED)
+    told(page, "register('pbt_r')")
+    public_key = verify_registration(broker, broker.to("finish")[0])
+    assert "nonce" in told(page, "authenticate({immediate: true})")
+    assert page.js("handed")[1:] == [["get", {"uiMode": "immediate"}]]
+    assert broker.to(AUTHENTICATE + "start")[0].body == {}
+    verify_authentication(broker, broker.posts[-1], public_key)
+    device.forget()
+    seen = told(page, "authenticate({immediate: true})")
+    assert (seen["code"], seen["cause"]) == ("cancelled", "NotAllowedError")
+    assert len(broker.to(AUTHENTICATE + "finish")) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "gesture"),
+    [
+        ("authenticate({immediate: true, transactionId: 'pbt_a'})", True),
+        ("authenticate({immediate: true, conditional: true})", True),
+        ("authenticate({immediate: true})", False),
+    ],
+    ids=["named", "conditional", "without activation"],
+)
+def test_what_no_browser_does_immediately(
+    page: Page, broker: ScriptedBroker, device: Authenticator, call: str, gesture: bool
+) -> None:
+    """Refused by us, with its reason and before any request: a browser says only that the prompt was cancelled."""
+    page.goto(broker.origin + "/passkeys.html")
+    wait_until(lambda: page.js("window.ready", gesture=False), "the page")  # no activation
+    seen = page.js(f"told(passkeys.{call})", gesture=gesture)
+    assert (seen["code"], seen["cause"]) == ("invalid_argument", "TypeError")
+    assert seen["message"].startswith("authenticate: immediate ")
+    assert broker.posts == []
+
+
+LACKING = [
+    ("register('pbt_r', {autoRegister: true})", "conditionalCreate"),
+    ("authenticate({immediate: true})", "immediateGet"),
+]
+
+
+@pytest.mark.parametrize(("call", "capability"), LACKING)
+@pytest.mark.parametrize("can", ["undefined", "async () => ({CAPABILITY: false})", "async () => ({})"])
+def test_a_browser_that_lacks_the_capability_is_not_asked(
+    page: Page, broker: ScriptedBroker, device: Authenticator, call: str, capability: str, can: str
+) -> None:
+    """A browser ignores what it doesn't know, and would prompt."""
+    script = can.replace("CAPABILITY", capability)
+    visit(page, broker, HANDED + f"PublicKeyCredential.getClientCapabilities = {script};")
+    seen = told(page, call)
+    assert seen["code"] == "unsupported"
+    assert capability in seen["message"]
+    assert (broker.posts, page.js("handed")) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("autocomplete", "warnings"),
+    [("username webauthn", 0), ("section-a username WebAuthn", 0), ("username", 1), ("webauthn-x", 1)],
+)
+def test_autofill_without_a_field_is_warned_of_once(
+    page: Page, broker: ScriptedBroker, device: Authenticator, autocomplete: str, warnings: int
+) -> None:
+    visit(page, broker)
+    page.js(f"document.querySelector('input').autocomplete = '{autocomplete}'")
+    told(page, "register('pbt_r')")
+    told(page, "authenticate()")
+    start = "warning: authenticate({ conditional: true }) "
+
+    def ours() -> list[str]:
+        return [line for line in page.console if line.startswith(start)]
+
+    assert ours() == []
+    for _ in range(2):
+        assert "nonce" in told(page, "authenticate({conditional: true})")
+    assert len(ours()) == warnings
+    assert all('<input autocomplete="username webauthn">' in line for line in ours())
 
 
 # One ceremony at a time

@@ -11,6 +11,8 @@ const API = "/demo/api";
 const TOUR = "passkey-demo-tour";
 /** What is wrong with a field, and so is said under it. */
 const FIELD_CODES = ["invalid_name", "name_taken", "unknown_name", "no_passkeys"];
+/** The SDK's codes for a page or a device that can't do it. */
+const UNABLE_CODES = ["unsupported", "wrong_domain", "not_supported_by_device"];
 const ICONS = { good: "check", bad: "warning" };
 
 /** @param {string} id @returns {any} */
@@ -104,8 +106,8 @@ async function run({ step, title, button, notice, input }, work) {
     const words = wordsFor(error, step, exchange.cancelled);
     const calm = isCalm(error);
     if (exchange.cancelled) watch.refused(exchange, "You cancelled, and the prompt was taken back.");
-    else if (calm || (error instanceof PasskeyError && error.code === "unsupported"))
-      watch.refused(exchange, `Your device gave no passkey: ${error.code.replace("_", " ")}.`);
+    else if (calm || (error instanceof PasskeyError && UNABLE_CODES.includes(error.code)))
+      watch.refused(exchange, `Your device gave no passkey: ${error.code.replaceAll("_", " ")}.`);
     exchange.end(calm ? "stopped" : "failed");
     tell(notice, words, calm ? "" : "bad");
     if (input && error instanceof SiteError && FIELD_CODES.includes(error.code)) {

@@ -67,6 +67,8 @@ export function wordsFor(error, step, cancelled = false) {
     case "already_registered":
       return ALREADY[step] ?? ALREADY.second;
     case "unsupported":
+    case "wrong_domain":
+    case "not_supported_by_device":
       return UNSUPPORTED;
     case "network":
     case "unavailable":
