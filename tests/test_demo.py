@@ -37,7 +37,7 @@ from broker.demo.replay import KEPT, MOST, LastRedemptions, Redemption
 from broker.demo.wire import BODY_SHOWN, redacted, short
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
-from broker.sdk.client import AsyncBrokerClient
+from broker.sdk.passkey_broker import AsyncBrokerClient
 from broker.telemetry import Log
 from tests import parts
 from tests.authenticator import Authenticator, flex_wire_form

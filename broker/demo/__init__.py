@@ -5,7 +5,7 @@ requests a ceremony), `guard` (what every request goes through), `accounts` (wha
 comes to show what travelled), `replay` (how a nonce is redeemed twice), `site` (how it is put
 together), and in `static/` `demo.js` (the page's side of each ceremony).
 
-It knows the broker only as any customer does: over HTTP, through `broker.sdk.client`, with an app id and an API key.
+It knows the broker only as any customer does: over HTTP, through the client `passkey_broker`, with an app id and an API key.
 """
 
 from __future__ import annotations

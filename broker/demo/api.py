@@ -46,7 +46,7 @@ from broker.demo.guard import (
     text_field,
 )
 from broker.demo.replay import Redemption
-from broker.sdk.client import (
+from broker.sdk.passkey_broker import (
     InvalidNonce,
     InvalidRequest,
     NoPasskeys,

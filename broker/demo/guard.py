@@ -24,7 +24,7 @@ from aiohttp.typedefs import Handler
 from broker.demo.accounts import SESSION, Accounts, Session
 from broker.demo.replay import LastRedemptions
 from broker.demo.wire import TRACE, Trace
-from broker.sdk.client import (
+from broker.sdk.passkey_broker import (
     AsyncBrokerClient,
     BrokerError,
     BrokerUnavailable,

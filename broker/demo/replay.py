@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from broker.sdk.client import AsyncBrokerClient, Purpose, Receipt
+from broker.sdk.passkey_broker import AsyncBrokerClient, Purpose, Receipt
 
 KEPT = 5 * 60  # seconds
 MOST = 1000  # redemptions

@@ -18,7 +18,7 @@ import time
 from contextvars import ContextVar
 from typing import Any
 
-from broker.sdk.client import Answer, AsyncBrokerClient, Request
+from broker.sdk.passkey_broker import Answer, AsyncBrokerClient, Request
 
 # Fields of a body that the diagram shows -> the words it has for them. Everything else stays unsaid.
 _SENT = {

@@ -1,0 +1,78 @@
+# Generated from ../_async/mail.py by `python tests/sync_client.py`: change that file, not this one.
+"""Mail codes: 6 digits that prove that somebody reads a mailbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import answers, arguments
+from ..arguments import Request
+from ..results import MailCode, NewMailCode
+from .connection import Connection
+
+
+class MailCodes(Connection):
+    """See `BrokerClient`."""
+
+    def create_mail_code(
+        self,
+        email: str,
+        purpose: str,
+        *,
+        external_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        invalidate_others: bool = False,
+        skip_rate_limit: bool = False,
+    ) -> NewMailCode:
+        """Make a code and its message. Mailing the message is yours.
+
+        Keep `id` and `secret` in the session; neither they nor the digits are worth anything alone.
+
+        Args:
+            email: the mailbox.
+            purpose: a word of yours, 1 to 64 letters, digits, `.`, `_`, `:`, `-`. Compare it when the
+                code comes back.
+            external_id: comes back with the code; need not be a user of the app.
+            metadata: a JSON object of at most 4 KiB, comes back with the code.
+            invalidate_others: end the pending codes of the purpose: the user's where one is named,
+                else the mailbox's.
+            skip_rate_limit: don't count against 5 codes in 15 minutes for a mailbox.
+
+        Raises:
+            MailCodeRateLimited, InvalidRequest
+        """
+        arguments.judge_texts(email=email, purpose=purpose)
+        body = {
+            "email": email,
+            "purpose": purpose,
+            **arguments.texts(external_id=external_id),
+            **arguments.objects(metadata=metadata),
+            **arguments.flags(invalidate_others=invalidate_others, skip_rate_limit=skip_rate_limit),
+        }
+        return answers.new_mail_code(self._answer(Request("POST", "/mail_codes", body)))
+
+    def verify_mail_code(self, mail_code_id: str, secret: str, code: str) -> MailCode:
+        """Take a code with what the person typed, once. Compare its purpose and its email with what
+        the session expects.
+
+        Args:
+            mail_code_id: from the session, as `secret`.
+            code: the digits, as typed. A wrong guess counts, unless it is no six digits.
+
+        Raises:
+            WrongMailCode, MailCodeNotFound, MailCodeExpired, MailCodeAttemptsExceeded, InvalidRequest
+        """
+        arguments.judge_texts(mail_code_id=mail_code_id, secret=secret, code=code)
+        body = {"id": mail_code_id, "secret": secret, "code": code}
+        return answers.mail_code(self._answer(Request("POST", "/mail_codes/verify", body)))
+
+    def get_mail_code(self, mail_code_id: str) -> MailCode:
+        """A code, until it is taken or ends. Raises `MailCodeNotFound`, `MailCodeExpired`."""
+        path = f"/mail_codes/{arguments.segment('mail_code_id', mail_code_id)}"
+        return answers.mail_code(self._answer(Request("GET", path)))
+
+    def delete_mail_code(self, mail_code_id: str) -> None:
+        """End a code, also where there is none."""
+        path = f"/mail_codes/{arguments.segment('mail_code_id', mail_code_id)}"
+        answers.accept(self._answer(Request("DELETE", path)))
