@@ -42,6 +42,8 @@ def policy_hint(key: str, value: str) -> str:
 class Fault(Exception):
     """An operator's trouble, outside of any request: one sentence that says what to do about it."""
 
+    code: ClassVar[str] = "fault"
+
 
 class Refusal(Exception):
     """A request that is not granted. `sentence` is for the caller, who may be a person at a page; `reason` (a short bounded word) and

@@ -97,14 +97,30 @@ def _host(text: str) -> str:
 
 
 def _public_url(text: str) -> str:
+    if not _is_web_address(text):
+        raise ValueError("must be the address callers use, like https://passkeys.example.com")
+    return text.rstrip("/")
+
+
+def _page(text: str) -> str:
+    if not _is_web_address(text):
+        raise ValueError("must be a page's address, like https://docs.example.com/troubleshooting")
+    return text
+
+
+def _is_web_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        usable = False
-    if not usable or not text.isprintable() or any(character in text for character in "@?# "):
-        raise ValueError("must be the address callers use, like https://passkeys.example.com")
-    return text.rstrip("/")
+        return False
+    return usable and text.isprintable() and not any(character in text for character in "@?# ")
+
+
+def _text(text: str) -> str:
+    if len(text) > 128 or not text.isprintable():
+        raise ValueError("must be an app's id or name")
+    return text
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -166,6 +182,8 @@ class Settings:
     metrics: str = _setting(_choice("management", "public"), "management")  # which port may serve them
     workers: int = _setting(_whole(1, 64), 1)  # processes of `serve`
     public_url: str = _setting(_public_url, "")
+    docs_url: str = _setting(_page, "")  # the page of refusal codes
+    app: str = _setting(_text, "")  # which commands of `broker` act on
     dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
     secret_key: tuple[str, ...] = _setting(_secrets, (), secret=True)  # the first seals keys, all open them
     receipt_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; of a signed receipt

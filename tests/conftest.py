@@ -23,6 +23,7 @@ import aiohttp
 import orjson
 import pytest
 
+from broker import cli as command_line
 from broker.app import Parts, Service, assemble, serve
 from broker.durable import Durable, Postgres, instant
 from broker.embedded import EmbeddedStores
@@ -30,6 +31,7 @@ from broker.model import Policy
 from broker.settings import Settings
 from broker.telemetry import Log
 from tests.authenticator import Authenticator
+from tests.commands import CLEAN, Cli, Done
 from tests.servers import Cluster, pool
 from tests.wire import Wire
 
@@ -280,3 +282,29 @@ async def wire(open_app: OpenApp) -> Wire:
 def device() -> Authenticator:
     """An authenticator that behaves."""
     return Authenticator()
+
+
+@pytest.fixture
+def cli(
+    stores: EmbeddedStores,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Cli:
+    """Run a command in this process, on the shared stores, in an empty directory."""
+    for name in os.environ.keys() - CLEAN.keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("BROKER_DATABASE_URL", stores.database_url)
+    monkeypatch.setenv("BROKER_REDIS_URL", stores.redis_url)
+    monkeypatch.setenv("BROKER_SECRET_KEY", SECRET_KEY)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        capsys.readouterr()
+        try:
+            status = command_line.main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Done(status, *capsys.readouterr())
+
+    return run

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from broker.cli.admin import settings_for_data
+from broker.cli.records import settings_for_data
 from broker.cli.serving import listening, run, with_parts
 from broker.errors import InvalidSetting, Unavailable
 from broker.settings import Settings, SettingsFault

@@ -1,0 +1,252 @@
+"""`broker app` and `broker key`: relying parties, their origins and policy, and their API keys."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from broker.cli.output import Row, counted
+from broker.cli.records import Commands, Records, add, add_group, shown_app
+from broker.errors import InvalidSetting
+from broker.model import ALGORITHMS, ApiKey, Policy, RelyingParty, fields_of, web_origin
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `app` and `key`."""
+    group = add_group(commands, "app", "relying parties")
+    command = add(
+        group,
+        "create",
+        "make an app and its first key",
+        create_app,
+        examples=(
+            "app create --name Shop --rp-id example.com --origin https://example.com",
+            "app create --name Shop --rp-id example.com --origin https://example.com --set nonce_life=120 --json",
+        ),
+    )
+    command.add_argument("--name", required=True)
+    command.add_argument("--rp-id", required=True, help="the domain passkeys belong to, like example.com")
+    _origins(command, required=True)
+    _policy(command)
+    add(
+        group,
+        "list",
+        "every app",
+        list_apps,
+        columns=("app_id", "name", "rp_id", "created_at", "origins"),
+        examples=("app list", "app list --json"),
+    )
+    add(group, "show", "one app", show_app, app=True, examples=("app show", "app show --app Shop --json"))
+    command = add(
+        group,
+        "update",
+        "change an app",
+        update_app,
+        app=True,
+        examples=(
+            "app update --add-origin http://localhost:8081",
+            "app update --app Shop --set user_verification=preferred --set nonce_life=120",
+        ),
+    )
+    command.add_argument("--name")
+    command.add_argument("--rp-id")
+    _origins(command, required=False)
+    for action, says in (("add", "one more origin"), ("remove", "an origin that is no longer allowed")):
+        command.add_argument(
+            f"--{action}-origin",
+            action="append",
+            default=[],
+            metavar="ORIGIN",
+            help=f"{says}, beside those there are; may be repeated",
+        )
+    _policy(command)
+    add(
+        group,
+        "delete",
+        "delete an app with its keys, users and passkeys",
+        delete_app,
+        app=True,
+        removes=True,
+        question=ask_about_app,
+        examples=("app delete --app Shop", "app delete --app Shop --yes"),
+    )
+
+    group = add_group(commands, "key", "API keys")
+    command = add(
+        group,
+        "create",
+        "make a key; it is shown this once",
+        create_key,
+        app=True,
+        examples=('key create --name "second backend"', "key create --app Shop --json"),
+    )
+    command.add_argument("--name", default="", help="what it is for")
+    add(
+        group,
+        "list",
+        "an app's keys, revoked ones too",
+        list_keys,
+        app=True,
+        examples=("key list", "key list --app Shop --json"),
+    )
+    command = add(
+        group,
+        "revoke",
+        "revoke a key, on every instance within a second",
+        revoke_key,
+        app=True,
+        removes=True,
+        examples=("key revoke --app Shop --key KEY_ID",),
+    )
+    command.add_argument("--key", required=True, metavar="ID", help="the key's id, as `key list` shows it")
+
+
+def _origins(command: argparse.ArgumentParser, *, required: bool) -> None:
+    says = "like https://example.com or android:apk-key-hash:…; may be repeated" + (
+        "" if required else "; replaces those there are"
+    )
+    command.add_argument("--origin", action="append", required=required, metavar="ORIGIN", help=says)
+    command.add_argument(
+        "--related-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="one outside the RP ID's domain" + ("" if required else "; '' removes those there are"),
+    )
+
+
+def _policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a policy key; see README"
+    )
+
+
+def _changed(policy: Policy, changes: Sequence[str]) -> Policy:
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InvalidSetting(f"--set takes KEY=VALUE, not {change!r}.")
+        policy = policy.set(key, value)
+    return policy
+
+
+# -- the commands ---------------------------------------------------------------------------------------------------------------------
+
+
+async def create_app(records: Records, options: argparse.Namespace) -> Row:
+    """`{"app_id", "api_key"}`."""
+    app, key = await records.directory.create_app(
+        options.name,
+        options.rp_id,
+        options.origin,
+        related_origins=options.related_origin or (),
+        policy=_changed(Policy(), options.set),
+    )
+    return {"app_id": app.id, "api_key": key}
+
+
+async def list_apps(records: Records, _: argparse.Namespace) -> list[Row]:
+    """Every app."""
+    return [_app_row(app) for app in await records.directory.apps()]
+
+
+async def show_app(_: Records, options: argparse.Namespace) -> Row:
+    """One app."""
+    return _app_row(options.app)
+
+
+async def update_app(records: Records, options: argparse.Namespace) -> Row:
+    """The changed app."""
+    given = (options.name, options.rp_id, options.origin, options.related_origin)
+    if all(value is None for value in given) and not (
+        options.set or options.add_origin or options.remove_origin
+    ):
+        raise InvalidSetting(
+            "Nothing to change; give --name, --rp-id, --origin, --add-origin, --remove-origin, --related-origin or --set."
+        )
+    app: RelyingParty = options.app
+    app = replace(
+        app,
+        name=options.name if options.name is not None else app.name,
+        rp_id=options.rp_id if options.rp_id is not None else app.rp_id,
+        origins=_changed_origins(app, options),
+        related_origins=tuple(filter(None, options.related_origin))
+        if options.related_origin is not None
+        else app.related_origins,
+        policy=_changed(app.policy, options.set),
+    )
+    return _app_row(await records.directory.update_app(app))
+
+
+def _changed_origins(app: RelyingParty, options: argparse.Namespace) -> tuple[str, ...]:
+    """Those that `--origin` gives, else those there are, without the removed and with the added; `checked` judges them."""
+    if options.origin and (options.add_origin or options.remove_origin):
+        raise InvalidSetting("--origin replaces every origin; give it, or --add-origin and --remove-origin.")
+    origins = list(options.origin or app.origins)
+    for given in options.remove_origin:
+        origin = given if given.startswith("android:") else web_origin(given)
+        if origin in app.related_origins:
+            raise InvalidSetting(f"{origin} is a related origin; --related-origin replaces those.")
+        if origin not in origins:
+            raise InvalidSetting(f"{origin} is none of the app's origins: {', '.join(origins)}.")
+        origins.remove(origin)
+    return (*origins, *options.add_origin)
+
+
+async def ask_about_app(records: Records, options: argparse.Namespace) -> str:
+    """What is lost."""
+    _, users = await records.directory.users(options.app, limit=1)
+    _, passkeys = await records.directory.passkeys(options.app, limit=1)
+    lost = f"{counted(users, 'user')} and {counted(passkeys, 'passkey')}"
+    return f"Delete the app {shown_app(options.app)} with its {lost}?"
+
+
+async def delete_app(records: Records, options: argparse.Namespace) -> Row:
+    """`{"deleted": id}`."""
+    await records.directory.delete_app(options.app.id)
+    return {"deleted": options.app.id}
+
+
+async def create_key(records: Records, options: argparse.Namespace) -> Row:
+    """`{"key_id", "api_key"}`."""
+    key, secret = await records.directory.create_key(options.app.id, options.name)
+    return {"key_id": key.id, "api_key": secret}
+
+
+async def list_keys(records: Records, options: argparse.Namespace) -> list[Row]:
+    """An app's keys, revoked ones too."""
+    return [_key_row(key) for key in await records.directory.keys(options.app.id)]
+
+
+async def revoke_key(records: Records, options: argparse.Namespace) -> Row:
+    """`{"revoked": id}`."""
+    if not await records.directory.revoke_key(options.app.id, options.key):
+        raise InvalidSetting("The app has no such unrevoked key; `broker key list` shows the ids.")
+    return {"revoked": options.key}
+
+
+def _app_row(app: RelyingParty) -> Row:
+    policy = {
+        **fields_of(app.policy),
+        "algorithms": [ALGORITHMS[number] for number in app.policy.algorithms],
+        "attestation_roots": len(app.policy.attestation_roots),  # how many; they are long
+    }
+    return {
+        "app_id": app.id,
+        "name": app.name,
+        "rp_id": app.rp_id,
+        "origins": list(app.origins),
+        "related_origins": list(app.related_origins),
+        "policy": policy,
+        "created_at": app.created_at,
+    }
+
+
+def _key_row(key: ApiKey) -> Row:
+    return {
+        "key_id": key.id,
+        "hint": key.hint,
+        "name": key.name,
+        "created_at": key.created_at,
+        "revoked_at": key.revoked_at,
+    }

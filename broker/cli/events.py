@@ -1,0 +1,171 @@
+"""`broker events`: the audit log of an app, once or as it grows.
+
+**Following.** `--follow` goes on from a cursor that no event is committed behind (`broker.durable.events`), so that none is skipped
+however transactions overlap. It ends with Ctrl-C and status 130. With `--json` each event is one object on one line.
+
+**Filters.** `--action` and `--user` (a whole external id) are judged here, page by page, so that they mean the same with and without
+`--follow`. A deleted user's events have no external id any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+
+from broker.cli.output import as_json_text, has_colour, table
+from broker.cli.records import Commands, Records, add, chosen_app, whole
+from broker.errors import InvalidSetting, UnknownApp
+from broker.model import ID, AuditRow, fields_of
+
+PAGE = 1000  # events read at once
+PAUSE = 0.5  # seconds between two looks for new events
+COLUMNS = ("id", "at", "action", "result", "reason", "actor", "user_id", "passkey_id")
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `events`."""
+    command = add(
+        commands,
+        "events",
+        "what happened in an app",
+        list_events,
+        columns=COLUMNS,
+        progress=False,
+        examples=(
+            "events --app Shop",
+            "events --action passkey.used --limit 20",
+            "events --follow --json --user user-7",
+        ),
+    )
+    command.add_argument(
+        "--app",
+        metavar="APP",
+        help="the app's id or name (BROKER_APP; default: the only one); '' for the broker's own events",
+    )
+    command.add_argument(
+        "--limit",
+        type=whole(1, 10_000),
+        default=100,
+        metavar="N",
+        help="at most N, the newest (default 100)",
+    )
+    command.add_argument(
+        "--after",
+        type=whole(0, 2**63 - 1),
+        metavar="ID",
+        help="the first N after this event, none skipped; 0 for all",
+    )
+    command.add_argument("--action", metavar="ACTION", help="only these, like passkey.used")
+    command.add_argument("--user", metavar="EXTERNAL_ID", help="only those of this user")
+    command.add_argument(
+        "--follow", action="store_true", help="go on printing new events until Ctrl-C (status 130)"
+    )
+
+
+async def list_events(records: Records, options: argparse.Namespace) -> list[dict[str, object]]:
+    """The newest events, or the first ones after one of them; oldest first. Also of an app deleted since."""
+    if options.user is not None and "\0" in options.user:
+        raise InvalidSetting("An external id has no NUL character.")
+    app_id = await _app_id(records, options.app)
+    if options.follow:
+        start = options.after if options.after is not None else await _start(records, app_id, options)
+        await _follow(records, app_id, start, options)
+    if options.after is None:
+        found = await _newest(records, app_id, options)
+    else:
+        found = await _first(records, app_id, options)
+    return [fields_of(row.event) for row in found]
+
+
+async def _newest(records: Records, app_id: str, options: argparse.Namespace) -> list[AuditRow]:
+    """The newest events that are wanted, oldest first."""
+    kinds = [(options.action, result) for result in ("done", "refused")] if options.action else None
+    found: list[AuditRow] = []
+    offset = 0
+    while len(found) < options.limit:
+        rows = await records.catalogue.audit(
+            app_id,
+            limit=min(PAGE, options.limit) if options.user is None else PAGE,
+            offset=offset,
+            start=None,
+            end=None,
+            kinds=kinds,
+            user=options.user,
+        )
+        if not rows[0]:
+            break
+        offset += len(rows[0])
+        found += _wanted(rows[0], options)
+    return found[: options.limit][::-1]
+
+
+async def _first(records: Records, app_id: str, options: argparse.Namespace) -> list[AuditRow]:
+    """The first events behind `--after` that are wanted, oldest first."""
+    found: list[AuditRow] = []
+    async for rows in _pages(records, app_id, options.after):
+        if not rows:
+            break
+        found += _wanted(rows, options)
+        if len(found) >= options.limit:
+            break
+    return found[: options.limit]
+
+
+async def _pages(records: Records, app_id: str, cursor: int) -> AsyncIterator[list[AuditRow]]:
+    """The events behind a cursor, a page at a time, without end; an empty page where there is none yet."""
+    while True:
+        rows, cursor = await records.directory.events_after(app_id, cursor, limit=PAGE)
+        yield rows
+
+
+def _wanted(rows: Sequence[AuditRow], options: argparse.Namespace) -> list[AuditRow]:
+    return [
+        row
+        for row in rows
+        if options.action in (None, row.event.action) and options.user in (None, row.external_id)
+    ]
+
+
+async def _start(records: Records, app_id: str, options: argparse.Namespace) -> int:
+    """The cursor in front of the newest events. Every event that is written later has a higher id: the transactions that held a
+    lower one have ended."""
+    newest = await records.directory.events(app_id, limit=1)
+    if not newest:
+        return 0
+    settled = newest[0].id
+    async for rows in _pages(records, app_id, settled - 1):
+        if rows:
+            break
+        await asyncio.sleep(PAUSE)
+    shown = await _newest(records, app_id, options)
+    return min(settled, shown[0].event.id - 1) if shown else settled
+
+
+async def _follow(records: Records, app_id: str, cursor: int, options: argparse.Namespace) -> None:
+    """Print events as they come, until the process is told to end."""
+    widths: list[int] = []
+    async for rows in _pages(records, app_id, cursor):
+        found = [fields_of(row.event) for row in _wanted(rows, options)]
+        if options.json:
+            lines = [as_json_text(event) for event in found]
+        else:
+            lines = table(found, COLUMNS, colour=has_colour(sys.stdout), widths=widths) if found else []
+        if lines:
+            print("\n".join(lines), flush=True)  # noqa: T201 - the command's answer
+        if not rows:
+            await asyncio.sleep(PAUSE)
+
+
+async def _app_id(records: Records, given: str | None) -> str:
+    """The id of the app whose events are wanted: also "", and that of an app deleted since, which has its id only."""
+    if given == "":
+        return ""
+    try:
+        return (await chosen_app(records, given)).id
+    except UnknownApp:
+        wanted = given or records.app
+        if not ID.match(wanted) or not await records.directory.events(wanted, limit=1):
+            raise
+        return wanted
