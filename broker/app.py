@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from broker import __version__
 from broker.broker import Broker
 from broker.dialects import Dialect, flex, hanko, passlock, propelauth
 from broker.directory import Directory
@@ -64,6 +65,11 @@ DIALECTS: tuple[Dialect, ...] = (flex, hanko, passlock, propelauth)
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
+# Cache-Control by folder. What stands under a version never changes (RFC 8246).
+_SDK_PLACES = {
+    "/sdk": "public, max-age=300",
+    f"/sdk/{__version__}": "public, max-age=31536000, immutable",
+}
 
 
 def chosen(settings: Settings) -> tuple[Dialect, ...]:
@@ -282,7 +288,7 @@ def _to(place: str) -> Callable[[web.Request], Any]:
 
 
 def _sdk() -> list[web.RouteDef]:
-    def of(name: str) -> web.RouteDef:
+    def of(name: str, folder: str, caching: str) -> web.RouteDef:
         body = (_SDK / name).read_bytes()
 
         @public
@@ -292,12 +298,12 @@ def _sdk() -> list[web.RouteDef]:
                 body=body,
                 content_type=_SDK_TYPES[name],
                 charset="utf-8",
-                headers={"Cache-Control": "public, max-age=300", "Access-Control-Allow-Origin": "*"},
+                headers={"Cache-Control": caching, "Access-Control-Allow-Origin": "*"},
             )
 
-        return web.get(f"/sdk/{name}", answer)
+        return web.get(f"{folder}/{name}", answer)
 
-    return [of(name) for name in _SDK_TYPES]
+    return [of(name, *place) for place in _SDK_PLACES.items() for name in _SDK_TYPES]
 
 
 class Service:

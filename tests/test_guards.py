@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 from redis.asyncio import Redis
 
+from broker import __version__
 from broker.app import application
 from broker.model import Policy
 from broker.web import access_of
@@ -30,7 +31,12 @@ ANYBODY = {
     ("OPTIONS", APP),
     ("OPTIONS", APP + "/"),
     *((method, f"/health/{name}") for name in ("live", "ready") for method in ("GET", "HEAD")),
-    *((method, f"/sdk/passkey.{kind}") for kind in ("js", "d.ts") for method in ("GET", "HEAD")),
+    *(
+        (method, f"{folder}/passkey.{kind}")
+        for folder in ("/sdk", f"/sdk/{__version__}")
+        for kind in ("js", "d.ts")
+        for method in ("GET", "HEAD")
+    ),
 }
 PAGES = {
     (method, f"{APP}/{kind}/transactions/webauthn/{step}")

@@ -14,11 +14,13 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession
 
+from broker import __version__
 from broker.app import assemble, serve
 from broker.embedded import EmbeddedStores
 from broker.errors import InternalFault
@@ -32,6 +34,11 @@ from tests.wire import ORIGIN, Wire
 
 PATIENCE = 5.0
 SECRET = "pbk_" + "S3cret" * 7 + "x"
+SDK = Path(__file__).parents[1] / "broker" / "sdk"
+SDK_FOLDERS = {  # Cache-Control by folder
+    "/sdk": "public, max-age=300",
+    f"/sdk/{__version__}": "public, max-age=31536000, immutable",
+}
 
 
 @dataclass(slots=True)
@@ -455,7 +462,14 @@ async def test_other_methods(broker: Started, dial: Dial, method: str, status: i
     assert lines(broker, status=405, method=method if known else "other", route="unmatched")
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/sdk/passkey.js", "/sdk/passkey.d.ts"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/health/live",
+        "/health/ready",
+        *(f"{folder}/passkey.{kind}" for folder in SDK_FOLDERS for kind in ("js", "d.ts")),
+    ],
+)
 async def test_head_is_get_without_a_body(broker: Started, dial: Dial, path: str) -> None:
     """RFC 9110 §9.3.2 "The HEAD method is identical to GET except that the server MUST NOT send content in the response"."""
     line = await dial(broker)
@@ -741,12 +755,23 @@ async def test_health(broker: Started, wire: Wire) -> None:
 
 async def test_the_browser_side_is_served(broker: Started, wire: Wire) -> None:
     for name, kind in (("passkey.js", "text/javascript"), ("passkey.d.ts", "application/typescript")):
-        answer = await wire.send("GET", f"{broker.url}/sdk/{name}")
-        assert answer.status == 200
-        assert answer.headers["Content-Type"] == f"{kind}; charset=utf-8"
-        assert answer.headers["Access-Control-Allow-Origin"] == "*"
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert len(lines(broker, status=200)) == 2
+        content = (SDK / name).read_bytes()
+        for folder, caching in SDK_FOLDERS.items():
+            answer = await wire.send("GET", f"{broker.url}{folder}/{name}")
+            assert (answer.status, answer.body) == (200, content)
+            assert answer.headers["Content-Type"] == f"{kind}; charset=utf-8"
+            assert answer.headers["Cache-Control"] == caching
+            assert answer.headers["Access-Control-Allow-Origin"] == "*"
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert lines(broker, status=200, route=f"{folder}/{name}")
+
+
+async def test_the_browser_side_of_another_version_is_not_served(broker: Started, wire: Wire) -> None:
+    """A page that names it would get other bytes than it expects, and keep them for a year."""
+    for version in ("0.0.1", "latest", __version__ + ".0", "%30.1.0x"):
+        answer = await wire.send("GET", f"{broker.url}/sdk/{version}/passkey.js")
+        assert (answer.status, answer.code) == (404, "not_found")
+    assert len(lines(broker, status=404, route="unmatched")) == 4
 
 
 # -- the end ------------------------------------------------------------------------------------------------------------------------------
