@@ -67,7 +67,7 @@ def add_commands(commands: Commands) -> None:
     command = add(
         group,
         "delete",
-        "delete a user with all traces",
+        "delete a user with passkeys and approvals",
         delete_user,
         app=True,
         removes=True,
