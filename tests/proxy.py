@@ -87,7 +87,11 @@ async def redis_proxy(*servers: Connect) -> AsyncIterator[RedisProxy]:
     proxy = RedisProxy()
 
     async def serve(connect: Connect, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream_writer = await connect()
+        try:
+            upstream_reader, upstream_writer = await connect()
+        except OSError:  # nobody listens there
+            writer.close()
+            return
         answered: asyncio.Queue[bytes] = asyncio.Queue()
 
         async def answers() -> None:

@@ -204,10 +204,11 @@ async def test_what_the_cluster_announces(cluster: Cluster, kind: str) -> None:
             node.ask("CONFIG SET", "cluster-announce-hostname", "", "cluster-preferred-endpoint-type", "ip")
 
 
-def test_the_newest_claim_to_a_slot_counts() -> None:
+@pytest.mark.parametrize("number", range(10))
+def test_the_newest_claim_to_a_slot_counts(number: int) -> None:
     """Whatever the order of the answers; also of a node that has another address now."""
     router = ClusterRouter([("seed", 1)], lambda *_: pytest.fail("connects"), timeout=LIMIT)
-    old, new, moved = ("old", 1), ("new", 1), ("new", 2)
+    old, new, moved = (f"old-{number}", 1), (f"new-{number}", 1), (f"new-{number}", 2)
 
     def answer(*claims: _Claim) -> _Answer:
         return _Answer(frozenset(claims), frozenset(claim.owner for claim in claims))

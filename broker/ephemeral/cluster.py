@@ -7,10 +7,10 @@ nothing any more is closed when no caller waits on it.
 **Topology.** The first commands wait for one read of the topology. A read asks all known nodes and all
 seeds at once. An answer says which node owns which slots, and at which config epoch. The newest claim to
 a slot counts, so an outdated node misleads no caller. Once one node has answered, the others have
-`_ROUND` seconds, so a node that hangs delays no caller further. The topology is read again when a
-connection ends, when a caller's limit passes, and on MOVED and CLUSTERDOWN; from then on every `_PAUSE`
-seconds until each owner of slots has answered. So after a replica's promotion its slots are served
-within `_PAUSE` and one read.
+`_ROUND` seconds, so a node that hangs delays no caller further. The topology is read again when an
+owner's connection ends by a fault, a reply that is overdue among them, and on MOVED and CLUSTERDOWN; from
+then on every `_PAUSE` seconds until each owner of slots has answered. So after a replica's promotion its
+slots are served within `_PAUSE` and one read.
 
 A node is reached at the host that the cluster announces (`cluster-preferred-endpoint-type`). Where the
 cluster announces none, it is reached at the host through which it was asked.
@@ -107,9 +107,9 @@ class ClusterRouter:
             raise ClusterDownError("no node owns the slot")
         address, asking, sends, postponed = owner, False, 0, False
         while True:
-            sender, sends = self._node(address), sends + 1
+            sends += 1
             try:
-                return await sender.ask(*command, limit=limit, asking=asking)
+                return await self._node(address).ask(*command, limit=limit, asking=asking)
             except AskError as redirection:
                 asking = not isinstance(redirection, MovedError)
                 address = (redirection.host.strip("?") or address[0], redirection.port)
@@ -123,9 +123,8 @@ class ClusterRouter:
                     raise
                 postponed = True
                 await asyncio.sleep(_TRY_AGAIN)
-            except (ClusterDownError, Lost, OSError, TimeoutError):
-                if self._nodes.get(address) is sender:  # else `close` ended the connection
-                    self._doubt()
+            except ClusterDownError:
+                self._doubt()
                 raise
             limit = deadline - loop.time()
             if limit <= 0 or not self._owners:  # none: closed meanwhile
