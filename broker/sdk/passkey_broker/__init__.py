@@ -1,4 +1,5 @@
-"""Client of the passkey broker for backends: open a transaction, redeem a nonce, look after passkeys.
+"""Client of the passkey broker for backends: open a transaction, redeem a nonce, look after
+passkeys.
 
     with BrokerClient("https://broker.example", app_id, api_key) as broker:
         transaction = broker.create_authenticate_transaction("user-7")  # give it to the page
@@ -8,18 +9,19 @@
 
 `AsyncBrokerClient` has the same methods, to be awaited.
 
-What it promises. Every request is sent once, no redirect is followed, and nothing but a read is ever
-repeated (`read_retries`), so a nonce is never redeemed twice by this code and a lost answer is an
-error, after which the person signs in again. Every failure is a `BrokerError`. A receipt is returned
-only when all of it could be read and it agrees with the purpose and the external id that the caller
-named. The API key goes into one header and into no message, repr or exception. An argument that is no
-text where the broker takes one (a session's field that is not there is None) is `InvalidRequest`
-before anything is sent. An answer is read up to `LARGEST_ANSWER` bytes and within `timeout` seconds.
+What it promises. Every request is sent once, no redirect is followed, and nothing but a read is
+ever repeated (`read_retries`), so a nonce is never redeemed twice by this code and a lost answer is
+an error, after which the person signs in again. Every failure is a `BrokerError`. A receipt is
+returned only when all of it could be read and it agrees with the purpose and the external id that
+the caller named. The API key goes into one header and into no message, repr or exception. An
+argument that is no text where the broker takes one (a session's field that is not there is None) is
+`InvalidRequest` before anything is sent. An answer is read up to `LARGEST_ANSWER` bytes and within
+`timeout` seconds.
 
-Needs httpx and the standard library, nothing of the broker. All imports of the package are relative:
-it is `passkey_broker` where it is installed, and `broker.sdk.passkey_broker` within the server.
-`errors` and `results` are the types, `arguments` and `answers` the two directions of the wire,
-`transport` carries requests, `_async` is the client and `_sync` is generated from it.
+Needs httpx and the standard library, nothing of the broker. All imports of the package are
+relative: it is `passkey_broker` where it is installed, and `broker.sdk.passkey_broker` within the
+server. `errors` and `results` are the types, `arguments` and `answers` the two directions of the
+wire, `transport` carries requests, `_async` is the client and `_sync` is generated from it.
 """
 
 from __future__ import annotations

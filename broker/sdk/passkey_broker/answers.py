@@ -345,7 +345,7 @@ def approval(fields: Fields) -> Approval:
 
 def event(fields: Fields) -> Event:
     return Event(
-        id=fields.text("id"),
+        id=fields.number("id"),
         at=fields.moment("at"),
         actor=fields.text("actor"),
         action=fields.text("action"),

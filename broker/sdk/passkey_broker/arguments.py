@@ -1,7 +1,8 @@
 """Validation of arguments and assembly of request bodies, before anything is sent.
 
-An argument that is no text where the broker takes one is `InvalidRequest`: a session's field that is
-not there is None, and must not become a request that means something else. No message holds a value.
+An argument that is no text where the broker takes one is `InvalidRequest`: a session's field that
+is not there is None, and must not become a request that means something else. No message holds a
+value.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Request:
         """The body as JSON.
 
         Raises:
-            InvalidRequest: an argument is no JSON value, or holds half of a surrogate pair, which no
-                encoding can carry.
+            InvalidRequest: an argument is no JSON value, or holds half of a surrogate pair, which
+                no encoding can carry.
         """
         try:
             for value in (self.query or {}).values():
@@ -69,15 +70,16 @@ def judge_texts(**arguments: object) -> None:
 
 
 def texts(**arguments: object) -> dict[str, Any]:
-    """Those of the arguments that are stated, each a text with something in it; None states nothing."""
+    """Those of the arguments that are stated, each a text with something in it; None states
+    nothing."""
     stated = {name: value for name, value in arguments.items() if value is not None}
     judge_texts(**stated)
     return stated
 
 
 def ids(name: str, values: Sequence[str] | None) -> dict[str, Any]:
-    """A list of ids, None if not stated. It stays a list when it is empty: the broker refuses that, for
-    a list that was meant to narrow must not mean "any"."""
+    """A list of ids, None if not stated. It stays a list when it is empty: the broker refuses that,
+    for a list that was meant to narrow must not mean "any"."""
     if values is None:
         return {}
     if isinstance(values, str) or not isinstance(values, Sequence):  # a text is one of its characters

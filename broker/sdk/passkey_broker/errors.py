@@ -1,6 +1,8 @@
-"""Exceptions of the client: one class for each error code that a backend can act on, all `BrokerError`.
+"""Exceptions of the client: one class for each error code that a backend can act on, all
+`BrokerError`.
 
-A code without a class here raises `BrokerError` itself, so a newer broker's code is never lost: read `BrokerError.code`.
+A code without a class here raises `BrokerError` itself, so a newer broker's code is never lost:
+read `BrokerError.code`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ Retry = Literal["page", "backend"]
 
 @dataclass(frozen=True, slots=True)
 class UnknownCredential:
-    """For the page: no user has this passkey, so its authenticator may forget it (WebAuthn Signal API).
+    """For the page: no user has this passkey, so its authenticator may forget it (WebAuthn Signal
+    API).
 
     `credential_id` is base64url. Give `rpId` and `credentialId` to
     `PublicKeyCredential.signalUnknownCredential`.
@@ -66,7 +69,8 @@ class BrokerError(Exception):
 
 
 class InvalidRequest(BrokerError):
-    """An argument has a form that the broker refuses, like an empty external id. Nothing was spent."""
+    """An argument has a form that the broker refuses, like an empty external id. Nothing was
+    spent."""
 
 
 class InvalidKey(BrokerError):
@@ -78,7 +82,8 @@ class AppNotFound(BrokerError):
 
 
 class InvalidNonce(BrokerError):
-    """The nonce is unknown, expired, redeemed, or not what the caller expects. Nobody is signed in."""
+    """The nonce is unknown, expired, redeemed, or not what the caller expects. Nobody is signed
+    in."""
 
 
 class TransactionNotFound(BrokerError):

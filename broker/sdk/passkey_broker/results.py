@@ -222,7 +222,7 @@ class Event:
         request_id: finds the request in the broker's log.
     """
 
-    id: str
+    id: int
     at: datetime
     actor: str
     action: str

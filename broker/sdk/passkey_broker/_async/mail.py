@@ -30,8 +30,8 @@ class AsyncMailCodes(AsyncConnection):
 
         Args:
             email: the mailbox.
-            purpose: a word of yours, 1 to 64 letters, digits, `.`, `_`, `:`, `-`. Compare it when the
-                code comes back.
+            purpose: a word of yours, 1 to 64 letters, digits, `.`, `_`, `:`, `-`. Compare it when
+                the code comes back.
             external_id: comes back with the code; need not be a user of the app.
             metadata: a JSON object of at most 4 KiB, comes back with the code.
             invalidate_others: end the pending codes of the purpose: the user's where one is named,
@@ -60,7 +60,8 @@ class AsyncMailCodes(AsyncConnection):
             code: the digits, as typed. A wrong guess counts, unless it is no six digits.
 
         Raises:
-            WrongMailCode, MailCodeNotFound, MailCodeExpired, MailCodeAttemptsExceeded, InvalidRequest
+            WrongMailCode, MailCodeNotFound, MailCodeExpired, MailCodeAttemptsExceeded,
+            InvalidRequest
         """
         arguments.judge_texts(mail_code_id=mail_code_id, secret=secret, code=code)
         body = {"id": mail_code_id, "secret": secret, "code": code}

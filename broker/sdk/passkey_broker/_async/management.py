@@ -40,7 +40,8 @@ class AsyncManagement(AsyncConnection):
         return await self.get_user_by_id(await self._user_id(external_id))
 
     async def get_user_by_id(self, user_id: str) -> User:
-        """The user with the broker's own id, as receipts and events show it. Raises `UserNotFound`."""
+        """The user with the broker's own id, as receipts and events show it. Raises
+        `UserNotFound`."""
         arguments.judge_texts(user_id=user_id)
         return answers.user(await self._answer(Request("GET", _user(user_id))))
 
@@ -111,7 +112,8 @@ class AsyncManagement(AsyncConnection):
         return [answers.owned_passkey(each) for each in answers.Fields(answer).each("passkeys")]
 
     async def list_approvals(self, external_id: str) -> list[Approval]:
-        """What the user was asked to approve, oldest first, approved or not. Raises `UserNotFound`."""
+        """What the user was asked to approve, oldest first, approved or not. Raises
+        `UserNotFound`."""
         path = f"{_user(await self._user_id(external_id))}/approvals"
         answer = await self._answer(Request("GET", path))
         return [answers.approval(each) for each in answers.Fields(answer).each("approvals")]
@@ -156,7 +158,8 @@ class AsyncManagement(AsyncConnection):
     ) -> AsyncIterator[OwnedPasskey]:
         """All passkeys of the app, or of one user, oldest first, `limit` of them a request.
 
-        A passkey that is revoked meanwhile moves the later ones, so that one of them may be left out.
+        A passkey that is revoked meanwhile moves the later ones, so that one of them may be left
+        out.
         """
         page = 1
         while True:
@@ -286,7 +289,7 @@ class AsyncManagement(AsyncConnection):
 
         What happens meanwhile is left out. To follow all events use `list_events_after`.
         """
-        page, last = 1, set[str]()
+        page, last = 1, set[int]()
         while True:
             found = await self.list_events(
                 after=after, before=before, action=action, user=user, page=page, limit=limit

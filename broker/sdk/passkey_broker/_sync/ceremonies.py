@@ -80,7 +80,8 @@ class Ceremonies(Connection):
 
         Args:
             external_id: the user. Without one it is a sign-in of whoever has one of `passkeys`, or
-                with `discoverable` of whoever has a passkey: act on the receipt's external id alone.
+                with `discoverable` of whoever has a passkey: act on the receipt's external id
+                alone.
             passkeys: ids of the only passkeys that may answer; an empty list is refused.
             discoverable: whoever has a passkey may answer.
             user_verification: beyond the app's policy.
@@ -166,8 +167,8 @@ class Ceremonies(Connection):
             user_name: what the authenticator shows, beside `user_display_name`.
             user_display_name: the same as `user_name`, if not given.
             passkey_display_name: what lists show.
-            authenticator_attachment: "platform", "cross-platform" or "any"; the app's policy, if not
-                given.
+            authenticator_attachment: "platform", "cross-platform" or "any"; the app's policy, if
+                not given.
 
         The others are as in `create_register_transaction`.
 
@@ -219,8 +220,8 @@ class Ceremonies(Connection):
         """Begin a sign-in, a second factor or an approval whose messages this backend carries.
 
         Args:
-            approval: what the user shall sign; needs `external_id`. The challenge is 32 random bytes
-                and the SHA-256 of the canonical JSON (RFC 8785) of `{"data": …, "id": …}`.
+            approval: what the user shall sign; needs `external_id`. The challenge is 32 random
+                bytes and the SHA-256 of the canonical JSON (RFC 8785) of `{"data": …, "id": …}`.
 
         The others are as in `create_authenticate_transaction`.
 
