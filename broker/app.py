@@ -395,6 +395,7 @@ async def serve(
                 default=flex.render,
                 metrics=parts.metrics,
                 log=parts.log,
+                docs_url=settings.docs_url,
             )
             listener = await listen(
                 app, opened, edge=edge, drain_seconds=settings.drain_seconds, share=ports.share

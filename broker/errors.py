@@ -47,7 +47,8 @@ class Fault(Exception):
 
 class Refusal(Exception):
     """A request that is not granted. `sentence` is for the caller, who may be a person at a page; `reason` (a short bounded word) and
-    `hint` (sentences of ours) are for the operator, the hint for keyed callers too."""
+    `hint` (sentences of ours) are for the operator, the hint for keyed callers too. `doc` is a link to the documentation of `code`, ""
+    where the operator has named none; only the native shape has it."""
 
     code: ClassVar[str]
     default: ClassVar[str]
@@ -59,6 +60,7 @@ class Refusal(Exception):
         self.sentence = sentence or self.default
         self.reason = reason or self.code
         self.hint = hint if hint or sentence else self.default_hint
+        self.doc = ""
         super().__init__(self.sentence)
 
 

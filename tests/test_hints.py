@@ -22,7 +22,7 @@ from broker.ceremony.verdict import CAUSES, REASONS, Reason, refuse
 from broker.errors import Refusal, TooManyCeremonies
 from broker.model import Policy
 from tests.authenticator import Authenticator, Authority, Misbehaviour
-from tests.conftest import OpenApp, Started
+from tests.conftest import OpenApp, Started, Starter
 from tests.hanko import Hanko
 from tests.passlock import Passlock
 from tests.signals import lines
@@ -297,3 +297,27 @@ def test_a_person_is_told_what_to_do(reason: Reason) -> None:
     assert "A detail." not in refusal.sentence
     assert refusal.hint is not None
     assert refusal.hint.startswith("A detail.")
+
+
+# -- the documentation ------------------------------------------------------------------------------------------------------------
+
+
+async def test_native_refusals_link_to_their_documentation(start_broker: Starter, wire: Wire) -> None:
+    """Where the operator names a page; no vendor's shape has a field for it."""
+    docs = "https://docs.example.org/refusals"
+    linked, plain = await start_broker(docs_url=docs), await start_broker()
+    native = [("GET", f"/v1/apps/{wire.app_id}/users"), ("GET", "/nowhere"), ("PUT", "/v1/apps")]
+    native.append(("POST", f"/v1/apps/{wire.app_id}/authenticate/transactions/webauthn/finish"))
+    for method, path in native:
+        answer = await wire.send(method, linked.url + path)
+        assert answer.json["doc"] == f"{docs}#{answer.code}"
+        assert "doc" not in (await wire.send(method, plain.url + path)).json
+    vendors = [
+        ("POST", f"/hanko/{wire.app_id}/credentials"),
+        ("GET", f"/v2/{wire.app_id}/passkeys"),
+        ("POST", f"/propelauth/api/backend/v1/passkeys/{wire.app_id}"),
+    ]
+    for method, path in vendors:
+        answer = await wire.send(method, linked.url + path)
+        assert answer.status >= 400
+        assert docs not in answer.body.decode()

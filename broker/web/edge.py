@@ -158,7 +158,7 @@ def _headers_of(refusal: Refusal) -> dict[str, str]:
 
 class Edge:
     """Wraps an aiohttp application. `renderers` pairs the paths that are a dialect's own with its shape; no path is two
-    dialects'. `default` is the shape of paths that nobody owns, and of bytes that are no HTTP."""
+    dialects'. `default` is the shape of paths that nobody owns, and of bytes that are no HTTP. `docs_url` is the page of refusal codes."""
 
     def __init__(
         self,
@@ -168,6 +168,7 @@ class Edge:
         default: Renderer,
         metrics: Metrics,
         log: Log,
+        docs_url: str = "",
     ) -> None:
         self._router = app._handle  # what aiohttp's own server calls; the edge has to stand outside of it
         self._shortcuts = Shortcuts(app)
@@ -175,6 +176,7 @@ class Edge:
         self._default = default
         self._metrics = metrics
         self._log = log
+        self._docs_url = docs_url
 
     async def _by_router(self, request: web.Request) -> web.StreamResponse:
         if not request.headers.get(hdrs.EXPECT, "").isascii():
@@ -259,6 +261,8 @@ class Edge:
         self._log("late_head", request_id=_request_id(None))
 
     def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
+        if self._docs_url:
+            refusal.doc = f"{self._docs_url}#{refusal.code}"
         response = self._renderer(request)(refusal, request)
         for name, value in _headers_of(refusal).items():
             response.headers.setdefault(name, value)

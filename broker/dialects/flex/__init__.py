@@ -90,8 +90,10 @@ STATUS: Mapping[type[Refusal], int] = {
 
 
 def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
-    """`{code, error}`, with `retry` or `signal` where the refusal has one."""
+    """`{code, error}`, with `doc`, `retry` or `signal` where the refusal has one."""
     body: dict[str, Any] = {"code": refusal.code, "error": refusal.sentence}
+    if refusal.doc:
+        body["doc"] = refusal.doc
     if isinstance(refusal, errors.Unavailable) and refusal.retry:
         body["retry"] = refusal.retry
     if isinstance(refusal, errors.CeremonyRefused) and refusal.signal:
