@@ -20,11 +20,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from broker import __version__
-from broker.cli import apps, dev, doctor, events, serving, upkeep, users
+from broker.cli import apps, completion, dev, doctor, events, serving, upkeep, users
 from broker.cli.output import as_json_text, say
+from broker.cli.parsing import Parser, Usage
 from broker.errors import Fault, InvalidSetting, Refusal, Unavailable
 from broker.settings import Settings, SettingsFault
 
@@ -36,29 +36,14 @@ _UNAVAILABLE = {
 }
 
 
-class Usage(Exception):
-    """A command line that can't be parsed."""
-
-    def __init__(self, usage: str, sentence: str) -> None:
-        self.usage = usage
-        super().__init__(sentence)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that leaves it to `main` how a fault is told."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise Usage."""
-        raise Usage(f"{self.format_usage()}{self.prog}: error: {message}\n", message)
-
-
 def parser() -> argparse.ArgumentParser:
     """The whole command line; each module of this package adds its commands, with `run` as what to call."""
-    top = Parser(prog="broker", description="Passkeys for any backend.")
+    top: argparse.ArgumentParser = Parser(prog="broker", description="Passkeys for any backend.")
     top.add_argument("--version", action="version", version=f"broker {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
     for module in (dev, serving, doctor, upkeep, apps, users, events):
         module.add_commands(commands)
+    completion.add_commands(commands, top)
     return top
 
 

@@ -1,4 +1,4 @@
-"""`broker app` and `broker key`: relying parties, their origins and policy, and their API keys."""
+"""`broker app`, `broker policy` and `broker key`: relying parties, their origins and policy, and their API keys."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from broker.cli.output import Row, counted
-from broker.cli.records import Commands, Records, add, add_group, shown_app
+from broker.cli.output import Row, counted, print_answer
+from broker.cli.parsing import Commands, add_group
+from broker.cli.records import Records, add, chosen_app, shown_app
 from broker.errors import InvalidSetting
-from broker.model import ALGORITHMS, ApiKey, Policy, RelyingParty, fields_of, web_origin
+from broker.model import ALGORITHMS, ApiKey, Policy, RelyingParty, fields_of, policy_keys, web_origin
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `app` and `key`."""
+    """Add `app`, `policy` and `key`."""
     group = add_group(commands, "app", "relying parties")
     command = add(
         group,
@@ -25,7 +26,7 @@ def add_commands(commands: Commands) -> None:
             "app create --name Shop --rp-id example.com --origin https://example.com --set nonce_life=120 --json",
         ),
     )
-    command.add_argument("--name", required=True)
+    command.add_argument("--name", required=True, help="what lists show")
     command.add_argument("--rp-id", required=True, help="the domain passkeys belong to, like example.com")
     _origins(command, required=True)
     _policy(command)
@@ -49,8 +50,8 @@ def add_commands(commands: Commands) -> None:
             "app update --app Shop --set user_verification=preferred --set nonce_life=120",
         ),
     )
-    command.add_argument("--name")
-    command.add_argument("--rp-id")
+    command.add_argument("--name", help="what lists show")
+    command.add_argument("--rp-id", help="another domain: passkeys of the old one no longer sign in")
     _origins(command, required=False)
     for action, says in (("add", "one more origin"), ("remove", "an origin that is no longer allowed")):
         command.add_argument(
@@ -71,6 +72,17 @@ def add_commands(commands: Commands) -> None:
         question=ask_about_app,
         examples=("app delete --app Shop", "app delete --app Shop --yes"),
     )
+
+    command = add(
+        commands,
+        "policy",
+        "the keys of --set: values, defaults and meaning",
+        show_policy,
+        examples=("policy", "policy --app Shop", "policy --json"),
+    )
+    command.add_argument("--app", metavar="APP", help="show this app's values too, by its id or name")
+    of_an_app = command.get_default("run")
+    command.set_defaults(run=lambda options: of_an_app(options) if options.app else _show_defaults(options))
 
     group = add_group(commands, "key", "API keys")
     command = add(
@@ -117,7 +129,11 @@ def _origins(command: argparse.ArgumentParser, *, required: bool) -> None:
 
 def _policy(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a policy key; see README"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the policy, as `broker policy` lists them; may be repeated",
     )
 
 
@@ -207,6 +223,31 @@ async def delete_app(records: Records, options: argparse.Namespace) -> Row:
     return {"deleted": options.app.id}
 
 
+def _show_defaults(options: argparse.Namespace) -> int:
+    """The keys alone, for which no database is needed."""
+    print_answer(_policy_rows(), as_json=options.json, empty="")
+    return 0
+
+
+async def show_policy(records: Records, options: argparse.Namespace) -> list[Row]:
+    """The keys with the app's values."""
+    return _policy_rows((await chosen_app(records, options.app)).policy)
+
+
+def _policy_rows(policy: Policy | None = None) -> list[Row]:
+    default, present = _policy_row(Policy()), _policy_row(policy) if policy else None
+    return [
+        {
+            "key": key.key,
+            **({"value": present[key.key]} if present else {}),
+            "default": default[key.key],
+            "values": key.values,
+            "meaning": key.meaning,
+        }
+        for key in policy_keys()
+    ]
+
+
 async def create_key(records: Records, options: argparse.Namespace) -> Row:
     """`{"key_id", "api_key"}`."""
     key, secret = await records.directory.create_key(options.app.id, options.name)
@@ -226,19 +267,22 @@ async def revoke_key(records: Records, options: argparse.Namespace) -> Row:
 
 
 def _app_row(app: RelyingParty) -> Row:
-    policy = {
-        **fields_of(app.policy),
-        "algorithms": [ALGORITHMS[number] for number in app.policy.algorithms],
-        "attestation_roots": len(app.policy.attestation_roots),  # how many; they are long
-    }
     return {
         "app_id": app.id,
         "name": app.name,
         "rp_id": app.rp_id,
         "origins": list(app.origins),
         "related_origins": list(app.related_origins),
-        "policy": policy,
+        "policy": _policy_row(app.policy),
         "created_at": app.created_at,
+    }
+
+
+def _policy_row(policy: Policy) -> dict[str, object]:
+    return {
+        **fields_of(policy),
+        "algorithms": [ALGORITHMS[number] for number in policy.algorithms],
+        "attestation_roots": len(policy.attestation_roots),  # how many; they are long
     }
 
 

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from broker.cli.parsing import Commands, add_command
 from broker.cli.serving import run, start, until_told
 from broker.embedded import INSTALL, EmbeddedStores
 from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp
@@ -46,9 +47,10 @@ class SecretFault(Fault):
     """The file of the secret key can't be used; the sentence says what to do."""
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Add `dev`."""
-    command = commands.add_parser("dev", help="run everything here, with embedded stores and the demo site")
+    says = "run everything here, with embedded stores and the demo site"
+    command = add_command(commands, "dev", says, ("dev", "dev --port 9000 --no-open"))
     command.add_argument("--data", type=Path, default=Path(DATA), help=f"data directory (default {DATA})")
     command.add_argument("--host", help="address to listen on (HOST; default localhost)")
     command.add_argument("--port", type=int, help="port (PORT; default 8080)")

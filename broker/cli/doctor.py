@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from broker.cli.output import GREEN, RED, has_colour, painted, progress
+from broker.cli.parsing import Commands, add_command
 from broker.cli.records import settings_for_data
 from broker.cli.serving import listening, run, with_parts
 from broker.errors import InvalidSetting, Unavailable
@@ -32,9 +35,10 @@ class Finding:
     todo: str = ""
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Add `doctor`."""
-    command = commands.add_parser("doctor", help="check settings, stores, clocks and origins")
+    says = "check settings, stores, clocks and origins"
+    command = add_command(commands, "doctor", says, ("doctor", "doctor --json"))
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--management-port", type=int, help="the one that `serve` is given")
     command.set_defaults(run=run_doctor)
@@ -44,7 +48,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     """0: all is well. 1: something is to be done."""
     try:
         settings = settings_for_data("database_url", "redis_url", given=listening({}, options))
-        findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
+        with progress("broker doctor"):
+            findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
     except SettingsFault as fault:
         findings = [
             Finding("settings", False, sentence, "Set it right and run again.") for sentence in fault.faults
@@ -53,7 +58,8 @@ def run_doctor(options: argparse.Namespace) -> int:
         print(json.dumps([asdict(f) for f in findings], indent=2))  # noqa: T201 - the command's answer
     else:
         for finding in findings:
-            mark = "ok  " if finding.ok else "FAIL"
+            mark, code = ("ok  ", GREEN) if finding.ok else ("FAIL", RED)
+            mark = painted(mark, code, colour=has_colour(sys.stdout))
             print(f"{mark} {finding.check}: {finding.found} {finding.todo}".rstrip())  # noqa: T201
     return 0 if all(f.ok for f in findings) else 1
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 
 from broker.cli.output import as_json_text, has_colour, table
-from broker.cli.records import Commands, Records, add, chosen_app, whole
+from broker.cli.parsing import Commands, add_app_option, whole
+from broker.cli.records import Records, add, chosen_app
 from broker.errors import InvalidSetting, UnknownApp
 from broker.model import ID, AuditRow, fields_of
 
@@ -39,11 +40,7 @@ def add_commands(commands: Commands) -> None:
             "events --follow --json --user user-7",
         ),
     )
-    command.add_argument(
-        "--app",
-        metavar="APP",
-        help="the app's id or name (BROKER_APP; default: the only one); '' for the broker's own events",
-    )
+    add_app_option(command, "; '' for the broker's own events")
     command.add_argument(
         "--limit",
         type=whole(1, 10_000),

@@ -53,7 +53,7 @@ def table(
     header = [name.upper().replace("_", " ") for name in names]
     cells = [[_cell(row[name]) for name in names] for row in rows]
     widths = [] if widths is None else widths
-    before = widths or list(map(width, header))
+    before = list(widths or map(width, header))
     began = bool(widths)
     widths[:] = [max(map(width, column), default=0) for column in zip(*cells, strict=True)]
     widths[:] = map(max, widths, before)

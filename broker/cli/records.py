@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from broker.cli import output
 from broker.cli.dev import DATA, read, read_secret
 from broker.cli.output import harmless, say
+from broker.cli.parsing import Commands, add_app_option, add_command
 from broker.cli.serving import run
 from broker.errors import Fault, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0  # seconds
 NAMED = 10  # apps that a refusal names, at most
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class NotConfirmed(Fault):
@@ -131,9 +129,7 @@ def add(
     command = add_command(group, name, says, examples)
     command.add_argument("--json", action="store_true", help="print JSON, of a refusal too")
     if app:
-        command.add_argument(
-            "--app", metavar="APP", help="the app's id or name (BROKER_APP; default: the only one)"
-        )
+        add_app_option(command)
     if question:
         command.add_argument("--yes", action="store_true", help="don't ask")
 
@@ -168,36 +164,6 @@ def add(
 
     command.set_defaults(run=act)
     return command
-
-
-def add_command(
-    group: Commands, name: str, says: str, examples: Sequence[str] = ()
-) -> argparse.ArgumentParser:
-    """Add a command without options. `examples` are what its help shows, without `broker`."""
-    shown = "\n".join(["examples:", *(f"  broker {example}" for example in examples)])
-    return group.add_parser(
-        name,
-        help=says,
-        description=f"{says[0].upper()}{says[1:]}.",
-        epilog=shown if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def add_group(commands: Commands, name: str, says: str) -> Commands:
-    """Add a noun, to which verbs are added."""
-    return commands.add_parser(name, help=says).add_subparsers(required=True, metavar="action")
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"a whole number from {low} to {high} is needed")
-        return int(text)
-
-    return parse
 
 
 # -- the app --------------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from broker.cli.parsing import Commands, add_command
 from broker.errors import Fault, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, capture_library_records
@@ -36,9 +37,11 @@ class ServingFault(Fault):
     """The process can't listen; the sentence says why and what to do."""
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Add `serve`."""
-    command = commands.add_parser("serve", help="run the service; settings come from BROKER_… variables")
+    says = "run the service; settings come from BROKER_… variables"
+    examples = ("serve --host 0.0.0.0 --port 8000", "serve --workers 4 --management-port 9000 --migrate")
+    command = add_command(commands, "serve", says, examples)
     command.add_argument("--host", help="address to listen on (BROKER_HOST; default localhost)")
     command.add_argument(
         "--port", type=int, help="port for pages, and for everything without a management port"

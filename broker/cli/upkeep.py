@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, get_args
 
 from broker.cli.output import Row
-from broker.cli.records import Commands, Records, add, add_group, chosen_app
+from broker.cli.parsing import Commands, add_group
+from broker.cli.records import Records, add, chosen_app
 from broker.model import RelyingParty, TokenAlgorithm
 
 if TYPE_CHECKING:

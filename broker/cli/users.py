@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from broker.cli.output import Row, counted, harmless, say
-from broker.cli.records import Commands, Records, add, add_group, shown_app, whole
+from broker.cli.parsing import Commands, add_group, whole
+from broker.cli.records import Records, add, shown_app
 from broker.errors import InvalidSetting
 from broker.model import Credential, User
 from broker.tokens import text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from broker.errors import InvalidSetting
@@ -73,33 +73,81 @@ def verification(of: Policy | Verifications, asked: Asked) -> UserVerification:
 LONGEST_NONCE = 600  # seconds that a nonce lives at most, whoever asks for how long
 
 
+def _key(meaning: str, values: str = "") -> dict[str, str]:
+    """What a key of a policy means; `values` in words where no table below has them."""
+    return {"meaning": meaning, "values": values}
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a relying party asks of ceremonies. Every key can be set with `broker app update --set key=value`."""
+    """What a relying party asks of ceremonies. Every key can be set with `broker app update --set key=value`; `broker policy` lists them."""
 
-    user_verification: UserVerification = "required"
-    attestation: AttestationPreference = "none"
-    attestation_roots: tuple[
-        str, ...
-    ] = ()  # PEM certificates; a chain to one of them is reported as "verified"
-    attestation_required: AttestationRequired = "none"  # what a registration must bring at least
-    algorithms: tuple[int, ...] = (-7, -8, -257)
-    hints: tuple[Hint, ...] = ()
-    authenticator_attachment: AttachmentPolicy = "any"  # when the page names none
-    allow_cross_origin: bool = False  # ceremonies inside a cross-origin iframe
-    top_origins: tuple[str, ...] = ()  # which pages may embed it, exact
-    counter: CounterPolicy = "refuse"  # a signature counter that went back
-    live_at: LiveAt = "finish"  # when a new passkey starts to sign in
-    transaction_life: int = 600  # seconds, at most 600
-    ceremony_life: int = 300  # seconds, at most 600
-    nonce_life: int = 60  # seconds, at most 600
-    discoverable_limit: int = 10_000  # open ceremonies without a transaction
-    max_passkeys: int = 100  # of one user; a registration begins below it
-    allow_weaker: bool = False  # whether a keyed call may ask for less user verification than the policy
-    second_factor_user_verification: UserVerification = "preferred"
-    second_factor_attachment: AttachmentPolicy = "cross-platform"
-    hanko_algorithm: TokenAlgorithm = "RS256"  # of the tokens that the Hanko dialect signs
-    passlock_open_registration: bool = False  # whether a page may register a passkey that nobody owns yet
+    user_verification: UserVerification = field(
+        default="required", metadata=_key("whether the authenticator must verify the person")
+    )
+    attestation: AttestationPreference = field(
+        default="none", metadata=_key("the attestation that browsers are asked for")
+    )
+    attestation_roots: tuple[str, ...] = field(
+        default=(),
+        metadata=_key(
+            "a chain to one of them is reported as verified", "PEM certificates, one after the other"
+        ),
+    )
+    attestation_required: AttestationRequired = field(
+        default="none", metadata=_key("what a registration must bring at least")
+    )
+    algorithms: tuple[int, ...] = field(
+        default=(-7, -8, -257),
+        metadata=_key(
+            "of new passkeys, in order of preference", f"a list of {','.join(ALGORITHMS.values())}"
+        ),
+    )
+    hints: tuple[Hint, ...] = field(
+        default=(),
+        metadata=_key("which authenticators browsers offer first", f"a list of {','.join(get_args(Hint))}"),
+    )
+    authenticator_attachment: AttachmentPolicy = field(
+        default="any", metadata=_key("where the page names none")
+    )
+    allow_cross_origin: bool = field(
+        default=False, metadata=_key("whether ceremonies run inside a cross-origin iframe")
+    )
+    top_origins: tuple[str, ...] = field(
+        default=(), metadata=_key("the pages that may embed it", "a list of origins")
+    )
+    counter: CounterPolicy = field(
+        default="refuse", metadata=_key("what to do about a signature counter that went back")
+    )
+    live_at: LiveAt = field(default="finish", metadata=_key("when a new passkey starts to sign in"))
+    transaction_life: int = field(default=600, metadata=_key("seconds that a transaction lives"))
+    ceremony_life: int = field(
+        default=300, metadata=_key("seconds that a begun ceremony lives, never past its transaction's end")
+    )
+    nonce_life: int = field(default=60, metadata=_key("seconds that a nonce lives"))
+    discoverable_limit: int = field(
+        default=10_000, metadata=_key("open ceremonies that pages began without a transaction")
+    )
+    max_passkeys: int = field(
+        default=100, metadata=_key("passkeys of one user; a registration begins below it")
+    )
+    allow_weaker: bool = field(
+        default=False,
+        metadata=_key("whether a keyed call may ask for less user verification than user_verification"),
+    )
+    second_factor_user_verification: UserVerification = field(
+        default="preferred", metadata=_key("the same of a passkey that is only a second factor")
+    )
+    second_factor_attachment: AttachmentPolicy = field(
+        default="cross-platform", metadata=_key("of such a passkey where nobody names one")
+    )
+    hanko_algorithm: TokenAlgorithm = field(
+        default="RS256", metadata=_key("signs the tokens of the Hanko API")
+    )
+    passlock_open_registration: bool = field(
+        default=False,
+        metadata=_key("whether pages of old Passlock clients may register passkeys that nobody owns yet"),
+    )
 
     @property
     def verifications(self) -> Verifications:
@@ -174,6 +222,29 @@ _LIMITS = {
 }
 _ALGORITHM_NUMBERS = {str(number): number for number in ALGORITHMS}
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.S)
+
+
+class PolicyKey(NamedTuple):
+    """A key of a policy, for people: what it takes, its default and what it means."""
+
+    key: str
+    values: str
+    default: object
+    meaning: str
+
+
+def policy_keys() -> list[PolicyKey]:
+    """Every key, in the order of `Policy`."""
+    return [
+        PolicyKey(f.name, f.metadata["values"] or _values(f.name), f.default, f.metadata["meaning"])
+        for f in fields(Policy)
+    ]
+
+
+def _values(key: str) -> str:
+    if limits := _LIMITS.get(key):
+        return f"{limits[0]} to {limits[1]}"
+    return ", ".join(_CHOICES.get(key, ("true", "false")))
 
 
 def _policy_value(key: str, text: str) -> object:
