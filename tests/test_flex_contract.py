@@ -655,8 +655,12 @@ async def test_two_at_once_make_one_user(wire: Wire, broker: Started) -> None:
 
 
 def test_every_decision_names_tests_that_exist() -> None:
-    """The dialects' README says which test holds a decision; a renamed test must not leave a promise behind."""
-    readme = Path(flex.__file__).parent.with_name("README.md").read_text()
+    """The dialects' pages say which test holds a decision; a renamed test must not leave a promise behind."""
+    decisions = Path(flex.__file__).with_name("DECISIONS.md").read_text()
+    folder = Path(flex.__file__).parent.parent
+    readme = decisions + "".join(
+        page.read_text().partition("\n## Decisions\n")[2] for page in sorted(folder.glob("*/README.md"))
+    )
     named = set(re.findall(r"`(test_\w+)`", readme))
     there = {
         name
@@ -669,4 +673,4 @@ def test_every_decision_names_tests_that_exist() -> None:
     decided = [row for row in rows[rows.index("| decision | test |") + 1 :] if not row.endswith("| test |")]
     assert [row for row in decided if "`test_" not in row.rsplit("| ", 1)[-1]] == []
     codes = {kind.code for kind in flex.STATUS}
-    assert [code for code in codes if f"`{code}`" not in readme] == []
+    assert [code for code in codes if f"`{code}`" not in decisions] == []

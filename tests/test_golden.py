@@ -25,8 +25,7 @@ from tests.passlock import judge as judge_passlock
 from tests.signals import refused
 from tests.wire import ORIGIN, RP_ID, Answer, Wire
 
-README = (Path(broker.dialects.__file__).parent / "README.md").read_text()
-HEADINGS = {"Native": "flex", "Hanko": "hanko", "PropelAuth": "propelauth", "Passlock": "passlock"}
+DIALECTS_FOLDER = Path(broker.dialects.__file__).parent
 WORD = {"flex": "code", "hanko": "title", "passlock": "_tag", "propelauth": "type"}
 NAMES = [dialect.__name__.rpartition(".")[2] for dialect in DIALECTS]
 
@@ -84,12 +83,11 @@ def test_every_route_has_one(dialect: str) -> None:
 
 def rows(dialect: str) -> Iterator[tuple[list[int], list[str]]]:
     """The statuses and words of each row of a dialect's tables of errors. A row without words has the statuses' own names."""
-    for section in README.split("\n## ")[1:]:
-        if HEADINGS.get(re.split(r"[:', ]", section)[0]) != dialect:
-            continue
-        for row in re.finditer(r"^\| (\d{3}(?:, \d{3})*) \| (.*?) \| ", section, re.M):
-            statuses = [int(status) for status in row[1].split(", ")]
-            yield statuses, re.findall(r"`([^`]+)`", row[2]) or [status_name(s) for s in statuses]
+    page = "DECISIONS.md" if dialect == "flex" else "README.md"
+    section = (DIALECTS_FOLDER / dialect / page).read_text()
+    for row in re.finditer(r"^\| (\d{3}(?:, \d{3})*) \| (.*?) \| ", section, re.M):
+        statuses = [int(status) for status in row[1].split(", ")]
+        yield statuses, re.findall(r"`([^`]+)`", row[2]) or [status_name(s) for s in statuses]
 
 
 @pytest.mark.parametrize("dialect", NAMES)

@@ -62,7 +62,7 @@ def test_every_refusal_has_a_status_in_hankos_shape(kind: type[Refusal]) -> None
 
 
 def test_every_title_is_in_the_readme() -> None:
-    readme = Path(dialect.__file__).parent.with_name("README.md").read_text()
+    readme = Path(dialect.__file__).with_name("README.md").read_text()
     titles = {told.title for rows in dialect.TITLES.values() for told in rows.values()}
     assert [title for title in titles if title and f"`{title.partition(':')[0]}" not in readme] == []
 

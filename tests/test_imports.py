@@ -260,12 +260,3 @@ def test_modules_are_of_a_size_to_read(module: str) -> None:
 def test_the_list_of_short_modules_is_short() -> None:
     """No entry outlives its module or the module's growth."""
     assert {m for m in SHORT if (PACKAGE / m).read_text().count("\n") < SHORTEST} == SHORT.keys()
-
-
-def test_the_readme_shows_where_things_are() -> None:
-    """Its layout has every part of the code under its present name, and no other."""
-    block = (ROOT / "README.md").read_text().partition("## Layout\n\n```\n")[2].partition("\n```")[0]
-    named = [name for line in block.splitlines() for name in line.partition("  ")[0].split(", ")]
-    shown = {name.removeprefix("broker/") for name in named[:-1]}
-    parts = {f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir()}
-    assert shown == {part for part in parts if not part.startswith("__")}

@@ -60,7 +60,7 @@ def test_every_refusal_has_a_tag_and_a_status(kind: type[Refusal]) -> None:
 
 
 def test_the_readme_names_every_error() -> None:
-    readme = Path(dialect.__file__).parent.with_name("README.md").read_text()
+    readme = Path(dialect.__file__).with_name("README.md").read_text()
     assert set(dialect.TAGS.values()) | {"@error/PasskeyNotFound"} == ERRORS
     assert [tag for tag in ERRORS if f"`{tag}`" not in readme] == []
 

@@ -22,7 +22,7 @@ Metrics add up in a private folder (`broker.telemetry.shared`), in memory where 
 each has.
 
 **More workers than cores are a warning**: two on one core push each other's code and data out of its caches and share messages to the stores
-between half as many callers (README, "Performance"), and serve nobody sooner.
+between half as many callers (tests/bench/README.md), and serve nobody sooner.
 
 gunicorn would supervise as well, with aiohttp's worker class. But it gives one application to all its sockets, where the two ports here
 differ; it knows when a worker's process runs and not when it listens; it neither pauses in a crash loop nor adds metrics up; and its

@@ -1,7 +1,7 @@
 """Vendors' wire formats. A dialect only translates: parse the vendor's body, call one verb, render the vendor's answer.
 
-Each module is a `Dialect`, and `broker.app` lists them: a further one is a module here and a line there. README.md holds the glossary and
-every deviation.
+Each module is a `Dialect`, and `broker.app` lists them: a further one is a module here and a line there. README.md holds the glossary, and each
+dialect's folder a page with every deviation.
 """
 
 from __future__ import annotations

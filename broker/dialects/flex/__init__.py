@@ -1,7 +1,7 @@
 """The native dialect: the two HTTP APIs of Passage Flex, under `/v1/apps/{app_id}` on one origin.
 
 The contract's routes are here: management (M1 to M8) needs an API key, browser routes (A1 to A5) need none and answer CORS. Facts and
-numbering are those of the wire contract summarised in README.md one folder up, with every decision where the contract is open.
+numbering are those of the wire contract summarised in README.md, with every decision where the contract is open in DECISIONS.md.
 Everything beyond the contract is added and changes nothing of it:
 
     ceremonies   keyed ceremonies: a backend carries the page's messages

@@ -1,7 +1,7 @@
 """The native dialect's objects: receipts, users, devices and apps as JSON; passkeys, approvals and events, beyond the contract.
 
 Strict clients fail on a missing or null field, so every object is whole, also where it tells of things that the broker has none of;
-it may carry more than the contract names, never less. What differs from the contract is in README.md one folder up.
+it may carry more than the contract names, never less. What differs from the contract is in DECISIONS.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ set directly. A ceremony has no handle on this wire: the challenge inside the an
 that is checked offline, so it can be replayed until it expires; its `jti` is a nonce of ours, which a backend may redeem once
 through the native API instead. What the vendor calls a transaction is a payload that a user approves by signing.
 
-Facts are those of the wire contract summarised in the README.md one folder up, with every decision where the contract is open and
+Facts are those of the wire contract summarised in README.md, with every decision where the contract is open and
 every place where we answer better than it does.
 
     refusals     what goes wrong, in the vendor's shape

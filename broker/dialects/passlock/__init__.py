@@ -7,7 +7,7 @@
 
 A tenancy is an app, and its id is the app's. A path of these with an id that can't be an app's is answered too, by 403: an SDK that was
 given a wrong tenancy reads that and nothing else. The root has other owners (`_OTHERS`), whose paths are never the dialect's. The vendor's words are translated in `ceremonies`, `management` and `mailbox`; here is where
-they are mounted, and how refusals look. Facts are those of the wire contract summarised in README.md beside this package, with every
+they are mounted, and how refusals look. Facts are those of the wire contract summarised in README.md, with every
 decision where the contract is open.
 
 Every answer is JSON with a `_tag`, every error `{_tag, message}`. The vendor's server SDK throws on a tag that its call does not declare, so a

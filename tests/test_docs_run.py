@@ -1,15 +1,16 @@
-"""README's commands and snippets, run as a newcomer would: in a fresh folder beside a running `broker dev`.
+"""The documentation's commands and snippets, run as a newcomer would: in a fresh folder beside a running `broker dev`.
 
-Every fenced block in a language that runs is run here: `sh` blocks in bash, the Python block as the backend and the HTML block
-as the page of one small site, in a real Chromium. A new block without a test fails `test_every_block_is_run`.
+Every code block in a language that runs is run here, or beside the SDKs' tests. A new block without
+a test fails `test_every_block_is_run`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -17,12 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,14 +31,24 @@ import pytest
 from tests import parts
 from tests.authenticator import Authenticator
 from tests.browser.chromium import Answer, Chromium, Page, button, textbox
+from tests.pages import ROOT, blocks, every_block, pages
 
-ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
-MAKE, CURL, SERVE, APPS = (text for language, text in BLOCKS if language == "sh")
-PYTHON, MAIL, PROPELAUTH, PASSLOCK = (text for language, text in BLOCKS if language == "python")
-HANKO, HANKO_PAGE = (text for language, text in BLOCKS if language == "js" and "hanko" in text)
-(PASSAGE_PAGE,) = (text for language, text in BLOCKS if language == "js" and "PassageFlex" in text)
-(PAGE,) = (text for language, text in BLOCKS if language == "html")
+README, OPERATE, BENCH = "README.md", "deploy/README.md", "tests/bench/README.md"
+SDK, EXAMPLES = "broker/sdk/README.md", "tests/examples/README.md"
+CLIENT_PACKAGE = "broker/sdk/passkey_broker/README.md"
+FLEX, HANKO, PASSLOCK, PROPELAUTH = (
+    f"broker/dialects/{name}/README.md" for name in ("flex", "hanko", "passlock", "propelauth")
+)
+MAKE, ALLOW_AND_START = blocks(README, "sh")
+(CLIENT,), (CURL, _) = blocks(SDK, "python"), blocks(SDK, "sh")
+(SHOP,) = blocks(README, "python")
+(SHOP_PAGE,) = blocks(README, "html")
+PASSAGE_PAGE, PASSAGE_WRAPPER = blocks(FLEX, "js")
+(MAIL,) = blocks(FLEX, "python")
+HANKO_BACKEND, HANKO_PAGE = blocks(HANKO, "js")
+(PASSLOCK_BACKEND,) = blocks(PASSLOCK, "python")
+(PROPELAUTH_BACKEND,) = blocks(PROPELAUTH, "python")
+SERVE, BACK_UP, APPS = blocks(OPERATE, "sh")
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 
@@ -114,19 +123,65 @@ def bash(script: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+# Languages of the blocks that run, by page. `mermaid` is drawn; `text` is shown.
+RUN = {
+    README: ["sh", "sh", "python", "html"],
+    FLEX: ["sh", "js", "js", "python"],
+    HANKO: ["sh", "js", "js"],
+    PASSLOCK: ["sh", "python"],
+    PROPELAUTH: ["sh", "python"],
+    OPERATE: ["sh", "sh", "sh"],
+    BENCH: ["sh"],
+    CLIENT_PACKAGE: ["sh", "python"],
+}
+
+
 def test_every_block_is_run() -> None:
-    assert sorted(language for language, _ in BLOCKS if language != "mermaid") == [
-        "html",
-        *["js"] * 3,
-        *["python"] * 4,
-        *["sh"] * 4,
-    ]
+    """By a test below, but for those of the SDKs, which run beside the SDKs' tests."""
+    found = {
+        page: [language for language, _ in every_block(page) if language not in {"", "mermaid", "text"}]
+        for page in pages()
+        if page not in {SDK, EXAMPLES}
+    }
+    assert {page: languages for page, languages in found.items() if languages} == RUN
 
 
 def test_make_run_starts_what_the_other_blocks_use() -> None:
     assert MAKE.strip() == "make run"
     shown = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(r"broker dev\b", shown), shown
+
+
+def test_the_benchmarks_commands_are_there() -> None:
+    """They run for minutes: so what they would start, and that it takes these options."""
+    (block,) = blocks(BENCH, "sh")
+    known = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for line in block.splitlines():
+        asked = ["make", "-n", *shlex.split(line, comments=True)[1:]]
+        shown = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        started = re.search(r"-m tests\.bench(.*)$", shown, re.M)
+        assert started is not None
+        options = [word for word in shlex.split(started[1]) if word.startswith("--")]
+        assert [option for option in options if option not in known] == []
+
+
+@pytest.mark.parametrize("page", [FLEX, HANKO, PASSLOCK, PROPELAUTH])
+def test_the_app_of_a_mover(dev: Dev, page: str) -> None:
+    """Made as the page says; every policy that its table names can be set, and every option is one of the command."""
+    made = json.loads(bash(blocks(page, "sh")[0], dev.folder))
+    app = f"--app {made['app_id']}"
+    try:
+        listed = bash(f"broker app show {app} --json", dev.folder)
+        assert json.loads(listed)["origins"] == ["https://example.com", "https://www.example.com"]
+        table = (ROOT / page).read_text().partition("Policies that differ")[2].partition("**4.")[0]
+        options = re.findall(r"`(--(?:set|add-origin) [^`]+)`", table)
+        assert options
+        for option in options:
+            bash(f"broker app update {app} {option}", dev.folder)
+    finally:
+        bash(f"broker app delete {app} --yes", dev.folder)
 
 
 def test_curl(dev: Dev) -> None:
@@ -173,7 +228,7 @@ def test_serve(dev: Dev) -> None:
 class Backend:
     """A Python block of README, run in the newcomer's folder, and a session."""
 
-    def __init__(self, dev: Dev, block: str = PYTHON) -> None:
+    def __init__(self, dev: Dev, block: str = CLIENT) -> None:
         here = Path.cwd()
         os.chdir(dev.folder)
         self.names: dict[str, Any] = {}
@@ -215,7 +270,7 @@ def test_python(dev: Dev) -> None:
     assert backend("finish_without_a_name", finish(dev, "authenticate", None, device)) == account
     assert backend.session == account
 
-    errors = sys.modules["broker.sdk.client"]
+    errors = sys.modules["passkey_broker"]
     for mine, other in (("begin_sign_in", "register"), ("begin_sign_up", "authenticate")):
         transaction = backend("begin_sign_up", "Cid")["transaction"]
         registered = finish(dev, "register", transaction, Authenticator())
@@ -226,6 +281,22 @@ def test_python(dev: Dev) -> None:
     for function, name in (("begin_sign_in", "nobody"), ("begin_sign_up", "Bea"), ("begin_sign_up", "")):
         with pytest.raises(ValueError, match=r"name\."):
             backend(function, name)
+
+
+def test_the_package_readme(dev: Dev) -> None:
+    """Installed under the name that its project has; the sample is given the app that `dev` made."""
+    (install,) = blocks(CLIENT_PACKAGE, "sh")
+    project = tomllib.loads((ROOT / "broker/sdk/pyproject.toml").read_text())["project"]
+    assert install.strip() == f"pip install {project['name']}"
+    (sample,) = blocks(CLIENT_PACKAGE, "python")
+    given = f"app_id, api_key = {dev.facts['app_id']!r}, {dev.facts['api_key']!r}\n"
+    backend = Backend(dev, given + sample.replace("https://broker.example", dev.facts["url"]))
+    device, account = Authenticator(), "user-14"
+    broker = backend.names["broker"]
+    transaction = broker.create_register_transaction(account, "Gus")
+    broker.verify_nonce(finish(dev, "register", transaction, device), purpose="register")
+    transaction = backend("begin_sign_in", account)
+    assert backend("finish_sign_in", finish(dev, "authenticate", transaction, device)) == account
 
 
 def test_mail_codes(dev: Dev) -> None:
@@ -240,7 +311,7 @@ def test_mail_codes(dev: Dev) -> None:
 
 
 async def test_coming_from_propelauth(dev: Dev) -> None:
-    backend, device, url = Backend(dev, PROPELAUTH), Authenticator(), dev.facts["url"]
+    backend, device, url = Backend(dev, PROPELAUTH_BACKEND), Authenticator(), dev.facts["url"]
     assert await backend("begin_sign_in", "user-10") is None
     backend.session["account"] = "user-10"
     options = await backend("begin_adding_a_passkey", "Cleo")
@@ -276,7 +347,7 @@ def hanko_site(dev: Dev) -> Iterator[str]:
     """README's page and README's backend for Hanko's SDK, on an origin of their own, which the app gets to know."""
     node, modules = parts.node(), parts.npm_packages()
     (dev.folder / "node_modules").symlink_to(modules)  # where the backend finds what it imports
-    (dev.folder / "backend.mjs").write_text(HANKO)
+    (dev.folder / "backend.mjs").write_text(HANKO_BACKEND)
     page = HANKO_PAGE.replace("http://localhost:8080", dev.facts["url"]).replace(
         "APP_ID", dev.facts["app_id"]
     )
@@ -347,7 +418,7 @@ def test_coming_from_passage(dev: Dev) -> None:
 
 
 def test_coming_from_passlock(dev: Dev) -> None:
-    backend, device, url = Backend(dev, PASSLOCK), Authenticator(), dev.facts["url"]
+    backend, device, url = Backend(dev, PASSLOCK_BACKEND), Authenticator(), dev.facts["url"]
 
     def run(kind: str, token: str) -> str:
         """The page's part, and the code."""
@@ -370,58 +441,57 @@ def test_coming_from_passlock(dev: Dev) -> None:
 
 @dataclass
 class Shop:
-    """README's page and README's backend on an origin of their own; `sessions` by the value of a cookie."""
+    """README's page and README's backend, running on a port of their own."""
 
     origin: str
-    backend: Backend
-    sessions: dict[str, dict[str, Any]]
-
-    @property
-    def accounts(self) -> dict[str, str]:
-        found: dict[str, str] = self.backend.names["accounts"]
-        return found
+    process: subprocess.Popen[bytes]
 
 
 @pytest.fixture
 def shop(dev: Dev) -> Iterator[Shop]:
-    """Both samples as README says they fit: a path is a function, the body its arguments, an exception an HTTP error."""
-    shop = Shop("", Backend(dev), defaultdict(dict))
-    page = PAGE.replace("http://localhost:8080", dev.facts["url"]).replace("APP_ID", dev.facts["app_id"])
+    """Both samples as saved and started by README's own commands, but for ports and where the environment is."""
+    port = free_port()
+    replaced = {
+        "http://localhost:8080": dev.facts["url"],
+        "8081": str(port),
+        "APP_ID": dev.facts["app_id"],
+        ".venv/bin/broker": "broker",
+        ".venv/bin/python": sys.executable,
+    }
 
-    class Site(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer(200, "text/html; charset=utf-8", page)
+    def fitted(block: str) -> str:
+        for old, new in replaced.items():
+            block = block.replace(old, new)
+        return block
 
-        def do_POST(self) -> None:
-            assert self.headers["Content-Type"] == "application/json"
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            session = shop.sessions[self.headers["Cookie"]]
-            try:
-                result = shop.backend.names[self.path.strip("/").replace("-", "_")](session, **body)
-            except Exception as error:  # noqa: BLE001 - any, as a web framework does
-                self.answer(400, "text/plain", str(error))
-            else:
-                self.answer(200, "application/json", json.dumps(result))
-
-        def answer(self, status: int, kind: str, body: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            if "Cookie" not in self.headers:
-                self.send_header("Set-Cookie", f"session={secrets.token_hex(8)}; HttpOnly")
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
-        shop.origin = f"http://localhost:{server.server_port}"
-        origins = f"--origin {dev.facts['url']} --origin {shop.origin}"
-        bash(f"broker app update --app {dev.facts['app_id']} {origins}", dev.folder)
-        Thread(target=server.serve_forever, daemon=True).start()
-        wait_registered(dev, shop.origin)
+    (dev.folder / "shop.py").write_text(fitted(SHOP))
+    (dev.folder / "shop.html").write_text(fitted(SHOP_PAGE))
+    allow, start = fitted(ALLOW_AND_START).strip().splitlines()
+    bash(allow, dev.folder)
+    wait_registered(dev, f"http://localhost:{port}")
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {start}"],
+        cwd=dev.folder,
+        env={**os.environ, "PATH": PATH, "PYTHONPATH": str(ROOT / "broker/sdk")},
+    )
+    try:
+        shop = Shop(f"http://localhost:{port}", process)
+        until_served(shop)
         yield shop
-        server.shutdown()
+    finally:
+        stop(process)
+        bash(f"broker app update --remove-origin http://localhost:{port}", dev.folder)
+
+
+def until_served(shop: Shop) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        assert shop.process.poll() is None, "the backend ended"
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(shop.origin, trust_env=False).is_success:
+                return
+        assert time.monotonic() < deadline, "the backend was not there in time"
+        time.sleep(0.02)  # between two looks
 
 
 def visit_as_a_stranger(page: Page, shop: Shop) -> None:
@@ -444,17 +514,21 @@ def test_page_and_backend(shop: Shop) -> None:
         device = page.authenticator()
         visit_as_a_stranger(page, shop)
         signed_in = said_after(page, "ann", "Sign up")
-        assert list(shop.accounts) == ["ann"]
-        assert signed_in == f"Signed in as {shop.accounts['ann']}"
+        assert re.fullmatch(r"Signed in as user-[0-9a-f]{16}", signed_in)
         assert said_after(page, "ann", "Sign in") == signed_in
         assert len(device.credentials()) == 1
 
-        page.reload()  # the form's autofill offers the passkey, and the virtual authenticator takes it
+        page.reload()  # the field's autofill offers the passkey, and the virtual authenticator takes it
         page.wait_for_text(signed_in)
         assert page.errors == []
 
+        # The nonce that the page brought last, once more, in a session that expects nothing: refused.
+        sent = json.dumps(page.sent("/finish")[-1].body)
+        again = f"fetch('finish', {{method: 'POST', body: {sent}}})"
+        assert page.js(f"{again}.then((answer) => answer.status)") == 409
 
-def test_an_unknown_name_signs_nobody_in(dev: Dev, shop: Shop) -> None:
+
+def test_an_unknown_name_signs_nobody_in(shop: Shop) -> None:
     """The browser has a passkey that would answer a nameless sign-in. Nor does a name that is taken get a second passkey."""
     with Chromium() as browser, browser.page() as page:
         device = page.authenticator()
@@ -462,8 +536,6 @@ def test_an_unknown_name_signs_nobody_in(dev: Dev, shop: Shop) -> None:
         assert said_after(page, "ann", "Sign up").startswith("Signed in as ")
         (uses,) = [kept["signCount"] for kept in device.credentials()]
         page.send("Network.clearBrowserCookies")
-        page.js("fetch('/')")  # another person's session, in the same browser
-        shop.sessions.clear()
         asked = len(page.requests)
         assert said_after(page, "nobody", "Sign in") == "There is no account of this name."
         assert said_after(page, "ann", "Sign up") == "Choose another name."
@@ -480,5 +552,4 @@ def test_an_unknown_name_signs_nobody_in(dev: Dev, shop: Shop) -> None:
             one for one in page.requests[asked:] if urlsplit(one.url).path.endswith(("start", "/finish"))
         ]
         assert [kept["signCount"] for kept in device.credentials()] == [uses]
-        assert not any(shop.sessions.values())
         assert page.errors == []

@@ -2,7 +2,7 @@
 
 One address takes `{command, data}` with an API key, which alone says whose app it is. Start and finish are joined by the user id:
 each user has one pending registration and one pending authentication, which a new start replaces. Facts are those of the wire
-contract summarised in README.md beside this file, with every decision where the contract is open.
+contract summarised in README.md, with every decision where the contract is open.
 
 The vendor's clients disagree about what they forgive, so an answer is what the strictest takes: success is 200 and never another
 2xx, a body is always JSON with no field more than the contract's, an error is `{type}` or `{type, details}`, whichever its type
