@@ -19,6 +19,10 @@ TEST := .venv/.test-$(HERE)
 COMPILE := pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --no-config \
 	--no-emit-index-url --no-emit-find-links --no-strip-extras --quiet $(UPGRADE)
 
+# Run a command, and say what it does and how many seconds it took.
+STEP = step() { printf '  %s… ' "$$1" >&2; shift; began=$$(date +%s); "$$@" || { status=$$?; echo >&2; exit $$status; }; \
+	echo "$$(( $$(date +%s) - began )) s" >&2; }; step
+
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench bench-peers bench-scale lock clean parts
 
@@ -69,15 +73,15 @@ clean: ## remove what make installed and what tools cached; .broker/ with its pa
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) can't make virtual environments; install the package python3-venv (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@echo "Setting up .venv; this takes a minute, once." >&2
-	@"$(PYTHON)" -m venv --clear .venv
+	@$(STEP) "Making the environment" "$(PYTHON)" -m venv --clear .venv
 	@touch $@
 
 $(RUNTIME): .venv/.python-$(HERE) deploy/requirements.lock pyproject.toml
-	@$(PIP) install --require-hashes -r deploy/requirements.lock
-	@$(PIP) install --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -m compileall -q broker
+	@$(STEP) "Installing packages" $(PIP) install --require-hashes -r deploy/requirements.lock
+	@$(STEP) "Installing the broker" $(PIP) install --no-deps --no-build-isolation --editable .
+	@$(STEP) "Compiling" $(BIN)/python -m compileall -q broker
 	@touch $@
 
 $(TEST): $(RUNTIME) deploy/test.lock
-	@$(PIP) install --require-hashes -r deploy/test.lock
+	@$(STEP) "Installing packages for tests" $(PIP) install --require-hashes -r deploy/test.lock
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,77 @@ def test_a_strangers_dev_json_is_not_followed(folder: Path) -> None:
         assert (done.returncode, done.stderr) == (1, "broker: BROKER_DATABASE_URL is missing.\n")
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (proc(5), SigCgt)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+def test_a_first_start_says_what_it_does_with_times(folder: Path) -> None:
+    """At a terminal, before the banner; the next start has nothing to tell."""
+    step = r"  [A-Z][^\n]+… \d+\.\d s\n"
+    for steps in (True, False):
+        port = free_port()
+        terminal, inside = pty.openpty()
+        process = subprocess.Popen(
+            [str(BROKER), "dev", "--port", str(port), "--no-open"],
+            cwd=folder,
+            env=environment(),
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+        )
+        os.close(inside)
+        shown = b""
+        try:
+            while b"Ctrl-C stops everything" not in shown:
+                shown += os.read(terminal, 4096)
+            until(partial(catches, process.pid, signal.SIGTERM), "it ends when told")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+            os.close(terminal)
+        told, _, _ = shown.decode().replace("\r\n", "\n").partition("\n  Demo ")
+        assert re.fullmatch(f"(?:{step})*\n?", told), told
+        names = re.findall(r"  ([^\n]+)… ", told)
+        if steps:
+            assert [
+                name.split(" with ")[0].split(" PostgreSQL")[0] for name in names if "Copying" not in name
+            ] == [
+                "Making a database",
+                "Starting",
+                "Making the tables",
+                "Making the demo's app",
+                "Starting the broker and the demo",
+            ]
+        else:
+            assert names == []
+
+
+def test_a_step_that_fails_ends_its_line(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        terminal, inside = pty.openpty()
+        process = subprocess.Popen(
+            [str(BROKER), "dev", "--port", str(taken.getsockname()[1]), "--no-open"],
+            cwd=folder,
+            env=environment(),
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+        )
+        os.close(inside)
+        shown = b""
+        try:
+            while part := os.read(terminal, 4096):
+                shown += part
+        except OSError:  # nobody has it open any more
+            pass
+        assert process.wait(30) == 1
+        os.close(terminal)
+    lines = shown.decode().splitlines()
+    assert re.fullmatch(r"  Starting the broker and the demo… \d+\.\d s, not finished", lines[-2])
+    assert "is in use" in lines[-1]

@@ -35,6 +35,51 @@ def test_a_python_that_will_not_do_is_one_sentence(tmp_path: Path, script: str, 
     assert sentence in said[0]
 
 
+def first_run(folder: Path, pip: str) -> subprocess.CompletedProcess[str]:
+    """`make run` in a fresh folder, where Python makes an environment of stubs, with this script as pip."""
+    for name in ("Makefile", "pyproject.toml", "deploy/requirements.lock"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    stubs = {"pip": pip, "python": "exit 0", "broker": "echo started"}
+    made = [f"printf '#!/bin/sh\\n%s\\n' '{script}' >.venv/bin/{name}" for name, script in stubs.items()]
+    made = ["mkdir -p .venv/bin", *made, "chmod +x .venv/bin/*"]
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in venv) {"; ".join(made)};; esac\n')
+    python.chmod(0o755)
+    return subprocess.run(
+        ["make", "-s", "run", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_first_run_says_what_it_does_with_times(tmp_path: Path) -> None:
+    """And a second one has nothing to say."""
+    made = first_run(tmp_path, "exit 0")
+    assert (made.returncode, made.stdout) == (0, "started\n"), made.stderr
+    assert re.sub(r"\d+ s$", "N s", made.stderr, flags=re.M).splitlines() == [
+        "Setting up .venv; this takes a minute, once.",
+        "  Making the environment… N s",
+        "  Installing packages… N s",
+        "  Installing the broker… N s",
+        "  Compiling… N s",
+    ]
+    again = subprocess.run(
+        ["make", "-s", "run", f"PYTHON={tmp_path / 'python'}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (again.stdout, again.stderr) == ("started\n", "")
+
+
+def test_a_step_of_make_that_fails_ends_the_run(tmp_path: Path) -> None:
+    made = first_run(tmp_path, "echo no network >&2; exit 7")
+    assert made.returncode != 0
+    assert made.stdout == ""
+    assert "  Installing packages… no network\n\n" in made.stderr
+    assert "Compiling" not in made.stderr
+
+
 def locked(name: str) -> dict[str, str]:
     """What a lock file pins: requirement (with its marker) to the rest of its lines."""
     text = (ROOT / "deploy" / f"{name}.lock").read_text()

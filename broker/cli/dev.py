@@ -2,7 +2,8 @@
 
 The stores are started first and stopped last. The dev app (RP ID `localhost`) and its key are made once and found again in
 `dev.json`, readable by its owner only; each start adds its own origin to the app. So is the secret key under which signing keys are
-sealed: made once, kept in `secret-key`, so that tokens and key sets outlive a restart. SIGINT and SIGTERM stop everything; when the
+sealed: made once, kept in `secret-key`, so that tokens and key sets outlive a restart. A first start says at a terminal what it does,
+step by step. SIGINT and SIGTERM stop everything; when the
 process is killed, the kernel stops the stores (`broker.embedded`).
 """
 
@@ -21,9 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from broker.cli.output import Steps
 from broker.cli.parsing import Commands, add_command
 from broker.cli.serving import run, start, until_told
-from broker.embedded import INSTALL, EmbeddedStores
+from broker.embedded import INSTALL, EmbeddedStores, is_new
 from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
 from broker.settings import Settings, SettingsFault
@@ -78,13 +80,16 @@ def run_dev(options: argparse.Namespace) -> int:
         raise SettingsFault([_as_given(sentence, said) for sentence in fault.faults]) from None
     if importlib.util.find_spec("httpx") is None:  # and the stores look for servers before they make anything
         raise ExtraFault(f"The demo of `broker dev` needs httpx, which is not installed; run {INSTALL}.")
-    with EmbeddedStores.start(options.data, _load, **stores) as embedded:
+    with (
+        Steps(shown=is_new(options.data)) as steps,
+        EmbeddedStores.start(options.data, _load, {}, steps, **stores) as embedded,
+    ):
         environment["BROKER_DATABASE_URL"] = embedded.database_url
         environment["BROKER_REDIS_URL"] = embedded.redis_url
         environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or _kept_secret(embedded.data)
         settings = Settings.load(environment)
         settings = replace(settings, host=_with_loopback(settings.host))
-        run(_dev(settings, embedded.data, embedded.notes, opens=not options.no_open))
+        run(_dev(settings, embedded.data, embedded.notes, steps, opens=not options.no_open))
     return 0
 
 
@@ -100,7 +105,7 @@ def _load() -> None:
     import broker.demo  # noqa: F401
 
 
-async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens: bool) -> None:
+async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], steps: Steps, *, opens: bool) -> None:
     CONTEXT.set(Context(request_id="dev", actor="cli"))
     log = Log(level=settings.log_level)
     capture_library_records(log)
@@ -110,7 +115,9 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
     parts = await assemble(settings, log=log)
     parts.refused_origins.notify = RefusedOnTheTerminal()
     try:
+        steps("Making the tables")
         await parts.postgres.migrate(datetime.now(UTC))
+        steps("Making the demo's app")
         app, key = await _dev_app(parts, data / "dev.json")
     except BaseException:
         await parts.close()
@@ -139,7 +146,9 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], *, opens:
         )
         return {"/demo/": demo}
 
+    steps("Starting the broker and the demo")
     service = await start(parts, prepare)
+    steps.end()
     try:
         url = f"http://localhost:{service.port}"
         print(_banner(url, app.id, data / "dev.json", notes), flush=True)  # noqa: T201 - the banner

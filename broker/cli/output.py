@@ -16,6 +16,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, TextIO
 
 Row = Mapping[str, object]
@@ -112,6 +113,36 @@ def _padded(text: str, cells: int) -> str:
 
 
 # -- terminals ------------------------------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Says at a terminal what is being done, step by step, and how long each took. A context manager that ends the last one."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown and sys.stderr.isatty()
+        self._began: float | None = None
+
+    def __call__(self, step: str) -> None:
+        """End the step before, and begin this one."""
+        self.end()
+        if self._shown:
+            self._began = time.monotonic()
+            sys.stderr.write(f"  {step}… ")
+            sys.stderr.flush()
+
+    def end(self, mark: str = "") -> None:
+        """End the step that runs, if one does."""
+        if self._began is not None:
+            sys.stderr.write(f"{time.monotonic() - self._began:.1f} s{mark}\n")
+            self._began = None
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(", not finished" if kind else "")
 
 
 def has_colour(stream: TextIO) -> bool:

@@ -57,7 +57,7 @@ from broker.embedded.place import (
     write,
 )
 
-__all__ = ["INSTALL", "EmbeddedFault", "EmbeddedStores"]
+__all__ = ["INSTALL", "EmbeddedFault", "EmbeddedStores", "is_new"]
 
 READY_WITHIN = 30.0
 ROLE = "broker"
@@ -121,6 +121,7 @@ class EmbeddedStores:
         self._account: Account | None = None
         self._process = os.getpid()
         self._meanwhile: Callable[[], object] | None = None
+        self._tell: Callable[[str], object] = lambda _: None
         self._postgres_settings = dict(_POSTGRES_SETTINGS)
 
     @classmethod
@@ -129,6 +130,7 @@ class EmbeddedStores:
         data: Path,
         meanwhile: Callable[[], object] | None = None,
         postgres: Mapping[str, str] = MappingProxyType({}),
+        tell: Callable[[str], object] = lambda _: None,
         /,
         *,
         database_url: str | None = None,
@@ -138,7 +140,7 @@ class EmbeddedStores:
 
         `meanwhile` is called once, as soon as there is something to wait for: a first start waits for initdb most of its time,
         as long as importing a web framework takes. Its exceptions end the start. `postgres` are settings of Postgres, by name, beside
-        or instead of ours.
+        or instead of ours. `tell` hears of each step as it begins.
 
         Raises EmbeddedFault for everything that a person can put right. Nothing is left running then, and where there was no data
         directory and a server is missing, none is made.
@@ -151,6 +153,7 @@ class EmbeddedStores:
                 find_redis(account)
         stores = cls(claim(data), database_url, redis_url)
         stores._meanwhile = meanwhile
+        stores._tell = tell
         stores._postgres_settings |= postgres
         try:
             if not (database_url and redis_url):
@@ -210,6 +213,8 @@ class EmbeddedStores:
         valkey = find_redis(account, maker) if redis else None
         found = [binaries for binaries in (pg, valkey) if binaries]
         self.place = self._settle(account, recorded, found, has_data=major is not None)
+        if not all(binaries.reachable for binaries in found):
+            self._tell("Copying the servers to where they can run")
         if pg and not pg.reachable:
             pg = pg.carried_to(binaries_directory(self.place))
         if valkey and not valkey.reachable:
@@ -222,6 +227,7 @@ class EmbeddedStores:
             waiting.append(self._valkey(valkey, account, self._sockets))
         if pg:
             waiting.append(self._postgres(pg, account, self._sockets, fresh=major is None))
+        self._tell(f"Starting {' and '.join(binaries.title for binaries in found)}")
         self._use_the_wait()
         _until_ready(waiting)
         self.servers = tuple(binaries.title for binaries in found)
@@ -300,6 +306,7 @@ class EmbeddedStores:
         return _Postgres(self._spawn(binaries.title, argv, account, home, log, home), home, account)
 
     def _initialise(self, binaries: Binaries, account: Account, home: Path, log: Log) -> None:
+        self._tell(f"Making a database with {binaries.title}")
         new = home.with_name("postgres.new")
         if new.is_dir() and not new.is_symlink():
             shutil.rmtree(new)
