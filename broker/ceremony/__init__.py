@@ -46,7 +46,8 @@ Decisions where the specification leaves room:
 - A credential id over 1023 bytes is a fault of form in the answer, a refusal inside authenticator data.
 - `crossOrigin: true` without `topOrigin` is accepted where the policy allows cross-origin use: not every browser tells it.
 - `tokenBinding` is reserved in L3; one that L2 would call ill-formed is refused, others are ignored.
-- RSA keys have 2048 to 8192 bits. Authenticators that support no user presence are not served (UP is always required).
+- RSA keys have 2048 to 8192 bits. UP is required, but for a registration whose caller permitted conditional create
+  (`mediation` "conditional", §7.1): the browser then makes the passkey without a prompt.
 
 Reading order: `finish`, `client_data`, `authenticator_data`, `keys`, `attestation`, `tpm`, then `form` and `options`.
 """

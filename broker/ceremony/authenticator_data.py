@@ -95,8 +95,10 @@ def _hash(rp_id: str) -> bytes:
     return hashlib.sha256(rp_id.encode()).digest()
 
 
-def judge_authenticator_data(data: AuthenticatorData, *, rp_id: str, verification: UserVerification) -> None:
-    """Judge what both ceremonies have in common.
+def judge_authenticator_data(
+    data: AuthenticatorData, *, rp_id: str, verification: UserVerification, presence: bool = True
+) -> None:
+    """Judge what both ceremonies have in common. `presence`: the user must have been present.
 
     Raises:
         CeremonyRefused: "rp_id", "user_presence", "user_verification", "backup_flags".
@@ -105,8 +107,9 @@ def judge_authenticator_data(data: AuthenticatorData, *, rp_id: str, verificatio
     # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID expected"
     if data.rp_id_hash != _hash(rp_id):
         raise refuse("rp_id", "The passkey was made for another RP ID than the app's.")
-    # §7.1, §7.2 "Verify that the UP bit of the flags in authData is set"
-    if not flags & UP:
+    # §7.2 "Verify that the UP bit of the flags in authData is set"; §7.1 the same "If options.mediation
+    # is not set to conditional"
+    if presence and not flags & UP:
         raise refuse("user_presence", "The authenticator did not see the user.")
     # §7.1, §7.2 "If the Relying Party requires user verification … verify that the UV bit … is set"
     if verification == "required" and not flags & UV:

@@ -71,7 +71,8 @@ def finish_registration(
     if not isinstance(form, str) or not isinstance(statement, dict) or not isinstance(raw, bytes):
         raise refuse("malformed", "The attestation object lacks fmt, attStmt or authData.")
     data = read_authenticator_data(raw)
-    judge_authenticator_data(data, rp_id=rp.rp_id, verification=pending.user_verification)
+    presence = pending.asked.mediation != "conditional"
+    judge_authenticator_data(data, rp_id=rp.rp_id, verification=pending.user_verification, presence=presence)
     credential = data.attested
     if credential is None:
         raise refuse("malformed", "The authenticator data holds no credential.")
@@ -190,6 +191,7 @@ def _ask_py_webauthn_registration(
             expected_challenge=pending.challenge,
             expected_rp_id=rp.rp_id,
             expected_origin=list(rp.accepted_origins),
+            require_user_presence=pending.asked.mediation != "conditional",
             require_user_verification=pending.user_verification == "required",
             supported_pub_key_algs=[
                 COSEAlgorithmIdentifier(a) for a in pending.algorithms if a in keys.PY_WEBAUTHN_ALGORITHMS

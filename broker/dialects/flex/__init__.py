@@ -117,7 +117,7 @@ async def open_registration(request: web.Request, app: RelyingParty) -> web.Stre
         text_field(body, "external_id"),
         text_field(body, "passkey_display_name"),
         user_name=optional_text(body, "user_name"),
-        asked=asked_of_registration(body),
+        asked=asked_of_registration(body, at_a_page=True),
     )
     return json_answer({"transaction_id": transaction_id}, status=201)
 

@@ -64,13 +64,14 @@ def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
 _PLAIN = {"external_id"}  # most ask for nothing more
 
 
-def asked_of_registration(body: Body) -> Asked:
-    """What the caller asks of a registration."""
+def asked_of_registration(body: Body, *, at_a_page: bool = False) -> Asked:
+    """What the caller asks of a registration; of one at a page also whether conditional create is permitted."""
     return Asked(
         user_verification=_user_verification(body),
         life=_life(body),
         exclude=None if body.get("exclude_passkeys") is None else passkey_ids(body, "exclude_passkeys"),
         second_factor=switch(body, "second_factor"),
+        mediation=_mediation(body) if at_a_page else "required",
     )
 
 

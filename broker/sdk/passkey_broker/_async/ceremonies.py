@@ -33,6 +33,7 @@ class AsyncCeremonies(AsyncConnection):
         ceremony_timeout: float | None = None,
         exclude_passkeys: Sequence[str] | None = None,
         second_factor: bool = False,
+        mediation: Mediation | None = None,
     ) -> str:
         """Permit one new passkey for the user, who is created if new.
 
@@ -45,6 +46,8 @@ class AsyncCeremonies(AsyncConnection):
             exclude_passkeys: ids of passkeys whose authenticator shall make no other one, besides
                 the user's own.
             second_factor: the passkey signs in only where a second factor is asked for.
+            mediation: "conditional" permits a passkey that the browser makes without a prompt
+                (conditional create, the page SDK's `autoRegister`).
 
         Returns:
             The transaction's id, for the page: a bearer right to add a passkey until it is used or
@@ -58,7 +61,7 @@ class AsyncCeremonies(AsyncConnection):
         body = {
             "external_id": external_id,
             "passkey_display_name": passkey_display_name,
-            **arguments.texts(user_name=user_name),
+            **arguments.texts(user_name=user_name, mediation=mediation),
             **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys, second_factor),
         }
         answer = await self._answer(Request("POST", "/transactions/register", body))

@@ -34,6 +34,7 @@ class Ceremonies(Connection):
         ceremony_timeout: float | None = None,
         exclude_passkeys: Sequence[str] | None = None,
         second_factor: bool = False,
+        mediation: Mediation | None = None,
     ) -> str:
         """Permit one new passkey for the user, who is created if new.
 
@@ -46,6 +47,8 @@ class Ceremonies(Connection):
             exclude_passkeys: ids of passkeys whose authenticator shall make no other one, besides
                 the user's own.
             second_factor: the passkey signs in only where a second factor is asked for.
+            mediation: "conditional" permits a passkey that the browser makes without a prompt
+                (conditional create, the page SDK's `autoRegister`).
 
         Returns:
             The transaction's id, for the page: a bearer right to add a passkey until it is used or
@@ -59,7 +62,7 @@ class Ceremonies(Connection):
         body = {
             "external_id": external_id,
             "passkey_display_name": passkey_display_name,
-            **arguments.texts(user_name=user_name),
+            **arguments.texts(user_name=user_name, mediation=mediation),
             **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys, second_factor),
         }
         answer = self._answer(Request("POST", "/transactions/register", body))
