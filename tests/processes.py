@@ -43,7 +43,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def get(port: int, path: str, host: str = "127.0.0.1") -> int:
     """The status of a GET; 0 where nothing listens."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
+    connection = http.client.HTTPConnection(host, port, timeout=DEADLINE)
     try:
         connection.request("GET", path)
         return connection.getresponse().status

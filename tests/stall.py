@@ -21,8 +21,7 @@ from typing import Literal
 import asyncpg
 
 from tests.conftest import Started
-
-PATIENCE = 5.0
+from tests.processes import DEADLINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Stall:
 
     async def waiting(self, number: int) -> None:
         """Return when this many statements wait for the table."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + DEADLINE
         while True:
             found = await self.connection.fetchval(
                 "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass",

@@ -111,7 +111,7 @@ def test_a_long_answer_is_whole_when_the_process_was_stopped(
             process.send_signal(number)
             time.sleep(0.1)  # so that it is seen by itself
         assert len(json.loads(pipe.read())) >= 12
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
 
 
 def test_the_version(cli: Cli) -> None:

@@ -564,7 +564,7 @@ async def test_timeout(
         return web.Response()
 
     scripted.does(dawdle)
-    call = Caller(kind(scripted.url, APP, KEY, timeout=0.3))
+    call = Caller(kind(scripted.url, APP, KEY, timeout=1.0))
     try:
         with pytest.raises(sdk.BrokerUnreachable) as caught:
             await asyncio.wait_for(call("verify_nonce", "pbn_1"), 30)

@@ -113,7 +113,7 @@ def dev() -> Iterator[Callable[..., Dev]]:
 
 
 def request(port: int, method: str, path: str, **headers: str) -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request(
         method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
     )

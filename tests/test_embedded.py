@@ -188,7 +188,7 @@ def children_of(pid: int) -> list[int]:
 
 def sql(url: str, statement: str) -> Any:
     async def run() -> Any:
-        connection = await asyncpg.connect(url, timeout=5)
+        connection = await asyncpg.connect(url, timeout=30)
         try:
             return await connection.fetchval(statement)
         finally:
@@ -613,7 +613,7 @@ def test_another_local_user_gets_no_connection_even_through_an_open_directory(st
 import asyncio, asyncpg, encodings.idna, os, sys
 os.setgroups([]); os.setgid({NOBODY.pw_gid}); os.setuid(int(sys.argv[1]))
 try:
-    asyncio.run(asyncpg.connect({stores.database_url!r}, timeout=5))
+    asyncio.run(asyncpg.connect({stores.database_url!r}, timeout=30))
 except Exception as fault:
     print(type(fault).__name__)
 """

@@ -45,6 +45,7 @@ from broker.tokens import SystemMint, ceremony_digest, digest, text
 from tests.conftest import Clock
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
 from tests.servers import Cluster, Valkey, eventually, reached
+from tests.waited import Waited
 
 APP = "AppAppAppAppAppAppAppApp"
 OTHER = "OtherOtherOtherOtherOthe"
@@ -954,7 +955,7 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
 
 @pytest.mark.parametrize(("left", "limit"), [(None, 0.4), (0.1, 0.1), (0.0, 0.0)])
 async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float | None, limit: float) -> None:
-    """Within the store's limit, and within what is left of the request. The margin is the machine's."""
+    """Within the store's limit, and within what is left of the request."""
     store = real.store(through=proxy, timeout=0.4 if left is None else 5)
     await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
@@ -962,22 +963,23 @@ async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float |
     token = CONTEXT.set(Context("", "browser", deadline=deadline))
     began = time.monotonic()
     try:
-        with pytest.raises(Unavailable):
+        with Waited() as waited, pytest.raises(Unavailable):
             await store.take_nonce(APP, MINT.token("nonce"))
     finally:
         CONTEXT.reset(token)
-    assert limit - 0.02 <= time.monotonic() - began <= limit + 1.0
+    assert time.monotonic() - began >= limit - 0.02
+    assert waited.seconds <= limit + 1.0
 
 
 async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> None:
-    store = real.store(through=proxy, timeout=0.4)
+    store = real.store(through=proxy, timeout=1.0)
     await reached(store.check)
     proxy.fate = lambda _: Fate.SWALLOW
-    began = time.monotonic()
-    results = await asyncio.gather(
-        *(store.take_nonce(APP, MINT.token("nonce")) for _ in range(50)), return_exceptions=True
-    )
-    assert time.monotonic() - began <= 2.0, "they wait side by side"
+    with Waited() as waited:
+        results = await asyncio.gather(
+            *(store.take_nonce(APP, MINT.token("nonce")) for _ in range(50)), return_exceptions=True
+        )
+    assert waited.seconds <= 4.0, "they wait side by side"
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
     await reached(store.check)
@@ -992,11 +994,12 @@ async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> 
         await store.check()
         proxy.fate = lambda _: Fate.SWALLOW
         asked = asyncio.create_task(store.take_nonce(APP, MINT.token("nonce")))
-        deadline = time.monotonic() + 5.0
-        while not asked.done():
-            assert time.monotonic() < deadline, "the wait goes on"
+        for _ in range(40):  # times 0.12 s, and the limit is 1 s
+            if asked.done():
+                break
             time.sleep(0.12)  # noqa: ASYNC251 - holds up the loop, for more than two ticks
             await asyncio.sleep(0)
+        assert asked.done(), "the wait goes on"
         with pytest.raises(Unavailable):
             await asked
         await store.close()

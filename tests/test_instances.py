@@ -13,11 +13,12 @@ import pytest
 from broker.model import Policy
 from tests.authenticator import Authenticator
 from tests.conftest import Started, Starter
+from tests.processes import DEADLINE
 from tests.signals import counted, refused
 from tests.wire import ORIGIN, Wire
 
 CACHE_SECONDS = 0.9
-PATIENCE = 10.0
+PATIENCE = DEADLINE
 
 
 async def two(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -129,3 +130,70 @@ def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
         "capabilities",
     }
     assert all(re.search(rf"^  {name}\(", types, re.M) for name in methods)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The Makefile beside a `python` that notes its arguments and ends with the statuses of the environment."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$*" >> ran\ncase "$*" in *"not alone"*) exit $FIRST;; *) exit $SECOND;; esac\n'
+    )
+    python.chmod(0o755)
+    return tmp_path
+
+
+def make(folder: Path, *arguments: str, together: int = 0, alone: int = 0) -> tuple[bool, list[str]]:
+    """Whether it succeeded, and what `python` was given; what is set up before is left out."""
+    here = subprocess.run(
+        ["sh", "-c", "pwd | cksum | cut -d ' ' -f 1"], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    done = subprocess.run(
+        ["make", "-s", "-o", "parts", "-o", f".venv/.test-{here}", *arguments],
+        cwd=folder,
+        env={**os.environ, "WORKERS": "2", "FIRST": str(together), "SECOND": str(alone)},
+        capture_output=True,
+        check=False,
+    )
+    ran = folder / "ran"
+    return done.returncode == 0, ran.read_text().splitlines() if ran.exists() else []
+
+
+def test_tests_that_run_alone_run_when_the_others_are_done(folder: Path) -> None:
+    good, (first, second) = make(folder, "test", "ARGS=-k name")
+    assert good
+    assert first == "-m pytest -n 2 --dist loadfile -m not alone -k name"
+    assert second == "-m pytest -m alone -k name"
+
+
+@pytest.mark.parametrize(
+    ("together", "alone", "good", "runs"),
+    [
+        (0, 0, True, 2),
+        (0, 5, True, 2),  # 5: none was chosen
+        (5, 0, True, 2),
+        (5, 5, False, 2),
+        (1, 0, False, 2),
+        (0, 1, False, 2),
+        (5, 1, False, 2),
+        (2, 0, False, 1),  # 2: interrupted
+        (4, 0, False, 1),
+        (0, 4, False, 2),
+    ],
+)
+def test_make_test_fails_where_either_run_does(
+    folder: Path, together: int, alone: int, good: bool, runs: int
+) -> None:
+    succeeded, ran = make(folder, "test", together=together, alone=alone)
+    assert (succeeded, len(ran)) == (good, runs)
+
+
+def test_what_ci_runs_covers_with_both_runs() -> None:
+    shown = subprocess.run(
+        ["make", "-n", "check"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    first, second = [line for line in shown.splitlines() if "-m pytest" in line]
+    assert first.endswith("-m 'not alone' --cov --cov-report=")
+    assert second.endswith("-m alone --cov --cov-append --cov-report=term --cov-fail-under=95")

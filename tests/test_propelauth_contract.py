@@ -541,7 +541,7 @@ async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authe
     try:
         for _ in range(2):  # the connection stays, as after any request
             writer.write(head.encode() + body)
-            seen = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode()
+            seen = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).decode()
             status, *fields = seen.split("\r\n")
             headers = {k.title(): v for k, _, v in (field.partition(": ") for field in fields if field)}
             assert status.split(" ")[:2] == ["HTTP/1.1", "200"]

@@ -177,7 +177,7 @@ async def test_an_operator_learns_which_origin(broker: Started, wire: Wire) -> N
 async def test_the_refusal_stands_where_the_event_can_not_be_written(
     start_broker: Starter, session: Any
 ) -> None:
-    broker = await start_broker(store_timeout=0.3)
+    broker = await start_broker(store_timeout=1.0)
     wire = await Wire.open(broker.service, session)
     async with stalled(broker, "events"):
         with (

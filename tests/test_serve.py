@@ -90,7 +90,7 @@ class Serve:
 
     def ready(self) -> dict[str, Any]:
         """What /health/ready answers, with the status."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("GET", "/health/ready")
         answer = connection.getresponse()
         told: dict[str, Any] = json.loads(answer.read())
@@ -446,7 +446,7 @@ def test_a_peer_that_half_closes_gets_its_answers(serve: Start, expect: str) -> 
 
 def refuses_connections(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        socket.create_connection(("127.0.0.1", port), timeout=30).close()
     except ConnectionRefusedError:
         return True
     return False

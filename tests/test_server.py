@@ -30,9 +30,9 @@ from tests.authenticator import Authenticator, Misbehaviour
 from tests.conftest import Clock, OpenApp, Started, Starter, settings_for
 from tests.signals import counted, lines, refused
 from tests.stall import stalled
+from tests.waited import soon
 from tests.wire import ORIGIN, Wire
 
-PATIENCE = 5.0
 SECRET = "pbk_" + "S3cret" * 7 + "x"
 SDK = Path(__file__).parents[1] / "broker" / "sdk"
 SDK_FOLDERS = {  # Cache-Control by folder
@@ -54,7 +54,7 @@ class Line:
 
     async def answer(self, *, body: bool = True) -> tuple[int, dict[str, str], bytes]:
         """The next answer: status, headers in lower case, body."""
-        async with asyncio.timeout(PATIENCE):
+        async with soon():
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
             length = int(headers.get("content-length", 0)) if body else 0
@@ -62,7 +62,7 @@ class Line:
 
     async def ends(self) -> bytes:
         """What still comes until the server closes the connection."""
-        async with asyncio.timeout(PATIENCE):
+        async with soon():
             try:
                 return await self.reader.read()
             except ConnectionResetError:
@@ -233,7 +233,7 @@ async def test_chunks_that_break_later(broker: Started, wire: Wire, dial: Dial, 
 
 async def logged(broker: Started, **values: object) -> dict[str, Any]:
     """The request line with these values, as soon as it is there."""
-    async with asyncio.timeout(PATIENCE):
+    async with soon():
         while True:
             if found := lines(broker, **values):
                 return found[0]
@@ -781,7 +781,7 @@ async def refuses_connections(broker: Started) -> None:
     """Return when nobody listens any more. Who connects in the moment of the end makes asyncio's own server stumble, from Python 3.13 on;
     so the address is asked for instead, which is free when nobody listens on it."""
     address = "127.0.0.1", broker.service.port
-    async with asyncio.timeout(PATIENCE):
+    async with soon():
         while True:
             with socket.socket() as own, contextlib.suppress(OSError):
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -816,7 +816,7 @@ async def test_close_finishes_what_runs_and_refuses_what_is_new(
     status, _, body = await running.answer()
     assert (status, set(json.loads(body))) == (201, {"transaction_id"})
     assert await running.ends() == b""
-    async with asyncio.timeout(PATIENCE):
+    async with soon():
         await closing
     assert lines(broker, status=201)
 
@@ -839,7 +839,7 @@ async def test_close_lets_a_body_arrive(broker: Started, wire: Wire, dial: Dial)
     await refuses_connections(broker)
     await running.send(body[10:])
     assert (await running.answer())[0] == 201
-    async with asyncio.timeout(PATIENCE):
+    async with soon():
         await closing
     assert lines(broker, status=201)
 
@@ -860,7 +860,7 @@ async def test_close_waits_no_longer_than_the_drain_limit(
         )
     )
     assert (await line.answer())[0] == 100
-    async with asyncio.timeout(PATIENCE):
+    async with soon():
         await broker.service.close()
     assert b"HTTP/1.1 2" not in await line.ends()
 

@@ -36,6 +36,7 @@ from broker.telemetry import (
 )
 from tests.authenticator import Authenticator
 from tests.conftest import Started
+from tests.processes import DEADLINE
 from tests.wire import Wire
 
 BROKER = Path(__file__).parent.parent / "broker"
@@ -91,7 +92,7 @@ async def test_held_lines_come_together_in_order() -> None:
     for number in range(3):
         log("request", number=number)
     assert stream.getvalue() == ""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE):
         await written.wait()
     assert [line["number"] for line in lines(stream)] == [0, 1, 2]
 

@@ -50,7 +50,7 @@ from typing import Any, Self, TypeVar
 
 from tests import parts
 
-DEADLINE = 10.0  # seconds; for a wait that a page should end within milliseconds
+DEADLINE = 30.0  # seconds; for a wait that a page should end within milliseconds
 POLL = 0.02  # seconds between two looks at the page
 
 FLAGS = (
@@ -192,7 +192,7 @@ class Chromium:
         return Page(self, context, owner=True)
 
     def send(
-        self, method: str, session: str | None = None, timeout: float = 15.0, **params: Any
+        self, method: str, session: str | None = None, timeout: float = DEADLINE, **params: Any
     ) -> dict[str, Any]:
         """Call a DevTools method and return its result.
 
@@ -319,7 +319,7 @@ class Page:
         """A second tab in the same browser context: same cookies and storage, its own authenticators."""
         return Page(self.browser, self.context, owner=False)
 
-    def send(self, method: str, timeout: float = 15.0, **params: Any) -> dict[str, Any]:
+    def send(self, method: str, timeout: float = DEADLINE, **params: Any) -> dict[str, Any]:
         """Call a DevTools method on this page."""
         return self.browser.send(method, self._session, timeout, **params)
 
@@ -372,7 +372,7 @@ class Page:
     def url(self) -> str:
         return str(self.js("location.href"))
 
-    def js(self, expression: str, *, gesture: bool = True, timeout: float = 15.0) -> Any:
+    def js(self, expression: str, *, gesture: bool = True, timeout: float = DEADLINE) -> Any:
         """Evaluate an expression; a promise is awaited. The value must survive JSON. `gesture`: count as user activation.
 
         Raises:

@@ -139,7 +139,7 @@ def demo(stores: EmbeddedStores, tmp_path_factory: pytest.TempPathFactory) -> It
     yield Demo(service, key)
     run(service.close())
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join(30)
     loop.close()
 
 

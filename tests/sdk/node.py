@@ -55,7 +55,7 @@ class Script:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
-        line = await asyncio.wait_for(self._process.stdout.readline(), 20)
+        line = await asyncio.wait_for(self._process.stdout.readline(), 30)
         assert line, "Node ended"
         found: dict[str, Any] = json.loads(line)
         return found
