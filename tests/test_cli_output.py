@@ -41,15 +41,14 @@ def test_columns_are_aligned_by_what_a_terminal_shows() -> None:
     """A wide character takes two cells, a combining one none; what is not printable is written out."""
     names = ["plain", "株式会社", "e\u0301te\u0301", "a\x1b[2Jb", "\u202eñ\n"]
     lines = output.table([{"name": name, "left_out": {}, "number": 7} for name in names], colour=False)
-    assert lines[0] == "NAME       NUMBER"
-    assert [line.rpartition("  ")[0].rstrip() for line in lines[1:]] == [
-        "plain",
-        "株式会社",
-        "e\u0301te\u0301",
-        "a\\x1b[2Jb",
-        "\\u202eñ\\n",
+    assert lines == [
+        "NAME       NUMBER",
+        "plain      7",
+        "株式会社   7",
+        "e\u0301te\u0301        7",
+        "a\\x1b[2Jb  7",
+        "\\u202eñ\\n  7",
     ]
-    assert {output.width(line) for line in lines[1:]} == {len("a\\x1b[2Jb") + len("  ") + len("7")}
 
 
 def test_a_table_that_grows_has_one_header_and_stays_aligned() -> None:
