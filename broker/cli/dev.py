@@ -151,10 +151,11 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], steps: St
     steps.end()
     try:
         url = f"http://localhost:{service.port}"
+        told = until_told()  # before the banner says that Ctrl-C stops everything
         print(_banner(url, app.id, data / "dev.json", notes), flush=True)  # noqa: T201 - the banner
         if opens and _has_screen():
             webbrowser.open(f"{url}/demo/")
-        await until_told()
+        await told
     finally:
         await service.close()
 

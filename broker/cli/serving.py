@@ -95,6 +95,7 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
             await parts.close()
             raise
     service = await start(parts)
+    told = until_told()  # before anybody learns that it listens
     if left := left_out(settings):
         log("dialects_left_out", dialects=left, missing="BROKER_SECRET_KEY")
     log(
@@ -105,7 +106,7 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
         metrics=settings.metrics_at,
     )
     looking = asyncio.create_task(tell_until_migrated(parts))
-    await until_told()
+    await told
     looking.cancel()
     log("draining", seconds=settings.drain_seconds)
     await service.close()
@@ -170,11 +171,11 @@ def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
     return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
 
 
-async def until_told(at_once: Callable[[], None] | None = None) -> None:
-    """Wait for SIGTERM or SIGINT. A second one ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
+def until_told(at_once: Callable[[], None] | None = None) -> asyncio.Future[None]:
+    """A future that ends with SIGTERM or SIGINT, which are handled from this call on. A second one ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
     exception, which would come up in whatever runs at that moment and may be lost there. `at_once` is what to do before that."""
     loop = asyncio.get_running_loop()
-    told = loop.create_future()
+    told: asyncio.Future[None] = loop.create_future()
 
     def end(number: int, _: object) -> None:
         if at_once:
@@ -195,7 +196,7 @@ async def until_told(at_once: Callable[[], None] | None = None) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell)
-    await told
+    return told
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -48,6 +48,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from broker.app import Ports, assemble, chosen, left_out
 from broker.cli.serving import (
@@ -256,10 +257,9 @@ class _Supervisor:
         """Raises ServingFault: a worker can't start."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        told = asyncio.create_task(until_told(self._end_at_once))
-        tasks = [told]
+        told = until_told(self._end_at_once)
+        tasks: list[asyncio.Future[None]] = [told]
         try:
-            await asyncio.sleep(0)  # signals are waited for
             tasks.append(asyncio.create_task(self._begin_all()))
             await _first(tasks)
             if not told.done():
@@ -444,7 +444,7 @@ def _name(number: int) -> str:
         return str(number)
 
 
-async def _first(tasks: list[asyncio.Task[None]]) -> None:
+async def _first(tasks: list[asyncio.Future[None]]) -> None:
     """Wait for one of them, and raise what it raised."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
@@ -474,8 +474,8 @@ async def _serve_until_told(settings: Settings, post: _Post, log: Log) -> None:
     shared = Shared(Path(post.folder), post.name, parts.metrics.tally)
     parts.metrics.tally.others = shared.others
     channel = _Channel(socket.socket(fileno=post.channel), limit=settings.drain_seconds + LATE)
-    told = [asyncio.create_task(until_told()), asyncio.create_task(channel.told.wait())]
-    await asyncio.sleep(0)  # both wait
+    told: list[asyncio.Future[Any]] = [until_told(), asyncio.create_task(channel.told.wait())]
+    await asyncio.sleep(0)  # the channel is waited for
     share = Shares(Path(post.folder) / SHARES).at(post.seat) if post.seat is not None else None
     ports = Ports(_sockets(post.pages), _sockets(post.management), share)
     service = await start(parts, ports=ports)
