@@ -253,8 +253,9 @@ def test_certificate_of_version_1() -> None:
         assert x509.load_der_x509_certificate(whole).version is x509.Version.v1
         return {**statement, "x5c": [whole]}
 
-    with pytest.raises(CeremonyRefused, match="version 3") as refused:
+    with pytest.raises(CeremonyRefused) as refused:
         made_by("packed", relying_party(attestation="direct"), statement=first_version)
+    assert "version 3" in (refused.value.hint or "")
     assert refused.value.reason == "attestation"
 
 
@@ -298,15 +299,17 @@ def test_android_key_signed_by_the_certificates_key_alone() -> None:
         return {**statement, "sig": sign(other, ES256, seen["data"] + digest)}
 
     device = Authenticator(attestation="android-key", authority=Swapped())
-    with pytest.raises(CeremonyRefused, match="another key") as refused:
+    with pytest.raises(CeremonyRefused) as refused:
         register(rp, device.register(creation_options(rp), ORIGIN, auth_data=keep, statement=resign))
+    assert "another key" in (refused.value.hint or "")
     assert refused.value.reason == "attestation"
 
 
 def test_u2f_has_es256_keys_only() -> None:
     rp = relying_party(attestation="direct", algorithms=(ES512,))
-    with pytest.raises(CeremonyRefused, match="ES256") as refused:
+    with pytest.raises(CeremonyRefused) as refused:
         made_by("fido-u2f", rp)
+    assert "ES256" in (refused.value.hint or "")
     assert refused.value.reason == "attestation"
 
 

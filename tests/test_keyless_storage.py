@@ -177,7 +177,7 @@ async def test_a_keyless_request_stores_little(
         if access_of(route.handler) == "key":
             continue
         method, template = route.method, route.resource.canonical
-        assert method in ("GET", "OPTIONS", "POST", "*"), template
+        assert method in ("GET", "HEAD", "OPTIONS", "POST", "*"), template
         url = passlock.filled(template, wire)
         if method == "*":  # paths whose app id is none: refused whatever is sent
             method, url = "POST", wire.url + template.replace("{app_id}", "none")
