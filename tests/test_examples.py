@@ -37,6 +37,15 @@ def test_each_is_short_and_in_the_readme() -> None:
         assert f"]({name})" in readme
 
 
+def test_the_documentation_shows_the_express_backend() -> None:
+    """Piece by piece as it runs below."""
+    backend = (EXAMPLES / "express_app.mjs").read_text()
+    shown = (ROOT / "broker/sdk/README.md").read_text().partition("## Pages")[0]
+    pieces = re.findall(r"^```js\n(.*?)^```$", shown, re.S | re.M)
+    assert len(pieces) == 2
+    assert [piece for piece in pieces if piece not in backend] == []
+
+
 def start_of(name: str, port: int) -> list[str]:
     """README's command for this backend, on another port."""
     row = next(r for r in (EXAMPLES / "README.md").read_text().splitlines() if f"({name})" in r)
