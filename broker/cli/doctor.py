@@ -183,7 +183,7 @@ def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | No
             check,
             False,
             f"{lost} of {many} signing keys were sealed under another BROKER_SECRET_KEY.",
-            "Name it after a comma in BROKER_SECRET_KEY, or make new keys with `broker signing-key rotate --now`.",
+            "Name it after a comma in BROKER_SECRET_KEY, or make new keys: `broker signing-key rotate --now` for each --app and --algorithm.",
         )
     if not settings.secret_key:
         without = (
