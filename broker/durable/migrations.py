@@ -131,11 +131,10 @@ class _Migrating:
         try:
             await self._connection.execute("SET statement_timeout = 0")  # building an index takes its time
             await self._take_turn()
-            return [
-                name
-                for version, name, text in await self._missing()
-                if await self._apply(version, name, text)
-            ]
+            missing = await self._missing()
+            for version, name, text in missing:
+                await self._apply(version, name, text)
+            return [name for _, name, _ in missing]
         except asyncpg.InsufficientPrivilegeError as fault:
             raise MigrationFault(
                 "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
@@ -170,16 +169,15 @@ class _Migrating:
                 raise MigrationFault(f"Migration {name} was edited after it had been applied.")
         return missing
 
-    async def _apply(self, version: int, name: str, text: str) -> bool:
+    async def _apply(self, version: int, name: str, text: str) -> None:
         self._step = f"Migration {name}"
         steps = concurrent_steps(text)
         if steps is None:
             await self._in_transaction(version, name, text)
-            return True
+            return
         for index, statement in steps:
             await self._build(index, statement)
         await self._record(version, name, text)
-        return True
 
     async def _in_transaction(self, version: int, name: str, text: str) -> None:
         patience, pause = self._patience, self._patience.pause
