@@ -65,7 +65,7 @@ DIALECTS: tuple[Dialect, ...] = (flex, hanko, passlock, propelauth)
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
-# Cache-Control by folder. What stands under a version never changes (RFC 8246).
+# Cache-Control by folder. A file under a version never changes (RFC 8246).
 _SDK_PLACES = {
     "/sdk": "public, max-age=300",
     f"/sdk/{__version__}": "public, max-age=31536000, immutable",

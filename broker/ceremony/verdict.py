@@ -88,7 +88,7 @@ PARSER_FAULTS = (
 
 _ELSEWHERE = "Passkeys don't work on this page; open the site at its own address, in a tab of its own."
 _UNUSABLE = "This device or security key can't be used here; use another one."
-# What a person at a page can do about it; for other reasons the refusal's default.
+# Sentences for a person at a page; other reasons have the refusal's default.
 _TOLD: dict[Reason, str] = {
     "origin": _ELSEWHERE,
     "cross_origin": _ELSEWHERE,
@@ -108,7 +108,7 @@ _TOLD: dict[Reason, str] = {
     "backup_eligibility": "This passkey can't be used any more; sign in another way and add a new one.",
     "counter": "This passkey can't be used any more; sign in another way and add a new one.",
 }
-# What decides about the reason, and a value that lets the ceremony pass.
+# The policy key or the command behind a reason, with a value that lets the ceremony pass.
 CAUSES: dict[Reason, str] = {
     "origin": "`broker app update --app A --add-origin ORIGIN` registers an origin.",
     "cross_origin": policy_hint("allow_cross_origin", "true"),

@@ -210,7 +210,7 @@ def _changed_origins(app: RelyingParty, options: argparse.Namespace) -> tuple[st
 
 
 async def ask_about_app(records: Records, options: argparse.Namespace) -> str:
-    """What is lost."""
+    """The question to confirm, with the number of users and passkeys that end with the app."""
     _, users = await records.directory.users(options.app, limit=1)
     _, passkeys = await records.directory.passkeys(options.app, limit=1)
     lost = f"{counted(users, 'user')} and {counted(passkeys, 'passkey')}"

@@ -89,7 +89,7 @@ async def list_passkeys(records: Records, options: argparse.Namespace) -> list[R
 
 
 async def ask_about_passkeys(records: Records, options: argparse.Namespace) -> str:
-    """Who can't sign in any more; nothing where one passkey is revoked."""
+    """The question to confirm, with the user who can't sign in any more; "" where one passkey is revoked."""
     if not options.all:
         return ""
     user = await records.directory.user(options.app, external_id=options.user)
