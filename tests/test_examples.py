@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +16,19 @@ import httpx
 import pytest
 
 from tests import parts
-from tests.browser.chromium import Chromium, Page, button, textbox
+from tests.browser.chromium import Chromium
 from tests.pages import ROOT, blocks
-from tests.test_docs_run import Dev, bash, dev, free_port, stop, wait_registered
+from tests.test_docs_run import (
+    Dev,
+    Shop,
+    bash,
+    dev,
+    free_port,
+    said_after,
+    stop,
+    until_served,
+    wait_registered,
+)
 
 EXAMPLES = ROOT / "tests" / "examples"
 BACKENDS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in {".py", ".mjs"})
@@ -80,26 +88,11 @@ def shop(request: pytest.FixtureRequest, dev: Dev, tmp_path: Path) -> Iterator[s
         },
     )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, "the backend ended"
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(origin, trust_env=False).is_success:
-                    break
-            assert time.monotonic() < deadline, "the backend was not there in time"
-            time.sleep(0.05)  # between two looks
+        until_served(Shop(origin, process))
         yield origin
     finally:
         stop(process)
         bash(f"broker app update --remove-origin {origin}", dev.folder)
-
-
-def said_after(page: Page, name: str, press: str) -> str:
-    page.js("document.querySelector('output').textContent = ''")
-    page.fill(textbox("Name"), name)
-    page.click(button(press))
-    page.wait_until("document.querySelector('output').textContent")
-    return str(page.js("document.querySelector('output').textContent"))
 
 
 def test_sign_up_sign_in_and_the_refusals(shop: str) -> None:
