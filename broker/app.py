@@ -1,10 +1,11 @@
 """The composition root: settings to stores to verbs to HTTP.
 
-Everything is made here and handed down through `__init__`; handlers find the verbs under typed keys. A process serves one port
-for everything, or, with a management port, pages on one and keyed callers, health and metrics on the other.
+Everything is made here and handed down through `__init__`; handlers find the verbs under typed
+keys. A process serves one port for everything, or, with a management port, pages on one and keyed
+callers, health and metrics on the other.
 
-The dialects are listed in `DIALECTS`: a further one is one module (`broker.dialects.Dialect`) and one line. Their modules' names are
-what the setting `dialects` chooses from.
+The dialects are listed in `DIALECTS`: a further one is one module (`broker.dialects.Dialect`) and
+one line. Their modules' names are what the setting `dialects` chooses from.
 """
 
 from __future__ import annotations
@@ -73,23 +74,30 @@ _SDK_PLACES = {
 
 
 def chosen(settings: Settings) -> tuple[Dialect, ...]:
-    """The dialects that answer. Without a secret key those that sign tokens don't, unless the setting names them.
+    """The dialects that answer. Without a secret key those that sign tokens don't, unless the
+    setting names them.
 
     Raises:
         SettingsFault: the setting names one that does not exist, or one that lacks a secret key.
     """
     named = {_name(dialect): dialect for dialect in DIALECTS}
     if not set(settings.dialects) <= named.keys():
-        raise SettingsFault([f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."])
+        raise SettingsFault(
+            [f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."]
+        )
     lacking = [name for name in settings.dialects if named[name].SIGNS and not settings.secret_key]
     if lacking:
-        raise SettingsFault([f"BROKER_SECRET_KEY is missing; without it {' and '.join(lacking)} can't sign."])
+        raise SettingsFault(
+            [f"BROKER_SECRET_KEY is missing; without it {' and '.join(lacking)} can't sign."]
+        )
     left = left_out(settings)
     return tuple(named[name] for name in settings.dialects or named if name not in left)
 
 
 def left_out(settings: Settings) -> tuple[str, ...]:
-    """The names of the dialects that don't answer because they sign tokens and there is no secret key."""
+    """The names of the dialects that don't answer because they sign tokens and there is no secret
+    key.
+    """
     if settings.secret_key or settings.dialects:
         return ()
     return tuple(_name(dialect) for dialect in DIALECTS if dialect.SIGNS)
@@ -133,7 +141,8 @@ async def assemble(
     clock: Callable[[], float] = time.time,
     mint: Mint | None = None,
 ) -> Parts:
-    """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is down.
+    """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is
+    down.
 
     Raises:
         SettingsFault: a dialect that does not exist, or lacks a secret key.
@@ -176,14 +185,24 @@ async def assemble(
         postgres=postgres,
         notifications=notifications,
         housekeeping=Housekeeping(
-            postgres, retention_days=settings.event_retention_days, metrics=metrics, log=log, clock=clock
+            postgres,
+            retention_days=settings.event_retention_days,
+            metrics=metrics,
+            log=log,
+            clock=clock,
         ),
         durable=durable,
         ephemeral=ephemeral,
-        broker=Broker(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
+        broker=Broker(
+            ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint
+        ),
         directory=directory,
-        signals=Signals(ephemeral=ephemeral, durable=durable, catalogue=catalogue, clock=clock, mint=mint),
-        mailbox=Mailbox(ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint),
+        signals=Signals(
+            ephemeral=ephemeral, durable=durable, catalogue=catalogue, clock=clock, mint=mint
+        ),
+        mailbox=Mailbox(
+            ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint
+        ),
         signing=Signing(
             SigningKeys(postgres),
             settings.secret_key,
@@ -256,7 +275,11 @@ def _health(parts: Parts) -> list[web.RouteDef]:
             elif isinstance(result, BaseException):
                 raise result
         if missing:
-            body = {"code": "not_ready", "error": f"Not ready: {', '.join(missing)}.", "missing": missing}
+            body = {
+                "code": "not_ready",
+                "error": f"Not ready: {', '.join(missing)}.",
+                "missing": missing,
+            }
             return json_answer(body, status=503, headers={"Retry-After": "1"})
         return json_answer({"status": "ready"})
 
@@ -269,8 +292,9 @@ def _health(parts: Parts) -> list[web.RouteDef]:
 def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
     @public
     async def answer(_: web.Request) -> web.StreamResponse:
-        """Prometheus' text format. `reason` is for operators, so nothing about a request can open it (`Settings.metrics_at`): a proxy on this
-        machine has a loopback address and need not say for whom it asks."""
+        """Prometheus' text format. `reason` is for operators, so nothing about a request can open
+        it (`Settings.metrics_at`): a proxy on this machine has a loopback address and need not say
+        for whom it asks."""
         return web.Response(
             body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
@@ -307,7 +331,9 @@ def _sdk() -> list[web.RouteDef]:
 
 
 class Service:
-    """A process that listens. `port` and `management_port` are the ports in use, also where 0 was asked."""
+    """A process that listens. `port` and `management_port` are the ports in use, also where 0 was
+    asked.
+    """
 
     def __init__(self, parts: Parts, listeners: Sequence[Listener], stack: AsyncExitStack) -> None:
         self.parts = parts
@@ -317,12 +343,16 @@ class Service:
         self._stack = stack
 
     async def accept_no_more(self) -> None:
-        """Take no new connections, for other processes on the same ports do; `close` ends those there are."""
+        """Take no new connections, for other processes on the same ports do; `close` ends those
+        there are.
+        """
         for listener in self._listeners:
             await listener.accept_no_more()
 
     async def close(self) -> None:
-        """Refuse new work, let running requests end (`drain_seconds` at most), then close the stores."""
+        """Refuse new work, let running requests end (`drain_seconds` at most), then close the
+        stores.
+        """
         await self._stack.aclose()
 
 
@@ -333,8 +363,8 @@ async def _close_all(listeners: Sequence[Listener]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Sockets that listen: those of the port for pages, and those of the management port, where there is one. `share` is this process' of
-    what they accept, where others have them too."""
+    """Sockets that listen: those of the port for pages, and those of the management port, where
+    there is one. `share` is this process' of what they accept, where others have them too."""
 
     pages: Sequence[socket.socket]
     management: Sequence[socket.socket] = ()
@@ -365,8 +395,9 @@ async def serve(
     prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
     limits: Limits | None = None,
 ) -> Service:
-    """Listen, on `ports` where somebody else has bound them. `prepare` is given the port before the first request is answered, and
-    returns further applications by path prefix; `limits` bounds slow callers.
+    """Listen, on `ports` where somebody else has bound them. `prepare` is given the port before the
+    first request is answered, and returns further applications by path prefix; `limits` bounds slow
+    callers.
 
     Raises:
         OSError: an address is in use or not ours.
@@ -384,7 +415,9 @@ async def serve(
             keyed = application(parts, management=True, browser=False, limits=limits)
             plan = [(ports.pages, pages), (ports.management, keyed)]
         else:
-            combined = application(parts, management=True, browser=True, subapps=extra, limits=limits)
+            combined = application(
+                parts, management=True, browser=True, subapps=extra, limits=limits
+            )
             plan = [(ports.pages, combined)]
         listeners: list[Listener] = []
         stack.push_async_callback(_close_all, listeners)

@@ -1,9 +1,11 @@
-"""Who there is: relying parties, their API keys, their users and passkeys. Operators and keyed callers ask here; ceremonies are
-in `broker.broker`.
+"""Who there is: relying parties, their API keys, their users and passkeys. Operators and keyed
+callers ask here; ceremonies are in `broker.broker`.
 
-**Remembered look-ups.** Every request needs its relying party, every keyed one its key. Both are remembered for less than a second, or
-for less than a second after the last proof that the database tells of changes (`broker.durable.remembered`), so a changed policy or a
-revoked key is effective on every instance within that time. Unknown ids and keys are not remembered: memory belongs to those who exist.
+**Remembered look-ups.** Every request needs its relying party, every keyed one its key. Both are
+remembered for less than a second, or for less than a second after the last proof that the database
+tells of changes (`broker.durable.remembered`), so a changed policy or a revoked key is effective on
+every instance within that time. Unknown ids and keys are not remembered: memory belongs to those
+who exist.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from broker.tokens import Mint, SystemMint, key_digest, key_hint, text, well_for
 
 
 class Directory:
-    """The look-ups and the changes. `clock` gives seconds since the epoch; `cache_seconds` is how long a look-up is remembered, and how
-    long one rests on a proof of `news`."""
+    """The look-ups and the changes. `clock` gives seconds since the epoch; `cache_seconds` is how
+    long a look-up is remembered, and how long one rests on a proof of `news`."""
 
     def __init__(
         self,
@@ -51,7 +53,9 @@ class Directory:
         self._clock = clock
         self._mint = mint or SystemMint()
         news = news or News()
-        self._apps: Remembered[RelyingParty] = Remembered(cache_seconds, clock, news, "relying_parties")
+        self._apps: Remembered[RelyingParty] = Remembered(
+            cache_seconds, clock, news, "relying_parties"
+        )
         self._keys: Remembered[tuple[str, str]] = Remembered(
             cache_seconds, clock, news, "api_keys", bytes.fromhex
         )
@@ -60,11 +64,15 @@ class Directory:
         """The server's time."""
         return instant(self._clock())
 
-    # -- who asks -------------------------------------------------------------------------------------------------------------
+    # -- who asks ----------------------------------------------------------------------------------
 
     async def tell_refused_origin(self, app: RelyingParty, origin: str) -> None:
-        """Write the event of a page that was refused for its origin. `origin` was judged: an event is shown to people."""
-        await self._durable.tell(app.id, "origin.refused", result="refused", reason=origin, now=self.now())
+        """Write the event of a page that was refused for its origin. `origin` was judged: an event
+        is shown to people.
+        """
+        await self._durable.tell(
+            app.id, "origin.refused", result="refused", reason=origin, now=self.now()
+        )
 
     async def app(self, app_id: str) -> RelyingParty:
         """The relying party with this id.
@@ -96,7 +104,9 @@ class Directory:
         return key_id
 
     def remembered(self, key: str) -> tuple[str, RelyingParty] | None:
-        """The id of an API key and its app, where both are remembered: for nearly every request they are."""
+        """The id of an API key and its app, where both are remembered: for nearly every request
+        they are.
+        """
         if not key.isascii():
             return None
         found = self._keys.get(key_digest(key))
@@ -122,7 +132,7 @@ class Directory:
             self._keys.put(name, found, asked)
         return found
 
-    # -- users and passkeys (keyed) -------------------------------------------------------------------------------------------
+    # -- users and passkeys (keyed) ----------------------------------------------------------------
 
     async def user(
         self, app: RelyingParty, *, user_id: str | None = None, external_id: str | None = None
@@ -151,7 +161,9 @@ class Directory:
         created_before: datetime | None = None,
         order: UserOrder = "created_at",
     ) -> tuple[list[User], int]:
-        """A page of users and how many there are in all. `external_id` is compared byte for byte."""
+        """A page of users and how many there are in all. `external_id` is compared byte for
+        byte.
+        """
         return await self._catalogue.users(
             app.id,
             limit=limit,
@@ -168,7 +180,8 @@ class Directory:
         return await self._durable.credentials(app.id, user.id)
 
     async def revoke(self, app: RelyingParty, user: User, passkey_id: str | None) -> list[str]:
-        """Revoke one passkey, or all (`passkey_id` None); it never signs in again. Returns the ids revoked.
+        """Revoke one passkey, or all (`passkey_id` None); it never signs in again. Returns the ids
+        revoked.
 
         Raises:
             UnknownPasskey: the user has no such passkey.
@@ -182,13 +195,17 @@ class Directory:
         return gone
 
     async def credentials_of(self, app: RelyingParty, external_id: str) -> list[Credential]:
-        """The passkeys of the user with this external id, oldest first; none where there is no such user."""
+        """The passkeys of the user with this external id, oldest first; none where there is no such
+        user.
+        """
         user = await self._durable.user(app.id, external_id=external_id)
         return await self._durable.credentials(app.id, user.id) if user else []
 
-    async def revoke_of(self, app: RelyingParty, external_id: str, credential_id: str | None) -> None:
-        """Revoke one passkey of the user with this external id, by its credential id (base64url without padding), or all of them
-        (`credential_id` None).
+    async def revoke_of(
+        self, app: RelyingParty, external_id: str, credential_id: str | None
+    ) -> None:
+        """Revoke one passkey of the user with this external id, by its credential id (base64url
+        without padding), or all of them (`credential_id` None).
 
         Raises:
             UnknownPasskey: no such user, or the user has no such passkey; never for all.
@@ -229,7 +246,9 @@ class Directory:
     async def passkeys_after(
         self, app: RelyingParty, after: tuple[datetime, str] | None, limit: int
     ) -> list[Owned]:
-        """The app's passkeys, oldest first, behind the one made at that time with that id: a page that stays right while others come."""
+        """The app's passkeys, oldest first, behind the one made at that time with that id: a page
+        that stays right while others come.
+        """
         return await self._catalogue.passkeys_after(app.id, after, limit)
 
     async def passkey(self, app: RelyingParty, passkey_id: str) -> Owned:
@@ -239,7 +258,9 @@ class Directory:
             UnknownPasskey, Unavailable.
         """
         return self._found(
-            await self._catalogue.passkey(app.id, passkey_id=passkey_id) if ID.match(passkey_id) else None
+            await self._catalogue.passkey(app.id, passkey_id=passkey_id)
+            if ID.match(passkey_id)
+            else None
         )
 
     async def passkey_by_credential(self, app: RelyingParty, credential_id: bytes) -> Owned:
@@ -273,7 +294,8 @@ class Directory:
             raise UnknownPasskey
 
     async def rename_user(self, app: RelyingParty, external_id: str, user_name: str) -> list[str]:
-        """Change the user's name on every passkey of theirs; returns the passkeys' ids. Authenticators hear of it by a signal.
+        """Change the user's name on every passkey of theirs; returns the passkeys' ids.
+        Authenticators hear of it by a signal.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -307,7 +329,8 @@ class Directory:
         return owned
 
     async def assign(self, app: RelyingParty, passkey_id: str, external_id: str) -> Owned:
-        """Give a passkey that nobody owns an owner, once; the user is made if the app has none with this external id.
+        """Give a passkey that nobody owns an owner, once; the user is made if the app has none with
+        this external id.
 
         Raises:
             InvalidRequest, UnknownPasskey, OwnedAlready, Unavailable.
@@ -340,8 +363,9 @@ class Directory:
         kinds: Sequence[tuple[str, str]] | None = None,
         user: str | None = None,
     ) -> tuple[list[AuditRow], int]:
-        """A page of events, newest first, and how many there are in all. `kinds` are pairs of action and result, None for all;
-        `user` is a part of the external id; `start` and `end` are exclusive."""
+        """A page of events, newest first, and how many there are in all. `kinds` are pairs of
+        action and result, None for all; `user` is a part of the external id; `start` and `end` are
+        exclusive."""
         return await self._catalogue.audit(
             app.id,
             limit=limit,
@@ -361,7 +385,7 @@ class Directory:
         if not await self._durable.delete_user(app.id, external_id, self.now()):
             raise UnknownUser
 
-    # -- relying parties and keys (operators) ---------------------------------------------------------------------------------
+    # -- relying parties and keys (operators) ------------------------------------------------------
 
     async def create_app(
         self,
@@ -389,7 +413,8 @@ class Directory:
         return await self._durable.apps()
 
     async def update_app(self, app: RelyingParty) -> RelyingParty:
-        """Replace an app's name, RP ID, origins and policy, as they were read. Effective everywhere when remembered look-ups have ended.
+        """Replace an app's name, RP ID, origins and policy, as they were read. Effective everywhere
+        when remembered look-ups have ended.
 
         Raises:
             Conflict: somebody else has changed the app since it was read.
@@ -440,7 +465,9 @@ class Directory:
         """The newest events of an app, oldest first."""
         return await self._catalogue.events(app_id, limit=limit)
 
-    async def events_after(self, app_id: str, cursor: int, *, limit: int) -> tuple[list[AuditRow], int]:
-        """The first events of an app behind a cursor (an event's id; 0 for all), oldest first, and the next cursor: an event that is
-        committed later comes behind that one."""
+    async def events_after(
+        self, app_id: str, cursor: int, *, limit: int
+    ) -> tuple[list[AuditRow], int]:
+        """The first events of an app behind a cursor (an event's id; 0 for all), oldest first, and
+        the next cursor: an event that is committed later comes behind that one."""
         return await self._catalogue.events_after(app_id, cursor, limit=limit)

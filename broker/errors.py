@@ -1,18 +1,20 @@
 """What the broker refuses, as types.
 
-Each refusal has a stable `code` and one sentence for the person who reads it. Nothing here knows HTTP: `broker.web` and each
-dialect hold a table from these classes to a status and a vendor's code, and a test asserts that no class lacks a row.
+Each refusal has a stable `code` and one sentence for the person who reads it. Nothing here knows
+HTTP: `broker.web` and each dialect hold a table from these classes to a status and a vendor's code,
+and a test asserts that no class lacks a row.
 
-Two rules decide what a sentence may say. A caller without a key learns nothing, so one class covers unknown, expired, spent,
-wrong-kind and foreign values; `reason` tells the log, the metric and the event which of these it was, and never leaves the
-process, but for a keyed caller whose wire format has a word of its own for it. And a sentence tells the reader what to do, not what
-the code did.
+Two rules decide what a sentence may say. A caller without a key learns nothing, so one class covers
+unknown, expired, spent, wrong-kind and foreign values; `reason` tells the log, the metric and the
+event which of these it was, and never leaves the process, but for a keyed caller whose wire format
+has a word of its own for it. And a sentence tells the reader what to do, not what the code did.
 
-**Two readers.** A `sentence` may be read by a person at a page, so it is plain and names no policy, command or setting. What an operator
-or a backend's developer needs besides is the `hint`: what was wrong in technical words, and, where a policy or a setting caused the
-refusal, which one and how to set it (`policy_hint`). The edge adds a hint to the request's log line, and to the answer of a caller
-whose key was accepted; no other answer has it. So a hint holds no byte of a caller. (A fault of form, `InvalidRequest`, is the mistake of
-whoever wrote the page; its sentence names the field.)
+**Two readers.** A `sentence` may be read by a person at a page, so it is plain and names no policy,
+command or setting. What an operator or a backend's developer needs besides is the `hint`: what was
+wrong in technical words, and, where a policy or a setting caused the refusal, which one and how to
+set it (`policy_hint`). The edge adds a hint to the request's log line, and to the answer of a
+caller whose key was accepted; no other answer has it. So a hint holds no byte of a caller. (A fault
+of form, `InvalidRequest`, is the mistake of whoever wrote the page; its sentence names the field.)
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ Retry = Literal["page", "backend"]
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """What a page may hand to the WebAuthn Signal API: the authenticator keeps a passkey that this relying party does not.
+    """What a page may hand to the WebAuthn Signal API: the authenticator keeps a passkey that this
+    relying party does not.
 
     Source: WebAuthn L3 §5.1.10, `PublicKeyCredential.signalUnknownCredential(options)`.
     """
@@ -35,7 +38,9 @@ class Signal:
 
 
 def policy_hint(key: str, value: str) -> str:
-    """The hint of a refusal that a policy key causes: the key, and how to set it to what would let the request pass."""
+    """The hint of a refusal that a policy key causes: the key, and how to set it to what would let
+    the request pass.
+    """
     return f"The app's policy {key} decides that; `broker app update --app A --set {key}={value}` changes it."
 
 
@@ -46,9 +51,10 @@ class Fault(Exception):
 
 
 class Refusal(Exception):
-    """A request that is not granted. `sentence` is for the caller, who may be a person at a page; `reason` (a short bounded word) and
-    `hint` (sentences of ours) are for the operator, the hint for keyed callers too. `doc` is a link to the documentation of `code`, ""
-    where the operator has named none; only the native shape has it."""
+    """A request that is not granted. `sentence` is for the caller, who may be a person at a page;
+    `reason` (a short bounded word) and `hint` (sentences of ours) are for the operator, the hint
+    for keyed callers too. `doc` is a link to the documentation of `code`, "" where the operator has
+    named none; only the native shape has it."""
 
     code: ClassVar[str]
     default: ClassVar[str]
@@ -131,15 +137,21 @@ class UnknownPasskey(Refusal):
 
 
 class UnknownTransaction(Refusal):
-    """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle or a user without a pending ceremony."""
+    """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle or
+    a user without a pending ceremony.
+    """
 
     code = "transaction_not_found"
     default = "This step has expired or was already used; reload the page and start again."
-    default_hint = "The transaction, session or ceremony is unknown, expired or already used; open a new one."
+    default_hint = (
+        "The transaction, session or ceremony is unknown, expired or already used; open a new one."
+    )
 
 
 class UnknownNonce(Refusal):
-    """Unknown, expired, redeemed, of another app, or not what the caller said it expects: all alike."""
+    """Unknown, expired, redeemed, of another app, or not what the caller said it expects: all
+    alike.
+    """
 
     code = "invalid_nonce"
     default = "nonce is invalid, expired, or cannot be found"
@@ -168,10 +180,11 @@ class DuplicateApproval(Refusal):
 
 
 class CeremonyRefused(Refusal):
-    """The browser's answer does not satisfy WebAuthn L3 §7.1 or §7.2. The pending ceremony is spent.
+    """The browser's answer does not satisfy WebAuthn L3 §7.1 or §7.2. The pending ceremony is
+    spent.
 
-    `reason` is a bounded word ("challenge", "origin", "signature", …). `signal` is set where the server has proved that the
-    authenticator holds a passkey which no user of the app has.
+    `reason` is a bounded word ("challenge", "origin", "signature", …). `signal` is set where the
+    server has proved that the authenticator holds a passkey which no user of the app has.
     """
 
     code = "webauthn_login_failed"
@@ -270,7 +283,9 @@ class UnsupportedEncoding(Refusal):
 
 
 class Unavailable(Refusal):
-    """A store is down, slow or full, or a migration is missing. `retry` says where to start again, if a step was begun."""
+    """A store is down, slow or full, or a migration is missing. `retry` says where to start again,
+    if a step was begun.
+    """
 
     code = "service_unavailable"
     default = "The service is briefly unavailable; try again."
@@ -284,21 +299,27 @@ class Unavailable(Refusal):
 
 
 class InvalidSetting(Refusal):
-    """An operator's value (an origin, a policy, a setting) that can't be used; the sentence names it and says why."""
+    """An operator's value (an origin, a policy, a setting) that can't be used; the sentence names
+    it and says why.
+    """
 
     code = "invalid_setting"
     default = "The setting can't be used."
 
 
 class Conflict(Refusal):
-    """A change that rests on what was read before, and somebody else has changed it since. Nothing was changed."""
+    """A change that rests on what was read before, and somebody else has changed it since. Nothing
+    was changed.
+    """
 
     code = "conflict"
     default = "The app was changed meanwhile; look at it and try again."
 
 
 class InternalFault(Refusal):
-    """A defect of ours, as the caller sees it; the log has the exception, the answer has nothing of it."""
+    """A defect of ours, as the caller sees it; the log has the exception, the answer has nothing of
+    it.
+    """
 
     code = "internal_server_error"
     default = "Something went wrong on our side; try again later."

@@ -1,21 +1,27 @@
-"""Mail codes: a 6-digit code that proves that somebody reads a mailbox. For keyed callers; sending the mail is theirs.
+"""Mail codes: a 6-digit code that proves that somebody reads a mailbox. For keyed callers; sending
+the mail is theirs.
 
-    create   -> the code, its secret, and the message to send       the application mails the message and keeps id and secret
+    create   -> the code, its secret, and the message to send       the application mails the
+             message and keeps id and secret
     verify   id, secret and what the person typed -> the code's facts, once
     get      what is known of a code that has not ended
     delete   it redeems nothing any more
 
-**Two halves.** The mailbox gets six digits; the application keeps the secret with the person's session. Neither redeems anything alone, so
-who reads the mail elsewhere, or guesses digits against somebody's address, lacks the secret. A code lives for `LIFE` seconds and
-takes `ATTEMPTS` guesses; the last wrong one ends it. So of one code a guess buys 5 in a million, and the rate (`PER_MAILBOX`
-codes of one purpose for one mailbox in 15 minutes, `PER_USER` for one user) bounds how many codes there are to guess at, and
-how much mail a stranger can have sent to somebody. A caller may skip the rate, for what it has limited by itself.
+**Two halves.** The mailbox gets six digits; the application keeps the secret with the person's
+session. Neither redeems anything alone, so who reads the mail elsewhere, or guesses digits against
+somebody's address, lacks the secret. A code lives for `LIFE` seconds and takes `ATTEMPTS` guesses;
+the last wrong one ends it. So of one code a guess buys 5 in a million, and the rate (`PER_MAILBOX`
+codes of one purpose for one mailbox in 15 minutes, `PER_USER` for one user) bounds how many codes
+there are to guess at, and how much mail a stranger can have sent to somebody. A caller may skip the
+rate, for what it has limited by itself.
 
-**What is compared.** E-mail addresses byte for byte: the broker neither trims nor folds them, for only the mail server knows which of
-them are one mailbox. The rate alone is counted by the lower-cased address, so that another spelling does not dodge it.
+**What is compared.** E-mail addresses byte for byte: the broker neither trims nor folds them, for
+only the mail server knows which of them are one mailbox. The rate alone is counted by the
+lower-cased address, so that another spelling does not dodge it.
 
-**Who is told.** Keyed callers may know all of it: what is unknown, used or of another app has one refusal with a wrong secret, but an
-expired code and one without attempts say so. A guess with the right secret that ends a known user's code is an event.
+**Who is told.** Keyed callers may know all of it: what is unknown, used or of another app has one
+refusal with a wrong secret, but an expired code and one without attempts say so. A guess with the
+right secret that ends a known user's code is an event.
 
 At-most-once and what is at rest: `broker.ephemeral.mailbox`.
 """
@@ -47,7 +53,17 @@ from broker.model import ID, RelyingParty
 from broker.telemetry import Metrics
 from broker.tokens import Mint, SystemMint
 
-__all__ = ["ATTEMPTS", "LIFE", "PER_MAILBOX", "PER_USER", "WINDOW", "Made", "MailCode", "Mailbox", "Message"]
+__all__ = [
+    "ATTEMPTS",
+    "LIFE",
+    "PER_MAILBOX",
+    "PER_USER",
+    "WINDOW",
+    "Made",
+    "MailCode",
+    "Mailbox",
+    "Message",
+]
 
 LIFE = 600  # seconds
 ATTEMPTS = 5
@@ -56,7 +72,8 @@ MAX_METADATA = 4096  # bytes of JSON
 _PREFIX = "pbm_"
 _DIGITS = re.compile(r"[0-9]{6}\Z")
 _PURPOSE = re.compile(r"[A-Za-z0-9._:-]{1,64}\Z")
-# A bare address: no quoted local part, no address literal, and none of what separates addresses in a header (RFC 5322 §3.2.3).
+# A bare address: no quoted local part, no address literal, and none of what separates addresses in
+# a header (RFC 5322 §3.2.3).
 _EMAIL = re.compile(r'[^\s@<>()\[\],;:\\"]+@[^\s@<>()\[\],;:\\".]+(\.[^\s@<>()\[\],;:\\".]+)+\Z')
 _MAX_EMAIL = 254  # RFC 5321 §4.5.3.1.3, without the angle brackets
 _MAX_USER = 256
@@ -64,7 +81,9 @@ _MAX_USER = 256
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What to mail, as HTML and as plain text. Both are whole and name nothing outside of themselves."""
+    """What to mail, as HTML and as plain text. Both are whole and name nothing outside of
+    themselves.
+    """
 
     html: str
     text: str
@@ -111,9 +130,10 @@ class Mailbox:
     ) -> Made:
         """Make a code for a mailbox.
 
-        `purpose` is the caller's word for what the code is good for. `external_id` is the caller's user, whom the app need not know.
-        `metadata` comes back with the code. `replace_others` deletes the pending codes of this purpose: the user's where one is
-        named, else the mailbox's.
+        `purpose` is the caller's word for what the code is good for. `external_id` is the caller's
+        user, whom the app need not know. `metadata` comes back with the code. `replace_others`
+        deletes the pending codes of this purpose: the user's where one is named, else the
+        mailbox's.
 
         Raises:
             InvalidRequest, MailCodeRate, Unavailable.
@@ -148,13 +168,16 @@ class Mailbox:
             UnknownMailCode: also for one that has expired.
             Unavailable.
         """
-        found = await self._codes.peek(app.id, code_id, self._clock()) if ID.match(code_id) else None
+        found = (
+            await self._codes.peek(app.id, code_id, self._clock()) if ID.match(code_id) else None
+        )
         if found is None:
             raise UnknownMailCode
         return found
 
     async def verify(self, app: RelyingParty, code_id: str, secret: str, digits: str) -> MailCode:
-        """Redeem a code: at most once, and never after `ATTEMPTS` wrong guesses. What is not six digits is wrong and counts nothing.
+        """Redeem a code: at most once, and never after `ATTEMPTS` wrong guesses. What is not six
+        digits is wrong and counts nothing.
 
         Raises:
             UnknownMailCode, WrongMailCode, MailCodeExpired, MailCodeAttempts, Unavailable.
@@ -188,8 +211,8 @@ class Mailbox:
         raise refusal
 
     async def _tell_exhausted(self, app: RelyingParty, external_id: str) -> None:
-        """Write the event of a user's code that was guessed at until it ended, where the app knows the user. The refusal stands also
-        when the event can't be written; a metric counts that."""
+        """Write the event of a user's code that was guessed at until it ended, where the app knows
+        the user. The refusal stands also when the event can't be written; a metric counts that."""
         try:
             user = await self._durable.user(app.id, external_id=external_id)
             if user is not None:
@@ -214,7 +237,9 @@ _REFUSALS: dict[Verdict, type[Refusal]] = {
 }
 
 
-def _check(email: str, purpose: str, external_id: str | None, metadata: dict[str, Any] | None) -> None:
+def _check(
+    email: str, purpose: str, external_id: str | None, metadata: dict[str, Any] | None
+) -> None:
     if len(email) > _MAX_EMAIL or not email.isprintable() or not _EMAIL.match(email):
         raise InvalidRequest(
             f"The e-mail address is not of the form name@example.org, or has more than {_MAX_EMAIL} characters.",
@@ -222,12 +247,17 @@ def _check(email: str, purpose: str, external_id: str | None, metadata: dict[str
         )
     if not _PURPOSE.match(purpose):
         raise InvalidRequest(
-            "The purpose has 1 to 64 letters, digits, dots, colons, dashes or underscores.", reason="purpose"
+            "The purpose has 1 to 64 letters, digits, dots, colons, dashes or underscores.",
+            reason="purpose",
         )
     if external_id is not None and not 1 <= len(external_id) <= _MAX_USER:
-        raise InvalidRequest(f"The user's id has 1 to {_MAX_USER} characters.", reason="external_id")
+        raise InvalidRequest(
+            f"The user's id has 1 to {_MAX_USER} characters.", reason="external_id"
+        )
     if len(json.dumps(metadata, separators=(",", ":"), ensure_ascii=False).encode()) > MAX_METADATA:
-        raise InvalidRequest(f"The metadata has more than {MAX_METADATA} bytes of JSON.", reason="metadata")
+        raise InvalidRequest(
+            f"The metadata has more than {MAX_METADATA} bytes of JSON.", reason="metadata"
+        )
 
 
 def _message(name: str, digits: str) -> Message:

@@ -1,11 +1,15 @@
-"""What an authenticator should hear of its passkeys: a new name, a deletion, which ones still count (WebAuthn L3 §5.1.10, the Signal API).
+"""What an authenticator should hear of its passkeys: a new name, a deletion, which ones still count
+(WebAuthn L3 §5.1.10, the Signal API).
 
-Only a page can speak to an authenticator, and only the backend may say what. So the backend prepares: the change is made at once and
-what to signal is kept behind a one-time **ticket** of five minutes; the page exchanges the ticket for instructions and hands them to
-`PublicKeyCredential.signal…`. A ticket that is lost changes nothing about who signs in: signals only keep the person's list tidy.
+Only a page can speak to an authenticator, and only the backend may say what. So the backend
+prepares: the change is made at once and what to signal is kept behind a one-time **ticket** of five
+minutes; the page exchanges the ticket for instructions and hands them to
+`PublicKeyCredential.signal…`. A ticket that is lost changes nothing about who signs in: signals
+only keep the person's list tidy.
 
-Instructions carry user handles and credential ids, which a page otherwise learns from nobody. Therefore the ticket is taken like every
-one-time value here, is bound to app and kind, and is stored by its digest only.
+Instructions carry user handles and credential ids, which a page otherwise learns from nobody.
+Therefore the ticket is taken like every one-time value here, is bound to app and kind, and is
+stored by its digest only.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ Instruction = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A ticket and its end (seconds since the epoch); of what was asked, the passkeys that the app doesn't have."""
+    """A ticket and its end (seconds since the epoch); of what was asked, the passkeys that the app
+    doesn't have.
+    """
 
     ticket: str
     expires_at: float
@@ -38,8 +44,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """What to signal: the arguments of `signalCurrentUserDetails` (update), `signalUnknownCredential` (delete; with the `userId`)
-    or `signalAllAcceptedCredentials` (prune), one call each."""
+    """What to signal: the arguments of `signalCurrentUserDetails` (update),
+    `signalUnknownCredential` (delete; with the `userId`) or `signalAllAcceptedCredentials` (prune),
+    one call each."""
 
     calls: tuple[Instruction, ...]
     missing: tuple[str, ...]
@@ -67,7 +74,8 @@ class Signals:
     async def prepare_update(
         self, app: RelyingParty, external_id: str, user_name: str, display_name: str | None = None
     ) -> Prepared:
-        """Change the user's name on all their passkeys; the display name (the name, if not given) is only signalled.
+        """Change the user's name on all their passkeys; the display name (the name, if not given)
+        is only signalled.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -95,7 +103,9 @@ class Signals:
             InvalidRequest, Unavailable.
         """
         if passkey_ids is not None:
-            owned = await self._durable.owned_by_ids(app.id, [i for i in passkey_ids if ID.match(i)])
+            owned = await self._durable.owned_by_ids(
+                app.id, [i for i in passkey_ids if ID.match(i)]
+            )
         else:
             assert external_id is not None, "one of the two selects"
             checked(external_id, "external_id")
@@ -115,7 +125,9 @@ class Signals:
         return prepared
 
     async def _revoke(self, app: RelyingParty, owned: Sequence[Owned]) -> None:
-        """Whoever owns them by now: what nobody owned may have got its owner meanwhile, which happens once."""
+        """Whoever owns them by now: what nobody owned may have got its owner meanwhile, which
+        happens once.
+        """
         now = instant(self._clock())
         while owned:
             gone = set[str]()
@@ -126,7 +138,8 @@ class Signals:
             owned = await self._durable.owned_by_ids(app.id, left) if left else []
 
     async def prepare_prune(self, app: RelyingParty, external_id: str) -> Prepared:
-        """Let authenticators forget the passkeys that are no longer the user's. Changes nothing here.
+        """Let authenticators forget the passkeys that are no longer the user's. Changes nothing
+        here.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -149,7 +162,11 @@ class Signals:
         Raises:
             UnknownTicket, Unavailable.
         """
-        found = await self._ephemeral.take_ticket(app.id, ticket) if well_formed(ticket, "ticket") else None
+        found = (
+            await self._ephemeral.take_ticket(app.id, ticket)
+            if well_formed(ticket, "ticket")
+            else None
+        )
         if found is None or found["kind"] != kind:
             raise UnknownTicket
         return Instructions(tuple(found["calls"]), tuple(found["missing"]), not found["calls"])
@@ -158,7 +175,11 @@ class Signals:
         return [o.credential for o in await self._catalogue.owned_by(app.id, external_id)]
 
     async def _prepare(
-        self, app: RelyingParty, kind: SignalKind, calls: list[Instruction], missing: tuple[str, ...]
+        self,
+        app: RelyingParty,
+        kind: SignalKind,
+        calls: list[Instruction],
+        missing: tuple[str, ...],
     ) -> Prepared:
         ticket, ends = self._mint.token("ticket"), self._clock() + TICKET_LIFE
         value = {"kind": kind, "calls": calls, "missing": missing}

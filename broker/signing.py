@@ -1,28 +1,35 @@
-"""Signed tokens: which key signs, and which public keys a verifier trusts. For wire formats whose backends check tokens offline.
+"""Signed tokens: which key signs, and which public keys a verifier trusts. For wire formats whose
+backends check tokens offline.
 
-**Sets.** Each app has a key set of its own. Wire formats whose key set names no app share one that is the broker's (`app` None); there
-the claim `aud` keeps apps apart, so whoever verifies must check it. In a set each algorithm has a line of keys, of which one signs.
+**Sets.** Each app has a key set of its own. Wire formats whose key set names no app share one that
+is the broker's (`app` None); there the claim `aud` keeps apps apart, so whoever verifies must check
+it. In a set each algorithm has a line of keys, of which one signs.
 
-**The first key** is made when it is first asked for, in a thread, one at a time. The store decides whose it is, so any number of
-instances end with one.
+**The first key** is made when it is first asked for, in a thread, one at a time. The store decides
+whose it is, so any number of instances end with one.
 
-**Rotation** never meets a verifier unprepared. Verifiers remember a key set for `JWKS_MAX_AGE` seconds, the Cache-Control that
-dialects send with it. So the next key is published at once and signs only when that time and `SKEW` have passed: by then nobody
-remembers a set without it. The key before it stays published until the last token it signed has expired: `TOKEN_LIFE_LIMIT` (the
-longest life that settings allow, so that it does not matter which settings the operator's command line has) and `SKEW` after it
-signed last. Then it leaves the set, and the next rotation deletes it. `SKEW` is for clocks that differ and for the second in which
-an instance still has the keys of before.
+**Rotation** never meets a verifier unprepared. Verifiers remember a key set for `JWKS_MAX_AGE`
+seconds, the Cache-Control that dialects send with it. So the next key is published at once and
+signs only when that time and `SKEW` have passed: by then nobody remembers a set without it. The key
+before it stays published until the last token it signed has expired: `TOKEN_LIFE_LIMIT` (the
+longest life that settings allow, so that it does not matter which settings the operator's command
+line has) and `SKEW` after it signed last. Then it leaves the set, and the next rotation deletes it.
+`SKEW` is for clocks that differ and for the second in which an instance still has the keys of
+before.
 
-**A leaked key.** With `now` the next key signs at once, and a verifier that does not look again for a `kid` it does not know refuses
-tokens until it does. With `drop` as well the older keys leave the set at once, and tokens they signed die with them: a forger gets
-nothing from a verifier that asks again, but one that remembers the old set trusts it for up to `JWKS_MAX_AGE` more.
+**A leaked key.** With `now` the next key signs at once, and a verifier that does not look again for
+a `kid` it does not know refuses tokens until it does. With `drop` as well the older keys leave the
+set at once, and tokens they signed die with them: a forger gets nothing from a verifier that asks
+again, but one that remembers the old set trusts it for up to `JWKS_MAX_AGE` more.
 
-**Memory.** Keys are remembered as apps are (`broker.durable.remembered`), so a rotation is effective on every instance within a second.
-What a key does follows from the time at which it is used, not at which it was read.
-Signing costs a third of a millisecond on the loop (RSA; less otherwise).
+**Memory.** Keys are remembered as apps are (`broker.durable.remembered`), so a rotation is
+effective on every instance within a second. What a key does follows from the time at which it is
+used, not at which it was read. Signing costs a third of a millisecond on the loop (RSA; less
+otherwise).
 
-A key sealed under a secret that this process does not have is `Unavailable`; nothing is signed by another key instead, and none is
-made anew: the operator has the secret, or says so by rotating. `broker doctor` finds it.
+A key sealed under a secret that this process does not have is `Unavailable`; nothing is signed by
+another key instead, and none is made anew: the operator has the secret, or says so by rotating.
+`broker doctor` finds it.
 """
 
 from __future__ import annotations
@@ -60,9 +67,13 @@ class _Set:
     opened: dict[str, PrivateKey] = field(default_factory=dict, repr=False)
 
     def signer(self, algorithm: TokenAlgorithm, now: datetime) -> StoredKey | None:
-        """The newest key that may sign. Where none may yet, for the maker's clock is ahead of ours, the oldest; None: there is none."""
+        """The newest key that may sign. Where none may yet, for the maker's clock is ahead of ours,
+        the oldest; None: there is none.
+        """
         line = [key for key in self.keys if key.algorithm == algorithm]
-        return next((key for key in reversed(line) if key.signs_from <= now), line[0] if line else None)
+        return next(
+            (key for key in reversed(line) if key.signs_from <= now), line[0] if line else None
+        )
 
     def states(self, now: datetime) -> list[tuple[StoredKey, State]]:
         """Every key, with what it does."""
@@ -79,7 +90,9 @@ def _state(key: StoredKey, signer: StoredKey, now: datetime) -> State:
 
 
 class Signing:
-    """The verbs. `secret_keys` seal private keys (`broker.tokens.signed`): the first one seals, all of them open."""
+    """The verbs. `secret_keys` seal private keys (`broker.tokens.signed`): the first one seals, all
+    of them open.
+    """
 
     def __init__(
         self,
@@ -103,18 +116,20 @@ class Signing:
     async def sign(
         self, app: RelyingParty | None, algorithm: TokenAlgorithm, claims: Mapping[str, Any]
     ) -> str:
-        """A JSON Web Token with exactly these claims, signed by the app's key (None: the broker's own). Makes the first key.
+        """A JSON Web Token with exactly these claims, signed by the app's key (None: the broker's
+        own). Makes the first key.
 
         Raises:
             UnknownApp: deleted meanwhile.
-            Unavailable: the store; or `reason` is "no_secret_key", "signing_key_sealed" (under a secret that is not ours) or
-                "signing_key_slow".
+            Unavailable: the store; or `reason` is "no_secret_key", "signing_key_sealed" (under a
+                secret that is not ours) or "signing_key_slow".
         """
         key_id, private = await self._signer(app, algorithm)
         return sign(claims, private, key_id, algorithm)
 
     async def ready(self, app: RelyingParty | None, algorithm: TokenAlgorithm) -> None:
-        """Find out whether `sign` can, before something is taken that a failure would spend. Makes the first key.
+        """Find out whether `sign` can, before something is taken that a failure would spend. Makes
+        the first key.
 
         Raises:
             UnknownApp, Unavailable: as `sign`.
@@ -124,8 +139,9 @@ class Signing:
     async def key_set(
         self, app: RelyingParty | None, algorithm: TokenAlgorithm = "RS256"
     ) -> dict[str, list[Mapping[str, str]]]:
-        """`{"keys": […]}` (RFC 7517 §5): what verifies the app's tokens (None: of the broker's own set), of every algorithm, the
-        signing ones first. Makes the first key of `algorithm`, so that it is published before it signs.
+        """`{"keys": […]}` (RFC 7517 §5): what verifies the app's tokens (None: of the broker's own
+        set), of every algorithm, the signing ones first. Makes the first key of `algorithm`, so
+        that it is published before it signs.
 
         Raises:
             UnknownApp, Unavailable: as `sign`.
@@ -136,22 +152,32 @@ class Signing:
         return {"keys": [states[n][0].public for _, n in shown]}
 
     async def rotate(
-        self, app: RelyingParty | None, algorithm: TokenAlgorithm, *, now: bool = False, drop: bool = False
+        self,
+        app: RelyingParty | None,
+        algorithm: TokenAlgorithm,
+        *,
+        now: bool = False,
+        drop: bool = False,
     ) -> list[tuple[StoredKey, State]]:
-        """Make the next key of a line; it signs when every verifier can know it, or `now`. With `drop` the older keys leave at once.
-        Where the line has none, make the first, which signs at once. Returns the set as `listed`.
+        """Make the next key of a line; it signs when every verifier can know it, or `now`. With
+        `drop` the older keys leave at once. Where the line has none, make the first, which signs at
+        once. Returns the set as `listed`.
 
         Raises:
-            InvalidSetting: `drop` without `now`: nothing published would verify until the next key signs.
-            UnknownApp, Unavailable.
+            InvalidSetting: `drop` without `now`: nothing published would verify until the next key
+                signs. UnknownApp, Unavailable.
         """
         if drop and not now:
             raise InvalidSetting("Older keys can be dropped only when the next one signs now.")
         app_id = app.id if app else None
         if any(key.algorithm == algorithm for key in await self._keys.of(app_id)):
             key = await self._new(app_id, algorithm)
-            signs_from = key.created_at if now else key.created_at + timedelta(seconds=PUBLISHED_AHEAD)
-            last = key.created_at if drop else signs_from + timedelta(seconds=TOKEN_LIFE_LIMIT + SKEW)
+            signs_from = (
+                key.created_at if now else key.created_at + timedelta(seconds=PUBLISHED_AHEAD)
+            )
+            last = (
+                key.created_at if drop else signs_from + timedelta(seconds=TOKEN_LIFE_LIMIT + SKEW)
+            )
             await self._keys.rotate(replace(key, signs_from=signs_from), others_retire_at=last)
         else:
             await self._keys.add_first(await self._new(app_id, algorithm), rotated=True)
@@ -159,11 +185,15 @@ class Signing:
         return await self.listed(app)
 
     async def listed(self, app: RelyingParty | None) -> list[tuple[StoredKey, State]]:
-        """The keys of a set and what each does: it signs, is the next one, verifies what it signed (old), or has left (gone)."""
+        """The keys of a set and what each does: it signs, is the next one, verifies what it signed
+        (old), or has left (gone).
+        """
         return _Set(await self._keys.of(app.id if app else None)).states(instant(self._clock()))
 
     async def seals(self) -> list[tuple[StoredKey, int | None]]:
-        """Every key of every set that signs or will sign, and which secret opens it: 0 is the one that seals; None: none of ours."""
+        """Every key of every set that signs or will sign, and which secret opens it: 0 is the one
+        that seals; None: none of ours.
+        """
         found: dict[str, list[StoredKey]] = {}
         for key in await self._keys.all():
             found.setdefault(key.scope, []).append(key)
@@ -172,7 +202,8 @@ class Signing:
         return [(key, self._opened_by(key)) for key, state in states if state in ("signs", "next")]
 
     async def reseal(self) -> tuple[int, int]:
-        """Seal every key under the first secret; may be repeated, and run beside serving instances that have both secrets.
+        """Seal every key under the first secret; may be repeated, and run beside serving instances
+        that have both secrets.
 
         Returns how many were sealed anew, and how many none of our secrets opens.
         """
@@ -184,13 +215,17 @@ class Signing:
                 lost += 1
                 continue
             if number:
-                sealed = self._seal.close(private, kid=key.id, scope=key.scope, algorithm=key.algorithm)
+                sealed = self._seal.close(
+                    private, kid=key.id, scope=key.scope, algorithm=key.algorithm
+                )
                 changed += await self._keys.reseal(key, sealed)
         return changed, lost
 
-    # -- below ----------------------------------------------------------------------------------------------------------------
+    # -- below -------------------------------------------------------------------------------------
 
-    async def _signer(self, app: RelyingParty | None, algorithm: TokenAlgorithm) -> tuple[str, PrivateKey]:
+    async def _signer(
+        self, app: RelyingParty | None, algorithm: TokenAlgorithm
+    ) -> tuple[str, PrivateKey]:
         """The id of the key that signs now, and the key."""
         found = await self._set(app, algorithm)
         key = found.signer(algorithm, instant(self._clock()))
@@ -236,7 +271,9 @@ class Signing:
         kid, private = self._mint.id(), await asyncio.to_thread(generate, algorithm)
         now = instant(self._clock())
         sealed = self._seal.close(private, kid=kid, scope=app_id or "", algorithm=algorithm)
-        return StoredKey(kid, app_id, algorithm, 1, sealed, public_jwk(private, kid, algorithm), now, now)
+        return StoredKey(
+            kid, app_id, algorithm, 1, sealed, public_jwk(private, kid, algorithm), now, now
+        )
 
     def _open(self, key: StoredKey) -> tuple[PrivateKey, int]:
         return self._seal.open(key.sealed, kid=key.id, scope=key.scope, algorithm=key.algorithm)

@@ -1,6 +1,8 @@
-"""Every route of every dialect, asked at least once as its callers ask, with success; and what else makes statements of its own.
+"""Every route of every dialect, asked at least once as its callers ask, with success; and what else
+makes statements of its own.
 
-For tests that look at all of the broker's work at once. What each answer says is looked at by the dialects' own tests.
+For tests that look at all of the broker's work at once. What each answer says is looked at by the
+dialects' own tests.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _LONG_AGO, _FAR = "2020-01-01T00:00:00Z", "2100-01-01T00:00:00Z"
 
 
 async def ask_everything(service: Service, session: aiohttp.ClientSession) -> None:
-    """One app and its users, through all dialects; then what operators do with them by the same statements."""
+    """One app and its users, through all dialects; then what operators do with them by the same
+    statements.
+    """
     wire = await Wire.open(service, session, policy=POLICY)
     ok(await wire.send("GET", f"{wire.url}/health/ready"))
     await _native(wire)
@@ -35,7 +39,9 @@ async def ask_everything(service: Service, session: aiohttp.ClientSession) -> No
     await _passlock(wire)
     await _propelauth(wire)
     await _operators(service, wire)
-    await _in_two_days(service, await Wire.open(service, session, policy=Policy(live_at="redemption")))
+    await _in_two_days(
+        service, await Wire.open(service, session, policy=Policy(live_at="redemption"))
+    )
 
 
 def ok(answer: Answer) -> Any:
@@ -51,9 +57,15 @@ async def _native(wire: Wire) -> None:
     wishes = {"external_id": "ann", "passkey_display_name": "Ann", "exclude_passkeys": [first]}
     transaction = ok(await wire.keyed("POST", "/transactions/register", wishes))["transaction_id"]
     await wire.redeem(await wire.register(transaction, Authenticator()))
-    whoms: list[dict[str, object]] = [{"external_id": "ann"}, {"passkeys": [first]}, {"discoverable": True}]
+    whoms: list[dict[str, object]] = [
+        {"external_id": "ann"},
+        {"passkeys": [first]},
+        {"discoverable": True},
+    ]
     for whom in (*whoms, {"external_id": "ann", "passkeys": [first]}):
-        transaction = ok(await wire.keyed("POST", "/transactions/authenticate", whom))["transaction_id"]
+        transaction = ok(await wire.keyed("POST", "/transactions/authenticate", whom))[
+            "transaction_id"
+        ]
         ok(await wire.redeem(await wire.authenticate(transaction, device)))
     ok(await wire.redeem(await wire.authenticate(None, device)))
     for path in ("", "/", "/.well-known/jwks.json"):
@@ -84,7 +96,9 @@ async def _native(wire: Wire) -> None:
     handle, options = await wire.begin("authenticate", None)
     unknown = await wire.finish("authenticate", handle, stranger.authenticate(options, ORIGIN))
     handle, options = await wire.begin("authenticate", await wire.open_authentication("ann"))
-    unverified = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN, uv=False))
+    unverified = await wire.finish(
+        "authenticate", handle, device.authenticate(options, ORIGIN, uv=False)
+    )
     assert [a.status // 100 for a in (unknown, unverified)] == [4, 4]
 
 
@@ -102,7 +116,13 @@ async def _native_management(wire: Wire) -> None:
         ok(await wire.keyed("GET", f"/passkeys{query}"))
     ok(await wire.keyed("GET", f"/passkeys/{passkey}"))
     ok(await wire.keyed("PATCH", f"/passkeys/{passkey}", {"nickname": "Work"}))
-    for query in ("", f"?after={_LONG_AGO}&before={_FAR}", "?user=mia", "?action=passkey.used", "?cursor=0"):
+    for query in (
+        "",
+        f"?after={_LONG_AGO}&before={_FAR}",
+        "?user=mia",
+        "?action=passkey.used",
+        "?cursor=0",
+    ):
         ok(await wire.keyed("GET", f"/events{query}"))
     for kind, body in (
         ("update", {"external_id": "mia", "user_name": "mia"}),
@@ -161,7 +181,9 @@ async def _passlock(wire: Wire) -> None:
         passlock, new, device = Passlock(wire, prefix), Passlock(wire), Authenticator()
         kinds = ("registration", "authentication")
         user = f"pat{prefix.replace('/', '-')}"
-        passkey = (await _passlock_page(wire, passlock, user, device))["principal"]["authenticatorId"]
+        passkey = (await _passlock_page(wire, passlock, user, device))["principal"][
+            "authenticatorId"
+        ]
         ok(await wire.send("GET", f"{wire.url}{prefix}/.well-known/jwks.json"))
         codes = []
         for _ in range(2):
@@ -177,9 +199,17 @@ async def _passlock(wire: Wire) -> None:
         await _passlock_mail(wire, prefix)
         if prefix:
             for kind in kinds:
-                body = {"rpId": "example.org", "rpName": "Example", "userId": user, "username": user}
+                body = {
+                    "rpId": "example.org",
+                    "rpName": "Example",
+                    "userId": user,
+                    "username": user,
+                }
                 await passlock.ok("POST", f"/passkey/{kind}/prepare", body)
-            for kind, body in (("update", {"userId": user, "username": "x"}), ("prune", {"userId": user})):
+            for kind, body in (
+                ("update", {"userId": user, "username": "x"}),
+                ("prune", {"userId": user}),
+            ):
                 field = f"{kind}PasskeysToken"
                 token = (await passlock.ok("POST", f"/passkeys/{kind}", body))[field]
                 await passlock.page_ok(f"/passkeys/{kind}/exchange", {field: token})
@@ -202,7 +232,9 @@ async def _passlock_page(wire: Wire, passlock: Passlock, user: str, device: Auth
 
 
 async def _passlock_open(wire: Wire, passlock: Passlock) -> None:
-    """Passkeys that a page registers before anybody says whose they are; given an owner by both dialects that can."""
+    """Passkeys that a page registers before anybody says whose they are; given an owner by both
+    dialects that can.
+    """
     page, prefix = Passlock(wire, ""), passlock.prefix.replace("/", "-")
     for owner in (f"new{prefix}", "ann"):
         made = await page.run("registration", {"username": "somebody"}, Authenticator())
@@ -257,7 +289,9 @@ async def _operators(service: Service, wire: Wire) -> None:
 
 
 async def _in_two_days(service: Service, wire: Wire) -> None:
-    """What the periodic clean-up does with a passkey that nobody confirmed and a user who never got one."""
+    """What the periodic clean-up does with a passkey that nobody confirmed and a user who never got
+    one.
+    """
     await wire.register(await wire.open_registration("late"), Authenticator())
     await wire.open_registration("never")
     parts = service.parts

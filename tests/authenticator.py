@@ -1,26 +1,30 @@
-"""A software authenticator with its browser: it answers WebAuthn options as a page would, and can misbehave on request.
+"""A software authenticator with its browser: it answers WebAuthn options as a page would, and can
+misbehave on request.
 
-It shares no code with the broker (only `cryptography` and `cbor2`), so that a fault in the one can't hide in the other. One
-`Authenticator` holds discoverable credentials by RP ID; `register` and `authenticate` take the JSON object under `publicKey`
-and return the JSON of WebAuthn L3 §5.1.7 and §5.1.8 (`RegistrationResponseJSON`, `AuthenticationResponseJSON`).
+It shares no code with the broker (only `cryptography` and `cbor2`), so that a fault in the one
+can't hide in the other. One `Authenticator` holds discoverable credentials by RP ID; `register` and
+`authenticate` take the JSON object under `publicKey` and return the JSON of WebAuthn L3 §5.1.7 and
+§5.1.8 (`RegistrationResponseJSON`, `AuthenticationResponseJSON`).
 
     device = Authenticator()
     answer = device.register(options["publicKey"], "https://example.com")
     answer = device.authenticate(options["publicKey"], "https://example.com")
-    flex_wire_form(answer)                                     # `transports` beside `response`, as the Flex SDKs send it
+    flex_wire_form(answer)                                     # `transports` beside `response`, as
+                                                               the Flex SDKs send it
 
-Every deviation is one keyword of `Misbehaviour`; whatever is changed before signing is signed as changed, so that the server
-must find the deviation itself and not a broken signature:
+Every deviation is one keyword of `Misbehaviour`; whatever is changed before signing is signed as
+changed, so that the server must find the deviation itself and not a broken signature:
 
     device.authenticate(options, origin, uv=False)             # user not verified
     device.authenticate(options, origin, counter=1)            # a clone: the counter went back
     device.authenticate(options, origin, challenge="AAAA")     # another challenge, correctly signed
     device.authenticate(options, origin, signature=b"no")      # not a signature
-    device.register(options, origin, attestation="packed")     # with a certificate of `device.authority`
+    device.register(options, origin, attestation="packed")     # with a certificate of
+                                                               `device.authority`
     device.register(options, origin, key={3: -999})            # COSE key with another algorithm
 
-As a real one it refuses (`AuthenticatorRefused`): a credential of `excludeCredentials` that it holds, options in which it
-supports no algorithm, an authentication in which it has no credential.
+As a real one it refuses (`AuthenticatorRefused`): a credential of `excludeCredentials` that it
+holds, options in which it supports no algorithm, an authentication in which it has no credential.
 """
 
 from __future__ import annotations
@@ -45,7 +49,10 @@ ES256, EDDSA, RS256, ES384, ES512, ED448 = -7, -8, -257, -35, -36, -53
 RS1 = -65535  # of TPM statements only
 Attestation = Literal["none", "packed-self", "packed", "fido-u2f", "android-key", "apple", "tpm"]
 PrivateKey = (
-    ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
+    ec.EllipticCurvePrivateKey
+    | rsa.RSAPrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
 )
 
 _CURVES: dict[int, tuple[int, ec.EllipticCurve, hashes.HashAlgorithm]] = {
@@ -64,7 +71,9 @@ class AuthenticatorRefused(Exception):
 
 
 class Misbehaviour(TypedDict, total=False):
-    """Deviations of one call. Everything but `signature`, `statement`, `answer` and `attestation_object` is signed as changed."""
+    """Deviations of one call. Everything but `signature`, `statement`, `answer` and
+    `attestation_object` is signed as changed.
+    """
 
     up: bool
     uv: bool
@@ -92,13 +101,17 @@ class Misbehaviour(TypedDict, total=False):
     key: Mapping[int, Any]  # COSE key members added or replaced; None removes one
     aaguid: bytes
     statement: Callable[[dict[str, Any]], Any]  # changes the attestation statement after signing
-    attestation_object: Callable[[dict[str, Any]], Any]  # what to encode instead; bytes stand for themselves
+    attestation_object: Callable[
+        [dict[str, Any]], Any
+    ]  # what to encode instead; bytes stand for themselves
     certificate: Mapping[str, Any]  # keywords of `Authority.issue` for the attestation certificate
 
 
 @dataclass(slots=True)
 class HeldCredential:
-    """What an authenticator stores (WebAuthn L3 §6.1, public key credential source), and its counter."""
+    """What an authenticator stores (WebAuthn L3 §6.1, public key credential source), and its
+    counter.
+    """
 
     id: bytes
     rp_id: str
@@ -129,8 +142,9 @@ def unb64(text: str) -> bytes:
 
 
 def flex_wire_form(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer as passage-flex-js sends it in `handshake_response`: `transports` beside `response`, no attachment and no
-    extension results, and `userHandle` as `""` where there is none."""
+    """An answer as passage-flex-js sends it in `handshake_response`: `transports` beside
+    `response`, no attachment and no extension results, and `userHandle` as `""` where there is
+    none."""
     wire = {key: answer[key] for key in ("id", "rawId", "type")}
     response = dict(answer["response"])
     if "attestationObject" in response:
@@ -142,7 +156,9 @@ def flex_wire_form(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def rsa_key(number: int = 0, bits: int = 2048) -> rsa.RSAPrivateKey:
-    """RSA key `number` of this process: generating one costs up to a second, so they are made once."""
+    """RSA key `number` of this process: generating one costs up to a second, so they are made
+    once.
+    """
     return rsa.generate_private_key(public_exponent=65537, key_size=bits)
 
 
@@ -160,7 +176,9 @@ def new_key(algorithm: int) -> PrivateKey:
 
 
 def cose_key(key: PrivateKey, algorithm: int) -> dict[int, Any]:
-    """The public half as a COSE_Key map (RFC 9053 §7, RFC 8230 §4), members in CTAP2 canonical order."""
+    """The public half as a COSE_Key map (RFC 9053 §7, RFC 8230 §4), members in CTAP2 canonical
+    order.
+    """
     if isinstance(key, ec.EllipticCurvePrivateKey):
         numbers = key.public_key().public_numbers()
         size = (key.curve.key_size + 7) // 8
@@ -180,12 +198,16 @@ def cose_key(key: PrivateKey, algorithm: int) -> dict[int, Any]:
 
 
 def sign(key: PrivateKey, algorithm: int, data: bytes) -> bytes:
-    """A signature as WebAuthn L3 §6.5.6 formats it: DER for ECDSA, raw for EdDSA, PKCS #1 v1.5 for RS256."""
+    """A signature as WebAuthn L3 §6.5.6 formats it: DER for ECDSA, raw for EdDSA, PKCS #1 v1.5 for
+    RS256.
+    """
     if isinstance(key, ec.EllipticCurvePrivateKey):
         digest = _CURVES[algorithm][2] if algorithm in _CURVES else hashes.SHA256()
         return key.sign(data, ec.ECDSA(digest))
     if isinstance(key, rsa.RSAPrivateKey):
-        return key.sign(data, padding.PKCS1v15(), hashes.SHA1() if algorithm == RS1 else hashes.SHA256())
+        return key.sign(
+            data, padding.PKCS1v15(), hashes.SHA1() if algorithm == RS1 else hashes.SHA256()
+        )
     return key.sign(data)
 
 
@@ -204,7 +226,9 @@ ALL_APPLICATIONS = der(0xBF8458, der(0x05))  # [600] NULL
 
 
 class Authority:
-    """A certification authority for attestation certificates. `pem` is the root that a policy may name."""
+    """A certification authority for attestation certificates. `pem` is the root that a policy may
+    name.
+    """
 
     def __init__(self, name: str = "Test Attestation Root") -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
@@ -233,7 +257,11 @@ class Authority:
         return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def intermediate(
-        self, name: str = "Test Attestation CA", *, ca: bool = True, years: tuple[int, int] = (2020, 2060)
+        self,
+        name: str = "Test Attestation CA",
+        *,
+        ca: bool = True,
+        years: tuple[int, int] = (2020, 2060),
     ) -> Authority:
         """A second authority whose certificate this one signed."""
         below = Authority(name)
@@ -260,7 +288,9 @@ class Authority:
         years: tuple[int, int] = (2020, 2060),
         drop: tuple[str, ...] = (),
     ) -> bytes:
-        """A certificate for `public_key`, DER. `ca=None` leaves basic constraints out; `drop` leaves out extensions by OID."""
+        """A certificate for `public_key`, DER. `ca=None` leaves basic constraints out; `drop`
+        leaves out extensions by OID.
+        """
         names = (
             subject
             if subject is not None
@@ -295,7 +325,9 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(datetime(years[0], 1, 1, tzinfo=UTC))
             .not_valid_after(datetime(years[1], 1, 1, tzinfo=UTC))
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), False
+            )
         )
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical)
@@ -309,9 +341,10 @@ def default_authority() -> Authority:
 
 
 class Authenticator:
-    """See the module. `algorithms` are those it supports; it takes the first of the options' that it has. As a phone, it can be reached
-    from its own browser and from another device, so it registers as either `attachment`, whichever the options ask for; with None its
-    browser says nothing of that."""
+    """See the module. `algorithms` are those it supports; it takes the first of the options' that
+    it has. As a phone, it can be reached from its own browser and from another device, so it
+    registers as either `attachment`, whichever the options ask for; with None its browser says
+    nothing of that."""
 
     def __init__(
         self,
@@ -346,14 +379,18 @@ class Authenticator:
     def register(
         self, options: Mapping[str, Any], origin: str, **how: Unpack[Misbehaviour]
     ) -> dict[str, Any]:
-        """Answer `PublicKeyCredentialCreationOptionsJSON` as `navigator.credentials.create()` would, and keep the credential.
+        """Answer `PublicKeyCredentialCreationOptionsJSON` as `navigator.credentials.create()`
+        would, and keep the credential.
 
         Raises:
-            AuthenticatorRefused: `InvalidStateError` for an excluded credential, `NotSupportedError` for no common algorithm.
+            AuthenticatorRefused: `InvalidStateError` for an excluded credential,
+                `NotSupportedError` for no common algorithm.
         """
         rp_id = options["rp"].get("id") or origin.split("//")[1].split(":")[0]
         if any(unb64(d["id"]) in self.held for d in options.get("excludeCredentials", [])):
-            raise AuthenticatorRefused("InvalidStateError", "a credential of excludeCredentials is held")
+            raise AuthenticatorRefused(
+                "InvalidStateError", "a credential of excludeCredentials is held"
+            )
         algorithm = how.get("algorithm")
         if algorithm is None:
             offered = [p["alg"] for p in options["pubKeyCredParams"] if p["type"] == "public-key"]
@@ -411,15 +448,19 @@ class Authenticator:
             "transports": list(self.transports),
         }
         wanted = options.get("authenticatorSelection", {}).get("authenticatorAttachment")
-        return self._answer(credential.id, response, how, self.attachment and (wanted or self.attachment))
+        return self._answer(
+            credential.id, response, how, self.attachment and (wanted or self.attachment)
+        )
 
     def authenticate(
         self, options: Mapping[str, Any], origin: str, **how: Unpack[Misbehaviour]
     ) -> dict[str, Any]:
-        """Answer `PublicKeyCredentialRequestOptionsJSON` as `navigator.credentials.get()` would, with its newest credential.
+        """Answer `PublicKeyCredentialRequestOptionsJSON` as `navigator.credentials.get()` would,
+        with its newest credential.
 
         Raises:
-            AuthenticatorRefused: `NotAllowedError` when it holds no credential that the options allow.
+            AuthenticatorRefused: `NotAllowedError` when it holds no credential that the options
+                allow.
         """
         rp_id = options.get("rpId") or origin.split("//")[1].split(":")[0]
         allowed = [unb64(d["id"]) for d in options.get("allowCredentials") or []]
@@ -431,7 +472,9 @@ class Authenticator:
             credential.counter += 1
         client_data = self._client_data("webauthn.get", options["challenge"], origin, how)
         data = self._auth_data(credential, how)
-        signature = sign(credential.key, credential.algorithm, data + hashlib.sha256(client_data).digest())
+        signature = sign(
+            credential.key, credential.algorithm, data + hashlib.sha256(client_data).digest()
+        )
         if "signature" in how:
             signature = _changed(how["signature"], signature)
         handle = how["user_handle"] if "user_handle" in how else b64(credential.user_handle)
@@ -478,7 +521,9 @@ class Authenticator:
     def _auth_data(
         self, credential: HeldCredential, how: Misbehaviour, attested: bytes | None = None
     ) -> bytes:
-        """Authenticator data, WebAuthn L3 §6.1: RP ID hash, flags, counter, attested credential data, extensions."""
+        """Authenticator data, WebAuthn L3 §6.1: RP ID hash, flags, counter, attested credential
+        data, extensions.
+        """
         eligible = how.get("be", credential.backup_eligible)
         bits = (
             (how.get("up", True), 0x01),
@@ -505,13 +550,18 @@ class Authenticator:
         client_data: bytes,
         how: Misbehaviour,
     ) -> dict[str, Any]:
-        """The attestation statement of WebAuthn L3 §8.2 to §8.8 over `data` and the client data's hash."""
+        """The attestation statement of WebAuthn L3 §8.2 to §8.8 over `data` and the client data's
+        hash.
+        """
         digest = hashlib.sha256(client_data).digest()
         signed = data + digest
         certificate: dict[str, Any] = dict(how.get("certificate", {}))
         public = credential.key.public_key()
         if form == "packed-self":
-            return {"alg": credential.algorithm, "sig": sign(credential.key, credential.algorithm, signed)}
+            return {
+                "alg": credential.algorithm,
+                "sig": sign(credential.key, credential.algorithm, signed),
+            }
         if form == "packed":
             key = new_key(ES256)
             aaguid = der(0x04, how.get("aaguid", self.aaguid))
@@ -537,22 +587,37 @@ class Authenticator:
             nonce = certificate.pop("nonce", nonce)
             return {
                 "x5c": [
-                    self.authority.issue(public, [_unknown("1.2.840.113635.100.8.2", nonce)], **certificate)
+                    self.authority.issue(
+                        public, [_unknown("1.2.840.113635.100.8.2", nonce)], **certificate
+                    )
                 ]
             }
         if form == "tpm":
             return self._tpm(cose, signed, certificate)
         return {}
 
-    def _tpm(self, cose: Mapping[int, Any], signed: bytes, certificate: dict[str, Any]) -> dict[str, Any]:
-        """A TPM 2.0 attestation of an ES256 or RS256 key (§8.3): pubArea, and certInfo that names it."""
+    def _tpm(
+        self, cose: Mapping[int, Any], signed: bytes, certificate: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A TPM 2.0 attestation of an ES256 or RS256 key (§8.3): pubArea, and certInfo that names
+        it.
+        """
         area = certificate.pop("pub_area", None) or tpm_public_area(cose)
         magic = certificate.pop("magic", b"\xff\x54\x43\x47")
         kind = certificate.pop("kind", b"\x80\x17")
         digest = hashlib.sha1 if certificate.get("rs1") else hashlib.sha256
         extra = certificate.pop("extra", digest(signed).digest())
         name = certificate.pop("name", b"\x00\x0b" + hashlib.sha256(area).digest())
-        info = magic + kind + _sized(b"") + _sized(extra) + bytes(17) + bytes(8) + _sized(name) + _sized(b"")
+        info = (
+            magic
+            + kind
+            + _sized(b"")
+            + _sized(extra)
+            + bytes(17)
+            + bytes(8)
+            + _sized(name)
+            + _sized(b"")
+        )
         rs1 = certificate.pop("rs1", False)
         key = rsa_key(1) if rs1 else new_key(ES256)
         maker = certificate.pop("manufacturer", "id:4E544300")
@@ -587,8 +652,12 @@ class Authenticator:
         }
 
 
-def key_description(challenge: bytes, *, software: bytes = b"", hardware: bytes | None = None) -> bytes:
-    """Android's KeyDescription (DER), both authorization lists as given. Default: purpose SIGN, origin GENERATED."""
+def key_description(
+    challenge: bytes, *, software: bytes = b"", hardware: bytes | None = None
+) -> bytes:
+    """Android's KeyDescription (DER), both authorization lists as given. Default: purpose SIGN,
+    origin GENERATED.
+    """
     if hardware is None:
         hardware = PURPOSE_SIGN + ORIGIN_GENERATED
     return der(

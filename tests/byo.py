@@ -1,12 +1,14 @@
-"""A backend that speaks PropelAuth BYO's commands to a running broker, and reads answers as the strictest of the vendor's clients.
+"""A backend that speaks PropelAuth BYO's commands to a running broker, and reads answers as the
+strictest of the vendor's clients.
 
-    byo = Byo(wire)
-    options = await byo.ok("StartPasskeyRegistration", userId="ann", emailOrUsername="ann@example.org")
+    byo = Byo(wire) options = await byo.ok("StartPasskeyRegistration", userId="ann",
+    emailOrUsername="ann@example.org")
     await byo.register("ann", device)                       # start and finish
 
-Every answer passes `judge`: JSON and labelled so; a success is 200 with exactly the declared fields; an error has a type that the
-command declares, with details exactly where the type has them and of exactly their shape. The vendor's Java client fails on any
-field more and the Python client on any field less.
+Every answer passes `judge`: JSON and labelled so; a success is 200 with exactly the declared
+fields; an error has a type that the command declares, with details exactly where the type has them
+and of exactly their shape. The vendor's Java client fails on any field more and the Python client
+on any field less.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ ERRORS: dict[str, set[str]] = {
         "OriginNotAllowed",
         "PasskeyForUserAlreadyExists",
     },
-    "StartPasskeyAuthentication": {"CannotParseAdditionalAllowedOrigin", "NoPasskeysRegisteredForUser"},
+    "StartPasskeyAuthentication": {
+        "CannotParseAdditionalAllowedOrigin",
+        "NoPasskeysRegisteredForUser",
+    },
     "FinishPasskeyAuthentication": {
         "CannotParseAdditionalAllowedOrigin",
         "NoAuthenticationChallengeFound",
@@ -63,7 +68,9 @@ def _exact(value: Any, fields: Mapping[str, type]) -> None:
 
 
 def judge(answer: Answer, command: str, *, java: bool = False) -> None:
-    """Fail unless every one of the vendor's clients takes the answer to `command` ("" where none was understood)."""
+    """Fail unless every one of the vendor's clients takes the answer to `command` ("" where none
+    was understood).
+    """
     assert answer.headers["Content-Type"].startswith("application/json")
     body = answer.json
     if answer.status == 200:
@@ -96,7 +103,9 @@ class Byo:
     ) -> Answer:
         """One request, with the app's key unless `headers` has another."""
         given = {"Authorization": f"Bearer {self.wire.key}", **(headers or {})}
-        return await self.wire.send("POST", self.wire.url + PATH, json=body, data=data, headers=given)
+        return await self.wire.send(
+            "POST", self.wire.url + PATH, json=body, data=data, headers=given
+        )
 
     async def run(self, command: str, *, agent: str = "node", **data: object) -> Answer:
         answer = await self.send({"command": command, "data": data}, headers={"User-Agent": agent})
@@ -116,7 +125,9 @@ class Byo:
 
     async def begin_registration(self, user: str, **more: object) -> dict[str, Any]:
         data = {"userId": user, "emailOrUsername": f"{user[:99]}@example.org", **more}
-        options: dict[str, Any] = (await self.ok("StartPasskeyRegistration", **data))["registrationOptions"]
+        options: dict[str, Any] = (await self.ok("StartPasskeyRegistration", **data))[
+            "registrationOptions"
+        ]
         return options
 
     async def begin_authentication(self, user: str) -> dict[str, Any]:
@@ -124,7 +135,9 @@ class Byo:
         options: dict[str, Any] = answer["authenticationOptions"]
         return options
 
-    async def register(self, user: str, device: Authenticator, **misbehaviour: Unpack[Misbehaviour]) -> str:
+    async def register(
+        self, user: str, device: Authenticator, **misbehaviour: Unpack[Misbehaviour]
+    ) -> str:
         """A whole registration; the credential id."""
         made = device.register(await self.begin_registration(user), ORIGIN, **misbehaviour)
         assert await self.ok("FinishPasskeyRegistration", userId=user, publicKey=made) == {}
@@ -137,5 +150,7 @@ class Byo:
         assert await self.ok("FinishPasskeyAuthentication", userId=user, publicKey=answer) == {}
 
     async def passkeys(self, user: str) -> list[dict[str, str]]:
-        listed: list[dict[str, str]] = (await self.ok("FetchAllPasskeysForUser", userId=user))["passkeys"]
+        listed: list[dict[str, str]] = (await self.ok("FetchAllPasskeysForUser", userId=user))[
+            "passkeys"
+        ]
         return listed

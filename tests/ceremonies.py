@@ -1,9 +1,12 @@
-"""What a broker would hold round a ceremony, for tests that judge answers without one: an app, pending ceremonies, a credential.
+"""What a broker would hold round a ceremony, for tests that judge answers without one: an app,
+pending ceremonies, a credential.
 
     rp = relying_party(user_verification="preferred")
-    made, device = registered(rp)                                # a credential, and the authenticator that holds it
+    made, device = registered(rp)                                # a credential, and the
+                                                                 authenticator that holds it
     answer = device.authenticate(request_options(rp, made), ORIGIN, uv=False)
-    seen = authenticate(rp, made, answer)                         # begin, form and finish, as the broker does it
+    seen = authenticate(rp, made, answer)                         # begin, form and finish, as the
+                                                                  broker does it
 
 Times are fixed and nothing is random but the authenticator's keys.
 """
@@ -135,7 +138,11 @@ def creation_options(rp: RelyingParty) -> dict[str, Any]:
 def request_options(rp: RelyingParty, credential: Credential | None) -> dict[str, Any]:
     allow = [(credential.credential_id, credential.transports)] if credential else []
     return begin_authentication(
-        rp, challenge=CHALLENGE, allow=allow, life=300, user_verification=rp.policy.user_verification
+        rp,
+        challenge=CHALLENGE,
+        allow=allow,
+        life=300,
+        user_verification=rp.policy.user_verification,
     )
 
 
@@ -145,7 +152,11 @@ def register(rp: RelyingParty, answer: Mapping[str, Any]) -> VerifiedRegistratio
 
 
 def authenticate(
-    rp: RelyingParty, credential: Credential, answer: Mapping[str, Any], *, discoverable: bool = False
+    rp: RelyingParty,
+    credential: Credential,
+    answer: Mapping[str, Any],
+    *,
+    discoverable: bool = False,
 ) -> VerifiedAuthentication:
     """Form and finish of an authentication."""
     pending = pending_authentication(rp, None if discoverable else credential)

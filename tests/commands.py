@@ -65,7 +65,12 @@ def program(
 ) -> subprocess.CompletedProcess[str]:
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
     return subprocess.run(
-        [str(BROKER), *arguments], env=CLEAN | urls, capture_output=True, text=True, timeout=60, **options
+        [str(BROKER), *arguments],
+        env=CLEAN | urls,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
     )
 
 
@@ -77,12 +82,19 @@ class Terminal:
         self.shown = ""
         self.process = subprocess.Popen(
             [str(BROKER), *arguments],
-            env={**CLEAN, "BROKER_DATABASE_URL": stores.database_url, "TERM": "xterm", **environment},
+            env={
+                **CLEAN,
+                "BROKER_DATABASE_URL": stores.database_url,
+                "TERM": "xterm",
+                **environment,
+            },
             stdin=inside,
             stdout=inside,
             stderr=inside,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is a signal to the command
+            preexec_fn=lambda: fcntl.ioctl(
+                0, termios.TIOCSCTTY, 0
+            ),  # Ctrl-C is a signal to the command
         )
         os.close(inside)
 
@@ -117,7 +129,10 @@ class Terminal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.process.poll() is None:
             self.process.kill()

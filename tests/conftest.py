@@ -1,7 +1,9 @@
-"""Fixtures: real stores once a worker, a broker on a free port per test, an app of its own per test.
+"""Fixtures: real stores once a worker, a broker on a free port per test, an app of its own per
+test.
 
-Tests share the two stores and are kept apart by their apps' ids, as customers are. A test that stops or fills a store starts its
-own (`own_stores`). A missing part fails the run and names what to install.
+Tests share the two stores and are kept apart by their apps' ids, as customers are. A test that
+stops or fills a store starts its own (`own_stores`). A missing part fails the run and names what to
+install.
 """
 
 from __future__ import annotations
@@ -54,14 +56,20 @@ _LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Temporary folders, so every store that a test starts, on a RAM disk where there is a large one: each commit waits for the disk.
+    """Temporary folders, so every store that a test starts, on a RAM disk where there is a large
+    one: each commit waits for the disk.
 
-    What a killed process had written survives there as it does on a disk; only the machine's own crash is another matter.
+    What a killed process had written survives there as it does on a disk; only the machine's own
+    crash is another matter.
     """
     if "TMPDIR" in os.environ or not _RAM.is_dir():
         return
     disk = os.statvfs(_RAM)
-    if disk.f_bavail * disk.f_frsize >= _ROOM and not disk.f_flag & os.ST_NOEXEC and os.access(_RAM, os.W_OK):
+    if (
+        disk.f_bavail * disk.f_frsize >= _ROOM
+        and not disk.f_flag & os.ST_NOEXEC
+        and os.access(_RAM, os.W_OK)
+    ):
         os.environ["TMPDIR"] = str(_RAM)  # processes that tests start look there too
         tempfile.tempdir = None
 
@@ -72,7 +80,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Clock:
-    """The server's time, moved by hand. Starts at the real one, for the stores' own TTLs run in real time."""
+    """The server's time, moved by hand. Starts at the real one, for the stores' own TTLs run in
+    real time.
+    """
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -125,7 +135,9 @@ def stores() -> Iterator[EmbeddedStores]:
 
 @contextmanager
 def _new_folder() -> Iterator[Path]:
-    """A folder directly below the system's temporary one, which the servers' unprivileged user can enter."""
+    """A folder directly below the system's temporary one, which the servers' unprivileged user can
+    enter.
+    """
     folder = Path(tempfile.mkdtemp(prefix="broker-test-"))
     try:
         yield folder
@@ -151,7 +163,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def stopped_stores() -> Iterator[Path]:
-    """A data directory with migrated stores that do not run, to be copied: quicker than making one for each test."""
+    """A data directory with migrated stores that do not run, to be copied: quicker than making one
+    for each test.
+    """
     with _new_folder() as folder:
         with EmbeddedStores.start(folder) as started:
             asyncio.run(_migrate(started))
@@ -168,8 +182,9 @@ def own_stores(stopped_stores: Path) -> Iterator[EmbeddedStores]:
 
 
 def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
-    """Settings for a broker on these stores, on free ports, remembering nothing between requests. What is not about limits waits for
-    stores as long as settings let it: a test machine's disk pauses."""
+    """Settings for a broker on these stores, on free ports, remembering nothing between requests.
+    What is not about limits waits for stores as long as settings let it: a test machine's disk
+    pauses."""
     values: dict[str, Any] = {
         "database_url": stores.database_url,
         "redis_url": stores.redis_url,
@@ -207,7 +222,9 @@ class _Brokers:
         if stores is None:
             changes.setdefault("redis_url", self.redis_url)
         parts = await assemble(
-            settings_for(stores or self.stores, **changes), log=Log(stream, level="debug"), clock=clock
+            settings_for(stores or self.stores, **changes),
+            log=Log(stream, level="debug"),
+            clock=clock,
         )
         started = Started(await serve(parts), clock, stream)
         self.started.append(started)
@@ -238,7 +255,9 @@ async def other(stores: EmbeddedStores) -> AsyncIterator[Durable]:
 
 @pytest.fixture
 async def start_broker(stores: EmbeddedStores, redis_url: str) -> AsyncIterator[Starter]:
-    """Start brokers; each is an instance of its own on the same stores. Stopped at the end of the test."""
+    """Start brokers; each is an instance of its own on the same stores. Stopped at the end of the
+    test.
+    """
     brokers = _Brokers(stores, redis_url)
     yield brokers
     for started in brokers.started:

@@ -1,19 +1,27 @@
 """Golden files of the wire.
 
-`golden/<dialect>/<name>.json` holds one request and its answer as they travel: method, path, the headers that
-matter, body. What differs from run to run is masked, by this scheme and no other (`_MASKS` by shape, `_TIMES` and the rest by
-key), and a value is masked only where it has the shape it must have: a nonce that is no longer 43 characters shows as a difference.
+`golden/<dialect>/<name>.json` holds one request and its answer as they travel: method, path, the
+headers that matter, body. What differs from run to run is masked, by this scheme and no other
+(`_MASKS` by shape, `_TIMES` and the rest by key), and a value is masked only where it has the shape
+it must have: a nonce that is no longer 43 characters shows as a difference.
 
-    <transaction> <handshake> <nonce> <ticket> <key>    our tokens: prefix and 43 characters (a bound handshake: 86)
+    <transaction> <handshake> <nonce> <ticket> <key>    our tokens: prefix and 43 characters (a
+                                                        bound handshake: 86)
     <id>                                         24 alphanumerics: app, user, passkey
     <uuid>                                       RFC 9562, as an `id`
-    <32 bytes>                                   43 characters of base64url: challenges, credential ids
-    <64 bytes> <256 bytes> <ES256 key>           86, 342 and 103 characters of it: a challenge with a hash, an RSA modulus, a COSE key
-    <user handle>                                58 characters: the base64url of a handle's 43 characters
-    <mail secret> <mail code>                    three groups of 24 alphanumerics; six digits, also within a message
-    <time> <epoch> <epoch ms>                    RFC 3339 in UTC; seconds, milliseconds since the epoch
+    <32 bytes>                                   43 characters of base64url: challenges, credential
+                                                 ids
+    <64 bytes> <256 bytes> <ES256 key>           86, 342 and 103 characters of it: a challenge with
+                                                 a hash, an RSA modulus, a COSE key
+    <user handle>                                58 characters: the base64url of a handle's 43
+                                                 characters
+    <mail secret> <mail code>                    three groups of 24 alphanumerics; six digits, also
+                                                 within a message
+    <time> <epoch> <epoch ms>                    RFC 3339 in UTC; seconds, milliseconds since the
+                                                 epoch
     <number>                                     an event's number
-    <answer>                                     what an authenticator made, in requests (an object, or its JSON text)
+    <answer>                                     what an authenticator made, in requests (an object,
+                                                 or its JSON text)
     {"header", "claims"}                         a signed token, in place of its text
 
 `GOLDEN=write` in the environment writes the files anew; without it, a missing file is a failure.
@@ -60,7 +68,14 @@ _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"pbm_[A-Za-z0-9]{24}-[A-Za-z0-9]{24}-[A-Za-z0-9]{24}(?![\w-])"), "<mail secret>"),
     (re.compile(r"(?<![\w-])[A-Za-z0-9]{24}(?![\w-])"), "<id>"),
 )
-_BYTES = {"challenge": 43, "cred": 43, "cred_id": 43, "credential_id": 43, "credentialId": 43, "id": 43}
+_BYTES = {
+    "challenge": 43,
+    "cred": 43,
+    "cred_id": 43,
+    "credential_id": 43,
+    "credentialId": 43,
+    "id": 43,
+}
 _BYTES |= {"jti": 43, "allAcceptedCredentialIds": 43, "x": 43, "y": 43}
 _HANDLES = {"id", "userId"}
 _EPOCHS = {"created_before", "exp", "iat", "timestamp"}
@@ -68,14 +83,26 @@ _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _MAIL_CODE = re.compile(r"(?<!\w)\d{6}(?!\w)")
 _MAIL_CODES = {"code", "html", "text"}
 _EPOCHS_MS = {"createdAt", "expiresAt", "updatedAt", "lastUsed"}
-_LONGER = {"challenge": (86, "<64 bytes>"), "n": (342, "<256 bytes>"), "public_key": (103, "<ES256 key>")}
+_LONGER = {
+    "challenge": (86, "<64 bytes>"),
+    "n": (342, "<256 bytes>"),
+    "public_key": (103, "<ES256 key>"),
+}
 _LONGER["publicKey"] = _LONGER["public_key"]
 # A credential id within a name, a path or a sentence.
 _NAMED = re.compile(r"(?:(?<=cred-)|(?<=/credentials/)|(?<= id '))[\w-]{43}(?![\w-])")
 _TOKEN = re.compile(r"([\w-]+)\.([\w-]+)\.[\w-]+")
 _TOKENS = {"id_token", "token"}
 _ANSWERS = {"handshake_response", "credential", "publicKey", "response"}
-_TIMES = {"created_at", "updated_at", "last_login_at", "confirmed_at", "last_used_at", "expires_at", "at"}
+_TIMES = {
+    "created_at",
+    "updated_at",
+    "last_login_at",
+    "confirmed_at",
+    "last_used_at",
+    "expires_at",
+    "at",
+}
 _TIMES.add("approved_at")
 
 
@@ -140,7 +167,9 @@ async def golden(
     data: bytes | None = None,
     below: str = "/v1/apps/{app_id}",
 ) -> Answer:
-    """Send a request to a path below the app (or below `below`) and compare it and its answer with the golden file `name`."""
+    """Send a request to a path below the app (or below `below`) and compare it and its answer with
+    the golden file `name`.
+    """
     place = below.replace("{app_id}", wire.app_id) + path
     answer = await wire.send(method, wire.url + place, json=json_body, data=data, headers=headers)
     seen = {

@@ -1,11 +1,14 @@
-"""A tenant's backend and page that speak Hanko's Passkey API to a running broker, and read answers as its SDK does.
+"""A tenant's backend and page that speak Hanko's Passkey API to a running broker, and read answers
+as its SDK does.
 
-    hanko = Hanko(wire)
-    options = await hanko.ok("/registration/initialize", {"user_id": "ann", "username": "ann@example.org"})
-    claims = await hanko.register("ann", device)            # initialize and finalize; the verified token's claims
+    hanko = Hanko(wire) options = await hanko.ok("/registration/initialize", {"user_id": "ann",
+    "username": "ann@example.org"})
+    claims = await hanko.register("ann", device)            # initialize and finalize; the verified
+                                                            token's claims
 
-Every answer passes `judge`: a success is what the contract has; an error is JSON with `title`, `details` and `status`, never empty,
-and says its length, for the SDK resolves to undefined where an error has an empty body.
+Every answer passes `judge`: a success is what the contract has; an error is JSON with `title`,
+`details` and `status`, never empty, and says its length, for the SDK resolves to undefined where an
+error has an empty body.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ REGISTRATION, LOGIN = "/registration", "/login"
 SECOND_REGISTRATION, SECOND_LOGIN = "/mfa/registration", "/mfa/login"
 TRANSACTION = "/transaction"
 TENANT = "/hanko/{app_id}"
-KEY_SETS = {("GET", TENANT + "/.well-known/jwks.json"), ("OPTIONS", TENANT + "/.well-known/jwks.json")}
+KEY_SETS = {
+    ("GET", TENANT + "/.well-known/jwks.json"),
+    ("OPTIONS", TENANT + "/.well-known/jwks.json"),
+}
 # What pages may call; on a port for keyed callers alone it needs a key.
 PAGES = {
     (method, f"{TENANT}{path}")
@@ -32,8 +38,14 @@ PAGES = {
 }
 KEYED = {
     ("POST", f"{TENANT}{REGISTRATION}/initialize"),
-    *(("POST", f"{TENANT}{at}/initialize") for at in (SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION)),
-    *(("POST", f"{TENANT}{at}/finalize") for at in (SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION)),
+    *(
+        ("POST", f"{TENANT}{at}/initialize")
+        for at in (SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION)
+    ),
+    *(
+        ("POST", f"{TENANT}{at}/finalize")
+        for at in (SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION)
+    ),
     ("GET", f"{TENANT}{TRANSACTION}/{{user_id}}"),
     ("GET", f"{TENANT}/credentials"),
     ("GET", f"{TENANT}/credentials/{{credential_id}}"),
@@ -84,14 +96,21 @@ class Hanko:
         data: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """One request to a path below the tenant; with the tenant's key unless `key` is another ("": none)."""
+        """One request to a path below the tenant; with the tenant's key unless `key` is another
+        ("": none).
+        """
         given = {**({} if key == "" else {"apiKey": key or self.wire.key}), **(headers or {})}
         answer = await self.wire.send(method, self.base + path, json=json, data=data, headers=given)
         judge(answer)
         return answer
 
     async def page(
-        self, path: str, json: object = None, *, data: bytes | None = None, origin: str | None = ORIGIN
+        self,
+        path: str,
+        json: object = None,
+        *,
+        data: bytes | None = None,
+        origin: str | None = ORIGIN,
     ) -> Answer:
         """As a page: POST without a key."""
         headers = {"Origin": origin} if origin else {}
@@ -107,13 +126,15 @@ class Hanko:
         assert answer.status == 200, answer.body
         return answer.json
 
-    async def refused(self, status: int, title: str, path: str, json: object = None, **how: Any) -> str:
+    async def refused(
+        self, status: int, title: str, path: str, json: object = None, **how: Any
+    ) -> str:
         """The details of an error that must come."""
         answer = await self.send(how.pop("method", "POST"), path, json, **how)
         assert (answer.status, answer.json["title"]) == (status, title), answer.body
         return str(answer.json["details"])
 
-    # -- ceremonies -----------------------------------------------------------------------------------------------------------------
+    # -- ceremonies --------------------------------------------------------------------------------
 
     async def begin_registration(
         self, user: str, *, at: str = REGISTRATION, **more: object
@@ -132,13 +153,23 @@ class Hanko:
         return await self.claims((await self.ok(at + "/finalize", answer))["token"])
 
     async def register(
-        self, user: str, device: Authenticator, *, at: str = REGISTRATION, **how: Unpack[Misbehaviour]
+        self,
+        user: str,
+        device: Authenticator,
+        *,
+        at: str = REGISTRATION,
+        **how: Unpack[Misbehaviour],
     ) -> dict[str, Any]:
         made = device.register(await self.begin_registration(user, at=at), ORIGIN, **how)
         return await self.finish(at, made)
 
     async def login(
-        self, device: Authenticator, *, at: str = LOGIN, user: str | None = None, **how: Unpack[Misbehaviour]
+        self,
+        device: Authenticator,
+        *,
+        at: str = LOGIN,
+        user: str | None = None,
+        **how: Unpack[Misbehaviour],
     ) -> dict[str, Any]:
         options = await self.begin(at, **({"user_id": user} if user is not None else {}))
         return await self.finish(at, device.authenticate(options, ORIGIN, **how))

@@ -1,7 +1,8 @@
-"""An independent check of signed tokens: a JSON Web Token is taken apart and verified by hand, with a public JSON Web Key and nothing else.
+"""An independent check of signed tokens: a JSON Web Token is taken apart and verified by hand, with
+a public JSON Web Key and nothing else.
 
-No JOSE library is used, so that a token which verifies here is what RFC 7515 (JWS) and RFC 7518 and 8037 (algorithms) describe, not
-only what the library that made it accepts.
+No JOSE library is used, so that a token which verifies here is what RFC 7515 (JWS) and RFC 7518 and
+8037 (algorithms) describe, not only what the library that made it accepts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def claims(token: str) -> dict[str, Any]:
 
 
 def verify(token: str, key_set: Mapping[str, Any]) -> dict[str, Any]:
-    """The claims of a token that the one key of the set with its `kid` verifies, with that key's own algorithm.
+    """The claims of a token that the one key of the set with its `kid` verifies, with that key's
+    own algorithm.
 
     Raises:
         KeyError: the set has no such key.
@@ -65,7 +67,9 @@ def _verify(jwk: Mapping[str, str], signed: bytes, signature: bytes) -> None:
             )
         case "ES256":
             assert (jwk["kty"], jwk["crv"], len(signature)) == ("EC", "P-256", 64)
-            point = ec.EllipticCurvePublicNumbers(number(jwk["x"]), number(jwk["y"]), ec.SECP256R1())
+            point = ec.EllipticCurvePublicNumbers(
+                number(jwk["x"]), number(jwk["y"]), ec.SECP256R1()
+            )
             r, s = int.from_bytes(signature[:32]), int.from_bytes(signature[32:])
             point.public_key().verify(encode_dss_signature(r, s), signed, ec.ECDSA(hashes.SHA256()))
         case "EdDSA":

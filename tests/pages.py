@@ -28,7 +28,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def every_block(page: str) -> list[tuple[str, str]]:
-    """Language and text of each code block of a page; the language is "" where the block names none."""
+    """Language and text of each code block of a page; the language is "" where the block names
+    none.
+    """
     return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M)
 
 

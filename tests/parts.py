@@ -1,12 +1,14 @@
-"""The parts of a machine that tests need besides Python: a Chromium, Node with npm, and the npm packages in tests/sdk.
+"""The parts of a machine that tests need besides Python: a Chromium, Node with npm, and the npm
+packages in tests/sdk.
 
-Run as a program (`make test` does) it installs what is missing where that needs no question: Chromium through apt as root,
-Node from a pinned wheel into this virtual environment, npm packages from their lock file. Imported, it only finds:
-`chromium()`, `node()` and `npm_packages()` return what is there or raise `MissingPart`, whose sentence names the package to install.
-A missing part fails the run; it never skips a test.
+Run as a program (`make test` does) it installs what is missing where that needs no question:
+Chromium through apt as root, Node from a pinned wheel into this virtual environment, npm packages
+from their lock file. Imported, it only finds: `chromium()`, `node()` and `npm_packages()` return
+what is there or raise `MissingPart`, whose sentence names the package to install. A missing part
+fails the run; it never skips a test.
 
-Node comes from the machine when it has version 20 or newer with npm, else from the wheel: 200 MB unpacked, hence not in the lock
-file that everybody installs.
+Node comes from the machine when it has version 20 or newer with npm, else from the wheel: 200 MB
+unpacked, hence not in the lock file that everybody installs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SDK = ROOT / "tests" / "sdk"
 OLDEST_NODE = 20
 CHROMIUM_PACKAGES = ("chromium-headless-shell", "chromium")
-CHROMIUM_NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM_NAMES = (
+    "chromium-headless-shell",
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "chrome",
+)
 CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"),)
 
 
@@ -42,7 +50,10 @@ class Node:
     def environment(self) -> dict[str, str]:
         """The environment for both; npm looks for Node on PATH."""
         directory = str(Path(self.node[0]).parent)
-        return {**os.environ, "PATH": f"{directory}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+        return {
+            **os.environ,
+            "PATH": f"{directory}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        }
 
 
 def chromium() -> str:
@@ -74,7 +85,9 @@ def node() -> Node:
     if spec is not None and spec.submodule_search_locations:
         home = Path(next(iter(spec.submodule_search_locations)))
         carried = home / "bin" / "node"
-        return Node((str(carried),), (str(carried), str(home / "lib/node_modules/npm/bin/npm-cli.js")))
+        return Node(
+            (str(carried),), (str(carried), str(home / "lib/node_modules/npm/bin/npm-cli.js"))
+        )
     raise MissingPart(
         f"The tests of the vendors' SDKs need Node {OLDEST_NODE} or newer with npm; install the package nodejs, "
         "or run `pip install --require-hashes -r deploy/node.lock`."
@@ -82,7 +95,9 @@ def node() -> Node:
 
 
 def npm_packages(place: Path = SDK) -> Path:
-    """The directory node_modules that belongs to the present lock file of `place`. Raises MissingPart."""
+    """The directory node_modules that belongs to the present lock file of `place`. Raises
+    MissingPart.
+    """
     modules = place / "node_modules"
     stamp = modules / ".installed-lock.json"
     if not stamp.exists() or stamp.read_bytes() != (place / "package-lock.json").read_bytes():
@@ -124,9 +139,16 @@ def install_npm(place: Path) -> None:
         _say(f"Installing the packages of {place.relative_to(ROOT)}.")
         found = node()
         _run(
-            *found.npm, "ci", "--no-progress", "--loglevel=error", cwd=place, environment=found.environment()
+            *found.npm,
+            "ci",
+            "--no-progress",
+            "--loglevel=error",
+            cwd=place,
+            environment=found.environment(),
         )
-        shutil.copyfile(place / "package-lock.json", place / "node_modules" / ".installed-lock.json")
+        shutil.copyfile(
+            place / "package-lock.json", place / "node_modules" / ".installed-lock.json"
+        )
 
 
 def _install_chromium() -> None:
@@ -144,9 +166,14 @@ def _install_chromium() -> None:
 
 
 def _run(
-    *argv: str, cwd: Path | None = None, environment: dict[str, str] | None = None, needed: bool = True
+    *argv: str,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    needed: bool = True,
 ) -> bool:
-    """Run a command with no input and its output on standard error; whether it succeeded. Raises MissingPart where it had to."""
+    """Run a command with no input and its output on standard error; whether it succeeded. Raises
+    MissingPart where it had to.
+    """
     done = subprocess.run(
         argv, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
     )
@@ -156,7 +183,9 @@ def _run(
 
 
 def _major(executable: str) -> int:
-    answer = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False).stdout
+    answer = subprocess.run(
+        [executable, "--version"], capture_output=True, text=True, check=False
+    ).stdout
     match = re.match(r"v(\d+)\.", answer)
     return int(match[1]) if match else 0
 

@@ -1,12 +1,16 @@
-"""A backend and a page that speak Passlock's API to a running broker, and read answers as strictly as its two SDKs.
+"""A backend and a page that speak Passlock's API to a running broker, and read answers as strictly
+as its two SDKs.
 
-    passlock = Passlock(wire)                               # generation E; Passlock(wire, prefix="") for the unprefixed paths
-    done = await passlock.register("ann", device)           # authorize, options, verification: {principal, id_token, code}
+    passlock = Passlock(wire)                               # generation E; Passlock(wire,
+                                                            prefix="") for the unprefixed paths
+    done = await passlock.register("ann", device)           # authorize, options, verification:
+                                                            {principal, id_token, code}
     who = await passlock.exchange(done["code"])
 
-Every answer passes `judge`. The vendor's server SDK decodes by schema: a required field that is missing, another type, a null anywhere but
-in `cursor` and `metadata`, breaks it. Its browser SDK reads an error's body only if the content type is exactly `application/json`, and
-adds members of its own to a success. So these are looked at in every answer.
+Every answer passes `judge`. The vendor's server SDK decodes by schema: a required field that is
+missing, another type, a null anywhere but in `cursor` and `metadata`, breaks it. Its browser SDK
+reads an error's body only if the content type is exactly `application/json`, and adds members of
+its own to a success. So these are looked at in every answer.
 """
 
 from __future__ import annotations
@@ -44,7 +48,11 @@ for _tenancy in (_NEW, _OLD):
         ("PATCH", f"{_tenancy}/users/{{user_id}}/passkeys/"): {"username": "ann"},
         ("DELETE", f"{_tenancy}/users/{{user_id}}/passkeys/"): {"userId": "ann"},
         ("POST", f"{_tenancy}/challenges"): {"email": "ann@example.org", "purpose": "login"},
-        ("POST", f"{_tenancy}/challenges/verify"): {"challengeId": "x", "secret": "x", "code": "000000"},
+        ("POST", f"{_tenancy}/challenges/verify"): {
+            "challengeId": "x",
+            "secret": "x",
+            "code": "000000",
+        },
         ("GET", f"{_tenancy}/challenges/{{challenge_id}}"): None,
         ("DELETE", f"{_tenancy}/challenges/{{challenge_id}}"): None,
     }
@@ -138,7 +146,9 @@ def _no_nulls(value: Any) -> None:
 
 @dataclass(slots=True)
 class Passlock:
-    """The backend and the page of `wire`'s app. `prefix` is "/v2", or "" for clients of the unprefixed paths."""
+    """The backend and the page of `wire`'s app. `prefix` is "/v2", or "" for clients of the
+    unprefixed paths.
+    """
 
     wire: Wire
     prefix: str = "/v2"
@@ -147,7 +157,9 @@ class Passlock:
     def base(self) -> str:
         return f"{self.wire.url}{self.prefix}/{self.wire.app_id}"
 
-    async def keyed(self, method: str, path: str, json: object = None, *, key: str | None = None) -> Answer:
+    async def keyed(
+        self, method: str, path: str, json: object = None, *, key: str | None = None
+    ) -> Answer:
         """As the backend."""
         headers = {"Authorization": f"Bearer {self.wire.key if key is None else key}"}
         answer = await self.wire.send(method, self.base + path, json=json, headers=headers)
@@ -155,11 +167,18 @@ class Passlock:
         return answer
 
     async def page(
-        self, path: str, json: object = None, *, data: bytes | None = None, origin: str | None = ORIGIN
+        self,
+        path: str,
+        json: object = None,
+        *,
+        data: bytes | None = None,
+        origin: str | None = ORIGIN,
     ) -> Answer:
         """As the page: POST."""
         headers = {"Accept": "application/json", **({"Origin": origin} if origin else {})}
-        answer = await self.wire.send("POST", self.base + path, json=json, data=data, headers=headers)
+        answer = await self.wire.send(
+            "POST", self.base + path, json=json, data=data, headers=headers
+        )
         judge(answer, OPTIONS.get(path))
         if origin is not None and "Forbidden" not in answer.json.get("_tag", ""):
             assert answer.headers["Access-Control-Allow-Origin"] == origin
@@ -175,10 +194,16 @@ class Passlock:
         assert answer.status == 200, answer.body
         return answer.json
 
-    # -- the backend --------------------------------------------------------------------------------------------------------------
+    # -- the backend -------------------------------------------------------------------------------
 
     async def authorize_registration(self, user: str, **more: object) -> str:
-        body = {"rpId": RP_ID, "rpName": "Example", "userId": user, "username": f"{user}@example.org", **more}
+        body = {
+            "rpId": RP_ID,
+            "rpName": "Example",
+            "userId": user,
+            "username": f"{user}@example.org",
+            **more,
+        }
         done = await self.ok("POST", "/passkey/registration/authorize", body)
         return str(done["registrationToken"])
 
@@ -196,7 +221,7 @@ class Passlock:
     async def passkey(self, passkey_id: str) -> Any:
         return await self.ok("GET", f"/passkeys/{passkey_id}")
 
-    # -- the page -----------------------------------------------------------------------------------------------------------------
+    # -- the page ----------------------------------------------------------------------------------
 
     async def begin(self, kind: str, body: object) -> tuple[str, dict[str, Any]]:
         """`kind` is "registration" or "authentication". Returns sessionToken and options."""
@@ -218,7 +243,9 @@ class Passlock:
         assert answer.status == 200, answer.body
         return answer.json
 
-    async def register(self, user: str, device: Authenticator, **misbehaviour: Unpack[Misbehaviour]) -> Any:
+    async def register(
+        self, user: str, device: Authenticator, **misbehaviour: Unpack[Misbehaviour]
+    ) -> Any:
         """A whole registration, backend and page; {principal, id_token, code}."""
         body = {"registrationToken": await self.authorize_registration(user)}
         return await self.run("registration", body, device, **misbehaviour)

@@ -1,7 +1,9 @@
-"""What tests of whole processes share: free ports, waiting with a deadline, who descends from whom, and who took which connection.
+"""What tests of whole processes share: free ports, waiting with a deadline, who descends from whom,
+and who took which connection.
 
-No test sleeps for a while and hopes. `until` asks again and again, and fails by name after its deadline, which is generous
-because the machine may be busy; nothing is concluded from how long it took.
+No test sleeps for a while and hopes. `until` asks again and again, and fails by name after its
+deadline, which is generous because the machine may be busy; nothing is concluded from how long it
+took.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Return as soon as the condition holds; fail after the deadline, saying what never came true."""
+    """Return as soon as the condition holds; fail after the deadline, saying what never came
+    true.
+    """
     deadline = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < deadline, f"never came true: {what}"
@@ -60,7 +64,11 @@ def accepted(pid: int, port: int) -> list[int]:
         with contextlib.suppress(OSError):
             inodes.add(os.readlink(entry).removeprefix("socket:[").rstrip("]"))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    mine = [row for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "01" and row[9] in inodes]
+    mine = [
+        row
+        for row in rows
+        if row[1].endswith(f":{port:04X}") and row[3] == "01" and row[9] in inodes
+    ]
     return [int(row[2].partition(":")[2], 16) for row in mine]
 
 

@@ -1,13 +1,14 @@
 """Proxies on the loopback between the broker and a store, which lose what a network can lose.
 
 `RedisProxy` understands commands: it counts them (`commands`), forwards one at a time on a
-connection, and asks `fate` what becomes of each. `PostgresProxy` counts the
-client's messages and falls silent after `silent_after` of them, or only towards those who listen to notifications. Both forward
-everything else untouched.
+connection, and asks `fate` what becomes of each. `PostgresProxy` counts the client's messages and
+falls silent after `silent_after` of them, or only towards those who listen to notifications. Both
+forward everything else untouched.
 
     Fate.PASS      forward the command and its reply
     Fate.SWALLOW   forward the command; its reply never comes, the connection stays open
-    Fate.CUT       forward the command; the connection is closed in place of its reply, after the store has answered
+    Fate.CUT       forward the command; the connection is closed in place of its reply, after the
+                   store has answered
     Fate.REFUSE    close the connection; the command never reaches the store
     Fate.HOLD      forward the command; its reply waits until `release` is set
 """
@@ -24,7 +25,9 @@ from functools import partial
 
 import hiredis
 
-_BACKEND_KEY = re.compile(rb"(K\0\0\0\x0c)....", re.S)  # PostgreSQL's BackendKeyData: a process, a secret
+_BACKEND_KEY = re.compile(
+    rb"(K\0\0\0\x0c)....", re.S
+)  # PostgreSQL's BackendKeyData: a process, a secret
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Streams]]
@@ -43,10 +46,14 @@ def _pass(_: list[bytes]) -> Fate:
 
 
 def of_command(fate: Fate, *prefix: bytes) -> Callable[[list[bytes]], Fate]:
-    """This fate for commands whose name is the first word (in any case) and whose key or digest begins with the second."""
+    """This fate for commands whose name is the first word (in any case) and whose key or digest
+    begins with the second.
+    """
 
     def decide(words: list[bytes]) -> Fate:
-        named = words[0].upper() == prefix[0] and (len(prefix) < 2 or words[1].startswith(prefix[1]))
+        named = words[0].upper() == prefix[0] and (
+            len(prefix) < 2 or words[1].startswith(prefix[1])
+        )
         return fate if named else Fate.PASS
 
     return decide
@@ -54,8 +61,8 @@ def of_command(fate: Fate, *prefix: bytes) -> Callable[[list[bytes]], Fate]:
 
 @dataclass(slots=True)
 class RedisProxy:
-    """Made by `redis_proxy`. `commands` are those that clients sent, in order of arrival; `ports` has one
-    for each server."""
+    """Made by `redis_proxy`. `commands` are those that clients sent, in order of arrival; `ports`
+    has one for each server."""
 
     ports: list[int] = field(default_factory=list)
     commands: list[list[bytes]] = field(default_factory=list)
@@ -86,7 +93,9 @@ async def redis_proxy(*servers: Connect) -> AsyncIterator[RedisProxy]:
     """A proxy in front of each of these servers."""
     proxy = RedisProxy()
 
-    async def serve(connect: Connect, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(
+        connect: Connect, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         try:
             upstream_reader, upstream_writer = await connect()
         except OSError:  # nobody listens there
@@ -153,16 +162,21 @@ async def _command(reader: asyncio.StreamReader) -> list[bytes]:
 
 
 def _packed(words: list[bytes]) -> bytes:
-    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+    return b"*%d\r\n" % len(words) + b"".join(
+        b"$%d\r\n%s\r\n" % (len(word), word) for word in words
+    )
 
 
 @dataclass(slots=True)
 class PostgresProxy:
-    """Made by `postgres_proxy`. Falls `silent` when a client has sent more than `silent_after` messages on a connection: from then
-    on, and on every connection, what is sent is lost and nothing comes back, as from a machine that is frozen.
+    """Made by `postgres_proxy`. Falls `silent` when a client has sent more than `silent_after`
+    messages on a connection: from then on, and on every connection, what is sent is lost and
+    nothing comes back, as from a machine that is frozen.
 
-    `deaf`: the same, but only on connections that have sent LISTEN. `holding`: answers to all others wait until `release` is set;
-    `late`: LISTEN itself waits for it; `held` is set when something waits. `pooling`: the process that clients are told they have is none, as from a pooler."""
+    `deaf`: the same, but only on connections that have sent LISTEN. `holding`: answers to all
+    others wait until `release` is set; `late`: LISTEN itself waits for it; `held` is set when
+    something waits. `pooling`: the process that clients are told they have is none, as from a
+    pooler."""
 
     port: int
     silent_after: int | None = None

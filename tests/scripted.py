@@ -1,6 +1,8 @@
-"""A scripted broker, which the client's tests run against: it notes what it is sent and answers as it is told.
+"""A scripted broker, which the client's tests run against: it notes what it is sent and answers as
+it is told.
 
-The server stands in for the broker, never for the client. `Caller` calls the blocking client and the asynchronous one alike.
+The server stands in for the broker, never for the client. `Caller` calls the blocking client and
+the asynchronous one alike.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @dataclass
 class ScriptedBroker:
-    """Answers the n-th request with the n-th line of its script; a request too many gets 404 `script_over`."""
+    """Answers the n-th request with the n-th line of its script; a request too many gets 404
+    `script_over`.
+    """
 
     url: str = ""
     seen: list[Seen] = field(default_factory=list)
@@ -50,7 +54,13 @@ class ScriptedBroker:
     def says(self, status: int, body: Any = None, **headers: str) -> ScriptedBroker:
         """Add a line: `body` is sent as JSON, bytes as they are."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        content = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
+        content = (
+            body
+            if isinstance(body, bytes)
+            else json.dumps(body).encode()
+            if body is not None
+            else b""
+        )
 
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             return web.Response(status=status, body=content, headers=names)
@@ -62,14 +72,20 @@ class ScriptedBroker:
         return self
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.seen.append(Seen(request.method, request.raw_path, dict(request.headers), await request.read()))
+        self.seen.append(
+            Seen(request.method, request.raw_path, dict(request.headers), await request.read())
+        )
         if not self.script:
-            return web.json_response({"code": "script_over", "error": "One request too many."}, status=404)
+            return web.json_response(
+                {"code": "script_over", "error": "One request too many."}, status=404
+            )
         return await self.script.pop(0)(request)
 
 
 @asynccontextmanager
-async def scripted_broker(ssl_context: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedBroker]:
+async def scripted_broker(
+    ssl_context: ssl.SSLContext | None = None,
+) -> AsyncIterator[ScriptedBroker]:
     """A server on a free port of loopback."""
     broker = ScriptedBroker()
     runner = web.ServerRunner(web.Server(broker.handle), shutdown_timeout=0.1)

@@ -1,7 +1,8 @@
 """Servers of a test's own, and what can befall a server: stopped, killed, started again.
 
-`Valkey` is a Valkey (or Redis) on a loopback port with settings of the test's choice, `Cluster` six of
-them as a Redis Cluster. The functions below them do to embedded servers what machines do: `freeze` (SIGSTOP of every process of it), `kill` (SIGKILL), `revive`.
+`Valkey` is a Valkey (or Redis) on a loopback port with settings of the test's choice, `Cluster` six
+of them as a Redis Cluster. The functions below them do to embedded servers what machines do:
+`freeze` (SIGSTOP of every process of it), `kill` (SIGKILL), `revive`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ async def eventually(condition: Callable[[], bool], what: str) -> None:
 
 
 async def reached(check: Callable[[], Awaitable[None]]) -> None:
-    """Connect to a store that is up: a client's first tries can run out of time before a busy machine has connected it.
+    """Connect to a store that is up: a client's first tries can run out of time before a busy
+    machine has connected it.
 
     Raises:
         Unavailable: the store is not up.
@@ -116,7 +118,9 @@ class Valkey:
     def knows(self, ids: list[str]) -> bool:
         """Whether this node of a cluster knows all of these and has met them."""
         lines = self.ask("CLUSTER NODES").decode().splitlines()
-        met = [line.split()[0] for line in lines if "handshake" not in line and " connected" in line]
+        met = [
+            line.split()[0] for line in lines if "handshake" not in line and " connected" in line
+        ]
         return sorted(met) == sorted(ids)
 
     async def connect(self) -> Streams:
@@ -150,7 +154,9 @@ class _Whole(redis.RedisCluster):
 
 @dataclass(slots=True)
 class Cluster:
-    """A Redis Cluster of three masters, `nodes[:3]`, and their replicas, `nodes[3:]`, in one order."""
+    """A Redis Cluster of three masters, `nodes[:3]`, and their replicas, `nodes[3:]`, in one
+    order.
+    """
 
     nodes: list[Valkey]
     ids: list[str]
@@ -246,7 +252,9 @@ def server_of(stores: EmbeddedStores, which: Which) -> Server:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that descend from it: PostgreSQL's backends lead sessions of their own, so its group is not enough."""
+    """A process and all that descend from it: PostgreSQL's backends lead sessions of their own, so
+    its group is not enough.
+    """
     return [pid, *descendants(pid)]
 
 
@@ -258,7 +266,9 @@ def _send(pids: list[int], number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def frozen(stores: EmbeddedStores, which: Which) -> Iterator[Callable[[], None]]:
-    """Inside, the server's processes are stopped: they accept connections and answer nothing. Yields what ends it early."""
+    """Inside, the server's processes are stopped: they accept connections and answer nothing.
+    Yields what ends it early.
+    """
     pid = server_of(stores, which).process.pid
     stopped: list[int] = []
     while new := [member for member in _family(pid) if member not in stopped]:

@@ -1,9 +1,11 @@
-"""What an operator sees of a refusal: the metric, the log line, the event. Tests assert these beside the verdict.
+"""What an operator sees of a refusal: the metric, the log line, the event. Tests assert these
+beside the verdict.
 
     with refused(broker, "transaction_not_found", "handle_unknown"):
         answer = await wire.finish("register", handle, response)
 
-fails unless, inside the block, the metric of that code and reason rose by exactly `times` and as many request lines name both.
+fails unless, inside the block, the metric of that code and reason rose by exactly `times` and as
+many request lines name both.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def lines(broker: Started, **values: object) -> list[dict[str, Any]]:
 
 @contextmanager
 def refused(broker: Started, code: str, reason: str, *, times: int = 1) -> Iterator[None]:
-    """Inside, exactly `times` requests are refused with this code for this reason, and metric and log say so."""
+    """Inside, exactly `times` requests are refused with this code for this reason, and metric and
+    log say so.
+    """
     metric = broker.metric("broker_refusals_total", code=code, reason=reason)
     logged = len(lines(broker, code=code, reason=reason))
     yield
@@ -52,11 +56,15 @@ def quiet(broker: Started, name: str, **labels: str) -> Iterator[None]:
 
 
 def _recent(broker: Started) -> list[tuple[object, ...]]:
-    return [(x.get("route"), x.get("status"), x.get("code"), x.get("reason")) for x in broker.log[-6:]]
+    return [
+        (x.get("route"), x.get("status"), x.get("code"), x.get("reason")) for x in broker.log[-6:]
+    ]
 
 
 def same_answer(first: Answer, second: Answer) -> None:
-    """Two answers that a caller can't tell apart: status, body, and names and values of headers, but for date and request id."""
+    """Two answers that a caller can't tell apart: status, body, and names and values of headers,
+    but for date and request id.
+    """
     assert first.status == second.status
     assert first.body == second.body
     assert _stable(first) == _stable(second)

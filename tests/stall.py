@@ -1,4 +1,5 @@
-"""Hold a request open inside the broker: a lock on a table of the real Postgres, which its next statement needs.
+"""Hold a request open inside the broker: a lock on a table of the real Postgres, which its next
+statement needs.
 
     async with stalled(broker, "users") as stall:
         running = asyncio.create_task(wire.keyed(…))
@@ -41,7 +42,9 @@ class Stall:
             )
             if found >= number:
                 return
-            assert time.monotonic() < deadline, f"{found} of {number} statements wait for {self.table}"
+            assert time.monotonic() < deadline, (
+                f"{found} of {number} statements wait for {self.table}"
+            )
             await asyncio.sleep(0.005)  # between two looks
 
 
@@ -49,7 +52,8 @@ class Stall:
 async def stalled(
     broker: Started, table: str, *, mode: Literal["ACCESS EXCLUSIVE", "SHARE"] = "ACCESS EXCLUSIVE"
 ) -> AsyncIterator[Stall]:
-    """Lock `table` while inside, so that every statement which names it waits; with "SHARE" only those that write.
+    """Lock `table` while inside, so that every statement which names it waits; with "SHARE" only
+    those that write.
 
     What `Stall.connection` does inside is committed before the others go on.
     """

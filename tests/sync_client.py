@@ -1,9 +1,11 @@
-"""Generates the client's synchronous half (`passkey_broker/_sync`) from its asynchronous one (`_async`), word by word.
+"""Generates the client's synchronous half (`passkey_broker/_sync`) from its asynchronous one
+(`_async`), word by word.
 
     python tests/sync_client.py
 
-`test_client_source` compares what is committed with what this makes. Words that differ are in `WORDS`; `PHRASES` are the
-sentences of docstrings that are true of one half only, each of which must occur.
+`test_client_source` compares what is committed with what this makes. Words that differ are in
+`WORDS`; `PHRASES` are the sentences of docstrings that are true of one half only, each of which
+must occur.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "broker" / "sdk" / "passkey_broker"
-MARK = "# Generated from ../_async/{name} by `python tests/sync_client.py`: change that file, not this one.\n"
+MARK = "# Generated from _async/{name} by `python tests/sync_client.py`: change that one.\n"
 
 WORDS = {
     r"\basync (def|with|for)\b": r"\1",
@@ -61,7 +63,9 @@ def _formatted(text: str, target: Path) -> str:
     ruff = str(Path(sys.executable).with_name("ruff"))
     name = ["--stdin-filename", str(target), "-"]
     for command in (["check", "--quiet", "--select", "I", "--fix"], ["format", "--quiet"]):
-        done = subprocess.run([ruff, *command, *name], input=text, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [ruff, *command, *name], input=text, capture_output=True, text=True, check=True
+        )
         text = done.stdout
     return text
 

@@ -1,4 +1,6 @@
-"""Approvals: what a user signs is in the challenge, is written down once, and is approved by exactly the sign-in about it."""
+"""Approvals: what a user signs is in the challenge, is written down once, and is approved by
+exactly the sign-in about it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ async def records(broker: Started, app: RelyingParty) -> list[ApprovalRecord]:
     return await broker.parts.directory.approvals(app, user.id)
 
 
-async def test_the_challenge_ends_with_the_digest(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_the_challenge_ends_with_the_digest(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     """So whoever keeps the answer can prove what was approved; the first half is chance as ever."""
     await wire.user("ann", device)
     app = await app_of(broker, wire)
@@ -98,7 +102,9 @@ async def test_it_is_approved_by_the_sign_in_itself(
     app = await app_of(broker, wire)
     refused = await ask(broker, app, device, uv=False)
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(app, refused, approved=True, openers=("keyed",))
+        await broker.parts.broker.finish_authentication_by(
+            app, refused, approved=True, openers=("keyed",)
+        )
     second = replace(PAYMENT, identifier="payment-8")
     answer = await ask(broker, app, device, second)
     [first, waiting] = await records(broker, app)
@@ -118,7 +124,9 @@ async def test_it_is_approved_by_the_sign_in_itself(
 
 
 async def test_a_counter_that_went_back_approves_nothing(broker: Started, wire: Wire) -> None:
-    """The statement that decides about the sign-in decides about the approval: two answers of a clone, at once."""
+    """The statement that decides about the sign-in decides about the approval: two answers of a
+    clone, at once.
+    """
     device = Authenticator()
     await wire.user("ann", device)
     app = await app_of(broker, wire)
@@ -182,7 +190,9 @@ async def _refusing(stores: EmbeddedStores) -> AsyncIterator[None]:
     refuse = f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS '{body}'"
     async with session_of(stores) as postgres:
         await postgres.execute(refuse)
-        await postgres.execute("CREATE TRIGGER refuse BEFORE INSERT ON approvals EXECUTE FUNCTION refuse()")
+        await postgres.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON approvals EXECUTE FUNCTION refuse()"
+        )
         yield
         await postgres.execute("DROP TRIGGER refuse ON approvals")
 
@@ -227,10 +237,14 @@ async def test_nobody_is_asked_who_can_not_sign(broker: Started, wire: Wire) -> 
     app = await app_of(broker, wire)
     verbs = broker.parts.broker
     with pytest.raises(UnknownUser):
-        await verbs.begin_authentication_of(app, "ann", by="challenge", approval=PAYMENT, opener="keyed")
+        await verbs.begin_authentication_of(
+            app, "ann", by="challenge", approval=PAYMENT, opener="keyed"
+        )
     await wire.open_registration("ann")
     with pytest.raises(NoPasskeys):
-        await verbs.begin_authentication_of(app, "ann", by="challenge", approval=PAYMENT, opener="keyed")
+        await verbs.begin_authentication_of(
+            app, "ann", by="challenge", approval=PAYMENT, opener="keyed"
+        )
     assert await records(broker, app) == []
 
 
@@ -244,21 +258,29 @@ async def test_an_approval_is_no_sign_in_and_a_sign_in_no_approval(
     answer = await ask(broker, app, device, approval)
     verbs = broker.parts.broker
     with pytest.raises(UnknownTransaction) as caught:
-        await verbs.finish_authentication_by(app, answer, approved=approval is None, openers=("keyed",))
+        await verbs.finish_authentication_by(
+            app, answer, approved=approval is None, openers=("keyed",)
+        )
     assert caught.value.reason == "other_finish"
     with pytest.raises(UnknownTransaction):
         await verbs.finish_authentication_of(app, "ann", answer, opener="keyed")
     assert [r.approved_at for r in await records(broker, app)] == [None] * (approval is not None)
-    await verbs.finish_authentication_by(app, answer, approved=approval is not None, openers=("keyed",))
+    await verbs.finish_authentication_by(
+        app, answer, approved=approval is not None, openers=("keyed",)
+    )
 
 
-async def test_of_50_finishes_one_approves(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_of_50_finishes_one_approves(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await wire.user("ann", device)
     app = await app_of(broker, wire)
     answer = await ask(broker, app, device)
     results = await asyncio.gather(
         *(
-            broker.parts.broker.finish_authentication_by(app, answer, approved=True, openers=("keyed",))
+            broker.parts.broker.finish_authentication_by(
+                app, answer, approved=True, openers=("keyed",)
+            )
             for _ in range(50)
         ),
         return_exceptions=True,
@@ -268,13 +290,17 @@ async def test_of_50_finishes_one_approves(broker: Started, wire: Wire, device: 
     assert record.approved_at is not None
 
 
-async def test_approvals_go_with_their_user(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_approvals_go_with_their_user(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await wire.user("ann", device)
     app = await app_of(broker, wire)
     answer = await ask(broker, app, device)
     await broker.parts.directory.delete_user(app, "ann")
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(app, answer, approved=True, openers=("keyed",))
+        await broker.parts.broker.finish_authentication_by(
+            app, answer, approved=True, openers=("keyed",)
+        )
     await wire.user("ann", device)
     assert await records(broker, app) == []
     await ask(broker, app, device)

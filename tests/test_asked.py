@@ -1,4 +1,5 @@
-"""What a caller asks of one ceremony: within the policy, never past it; and second factors, which sign in only where they are asked for.
+"""What a caller asks of one ceremony: within the policy, never past it; and second factors, which
+sign in only where they are asked for.
 
 Most of it is asked of the verbs themselves, so it holds for every wire format.
 """
@@ -34,14 +35,21 @@ def app_with(broker: Started) -> AppWith:
     """Make an app with a policy."""
 
     async def make(**policy: Any) -> RelyingParty:
-        app, _ = await broker.parts.directory.create_app("App", RP_ID, [ORIGIN], policy=Policy(**policy))
+        app, _ = await broker.parts.directory.create_app(
+            "App", RP_ID, [ORIGIN], policy=Policy(**policy)
+        )
         return app
 
     return make
 
 
 async def register(
-    broker: Started, app: RelyingParty, user: str, device: Authenticator, asked: Asked = ORDINARY, **how: Any
+    broker: Started,
+    app: RelyingParty,
+    user: str,
+    device: Authenticator,
+    asked: Asked = ORDINARY,
+    **how: Any,
 ) -> Receipt:
     options = await broker.parts.broker.begin_registration_of(
         app, user, user_name=user, asked=asked, by="challenge", opener="keyed"
@@ -72,7 +80,7 @@ async def sign_in(
     )
 
 
-# -- user verification ------------------------------------------------------------------------------------------------------------------
+# -- user verification -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,9 @@ async def test_user_verification_is_raised_and_lowered_only_where_that_is_allowe
     weaker: bool,
     given: UserVerification,
 ) -> None:
-    """Options and judgement agree: an answer without it passes exactly where it was not required."""
+    """Options and judgement agree: an answer without it passes exactly where it was not
+    required.
+    """
     app = await app_with(user_verification=policy, allow_weaker=weaker)
     asked, device = Asked(user_verification=wish), Authenticator()
     options = await broker.parts.broker.begin_registration_of(
@@ -105,7 +115,9 @@ async def test_user_verification_is_raised_and_lowered_only_where_that_is_allowe
     )
     assert options["authenticatorSelection"]["userVerification"] == given
     await register(broker, app, "ann", device)
-    options = await broker.parts.broker.begin_authentication_of(app, "ann", asked=asked, opener="keyed")
+    options = await broker.parts.broker.begin_authentication_of(
+        app, "ann", asked=asked, opener="keyed"
+    )
     assert options["userVerification"] == given
     if given == "required":
         with pytest.raises(CeremonyRefused) as caught:
@@ -146,7 +158,9 @@ async def test_what_was_required_stays_required_under_a_looser_policy(
 ) -> None:
     app, device = await app_with(), Authenticator()
     await register(broker, app, "ann", device)
-    options = await broker.parts.broker.begin_authentication_of(app, "ann", by="challenge", opener="keyed")
+    options = await broker.parts.broker.begin_authentication_of(
+        app, "ann", by="challenge", opener="keyed"
+    )
     app = await broker.parts.directory.update_app(
         replace(app, policy=Policy(user_verification="discouraged"))
     )
@@ -155,14 +169,18 @@ async def test_what_was_required_stays_required_under_a_looser_policy(
         await broker.parts.broker.finish_authentication_by(app, answer, openers=("keyed",))
 
 
-# -- life -------------------------------------------------------------------------------------------------------------------------------
+# -- life ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wish", "given"), [(None, 60), (30.0, 30), (60.0, 60), (600.0, 60), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("wish", "given"), [(None, 60), (30.0, 30), (60.0, 60), (600.0, 60), (0.5, 0.5)]
+)
 async def test_a_life_is_capped_by_the_policy(
     broker: Started, app_with: AppWith, wish: float | None, given: float
 ) -> None:
-    """Of either ceremony, with a transaction and without one: `timeout` says it, and the server keeps to it."""
+    """Of either ceremony, with a transaction and without one: `timeout` says it, and the server
+    keeps to it.
+    """
     app, device, asked = await app_with(ceremony_life=60), Authenticator(), Asked(life=wish)
     await register(broker, app, "ann", device)
     verbs = broker.parts.broker
@@ -182,7 +200,7 @@ async def test_a_life_is_capped_by_the_policy(
         await verbs.finish_authentication_by(app, answer, openers=("keyed",))
 
 
-# -- which passkeys -----------------------------------------------------------------------------------------------------------------------
+# -- which passkeys --------------------------------------------------------------------------------
 
 
 async def test_exclusions_are_added_to_the_users_own(broker: Started, app_with: AppWith) -> None:
@@ -204,7 +222,9 @@ async def test_exclusions_are_added_to_the_users_own(broker: Started, app_with: 
 
 
 async def test_an_allow_list_narrows(broker: Started, app_with: AppWith) -> None:
-    """By options and by judgement, for a known user and for whoever answers, with a transaction and without one."""
+    """By options and by judgement, for a known user and for whoever answers, with a transaction and
+    without one.
+    """
     app, first, second = await app_with(), Authenticator(), Authenticator()
     mine = await register(broker, app, "ann", first)
     await register(broker, app, "ann", second)
@@ -212,8 +232,12 @@ async def test_an_allow_list_narrows(broker: Started, app_with: AppWith) -> None
     asked = Asked(allow=(mine.passkey_id, bobs.passkey_id))
     verbs = broker.parts.broker
     for user, offered in (("ann", [mine]), (None, [mine, bobs])):
-        options = await verbs.begin_authentication_of(app, user, asked=asked, by="challenge", opener="keyed")
-        assert [unb64(c["id"]) for c in options["allowCredentials"]] == [r.credential_id for r in offered]
+        options = await verbs.begin_authentication_of(
+            app, user, asked=asked, by="challenge", opener="keyed"
+        )
+        assert [unb64(c["id"]) for c in options["allowCredentials"]] == [
+            r.credential_id for r in offered
+        ]
         begun = await verbs.begin_authentication(
             app, await verbs.open_authentication(app, user, asked=asked), opener="page"
         )
@@ -231,7 +255,9 @@ async def test_an_allow_list_narrows(broker: Started, app_with: AppWith) -> None
 
 
 async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: AppWith) -> None:
-    """Empty, of ids that nobody has, of another user or app, of a passkey revoked before or meanwhile, of a second factor."""
+    """Empty, of ids that nobody has, of another user or app, of a passkey revoked before or
+    meanwhile, of a second factor.
+    """
     app, elsewhere, device = await app_with(), await app_with(), Authenticator()
     mine = await register(broker, app, "ann", device)
     gone = await register(broker, app, "ann", Authenticator())
@@ -253,7 +279,9 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
             with pytest.raises(NoPasskeys):
                 await verbs.open_authentication(app, user, asked=asked)
             with pytest.raises(NoPasskeys):
-                await verbs.begin_authentication_of(app, user, asked=asked, by="challenge", opener="keyed")
+                await verbs.begin_authentication_of(
+                    app, user, asked=asked, by="challenge", opener="keyed"
+                )
         if allow:
             begun = await verbs.begin_authentication(app, None, asked=asked, opener="page")
             answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
@@ -266,7 +294,9 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
         await verbs.open_authentication(app, "ann", asked=Asked(allow=(bobs.passkey_id,)))
 
     for user in ("ann", None):
-        transaction = await verbs.open_authentication(app, user, asked=Asked(allow=(mine.passkey_id,)))
+        transaction = await verbs.open_authentication(
+            app, user, asked=Asked(allow=(mine.passkey_id,))
+        )
         begun = await verbs.begin_authentication(app, transaction, opener="page")
         await directory.revoke_passkey(app, mine.passkey_id)
         if user is None:
@@ -275,7 +305,9 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
             assert unknown.value.reason == "no_passkey_left"
         else:
             begun = await verbs.begin_authentication(app, transaction, opener="page")
-            assert len(begun.options["allowCredentials"]) == 1, "what was offered when it was opened"
+            assert len(begun.options["allowCredentials"]) == 1, (
+                "what was offered when it was opened"
+            )
         answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
         with pytest.raises(CeremonyRefused) as caught:
             await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
@@ -283,13 +315,17 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
         mine = await register(broker, app, "ann", device)
 
 
-# -- second factors -----------------------------------------------------------------------------------------------------------------------
+# -- second factors --------------------------------------------------------------------------------
 
 
 async def test_a_second_factor_follows_its_own_policy(broker: Started, app_with: AppWith) -> None:
-    app = await app_with(second_factor_user_verification="discouraged", second_factor_attachment="any")
+    app = await app_with(
+        second_factor_user_verification="discouraged", second_factor_attachment="any"
+    )
     verbs = broker.parts.broker
-    options = await verbs.begin_registration_of(app, "ann", user_name="ann", asked=SECOND, opener="keyed")
+    options = await verbs.begin_registration_of(
+        app, "ann", user_name="ann", asked=SECOND, opener="keyed"
+    )
     assert options["authenticatorSelection"] == {
         "residentKey": "discouraged",
         "requireResidentKey": False,
@@ -308,7 +344,9 @@ async def test_a_second_factor_follows_its_own_policy(broker: Started, app_with:
 async def test_a_second_factor_signs_in_only_where_it_is_asked_for(
     broker: Started, app_with: AppWith
 ) -> None:
-    """Not offered and not accepted in ordinary sign-ins: of the user, of nobody in particular, by an allow list, with a transaction."""
+    """Not offered and not accepted in ordinary sign-ins: of the user, of nobody in particular, by
+    an allow list, with a transaction.
+    """
     app, device, fob = await app_with(), Authenticator(), Authenticator()
     mine = await register(broker, app, "ann", device)
     second = await register(broker, app, "ann", fob, SECOND)
@@ -319,7 +357,9 @@ async def test_a_second_factor_signs_in_only_where_it_is_asked_for(
         with pytest.raises(CeremonyRefused) as caught:
             await sign_in(broker, app, user, fob, shown={"allowCredentials": []})
         assert caught.value.reason == "second_factor"
-    begun = await verbs.begin_authentication(app, await verbs.open_authentication(app, "ann"), opener="page")
+    begun = await verbs.begin_authentication(
+        app, await verbs.open_authentication(app, "ann"), opener="page"
+    )
     assert [unb64(c["id"]) for c in begun.options["allowCredentials"]] == [mine.credential_id]
     begun = await verbs.begin_authentication(app, None, opener="page")
     answer = parse_authentication(fob.authenticate(begun.options, ORIGIN))
@@ -362,16 +402,22 @@ async def test_a_user_with_second_factors_only_can_not_sign_in_by_them(
 
 
 async def test_finish_says_which_kind_it_is_for(broker: Started, app_with: AppWith) -> None:
-    """A ceremony about second factors finishes nothing else, and the other way round; another kind of finish takes nothing."""
+    """A ceremony about second factors finishes nothing else, and the other way round; another kind
+    of finish takes nothing.
+    """
     app, device = await app_with(), Authenticator()
     await register(broker, app, "ann", device)
     verbs = broker.parts.broker
     for asked in (Asked(), SECOND):
-        options = await verbs.begin_authentication_of(app, "ann", asked=asked, by="challenge", opener="keyed")
+        options = await verbs.begin_authentication_of(
+            app, "ann", asked=asked, by="challenge", opener="keyed"
+        )
         answer = parse_authentication(device.authenticate(options, ORIGIN))
         other, own = not asked.second_factor, asked.second_factor
         with pytest.raises(UnknownTransaction) as caught:
-            await verbs.finish_authentication_by(app, answer, second_factor=other, openers=("keyed",))
+            await verbs.finish_authentication_by(
+                app, answer, second_factor=other, openers=("keyed",)
+            )
         assert caught.value.reason == "other_finish"
         await verbs.finish_authentication_by(app, answer, second_factor=own, openers=("keyed",))
         options = await verbs.begin_registration_of(
@@ -383,4 +429,6 @@ async def test_finish_says_which_kind_it_is_for(broker: Started, app_with: AppWi
                 app, made, second_factor=other, confirmed=True, openers=("keyed",)
             )
         assert caught.value.reason == "other_finish"
-        await verbs.finish_registration_by(app, made, second_factor=own, confirmed=True, openers=("keyed",))
+        await verbs.finish_registration_by(
+            app, made, second_factor=own, confirmed=True, openers=("keyed",)
+        )

@@ -1,4 +1,6 @@
-"""Bodies and fields that can't be used: every endpoint refuses each of them clearly, and a fault of form spends nothing."""
+"""Bodies and fields that can't be used: every endpoint refuses each of them clearly, and a fault of
+form spends nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ MANAGEMENT: dict[str, dict[str, Any]] = {
 }
 BROWSER: dict[str, dict[str, Any]] = {
     "/register/transactions/webauthn/start": {"transaction_id": "pbt_" + "a" * 43},
-    "/register/transactions/webauthn/finish": {"handshake_id": "pbh_" + "a" * 43, "handshake_response": {}},
+    "/register/transactions/webauthn/finish": {
+        "handshake_id": "pbh_" + "a" * 43,
+        "handshake_response": {},
+    },
     "/authenticate/transactions/webauthn/start": {"transaction_id": "pbt_" + "a" * 43},
     "/authenticate/transactions/webauthn/finish": {
         "handshake_id": "pbh_" + "a" * 43,
@@ -100,7 +105,9 @@ async def test_a_body_over_64_kib(broker: Started, wire: Wire, path: str) -> Non
     with refused(broker, "request_too_large", "request_too_large"):
         answer = await post(wire, path, whole + b" " * (65_537 - len(whole)))
     assert (answer.status, answer.code) == (413, "request_too_large")
-    with quiet(broker, "broker_refusals_total", code="request_too_large", reason="request_too_large"):
+    with quiet(
+        broker, "broker_refusals_total", code="request_too_large", reason="request_too_large"
+    ):
         assert (await post(wire, path, whole + b" " * (65_536 - len(whole)))).status != 413
 
 
@@ -159,7 +166,9 @@ async def test_a_field_missing_null_empty_or_of_another_type(
 
 
 @pytest.mark.parametrize("path", [START, *FINISH])
-async def test_an_optional_transaction_of_another_type(broker: Started, wire: Wire, path: str) -> None:
+async def test_an_optional_transaction_of_another_type(
+    broker: Started, wire: Wire, path: str
+) -> None:
     for value in WRONG:
         with refused(broker, "invalid_request", "field_type"):
             answer = await wire.page(path, BROWSER[path] | {"transaction_id": value})
@@ -174,7 +183,9 @@ async def test_an_expectation_that_is_none_spends_nothing(
     nonce = await wire.register(await wire.open_registration("ann"), device)
     for value in (None, "", *WRONG):
         with refused(broker, "invalid_request", "empty_field" if value == "" else "field_type"):
-            answer = await wire.keyed("POST", "/authenticate/verify", {"nonce": nonce, field: value})
+            answer = await wire.keyed(
+                "POST", "/authenticate/verify", {"nonce": nonce, field: value}
+            )
         assert (answer.status, answer.code) == (400, "invalid_request")
     with refused(broker, "invalid_request", "invalid_request"):
         answer = await wire.redeem(nonce, purpose="login")
@@ -190,7 +201,9 @@ async def test_an_expectation_that_is_none_spends_nothing(
         ("/transactions/authenticate", "external_id"),
     ],
 )
-async def test_text_has_1_to_256_characters(broker: Started, wire: Wire, path: str, field: str) -> None:
+async def test_text_has_1_to_256_characters(
+    broker: Started, wire: Wire, path: str, field: str
+) -> None:
     await wire.user("x" * 256, Authenticator())
     await wire.user("😀" * 256, Authenticator())
     for character in ("x", "😀"):
@@ -215,11 +228,13 @@ async def test_over_long_tokens_are_unknown_ones(broker: Started, wire: Wire, le
         assert (await wire.page(START, body)).status == 404
 
 
-# -- keys: who asks ---------------------------------------------------------------------------------------------------------------------
+# -- keys: who asks --------------------------------------------------------------------------------
 
 
 async def test_all_wrong_keys_are_alike(broker: Started, wire: Wire, open_app: OpenApp) -> None:
-    """No key, a wrong one, another app's, a revoked one, a key for an app that is not there: one answer."""
+    """No key, a wrong one, another app's, a revoked one, a key for an app that is not there: one
+    answer.
+    """
     other = await open_app()
     fields = MANAGEMENT["/transactions/register"]
     key, secret = await broker.parts.directory.create_key(wire.app_id, "second")
@@ -243,7 +258,10 @@ async def test_all_wrong_keys_are_alike(broker: Started, wire: Wire, open_app: O
         ("key_malformed", lambda: bare(f"Bearer {wire.key}é")),
         ("key_malformed", lambda: bare("Bearer " + wire.key.replace("pbk_", "pbn_"))),
         ("key_unknown", lambda: bare("Bearer pbk_" + "a" * 43)),
-        ("key_of_another_app", lambda: wire.keyed("POST", "/transactions/register", fields, key=other.key)),
+        (
+            "key_of_another_app",
+            lambda: wire.keyed("POST", "/transactions/register", fields, key=other.key),
+        ),
         ("key_unknown", lambda: wire.keyed("POST", "/transactions/register", fields, key=secret)),
         ("key_of_another_app", lambda: unknown.keyed("POST", "/transactions/register", fields)),
         ("key_malformed", lambda: malformed.keyed("POST", "/transactions/register", fields)),
@@ -260,14 +278,16 @@ async def test_all_wrong_keys_are_alike(broker: Started, wire: Wire, open_app: O
 
 @pytest.mark.parametrize("app_id", ["x" * 24, "nobody", "%00", "%FF", "..%2F", "x" * 3_000])
 @pytest.mark.parametrize("path", [*BROWSER, ""])
-async def test_an_unknown_app_in_the_browser(broker: Started, wire: Wire, app_id: str, path: str) -> None:
+async def test_an_unknown_app_in_the_browser(
+    broker: Started, wire: Wire, app_id: str, path: str
+) -> None:
     nobody = Wire(wire.session, wire.url, app_id, "")
     with refused(broker, "app_not_found", "app_not_found"):
         answer = await (nobody.page(path, BROWSER[path]) if path else nobody.send("GET", ""))
     assert (answer.status, answer.code) == (404, "app_not_found")
 
 
-# -- the answer of an authenticator, as JSON ------------------------------------------------------------------------------------------------
+# -- the answer of an authenticator, as JSON -------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -347,7 +367,11 @@ async def test_an_answer_with_a_fault_of_form_spends_nothing(
     else:
         transaction = await wire.open_registration("ann")
     handle, options = await wire.begin(kind, transaction)
-    made = device.register(options, ORIGIN) if kind == "register" else device.authenticate(options, ORIGIN)
+    made = (
+        device.register(options, ORIGIN)
+        if kind == "register"
+        else device.authenticate(options, ORIGIN)
+    )
     whole = orjson.dumps(flex_wire_form(made))
     path = f"/{kind}/transactions/webauthn/finish"
     for change in REGISTRATION if kind == "register" else AUTHENTICATION:

@@ -1,4 +1,6 @@
-"""The benchmark's arithmetic: which repetitions count, what their figures come to, and what is said when too few do."""
+"""The benchmark's arithmetic: which repetitions count, what their figures come to, and what is said
+when too few do.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def case(name: str, played: Played) -> Case:
         (replace(STEADY, verifies=(106e-6, 114e-6)), None),
     ],
 )
-def test_a_repetition_counts_on_a_quiet_and_steady_core(repetition: Repetition, why: str | None) -> None:
+def test_a_repetition_counts_on_a_quiet_and_steady_core(
+    repetition: Repetition, why: str | None
+) -> None:
     assert repetition.discarded(best=100e-6) == why
 
 
@@ -95,7 +99,9 @@ def test_the_ratio_is_each_repetitions_own() -> None:
 def test_what_signing_takes_is_apart() -> None:
     found = report.figures("hanko", [STEADY])
     assert (found["signing_us"], found["signing_ratio"]) == (600.0, 6.0)
-    machine: dict[str, object] = dict.fromkeys(("cpu", "cores", "python", "optimised", "python_build"), "x")
+    machine: dict[str, object] = dict.fromkeys(
+        ("cpu", "cores", "python", "optimised", "python_build"), "x"
+    )
     machine["packages"] = {}
     result = {"machine": machine, "cases": {"hanko-16": found}, "also": {"more": "x"}, "unfit": []}
     text = report.table(result)
@@ -131,7 +137,9 @@ def test_too_few_repetitions_are_told_with_the_reason() -> None:
     bad = case("hanko", Played([BUSY] * 3 + [DRIFTED] * 5 + [SHARED] * 4))
     fit, [sentence] = measured([good, bad], 2, lambda _: None)
     assert fit == [good]
-    assert sentence.startswith("of 12 repetitions of hanko-16 none counted; discarded were 3 while other")
+    assert sentence.startswith(
+        "of 12 repetitions of hanko-16 none counted; discarded were 3 while other"
+    )
     assert "5 in whose course" in sentence
     assert "100 to 114 us" in sentence
     assert (
@@ -140,7 +148,8 @@ def test_too_few_repetitions_are_told_with_the_reason() -> None:
     )
     late = replace(case("flex", Played([BEHIND] * 6)), rate=400)
     with pytest.raises(
-        Unfit, match=r"6 in which 400 logins a second could not begin \(they took up to 30% longer\)"
+        Unfit,
+        match=r"6 in which 400 logins a second could not begin \(they took up to 30% longer\)",
     ):
         measured([late], 1, lambda _: None)
     with pytest.raises(Unfit, match="hanko-16"):
@@ -160,7 +169,9 @@ def test_two_runs_are_compared_by_their_ratios() -> None:
 
 
 def test_a_worker_is_measured_by_itself() -> None:
-    """Each in its turn, for the logins that it served, on a core where the other isn't; logins begin at their rate."""
+    """Each in its turn, for the logins that it served, on a core where the other isn't; logins
+    begin at their rate.
+    """
     cores = Cores.split()
     with ExitStack() as stack:
         calibrate = measure.Calibration(min(cores.server))

@@ -1,4 +1,6 @@
-"""The ceremonies by the rules of WebAuthn L3 §7.1 and §7.2: what passes, and one row for each rule with the exact reason."""
+"""The ceremonies by the rules of WebAuthn L3 §7.1 and §7.2: what passes, and one row for each rule
+with the exact reason.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_every_algorithm_registers_and_signs_in(algorithm: int, form: Attestatio
     assert made.origin == ORIGIN
 
     credential = credential_of(made, rp)
-    seen = authenticate(rp, credential, device.authenticate(request_options(rp, credential), ORIGIN))
+    seen = authenticate(
+        rp, credential, device.authenticate(request_options(rp, credential), ORIGIN)
+    )
     assert (seen.sign_count, seen.counter_regressed, seen.backup_changed) == (2, False, False)
     assert (seen.backup_eligible, seen.backed_up) == (True, True)
     assert seen.user_verified
@@ -88,7 +92,10 @@ def test_every_format_registers_and_signs_in(form: Attestation) -> None:
     rp = relying_party(attestation="direct")
     made, device = registered(rp, Authenticator(attestation=form))
     assert (made.attestation_format, made.attestation_trust) == (form, "claimed")
-    assert authenticate(rp, made, device.authenticate(request_options(rp, made), ORIGIN)).sign_count == 2
+    assert (
+        authenticate(rp, made, device.authenticate(request_options(rp, made), ORIGIN)).sign_count
+        == 2
+    )
 
 
 @pytest.mark.parametrize("number", ["android-key", "apple", "tpm"])
@@ -198,7 +205,9 @@ AUTHENTICATION: list[tuple[str, Misbehaviour, Reason]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("how", "reason"), [pytest.param(h, r, id=n) for n, h, r in AUTHENTICATION])
+@pytest.mark.parametrize(
+    ("how", "reason"), [pytest.param(h, r, id=n) for n, h, r in AUTHENTICATION]
+)
 @pytest.mark.parametrize("algorithm", [ES256, ED448], ids=["by py_webauthn", "by us"])
 def test_authentication_rule(how: Misbehaviour, reason: Reason, algorithm: int) -> None:
     rp = relying_party(algorithms=(algorithm,))
@@ -241,7 +250,10 @@ def test_app_origins_and_related_origins_are_accepted() -> None:
     rp = replace(relying_party(), origins=(ORIGIN, app), related_origins=("https://example.net",))
     made, device = registered(rp)
     for origin in (app, "https://example.net", ORIGIN):
-        assert authenticate(rp, made, device.authenticate(request_options(rp, made), origin)).origin == origin
+        assert (
+            authenticate(rp, made, device.authenticate(request_options(rp, made), origin)).origin
+            == origin
+        )
 
 
 CROSSING: list[tuple[Misbehaviour, Reason | None]] = [
@@ -412,7 +424,10 @@ def test_user_verification_is_reported_where_it_is_not_required(verification: st
 
 def test_requirements_are_those_of_the_beginning() -> None:
     """A policy that changed in between neither weakens nor tightens a pending ceremony."""
-    strict, lax = relying_party(), relying_party(user_verification="discouraged", algorithms=(EDDSA,))
+    strict, lax = (
+        relying_party(),
+        relying_party(user_verification="discouraged", algorithms=(EDDSA,)),
+    )
     answer = Authenticator().register(creation_options(strict), ORIGIN, uv=False)
     with pytest.raises(CeremonyRefused) as refused:
         finish_registration(pending_registration(strict), lax, parse_registration(answer))
@@ -432,7 +447,11 @@ def test_backup_state_may_change(eligible: bool, before: bool, after: bool) -> N
     rp = relying_party()
     made, device = registered(rp, Authenticator(backup_eligible=eligible), bs=before)
     seen = authenticate(rp, made, device.authenticate(request_options(rp, made), ORIGIN, bs=after))
-    assert (seen.backup_eligible, seen.backed_up, seen.backup_changed) == (eligible, after, before != after)
+    assert (seen.backup_eligible, seen.backed_up, seen.backup_changed) == (
+        eligible,
+        after,
+        before != after,
+    )
 
 
 def test_extensions_are_read() -> None:
@@ -452,7 +471,9 @@ def test_longest_credential_id() -> None:
     rp = relying_party()
     made, device = registered(rp, credential_id=bytes(range(256)) * 3 + bytes(255))
     assert len(made.credential_id) == 1023
-    assert authenticate(rp, made, device.authenticate(request_options(rp, made), ORIGIN)).user_present
+    assert authenticate(
+        rp, made, device.authenticate(request_options(rp, made), ORIGIN)
+    ).user_present
 
 
 # The user's part of §7.2.
@@ -487,7 +508,9 @@ OWNERS: list[tuple[str, Callable[[Credential], Credential], Reason]] = [
 
 @pytest.mark.parametrize(("change", "reason"), [pytest.param(c, r, id=n) for n, c, r in OWNERS])
 def test_right_user(change: Callable[[Credential], Credential], reason: Reason) -> None:
-    """The pending ceremony offers one credential of one user; the stored one that the answer names is another."""
+    """The pending ceremony offers one credential of one user; the stored one that the answer names
+    is another.
+    """
     rp = relying_party()
     made, device = registered(rp)
     answer = parse_authentication(device.authenticate(request_options(rp, made), ORIGIN))
@@ -503,7 +526,9 @@ def test_a_transaction_that_offers_nothing_allows_nothing() -> None:
     made, device = registered(rp)
     answer = parse_authentication(device.authenticate(request_options(rp, made), ORIGIN))
     with pytest.raises(CeremonyRefused) as refused:
-        finish_authentication(pending_authentication(rp, made)._replace(allowed=()), rp, made, answer)
+        finish_authentication(
+            pending_authentication(rp, made)._replace(allowed=()), rp, made, answer
+        )
     assert refused.value.reason == "not_offered"
 
 

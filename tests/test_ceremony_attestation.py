@@ -1,6 +1,8 @@
-"""Attestation statements by the rules of WebAuthn L3 §8, and their trust: one row for each rule, with the exact reason.
+"""Attestation statements by the rules of WebAuthn L3 §8, and their trust: one row for each rule,
+with the exact reason.
 
-Every row misbehaves before signing, so the statement's signature is right and only the rule in question is broken.
+Every row misbehaves before signing, so the statement's signature is right and only the rule in
+question is broken.
 """
 
 from __future__ import annotations
@@ -86,7 +88,9 @@ DECRYPT = der(0xA1, der(0x31, der(0x02, b"\x01"), der(0x02, b"\x02")))
 
 
 def android(software: bytes = b"", hardware: bytes | None = None) -> dict[str, Any]:
-    """A key description with the right challenge: it is put in after the client data is known, by the certificate's maker."""
+    """A key description with the right challenge: it is put in after the client data is known, by
+    the certificate's maker.
+    """
     return {"lists": (software, hardware)}
 
 
@@ -197,7 +201,9 @@ RULES: list[tuple[Attestation, str, dict[str, Any]]] = [
 
 
 class Workshop(Authority):
-    """An authority that can bend what it is asked to certify: another extension in place of, or beside, the asked ones."""
+    """An authority that can bend what it is asked to certify: another extension in place of, or
+    beside, the asked ones.
+    """
 
     def __init__(self, lists: tuple[bytes, bytes | None] | None) -> None:
         super().__init__("Workshop")
@@ -244,11 +250,15 @@ def test_statement_rule(form: Attestation, how: dict[str, Any]) -> None:
 
 
 def test_certificate_of_version_1() -> None:
-    """Version and extensions cut out of the certificate: nobody checks its own signature where no roots are configured."""
+    """Version and extensions cut out of the certificate: nobody checks its own signature where no
+    roots are configured.
+    """
 
     def first_version(statement: Statement) -> Statement:
         signed, *rest = read_der(read_der(statement["x5c"][0])[0][1])
-        parts = [der(tag, content) for tag, content in read_der(signed[1]) if tag not in (0xA0, 0xA3)]
+        parts = [
+            der(tag, content) for tag, content in read_der(signed[1]) if tag not in (0xA0, 0xA3)
+        ]
         whole = der(0x30, der(0x30, *parts), *(der(tag, content) for tag, content in rest))
         assert x509.load_der_x509_certificate(whole).version is x509.Version.v1
         return {**statement, "x5c": [whole]}
@@ -261,7 +271,9 @@ def test_certificate_of_version_1() -> None:
 
 @pytest.mark.parametrize("form", ["android-key", "apple"])
 def test_certificate_of_another_key(form: Attestation) -> None:
-    """The statement of one key's ceremony round another key: the certificate's signature and nonce are right, its key is not."""
+    """The statement of one key's ceremony round another key: the certificate's signature and nonce
+    are right, its key is not.
+    """
     rp = relying_party(attestation="direct")
     other = new_key(ES256)
 
@@ -279,7 +291,9 @@ def test_certificate_of_another_key(form: Attestation) -> None:
 
 
 def test_android_key_signed_by_the_certificates_key_alone() -> None:
-    """As above, but the signature is the certificate's key's: only the comparison of keys is left to refuse it."""
+    """As above, but the signature is the certificate's key's: only the comparison of keys is left
+    to refuse it.
+    """
     rp = relying_party(attestation="direct")
     other = new_key(ES256)
     seen: dict[str, bytes] = {}
@@ -294,13 +308,17 @@ def test_android_key_signed_by_the_certificates_key_alone() -> None:
 
     def resign(statement: Statement) -> Statement:
         challenge = x509.load_der_x509_certificate(statement["x5c"][0])
-        raw = next(e.value for e in challenge.extensions if isinstance(e.value, x509.UnrecognizedExtension))
+        raw = next(
+            e.value for e in challenge.extensions if isinstance(e.value, x509.UnrecognizedExtension)
+        )
         digest = raw.value[raw.value.index(b"\x04\x20") + 2 :][:32]
         return {**statement, "sig": sign(other, ES256, seen["data"] + digest)}
 
     device = Authenticator(attestation="android-key", authority=Swapped())
     with pytest.raises(CeremonyRefused) as refused:
-        register(rp, device.register(creation_options(rp), ORIGIN, auth_data=keep, statement=resign))
+        register(
+            rp, device.register(creation_options(rp), ORIGIN, auth_data=keep, statement=resign)
+        )
     assert "another key" in (refused.value.hint or "")
     assert refused.value.reason == "attestation"
 
@@ -320,7 +338,9 @@ def test_members_that_a_format_does_not_know_are_ignored(form: Attestation) -> N
     assert made.attestation_trust == ("claimed" if form == "packed-self" else "verified")
 
 
-@pytest.mark.parametrize("lists", [(b"", b""), (PURPOSE_SIGN + ORIGIN_GENERATED, b""), (b"", PURPOSE_SIGN)])
+@pytest.mark.parametrize(
+    "lists", [(b"", b""), (PURPOSE_SIGN + ORIGIN_GENERATED, b""), (b"", PURPOSE_SIGN)]
+)
 def test_android_lists_that_say_less(lists: tuple[bytes, bytes]) -> None:
     rp = relying_party(attestation="direct")
     made = register(rp, answer_of("android-key", {"lists": lists}, rp))
@@ -332,7 +352,11 @@ def test_tpm_names_of_other_hashes(code: bytes) -> None:
     key = new_key(ES256)
     area = bytearray(tpm_public_area(cose_key(key, ES256)))
     area[2:4] = code
-    digest = {b"\x00\x04": hashes.SHA1(), b"\x00\x0c": hashes.SHA384(), b"\x00\x0d": hashes.SHA512()}[code]
+    digest = {
+        b"\x00\x04": hashes.SHA1(),
+        b"\x00\x0c": hashes.SHA384(),
+        b"\x00\x0d": hashes.SHA512(),
+    }[code]
     name = code + hashlib.new(digest.name, area).digest()
     rp = relying_party(attestation="direct")
     made = made_by("tpm", rp, private_key=key, certificate={"pub_area": bytes(area), "name": name})
@@ -345,7 +369,12 @@ def test_tpm_area_with_schemes_and_several_usages() -> None:
     point = b"\x00\x20" + cose[-2] + b"\x00\x20" + cose[-3]
     head = b"\x00\x23\x00\x0b\x00\x06\x04\x72\x00\x02pp"
     area = (
-        head + b"\x00\x06\x00\x80\x00\x43" + b"\x00\x18\x00\x0b" + b"\x00\x03" + b"\x00\x20\x00\x0b" + point
+        head
+        + b"\x00\x06\x00\x80\x00\x43"
+        + b"\x00\x18\x00\x0b"
+        + b"\x00\x03"
+        + b"\x00\x20\x00\x0b"
+        + point
     )
     rp = relying_party(attestation="direct")
     how = {"pub_area": area, "usage": ["1.3.6.1.5.5.7.3.2", "2.23.133.8.3"]}
@@ -397,7 +426,9 @@ CHAINS: list[tuple[str, Authority, dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("authority", "how", "good"), [pytest.param(a, h, g, id=n) for n, a, h, g in CHAINS])
+@pytest.mark.parametrize(
+    ("authority", "how", "good"), [pytest.param(a, h, g, id=n) for n, a, h, g in CHAINS]
+)
 def test_chain(authority: Authority, how: dict[str, Any], good: bool) -> None:
     """Judged at the time when the ceremony began, not by the machine's clock."""
     rp = relying_party(attestation="direct", attestation_roots=(ROOT.pem,))
@@ -502,7 +533,9 @@ def test_a_public_key_that_is_no_map() -> None:
     assert refused.value.reason == "public_key"
 
 
-@pytest.mark.parametrize("raw", [b"", b"\x80", b"\xa0", b"\xa1\x03\x00", b"\xa1\x03\xf5", b"\xa1\x03\x26"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"\x80", b"\xa0", b"\xa1\x03\x00", b"\xa1\x03\xf5", b"\xa1\x03\x26"]
+)
 def test_a_stored_key_that_is_none(raw: bytes) -> None:
     with pytest.raises(CeremonyRefused) as refused:
         keys.load_stored(raw)
@@ -530,7 +563,9 @@ def test_registered_keys_are_kept_byte_for_byte() -> None:
 
 
 def test_a_chain_that_would_keep_us_busy_is_refused() -> None:
-    """A stranger's certificates are verified in the event loop, so their number and their keys are bounded."""
+    """A stranger's certificates are verified in the event loop, so their number and their keys are
+    bounded.
+    """
     authority = Authority()
     small = ec.generate_private_key(ec.SECP256R1()).public_key()
     leaf = authority.issue(small, [])

@@ -1,6 +1,8 @@
-"""The wire form of both ceremonies: what is read and what is a fault of form, and the options that a page is given.
+"""The wire form of both ceremonies: what is read and what is a fault of form, and the options that
+a page is given.
 
-A fault of form is found before anything is spent, so it is an `InvalidRequest` and its sentence names the field.
+A fault of form is found before anything is spent, so it is an `InvalidRequest` and its sentence
+names the field.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def test_form_of_a_registration_field(field: str, text: object) -> None:
 
 
 @pytest.mark.parametrize("text", BAD_TEXT, ids=repr)
-@pytest.mark.parametrize("field", ["id", "rawId", "clientDataJSON", "authenticatorData", "signature"])
+@pytest.mark.parametrize(
+    "field", ["id", "rawId", "clientDataJSON", "authenticatorData", "signature"]
+)
 def test_form_of_an_authentication_field(field: str, text: object) -> None:
     answer = authentication_answer()
     (answer if field in answer else answer["response"])[field] = text
@@ -72,14 +76,18 @@ PARSERS: list[tuple[Callable[[object], object], Callable[[], dict[str, Any]]]] =
 
 
 @pytest.mark.parametrize(("parse", "make"), PARSERS, ids=["registration", "authentication"])
-def test_form_of_the_whole(parse: Callable[[object], object], make: Callable[[], dict[str, Any]]) -> None:
+def test_form_of_the_whole(
+    parse: Callable[[object], object], make: Callable[[], dict[str, Any]]
+) -> None:
     wholes: list[object] = [None, 1, "x", [], [make()], {}, {"response": {}}]
     for whole in wholes:
         with pytest.raises(InvalidRequest):
             parse(whole)
     kinds: list[object] = [None, "password", 1, []]
     responses: list[object] = [None, [], "x"]
-    changes = [{"type": kind} for kind in kinds] + [{"response": response} for response in responses]
+    changes = [{"type": kind} for kind in kinds] + [
+        {"response": response} for response in responses
+    ]
     for change in changes:
         with pytest.raises(InvalidRequest):
             parse({**make(), **change})
@@ -135,7 +143,8 @@ def test_form_of_a_long_credential_id(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "size"), [("clientDataJSON", 16_385), ("attestationObject", 49_153), ("clientDataJSON", 40_000)]
+    ("field", "size"),
+    [("clientDataJSON", 16_385), ("attestationObject", 49_153), ("clientDataJSON", 40_000)],
 )
 def test_form_of_long_fields(field: str, size: int) -> None:
     answer = registration_answer()
@@ -194,7 +203,10 @@ def test_transports_of_bad_form(transports: object) -> None:
     [("platform", "platform"), ("cross-platform", "cross-platform"), ("embedded", None), (1, None), (None, None), ([], None)],
 )  # fmt: skip
 def test_attachment(given: object, read: str | None) -> None:
-    assert parse_registration({**registration_answer(), "authenticatorAttachment": given}).attachment == read
+    assert (
+        parse_registration({**registration_answer(), "authenticatorAttachment": given}).attachment
+        == read
+    )
 
 
 # Options.
@@ -243,7 +255,11 @@ def test_creation_options() -> None:
     assert [p["alg"] for p in plain["pubKeyCredParams"]] == [ES256, EDDSA, RS256]
     assert "authenticatorAttachment" not in plain["authenticatorSelection"]
     assert plain.keys() == options.keys() - {"hints"}
-    assert (plain["timeout"], plain["excludeCredentials"], plain["attestation"]) == (300_000, [], "none")
+    assert (plain["timeout"], plain["excludeCredentials"], plain["attestation"]) == (
+        300_000,
+        [],
+        "none",
+    )
     json.dumps(options)
 
 

@@ -1,8 +1,10 @@
-"""The public FIDO2 server conformance items, each as a named row: `tests/vectors/README.md` says which do not apply, and why.
+"""The public FIDO2 server conformance items, each as a named row: `tests/vectors/README.md` says
+which do not apply, and why.
 
-The items' texts are in `vectors/fido-server-items.json`; the payloads here are our own. A row is called by group (MC: make credential,
-GA: get assertion, MDS: metadata service), test and case, and must end as its item expects, but for those in
-`DISAGREEMENTS`, where Level 3 or sense says otherwise: those must end the other way. The four tables together hold every item.
+The items' texts are in `vectors/fido-server-items.json`; the payloads here are our own. A row is
+called by group (MC: make credential, GA: get assertion, MDS: metadata service), test and case, and
+must end as its item expects, but for those in `DISAGREEMENTS`, where Level 3 or sense says
+otherwise: those must end the other way. The four tables together hold every item.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ GROUPS = {
     "Metadata Service Tests": "MDS",
 }
 ITEMS = {
-    f"{GROUPS[item['group']]} {'-'.join(item['test'].split('-')[-2:])} {item['case']}": item["expect"]
+    f"{GROUPS[item['group']]} {'-'.join(item['test'].split('-')[-2:])} {item['case']}": item[
+        "expect"
+    ]
     for item in json.loads((VECTORS / "fido-server-items.json").read_text())["items"]
 }
 
@@ -80,10 +84,14 @@ def mc(
     policy: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Row:
-    """A registration with a misbehaving device, and a change of its JSON; the app asks for attestation and knows the root."""
+    """A registration with a misbehaving device, and a change of its JSON; the app asks for
+    attestation and knows the root.
+    """
 
     def run() -> object:
-        rp = relying_party(**{"attestation": "direct", "attestation_roots": (ROOT.pem,), **(policy or {})})
+        rp = relying_party(
+            **{"attestation": "direct", "attestation_roots": (ROOT.pem,), **(policy or {})}
+        )
         made = Authenticator(**{"attestation": form, "authority": ROOT, **(device or {})})
         answer = made.register(creation_options(rp), ORIGIN, **how)
         return register(rp, wire(answer) if wire else answer)
@@ -222,7 +230,9 @@ def android_of_another_key() -> object:
 
     authority = Swapped()
     return mc(
-        "android-key", device={"authority": authority}, policy={"attestation_roots": (authority.pem,)}
+        "android-key",
+        device={"authority": authority},
+        policy={"attestation_roots": (authority.pem,)},
     )()
 
 
@@ -287,7 +297,8 @@ ROWS: dict[str, Row] = {
     "MC Resp-5 F-7": mc(certificate={"years": (2030, 2060)}),
     "MC Resp-5 F-9": mc(device={"authority": STRANGER}, statement=chain(BELOW.der)),
     "MC Resp-5 F-11": mc(
-        device={"authority": BELOW}, statement=lambda s: {**s, "x5c": [ROOT.der, BELOW.der, *s["x5c"]]}
+        device={"authority": BELOW},
+        statement=lambda s: {**s, "x5c": [ROOT.der, BELOW.der, *s["x5c"]]},
     ),
     "MC Resp-5 F-12": mc(device={"authority": EXPIRED}, statement=chain(EXPIRED.der)),
     "MC Resp-5 F-13": mc(signature=lambda s: sign(new_key(ES256), ES256, b"other")),
@@ -301,7 +312,9 @@ ROWS: dict[str, Row] = {
     "MC Resp-6 F-3": mc("packed-self", attestation_object=whole(fmt="unheard-of")),
     # none
     "MC Resp-7 P-1": mc("packed-self", policy={"attestation": "none"}),
-    "MC Resp-7 P-2": mc("packed-self", policy={"attestation": "none"}, device={"aaguid": bytes(16)}),
+    "MC Resp-7 P-2": mc(
+        "packed-self", policy={"attestation": "none"}, device={"aaguid": bytes(16)}
+    ),
     "MC Resp-7 F-1": mc(policy={"attestation": "none"}, attestation_object=whole(fmt="none")),
     # fido-u2f
     "MC Resp-8 P-1": mc("fido-u2f", aaguid=bytes(16)),
@@ -313,7 +326,9 @@ ROWS: dict[str, Row] = {
     "MC Resp-9 F-1": mc("tpm", statement=lambda s: {**s, "x5c": [ROOT.der, *s["x5c"]]}),
     "MC Resp-9 F-2": mc("tpm", certificate={"extra": bytes(32)}),
     "MC Resp-9 F-3": mc("tpm", certificate={"magic": b"\xff\x54\x43\x00"}),
-    "MC Resp-9 F-4": mc("tpm", certificate={"pub_area": tpm_public_area(cose_key(new_key(ES256), ES256))}),
+    "MC Resp-9 F-4": mc(
+        "tpm", certificate={"pub_area": tpm_public_area(cose_key(new_key(ES256), ES256))}
+    ),
     # android-key
     "MC Resp-A P-1": mc("android-key"),
     "MC Resp-A F-1": mc("android-key", certificate={"description": key_description(bytes(32))}),
@@ -357,7 +372,8 @@ ROWS: dict[str, Row] = {
     "GA Resp-3 F-5": ga(uv=False),
 }
 
-# Client data is judged alike in both ceremonies: F-1 to F-17 of both "Resp-2". "other" stands for the other ceremony's type.
+# Client data is judged alike in both ceremonies: F-1 to F-17 of both "Resp-2". "other" stands for
+# the other ceremony's type.
 COLLECTED: list[dict[str, Any]] = [
     {"type": ...},
     {"type": 7},
@@ -406,7 +422,8 @@ DISAGREEMENTS: dict[str, Row] = {
     "MC Resp-B P-1": mc(attestation_object=whole(fmt="android-safetynet")),
 }
 
-# Judged where their subject lives: the challenge is made by the broker, so two begins are compared there.
+# Judged where their subject lives: the challenge is made by the broker, so two begins are compared
+# there.
 ELSEWHERE = {"MC Req-1 P-3", "GA Req-1 P-2"}
 
 NOT_APPLICABLE = {

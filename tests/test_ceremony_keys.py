@@ -26,7 +26,9 @@ def test_a_key_is_the_same_however_its_members_are_ordered() -> None:
         raw = cbor2.dumps({name: members[name] for name in order})
         assert keys.for_py_webauthn(raw) == (point if raw == made.public_key else raw)
         authenticate(
-            rp, replace(made, public_key=raw), device.authenticate(request_options(rp, made), ORIGIN)
+            rp,
+            replace(made, public_key=raw),
+            device.authenticate(request_options(rp, made), ORIGIN),
         )
 
 

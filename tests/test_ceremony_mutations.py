@@ -1,7 +1,9 @@
-"""Valid answers, changed: every byte turned, every length cut, structures bent, rubbish. Always a refusal, never another exception.
+"""Valid answers, changed: every byte turned, every length cut, structures bent, rubbish. Always a
+refusal, never another exception.
 
-Where no signature covers a byte ("none" attestation, and what a U2F signature leaves out), a turned byte may pass; then the
-tests say exactly which bytes these are and that nothing but their own field changed.
+Where no signature covers a byte ("none" attestation, and what a U2F signature leaves out), a turned
+byte may pass; then the tests say exactly which bytes these are and that nothing but their own field
+changed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,16 @@ from broker.model import (
     VerifiedAuthentication,
     VerifiedRegistration,
 )
-from tests.authenticator import ED448, EDDSA, ES256, ES384, Attestation, Authenticator, Authority, b64
+from tests.authenticator import (
+    ED448,
+    EDDSA,
+    ES256,
+    ES384,
+    Attestation,
+    Authenticator,
+    Authority,
+    b64,
+)
 from tests.ceremonies import (
     ORIGIN,
     authenticate,
@@ -47,13 +58,18 @@ from tests.ceremonies import (
     request_options,
 )
 
-# A turned byte can make a serial number negative; cryptography still reads such a certificate, and warns.
+# A turned byte can make a serial number negative; cryptography still reads such a certificate, and
+# warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")
 
 T = TypeVar("T")
 ROOT = Authority("Root")
 STRICT = settings(
-    max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=300,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
 )
 
 
@@ -94,7 +110,9 @@ def changes(before: VerifiedRegistration, after: VerifiedRegistration) -> set[st
 
 
 def unused_bits(answer: RegistrationAnswer) -> int | None:
-    """The place of the byte that no signature can cover: the number of unused bits before a certificate's own signature."""
+    """The place of the byte that no signature can cover: the number of unused bits before a
+    certificate's own signature.
+    """
     chain = cbor2.loads(answer.attestation_object)["attStmt"].get("x5c")
     if chain is None:
         return None
@@ -122,7 +140,9 @@ def test_every_byte_of_a_signed_registration_counts(form: Attestation) -> None:
 
 @pytest.mark.parametrize("form", ["none", "fido-u2f"])
 def test_bytes_that_no_signature_covers(form: Attestation) -> None:
-    """AAGUID and counter may be anything; the flags may say more or less of what is not required."""
+    """AAGUID and counter may be anything; the flags may say more or less of what is not
+    required.
+    """
     rp = relying_party(**ROOTED)
     answer = parsed(form, rp)
     made = judged(rp, answer)
@@ -169,7 +189,9 @@ def test_every_cut_of_a_registration(form: Attestation) -> None:
 
 @pytest.mark.parametrize("form", ["packed", "fido-u2f", "android-key", "apple", "tpm"])
 def test_certificates_cut_and_turned(form: Attestation) -> None:
-    """Without roots nobody vouches for the certificate, so a turned byte may pass as a claim; it never breaks the reader."""
+    """Without roots nobody vouches for the certificate, so a turned byte may pass as a claim; it
+    never breaks the reader.
+    """
     rp = relying_party(attestation="direct")
     answer = parsed(form, rp)
     data = cbor2.loads(answer.attestation_object)
@@ -212,7 +234,9 @@ def test_every_byte_of_an_authentication_counts(algorithm: int) -> None:
         assert [end for end in range(len(raw)) if seen(**{name: raw[:end]})] == []
         assert seen(**{name: raw + b"\0"}) is None
     handle = answer.user_handle or ""
-    assert [at for at in range(len(handle)) if seen(user_handle=handle[:at] + "!" + handle[at + 1 :])] == []
+    assert [
+        at for at in range(len(handle)) if seen(user_handle=handle[:at] + "!" + handle[at + 1 :])
+    ] == []
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
@@ -225,7 +249,9 @@ def test_every_byte_of_a_stored_key_counts(algorithm: int) -> None:
     keys += [made.public_key[:end] for end in range(len(made.public_key))]
     for raw in keys:
         with pytest.raises(CeremonyRefused) as refused:
-            finish_authentication(pending_authentication(rp, made), rp, replace(made, public_key=raw), answer)
+            finish_authentication(
+                pending_authentication(rp, made), rp, replace(made, public_key=raw), answer
+            )
         assert refused.value.reason in ("public_key", "signature", "malformed", "algorithm")
 
 
@@ -299,7 +325,9 @@ WRONG_CBOR: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("raw", [pytest.param(bytes.fromhex(raw), id=name) for name, raw in WRONG_CBOR])
+@pytest.mark.parametrize(
+    "raw", [pytest.param(bytes.fromhex(raw), id=name) for name, raw in WRONG_CBOR]
+)
 def test_cbor_that_is_refused(raw: bytes) -> None:
     with pytest.raises(CeremonyRefused) as refused:
         strict.read_all(raw)
@@ -352,7 +380,19 @@ def test_the_strict_reader_on_rubbish(raw: bytes) -> None:
 # Structures bent by hypothesis.
 
 FORMS = ("none", "packed-self", "packed", "fido-u2f", "android-key", "apple", "tpm")
-PATHS = ("fmt", "attStmt", "authData", "sig", "x5c", "alg", "ver", "pubArea", "certInfo", "x5c.0", "new")
+PATHS = (
+    "fmt",
+    "attStmt",
+    "authData",
+    "sig",
+    "x5c",
+    "alg",
+    "ver",
+    "pubArea",
+    "certInfo",
+    "x5c.0",
+    "new",
+)
 
 
 def bend(whole: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -379,7 +419,8 @@ def test_bent_statements(form: Attestation) -> None:
     def run(path: str, value: Any) -> None:
         bent = bend(whole, path, value)
         after = judged(rp, answer._replace(attestation_object=cbor2.dumps(bent)))
-        # A member that the format does not know is ignored where the specification does not list them all.
+        # A member that the format does not know is ignored where the specification does not list
+        # them all.
         assert after is None or (bent == whole and after == made) or _unknown_member(form, path)
 
     run()
@@ -429,7 +470,9 @@ def test_rubbish_as_authenticator_data(tail: bytes) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 KEYS = ("type", "challenge", "origin", "crossOrigin", "topOrigin", "tokenBinding")
@@ -477,7 +520,12 @@ def test_bent_form(parse: Callable[[object], object], registers: bool) -> None:
             assert type(read) is InvalidRequest
             return
         name = place.removeprefix("response.")
-        if name not in ("clientExtensionResults", "authenticatorAttachment", "transports", "userHandle"):
+        if name not in (
+            "clientExtensionResults",
+            "authenticatorAttachment",
+            "transports",
+            "userHandle",
+        ):
             assert isinstance(value, str)
             assert b64(urlsafe_b64decode(value + "=" * (-len(value) % 4))) == value.rstrip("=")
 

@@ -1,8 +1,10 @@
-"""The W3C's own 15 registration and authentication pairs (Web Authentication Level 3, "Test Vectors"): 15 of 15 verify.
+"""The W3C's own 15 registration and authentication pairs (Web Authentication Level 3, "Test
+Vectors"): 15 of 15 verify.
 
-Each pair is judged as a browser's answer would be: form, registration, authentication with what the registration recorded. User
-verification is "preferred" (several pairs lack UV) and every counter is 0. The two cross-origin pairs are refused by default and
-accepted by policy. The data's TPM is made up (manufacturer id:00000000): only here is it a known one.
+Each pair is judged as a browser's answer would be: form, registration, authentication with what the
+registration recorded. User verification is "preferred" (several pairs lack UV) and every counter is
+0. The two cross-origin pairs are refused by default and accepted by policy. The data's TPM is made
+up (manufacturer id:00000000): only here is it a known one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from broker.ceremony import (
 )
 from broker.ceremony.tpm import MANUFACTURERS
 from broker.errors import CeremonyRefused
-from broker.model import ALGORITHMS, Policy, RelyingParty, VerifiedAuthentication, VerifiedRegistration
+from broker.model import (
+    ALGORITHMS,
+    Policy,
+    RelyingParty,
+    VerifiedAuthentication,
+    VerifiedRegistration,
+)
 from tests.authenticator import b64
 from tests.ceremonies import credential_of, pending_authentication, pending_registration
 
@@ -47,7 +55,9 @@ MADE_UP_TPM = MANUFACTURERS | {"id:00000000"}
 
 
 def relying_party(policy: Policy) -> RelyingParty:
-    return RelyingParty("app", "W3C", DATA["context"]["rp_id"], (DATA["context"]["origin"],), policy=policy)
+    return RelyingParty(
+        "app", "W3C", DATA["context"]["rp_id"], (DATA["context"]["origin"],), policy=policy
+    )
 
 
 def register(pair: dict[str, Any], policy: Policy, **more: Any) -> VerifiedRegistration:
@@ -69,7 +79,9 @@ def register(pair: dict[str, Any], policy: Policy, **more: Any) -> VerifiedRegis
     return finish_registration(pending, rp, answer, **{"tpm_manufacturers": MADE_UP_TPM, **more})
 
 
-def authenticate(pair: dict[str, Any], made: VerifiedRegistration, policy: Policy) -> VerifiedAuthentication:
+def authenticate(
+    pair: dict[str, Any], made: VerifiedRegistration, policy: Policy
+) -> VerifiedAuthentication:
     given = pair["authentication"]
     id_ = b64(made.credential_id)
     answer = parse_authentication(
@@ -126,7 +138,10 @@ def test_cross_origin_is_refused_by_default(name: str) -> None:
     made = register(PAIRS[name], OPEN)
     with pytest.raises(CeremonyRefused) as authentication:
         authenticate(PAIRS[name], made, strict)
-    assert (registration.value.reason, authentication.value.reason) == ("cross_origin", "cross_origin")
+    assert (registration.value.reason, authentication.value.reason) == (
+        "cross_origin",
+        "cross_origin",
+    )
 
 
 @pytest.mark.parametrize("listed", [(), ("https://example.com:443",), ("https://example.net",)])
@@ -147,7 +162,9 @@ def test_a_made_up_tpm_is_unknown_outside_of_this_file() -> None:
 
 
 def test_the_u2f_pair_has_an_aaguid_that_is_not_zero() -> None:
-    """L3 §8.6 asks nothing of it, so it is accepted; FIDO's item Resp-8 F-1 would have it refused."""
+    """L3 §8.6 asks nothing of it, so it is accepted; FIDO's item Resp-8 F-1 would have it
+    refused.
+    """
     assert register(PAIRS["fido-u2f-es256"], OPEN).aaguid != "00000000-0000-0000-0000-000000000000"
 
 
@@ -167,7 +184,9 @@ def test_every_signature_counts(name: str) -> None:
     turned = bytearray.fromhex(pair["authentication"]["signature"])
     turned[-1] ^= 1
     with pytest.raises(CeremonyRefused) as refused:
-        authenticate({"authentication": {**pair["authentication"], "signature": turned.hex()}}, made, OPEN)
+        authenticate(
+            {"authentication": {**pair["authentication"], "signature": turned.hex()}}, made, OPEN
+        )
     assert refused.value.reason == "signature"
     whole = cbor2.loads(bytes.fromhex(pair["registration"]["attestationObject"]))
     if "sig" in whole["attStmt"]:

@@ -1,7 +1,9 @@
-"""Public keys for which anybody can make a signature: refused at registration and at a sign-in, for every algorithm of a policy.
+"""Public keys for which anybody can make a signature: refused at registration and at a sign-in, for
+every algorithm of a policy.
 
-The arithmetic of the two Edwards curves is written here a second time, affine and slow, and shares nothing with the broker: the points of
-small order are found by multiplying points with the order of the main subgroup (RFC 8032 §5.1, §5.2), and their encodings by trying.
+The arithmetic of the two Edwards curves is written here a second time, affine and slow, and shares
+nothing with the broker: the points of small order are found by multiplying points with the order of
+the main subgroup (RFC 8032 §5.1, §5.2), and their encodings by trying.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ Point = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """ax² + y² = 1 + dx²y² modulo p. `order` is that of the main subgroup; a key has `size` bytes."""
+    """ax² + y² = 1 + dx²y² modulo p. `order` is that of the main subgroup; a key has `size`
+    bytes.
+    """
 
     algorithm: int
     p: int
@@ -68,7 +72,9 @@ class Curve:
         return total
 
     def lift(self, y: int) -> Point | None:
-        """A point with this y, or None. p is 5 modulo 8 for the one curve, 3 modulo 4 for the other."""
+        """A point with this y, or None. p is 5 modulo 8 for the one curve, 3 modulo 4 for the
+        other.
+        """
         p = self.p
         square = (1 - y * y) * pow(self.a - self.d * y * y, -1, p) % p
         root = pow(square, (p + 3) // 8 if p % 8 == 5 else (p + 1) // 4, p)
@@ -78,7 +84,9 @@ class Curve:
         return None
 
     def encode(self, point: Point, *, more: int = 0) -> bytes:
-        """RFC 8032 §5.1.2, §5.2.2; with `more` added to y, which a decoder that reduces would not see."""
+        """RFC 8032 §5.1.2, §5.2.2; with `more` added to y, which a decoder that reduces would not
+        see.
+        """
         return self.raw(point[1] + more, point[0] & 1)
 
     def raw(self, y: int, sign: int) -> bytes:
@@ -105,7 +113,8 @@ EDWARDS = {
         size=57,
     ),
 }
-# The coordinates y in the list of libsodium's ge25519_has_small_order (crypto_core/ed25519/ref10), which ignores the sign of x.
+# The coordinates y in the list of libsodium's ge25519_has_small_order (crypto_core/ed25519/ref10),
+# which ignores the sign of x.
 LIBSODIUM = {
     0,
     1,
@@ -134,7 +143,9 @@ def encodings(algorithm: int) -> Iterator[bytes]:
 
 
 def odd_encodings(algorithm: int) -> Iterator[bytes]:
-    """The others that a decoder could take for such a point: y not reduced, and "-0" for an x of 0."""
+    """The others that a decoder could take for such a point: y not reduced, and "-0" for an x
+    of 0.
+    """
     curve = EDWARDS[algorithm]
     for _, y in small(algorithm):
         for more in range(0, 2 ** (8 * curve.size - 1) - y, curve.p):
@@ -145,7 +156,9 @@ def odd_encodings(algorithm: int) -> Iterator[bytes]:
 
 
 class NoKey:
-    """Signs without a private key: S is 0, and R the point of small order for which the equation of RFC 8032 §5.1.7 holds, if any does."""
+    """Signs without a private key: S is 0, and R the point of small order for which the equation of
+    RFC 8032 §5.1.7 holds, if any does.
+    """
 
     def __init__(self, algorithm: int, public: bytes) -> None:
         kind = ed25519.Ed25519PublicKey if algorithm == EDDSA else ed448.Ed448PublicKey
@@ -177,7 +190,9 @@ def with_members(made: Credential, members: dict[int, Any]) -> Credential:
 
 def refuses_registration(algorithm: int, members: dict[int, Any]) -> None:
     rp = relying_party(algorithms=(algorithm,))
-    answer = Authenticator(algorithms=(algorithm,)).register(creation_options(rp), ORIGIN, key=members)
+    answer = Authenticator(algorithms=(algorithm,)).register(
+        creation_options(rp), ORIGIN, key=members
+    )
     with pytest.raises(CeremonyRefused) as refusal:
         register(rp, answer)
     assert refusal.value.reason == "public_key", members
@@ -197,8 +212,8 @@ def test_an_edwards_key_of_small_order_does_not_register(algorithm: int) -> None
 
 @pytest.mark.parametrize("algorithm", EDWARDS, ids=ALGORITHMS.get)
 def test_a_stored_edwards_key_of_small_order_never_signs_in(algorithm: int) -> None:
-    """As registered by older code. Each is shown to verify what nobody signed, once the counter makes the hash fit; only the two
-    points of Ed448 with x = 0 are refused by OpenSSL too."""
+    """As registered by older code. Each is shown to verify what nobody signed, once the counter
+    makes the hash fit; only the two points of Ed448 with x = 0 are refused by OpenSSL too."""
     rp = relying_party(algorithms=(algorithm,))
     for point in small(algorithm):
         public = EDWARDS[algorithm].encode(point)
@@ -216,7 +231,9 @@ def test_a_stored_edwards_key_of_small_order_never_signs_in(algorithm: int) -> N
 
 @pytest.mark.parametrize("algorithm", EDWARDS, ids=ALGORITHMS.get)
 def test_an_edwards_key_that_is_no_point_or_not_canonical_does_not_register(algorithm: int) -> None:
-    """RFC 8032 §5.1.3, §5.2.3: decoding fails for a y that is not reduced, and for one without an x."""
+    """RFC 8032 §5.1.3, §5.2.3: decoding fails for a y that is not reduced, and for one without an
+    x.
+    """
     curve = EDWARDS[algorithm]
     fit = min(curve.p + 64, 2 ** (8 * curve.size - 1))
     not_reduced = [curve.raw(y, sign) for y in range(curve.p, fit) for sign in (0, 1)]
@@ -233,7 +250,10 @@ def test_a_stored_edwards_key_that_is_no_point_never_signs_in(algorithm: int) ->
     rp = relying_party(algorithms=(algorithm,))
     made, device = registered(rp, Authenticator(algorithms=(algorithm,)))
     off_curve = next(y for y in range(2, 40) if not curve.lift(y))
-    for public, reason in ((curve.raw(curve.p + 3, 0), "public_key"), (curve.raw(off_curve, 0), "signature")):
+    for public, reason in (
+        (curve.raw(curve.p + 3, 0), "public_key"),
+        (curve.raw(off_curve, 0), "signature"),
+    ):
         answer = device.authenticate(request_options(rp, made), ORIGIN)
         with pytest.raises(CeremonyRefused) as refusal:
             authenticate(rp, with_members(made, {-2: public}), answer)
@@ -242,7 +262,9 @@ def test_a_stored_edwards_key_that_is_no_point_never_signs_in(algorithm: int) ->
 
 @pytest.mark.parametrize("algorithm", EDWARDS, ids=ALGORITHMS.get)
 def test_every_other_point_of_an_edwards_curve_is_a_key(algorithm: int) -> None:
-    """Small numbers as y, and points with a part of small order: who knows the main part's logarithm signs, nobody else."""
+    """Small numbers as y, and points with a part of small order: who knows the main part's
+    logarithm signs, nobody else.
+    """
     curve = EDWARDS[algorithm]
     rp = relying_party(algorithms=(algorithm,))
     points = [point for y in range(2, 40) if (point := curve.lift(y))]
@@ -262,14 +284,23 @@ PRIMES = {
 
 @pytest.mark.parametrize("algorithm", PRIMES, ids=ALGORITHMS.get)
 def test_a_point_that_is_not_on_its_prime_curve_is_no_key(algorithm: int) -> None:
-    """These curves have cofactor 1, and coordinates can't express the point at infinity: being on the curve is all."""
+    """These curves have cofactor 1, and coordinates can't express the point at infinity: being on
+    the curve is all.
+    """
     size, _ = PRIMES[algorithm]
     rp = relying_party(algorithms=(algorithm,))
     made, device = registered(rp, Authenticator(algorithms=(algorithm,)))
     answer = device.authenticate(request_options(rp, made), ORIGIN)
     key = cbor2.loads(made.public_key)
     zero, most, ours = bytes(size), b"\xff" * size, key[-2]
-    for x, y in ((zero, zero), (zero, ours), (ours, zero), (ours, ours), (most, most), (zero, most)):
+    for x, y in (
+        (zero, zero),
+        (zero, ours),
+        (ours, zero),
+        (ours, ours),
+        (most, most),
+        (zero, most),
+    ):
         refuses_registration(algorithm, {-2: x, -3: y})
         with pytest.raises(CeremonyRefused) as refusal:
             authenticate(rp, with_members(made, {-2: x, -3: y}), answer)
@@ -287,7 +318,9 @@ def test_a_coordinate_that_is_not_reduced_is_no_key(algorithm: int) -> None:
     roots = ((x, pow(x**3 - 3 * x + b, (p + 1) // 4, p)) for x in range(2, 200))
     x, y = next((x, y) for x, y in roots if (y * y - x**3 + 3 * x - b) % p == 0)
     right = {-2: x.to_bytes(size, "big"), -3: y.to_bytes(size, "big")}
-    register(rp, Authenticator(algorithms=(algorithm,)).register(creation_options(rp), ORIGIN, key=right))
+    register(
+        rp, Authenticator(algorithms=(algorithm,)).register(creation_options(rp), ORIGIN, key=right)
+    )
     refuses_registration(algorithm, right | {-2: (x + p).to_bytes(size, "big")})
 
 
@@ -309,7 +342,9 @@ WEAK_RSA: dict[str, dict[int, bytes]] = {
     "a modulus of 2047 bits": {-1: number(RIGHT >> 1 | 1)},
     "a modulus of 8200 bits": {-1: b"\xff" * 1025},
     "an even modulus": {-1: number(RIGHT - 1)},
-    "a modulus with the factor 3": {-1: number(RIGHT - RIGHT % 3 + (0 if (RIGHT - RIGHT % 3) % 2 else 3))},
+    "a modulus with the factor 3": {
+        -1: number(RIGHT - RIGHT % 3 + (0 if (RIGHT - RIGHT % 3) % 2 else 3))
+    },
     "a modulus with the factor 751": {-1: number(751 * (RIGHT // 751 | 1))},
     "a square": {-1: number((2**1024 - 105) ** 2)},
     "no modulus": {-1: b""},
@@ -319,7 +354,9 @@ WEAK_RSA: dict[str, dict[int, bytes]] = {
 
 @pytest.mark.parametrize("members", WEAK_RSA.values(), ids=WEAK_RSA.keys())
 def test_a_weak_rsa_key_is_no_key(members: dict[int, bytes]) -> None:
-    """Neither new nor stored. NIST SP 800-89 §5.3.3: the exponent is odd, the modulus is odd and has no factor below 752."""
+    """Neither new nor stored. NIST SP 800-89 §5.3.3: the exponent is odd, the modulus is odd and
+    has no factor below 752.
+    """
     refuses_registration(RS256, members)
     rp = relying_party(algorithms=(RS256,))
     made, device = registered(rp, Authenticator(algorithms=(RS256,)))
@@ -333,15 +370,21 @@ def test_every_algorithm_of_a_policy_is_judged_here() -> None:
     assert {*EDWARDS, *PRIMES, RS256} == set(ALGORITHMS)
 
 
-async def test_an_operator_sees_a_weak_key(stores: EmbeddedStores, broker: Started, wire: Wire) -> None:
-    """At the registration, and at the sign-in with one that is stored already: answer, metric, log line and event."""
+async def test_an_operator_sees_a_weak_key(
+    stores: EmbeddedStores, broker: Started, wire: Wire
+) -> None:
+    """At the registration, and at the sign-in with one that is stored already: answer, metric, log
+    line and event.
+    """
     public = next(encodings(EDDSA))
     transaction = await wire.open_registration("ann")
     handle, options = await wire.begin("register", transaction)
     device = Authenticator(algorithms=(EDDSA,))
     with (
         refused(broker, "webauthn_login_failed", "public_key"),
-        counted(broker, "broker_ceremonies_total", kind="register", step="finish", result="refused"),
+        counted(
+            broker, "broker_ceremonies_total", kind="register", step="finish", result="refused"
+        ),
     ):
         made = device.register(options, SITE, key={-2: public})
         answer = await wire.finish("register", handle, made, transaction)
@@ -361,7 +404,9 @@ async def test_an_operator_sees_a_weak_key(stores: EmbeddedStores, broker: Start
     forging(device, EDDSA, public)
     with (
         refused(broker, "webauthn_login_failed", "public_key"),
-        counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="refused"),
+        counted(
+            broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="refused"
+        ),
     ):
         made = device.authenticate(options, SITE)
         answer = await wire.finish("authenticate", handle, made, transaction)

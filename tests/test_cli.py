@@ -1,6 +1,7 @@
 """The command line on data: what each command does, prints and refuses, and with which exit status.
 
-Most commands run in this process, through the `main` that the installed `broker` calls; the first section runs that program.
+Most commands run in this process, through the `main` that the installed `broker` calls; the first
+section runs that program.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ async def query(stores: EmbeddedStores, sql: str, *values: object) -> list[async
         await connection.close()
 
 
-# -- the program ----------------------------------------------------------------------------------------------------------------------
+# -- the program -----------------------------------------------------------------------------------
 
 
 def test_the_program_makes_shows_and_refuses(stores: EmbeddedStores, tmp_path: Path) -> None:
@@ -82,7 +83,11 @@ def test_a_reader_that_goes_away_is_no_fault(stores: EmbeddedStores) -> None:
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
     try:
         process = subprocess.run(
-            [str(BROKER), "app", "list"], env=CLEAN | urls, stdout=write, stderr=subprocess.PIPE, timeout=60
+            [str(BROKER), "app", "list"],
+            env=CLEAN | urls,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            timeout=60,
         )
     finally:
         os.close(write)
@@ -93,7 +98,9 @@ def test_a_reader_that_goes_away_is_no_fault(stores: EmbeddedStores) -> None:
 def test_a_long_answer_is_whole_when_the_process_was_stopped(
     stores: EmbeddedStores, cli: Cli, unbuffered: str
 ) -> None:
-    """A pipe that is full takes the rest later; who is stopped while waiting for that is told of a part."""
+    """A pipe that is full takes the rest later; who is stopped while waiting for that is told of a
+    part.
+    """
     for _ in range(12):
         cli(*NEW)
     reader, writer = os.pipe()
@@ -106,7 +113,10 @@ def test_a_long_answer_is_whole_when_the_process_was_stopped(
     os.close(writer)
     with open(reader, "rb") as pipe:
         until(lambda: select.select([pipe], [], [], 0)[0] != [], "it writes")
-        until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "S", "it waits")
+        until(
+            lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] == "S",
+            "it waits",
+        )
         for number in (signal.SIGSTOP, signal.SIGCONT):
             process.send_signal(number)
             time.sleep(0.1)  # so that it is seen by itself
@@ -149,7 +159,7 @@ def test_wrong_usage_is_status_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert re.search(r"\nbroker[a-z ]*: error: [^\n]+\n\Z", done.err)
 
 
-# -- apps -----------------------------------------------------------------------------------------------------------------------------
+# -- apps ------------------------------------------------------------------------------------------
 
 
 async def test_a_new_app_works_and_its_key_is_stored_hashed(
@@ -185,8 +195,20 @@ def test_create_prints_for_people_too(cli: Cli) -> None:
 def test_an_app_is_what_was_given(cli: Cli) -> None:
     made = cli(
         *("app", "create", "--name", "Bücher", "--rp-id", "Bücher.example", "--json"),
-        *("--origin", "https://bücher.example:443/", "--origin", "https://shop.bücher.example:8443"),
-        *("--related-origin", "https://buecher.example", "--set", "nonce_life=30", "--set", "counter=flag"),
+        *(
+            "--origin",
+            "https://bücher.example:443/",
+            "--origin",
+            "https://shop.bücher.example:8443",
+        ),
+        *(
+            "--related-origin",
+            "https://buecher.example",
+            "--set",
+            "nonce_life=30",
+            "--set",
+            "counter=flag",
+        ),
     ).json
     shown = cli("app", "show", "--app", made["app_id"], "--json").json
     created_at = shown.pop("created_at")
@@ -205,7 +227,9 @@ def test_an_app_is_what_was_given(cli: Cli) -> None:
         {k: v for k, v in row.items() if k not in ("created_at", "policy")}
         for row in cli("app", "list", "--json").json
     ]
-    assert re.search(rf"^{made['app_id']}  Bücher +xn--bcher-kva.example  ", cli("app", "list").out, re.M)
+    assert re.search(
+        rf"^{made['app_id']}  Bücher +xn--bcher-kva.example  ", cli("app", "list").out, re.M
+    )
 
 
 ANDROID = "android:apk-key-hash:" + "Ab-_" * 10 + "xyz"
@@ -217,35 +241,62 @@ ANDROID = "android:apk-key-hash:" + "Ab-_" * 10 + "xyz"
         (("--name", ""), "The name has 1 to 128 characters."),
         (("--name", "a\x1b[2Jb"), "The name has a control character."),
         (("--rp-id", "https://example.org"), "The RP ID 'https://example.org' is not a domain."),
-        (("--rp-id", "127.0.0.1"), "The RP ID '127.0.0.1' is an IP address; passkeys need a domain."),
+        (
+            ("--rp-id", "127.0.0.1"),
+            "The RP ID '127.0.0.1' is an IP address; passkeys need a domain.",
+        ),
         (
             ("--origin", "https://example.com"),
             "The host of https://example.com is neither example.org nor below it; "
             "list it as a related origin or change the RP ID.",
         ),
         (("--origin", "https://evilexample.org"), "The host of https://evilexample.org is neither"),
-        (("--origin", "http://example.org"), "http://example.org is plain http, which browsers allow on"),
-        (("--origin", "https://192.0.2.1"), "The host '192.0.2.1' is an IP address; passkeys need a domain."),
-        (("--origin", "https://example.org/login"), "'https://example.org/login' is not an origin like"),
+        (
+            ("--origin", "http://example.org"),
+            "http://example.org is plain http, which browsers allow on",
+        ),
+        (
+            ("--origin", "https://192.0.2.1"),
+            "The host '192.0.2.1' is an IP address; passkeys need a domain.",
+        ),
+        (
+            ("--origin", "https://example.org/login"),
+            "'https://example.org/login' is not an origin like",
+        ),
         (("--origin", "https://me@example.org"), "'https://me@example.org' is not an origin like"),
-        (("--origin", "https://example.org:99999"), "'https://example.org:99999' is not an origin like"),
+        (
+            ("--origin", "https://example.org:99999"),
+            "'https://example.org:99999' is not an origin like",
+        ),
         (
             ("--origin", "https://straße.example.org"),
             "The host 'straße.example.org' can't be converted safely",
         ),
-        (("--origin", "android:apk-key-hash:abc"), "'android:apk-key-hash:abc' is not android:apk-key-hash"),
+        (
+            ("--origin", "android:apk-key-hash:abc"),
+            "'android:apk-key-hash:abc' is not android:apk-key-hash",
+        ),
         (("--related-origin", ANDROID), f"'{ANDROID}' is not an origin like https://example.com."),
         (("--related-origin", "http://example.net"), "http://example.net is plain http"),
         (("--set", "nonce_life"), "--set takes KEY=VALUE, not 'nonce_life'."),
-        (("--set", "nonce_live=60"), "There is no policy key 'nonce_live'; there are user_verification,"),
-        (("--set", "counter=flag", "--set", "nonce_life=9999"), "nonce_life is a whole number from 5 to 600"),
+        (
+            ("--set", "nonce_live=60"),
+            "There is no policy key 'nonce_live'; there are user_verification,",
+        ),
+        (
+            ("--set", "counter=flag", "--set", "nonce_life=9999"),
+            "nonce_life is a whole number from 5 to 600",
+        ),
         *((("--set", f"{key}={text}"), sentence) for key, text, sentence in BAD),
     ],
 )
 def test_create_and_update_refuse_alike_and_change_nothing(
     cli: Cli, app: str, changes: tuple[str, ...], sentence: str
 ) -> None:
-    apps, before = len(cli("app", "list", "--json").json), cli("app", "show", "--app", app, "--json").json
+    apps, before = (
+        len(cli("app", "list", "--json").json),
+        cli("app", "show", "--app", app, "--json").json,
+    )
     assert refusal(cli(*NEW, *changes)).startswith(sentence)
     assert refusal(cli("app", "update", "--app", app, *changes)).startswith(sentence)
     assert len(cli("app", "list", "--json").json) == apps
@@ -286,7 +337,9 @@ def test_update_changes_what_is_named(cli: Cli, app: str) -> None:
 
 
 def test_origins_are_added_and_removed_beside_those_there_are(cli: Cli, app: str) -> None:
-    """In canonical form, repeatable, in one command or several; an origin that is there already is no fault."""
+    """In canonical form, repeatable, in one command or several; an origin that is there already is
+    no fault.
+    """
 
     def update(*changes: str) -> list[str]:
         origins: list[str] = cli("app", "update", "--app", app, "--json", *changes).json["origins"]
@@ -299,28 +352,47 @@ def test_origins_are_added_and_removed_beside_those_there_are(cli: Cli, app: str
     assert update("--add-origin", more[1], "--add-origin", ANDROID) == [first, *more]
     assert update("--add-origin", more[0]) == [first, *more]
     assert update("--remove-origin", "https://A.example.org") == [first, *more[1:]]
-    assert update("--remove-origin", more[1], "--remove-origin", ANDROID, "--add-origin", more[0]) == [
+    assert update(
+        "--remove-origin", more[1], "--remove-origin", ANDROID, "--add-origin", more[0]
+    ) == [
         first,
         more[0],
     ]
     assert update("--name", "Renamed", "--remove-origin", first) == [more[0]]
-    assert [e["action"] for e in cli("events", "--app", app, "--json").json[1:]] == ["app.updated"] * 6
+    assert [e["action"] for e in cli("events", "--app", app, "--json").json[1:]] == [
+        "app.updated"
+    ] * 6
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (("--add-origin", "https://example.com"), "The host of https://example.com is neither example.org"),
+        (
+            ("--add-origin", "https://example.com"),
+            "The host of https://example.com is neither example.org",
+        ),
         (("--add-origin", "http://example.org"), "http://example.org is plain http"),
         (("--add-origin", "null"), "'null' is not an origin like https://example.com."),
-        (("--add-origin", "https://example.org/login"), "'https://example.org/login' is not an origin like"),
-        (("--add-origin", "android:apk-key-hash:abc"), "'android:apk-key-hash:abc' is not android:"),
+        (
+            ("--add-origin", "https://example.org/login"),
+            "'https://example.org/login' is not an origin like",
+        ),
+        (
+            ("--add-origin", "android:apk-key-hash:abc"),
+            "'android:apk-key-hash:abc' is not android:",
+        ),
         (
             ("--remove-origin", "https://a.example.org"),
             "https://a.example.org is none of the app's origins: https://example.org.",
         ),
-        (("--remove-origin", ANDROID), f"{ANDROID} is none of the app's origins: https://example.org."),
-        (("--remove-origin", "example.org"), "'example.org' is not an origin like https://example.com."),
+        (
+            ("--remove-origin", ANDROID),
+            f"{ANDROID} is none of the app's origins: https://example.org.",
+        ),
+        (
+            ("--remove-origin", "example.org"),
+            "'example.org' is not an origin like https://example.com.",
+        ),
         (("--remove-origin", "https://example.org"), "An app needs at least one origin"),
         (
             ("--remove-origin", "https://example.org", "--remove-origin", "https://example.org"),
@@ -343,16 +415,22 @@ def test_an_origin_that_can_not_be_added_or_removed_changes_nothing(
 def test_a_related_origin_is_removed_in_its_own_way(cli: Cli, app: str) -> None:
     cli("app", "update", "--app", app, "--related-origin", "https://example.com")
     said = refusal(cli("app", "update", "--app", app, "--remove-origin", "https://example.com"))
-    assert said.startswith("https://example.com is a related origin; --related-origin replaces those.")
+    assert said.startswith(
+        "https://example.com is a related origin; --related-origin replaces those."
+    )
 
 
-async def test_update_of_what_was_changed_meanwhile_is_refused(app: str, stores: EmbeddedStores) -> None:
+async def test_update_of_what_was_changed_meanwhile_is_refused(
+    app: str, stores: EmbeddedStores
+) -> None:
     """The command has read the app and waits for the row, which another one changes."""
     async with session_of(stores) as session:
         async with session.transaction():
             change = "UPDATE relying_parties SET name = 'Theirs', updated_at = now() WHERE id = $1"
             await session.execute(change, app)
-            update = asyncio.to_thread(program, stores, "app", "update", "--app", app, "--name", "Ours")
+            update = asyncio.to_thread(
+                program, stores, "app", "update", "--app", app, "--name", "Ours"
+            )
             task = asyncio.create_task(update)
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
             while not await session.fetchval(waiting):
@@ -361,12 +439,17 @@ async def test_update_of_what_was_changed_meanwhile_is_refused(app: str, stores:
         done = await task
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "broker: The app was changed meanwhile; look at it and try again.\n"
-        assert await session.fetchval("SELECT name FROM relying_parties WHERE id = $1", app) == "Theirs"
+        assert (
+            await session.fetchval("SELECT name FROM relying_parties WHERE id = $1", app)
+            == "Theirs"
+        )
 
 
 def test_update_refuses_an_rp_id_that_its_origins_are_not_below(cli: Cli, app: str) -> None:
     sentence = refusal(cli("app", "update", "--app", app, "--rp-id", "example.net"))
-    assert sentence.startswith("The host of https://example.org is neither example.net nor below it;")
+    assert sentence.startswith(
+        "The host of https://example.org is neither example.net nor below it;"
+    )
 
 
 def test_update_without_a_change_is_refused(cli: Cli, app: str) -> None:
@@ -375,7 +458,9 @@ def test_update_without_a_change_is_refused(cli: Cli, app: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "text", "value"), GOOD)
-def test_every_policy_key_can_be_set(cli: Cli, app: str, key: str, text: str, value: object) -> None:
+def test_every_policy_key_can_be_set(
+    cli: Cli, app: str, key: str, text: str, value: object
+) -> None:
     shown = cli("app", "update", "--app", app, "--set", f"{key}={text}", "--json").json["policy"]
     expected: object = list(value) if isinstance(value, tuple) else value
     if key == "attestation_roots":
@@ -397,21 +482,36 @@ def test_several_policy_keys_at_once(cli: Cli, app: str) -> None:
 
 
 def test_policy_keys_that_contradict_each_other_are_refused(cli: Cli, app: str) -> None:
-    """When they are set, and when one is changed that another needs; in both cases nothing changes."""
+    """When they are set, and when one is changed that another needs; in both cases nothing
+    changes.
+    """
     update = ("app", "update", "--app", app)
     root = ("--set", f"attestation_roots={ROOTS[0]}")
     direct, verified = ("--set", "attestation=direct"), ("--set", "attestation_required=verified")
     assert "needs attestation=direct" in refusal(cli(*update, *verified, *root))
     assert "needs attestation_roots" in refusal(cli(*update, *verified, *direct))
     assert (
-        cli(*update, *verified, *direct, *root, "--json").json["policy"]["attestation_required"] == "verified"
+        cli(*update, *verified, *direct, *root, "--json").json["policy"]["attestation_required"]
+        == "verified"
     )
     assert "needs attestation=direct" in refusal(cli(*update, "--set", "attestation=none"))
     assert "needs attestation_roots" in refusal(cli(*update, "--set", "attestation_roots="))
     assert cli("app", "show", "--app", app, "--json").json["policy"]["attestation"] == "direct"
-    created = ("app", "create", "--name", "E", "--rp-id", "example.org", "--origin", "https://example.org")
+    created = (
+        "app",
+        "create",
+        "--name",
+        "E",
+        "--rp-id",
+        "example.org",
+        "--origin",
+        "https://example.org",
+    )
     assert "needs attestation=direct" in refusal(cli(*created, *verified))
-    assert [e["action"] for e in cli("events", "--app", app, "--json").json] == ["app.created", "app.updated"]
+    assert [e["action"] for e in cli("events", "--app", app, "--json").json] == [
+        "app.created",
+        "app.updated",
+    ]
 
 
 def test_delete_an_app(cli: Cli, app: str) -> None:
@@ -423,7 +523,9 @@ def test_delete_an_app(cli: Cli, app: str) -> None:
     assert cli("events", "--app", app, "--after", str(created["id"]), "--json").json == [event]
 
 
-@pytest.mark.parametrize("app_id", [UNKNOWN, "", "x", "../../etc/passwd", "A" * 23 + "é", "' OR 1=1 --"])
+@pytest.mark.parametrize(
+    "app_id", [UNKNOWN, "", "x", "../../etc/passwd", "A" * 23 + "é", "' OR 1=1 --"]
+)
 @pytest.mark.parametrize(
     "command",
     [
@@ -444,10 +546,12 @@ def test_an_unknown_app_is_one_sentence(cli: Cli, command: tuple[str, ...], app_
         assert refusal(cli("events", "--app", app_id)) == "There is no such app."
 
 
-# -- keys -----------------------------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------
 
 
-async def test_a_revoked_key_ends_on_a_running_broker(cli: Cli, start_broker: Starter, wire: Wire) -> None:
+async def test_a_revoked_key_ends_on_a_running_broker(
+    cli: Cli, start_broker: Starter, wire: Wire
+) -> None:
     """Within the 0.9 s that look-ups are remembered, so within a second."""
     run, running = beside(cli), await start_broker(cache_seconds=0.9)
     told = (await run("key", "create", "--app", wire.app_id, "--name", "second", "--json")).json
@@ -461,7 +565,10 @@ async def test_a_revoked_key_ends_on_a_running_broker(cli: Cli, start_broker: St
     running.clock.ahead += 0.9
     answer = await mine.keyed("GET", "/users")
     assert (answer.status, answer.code) == (401, "invalid_access_token")
-    assert running.metric("broker_refusals_total", code="invalid_access_token", reason="key_unknown") == 1
+    assert (
+        running.metric("broker_refusals_total", code="invalid_access_token", reason="key_unknown")
+        == 1
+    )
     assert (await mine.keyed("GET", "/users", key=wire.key)).status == 200
     assert "no such unrevoked key" in refusal(await run(*revoke))
 
@@ -470,7 +577,9 @@ def test_lists_never_show_a_key(cli: Cli, app: str) -> None:
     secret = cli("key", "create", "--app", app, "--name", "second", "--json").json["api_key"]
     rows = cli("key", "list", "--app", app, "--json").json
     assert [row["name"] for row in rows] == ["first", "second"]
-    assert [list(row) for row in rows] == [["key_id", "hint", "name", "created_at", "revoked_at"]] * 2
+    assert [list(row) for row in rows] == [
+        ["key_id", "hint", "name", "created_at", "revoked_at"]
+    ] * 2
     assert rows[1]["hint"] == secret[:8] + "…"
     cli("key", "revoke", "--app", app, "--key", rows[1]["key_id"])
     first, second = cli("key", "list", "--app", app, "--json").json
@@ -496,7 +605,9 @@ def test_lists_never_show_a_key(cli: Cli, app: str) -> None:
 def test_an_unknown_key_is_one_sentence(cli: Cli, app: str, key_id: str) -> None:
     sentence = "The app has no such unrevoked key; `broker key list` shows the ids."
     assert refusal(cli("key", "revoke", "--app", app, "--key", key_id)) == sentence
-    assert refusal(cli("key", "revoke", "--app", UNKNOWN, "--key", key_id)) == "There is no such app."
+    assert (
+        refusal(cli("key", "revoke", "--app", UNKNOWN, "--key", key_id)) == "There is no such app."
+    )
 
 
 def test_another_apps_key_stays(cli: Cli, app: str) -> None:
@@ -506,7 +617,7 @@ def test_another_apps_key_stays(cli: Cli, app: str) -> None:
     assert cli("key", "list", "--app", other, "--json").json == [row]
 
 
-# -- passkeys and users ---------------------------------------------------------------------------------------------------------------
+# -- passkeys and users ----------------------------------------------------------------------------
 
 
 async def test_passkeys_are_listed_and_revoked(cli: Cli, broker: Started, wire: Wire) -> None:
@@ -520,7 +631,11 @@ async def test_passkeys_are_listed_and_revoked(cli: Cli, broker: Started, wire: 
         "passkey_id", "name", "credential_id", "sign_count", "use_count", "backup_eligible", "backed_up",
         "attestation", "aaguid", "live", "created_at", "confirmed_at", "last_used_at",
     ]  # fmt: skip
-    assert (rows[0]["name"], rows[0]["live"], rows[0]["last_used_at"]) == ("Ann's passkey", True, None)
+    assert (rows[0]["name"], rows[0]["live"], rows[0]["last_used_at"]) == (
+        "Ann's passkey",
+        True,
+        None,
+    )
     assert (await run("passkey", "list", *mine)).out.count("\n") == 1 + 3
 
     assert (await run("passkey", "revoke", *mine, "--passkey", ids[0], "--json")).json == {
@@ -540,10 +655,13 @@ async def test_passkeys_are_listed_and_revoked(cli: Cli, broker: Started, wire: 
     assert (await run(*every)).json == {"revoked": []}
     assert await run("passkey", "list", *mine) == Done(0, "None.\n", "")
     assert (await run("passkey", "list", *mine, "--json")).json == []
-    assert (await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})).code == (
-        "user_has_no_passkeys"
+    assert (
+        await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
+    ).code == ("user_has_no_passkeys")
+    assert (
+        len((await run("passkey", "list", "--app", wire.app_id, "--user", "ben", "--json")).json)
+        == 1
     )
-    assert len((await run("passkey", "list", "--app", wire.app_id, "--user", "ben", "--json")).json) == 1
 
 
 @pytest.mark.parametrize("user", ["nobody", "", "Ann", "ann ", "' OR 1=1 --", "x" * 10_000])
@@ -570,15 +688,22 @@ async def test_a_deleted_user_leaves_our_ids_in_events_alone(
     await wire.user("ben", Authenticator())
     await wire.redeem(await wire.authenticate(await wire.open_authentication(external), device))
     (user,) = await query(stores, "SELECT id, handle FROM users WHERE external_id = $1", external)
-    (credential,) = await query(stores, "SELECT credential_id FROM credentials WHERE id = $1", passkey)
+    (credential,) = await query(
+        stores, "SELECT credential_id FROM credentials WHERE id = $1", passkey
+    )
     names = [external, user["id"], user["handle"], passkey, credential["credential_id"].hex()]
     assert await _found(stores, names) == set(names)
 
-    done = await beside(cli)("user", "delete", "--app", wire.app_id, "--user", external, "--yes", "--json")
+    done = await beside(cli)(
+        "user", "delete", "--app", wire.app_id, "--user", external, "--yes", "--json"
+    )
     assert done.json == {"deleted": external}
     assert await _found(stores, names) == {user["id"], passkey}
     for table in ("users", "credentials"):
-        assert await query(stores, f"SELECT FROM {table} WHERE id IN ($1, $2)", user["id"], passkey) == []
+        assert (
+            await query(stores, f"SELECT FROM {table} WHERE id IN ($1, $2)", user["id"], passkey)
+            == []
+        )
     answer = await wire.keyed("POST", "/transactions/authenticate", {"external_id": external})
     assert answer.code == "user_not_found"
     assert (await wire.keyed("GET", f"/users/{user['id']}")).code == "user_not_found"
@@ -586,7 +711,11 @@ async def test_a_deleted_user_leaves_our_ids_in_events_alone(
     answer = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
     assert answer.code == "discoverable_login_failed"
     last = (await beside(cli)("events", "--app", wire.app_id, "--json")).json[-1]
-    assert (last["action"], last["user_id"], last["passkey_id"]) == ("user.deleted", user["id"], None)
+    assert (last["action"], last["user_id"], last["passkey_id"]) == (
+        "user.deleted",
+        user["id"],
+        None,
+    )
     assert (await beside(cli)("passkey", "list", "--app", wire.app_id, "--user", "ben")).status == 0
 
 
@@ -594,13 +723,17 @@ async def _found(stores: EmbeddedStores, names: list[str]) -> set[str]:
     """Which of these texts occur in any row of any table."""
     tables = await query(stores, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     rows = [
-        str(row["t"]) for t in tables for row in await query(stores, f"SELECT t::text AS t FROM {t[0]} t")
+        str(row["t"])
+        for t in tables
+        for row in await query(stores, f"SELECT t::text AS t FROM {t[0]} t")
     ]
     assert len(tables) >= 5
     return {name for name in names if any(name in row for row in rows)}
 
 
-async def test_a_terminal_gets_no_control_characters(cli: Cli, wire: Wire, device: Authenticator) -> None:
+async def test_a_terminal_gets_no_control_characters(
+    cli: Cli, wire: Wire, device: Authenticator
+) -> None:
     """A backend's user may have chosen the passkey's name."""
     name = "Ann\x1b[2J\u202eñ\n"
     await wire.redeem(await wire.register(await wire.open_registration("ann", name), device))
@@ -610,14 +743,16 @@ async def test_a_terminal_gets_no_control_characters(cli: Cli, wire: Wire, devic
     assert (await beside(cli)(*mine, "--json")).json[0]["name"] == name
 
 
-# -- events ---------------------------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authenticator) -> None:
     run = beside(cli)
     passkey = await wire.user("ann", device)
     handle, options = await wire.begin("authenticate", await wire.open_authentication("ann"))
-    await wire.finish("authenticate", handle, device.authenticate(options, "https://elsewhere.example"))
+    await wire.finish(
+        "authenticate", handle, device.authenticate(options, "https://elsewhere.example")
+    )
     await run("passkey", "revoke", "--app", wire.app_id, "--user", "ann", "--all", "--yes")
     events = (await run("events", "--app", wire.app_id, "--json")).json
     assert list(events[0]) == [
@@ -637,16 +772,22 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
 
     newest = (await run("events", "--app", wire.app_id, "--limit", "2", "--json")).json
     assert newest == events[-2:]
-    after = (await run("events", "--app", wire.app_id, "--after", str(events[3]["id"]), "--json")).json
+    after = (
+        await run("events", "--app", wire.app_id, "--after", str(events[3]["id"]), "--json")
+    ).json
     assert after == events[4:]
     first = str(events[0]["id"])
-    after = (await run("events", "--app", wire.app_id, "--after", first, "--limit", "2", "--json")).json
+    after = (
+        await run("events", "--app", wire.app_id, "--after", first, "--limit", "2", "--json")
+    ).json
     assert after == events[1:3], "the first ones behind it, not the newest"
-    assert (await run("events", "--app", wire.app_id, "--after", str(2**63 - 1), "--json")).json == []
+    assert (
+        await run("events", "--app", wire.app_id, "--after", str(2**63 - 1), "--json")
+    ).json == []
     assert (await run("events", "--app", wire.app_id)).out.count("\n") == 1 + len(events)
 
 
-# -- signing keys ---------------------------------------------------------------------------------------------------------------------
+# -- signing keys ----------------------------------------------------------------------------------
 
 
 def test_signing_keys_are_listed_and_rotated(cli: Cli, app: str) -> None:
@@ -672,7 +813,9 @@ def test_signing_keys_are_listed_and_rotated(cli: Cli, app: str) -> None:
     line = cli("signing-key", "list", "--app", app).out.splitlines()[-1]
     assert re.fullmatch(rf"{ID}  RS256 +signs  [0-9T:+-]{{25}}  - +[0-9T:+-]{{25}}", line)
     actions = [row["action"] for row in cli("events", "--app", app, "--json").json]
-    assert actions == ["app.created", *["signing_key.rotated"] * 5], "also where a line got its first key"
+    assert actions == ["app.created", *["signing_key.rotated"] * 5], (
+        "also where a line got its first key"
+    )
 
 
 def test_the_brokers_own_signing_keys(cli: Cli) -> None:
@@ -700,7 +843,9 @@ def test_signing_keys_are_sealed_anew(cli: Cli, app: str, monkeypatch: pytest.Mo
     assert re.fullmatch(r"opens all [0-9]+ signing keys", found.found)
 
 
-def test_signing_keys_need_a_secret_key(cli: Cli, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signing_keys_need_a_secret_key(
+    cli: Cli, app: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert refusal(cli("signing-key", "rotate", "--app", UNKNOWN)) == "There is no such app."
     assert refusal(cli("signing-key", "rotate", "--app", "")) == "There is no such app."
     assert refusal(cli("signing-key", "list", "--app", UNKNOWN)) == "There is no such app."
@@ -726,15 +871,21 @@ def test_the_secret_key_of_a_dev_instance(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """It is taken with the instance's stores, and only from a file that nobody else can have written or read."""
+    """It is taken with the instance's stores, and only from a file that nobody else can have
+    written or read.
+    """
     monkeypatch.delenv("BROKER_SECRET_KEY")
     dev_json({"database_url": stores.database_url, "redis_url": stores.redis_url})
     place = tmp_path / ".broker" / "secret-key"
     place.write_text(SECRET_KEY + "\n")
     place.chmod(0o644)
-    assert cli("signing-key", "rotate", "--app", app).err.endswith("broker: BROKER_SECRET_KEY is missing.\n")
+    assert cli("signing-key", "rotate", "--app", app).err.endswith(
+        "broker: BROKER_SECRET_KEY is missing.\n"
+    )
     place.chmod(0o600)
-    assert json.loads(cli("signing-key", "rotate", "--app", app, "--json").out)[0]["state"] == "signs"
+    assert (
+        json.loads(cli("signing-key", "rotate", "--app", app, "--json").out)[0]["state"] == "signs"
+    )
     assert SECRET_KEY not in (done := cli("doctor")).out + done.err
     assert done.status == 0
 
@@ -748,7 +899,9 @@ def test_dev_makes_a_secret_key_once(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["secret-key"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "short", "open to others", "binary", "a link", "a folder"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "short", "open to others", "binary", "a link", "a folder"]
+)
 def test_dev_never_replaces_a_secret_key(tmp_path: Path, damage: str) -> None:
     """Keys may be sealed under it: a person decides."""
     place, made = tmp_path / "secret-key", "zq9w-" + dev._kept_secret(tmp_path)
@@ -759,7 +912,9 @@ def test_dev_never_replaces_a_secret_key(tmp_path: Path, damage: str) -> None:
         case "a folder":
             place.mkdir()
         case _:
-            content = {"empty": b"", "short": b"zq9w", "binary": b"\xff" * 40}.get(damage, made.encode())
+            content = {"empty": b"", "short": b"zq9w", "binary": b"\xff" * 40}.get(
+                damage, made.encode()
+            )
             place.write_bytes(content)
             place.chmod(0o644 if damage == "open to others" else 0o600)
     with pytest.raises(Fault) as fault:
@@ -769,7 +924,7 @@ def test_dev_never_replaces_a_secret_key(tmp_path: Path, damage: str) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-# -- which stores ---------------------------------------------------------------------------------------------------------------------
+# -- which stores ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -790,7 +945,9 @@ def dev_json(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calla
 def test_a_dev_instance_below_is_acted_on(
     cli: Cli, app: str, stores: EmbeddedStores, dev_json: Callable[..., None]
 ) -> None:
-    dev_json({"database_url": stores.database_url, "redis_url": stores.redis_url, "api_key": "pbk_zq9w"})
+    dev_json(
+        {"database_url": stores.database_url, "redis_url": stores.redis_url, "api_key": "pbk_zq9w"}
+    )
     notice = "broker: acting on the dev instance of .broker/dev.json.\n"
     done = cli("app", "show", "--app", app, "--json")
     assert (done.status, done.err) == (0, notice)
@@ -801,7 +958,11 @@ def test_a_dev_instance_below_is_acted_on(
 
 
 def test_the_environment_stands_above_a_dev_instance(
-    cli: Cli, app: str, dev_json: Callable[..., None], monkeypatch: pytest.MonkeyPatch, stores: EmbeddedStores
+    cli: Cli,
+    app: str,
+    dev_json: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    stores: EmbeddedStores,
 ) -> None:
     dev_json({"database_url": "postgresql://elsewhere/x", "redis_url": "redis://elsewhere"})
     monkeypatch.setenv("BROKER_DATABASE_URL", stores.database_url)
@@ -813,7 +974,10 @@ def test_a_dev_instance_that_does_not_run_is_one_sentence(
 ) -> None:
     gone = quote(str(tmp_path), safe="")
     dev_json(
-        {"database_url": f"postgresql://broker@/postgres?host={gone}", "redis_url": f"unix://{tmp_path}/v"}
+        {
+            "database_url": f"postgresql://broker@/postgres?host={gone}",
+            "redis_url": f"unix://{tmp_path}/v",
+        }
     )
     notice = "broker: acting on the dev instance of .broker/dev.json."
     done = cli("app", "list")
@@ -825,12 +989,15 @@ def test_a_dev_instance_that_does_not_run_is_one_sentence(
     done = cli("migrate")
     assert done.status == 1
     assert re.fullmatch(
-        r"broker: Postgres can't be reached \(\w+\); check BROKER_DATABASE_URL\.", done.err.splitlines()[1]
+        r"broker: Postgres can't be reached \(\w+\); check BROKER_DATABASE_URL\.",
+        done.err.splitlines()[1],
     )
 
 
 @pytest.mark.parametrize("content", ["", "not JSON", "[]", "{}", "null", '{"database_url": ""}'])
-def test_a_dev_json_without_stores_is_none(cli: Cli, dev_json: Callable[..., None], content: str) -> None:
+def test_a_dev_json_without_stores_is_none(
+    cli: Cli, dev_json: Callable[..., None], content: str
+) -> None:
     dev_json(content)
     done = cli("app", "list")
     assert (done.status, done.out) == (1, "")
@@ -852,7 +1019,12 @@ def test_commands_on_data_need_no_redis(cli: Cli, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     "command",
-    [("app", "list"), ("migrate",), ("events", "--app", UNKNOWN), ("key", "list", "--app", UNKNOWN)],
+    [
+        ("app", "list"),
+        ("migrate",),
+        ("events", "--app", UNKNOWN),
+        ("key", "list", "--app", UNKNOWN),
+    ],
 )
 def test_a_database_that_is_down_is_one_sentence_without_its_password(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
@@ -868,11 +1040,15 @@ async def test_a_database_without_schema_is_one_sentence(
 ) -> None:
     name = f"bare_{secrets.token_hex(6)}"
     await query(stores, f"CREATE DATABASE {name}")
-    monkeypatch.setenv("BROKER_DATABASE_URL", stores.database_url.replace("/postgres?", f"/{name}?"))
+    monkeypatch.setenv(
+        "BROKER_DATABASE_URL", stores.database_url.replace("/postgres?", f"/{name}?")
+    )
     sentence = "The database lacks a migration; run `broker migrate`."
     assert refusal(await beside(cli)("app", "list")) == sentence
     findings = (await beside(cli)("doctor", "--json")).out
-    assert Finding("migrations", False, "some are missing.", "Run `broker migrate`.") in _findings(findings)
+    assert Finding("migrations", False, "some are missing.", "Run `broker migrate`.") in _findings(
+        findings
+    )
     applied = (await beside(cli)("migrate", "--json")).json
     assert applied[0] == "0001_first"
     assert (await beside(cli)("migrate", "--json")).json == []
@@ -892,25 +1068,30 @@ async def powerless(cli: Cli, stores: EmbeddedStores, monkeypatch: pytest.Monkey
 async def test_a_role_without_rights_is_one_sentence(cli: Cli) -> None:
     sentence = "The database's role may not do that; make it the owner of the tables."
     assert refusal(await beside(cli)("app", "list")) == sentence
-    sentence = (
-        "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
-    )
+    sentence = "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
     assert refusal(await beside(cli)("migrate")) == sentence
     done = await beside(cli)("doctor", "--json")
     assert done.status == 1
     assert [f for f in _findings(done.out) if not f.ok] == [
-        Finding("migrations", False, "can't be seen.", "Make the database's role the owner of the tables.")
+        Finding(
+            "migrations",
+            False,
+            "can't be seen.",
+            "Make the database's role the owner of the tables.",
+        )
     ]
 
 
-# -- doctor ---------------------------------------------------------------------------------------------------------------------------
+# -- doctor ----------------------------------------------------------------------------------------
 
 
 def _findings(out: str) -> list[Finding]:
     return [Finding(**found) for found in json.loads(out)]
 
 
-def test_doctor_finds_all_well(own_stores: EmbeddedStores, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_finds_all_well(
+    own_stores: EmbeddedStores, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And each fault that can be made in stores of the test's own."""
     monkeypatch.setenv("BROKER_DATABASE_URL", own_stores.database_url)
     monkeypatch.setenv("BROKER_REDIS_URL", own_stores.redis_url)
@@ -923,7 +1104,9 @@ def test_doctor_finds_all_well(own_stores: EmbeddedStores, cli: Cli, monkeypatch
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
-    assert _findings(cli("doctor", "--json").out)[-1] == Finding("app", True, f"{app} example.org: {ORIGIN}")
+    assert _findings(cli("doctor", "--json").out)[-1] == Finding(
+        "app", True, f"{app} example.org: {ORIGIN}"
+    )
     assert all(line.startswith("ok   ") for line in cli("doctor").out.splitlines())
 
     asyncio.run(query(own_stores, "UPDATE relying_parties SET origins = '{http://example.org}'"))
@@ -944,9 +1127,7 @@ def test_doctor_finds_all_well(own_stores: EmbeddedStores, cli: Cli, monkeypatch
 
 PARTED = "port 9090 serves keyed routes, port 8080 serves pages"
 SHARED = "no BROKER_MANAGEMENT_PORT: port 8080 serves pages and keyed routes, unless `serve --management-port` parts them"
-NOWHERE = (
-    "served nowhere; set BROKER_MANAGEMENT_PORT, or BROKER_METRICS=public where only operators reach the port"
-)
+NOWHERE = "served nowhere; set BROKER_MANAGEMENT_PORT, or BROKER_METRICS=public where only operators reach the port"
 
 
 @pytest.mark.parametrize(
@@ -984,13 +1165,19 @@ def test_doctor_tells_every_missing_setting(cli: Cli, monkeypatch: pytest.Monkey
     assert (done.status, done.err) == (1, "")
     assert _findings(done.out) == [
         Finding("settings", False, "BROKER_PROT is not a setting.", "Set it right and run again."),
-        Finding("settings", False, "BROKER_DATABASE_URL is missing.", "Set it right and run again."),
+        Finding(
+            "settings", False, "BROKER_DATABASE_URL is missing.", "Set it right and run again."
+        ),
         Finding("settings", False, "BROKER_REDIS_URL is missing.", "Set it right and run again."),
     ]
-    assert cli("doctor").out.startswith("FAIL settings: BROKER_PROT is not a setting. Set it right and run")
+    assert cli("doctor").out.startswith(
+        "FAIL settings: BROKER_PROT is not a setting. Set it right and run"
+    )
 
 
-def test_doctor_tells_of_a_dialect_that_can_not_answer(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_tells_of_a_dialect_that_can_not_answer(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Faults that only the composition root finds are findings, too."""
     monkeypatch.setenv("BROKER_DIALECTS", "flex,nonsense")
     done = cli("doctor", "--json")
@@ -1005,7 +1192,9 @@ def test_doctor_tells_which_store_is_down(cli: Cli, monkeypatch: pytest.MonkeyPa
     done = cli("doctor", "--json")
     assert done.status == 1
     assert [f for f in _findings(done.out) if not f.ok] == [
-        Finding("redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`.")
+        Finding(
+            "redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`."
+        )
     ]
     monkeypatch.setenv("BROKER_DATABASE_URL", "postgresql://broker:zq9w@127.0.0.1:1/x")
     done = cli("doctor", "--json")

@@ -9,7 +9,16 @@ from tests.authenticator import Authenticator
 from tests.commands import NEW, UNKNOWN, Cli, Terminal, beside, program, refusal
 from tests.wire import ORIGIN, RP_ID, Wire
 
-LOCAL = ("app", "create", "--name", "Local", "--rp-id", "localhost", "--origin", "http://localhost:8080")
+LOCAL = (
+    "app",
+    "create",
+    "--name",
+    "Local",
+    "--rp-id",
+    "localhost",
+    "--origin",
+    "http://localhost:8080",
+)
 
 
 @pytest.fixture
@@ -34,12 +43,17 @@ def test_the_only_app_need_not_be_named(own: Cli) -> None:
         app,
         ["http://localhost:8080", "http://localhost:8081"],
     )
-    assert [event["action"] for event in own("events", "--json").json] == ["app.created", "app.updated"]
+    assert [event["action"] for event in own("events", "--json").json] == [
+        "app.created",
+        "app.updated",
+    ]
     key = own("key", "create", "--json").json["key_id"]
     revoked = own("key", "revoke", "--key", key)
     assert revoked.err == f"broker: acting on the app Local (localhost, {app}).\n"
     assert own("signing-key", "rotate", "--json").status == 0
-    assert own("signing-key", "list", "--app", "Local", "--json").json == [], "the broker's own set was meant"
+    assert own("signing-key", "list", "--app", "Local", "--json").json == [], (
+        "the broker's own set was meant"
+    )
 
 
 def test_of_several_apps_one_is_named(own: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +80,12 @@ def test_of_several_apps_one_is_named(own: Cli, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_name_of_several_apps_is_refused_with_their_ids(own: Cli) -> None:
     ids = [make(own, *NEW) for _ in range(12)]
-    for command in (("app", "show"), ("app", "delete", "--yes"), ("events",), ("signing-key", "list")):
+    for command in (
+        ("app", "show"),
+        ("app", "delete", "--yes"),
+        ("events",),
+        ("signing-key", "list"),
+    ):
         sentence = refusal(own(*command, "--app", "Example"))
         assert sentence.startswith(
             f"12 apps have this name; give the id of one: {ids[0]} (Example, {RP_ID}), "
@@ -76,7 +95,7 @@ def test_a_name_of_several_apps_is_refused_with_their_ids(own: Cli) -> None:
     assert len(own("app", "list", "--json").json) == 12
 
 
-# -- questions ------------------------------------------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 DESTRUCTIVE = [
     ("app", "delete"),
@@ -119,7 +138,9 @@ async def test_at_a_terminal_only_yes_is_consent(
     assert len((await beside(cli)("passkey", "list", *app, "--user", "ann", "--json")).json) == 1
 
 
-async def test_yes_does_it(cli: Cli, stores: EmbeddedStores, wire: Wire, device: Authenticator) -> None:
+async def test_yes_does_it(
+    cli: Cli, stores: EmbeddedStores, wire: Wire, device: Authenticator
+) -> None:
     await wire.user("ann", device)
     app = ("--app", wire.app_id)
     for command in reversed(DESTRUCTIVE):
@@ -132,7 +153,9 @@ async def test_yes_does_it(cli: Cli, stores: EmbeddedStores, wire: Wire, device:
     assert actions[-3:] == ["passkey.revoked", "user.deleted", "app.deleted"]
 
 
-async def test_ctrl_c_at_a_question_ends_at_once(cli: Cli, stores: EmbeddedStores, wire: Wire) -> None:
+async def test_ctrl_c_at_a_question_ends_at_once(
+    cli: Cli, stores: EmbeddedStores, wire: Wire
+) -> None:
     with Terminal(stores, "app", "delete", "--app", wire.app_id) as terminal:
         terminal.wait_for("Type yes to go on: ")
         terminal.press("\x03")

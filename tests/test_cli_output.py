@@ -1,4 +1,6 @@
-"""How commands speak: columns, JSON of refusals, links to documentation, help with examples, completion, colour and progress."""
+"""How commands speak: columns, JSON of refusals, links to documentation, help with examples,
+completion, colour and progress.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ def app(cli: Cli) -> str:
     return str(cli(*NEW, "--json").json["app_id"])
 
 
-# -- columns --------------------------------------------------------------------------------------------------------------------------
+# -- columns ---------------------------------------------------------------------------------------
 
 
 def test_columns_are_aligned_by_what_a_terminal_shows() -> None:
-    """A wide character takes two cells, a combining one none; what is not printable is written out."""
+    """A wide character takes two cells, a combining one none; what is not printable is
+    written out.
+    """
     names = ["plain", "株式会社", "e\u0301te\u0301", "a\x1b[2Jb", "\u202eñ\n"]
-    lines = output.table([{"name": name, "left_out": {}, "number": 7} for name in names], colour=False)
+    lines = output.table(
+        [{"name": name, "left_out": {}, "number": 7} for name in names], colour=False
+    )
     assert lines == [
         "NAME       NUMBER",
         "plain      7",
@@ -73,7 +79,7 @@ def test_every_list_has_headers_and_an_empty_one_says_so(cli: Cli, app: str) -> 
     assert cli("user", "list", "--app", app).out == "None.\n"
 
 
-# -- refusals as JSON -----------------------------------------------------------------------------------------------------------------
+# -- refusals as JSON ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,12 @@ def test_every_list_has_headers_and_an_empty_one_says_so(cli: Cli, app: str) -> 
     ],
 )
 def test_a_refusal_is_an_object_for_a_program_and_a_sentence_for_a_person(
-    cli: Cli, app: str, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], status: int, code: str
+    cli: Cli,
+    app: str,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    status: int,
+    code: str,
 ) -> None:
     command = tuple(part.format(app=app) for part in command)
     plain, told = cli(*command), cli(*command, "--json")
@@ -108,7 +119,9 @@ def test_a_refusal_is_an_object_for_a_program_and_a_sentence_for_a_person(
         assert linked.err == f"{plain.err.rstrip()} See {DOCS}#{code}\n"
 
 
-def test_settings_and_stores_that_fail_are_objects_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_stores_that_fail_are_objects_too(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BROKER_DOCS_URL", DOCS)
     monkeypatch.setenv("BROKER_DATABASE_URL", "postgresql://broker@127.0.0.1:1/x")
     assert json.loads(cli("app", "list", "--json").out) == {
@@ -128,7 +141,7 @@ def test_settings_and_stores_that_fail_are_objects_too(cli: Cli, monkeypatch: py
     assert "doc" not in json.loads(cli("app", "list", "--json").out), "a link that can't be is none"
 
 
-# -- help and completion --------------------------------------------------------------------------------------------------------------
+# -- help and completion ---------------------------------------------------------------------------
 
 
 def commands() -> Iterator[argparse.ArgumentParser]:
@@ -205,10 +218,12 @@ def test_the_other_shells_are_told_the_same(cli: Cli, shell: str) -> None:
     assert all(f"{key.key}=" in script for key in policy_keys())
 
 
-# -- policy ---------------------------------------------------------------------------------------------------------------------------
+# -- policy ----------------------------------------------------------------------------------------
 
 
-def test_policy_lists_every_key_without_a_database(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_lists_every_key_without_a_database(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what it says of values is what `--set` takes."""
     monkeypatch.delenv("BROKER_DATABASE_URL")
     rows = cli("policy", "--json").json
@@ -222,7 +237,10 @@ def test_policy_lists_every_key_without_a_database(cli: Cli, monkeypatch: pytest
         values = [low, high] if to else row["values"].split(", ")
         if not row["values"].startswith(("a list", "PEM")):
             for value in values:
-                assert str(getattr(Policy().set(row["key"], value), row["key"])).lower() == value.lower()
+                assert (
+                    str(getattr(Policy().set(row["key"], value), row["key"])).lower()
+                    == value.lower()
+                )
 
 
 def test_policy_shows_an_apps_values(cli: Cli, app: str) -> None:
@@ -233,7 +251,7 @@ def test_policy_shows_an_apps_values(cli: Cli, app: str) -> None:
     assert refusal(cli("policy", "--app", UNKNOWN)) == "There is no such app."
 
 
-# -- users ----------------------------------------------------------------------------------------------------------------------------
+# -- users -----------------------------------------------------------------------------------------
 
 
 async def test_users_are_listed_by_page_status_and_external_id(cli: Cli, wire: Wire) -> None:
@@ -254,14 +272,20 @@ async def test_users_are_listed_by_page_status_and_external_id(cli: Cli, wire: W
     page = await run(*mine, "--limit", "2", "--page", "2", "--status", "active")
     assert page.out.splitlines()[1].startswith("cid ")
     assert page.err == "broker: page 2 of 2, 3 users in all; --page shows another one.\n"
-    assert (await run(*mine, "--limit", "2", "--page", "2", "--status", "active", "--json")).err == ""
+    assert (
+        await run(*mine, "--limit", "2", "--page", "2", "--status", "active", "--json")
+    ).err == ""
     pending = (await run(*mine, "--status", "pending", "--json")).json
     assert [row["external_id"] for row in pending] == [row["external_id"] for row in rows[3:]]
-    assert [row["external_id"] for row in (await run(*mine, "--user", "ben", "--json")).json] == ["ben"]
-    assert (await run(*mine, "--user", "be", "--json")).json == [], "external ids are compared whole"
+    assert [row["external_id"] for row in (await run(*mine, "--user", "ben", "--json")).json] == [
+        "ben"
+    ]
+    assert (await run(*mine, "--user", "be", "--json")).json == [], (
+        "external ids are compared whole"
+    )
 
 
-# -- events ---------------------------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 async def test_events_are_filtered_by_user_and_action(cli: Cli, wire: Wire) -> None:
@@ -323,7 +347,9 @@ async def test_events_are_followed_and_none_is_skipped(stores: EmbeddedStores, w
         await early.close()
 
 
-async def test_ctrl_c_ends_following_at_a_terminal(cli: Cli, stores: EmbeddedStores, wire: Wire) -> None:
+async def test_ctrl_c_ends_following_at_a_terminal(
+    cli: Cli, stores: EmbeddedStores, wire: Wire
+) -> None:
     with Terminal(stores, "events", "--app", wire.app_id, "--follow") as terminal:
         terminal.wait_for("app.created")
         await beside(cli)("app", "update", "--app", wire.app_id, "--name", "New")
@@ -334,7 +360,7 @@ async def test_ctrl_c_ends_following_at_a_terminal(cli: Cli, stores: EmbeddedSto
         assert "Traceback" not in terminal.shown
 
 
-# -- terminals ------------------------------------------------------------------------------------------------------------------------
+# -- terminals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -378,7 +404,9 @@ async def test_nothing_but_a_terminal_is_shown_progress(stores: EmbeddedStores, 
             while not await session.fetchval(waits):
                 assert not task.done(), task.result()
                 await asyncio.sleep(0.005)  # between two looks
-            await session.execute("SELECT pg_sleep(1.5)")  # longer than what is passed over in silence
+            await session.execute(
+                "SELECT pg_sleep(1.5)"
+            )  # longer than what is passed over in silence
         done = await task
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -387,6 +415,9 @@ def test_the_start_of_a_command_imports_no_service() -> None:
     """What most of a command's time is: the modules that its start brings in."""
     script = "import sys, broker.cli; broker.cli.parser(); print(*sys.modules)"
     loaded = subprocess.run(
-        [str(Path(BROKER).with_name("python")), "-c", script], capture_output=True, text=True, check=True
+        [str(Path(BROKER).with_name("python")), "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert not {"aiohttp", "asyncpg", "webauthn", "redis", "httpx", "rich", "click"} & set(loaded)

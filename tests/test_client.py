@@ -1,7 +1,8 @@
-"""The backend's client against a scripted broker: what it sends, what it makes of answers, and that it sends everything once.
+"""The backend's client against a scripted broker: what it sends, what it makes of answers, and that
+it sends everything once.
 
-The server here stands in for the broker, never for the client; each test runs with the blocking client and with the
-asynchronous one.
+The server here stands in for the broker, never for the client; each test runs with the blocking
+client and with the asynchronous one.
 """
 
 from __future__ import annotations
@@ -104,12 +105,17 @@ async def test_opening_transactions(call: Caller, scripted: ScriptedBroker) -> N
     assert register.json == {"external_id": "ada/ü", "passkey_display_name": "Ada L."}
     assert register.headers["Authorization"] == f"Bearer {KEY}"
     assert register.headers["Content-Type"] == "application/json"
-    assert (authenticate.method, authenticate.target) == ("POST", f"/v1/apps/{APP}/transactions/authenticate")
+    assert (authenticate.method, authenticate.target) == (
+        "POST",
+        f"/v1/apps/{APP}/transactions/authenticate",
+    )
     assert authenticate.json == {"external_id": "ada/ü"}
 
 
 async def test_opening_transactions_with_wishes(call: Caller, scripted: ScriptedBroker) -> None:
-    """Seconds become milliseconds; what was not asked is not sent, and an empty list that was asked is."""
+    """Seconds become milliseconds; what was not asked is not sent, and an empty list that was asked
+    is.
+    """
     for _ in range(4):
         scripted.says(201, {"transaction_id": "pbt_1"})
     wishes = {"user_verification": "required", "ceremony_timeout": 90.5, "second_factor": True}
@@ -193,7 +199,9 @@ async def test_receipt_for_something_else_is_no_receipt(
     ],
     ids=str,
 )
-async def test_damaged_receipt(call: Caller, scripted: ScriptedBroker, damage: dict[str, Any]) -> None:
+async def test_damaged_receipt(
+    call: Caller, scripted: ScriptedBroker, damage: dict[str, Any]
+) -> None:
     scripted.says(200, {**RECEIPT, **damage}, X_Request_Id="r-1")
     with pytest.raises(sdk.UnexpectedAnswer) as caught:
         await call("verify_nonce", "pbn_1")
@@ -209,7 +217,9 @@ async def test_damaged_receipt(call: Caller, scripted: ScriptedBroker, damage: d
 @pytest.mark.parametrize(
     "body", [b"", b"<html>", b"[]", b"null", b"[" * 100_000], ids=lambda b: b[:6].decode()
 )
-async def test_answer_that_is_no_object(call: Caller, scripted: ScriptedBroker, body: bytes) -> None:
+async def test_answer_that_is_no_object(
+    call: Caller, scripted: ScriptedBroker, body: bytes
+) -> None:
     scripted.says(200, body)
     with pytest.raises(sdk.UnexpectedAnswer):
         await call("verify_nonce", "pbn_1")
@@ -222,7 +232,12 @@ async def test_user(call: Caller, scripted: ScriptedBroker) -> None:
         200, {"user": {**USER, "webauthn_devices": [DEVICE, unused]}}
     )
     user = await call("get_user", "ada")
-    assert (user.id, user.external_id, user.status, user.login_count) == ("U" * 24, "ada", "active", 2)
+    assert (user.id, user.external_id, user.status, user.login_count) == (
+        "U" * 24,
+        "ada",
+        "active",
+        2,
+    )
     assert user.last_login_at == user.created_at == instant()
     used, fresh = user.passkeys
     assert used == Passkey(
@@ -302,7 +317,9 @@ async def test_passkeys_of_the_app(call: Caller, scripted: ScriptedBroker) -> No
 async def test_preparing_signals(call: Caller, scripted: ScriptedBroker) -> None:
     said = {"ticket": "pbs_secret", "expires_at": AT, "missing": ["P" * 24], "empty": False}
     scripted.says(201, said).says(201, said).says(201, {**said, "missing": [1]})
-    ticket = await call("prepare_signals", "update", external_id="ada", user_name="a", user_display_name="A")
+    ticket = await call(
+        "prepare_signals", "update", external_id="ada", user_name="a", user_display_name="A"
+    )
     assert ticket == sdk.SignalTicket("pbs_secret", instant(), ("P" * 24,), False)
     assert "pbs_secret" not in repr(ticket)
     await call("prepare_signals", "delete", passkeys=("P" * 24,))
@@ -318,11 +335,15 @@ async def test_preparing_signals(call: Caller, scripted: ScriptedBroker) -> None
 @pytest.mark.parametrize(
     ("method", "more"), [("get_user", ()), ("list_passkeys", ()), ("revoke_passkey", ("P" * 24,))]
 )
-@pytest.mark.parametrize("users", [[], [{**LISTED, "external_id": "somebody else"}]], ids=["none", "other"])
+@pytest.mark.parametrize(
+    "users", [[], [{**LISTED, "external_id": "somebody else"}]], ids=["none", "other"]
+)
 async def test_unknown_user(
     call: Caller, scripted: ScriptedBroker, method: str, more: tuple[str, ...], users: list[Any]
 ) -> None:
-    """The list answers 200 without users; a user with another external id is nobody's match either."""
+    """The list answers 200 without users; a user with another external id is nobody's match
+    either.
+    """
     scripted.says(200, {"users": users}, X_Request_Id="r-2")
     with pytest.raises(sdk.UserNotFound) as caught:
         await call(method, "ada", *more)
@@ -343,7 +364,10 @@ REQUIRED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 ]
 # What may be left out, so that None states nothing.
 STATED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-    *[("verify_nonce", ("pbn_1",), {name: ...}) for name in ("purpose", "transaction_id", "external_id")],
+    *[
+        ("verify_nonce", ("pbn_1",), {name: ...})
+        for name in ("purpose", "transaction_id", "external_id")
+    ],
     ("create_authenticate_transaction", (...,), {"discoverable": True}),
     ("create_authenticate_transaction", ("ada",), {"user_verification": ...}),
     ("create_register_transaction", ("ada", "Ada"), {"user_name": ...}),
@@ -371,7 +395,11 @@ def with_value(argument: Any, value: Any) -> Any:
 
 @pytest.mark.parametrize(("method", "args", "named"), REQUIRED + STATED + ITEMS, ids=str)
 async def test_what_is_no_text_is_never_sent(
-    call: Caller, scripted: ScriptedBroker, method: str, args: tuple[Any, ...], named: dict[str, Any]
+    call: Caller,
+    scripted: ScriptedBroker,
+    method: str,
+    args: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> None:
     """A session's field that is not there is None: it buys nothing, and is not even asked for."""
     may_be_left_out = (method, args, named) in STATED
@@ -387,7 +415,9 @@ async def test_what_is_no_text_is_never_sent(
     assert scripted.seen == []
 
 
-async def test_a_passkeys_id_that_is_no_text_is_never_sent(call: Caller, scripted: ScriptedBroker) -> None:
+async def test_a_passkeys_id_that_is_no_text_is_never_sent(
+    call: Caller, scripted: ScriptedBroker
+) -> None:
     for value in (None, 7, b"P"):
         with pytest.raises(sdk.InvalidRequest):
             await call("revoke_passkey", "ada", value)
@@ -416,7 +446,9 @@ async def test_identifiers_survive_the_query(call: Caller, scripted: ScriptedBro
     for external_id in ["a b+c@d/é&x=1#?%", "<like:%>", "日本", " "]:
         received: list[str] = []
 
-        async def answer(request: web.BaseRequest, received: list[str] = received) -> web.StreamResponse:
+        async def answer(
+            request: web.BaseRequest, received: list[str] = received
+        ) -> web.StreamResponse:
             received.append(request.query["identifier"])
             return web.json_response({"users": []})
 
@@ -533,7 +565,9 @@ async def test_nothing_is_sent_twice(
         scripted.does(lose)
     with pytest.raises(sdk.BrokerError) as caught:
         await call(method, *arguments)
-    assert type(caught.value) is (sdk.BrokerUnavailable if fault == "503" else sdk.BrokerUnreachable)
+    assert type(caught.value) is (
+        sdk.BrokerUnavailable if fault == "503" else sdk.BrokerUnreachable
+    )
     assert (caught.value.status is None) == (fault != "503")
     assert len(scripted.seen) == 1
 
@@ -541,7 +575,9 @@ async def test_nothing_is_sent_twice(
 async def test_an_idle_connection_that_the_server_closed_is_no_error(
     call: Caller, scripted: ScriptedBroker
 ) -> None:
-    scripted.says(201, {"transaction_id": "pbt_1"}, Connection="close").says(201, {"transaction_id": "pbt_2"})
+    scripted.says(201, {"transaction_id": "pbt_1"}, Connection="close").says(
+        201, {"transaction_id": "pbt_2"}
+    )
     assert await call("create_authenticate_transaction", "ada") == "pbt_1"
     assert await call("create_authenticate_transaction", "ada") == "pbt_2"
 
@@ -576,7 +612,9 @@ async def test_timeout(
     assert len(scripted.seen) == 1
 
 
-async def test_unreachable(kind: type[BrokerClient] | type[AsyncBrokerClient], unused_tcp_port: int) -> None:
+async def test_unreachable(
+    kind: type[BrokerClient] | type[AsyncBrokerClient], unused_tcp_port: int
+) -> None:
     call = Caller(kind(f"http://127.0.0.1:{unused_tcp_port}", APP, KEY))
     with pytest.raises(sdk.BrokerUnreachable) as caught:
         await call("verify_nonce", "pbn_1")
@@ -593,7 +631,10 @@ async def test_answer_too_large(call: Caller, scripted: ScriptedBroker) -> None:
 
 
 async def test_text_that_no_encoding_carries(call: Caller, scripted: ScriptedBroker) -> None:
-    for method, arguments in [("get_user", ("\ud800",)), ("create_register_transaction", ("ada", "\udfff"))]:
+    for method, arguments in [
+        ("get_user", ("\ud800",)),
+        ("create_register_transaction", ("ada", "\udfff")),
+    ]:
         with pytest.raises(sdk.InvalidRequest):
             await call(method, *arguments)
     assert scripted.seen == []
@@ -642,7 +683,11 @@ async def test_context_managers_close_and_repr_hides_the_key(scripted: ScriptedB
     ],
 )
 def test_arguments_that_cannot_work(
-    kind: type[BrokerClient] | type[AsyncBrokerClient], url: str, app_id: str, api_key: str, names: str
+    kind: type[BrokerClient] | type[AsyncBrokerClient],
+    url: str,
+    app_id: str,
+    api_key: str,
+    names: str,
 ) -> None:
     with pytest.raises(ValueError, match=names) as caught:
         kind(url, app_id, api_key)
@@ -657,7 +702,12 @@ def test_imports_nothing_of_the_server() -> None:
     )
     home = Path(sdk.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=home, timeout=60
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=home,
+        timeout=60,
     )
     assert {name.split(".")[0] for name in done.stdout.split()} == {"passkey_broker"}
 

@@ -1,4 +1,6 @@
-"""The client against a real broker: every keyed route of the native API, by a method, with the blocking and the asynchronous client."""
+"""The client against a real broker: every keyed route of the native API, by a method, with the
+blocking and the asynchronous client.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import pytest
 
 from broker.dialects import flex
 from broker.sdk import passkey_broker as sdk
-from broker.sdk.passkey_broker import Answer, ApprovalRequest, AsyncBrokerClient, BrokerClient, Request
+from broker.sdk.passkey_broker import (
+    Answer,
+    ApprovalRequest,
+    AsyncBrokerClient,
+    BrokerClient,
+    Request,
+)
 from tests.authenticator import Authenticator
 from tests.conftest import Started
 from tests.scripted import Caller
@@ -52,17 +60,32 @@ async def collected(call: Caller, method: str, **named: Any) -> list[Any]:
 async def transactions(call: Caller, broker: Started, wire: Wire, device: Authenticator) -> None:
     """With the page's part over HTTP; the options reach the page."""
     options: dict[str, Any] = {"user_verification": "required", "ceremony_timeout": 60}
-    transaction = await call("create_register_transaction", "ada", "Ada L.", user_name="ada@x", **options)
+    transaction = await call(
+        "create_register_transaction", "ada", "Ada L.", user_name="ada@x", **options
+    )
     nonce = await wire.register(transaction, device)
     receipt = await call(
-        "verify_nonce", nonce, purpose="register", transaction_id=transaction, external_id="ada", signed=True
+        "verify_nonce",
+        nonce,
+        purpose="register",
+        transaction_id=transaction,
+        external_id="ada",
+        signed=True,
     )
-    assert (receipt.external_id, receipt.purpose, receipt.token.count(".")) == ("ada", "register", 2)
+    assert (receipt.external_id, receipt.purpose, receipt.token.count(".")) == (
+        "ada",
+        "register",
+        2,
+    )
     assert [key["alg"] for key in (await call("get_key_set"))["keys"]] == ["ES256"]
     with refused(broker, "invalid_nonce", "nonce_unknown"), pytest.raises(sdk.InvalidNonce):
         await call("verify_nonce", nonce)
-    transaction = await call("create_authenticate_transaction", "ada", mediation="conditional", **options)
-    begun = await wire.page("/authenticate/transactions/webauthn/start", {"transaction_id": transaction})
+    transaction = await call(
+        "create_authenticate_transaction", "ada", mediation="conditional", **options
+    )
+    begun = await wire.page(
+        "/authenticate/transactions/webauthn/start", {"transaction_id": transaction}
+    )
     challenge = begun.json["handshake"]["challenge"]
     assert challenge["mediation"] == "conditional"
     assert challenge["publicKey"]["userVerification"] == "required"
@@ -73,8 +96,12 @@ async def transactions(call: Caller, broker: Started, wire: Wire, device: Authen
 
 
 async def keyed_ceremonies(call: Caller, broker: Started, device: Authenticator) -> None:
-    """Found by the challenge and by the user; second factors; approvals; what another finish makes of them."""
-    options = await call("start_registration", "ada", "ada@x", second_factor=True, passkey_display_name="Key")
+    """Found by the challenge and by the user; second factors; approvals; what another finish makes
+    of them.
+    """
+    options = await call(
+        "start_registration", "ada", "ada@x", second_factor=True, passkey_display_name="Key"
+    )
     factor = Authenticator()
     credential = factor.register(options, ORIGIN)
     assert (
@@ -87,7 +114,9 @@ async def keyed_ceremonies(call: Caller, broker: Started, device: Authenticator)
 
     data = {"amount": 12, "to": ["bob"]}
     options = await call("start_authentication", "ada", approval=ApprovalRequest("payment-7", data))
-    receipt = await call("finish_authentication", device.authenticate(options, ORIGIN), approval=True)
+    receipt = await call(
+        "finish_authentication", device.authenticate(options, ORIGIN), approval=True
+    )
     assert (receipt.purpose, receipt.approval) == ("approve", "payment-7")
     (approval,) = await call("list_approvals", "ada")
     assert (approval.id, approval.data) == ("payment-7", data)
@@ -188,7 +217,11 @@ async def events(call: Caller, wire: Wire) -> None:
 
 async def mail_codes(call: Caller) -> None:
     made = await call(
-        "create_mail_code", "ada@example.org", "sign-up", external_id="ada", metadata={"plan": "pro"}
+        "create_mail_code",
+        "ada@example.org",
+        "sign-up",
+        external_id="ada",
+        metadata={"plan": "pro"},
     )
     assert made.code in made.message.text
     wrong = f"{(int(made.code) + 1) % 1_000_000:06d}"
@@ -196,13 +229,22 @@ async def mail_codes(call: Caller) -> None:
         await call("verify_mail_code", made.id, made.secret, wrong)
     assert (await call("get_mail_code", made.id)).attempts_left == made.attempts_left - 1
     taken = await call("verify_mail_code", made.id, made.secret, made.code)
-    assert (taken.email, taken.external_id, taken.metadata) == ("ada@example.org", "ada", {"plan": "pro"})
+    assert (taken.email, taken.external_id, taken.metadata) == (
+        "ada@example.org",
+        "ada",
+        {"plan": "pro"},
+    )
     with pytest.raises(sdk.MailCodeNotFound):
         await call("verify_mail_code", made.id, made.secret, made.code)
     other = await call("create_mail_code", "ada@example.org", "sign-up", invalidate_others=True)
     for _ in range(4):
         with pytest.raises(sdk.WrongMailCode):
-            await call("verify_mail_code", other.id, other.secret, f"{(int(other.code) + 1) % 1_000_000:06d}")
+            await call(
+                "verify_mail_code",
+                other.id,
+                other.secret,
+                f"{(int(other.code) + 1) % 1_000_000:06d}",
+            )
     for typed in (f"{(int(other.code) + 1) % 1_000_000:06d}", other.code):
         with pytest.raises(sdk.MailCodeAttemptsExceeded):
             await call("verify_mail_code", other.id, other.secret, typed)
@@ -212,10 +254,14 @@ async def mail_codes(call: Caller) -> None:
     with pytest.raises(sdk.MailCodeRateLimited) as caught:
         await call("create_mail_code", "ada@example.org", "sign-up")
     assert caught.value.retry_after is not None
-    assert (await call("create_mail_code", "ada@example.org", "sign-up", skip_rate_limit=True)).attempts_left
+    assert (
+        await call("create_mail_code", "ada@example.org", "sign-up", skip_rate_limit=True)
+    ).attempts_left
 
 
-async def test_the_whole_native_api(call: Caller, broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_the_whole_native_api(
+    call: Caller, broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await transactions(call, broker, wire, device)
     await keyed_ceremonies(call, broker, device)
     await management(call, broker, wire)

@@ -1,4 +1,5 @@
-"""The client's options: a given httpx client, certificates, proxies, retries of reads, paging; what is never sent.
+"""The client's options: a given httpx client, certificates, proxies, retries of reads, paging; what
+is never sent.
 
 Each test runs with the blocking client and with the asynchronous one.
 """
@@ -71,7 +72,9 @@ async def call(kind: Kind, scripted: ScriptedBroker) -> AsyncIterator[Caller]:
     await caller("close")
 
 
-async def collected(client: BrokerClient | AsyncBrokerClient, method: str, **named: Any) -> list[Any]:
+async def collected(
+    client: BrokerClient | AsyncBrokerClient, method: str, **named: Any
+) -> list[Any]:
     """All that an iterator of either client yields."""
     found = getattr(client, method)(**named)
     if isinstance(client, AsyncBrokerClient):
@@ -89,7 +92,9 @@ async def test_its_version_is_in_the_user_agent(call: Caller, scripted: Scripted
 
 
 async def test_a_given_http_client(kind: Kind, scripted: ScriptedBroker) -> None:
-    """Its hooks see the requests; neither its authentication nor its redirects replace ours; it stays open."""
+    """Its hooks see the requests; neither its authentication nor its redirects replace ours; it
+    stays open.
+    """
     hooked: list[str] = []
 
     async def hook_async(request: httpx.Request) -> None:
@@ -98,7 +103,11 @@ async def test_a_given_http_client(kind: Kind, scripted: ScriptedBroker) -> None
     def hook(request: httpx.Request) -> None:
         hooked.append(request.method)
 
-    options: dict[str, Any] = {"auth": ("somebody", "else"), "follow_redirects": True, "trust_env": False}
+    options: dict[str, Any] = {
+        "auth": ("somebody", "else"),
+        "follow_redirects": True,
+        "trust_env": False,
+    }
     http: Any
     if kind is AsyncBrokerClient:
         http = httpx.AsyncClient(event_hooks={"request": [hook_async]}, **options)
@@ -141,7 +150,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
     made = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+        x509.CertificateBuilder(
+            name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1)
+        )
         .add_extension(x509.SubjectAlternativeName([address]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
@@ -155,7 +166,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_certificates(kind: Kind, certificate: Path) -> None:
-    """A broker behind a private authority is reached with that authority, and without it not at all."""
+    """A broker behind a private authority is reached with that authority, and without it not at
+    all.
+    """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     async with scripted_broker(context) as scripted:
@@ -177,7 +190,9 @@ async def test_a_proxy(kind: Kind, scripted: ScriptedBroker) -> None:
     scripted.says(201, {"transaction_id": "pbt_1"})
     call = Caller(kind("http://broker.invalid", APP, KEY, proxy=proxy))
     assert await call("create_authenticate_transaction", "ada") == "pbt_1"
-    assert scripted.seen[0].target == f"http://broker.invalid/v1/apps/{APP}/transactions/authenticate"
+    assert (
+        scripted.seen[0].target == f"http://broker.invalid/v1/apps/{APP}/transactions/authenticate"
+    )
     assert "hidden" not in repr(call.client)
     await call("close")
 
@@ -191,7 +206,9 @@ async def lost(request: web.BaseRequest) -> web.StreamResponse:
     return web.Response()
 
 
-async def test_reads_are_repeated_where_that_is_asked_for(kind: Kind, scripted: ScriptedBroker) -> None:
+async def test_reads_are_repeated_where_that_is_asked_for(
+    kind: Kind, scripted: ScriptedBroker
+) -> None:
     call = Caller(kind(scripted.url, APP, KEY, read_retries=2))
     scripted.does(lost).says(503, BUSY, Retry_After="0").says(200, {"passkey": PASSKEY})
     assert (await call("get_passkey", "P" * 24)).id == "P" * 24
@@ -217,7 +234,9 @@ async def test_reads_are_repeated_where_that_is_asked_for(kind: Kind, scripted: 
 async def test_what_ends_the_retries(
     kind: Kind, scripted: ScriptedBroker, status: int, body: object, after: str
 ) -> None:
-    """Another status, an answer that can't be read, or a broker that asks for a longer pause than a call shall take."""
+    """Another status, an answer that can't be read, or a broker that asks for a longer pause than a
+    call shall take.
+    """
     call = Caller(kind(scripted.url, APP, KEY, read_retries=5))
     scripted.says(status, body, Retry_After=after)
     with pytest.raises(sdk.BrokerError):
@@ -254,7 +273,9 @@ WRITES_OF_A_USER: list[tuple[str, tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "arguments"), WRITES + WRITES_OF_A_USER, ids=lambda part: str(part))
+@pytest.mark.parametrize(
+    ("method", "arguments"), WRITES + WRITES_OF_A_USER, ids=lambda part: str(part)
+)
 @pytest.mark.parametrize("fault", ["lost", "503"])
 async def test_writes_are_never_repeated(
     kind: Kind, scripted: ScriptedBroker, method: str, arguments: tuple[Any, ...], fault: str
@@ -268,8 +289,12 @@ async def test_writes_are_never_repeated(
         scripted.does(lost)
     with pytest.raises(sdk.BrokerError) as caught:
         await call(method, *arguments)
-    assert type(caught.value) is (sdk.BrokerUnavailable if fault == "503" else sdk.BrokerUnreachable)
-    assert [seen.method for seen in scripted.seen if seen.method != "GET"] == [scripted.seen[-1].method]
+    assert type(caught.value) is (
+        sdk.BrokerUnavailable if fault == "503" else sdk.BrokerUnreachable
+    )
+    assert [seen.method for seen in scripted.seen if seen.method != "GET"] == [
+        scripted.seen[-1].method
+    ]
     await call("close")
 
 
@@ -302,7 +327,9 @@ async def test_iterating_passkeys(call: Caller, scripted: ScriptedBroker) -> Non
 async def test_iterating_events(call: Caller, scripted: ScriptedBroker) -> None:
     """Newer events don't move the pages, and one that is found again is yielded once."""
     events = [{**EVENT, "id": number} for number in (3, 2, 2, 1)]
-    scripted.says(200, {"events": events[:2], "total": 4}).says(200, {"events": events[2:], "total": 4})
+    scripted.says(200, {"events": events[:2], "total": 4}).says(
+        200, {"events": events[2:], "total": 4}
+    )
     found = await collected(call.client, "iter_events", action="user.created", limit=2)
     assert [event.id for event in found] == [3, 2, 1]
     assert [seen.target.partition("?")[2] for seen in scripted.seen] == [
@@ -311,7 +338,9 @@ async def test_iterating_events(call: Caller, scripted: ScriptedBroker) -> None:
     ]
 
 
-async def test_an_iterator_asks_for_no_page_that_nobody_wants(call: Caller, scripted: ScriptedBroker) -> None:
+async def test_an_iterator_asks_for_no_page_that_nobody_wants(
+    call: Caller, scripted: ScriptedBroker
+) -> None:
     scripted.says(200, {"passkeys": [PASSKEY], "total": 9})
     found: Any = call.client.iter_passkeys(limit=1)
     if isinstance(call.client, AsyncBrokerClient):
@@ -340,7 +369,10 @@ NO_TEXTS: list[Any] = [None, "", 7, True, b"x", ["x"]]
 NO_FLAGS: list[Any] = [None, 1, "true"]
 NEVER: list[tuple[str, tuple[Any, ...], dict[str, Any], list[Any]]] = [
     *[(f"finish_{kind}", (...,), {}, NO_OBJECTS) for kind in ("registration", "authentication")],
-    *[(f"finish_user_{kind}", ("ada", ...), {}, NO_OBJECTS) for kind in ("registration", "authentication")],
+    *[
+        (f"finish_user_{kind}", ("ada", ...), {}, NO_OBJECTS)
+        for kind in ("registration", "authentication")
+    ],
     *[
         (f"finish_user_{kind}", (..., CREDENTIAL), {}, NO_TEXTS)
         for kind in ("registration", "authentication")
@@ -399,14 +431,18 @@ async def test_arguments_are_judged_before_anything_is_sent(
             await call(
                 method,
                 *[value if argument is ... else argument for argument in arguments],
-                **{name: value if argument is ... else argument for name, argument in named.items()},
+                **{
+                    name: value if argument is ... else argument for name, argument in named.items()
+                },
             )
         assert caught.value.code == "invalid_request"
     assert scripted.seen == []
 
 
 @pytest.mark.parametrize("odd", ["", ".", "..", "a/b", "a?b", "a%2Fb", "ü"])
-async def test_ids_that_would_change_the_path(call: Caller, scripted: ScriptedBroker, odd: str) -> None:
+async def test_ids_that_would_change_the_path(
+    call: Caller, scripted: ScriptedBroker, odd: str
+) -> None:
     for method in ("get_passkey", "delete_passkey"):
         with pytest.raises(sdk.PasskeyNotFound):
             await call(method, odd)
@@ -422,7 +458,8 @@ async def test_ids_that_would_change_the_path(call: Caller, scripted: ScriptedBr
 
 
 @pytest.mark.parametrize(
-    "damage", [{"purpose": "authenticate_second_factor"}, {"purpose": "register"}, {"external_id": "eve"}]
+    "damage",
+    [{"purpose": "authenticate_second_factor"}, {"purpose": "register"}, {"external_id": "eve"}],
 )
 async def test_a_receipt_of_another_ceremony_is_none(
     call: Caller, scripted: ScriptedBroker, damage: dict[str, str]
@@ -445,7 +482,9 @@ async def test_a_receipt_of_another_ceremony_is_none(
 
 
 async def test_what_an_error_carries(call: Caller, scripted: ScriptedBroker) -> None:
-    """A passkey that the page may have forgotten, and where the code is explained; what can't be read is left out."""
+    """A passkey that the page may have forgotten, and where the code is explained; what can't be
+    read is left out.
+    """
     signal = {"type": "unknown_credential", "rp_id": "example.org", "credential_id": "AQID"}
     said = {
         "code": "webauthn_login_failed",

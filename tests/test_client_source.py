@@ -1,4 +1,6 @@
-"""The client as source: its synchronous half is what its asynchronous half makes, and its version is the server's."""
+"""The client as source: its synchronous half is what its asynchronous half makes, and its version
+is the server's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def test_the_synchronous_client_is_generated() -> None:
     """What is committed is what `python tests/sync_client.py` writes, and nothing besides."""
     made = generated()
     for path, text in made.items():
-        assert path.read_text() == text, f"run python tests/sync_client.py: {path.name} is not what it makes"
+        assert path.read_text() == text, (
+            f"run python tests/sync_client.py: {path.name} is not what it makes"
+        )
     assert set((PACKAGE / "_sync").glob("*.py")) == made.keys()
 
 

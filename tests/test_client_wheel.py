@@ -1,4 +1,6 @@
-"""The client's own wheel: built without a network, installed without the server, typed, and able to sign in."""
+"""The client's own wheel: built without a network, installed without the server, typed, and able to
+sign in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from tests.wire import Wire
 
 ROOT = Path(__file__).resolve().parent.parent
 SDK = ROOT / "broker" / "sdk"
-HTTPX = ("anyio", "certifi", "h11", "httpcore", "httpx", "idna", "typing-extensions")  # and what it needs
+HTTPX = (
+    "anyio",
+    "certifi",
+    "h11",
+    "httpcore",
+    "httpx",
+    "idna",
+    "typing-extensions",
+)  # and what it needs
 
 # A backend: prints what it gives to the page, reads the nonce that the page brings.
 PROGRAM = """
@@ -79,7 +89,9 @@ def run(*command: str | Path, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution, which therefore is whole, by the build backend that is installed here."""
+    """Built from the source distribution, which therefore is whole, by the build backend that is
+    installed here.
+    """
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, SDK, cwd=out)
     (built,) = out.glob("*.whl")
@@ -93,7 +105,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder / "environment", with_pip=True)
     python = folder / "environment" / "bin" / "python"
     lock = (ROOT / "deploy" / "requirements.lock").read_text()
-    pins = {found[1]: found[0] for found in re.finditer(r"^([a-z0-9-]+)==.*\n(?:    .*\n)*", lock, re.M)}
+    pins = {
+        found[1]: found[0] for found in re.finditer(r"^([a-z0-9-]+)==.*\n(?:    .*\n)*", lock, re.M)
+    }
     (folder / "httpx.lock").write_text("".join(pins[name] for name in HTTPX))
     pip = (python, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet")
     run(*pip, "install", "--require-hashes", "-r", "httpx.lock", cwd=folder)
@@ -119,16 +133,32 @@ def test_it_holds_the_client_and_nothing_else(wheel: Path) -> None:
     assert f"{folder}/licenses/LICENSE" in names
     assert (SDK / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) == ["httpx<1,>=0.28"]
-    assert re.search(rf"^Name: passkey-broker-client\nVersion: {re.escape(__version__)}$", metadata, re.M)
+    assert re.search(
+        rf"^Name: passkey-broker-client\nVersion: {re.escape(__version__)}$", metadata, re.M
+    )
 
 
 def test_a_program_that_uses_it_is_typed(python: Path) -> None:
-    """mypy sees the types of the installed package, and finds the fault in a program that has one."""
+    """mypy sees the types of the installed package, and finds the fault in a program that has
+    one.
+    """
     folder = python.parents[2]
-    mypy = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--python-executable", str(python)]
+    mypy = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--python-executable",
+        str(python),
+    ]
     run(*mypy, "program.py", cwd=folder)
-    (folder / "wrong.py").write_text(PROGRAM.replace('purpose="register"', 'purpose="registration"'))
-    done = subprocess.run([*mypy, "wrong.py"], cwd=folder, capture_output=True, text=True, check=False)
+    (folder / "wrong.py").write_text(
+        PROGRAM.replace('purpose="register"', 'purpose="registration"')
+    )
+    done = subprocess.run(
+        [*mypy, "wrong.py"], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert 'Argument "purpose"' in done.stdout
 

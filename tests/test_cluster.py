@@ -1,8 +1,8 @@
-"""The router of Redis Cluster (`broker.ephemeral.cluster`) on three masters and three replicas: topology,
-redirections, failovers.
+"""The router of Redis Cluster (`broker.ephemeral.cluster`) on three masters and three replicas:
+topology, redirections, failovers.
 
-What the stores promise on a cluster is in tests/test_ephemeral.py and tests/test_mailbox.py, and what
-the whole broker promises in the tests that are marked `ON_BOTH`.
+What the stores promise on a cluster is in tests/test_ephemeral.py and tests/test_mailbox.py, and
+what the whole broker promises in the tests that are marked `ON_BOTH`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ async def behind(cluster: Cluster, empty: None, proxy: RedisProxy) -> AsyncItera
 
 async def settled(router: ClusterRouter) -> None:
     """No read of the topology is under way."""
-    await eventually(lambda: router._reading is None or router._reading.done(), "the topology is known")
+    await eventually(
+        lambda: router._reading is None or router._reading.done(), "the topology is known"
+    )
 
 
 def test_the_tags_are_one_for_each_master() -> None:
@@ -95,12 +97,16 @@ async def test_300_callers_at_a_cold_start(cluster: Cluster, proxy: RedisProxy) 
         proxy.commands.clear()
         router = cluster.commands(timeout=LIMIT, through=proxy)
         keys = [b"cold:%d" % number for number in range(300)]
-        replies = await asyncio.gather(*(router.ask("SET", k, k, "PX", 5000, limit=LIMIT) for k in keys))
+        replies = await asyncio.gather(
+            *(router.ask("SET", k, k, "PX", 5000, limit=LIMIT) for k in keys)
+        )
         assert replies == [b"OK"] * 300
         assert len(proxy.named(b"SET")) == 300, "none was sent to a wrong node"
         assert len(proxy.named(b"CLUSTER")) == 2 * len(cluster.nodes), "each node was asked once"
         await settled(router)
-        assert router._nodes.keys() == {("127.0.0.1", node.port) for node in cluster.nodes[:MASTERS]}
+        assert router._nodes.keys() == {
+            ("127.0.0.1", node.port) for node in cluster.nodes[:MASTERS]
+        }
         await router.close()
 
 
@@ -134,7 +140,9 @@ async def test_one_seed_suffices(cluster: Cluster, tmp_path: Path, seeds: str) -
     else:
         other.process.send_signal(signal.SIGSTOP)
     good = cluster.nodes[MASTERS if seeds == "a replica" else 1].port
-    hosts = [f"127.0.0.1:{port}" for port in ([good] if seeds == "a replica" else [other.port, good])]
+    hosts = [
+        f"127.0.0.1:{port}" for port in ([good] if seeds == "a replica" else [other.port, good])
+    ]
     router = connect("redis+cluster://" + ",".join(hosts), timeout=LIMIT)
     try:
         for tag in SHARD:
@@ -185,7 +193,11 @@ async def test_what_the_cluster_announces(cluster: Cluster, kind: str) -> None:
     """Host names where it prefers those; none: the host of the seed. Redirections name the same."""
     for node in cluster.nodes:
         node.ask(
-            "CONFIG SET", "cluster-announce-hostname", "localhost", "cluster-preferred-endpoint-type", kind
+            "CONFIG SET",
+            "cluster-announce-hostname",
+            "localhost",
+            "cluster-preferred-endpoint-type",
+            kind,
         )
     router = connect(f"redis+cluster://localhost:{cluster.nodes[0].port}", timeout=LIMIT)
     assert isinstance(router, ClusterRouter)
@@ -201,7 +213,13 @@ async def test_what_the_cluster_announces(cluster: Cluster, kind: str) -> None:
     finally:
         await router.close()
         for node in cluster.nodes:
-            node.ask("CONFIG SET", "cluster-announce-hostname", "", "cluster-preferred-endpoint-type", "ip")
+            node.ask(
+                "CONFIG SET",
+                "cluster-announce-hostname",
+                "",
+                "cluster-preferred-endpoint-type",
+                "ip",
+            )
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -215,10 +233,16 @@ def test_the_newest_claim_to_a_slot_counts(number: int) -> None:
 
     outdated = answer(_Claim(1, True, old, 0, 16383))
     newer = answer(
-        _Claim(7, False, new, 100, 200), _Claim(1, False, old, 0, 99), _Claim(1, False, old, 201, 16000)
+        _Claim(7, False, new, 100, 200),
+        _Claim(1, False, old, 0, 99),
+        _Claim(1, False, old, 201, 16000),
     )
     itself = answer(_Claim(7, True, moved, 100, 200))
-    for answers in ([outdated, newer, itself], [itself, newer, outdated], [newer, outdated, itself]):
+    for answers in (
+        [outdated, newer, itself],
+        [itself, newer, outdated],
+        [newer, outdated, itself],
+    ):
         router._adopt(answers)
         assert [router._owners[slot] for slot in (0, 99, 100, 200, 201, 16383)] == [
             old,
@@ -237,7 +261,9 @@ async def test_an_outdated_node_misleads_nobody(behind: ClusterRouter, proxy: Re
     """One that hangs as well: the topology is what the others say."""
     await behind.check(limit=LIMIT)
     told = behind._told_by
-    stale = _Answer(frozenset([_Claim(0, True, ("127.0.0.1", 1), 0, 16383)]), frozenset([("127.0.0.1", 1)]))
+    stale = _Answer(
+        frozenset([_Claim(0, True, ("127.0.0.1", 1), 0, 16383)]), frozenset([("127.0.0.1", 1)])
+    )
 
     async def answers(address: Address) -> _Answer | None:
         if address[1] == 1:
@@ -322,7 +348,9 @@ async def test_an_end_leaves_no_task_and_a_new_begin_works(cluster: Cluster) -> 
 
 
 @pytest.mark.parametrize("number", range(MASTERS))
-async def test_check_tells_of_each_master(cluster: Cluster, router: ClusterRouter, number: int) -> None:
+async def test_check_tells_of_each_master(
+    cluster: Cluster, router: ClusterRouter, number: int
+) -> None:
     await router.check(limit=LIMIT)
     cluster.nodes[number].ask("CONFIG SET", "maxmemory", 1)
     try:
@@ -424,7 +452,10 @@ async def test_asking_stays_with_its_command(cluster: Cluster, router: ClusterRo
     with moving(cluster, slot):
         target = router._node(("127.0.0.1", cluster.nodes[1].port))
         for turns in range(40):
-            asked = [asyncio.ensure_future(router.ask("GET", SHARD[0] + b"x", limit=LIMIT)) for _ in range(3)]
+            asked = [
+                asyncio.ensure_future(router.ask("GET", SHARD[0] + b"x", limit=LIMIT))
+                for _ in range(3)
+            ]
             for _ in range(turns):
                 await asyncio.sleep(0)
             for one in asked:
@@ -435,7 +466,9 @@ async def test_asking_stays_with_its_command(cluster: Cluster, router: ClusterRo
             await asyncio.gather(*asked, return_exceptions=True)
 
 
-async def test_keys_that_are_apart(cluster: Cluster, behind: ClusterRouter, proxy: RedisProxy) -> None:
+async def test_keys_that_are_apart(
+    cluster: Cluster, behind: ClusterRouter, proxy: RedisProxy
+) -> None:
     """Once more after a moment, then the caller is told: the command was not run."""
     slot = key_slot(SHARD[0])
     one, two = SHARD[0] + b"1", SHARD[0] + b"2"
@@ -454,7 +487,9 @@ async def test_keys_that_are_apart(cluster: Cluster, behind: ClusterRouter, prox
         assert await asked == [b"x", b"y"]
 
 
-async def test_redirections_have_an_end(behind: ClusterRouter, cluster: Cluster, proxy: RedisProxy) -> None:
+async def test_redirections_have_an_end(
+    behind: ClusterRouter, cluster: Cluster, proxy: RedisProxy
+) -> None:
     """Two nodes that each name the other: a few times, then the caller is told."""
     slot, (first, second, _) = key_slot(SHARD[0]), cluster.nodes[:MASTERS]
     await behind.check(limit=LIMIT)
@@ -471,7 +506,9 @@ async def test_redirections_have_an_end(behind: ClusterRouter, cluster: Cluster,
 
 
 @pytest.mark.parametrize("fate", [Fate.SWALLOW, Fate.CUT])
-async def test_a_reply_lost_after_a_redirection(cluster: Cluster, proxy: RedisProxy, fate: Fate) -> None:
+async def test_a_reply_lost_after_a_redirection(
+    cluster: Cluster, proxy: RedisProxy, fate: Fate
+) -> None:
     """ASK was followed, and the reply of the second node is lost: nothing is sent a third time."""
     slot, key = key_slot(SHARD[0]), SHARD[0] + b"lost"
     router = cluster.commands(timeout=0.8, through=proxy)
@@ -506,7 +543,9 @@ async def test_slots_that_move_to_and_fro(cluster: Cluster, router: ClusterRoute
             key = b"%b%d:%d" % (SHARD[0], name, number)
             number += 1
             assert await router.ask("SET", key, key, "PX", 60000, limit=LIMIT) == b"OK"
-            for reply in await asyncio.gather(*(router.ask("GETDEL", key, limit=LIMIT) for _ in range(2))):
+            for reply in await asyncio.gather(
+                *(router.ask("GETDEL", key, limit=LIMIT) for _ in range(2))
+            ):
                 taken[key] += reply == key
 
     callers = [asyncio.create_task(caller(name)) for name in range(16)]
@@ -529,7 +568,9 @@ MARGIN = 3.0  # the machine's, which runs other tests
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
     """A cluster of the test's own that replaces masters, and serves the other slots meanwhile."""
-    started = Cluster.start(tmp_path / "own", "--cluster-require-full-coverage", "no", failover=True)
+    started = Cluster.start(
+        tmp_path / "own", "--cluster-require-full-coverage", "no", failover=True
+    )
     yield started
     started.stop()
 
@@ -575,18 +616,24 @@ async def test_a_master_that_fails_is_left(
     device: Authenticator,
     number: signal.Signals,
 ) -> None:
-    """Its slots are served again soon after the replica's promotion. Callers of the other shards notice
-    nothing. Nothing comes twice."""
+    """Its slots are served again soon after the replica's promotion. Callers of the other shards
+    notice nothing. Nothing comes twice."""
     cluster, metrics = own_cluster, Metrics()
     store = Ephemeral(
-        cluster.commands(timeout=1.0), timeout=1.0, metrics=metrics, log=Log(io.StringIO()), clock=time.time
+        cluster.commands(timeout=1.0),
+        timeout=1.0,
+        metrics=metrics,
+        log=Log(io.StringIO()),
+        clock=time.time,
     )
     broker = await start_broker(redis_url=cluster.url, store_timeout=1.0)
     wire = await Wire.open(broker.service, session)
     await wire.user("ann", device)
     calls = Calls(store)
     running = asyncio.create_task(calls.run())
-    await eventually(lambda: all(len(times) > 20 for times in calls.served), "every shard is served")
+    await eventually(
+        lambda: all(len(times) > 20 for times in calls.served), "every shard is served"
+    )
 
     cluster.nodes[0].process.send_signal(number)
     await eventually(lambda: bool(calls.failed[0]), "calls of its shard fail")
@@ -607,7 +654,9 @@ async def test_a_master_that_fails_is_left(
     router = store._commands
     assert isinstance(router, ClusterRouter)
     await eventually(
-        lambda: router._nodes.keys() == {("127.0.0.1", cluster.nodes[n].port) for n in (1, 2, MASTERS)},
+        lambda: (
+            router._nodes.keys() == {("127.0.0.1", cluster.nodes[n].port) for n in (1, 2, MASTERS)}
+        ),
         "the connection to the one that left is closed",
     )
     failures = {labels[0] for labels in metrics.redis_failures.values}

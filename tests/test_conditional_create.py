@@ -1,7 +1,7 @@
 """Conditional create: a passkey that the browser makes without a prompt, so without user presence.
 
-WebAuthn L3 §7.1 drops the UP check "If options.mediation is … set to conditional". The backend permits
-it for one transaction; nothing that a page sends does.
+WebAuthn L3 §7.1 drops the UP check "If options.mediation is … set to conditional". The backend
+permits it for one transaction; nothing that a page sends does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from tests.signals import refused
 from tests.wire import ORIGIN, Answer, Wire
 
 
-async def register(wire: Wire, device: Authenticator, *, uv: bool = False, **options: Any) -> Answer:
+async def register(
+    wire: Wire, device: Authenticator, *, uv: bool = False, **options: Any
+) -> Answer:
     """The last answer of a registration whose answer has no UP flag."""
     body = {"external_id": "ann", "passkey_display_name": "Ann", **options}
     transaction = (await wire.keyed("POST", "/transactions/register", body)).json["transaction_id"]
@@ -42,8 +44,12 @@ async def test_it_is_permitted_by_the_transaction(
     # The passkey signs in as any other; a sign-in needs the user.
     transaction = await wire.open_authentication("ann")
     handle, shown = await wire.begin("authenticate", transaction)
-    done = await wire.finish("authenticate", handle, device.authenticate(shown, ORIGIN), transaction)
-    assert (await wire.redeem(done.json["nonce"], purpose="authenticate")).json["user_present"] is True
+    done = await wire.finish(
+        "authenticate", handle, device.authenticate(shown, ORIGIN), transaction
+    )
+    assert (await wire.redeem(done.json["nonce"], purpose="authenticate")).json[
+        "user_present"
+    ] is True
 
 
 @pytest.mark.parametrize("options", [{}, {"mediation": "required"}, {"mediation": None}])
@@ -75,7 +81,9 @@ async def test_a_sign_in_from_autofill_needs_the_user(
 ) -> None:
     await wire.user("ann", device)
     body = {"external_id": "ann", "mediation": "conditional"}
-    transaction = (await wire.keyed("POST", "/transactions/authenticate", body)).json["transaction_id"]
+    transaction = (await wire.keyed("POST", "/transactions/authenticate", body)).json[
+        "transaction_id"
+    ]
     handle, shown = await wire.begin("authenticate", transaction)
     with refused(broker, "webauthn_login_failed", "user_presence"):
         answer = device.authenticate(shown, ORIGIN, up=False, uv=False)

@@ -1,7 +1,8 @@
-"""Every golden file, read by the shape that its vendor's contract has for this call and status; and the shapes themselves.
+"""Every golden file, read by the shape that its vendor's contract has for this call and status; and
+the shapes themselves.
 
-The golden files pin what the broker answers. These tests pin that a vendor's client can read it: a golden file without a shape fails,
-as does a shape without a golden file.
+The golden files pin what the broker answers. These tests pin that a vendor's client can read it: a
+golden file without a shape fails, as does a shape without a golden file.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def test_every_shape_of_a_contract_is_seen(dialect: str) -> None:
     assert places(CONTRACTS[dialect]) - seen == set()
 
 
-# -- the shapes are strict ----------------------------------------------------------------------------------------------------------
+# -- the shapes are strict -------------------------------------------------------------------------
 
 
 def fields(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -58,13 +59,17 @@ def fields(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_a_field_more_less_or_renamed_is_found() -> None:
-    """In each answer to a mail code's calls: nothing in them may be left out but `userId`, and nothing be there besides."""
+    """In each answer to a mail code's calls: nothing in them may be left out but `userId`, and
+    nothing be there besides.
+    """
     tried = 0
     for file in FILES:
         if file.parent.name != "passlock" or not file.stem.startswith("mail-"):
             continue
         told = json.loads(file.read_text())
-        at = place(passlock_contract := CONTRACTS["passlock"], told["request"], told["answer"]["status"])
+        at = place(
+            passlock_contract := CONTRACTS["passlock"], told["request"], told["answer"]["status"]
+        )
         assert at is not None
         kind, body = shape(passlock_contract, at), told["answer"]["body"]
         for way in fields(body):

@@ -1,7 +1,9 @@
-"""The sample site's backend, over HTTP, on a real broker: what a visitor can do, and what an attacker can't.
+"""The sample site's backend, over HTTP, on a real broker: what a visitor can do, and what an
+attacker can't.
 
-A `Visitor` is a browser reduced to what matters here: one cookie, an Origin header, and a software authenticator that answers
-the broker. Attacks are sent as a browser, or a program, would send them; each test looks at the answer and at what is true after.
+A `Visitor` is a browser reduced to what matters here: one cookie, an Origin header, and a software
+authenticator that answers the broker. Attacks are sent as a browser, or a program, would send them;
+each test looks at the answer and at what is true after.
 """
 
 from __future__ import annotations
@@ -156,7 +158,9 @@ class Visitor:
 
     async def register(self, transaction: str) -> str:
         """A nonce for a new passkey on the visitor's device."""
-        begun = await self._step("register/transactions/webauthn/start", {"transaction_id": transaction})
+        begun = await self._step(
+            "register/transactions/webauthn/start", {"transaction_id": transaction}
+        )
         options = begun["handshake"]["challenge"]["publicKey"]
         answer = flex_wire_form(self.device.register(options, self.site.origin))
         body = {
@@ -168,7 +172,9 @@ class Visitor:
 
     async def authenticate(self, transaction: str | None = None) -> str:
         """A nonce for a sign-in with the visitor's device."""
-        begun = await self._step("authenticate/transactions/webauthn/start", {"transaction_id": transaction})
+        begun = await self._step(
+            "authenticate/transactions/webauthn/start", {"transaction_id": transaction}
+        )
         options = begun["handshake"]["challenge"]["publicKey"]
         answer = self.device.authenticate(options, self.site.origin)
         body = {"handshake_id": begun["handshake"]["id"], "handshake_response": answer}
@@ -209,7 +215,9 @@ StartSite = Callable[..., Any]
 
 @pytest.fixture
 async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[StartSite]:
-    """Start the demo on a broker; again on the same data is a restart. Arguments replace those of `demo_app`."""
+    """Start the demo on a broker; again on the same data is a restart. Arguments replace those of
+    `demo_app`.
+    """
     opened: list[tuple[Service, aiohttp.ClientSession]] = []
 
     async def start(again: Site | None = None, **changes: Any) -> Site:
@@ -220,7 +228,9 @@ async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[St
             clock=clock,
         )
         if again is None:
-            app, key = await broker.directory.create_app("Demo", "localhost", ["http://localhost:1"])
+            app, key = await broker.directory.create_app(
+                "Demo", "localhost", ["http://localhost:1"]
+            )
         else:
             app, key = await broker.directory.app(again.app_id), again.key
         made: list[web.Application] = []
@@ -238,7 +248,9 @@ async def start_site(stores: EmbeddedStores, tmp_path: Path) -> AsyncIterator[St
             return {"/demo/": made[0]}
 
         service = await serve(broker, prepare=prepare)
-        await broker.directory.update_app(replace(app, origins=(f"http://localhost:{service.port}",)))
+        await broker.directory.update_app(
+            replace(app, origins=(f"http://localhost:{service.port}",))
+        )
         session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         opened.append((service, session))
         return Site(service, session, clock, tmp_path, app.id, key, made[0], log)
@@ -272,14 +284,17 @@ async def test_a_visit_from_sign_up_to_revocation(ada: Visitor) -> None:
     done = await ada.sign_up("Ada Lovelace")
     assert done.json["account"]["name"] == "Ada Lovelace"
     assert done.json["receipt"]["purpose"] == "register"
-    assert done.json["receipt"]["external_id"] == done.json["account"]["external_id"] != "Ada Lovelace"
+    assert (
+        done.json["receipt"]["external_id"] == done.json["account"]["external_id"] != "Ada Lovelace"
+    )
     assert await ada.account() == "Ada Lovelace"
 
     assert (await ada.post("/api/sign-out")).status == 200
     assert await ada.account() is None
 
     by_name = await ada.post(
-        "/api/sign-in/finish", nonce=await ada.authenticate(await ada.begin_sign_in("ada  LOVELACE"))
+        "/api/sign-in/finish",
+        nonce=await ada.authenticate(await ada.begin_sign_in("ada  LOVELACE")),
     )
     assert by_name.json["account"]["name"] == "Ada Lovelace"
     assert by_name.json["receipt"]["purpose"] == "authenticate"
@@ -290,7 +305,9 @@ async def test_a_visit_from_sign_up_to_revocation(ada: Visitor) -> None:
 
     second = Visitor(ada.site, cookie=ada.cookie)
     added = await ada.post("/api/passkeys/start")
-    done = await ada.post("/api/passkeys/finish", nonce=await second.register(added.json["transaction_id"]))
+    done = await ada.post(
+        "/api/passkeys/finish", nonce=await second.register(added.json["transaction_id"])
+    )
     assert [key["current"] for key in done.json["passkeys"]] == [True, False]
     extra = done.json["passkeys"][1]["id"]
 
@@ -362,7 +379,9 @@ async def test_accounts_and_sessions_survive_a_restart(
     assert await ada.account() == "Ada"
     await ada.post("/api/sign-out")
     nonce = await ada.authenticate()
-    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).json["account"]["name"] == "Ada"
+    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).json["account"][
+        "name"
+    ] == "Ada"
 
 
 # Names
@@ -414,7 +433,9 @@ def test_names_are_compared_without_case_and_form(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Ada", "aDa", "  ADA ", "\uff21da"])
-async def test_an_existing_name_is_not_signed_up_again(ada: Visitor, eve: Visitor, name: str) -> None:
+async def test_an_existing_name_is_not_signed_up_again(
+    ada: Visitor, eve: Visitor, name: str
+) -> None:
     await ada.sign_up("Ada")
     refused = await eve.post("/api/sign-up/start", name=name)
     assert (refused.status, refused.code) == (409, "name_taken")
@@ -446,7 +467,10 @@ async def test_a_retry_begins_anew(ada: Visitor) -> None:
     """Whoever else has the first transaction has one for nobody's account."""
     first = await ada.post("/api/sign-up/start", name="Ada")
     second = await ada.post("/api/sign-up/start", name="Ada")
-    assert first.json["trace"][0]["sent"]["external id"] != second.json["trace"][0]["sent"]["external id"]
+    assert (
+        first.json["trace"][0]["sent"]["external id"]
+        != second.json["trace"][0]["sent"]["external id"]
+    )
     assert first.json["transaction_id"] != second.json["transaction_id"]
     nonce = await ada.register(first.json["transaction_id"])
     refused = await ada.post("/api/sign-up/finish", nonce=nonce)
@@ -471,7 +495,9 @@ async def test_an_unfinished_account_is_found_by_no_name(ada: Visitor, eve: Visi
 async def test_a_passkey_whose_answer_was_lost_finishes_the_sign_up(ada: Visitor) -> None:
     await ada.register(await ada.begin_sign_up("Ada"))  # and the page never brings the nonce
     nonce = await ada.authenticate()
-    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).json["account"]["name"] == "Ada"
+    assert (await ada.post("/api/sign-in/discoverable", nonce=nonce)).json["account"][
+        "name"
+    ] == "Ada"
     assert len(await ada.passkeys()) == 1
 
 
@@ -495,7 +521,9 @@ async def test_a_foreign_page_cannot_sign_a_visitor_out_or_revoke(ada: Visitor) 
     await ada.sign_up("Ada")
     (key,) = await ada.passkeys()
     for path in ("/api/sign-out", f"/api/passkeys/{key['id']}/revoke"):
-        assert (await ada.send("POST", path, {"last": True}, origin="https://evil.example")).status == 403
+        assert (
+            await ada.send("POST", path, {"last": True}, origin="https://evil.example")
+        ).status == 403
     assert await ada.account() == "Ada"
     assert len(await ada.passkeys()) == 1
 
@@ -604,7 +632,9 @@ async def test_a_planted_session_is_worth_nothing_after_sign_in(ada: Visitor, ev
 async def test_a_planted_session_gets_no_transaction_for_the_sign_up_under_way(
     ada: Visitor, eve: Visitor
 ) -> None:
-    """Eve knows the session with which Ada begins, and asks for a transaction of her own before Ada has finished."""
+    """Eve knows the session with which Ada begins, and asks for a transaction of her own before Ada
+    has finished.
+    """
     await eve.begin_sign_up("Eve")
     ada.cookie = planted = eve.cookie
     transaction = await ada.begin_sign_up("Ada")
@@ -620,7 +650,9 @@ async def test_a_planted_session_gets_no_transaction_for_the_sign_up_under_way(
 async def test_a_name_that_a_planted_session_holds_brings_no_passkey_along(
     ada: Visitor, eve: Visitor
 ) -> None:
-    """Eve begins Ada's sign-up herself, plants that session, and registers her own passkey when Ada has signed up."""
+    """Eve begins Ada's sign-up herself, plants that session, and registers her own passkey when Ada
+    has signed up.
+    """
     transaction = await eve.begin_sign_up("Ada")
     ada.cookie = eve.cookie
     await ada.sign_up("Ada")
@@ -630,7 +662,9 @@ async def test_a_name_that_a_planted_session_holds_brings_no_passkey_along(
     assert len(await ada.passkeys()) == 1
 
 
-async def test_a_planted_session_has_no_part_in_a_sign_in_by_name(ada: Visitor, eve: Visitor) -> None:
+async def test_a_planted_session_has_no_part_in_a_sign_in_by_name(
+    ada: Visitor, eve: Visitor
+) -> None:
     await ada.sign_up("Ada")
     await ada.post("/api/sign-out")
     await eve.begin_sign_up("Eve")
@@ -652,7 +686,9 @@ async def test_who_is_signed_in_stays_so_when_a_sign_in_begins(ada: Visitor) -> 
     assert await ada.account() is None
 
 
-async def test_a_cookie_without_the_prefix_is_none_over_https(start_site: StartSite, site: Site) -> None:
+async def test_a_cookie_without_the_prefix_is_none_over_https(
+    start_site: StartSite, site: Site
+) -> None:
     """Anybody who can answer for the host over http, or for one beside it, can plant that one."""
     eve = site.visitor()
     await eve.sign_up("Eve")
@@ -667,7 +703,9 @@ async def test_a_cookie_without_the_prefix_is_none_over_https(start_site: StartS
     assert await ada.account() == "Eve"
 
 
-async def test_an_https_page_of_a_site_that_has_both_takes_the_prefixed_cookie_alone(ada: Visitor) -> None:
+async def test_an_https_page_of_a_site_that_has_both_takes_the_prefixed_cookie_alone(
+    ada: Visitor,
+) -> None:
     await ada.sign_up("Ada")
     refused = await ada.send("POST", "/api/passkeys/start", {}, origin="https://demo.example")
     assert (refused.status, refused.code) == (401, "not_signed_in")
@@ -734,7 +772,9 @@ async def test_an_older_file_opens_and_keeps_no_transaction(
             (transaction,),
         )
         db.execute("UPDATE ceremony SET transaction_id = transaction_id || '-again'")
-    assert any(transaction.encode() in path.read_bytes() for path in site.data.glob("demo.sqlite3*"))
+    assert any(
+        transaction.encode() in path.read_bytes() for path in site.data.glob("demo.sqlite3*")
+    )
     ada.site = await start_site(site)
     for path in site.data.glob("demo.sqlite3*"):
         assert transaction.encode() not in path.read_bytes()
@@ -751,7 +791,9 @@ async def test_a_ceremony_ends_with_the_transaction_it_began_with(ada: Visitor, 
         await ada.sign_up("Ada")
     if kind == "passkeys":
         ada.device = Authenticator()
-    started = await ada.post(f"/api/{kind}/start", **({} if kind == "passkeys" else {"name": "Ada"}))
+    started = await ada.post(
+        f"/api/{kind}/start", **({} if kind == "passkeys" else {"name": "Ada"})
+    )
     assert started.status == 200
     device = ada.authenticate if kind == "sign-in" else ada.register
     nonce = await device(ada.transaction)
@@ -784,7 +826,9 @@ async def test_passkeys_need_a_session(ada: Visitor, path: str) -> None:
     await ada.begin_sign_up("Ada")  # a session, but nobody's
     for cookie in (ada.cookie, None, "forged"):
         ada.cookie = cookie
-        refused = await ada.send("POST", path, {"nonce": "pbn_x", "transaction_id": "x", "label": "x"})
+        refused = await ada.send(
+            "POST", path, {"nonce": "pbn_x", "transaction_id": "x", "label": "x"}
+        )
         assert (refused.status, refused.code) == (401, "not_signed_in")
         assert refused.json["trace"] == [], "the broker isn't asked"
     assert (await ada.get("/api/passkeys")).code == "not_signed_in"
@@ -1019,7 +1063,9 @@ async def test_a_good_passkey_of_nobody_here_opens_nothing(site: Site, ada: Visi
 # Passkeys
 
 
-async def test_a_passkey_of_somebody_else_is_not_renamed_or_revoked(ada: Visitor, eve: Visitor) -> None:
+async def test_a_passkey_of_somebody_else_is_not_renamed_or_revoked(
+    ada: Visitor, eve: Visitor
+) -> None:
     await ada.sign_up("Ada")
     await eve.sign_up("Eve")
     (key,) = await ada.passkeys()
@@ -1166,10 +1212,14 @@ async def test_a_file_that_cannot_be_opened_is_a_fault_with_its_name(
         ("/static/guard.py", "application/json"),
     ],
 )
-async def test_every_answer_has_the_security_headers(ada: Visitor, path: str, content_type: str) -> None:
+async def test_every_answer_has_the_security_headers(
+    ada: Visitor, path: str, content_type: str
+) -> None:
     answer = await ada.get(path)
     assert answer.headers["Content-Type"].startswith(content_type)
-    policy = dict(part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";"))
+    policy = dict(
+        part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";")
+    )
     assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
     assert (
         policy["script-src"]
@@ -1235,7 +1285,9 @@ async def test_documentation_of_an_installed_package_is_its_metadata(
 CODE = [
     html.unescape(code)
     for code in re.findall(
-        r"<pre [^>]*><code>(.*?)</code></pre>", (ROOT / "broker/demo/static/index.html").read_text(), re.S
+        r"<pre [^>]*><code>(.*?)</code></pre>",
+        (ROOT / "broker/demo/static/index.html").read_text(),
+        re.S,
     )
 ]
 PYTHON, NODE, CURL = (
@@ -1273,7 +1325,9 @@ def test_the_code_is_there_in_three_languages() -> None:
     assert "passkeys.register(" in CODE[3]
 
 
-async def test_the_code_in_python_runs(site: Site, ada: Visitor, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_code_in_python_runs(
+    site: Site, ada: Visitor, capsys: pytest.CaptureFixture[str]
+) -> None:
     session = SimpleNamespace()
     async with AsyncBrokerClient(site.origin, site.app_id, site.key) as broker:
 
@@ -1320,7 +1374,9 @@ async def test_the_code_for_curl_runs(site: Site, ada: Visitor) -> None:
     (device,) = json.loads(await shell(site, "sh", "-c", f"{users}\n{devices}", **known))["devices"]
     assert device["id"] == receipt["passkey_id"]
     await shell(site, "sh", "-c", f"{users}\n{delete}", **known)
-    assert json.loads(await shell(site, "sh", "-c", f"{users}\n{devices}", **known))["devices"] == []
+    assert (
+        json.loads(await shell(site, "sh", "-c", f"{users}\n{devices}", **known))["devices"] == []
+    )
 
 
 async def test_a_page_that_did_not_change_is_not_sent_again(site: Site, ada: Visitor) -> None:
@@ -1337,7 +1393,9 @@ async def test_the_bare_address_leads_to_the_host_that_passkeys_work_on(site: Si
     async with site.session.get(url, allow_redirects=False) as moved:
         assert moved.status == 302
         assert moved.headers["Location"] == f"{site.origin}/demo/"
-    async with site.session.get(url, headers={"Host": "evil.example"}, allow_redirects=False) as served:
+    async with site.session.get(
+        url, headers={"Host": "evil.example"}, allow_redirects=False
+    ) as served:
         assert served.status == 200
 
 
@@ -1370,17 +1428,27 @@ HOSTS = [
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_an_odd_host_is_refused_by_every_route_that_reads_it(site: Site, version: str) -> None:
-    """RFC 9112 §3.2 "any request message that contains ... a Host header field with an invalid field value". No other route fails over it."""
+async def test_an_odd_host_is_refused_by_every_route_that_reads_it(
+    site: Site, version: str
+) -> None:
+    """RFC 9112 §3.2 "any request message that contains ... a Host header field with an invalid
+    field value". No other route fails over it.
+    """
     routes = {
         (route.method, re.sub(r"\{[^}]*\}", "A" * 24, route.resource.canonical))
         for app in (site.subapp, application(site.parts, management=True, browser=True))
         for route in app.router.routes()
         if route.resource is not None
     }
-    assert {("GET", "/demo/"), ("GET", "/health/ready"), ("POST", "/demo/api/sign-up/start")} <= routes
+    assert {
+        ("GET", "/demo/"),
+        ("GET", "/health/ready"),
+        ("POST", "/demo/api/sign-up/start"),
+    } <= routes
     assert len(routes) > 60
-    forwarded = b"X-Forwarded-Host: [::1\r\nX-Forwarded-Port: abc\r\nForwarded: host=[::1;proto=\r\n"
+    forwarded = (
+        b"X-Forwarded-Host: [::1\r\nX-Forwarded-Port: abc\r\nForwarded: host=[::1;proto=\r\n"
+    )
     for method, path in sorted(routes):
         for host in HOSTS if path == "/demo/" else HOSTS[:8]:
             reader, writer = await asyncio.open_connection("127.0.0.1", site.service.port)
@@ -1400,7 +1468,8 @@ async def test_an_odd_host_is_refused_by_every_route_that_reads_it(site: Site, v
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:1", "[::1]:65535", "[::ffff:1.2.3.4]", "a.b-c_d.example.", "10.0.0.1"]
+    "host",
+    ["localhost", "LOCALHOST:1", "[::1]:65535", "[::ffff:1.2.3.4]", "a.b-c_d.example.", "10.0.0.1"],
 )
 async def test_a_usual_host_is_taken(site: Site, host: str) -> None:
     async with site.session.get(f"{site.origin}/demo/", headers={"Host": host}) as served:

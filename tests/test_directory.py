@@ -1,4 +1,5 @@
-"""What the directory remembers, and for how long: the promise that a change is effective on every instance within a second.
+"""What the directory remembers, and for how long: the promise that a change is effective on every
+instance within a second.
 
 Nobody tells of changes here, so it rests on time alone; test_notifications.py is about the rest.
 """
@@ -57,7 +58,9 @@ async def test_a_change_is_effective_elsewhere_in_time(one: Started, other: Star
     assert (changed.name, changed.policy.nonce_life) == ("New", 30)
 
 
-async def test_a_change_of_what_another_instance_changed_is_refused(one: Started, other: Started) -> None:
+async def test_a_change_of_what_another_instance_changed_is_refused(
+    one: Started, other: Started
+) -> None:
     """An instance that remembers the app as it was undoes nothing, and then sees it as it is."""
     app, _ = await one.parts.directory.create_app("Old", RP_ID, [ORIGIN])
     remembered = await other.parts.directory.app(app.id)
@@ -110,7 +113,9 @@ async def test_a_clock_set_back_ends_the_memory(one: Started, other: Started) ->
 async def test_a_slow_answer_is_not_remembered_longer(
     stores: EmbeddedStores, one: Started, other: Started
 ) -> None:
-    """The look-up is held inside the store until after the revocation; memory counts from when it was asked."""
+    """The look-up is held inside the store until after the revocation; memory counts from when it
+    was asked.
+    """
     app, _ = await one.parts.directory.create_app("App", RP_ID, [ORIGIN])
     made, key = await one.parts.directory.create_key(app.id, "second")
     held = await asyncpg.connect(stores.database_url)
@@ -159,7 +164,9 @@ async def test_the_unknown_is_not_remembered(one: Started) -> None:
     assert not one.parts.directory._keys._values
 
 
-@pytest.mark.parametrize("app_id", ["", "x", "a" * 23, "a" * 25, "a" * 23 + "é", "a" * 24 + "\n", "../" * 8])
+@pytest.mark.parametrize(
+    "app_id", ["", "x", "a" * 23, "a" * 25, "a" * 23 + "é", "a" * 24 + "\n", "../" * 8]
+)
 async def test_the_ill_formed_is_not_even_asked_for(one: Started, app_id: str) -> None:
     with pytest.raises(UnknownApp):
         await one.parts.directory.app(app_id)
@@ -169,7 +176,9 @@ async def test_the_ill_formed_is_not_even_asked_for(one: Started, app_id: str) -
     assert (asked(one, "app"), asked(one, "key")) == (0, 0)
 
 
-@pytest.mark.parametrize("key", ["", "pbk_", "pbk_short", "pbn_" + "a" * 43, "pbk_" + "a" * 42 + "é"])
+@pytest.mark.parametrize(
+    "key", ["", "pbk_", "pbk_short", "pbn_" + "a" * 43, "pbk_" + "a" * 42 + "é"]
+)
 async def test_an_ill_formed_key_is_not_even_asked_for(one: Started, key: str) -> None:
     with pytest.raises(InvalidKey) as caught:
         await one.parts.directory.authorise("a" * 24, key)

@@ -1,4 +1,6 @@
-"""The documentation names everything that a reader can meet, its links lead somewhere, and its pages are short enough to read."""
+"""The documentation names everything that a reader can meet, its links lead somewhere, and its
+pages are short enough to read.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def audit_actions() -> list[str]:
     word = re.compile(
         r"['\"]((?:app|key|user|passkey|second_factor|approval|mail_code|signing_key|origin)\.[a-z]+ed)['\"]"
     )
-    code = (text for path, text in SOURCES.items() if {"durable", "broker", "model"} & set(path.parts[:-1]))
+    code = (
+        text
+        for path, text in SOURCES.items()
+        if {"durable", "broker", "model"} & set(path.parts[:-1])
+    )
     return sorted({name for text in code for name in word.findall(text)})
 
 
@@ -91,7 +97,8 @@ def test_a_page_names_every(kind: str) -> None:
 def test_every_command_is_told_of() -> None:
     """As `broker app create`, or in a list as `broker app create`, `list`."""
     rows = [
-        re.findall(r"`(?:broker )?([a-z -]+)`", line.split(" | ")[0]) for line in PAGES[OPERATE].splitlines()
+        re.findall(r"`(?:broker )?([a-z -]+)`", line.split(" | ")[0])
+        for line in PAGES[OPERATE].splitlines()
     ]
     told = set()
     for first, *more in filter(None, rows):
@@ -140,13 +147,16 @@ def test_every_page_is_found_from_the_first() -> None:
         near |= {
             str((ROOT / page).parent.joinpath(link.partition("#")[0]).resolve().relative_to(ROOT))
             for page in near
-            for link in re.findall(r"\]\(([^)\s:#]+(?:#[^)\s]*)?)\)", pages.without_blocks(PAGES[page]))
+            for link in re.findall(
+                r"\]\(([^)\s:#]+(?:#[^)\s]*)?)\)", pages.without_blocks(PAGES[page])
+            )
             if link.partition("#")[0].endswith(".md")
         }
     assert PAGES.keys() - near == set()
 
 
-# What people ask, and where the answer stands: a page that README links, and a word that the answer can't do without.
+# What people ask, and where the answer stands: a page that README links, and a word that the answer
+# can't do without.
 QUESTIONS = {
     "how long a nonce lives": ("broker/dialects/flex/README.md", "60 seconds"),
     "a 409": (TROUBLESHOOTING, "## user_has_no_passkeys"),
@@ -175,7 +185,9 @@ def test_the_layout_shows_where_things_are() -> None:
     named = [name for line in block.splitlines() for name in line.partition("  ")[0].split(", ")]
     shown = {name.removeprefix("broker/") for name in named[:-1]}
     parts = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir()}
-    assert shown == {part for part in parts if not part.startswith("__") and not part.endswith(".md")}
+    assert shown == {
+        part for part in parts if not part.startswith("__") and not part.endswith(".md")
+    }
 
 
 def test_no_page_names_a_machine() -> None:

@@ -1,4 +1,5 @@
-"""The documentation's commands and snippets, run as a newcomer would: in a fresh folder beside a running `broker dev`.
+"""The documentation's commands and snippets, run as a newcomer would: in a fresh folder beside a
+running `broker dev`.
 
 Every code block in a language that runs is run here, or beside the SDKs' tests. A new block without
 a test fails `test_every_block_is_run`.
@@ -83,7 +84,9 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], seconds: float = 30) 
 
 
 def wait_registered(dev: Dev, origin: str) -> None:
-    """Until the running broker, which remembers apps for up to a second, answers pages of `origin`."""
+    """Until the running broker, which remembers apps for up to a second, answers pages of
+    `origin`.
+    """
     path = f"/v1/apps/{dev.facts['app_id']}/authenticate/transactions/webauthn/start"
     deadline = time.monotonic() + 10
     while httpx.post(dev.facts["url"] + path, headers={"Origin": origin}, trust_env=False).is_error:
@@ -98,12 +101,16 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.fixture(scope="module")
 def dev() -> Iterator[Dev]:
-    """What `make run` starts, in a folder of its own, which the servers' unprivileged user can enter."""
+    """What `make run` starts, in a folder of its own, which the servers' unprivileged user can
+    enter.
+    """
     folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
     folder.chmod(0o755)
     port = free_port()
     process = subprocess.Popen(
-        ["broker", "dev", "--no-open"], cwd=folder, env={**os.environ, "PATH": PATH, "PORT": str(port)}
+        ["broker", "dev", "--no-open"],
+        cwd=folder,
+        env={**os.environ, "PATH": PATH, "PORT": str(port)},
     )
     wait_ready(f"http://127.0.0.1:{port}", process)
     yield Dev(folder, json.loads((folder / ".broker/dev.json").read_text()))
@@ -142,7 +149,9 @@ RUN = {
 def test_every_block_is_run() -> None:
     """By a test below, but for those of the SDKs, which run beside the SDKs' tests."""
     found = {
-        page: [language for language, _ in every_block(page) if language not in {"", "mermaid", "text"}]
+        page: [
+            language for language, _ in every_block(page) if language not in {"", "mermaid", "text"}
+        ]
         for page in pages()
         if page not in {SDK, EXAMPLES}
     }
@@ -151,7 +160,9 @@ def test_every_block_is_run() -> None:
 
 def test_make_run_starts_what_the_other_blocks_use() -> None:
     assert MAKE.strip() == "make run"
-    shown = subprocess.run(["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "-n", "run"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert re.search(r"broker dev\b", shown), shown
 
 
@@ -159,7 +170,11 @@ def test_the_benchmarks_commands_are_there() -> None:
     """They run for minutes: so what they would start, and that it takes these options."""
     (block,) = blocks(BENCH, "sh")
     known = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tests.bench", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     for line in block.splitlines():
         asked = ["make", "-n", *shlex.split(line, comments=True)[1:]]
@@ -172,7 +187,9 @@ def test_the_benchmarks_commands_are_there() -> None:
 
 @pytest.mark.parametrize("page", [FLEX, HANKO, PASSLOCK, PROPELAUTH])
 def test_the_app_of_a_mover(dev: Dev, page: str) -> None:
-    """Made as the page says; every policy that its table names can be set, and every option is one of the command."""
+    """Made as the page says; every policy that its table names can be set, and every option is one
+    of the command.
+    """
     made = json.loads(bash(blocks(page, "sh")[0], dev.folder))
     app = f"--app {made['app_id']}"
     try:
@@ -189,7 +206,8 @@ def test_the_app_of_a_mover(dev: Dev, page: str) -> None:
 
 def test_curl(dev: Dev) -> None:
     answers = [
-        json.loads(line) for line in re.findall(r"\{.*?\}(?=\{|\Z)", bash(CURL, dev.folder).strip(), re.S)
+        json.loads(line)
+        for line in re.findall(r"\{.*?\}(?=\{|\Z)", bash(CURL, dev.folder).strip(), re.S)
     ]
     opened, begun, refused, found = answers
     assert opened["transaction_id"].startswith("pbt_")
@@ -210,8 +228,12 @@ def test_apps(dev: Dev) -> None:
 def test_serve(dev: Dev) -> None:
     """Beside the running one, on its stores: two instances are interchangeable."""
     page, management = free_port(), free_port()
-    script = re.sub(r"postgresql://\S+ ", f"'{dev.facts['database_url']}' ", SERVE.replace("8000", str(page)))
-    script = re.sub(r"redis://\S+", f"'{dev.facts['redis_url']}'", script).replace("9000", str(management))
+    script = re.sub(
+        r"postgresql://\S+ ", f"'{dev.facts['database_url']}' ", SERVE.replace("8000", str(page))
+    )
+    script = re.sub(r"redis://\S+", f"'{dev.facts['redis_url']}'", script).replace(
+        "9000", str(management)
+    )
     script = script.replace("0.0.0.0", "127.0.0.1").replace("broker serve", "exec broker serve")
     script = script.replace("cat secret-key", "cat .broker/secret-key")
     process = subprocess.Popen(
@@ -221,7 +243,9 @@ def test_serve(dev: Dev) -> None:
         wait_ready(f"http://127.0.0.1:{page}", process)
         app = f"/v1/apps/{dev.facts['app_id']}"
         keyed = {"Authorization": f"Bearer {dev.facts['api_key']}"}
-        opened = httpx.get(f"http://127.0.0.1:{management}{app}/users", headers=keyed, trust_env=False)
+        opened = httpx.get(
+            f"http://127.0.0.1:{management}{app}/users", headers=keyed, trust_env=False
+        )
         hidden = httpx.get(f"http://127.0.0.1:{page}{app}/users", headers=keyed, trust_env=False)
         assert (opened.status_code, hidden.status_code) == (200, 404)
     finally:
@@ -229,7 +253,9 @@ def test_serve(dev: Dev) -> None:
 
 
 async def test_back_up_and_restore(dev: Dev) -> None:
-    """Into another database of the same server: a passkey of the backup is there, and doctor is content."""
+    """Into another database of the same server: a passkey of the backup is there, and doctor is
+    content.
+    """
     backend, device = Backend(dev), Authenticator()
     transaction = backend("begin_sign_up", "Hal")["transaction"]
     account = backend("finish", finish(dev, "register", transaction, device))["account"]
@@ -279,7 +305,9 @@ class Backend:
 
 def finish(dev: Dev, kind: str, transaction: str | None, device: Authenticator) -> str:
     """The page's part over HTTP, and the nonce."""
-    base = f"{dev.facts['url'].replace('localhost', '127.0.0.1')}/v1/apps/{dev.facts['app_id']}/{kind}"
+    base = (
+        f"{dev.facts['url'].replace('localhost', '127.0.0.1')}/v1/apps/{dev.facts['app_id']}/{kind}"
+    )
     with httpx.Client(trust_env=False, headers={"Origin": dev.facts["url"]}) as http:
         body = {"transaction_id": transaction} if transaction else {}
         begun = http.post(f"{base}/transactions/webauthn/start", json=body).json()["handshake"]
@@ -313,13 +341,19 @@ def test_python(dev: Dev) -> None:
         backend(mine, "Bea" if mine == "begin_sign_in" else "Dan")
         with pytest.raises(errors.InvalidNonce):
             backend("finish", nonce)
-    for function, name in (("begin_sign_in", "nobody"), ("begin_sign_up", "Bea"), ("begin_sign_up", "")):
+    for function, name in (
+        ("begin_sign_in", "nobody"),
+        ("begin_sign_up", "Bea"),
+        ("begin_sign_up", ""),
+    ):
         with pytest.raises(ValueError, match=r"name\."):
             backend(function, name)
 
 
 def test_the_package_readme(dev: Dev) -> None:
-    """Installed under the name that its project has; the sample is given the app that `dev` made."""
+    """Installed under the name that its project has; the sample is given the app that `dev`
+    made.
+    """
     (install,) = blocks(CLIENT_PACKAGE, "sh")
     project = tomllib.loads((ROOT / "broker/sdk/pyproject.toml").read_text())["project"]
     assert install.strip() == f"pip install {project['name']}"
@@ -379,7 +413,9 @@ def bundled(module: str) -> str:
 
 @pytest.fixture
 def hanko_site(dev: Dev) -> Iterator[str]:
-    """README's page and README's backend for Hanko's SDK, on an origin of their own, which the app gets to know."""
+    """README's page and README's backend for Hanko's SDK, on an origin of their own, which the app
+    gets to know.
+    """
     node, modules = parts.node(), parts.npm_packages()
     (dev.folder / "node_modules").symlink_to(modules)  # where the backend finds what it imports
     (dev.folder / "backend.mjs").write_text(HANKO_BACKEND)
@@ -389,7 +425,12 @@ def hanko_site(dev: Dev) -> Iterator[str]:
     bundle = dev.folder / "page.js"
     bundle.write_text(bundled(page))
     process = subprocess.Popen(
-        [*node.node, str(parts.SDK / "hanko-site.mjs"), str(dev.folder / "backend.mjs"), str(bundle)],
+        [
+            *node.node,
+            str(parts.SDK / "hanko-site.mjs"),
+            str(dev.folder / "backend.mjs"),
+            str(bundle),
+        ],
         cwd=dev.folder,
         env=node.environment(),
         stdout=subprocess.PIPE,
@@ -424,7 +465,9 @@ def test_coming_from_hanko(hanko_site: str) -> None:
 
 
 def test_coming_from_passage(dev: Dev) -> None:
-    """Its SDK in a page at the broker's own origin, which `dev` has registered; the backend's calls are those of the API."""
+    """Its SDK in a page at the broker's own origin, which `dev` has registered; the backend's calls
+    are those of the API.
+    """
     url, app = dev.facts["url"], dev.facts["app_id"]
     page_module = PASSAGE_PAGE.replace("http://localhost:8080", url).replace("APP_ID", app)
     script = bundled(page_module)
@@ -439,15 +482,21 @@ def test_coming_from_passage(dev: Dev) -> None:
         page.goto(f"{url}/health/live")  # any address of the origin
         page.js(script)
         opened = backend.post(
-            f"{base}/transactions/register", json={"external_id": "user-13", "passkey_display_name": "Finn"}
+            f"{base}/transactions/register",
+            json={"external_id": "user-13", "passkey_display_name": "Finn"},
         ).json()["transaction_id"]
         told = backend.post(
             f"{base}/authenticate/verify", json={"nonce": page.js(f"page.register({opened!r})")}
         ).json()
         assert (told["external_id"], told["purpose"]) == ("user-13", "register")
         assert len(device.credentials()) == 1
-        opened = backend.post(f"{base}/transactions/authenticate", json={"external_id": "user-13"}).json()
-        for call in (f"page.authenticate({opened['transaction_id']!r})", "page.signInByAnyPasskey()"):
+        opened = backend.post(
+            f"{base}/transactions/authenticate", json={"external_id": "user-13"}
+        ).json()
+        for call in (
+            f"page.authenticate({opened['transaction_id']!r})",
+            "page.signInByAnyPasskey()",
+        ):
             expected = {"nonce": page.js(call), "purpose": "authenticate", "external_id": "user-13"}
             assert backend.post(f"{base}/authenticate/verify", json=expected).status_code == 200
 
@@ -464,7 +513,10 @@ def test_one_wrapper_of_fetch_moves_both_versions(dev: Dev, package: str) -> Non
         page.js(bundled(module))
         opened = backend.create_register_transaction(package, "Ida")
         nonce = page.js(f"page.passage.passkey.register({opened!r})")
-        assert backend.verify_nonce(nonce, purpose="register", transaction_id=opened).external_id == package
+        assert (
+            backend.verify_nonce(nonce, purpose="register", transaction_id=opened).external_id
+            == package
+        )
         assert {urlsplit(request.url).hostname for request in page.requests} == {"localhost"}
         assert page.errors == []
 
@@ -478,7 +530,10 @@ def test_coming_from_passlock(dev: Dev) -> None:
         with httpx.Client(trust_env=False, headers={"Origin": url}) as http:
             begun = http.post(f"{base}/options", json={f"{kind}Token": token}).json()
             make = device.register if kind == "registration" else device.authenticate
-            body = {"sessionToken": begun["sessionToken"], "response": make(begun["optionsJSON"], url)}
+            body = {
+                "sessionToken": begun["sessionToken"],
+                "response": make(begun["optionsJSON"], url),
+            }
             return str(http.post(f"{base}/verification", json=body).json()["code"])
 
     backend.session["account"] = "user-12"
@@ -501,7 +556,9 @@ class Shop:
 
 @pytest.fixture
 def shop(dev: Dev) -> Iterator[Shop]:
-    """Both samples as saved and started by README's own commands, but for ports and where the environment is."""
+    """Both samples as saved and started by README's own commands, but for ports and where the
+    environment is.
+    """
     port = free_port()
     replaced = {
         "http://localhost:8080": dev.facts["url"],
@@ -547,7 +604,9 @@ def until_served(shop: Shop) -> None:
 
 
 def visit_as_a_stranger(page: Page, shop: Shop) -> None:
-    """Open the page where there is no passkey: the virtual authenticator then ends autofill at once, as a browser would not."""
+    """Open the page where there is no passkey: the virtual authenticator then ends autofill at
+    once, as a browser would not.
+    """
     page.goto(shop.origin)
     page.wait_for_text("The passkey prompt ended without a passkey.")
 
@@ -574,14 +633,17 @@ def test_page_and_backend(shop: Shop) -> None:
         page.wait_for_text(signed_in)
         assert page.errors == []
 
-        # The nonce that the page brought last, once more, in a session that expects nothing: refused.
+        # The nonce that the page brought last, once more, in a session that expects nothing:
+        # refused.
         sent = json.dumps(page.sent("/finish")[-1].body)
         again = f"fetch('finish', {{method: 'POST', body: {sent}}})"
         assert page.js(f"{again}.then((answer) => answer.status)") == 409
 
 
 def test_an_unknown_name_signs_nobody_in(shop: Shop) -> None:
-    """The browser has a passkey that would answer a nameless sign-in. Nor does a name that is taken get a second passkey."""
+    """The browser has a passkey that would answer a nameless sign-in. Nor does a name that is taken
+    get a second passkey.
+    """
     with Chromium() as browser, browser.page() as page:
         device = page.authenticator()
         visit_as_a_stranger(page, shop)
@@ -601,7 +663,9 @@ def test_an_unknown_name_signs_nobody_in(shop: Shop) -> None:
         for press in ("Sign in", "Sign up"):
             assert "transactionId is not a non-empty string" in said_after(page, "nobody", press)
         assert not [
-            one for one in page.requests[asked:] if urlsplit(one.url).path.endswith(("start", "/finish"))
+            one
+            for one in page.requests[asked:]
+            if urlsplit(one.url).path.endswith(("start", "/finish"))
         ]
         assert [kept["signCount"] for kept in device.credentials()] == [uses]
         assert page.errors == []

@@ -1,4 +1,6 @@
-"""At the door: what changes while a body is on its way, headers that are sent twice, who may read the metrics, who reads nothing."""
+"""At the door: what changes while a body is on its way, headers that are sent twice, who may read
+the metrics, who reads nothing.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class SlowRequest:
 
 
 async def admitted(broker: Started, app_id: str, looked_up: Callable[[], float]) -> None:
-    """Wait until the guard has let the request in, and a while longer, so that its body counts as slow."""
+    """Wait until the guard has let the request in, and a while longer, so that its body counts as
+    slow.
+    """
     await eventually(lambda: looked_up() > 0, "the look-up")
     await asyncio.sleep(0.2)  # the slowness itself
 
@@ -62,7 +66,9 @@ async def test_a_key_revoked_while_the_body_comes_is_refused(broker: Started, wi
     assert (status, json.loads(body)["code"]) == (401, "invalid_access_token")
 
 
-async def test_an_origin_removed_while_the_body_comes_is_refused(broker: Started, wire: Wire) -> None:
+async def test_an_origin_removed_while_the_body_comes_is_refused(
+    broker: Started, wire: Wire
+) -> None:
     slow = SlowRequest(wire, "/authenticate/transactions/webauthn/start", {}, Origin=ORIGIN)
     await slow.begin(broker)
     looks = lambda: broker.metric("broker_store_seconds_count", store="postgres", operation="app")  # noqa: E731
@@ -78,11 +84,11 @@ async def test_an_origin_removed_while_the_body_comes_is_refused(broker: Started
 async def test_a_header_that_decides_is_sent_once(broker: Started, wire: Wire, name: str) -> None:
     """A proxy in front may have read the other one."""
     value = ORIGIN if name == "Origin" else f"Bearer {wire.key}"
-    path = "/authenticate/transactions/webauthn/start" if name == "Origin" else "/authenticate/verify"
-    reader, writer = await asyncio.open_connection("127.0.0.1", broker.service.port)
-    head = (
-        f"POST /v1/apps/{wire.app_id}{path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: 2\r\n"
+    path = (
+        "/authenticate/transactions/webauthn/start" if name == "Origin" else "/authenticate/verify"
     )
+    reader, writer = await asyncio.open_connection("127.0.0.1", broker.service.port)
+    head = f"POST /v1/apps/{wire.app_id}{path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: 2\r\n"
     with refused(broker, "invalid_request", "header_twice"):
         writer.write(f"{head}{name}: {value}\r\n{name}: {value}\r\n\r\n{{}}".encode())
         answer = await asyncio.wait_for(reader.read(), DEADLINE)
@@ -112,9 +118,14 @@ async def test_an_encoding_is_said_once(
     expect: str,
     chunked: bool,
 ) -> None:
-    """In the fast lane and on aiohttp's own way, which an empty `Expect` takes. A proxy in front may have unpacked by the other one."""
+    """In the fast lane and on aiohttp's own way, which an empty `Expect` takes. A proxy in front
+    may have unpacked by the other one.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", broker.service.port)
-    lines = [f"POST /v1/apps/{wire.app_id}/authenticate/transactions/webauthn/start HTTP/1.1", "Host: b"]
+    lines = [
+        f"POST /v1/apps/{wire.app_id}/authenticate/transactions/webauthn/start HTTP/1.1",
+        "Host: b",
+    ]
     lines += ["Transfer-Encoding: chunked" if chunked else "Content-Length: 2"]
     lines += [f"Content-Encoding: {value}" for value in encodings]
     body = "2\r\n{}\r\n0\r\n\r\n" if chunked else "{}"
@@ -137,7 +148,9 @@ async def test_a_policy_made_stricter_applies_to_ceremonies_under_way(
     strict = replace(app, policy=replace(app.policy, user_verification="required"))
     await broker.parts.directory.update_app(strict)
     with refused(broker, "discoverable_login_failed", "user_verification"):
-        answer = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN, uv=False))
+        answer = await wire.finish(
+            "authenticate", handle, device.authenticate(options, ORIGIN, uv=False)
+        )
     assert answer.status == 401
     made = flex_wire_form(Authenticator().register(creation, ORIGIN, uv=False))
     with refused(broker, "webauthn_login_failed", "user_verification"):
@@ -154,7 +167,9 @@ FORWARDED = [
 async def test_a_port_that_pages_reach_has_no_metrics(
     broker: Started, wire: Wire, headers: dict[str, str]
 ) -> None:
-    """The peer's address and forwarding headers decide nothing: a proxy on this machine has both."""
+    """The peer's address and forwarding headers decide nothing: a proxy on this machine has
+    both.
+    """
     with refused(broker, "not_found", "not_found"):
         answer = await wire.send("GET", f"{wire.url}/metrics", headers=headers)
     assert (answer.status, answer.code) == (404, "not_found")
@@ -182,7 +197,9 @@ async def test_metrics_are_on_the_management_port_only(
     assert len(lines(parted, route="/metrics", status=200)) == 1
 
 
-async def test_who_does_not_read_is_let_go_and_does_not_hold_up_the_end(stores: EmbeddedStores) -> None:
+async def test_who_does_not_read_is_let_go_and_does_not_hold_up_the_end(
+    stores: EmbeddedStores,
+) -> None:
     parts = await assemble(settings_for(stores, drain_seconds=1.0))
     service: Service = await serve(parts, limits=Limits(body=0.3))
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=1024)

@@ -1,4 +1,6 @@
-"""The contract of the durable store, on a real PostgreSQL: every method, every race that the database decides, every limit."""
+"""The contract of the durable store, on a real PostgreSQL: every method, every race that the
+database decides, every limit.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def relying_party(**changes: Any) -> RelyingParty:
 async def new_app(durable: Durable, **changes: Any) -> RelyingParty:
     app = relying_party(**changes)
     secret = MINT.token("key")
-    await durable.create_app(app, ApiKey(MINT.id(), app.id, "pbk_…", "first", NOW, None), key_digest(secret))
+    await durable.create_app(
+        app, ApiKey(MINT.id(), app.id, "pbk_…", "first", NOW, None), key_digest(secret)
+    )
     return replace(app, created_at=NOW, updated_at=NOW)
 
 
@@ -128,13 +132,19 @@ async def add(
 ) -> Credential:
     """A credential of the user's, as it is stored."""
     outcome = await durable.add_credential(
-        pending(app, user_id), verified(credential_id, **changes), new_id=MINT.id(), live=live, now=now
+        pending(app, user_id),
+        verified(credential_id, **changes),
+        new_id=MINT.id(),
+        live=live,
+        now=now,
     )
     assert outcome == "added"
     return await stored(durable, app, credential_id)
 
 
-async def stored(durable: Durable, app: RelyingParty, credential_id: bytes = b"credential") -> Credential:
+async def stored(
+    durable: Durable, app: RelyingParty, credential_id: bytes = b"credential"
+) -> Credential:
     owned = await durable.owned(app.id, credential_id)
     assert owned is not None
     return owned.credential
@@ -155,10 +165,12 @@ def signed_in(sign_count: int = 0, **changes: Any) -> VerifiedAuthentication:
 
 
 async def told(durable: Durable, app: RelyingParty) -> list[tuple[str, str, str | None]]:
-    return [(e.action, e.result, e.reason) for e in await catalogue(durable).events(app.id, limit=1000)]
+    return [
+        (e.action, e.result, e.reason) for e in await catalogue(durable).events(app.id, limit=1000)
+    ]
 
 
-# -- relying parties and keys ---------------------------------------------------------------------------------------------------
+# -- relying parties and keys ----------------------------------------------------------------------
 
 
 async def test_an_app_comes_back_as_it_was(durable: Durable) -> None:
@@ -189,13 +201,18 @@ async def test_an_app_comes_back_as_it_was(durable: Durable) -> None:
     assert await durable.app(app.id) == replace(changed, updated_at=LATER)
     assert await durable.app(MINT.id()) is None
     assert not await durable.update_app(relying_party(), LATER)
-    assert await told(durable, app) == [("app.created", "done", None), ("app.updated", "done", None)]
+    assert await told(durable, app) == [
+        ("app.created", "done", None),
+        ("app.updated", "done", None),
+    ]
 
 
 async def test_of_two_updates_at_once_one_is_refused(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
-    """Both rest on what was read before; the first one is held open with the row, and the second one waits for it."""
+    """Both rest on what was read before; the first one is held open with the row, and the second
+    one waits for it.
+    """
     read = await durable.app(app.id)
     assert read is not None
     named, ruled = replace(read, name="Named"), replace(read, policy=Policy(nonce_life=30))
@@ -233,7 +250,9 @@ async def test_a_policy_of_newer_code_is_read_by_older(
     assert found.policy == Policy(nonce_life=5)
 
 
-async def test_only_what_differs_from_the_default_is_stored(durable: Durable, stores: EmbeddedStores) -> None:
+async def test_only_what_differs_from_the_default_is_stored(
+    durable: Durable, stores: EmbeddedStores
+) -> None:
     app = await new_app(durable, policy=Policy(algorithms=(-7,)))
     async with session_of(stores) as session:
         kind, text = await session.fetchrow(  # type: ignore[misc]
@@ -245,7 +264,9 @@ async def test_only_what_differs_from_the_default_is_stored(durable: Durable, st
 async def test_a_key_is_of_one_app_until_it_is_revoked(durable: Durable, app: RelyingParty) -> None:
     other, secret, key_id = await new_app(durable), MINT.token("key"), MINT.id()
     name = key_digest(secret)
-    assert await durable.create_key(ApiKey(key_id, app.id, "pbk_abcd…", "second", LATER, None), name)
+    assert await durable.create_key(
+        ApiKey(key_id, app.id, "pbk_abcd…", "second", LATER, None), name
+    )
     assert await durable.key(name) == (key_id, app.id)
     assert await durable.key(key_digest("other")) is None
     assert not await durable.revoke_key(other.id, key_id, LATER)
@@ -256,7 +277,9 @@ async def test_a_key_is_of_one_app_until_it_is_revoked(durable: Durable, app: Re
     listed = await durable.keys(app.id)
     assert [k.name for k in listed] == ["first", "second"]
     assert listed[1] == ApiKey(key_id, app.id, "pbk_abcd…", "second", LATER, LATER)
-    assert not await durable.create_key(ApiKey(MINT.id(), MINT.id(), "h", "n", NOW, None), b"x" * 32)
+    assert not await durable.create_key(
+        ApiKey(MINT.id(), MINT.id(), "h", "n", NOW, None), b"x" * 32
+    )
     assert (await told(durable, app))[1:] == [
         ("key.created", "done", key_id),
         ("key.revoked", "done", key_id),
@@ -286,7 +309,9 @@ async def test_a_deleted_app_leaves_its_events(
     assert await durable.user(other.id, user_id=kept) is not None
 
 
-async def test_a_request_on_an_app_that_is_gone_is_refused(durable: Durable, app: RelyingParty) -> None:
+async def test_a_request_on_an_app_that_is_gone_is_refused(
+    durable: Durable, app: RelyingParty
+) -> None:
     """Look-ups are remembered for a moment, so such requests come."""
     user = await ensure(durable, app, "ann")
     await durable.delete_app(app.id, LATER)
@@ -298,7 +323,7 @@ async def test_a_request_on_an_app_that_is_gone_is_refused(durable: Durable, app
     assert outcome == "no_user"
 
 
-# -- users ----------------------------------------------------------------------------------------------------------------------
+# -- users -----------------------------------------------------------------------------------------
 
 
 async def test_many_at_once_make_one_user(
@@ -402,7 +427,10 @@ async def test_a_user_is_of_one_app(durable: Durable, app: RelyingParty) -> None
 
 async def test_pages_of_users(durable: Durable, app: RelyingParty) -> None:
     names = [f"user-{n}" for n in range(7)]
-    ids = [await ensure(durable, app, name, NOW + timedelta(seconds=n // 2)) for n, name in enumerate(names)]
+    ids = [
+        await ensure(durable, app, name, NOW + timedelta(seconds=n // 2))
+        for n, name in enumerate(names)
+    ]
     await add(durable, app, ids[2], now=LATER)
 
     async def listed(**query: Any) -> tuple[list[str], int]:
@@ -429,11 +457,16 @@ async def test_pages_of_users(durable: Durable, app: RelyingParty) -> None:
     assert await listed(user_id=ids[3], external_id=names[4]) == ([], 0)
 
 
-async def test_a_user_becomes_active_with_the_first_live_passkey(durable: Durable, app: RelyingParty) -> None:
+async def test_a_user_becomes_active_with_the_first_live_passkey(
+    durable: Durable, app: RelyingParty
+) -> None:
     user_id = await ensure(durable, app, "ann")
 
     async def status() -> tuple[str, bool]:
-        user, able = await durable.user(app.id, user_id=user_id), await durable.user_to_sign_in(app.id, "ann")
+        user, able = (
+            await durable.user(app.id, user_id=user_id),
+            await durable.user_to_sign_in(app.id, "ann"),
+        )
         assert user is not None
         assert able is not None
         return user.status, bool(able[2])
@@ -451,12 +484,16 @@ async def test_a_user_becomes_active_with_the_first_live_passkey(durable: Durabl
 async def test_of_a_deleted_user_events_keep_our_ids_alone(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
-    """Kind, time and our ids stay. Nothing that a caller or the user chose is in any column of any table."""
+    """Kind, time and our ids stay. Nothing that a caller or the user chose is in any column of any
+    table.
+    """
     external_id, chosen = "trace-" + MINT.id(), "ann-" + MINT.id()
     token = CONTEXT.set(Context(chosen, "key:k"))
     try:
         user_id = await ensure(durable, app, external_id)
-        handle = (await durable.ensure_user(app.id, external_id, new_id="", new_handle="", now=NOW))[1]
+        handle = (
+            await durable.ensure_user(app.id, external_id, new_id="", new_handle="", now=NOW)
+        )[1]
         key = await add(durable, app, user_id)
         approval = Approval("payment-" + chosen, "data-" + chosen, b"")
         assert await durable.add_approval(app.id, user_id, approval, new_id=MINT.id(), now=NOW)
@@ -475,13 +512,16 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
     before = await catalogue(durable).events(app.id, limit=100)
     assert await durable.delete_user(app.id, external_id, LATER)
     assert not await durable.delete_user(app.id, external_id, LATER)
-    # A ceremony that was under way when the user was deleted is refused afterwards, and tells of it.
+    # A ceremony that was under way when the user was deleted is refused afterwards, and tells of
+    # it.
     await durable.tell(app.id, "passkey.registered", reason="no_user", **refusal)
     for trace in (external_id, handle, approval.identifier, approval.data):
         assert await found_in(stores, trace) == {}
     assert await found_in(stores, chosen) == {"events": 1}, "another user's, of the same request"
     after = await catalogue(durable).events(app.id, limit=100)
-    assert after[: len(before)] == [replace(e, request_id="") if e.user_id == user_id else e for e in before]
+    assert after[: len(before)] == [
+        replace(e, request_id="") if e.user_id == user_id else e for e in before
+    ]
     assert [(e.action, e.user_id, e.reason) for e in after[len(before) :]] == [
         ("user.deleted", user_id, None),
         ("passkey.registered", None, "no_user"),
@@ -521,7 +561,9 @@ async def found_in(stores: EmbeddedStores, text: str) -> dict[str, int]:
     return {table: count for table, count in counts.items() if count}
 
 
-async def blocked(stores: EmbeddedStores, holder: asyncpg.Connection[asyncpg.Record], times: int = 1) -> None:
+async def blocked(
+    stores: EmbeddedStores, holder: asyncpg.Connection[asyncpg.Record], times: int = 1
+) -> None:
     """Return when that many sessions wait for a lock that `holder` has."""
     deadline = time.monotonic() + 30
     async with session_of(stores) as session:
@@ -531,7 +573,7 @@ async def blocked(stores: EmbeddedStores, holder: asyncpg.Connection[asyncpg.Rec
             await asyncio.sleep(0.01)  # between two looks
 
 
-# -- credentials ----------------------------------------------------------------------------------------------------------------
+# -- credentials -----------------------------------------------------------------------------------
 
 
 async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingParty) -> None:
@@ -587,7 +629,12 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
     assert (await durable.user_to_sign_in(app.id, "Ann") or ())[2:] == ([],), "it is not live"
     assert await durable.owned(app.id, credential_id[:-1]) is None
     outcome = await durable.add_credential(
-        pending(app, user_id), verified(b"at once"), new_id="j" * 24, live=True, confirmed=True, now=NOW
+        pending(app, user_id),
+        verified(b"at once"),
+        new_id="j" * 24,
+        live=True,
+        confirmed=True,
+        now=NOW,
     )
     assert outcome == "added"
     owned = await durable.owned(app.id, b"at once")
@@ -597,7 +644,9 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
 
 
 async def test_a_credential_id_is_one_users_in_an_app(durable: Durable, app: RelyingParty) -> None:
-    """A duplicate is refused alike for the owner and for another user; another app may have the same."""
+    """A duplicate is refused alike for the owner and for another user; another app may have the
+    same.
+    """
     ann, ben, other = (
         await ensure(durable, app, "ann"),
         await ensure(durable, app, "ben"),
@@ -627,7 +676,11 @@ async def test_one_of_many_adds_the_credential(durable: Durable, app: RelyingPar
     outcomes = await asyncio.gather(
         *(
             durable.add_credential(
-                pending(app, users[n % 5]), verified(b"credential"), new_id=MINT.id(), live=True, now=NOW
+                pending(app, users[n % 5]),
+                verified(b"credential"),
+                new_id=MINT.id(),
+                live=True,
+                now=NOW,
             )
             for n in range(50)
         )
@@ -697,7 +750,9 @@ async def test_the_counter_rule(
     recorded: bool,
     after: int,
 ) -> None:
-    """WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero"."""
+    """WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is
+    nonzero".
+    """
     user_id = await ensure(durable, app, "ann")
     key = await add(durable, app, user_id, sign_count=before)
     regressed = flagging and answered <= before and (answered, before) != (0, 0)
@@ -709,7 +764,11 @@ async def test_the_counter_rule(
         assert now == replace(
             key, sign_count=after, backed_up=True, last_used_at=LATER, updated_at=LATER, use_count=1
         )
-        assert (await told(durable, app))[-1] == ("passkey.used", "done", "counter" if regressed else None)
+        assert (await told(durable, app))[-1] == (
+            "passkey.used",
+            "done",
+            "counter" if regressed else None,
+        )
     else:
         assert now == key
         assert (await told(durable, app))[-1] == ("passkey.registered", "done", None)
@@ -720,20 +779,28 @@ async def test_the_database_judges_the_counter_and_not_what_was_read(
 ) -> None:
     key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
     done = await asyncio.gather(
-        *(durable.use_credential(key, signed_in(6), flag_counter=False, now=LATER) for _ in range(20))
+        *(
+            durable.use_credential(key, signed_in(6), flag_counter=False, now=LATER)
+            for _ in range(20)
+        )
     )
     assert done.count(None) == 19, "the same answer of a cloned authenticator counts once"
     assert (await stored(durable, app)).use_count == 1
 
 
-async def test_of_two_clones_that_answer_at_once_one_is_told(durable: Durable, app: RelyingParty) -> None:
+async def test_of_two_clones_that_answer_at_once_one_is_told(
+    durable: Durable, app: RelyingParty
+) -> None:
     """The policy lets both in; the row as it is locked says which of them came second."""
     key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
     for answered in range(6, 16):
         both = (
-            durable.use_credential(key, signed_in(answered), flag_counter=True, now=LATER) for _ in range(2)
+            durable.use_credential(key, signed_in(answered), flag_counter=True, now=LATER)
+            for _ in range(2)
         )
-        flagged = [used.counter_regressed for used in await asyncio.gather(*both) if used is not None]
+        flagged = [
+            used.counter_regressed for used in await asyncio.gather(*both) if used is not None
+        ]
         assert sorted(flagged) == [False, True]
     assert (await told(durable, app)).count(("passkey.used", "done", "counter")) == 10
 
@@ -749,7 +816,9 @@ async def test_what_can_not_sign_in(durable: Durable, app: RelyingParty) -> None
     )
     assert await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
     await durable.revoke_credentials(app.id, user_id, key.id, LATER)
-    assert not await durable.use_credential(key, signed_in(), flag_counter=True, now=LATER), "revoked"
+    assert not await durable.use_credential(key, signed_in(), flag_counter=True, now=LATER), (
+        "revoked"
+    )
     assert (await told(durable, app)).count(("passkey.used", "done", None)) == 1
 
 
@@ -765,13 +834,18 @@ async def test_a_redemption_confirms_once(durable: Durable, app: RelyingParty) -
     assert await durable.confirm_credential(app.id, key.id, LATER + timedelta(hours=1))
     assert (await stored(durable, app)).confirmed_at == LATER, "the first one stands"
     await durable.revoke_credentials(app.id, user_id, key.id, LATER)
-    assert not await durable.confirm_credential(app.id, key.id, LATER), "a revoked one does not come back"
+    assert not await durable.confirm_credential(app.id, key.id, LATER), (
+        "a revoked one does not come back"
+    )
     assert await durable.owned(app.id, b"credential") is None
 
 
 async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: RelyingParty) -> None:
     user_id = await ensure(durable, app, "ann")
-    keys = [await add(durable, app, user_id, bytes([n]), now=NOW + timedelta(seconds=n)) for n in range(3)]
+    keys = [
+        await add(durable, app, user_id, bytes([n]), now=NOW + timedelta(seconds=n))
+        for n in range(3)
+    ]
     for n, key in enumerate(keys):
         for _ in range(n + 1):
             await durable.use_credential(
@@ -791,7 +865,9 @@ async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: Rel
     assert await durable.revoke_credentials(app.id, user_id, keys[2].id, last) == [keys[2].id]
     assert await logins() == (6, last, [keys[0].id, keys[1].id])
     assert await durable.revoke_credentials(app.id, user_id, keys[2].id, last) == []
-    assert await durable.revoke_credentials(app.id, MINT.id(), keys[1].id, last) == [], "of another user"
+    assert await durable.revoke_credentials(app.id, MINT.id(), keys[1].id, last) == [], (
+        "of another user"
+    )
     assert sorted(await durable.revoke_credentials(app.id, user_id, None, last)) == sorted(
         [keys[0].id, keys[1].id]
     )
@@ -802,12 +878,16 @@ async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: Rel
 async def test_a_passkey_of_nobody_that_somebody_had_first_leaves_no_row(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
-    """The look for the credential id finds none, for the other's is not committed yet; then the insert waits for it, and loses."""
+    """The look for the credential id finds none, for the other's is not committed yet; then the
+    insert waits for it, and loses.
+    """
     first = await add(durable, app, await ensure(durable, app, "ann"), b"first")
     other = await asyncpg.connect(stores.database_url)
     try:
         async with other.transaction():
-            row = dict(await other.fetchrow("SELECT * FROM credentials WHERE id = $1", first.id) or {})
+            row = dict(
+                await other.fetchrow("SELECT * FROM credentials WHERE id = $1", first.id) or {}
+            )
             row |= {"id": MINT.id(), "credential_id": b"same"}
             places = ", ".join(f"${n + 1}" for n in range(len(row)))
             await other.execute(
@@ -815,9 +895,13 @@ async def test_a_passkey_of_nobody_that_somebody_had_first_leaves_no_row(
             )
             made = pending(app, MINT.id(), external_id=None, user_handle=MINT.user_handle())
             adding = asyncio.create_task(
-                durable.add_credential(made, verified(b"same"), new_id=MINT.id(), live=True, now=NOW)
+                durable.add_credential(
+                    made, verified(b"same"), new_id=MINT.id(), live=True, now=NOW
+                )
             )
-            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+            waiting = (
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+            )
             async with asyncio.timeout(DEADLINE):
                 while True:
                     if await other.fetchval(waiting):
@@ -836,7 +920,11 @@ async def test_parallel_revocations_lose_no_login(durable: Durable, app: Relying
     for key in keys:
         await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
     gone = await asyncio.gather(
-        *(durable.revoke_credentials(app.id, user_id, key.id, LATER) for key in keys for _ in range(3))
+        *(
+            durable.revoke_credentials(app.id, user_id, key.id, LATER)
+            for key in keys
+            for _ in range(3)
+        )
     )
     assert sorted(i for ids in gone for i in ids) == sorted(k.id for k in keys)
     user = await durable.user(app.id, user_id=user_id)
@@ -844,7 +932,7 @@ async def test_parallel_revocations_lose_no_login(durable: Durable, app: Relying
     assert user.login_count == 8
 
 
-# -- events ---------------------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 async def test_an_event_says_who_and_what(durable: Durable, app: RelyingParty) -> None:
@@ -894,7 +982,9 @@ CHANGES: dict[str, Callable[[Durable, RelyingParty, Credential], Awaitable[objec
     ),
     "ensure_user": lambda d, a, c: ensure(d, a, "new"),
     "add_credential": lambda d, a, c: add(d, a, c.user_id, b"new"),
-    "use_credential": lambda d, a, c: d.use_credential(c, signed_in(), flag_counter=False, now=LATER),
+    "use_credential": lambda d, a, c: d.use_credential(
+        c, signed_in(), flag_counter=False, now=LATER
+    ),
     "confirm_credential": lambda d, a, c: d.confirm_credential(a.id, c.id, LATER),
     "revoke_credentials": lambda d, a, c: d.revoke_credentials(a.id, c.user_id, None, LATER),
     "delete_user": lambda d, a, c: d.delete_user(a.id, "ann", LATER),
@@ -923,13 +1013,17 @@ async def own_database(stores: EmbeddedStores) -> AsyncIterator[str]:
         await session.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_a_change_and_its_event_stand_or_fall_together(no_events: Durable, own_database: str) -> None:
+async def test_a_change_and_its_event_stand_or_fall_together(
+    no_events: Durable, own_database: str
+) -> None:
     durable, app = no_events, await new_app(no_events)
     key = await add(durable, app, await ensure(durable, app, "ann"))
     session = await asyncpg.connect(own_database)
 
     async def everything() -> list[list[asyncpg.Record]]:
-        return [await session.fetch(f"SELECT t::text FROM {table} t ORDER BY 1") for table in _TABLES]
+        return [
+            await session.fetch(f"SELECT t::text FROM {table} t ORDER BY 1") for table in _TABLES
+        ]
 
     try:
         before = await everything()
@@ -948,13 +1042,15 @@ async def test_a_change_and_its_event_stand_or_fall_together(no_events: Durable,
         await session.close()
 
 
-# -- plans ----------------------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 
 
 async def test_every_hot_statement_uses_an_index(
     no_events: Durable, own_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With thousands of rows and fresh statistics, the planner's own choice. The statements are those that are sent."""
+    """With thousands of rows and fresh statistics, the planner's own choice. The statements are
+    those that are sent.
+    """
     durable, app = no_events, await new_app(no_events)
     user_id = await ensure(durable, app, "ann")
     key = await add(durable, app, user_id)
@@ -1020,14 +1116,16 @@ async def test_every_hot_statement_uses_an_index(
         await session.close()
 
 
-# -- limits and faults ----------------------------------------------------------------------------------------------------------
+# -- limits and faults -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("silent_after", range(6))
 async def test_a_server_that_falls_silent_is_unavailable_in_time(
     stores: EmbeddedStores, silent_after: int
 ) -> None:
-    """After any number of messages: before the start-up's answer, before the first statement's, before the second's."""
+    """After any number of messages: before the start-up's answer, before the first statement's,
+    before the second's.
+    """
     async with postgres_proxy(lambda: connect_postgres(stores)) as proxy:
         made = pool(proxy.url, timeout=1.0, connections=2)
         await made.open()
@@ -1035,7 +1133,10 @@ async def test_a_server_that_falls_silent_is_unavailable_in_time(
         proxy.silent_after = silent_after
         with Waited() as waited:
             results: list[Any] = await asyncio.wait_for(
-                asyncio.gather(*(durable.app(MINT.id()) for _ in range(12)), return_exceptions=True), DEADLINE
+                asyncio.gather(
+                    *(durable.app(MINT.id()) for _ in range(12)), return_exceptions=True
+                ),
+                DEADLINE,
             )
         assert waited.seconds <= 4.0, "they wait side by side"
         faults = [r for r in results if r is not None]
@@ -1051,7 +1152,9 @@ async def test_a_server_that_falls_silent_is_unavailable_in_time(
 async def test_a_statement_ends_in_time_on_both_sides(
     stores: EmbeddedStores, left: float | None, limit: float
 ) -> None:
-    """A row that another session holds: the caller is answered in time, and no session stays behind to wait for it."""
+    """A row that another session holds: the caller is answered in time, and no session stays behind
+    to wait for it.
+    """
     made = pool(stores.database_url, timeout=0.5 if left is None else 3, connections=4)
     await made.open()
     durable = Durable(made)
@@ -1068,7 +1171,8 @@ async def test_a_statement_ends_in_time_on_both_sides(
                 try:
                     with Waited() as waited:
                         results: list[Any] = await asyncio.gather(
-                            *(durable.update_app(app, LATER) for _ in range(4)), return_exceptions=True
+                            *(durable.update_app(app, LATER) for _ in range(4)),
+                            return_exceptions=True,
                         )
                 finally:
                     CONTEXT.reset(token)
@@ -1094,7 +1198,9 @@ async def test_a_statement_ends_in_time_on_both_sides(
 
 
 async def test_cancelled_anywhere_the_pool_stays_whole(stores: EmbeddedStores) -> None:
-    """Cancel after each number of turns of the event loop; then every connection answers its own caller."""
+    """Cancel after each number of turns of the event loop; then every connection answers its own
+    caller.
+    """
     made = pool(stores.database_url, connections=3)
     await made.open()
     durable = Durable(made)

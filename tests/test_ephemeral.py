@@ -1,5 +1,5 @@
-"""The contract of the ephemeral store, on everything that can be had: fakeredis, Valkey, a Redis Cluster,
-and the machine's own Redis.
+"""The contract of the ephemeral store, on everything that can be had: fakeredis, Valkey, a Redis
+Cluster, and the machine's own Redis.
 
 Servers here are the test's own, so a test may look at every key there is.
 """
@@ -59,7 +59,9 @@ SCRIPTS = [script for script in vars(ephemeral).values() if isinstance(script, S
 
 @dataclass(slots=True)
 class Place:
-    """A store to test: makes clients of it, each an instance of the broker's, and shows its keys."""
+    """A store to test: makes clients of it, each an instance of the broker's, and shows its
+    keys.
+    """
 
     kind: str
     server: Valkey | Cluster | None
@@ -81,7 +83,9 @@ class Place:
             client = ByClient(fakeredis.FakeAsyncRedis(server=self.fake))
         else:
             client = self.server.commands(timeout=timeout, through=through)
-        store = Ephemeral(client, timeout=timeout, metrics=self.metrics, log=self.log, clock=self.clock)
+        store = Ephemeral(
+            client, timeout=timeout, metrics=self.metrics, log=self.log, clock=self.clock
+        )
         self.made.append(store)
         return store
 
@@ -148,7 +152,9 @@ async def real(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> As
 
 
 @pytest.fixture
-async def single(request: pytest.FixtureRequest, servers: dict[str, Valkey]) -> AsyncIterator[Place]:
+async def single(
+    request: pytest.FixtureRequest, servers: dict[str, Valkey]
+) -> AsyncIterator[Place]:
     """One Valkey."""
     async for made in _place("valkey", servers, request):
         yield made
@@ -163,7 +169,7 @@ async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
         made.release.set()
 
 
-# -- values ---------------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 STRANGE = "Åsa\u0301 \u202e<ne:x> 'quoted\" %s 🔑 " + "\N{GREEK SMALL LETTER ALPHA}" * 200
 
@@ -182,7 +188,17 @@ ASKED = Asked(
 def transaction(place: Place, **changes: Any) -> Transaction:
     ends = place.clock() + 600
     made = Transaction(
-        APP, "register", MINT.id(), STRANGE, MINT.user_handle(), STRANGE, STRANGE + "!", "", (), ASKED, ends
+        APP,
+        "register",
+        MINT.id(),
+        STRANGE,
+        MINT.user_handle(),
+        STRANGE,
+        STRANGE + "!",
+        "",
+        (),
+        ASKED,
+        ends,
     )
     return made._replace(**changes)
 
@@ -278,12 +294,18 @@ async def open_one(store: Ephemeral, place: Place, **changes: Any) -> tuple[str,
 
 def beginning(place: Place, **changes: Any) -> Beginning:
     made = Beginning(
-        bytes(range(32)), place.clock(), 300, Verifications("preferred", "discouraged", True), (-7, -8)
+        bytes(range(32)),
+        place.clock(),
+        300,
+        Verifications("preferred", "discouraged", True),
+        (-7, -8),
     )
     return made._replace(**changes)
 
 
-async def begin_one(store: Ephemeral, place: Place, token: str, secret: str = "", **changes: Any) -> str:
+async def begin_one(
+    store: Ephemeral, place: Place, token: str, secret: str = "", **changes: Any
+) -> str:
     """The handle of a registration begun with a transaction."""
     begun = await store.begin(
         APP, token, "page", "register", secret or MINT.token("handle"), beginning(place, **changes)
@@ -299,7 +321,7 @@ async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: A
     return handle
 
 
-# -- round trips ----------------------------------------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,7 +335,9 @@ async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: A
 async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[str, Any]) -> None:
     store, token, put = place.store(), MINT.token("transaction"), transaction(place, **changes)
     if put.purpose == "authenticate" and put.user_id is not None:
-        known = offered(put.user_id, b"\xff")._replace(aaguid="ea9b8d66-4d01-1d21-3ce4-b6b48cb575d4")
+        known = offered(put.user_id, b"\xff")._replace(
+            aaguid="ea9b8d66-4d01-1d21-3ce4-b6b48cb575d4"
+        )
         put = put._replace(offered=(offered(put.user_id, b"\0" * 32), known))
     await store.put_transaction(token, put)
     name = digest("transaction", APP, token)
@@ -333,7 +357,11 @@ async def test_a_begun_ceremony_comes_back_with_its_transaction(
     put = transaction(place, purpose=purpose)
     if purpose == "authenticate":
         assert put.user_id is not None
-        held = (offered(put.user_id, b"\0" * 32), offered(put.user_id, b"\xff")) if allowed is None else ()
+        held = (
+            (offered(put.user_id, b"\0" * 32), offered(put.user_id, b"\xff"))
+            if allowed is None
+            else ()
+        )
         put = put._replace(user_handle="", user_name="", user_display_name="", offered=held)
     await store.put_transaction(token, put)
     made = beginning(place, allowed=allowed, challenge=b"\xff" * 31 + b"+")
@@ -348,7 +376,9 @@ async def test_a_begun_ceremony_comes_back_with_its_transaction(
 
 
 def test_a_begun_ceremony_is_what_transaction_and_policy_make_of_it(place: Place) -> None:
-    """Ends with the earliest of three; asks for user verification as the policy did when it began."""
+    """Ends with the earliest of three; asks for user verification as the policy did when it
+    began.
+    """
     begun = beginning(place)
     now, name = begun.begun_at, b"t" * 32
     opened = transaction(place, purpose="authenticate", offered=(offered("u" * 24, b"1"),))
@@ -366,11 +396,15 @@ def test_a_begun_ceremony_is_what_transaction_and_policy_make_of_it(place: Place
 
 
 async def test_a_begin_leaves_a_transaction_of_another_purpose_as_it_was(place: Place) -> None:
-    """So a page that knows the id can't end the right page's ceremony by asking for the wrong kind."""
+    """So a page that knows the id can't end the right page's ceremony by asking for the wrong
+    kind.
+    """
     store = place.store()
     token, _ = await open_one(store, place)
     handle = await begin_one(store, place, token)
-    found = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), beginning(place))
+    found = await store.begin(
+        APP, token, "page", "authenticate", MINT.token("handle"), beginning(place)
+    )
     assert found is not None
     assert found[2].purpose == "register", "the caller sees which it is"
     assert await store.take_pending(APP, found[0], *SIGN_IN) is None
@@ -384,7 +418,9 @@ async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> N
     known = beginning(place, allowed=("x" * 24,))
     first = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), known)
     assert first is not None
-    second = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), beginning(place))
+    second = await store.begin(
+        APP, token, "page", "authenticate", MINT.token("handle"), beginning(place)
+    )
     assert second is not None
     assert second[2].to_look_up
     assert await store.take_pending(APP, second[0], *SIGN_IN) is None
@@ -394,16 +430,24 @@ async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> N
 async def test_nothing_begins_without_its_transaction(place: Place) -> None:
     store = place.store()
     token, name = await open_one(store, place)
-    assert await store.begin(OTHER, token, "page", "register", MINT.token("handle"), beginning(place)) is None
+    assert (
+        await store.begin(OTHER, token, "page", "register", MINT.token("handle"), beginning(place))
+        is None
+    )
     handle = await begin_one(store, place, token)
     assert await store.take_transaction(name)
     assert await store.take_pending(APP, handle, *REGISTER) is None
-    assert await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place)) is None
+    assert (
+        await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place))
+        is None
+    )
 
 
 PENDING: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: registration(place),
-    "authentication": lambda place: authentication(place, None, user_id="u" * 24, allowed=("x" * 24,)),
+    "authentication": lambda place: authentication(
+        place, None, user_id="u" * 24, allowed=("x" * 24,)
+    ),
     "offered": lambda place: authentication(
         place, None, user_id="u" * 24, allowed=("a", "b"), offered=(offered("u" * 24, b"1"),)
     ),
@@ -425,7 +469,9 @@ async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) 
 async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
     place: Place, kind: str, cap: int | None
 ) -> None:
-    """Whoever has the challenge may make an answer to it, so it is as secret at rest as a handle."""
+    """Whoever has the challenge may make an answer to it, so it is as secret at rest as a
+    handle.
+    """
     store, put = place.store(), NAMED[kind](place)
     wanted: tuple[tuple[Opener, ...], FinishKind] = (("keyed", "hanko"), finish_kind_of(put))
     await store.put_pending_by_challenge(put, opener="hanko", cap=cap)
@@ -442,12 +488,16 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
 
 NAMED: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: registration(place),
-    "authentication": lambda place: authentication(place, None, user_id="u" * 24, allowed=("x" * 24,)),
+    "authentication": lambda place: authentication(
+        place, None, user_id="u" * 24, allowed=("x" * 24,)
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", NAMED)
-async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(place: Place, kind: str) -> None:
+async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(
+    place: Place, kind: str
+) -> None:
     store, put = place.store(), NAMED[kind](place)
     await store.put_pending_of(STRANGE, put, opener="keyed")
     assert await store.take_pending_of(OTHER, STRANGE, "keyed", purpose_of(put)) is None, (
@@ -479,13 +529,19 @@ async def test_of_many_takers_of_a_name_one_gets_it(place: Place, kind: str) -> 
     put = NAMED[kind](place)
     await place.store().put_pending_of("ann", put, opener="keyed")
     assert (
-        len(await _parallel(place, lambda store: store.take_pending_of(APP, "ann", "keyed", purpose_of(put))))
+        len(
+            await _parallel(
+                place, lambda store: store.take_pending_of(APP, "ann", "keyed", purpose_of(put))
+            )
+        )
         == 1
     )
 
 
 async def test_a_handle_made_up_from_a_name_takes_nothing(place: Place) -> None:
-    """A page may know the user's id, and so the digest of the name; what a keyed caller begins is not for pages."""
+    """A page may know the user's id, and so the digest of the name; what a keyed caller begins is
+    not for pages.
+    """
     store, put = place.store(), NAMED["authentication"](place)
     await store.put_pending_of("ann", put, opener="keyed")
     name = ceremony_digest("user", APP, "keyed", "authenticate", "ann")
@@ -501,7 +557,9 @@ async def test_a_ceremony_under_a_name_ends_by_the_brokers_clock(place: Place) -
 
 
 @pytest.mark.parametrize("bound", [b"\0" * 32, None])
-async def test_what_a_nonce_stands_for_comes_back_as_it_was(place: Place, bound: bytes | None) -> None:
+async def test_what_a_nonce_stands_for_comes_back_as_it_was(
+    place: Place, bound: bytes | None
+) -> None:
     store, nonce, put = place.store(), MINT.token("nonce"), redeemable(place, transaction=bound)
     named = put._replace(receipt=put.receipt._replace(authenticator_name_claimed="Ключ"))
     await store.put_nonce(APP, nonce, named)
@@ -523,13 +581,16 @@ async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
             assert newer != stored
             client.set(key, newer, px=5000)
     assert await store.peek_transaction(APP, token) is None
-    assert await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place)) is None
+    assert (
+        await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place))
+        is None
+    )
     assert await store.take_nonce(APP, nonce) is None
     assert await store.take_pending(APP, bound, *REGISTER) is None
     assert await store.take_pending(APP, free, *SIGN_IN) is None
 
 
-# -- time -----------------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 async def test_nothing_is_returned_past_its_end(place: Place) -> None:
@@ -544,14 +605,19 @@ async def test_nothing_is_returned_past_its_end(place: Place) -> None:
     with place.client() as client:
         assert len(client.keys("[tnp]:*")) == 3
     assert await store.peek_transaction(APP, token) is None
-    assert await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place)) is None
+    assert (
+        await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place))
+        is None
+    )
     assert await store.take_nonce(APP, nonce) is None
     assert await store.take_pending(APP, bound, *REGISTER) is None
     assert await store.take_pending(APP, free, *SIGN_IN) is None
 
 
 async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> None:
-    """Promise 3: from a dump of everything there is, nothing can be redeemed. And nothing stays for ever."""
+    """Promise 3: from a dump of everything there is, nothing can be redeemed. And nothing stays for
+    ever.
+    """
     store = place.store()
     token, _ = await open_one(store, place)
     nonce, secrets = MINT.token("nonce"), [MINT.token("handle") for _ in range(2)]
@@ -574,7 +640,7 @@ async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> Non
                 assert hidden not in key + value + dumped
 
 
-# -- whose it is ----------------------------------------------------------------------------------------------------------------
+# -- whose it is -----------------------------------------------------------------------------------
 
 
 async def test_a_begin_replaces_the_transactions_earlier_one(place: Place) -> None:
@@ -622,7 +688,9 @@ async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> Non
 
 @pytest.mark.parametrize("end", [43, 44, 0])
 async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
-    """The transaction's digest stands in the handle, so whoever saw a handle knows it; it does not open the place."""
+    """The transaction's digest stands in the handle, so whoever saw a handle knows it; it does not
+    open the place.
+    """
     store = place.store()
     token, name = await open_one(store, place)
     handle = await begin_one(store, place, token)
@@ -631,7 +699,7 @@ async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
     assert await store.take_pending(APP, handle, *REGISTER) is not None
 
 
-# -- at most once ---------------------------------------------------------------------------------------------------------------
+# -- at most once ----------------------------------------------------------------------------------
 
 
 async def _parallel(place: Place, take: Callable[[Ephemeral], Awaitable[object]]) -> list[object]:
@@ -652,19 +720,25 @@ async def test_one_of_many_takes_a_pending_ceremony(place: Place, kind: str) -> 
     handle = MINT.token("handle")
     put = PENDING[kind](place)
     await place.store().put_pending(handle, put, opener="page", cap=5)
-    taken = await _parallel(place, lambda store: store.take_pending(APP, handle, "page", purpose_of(put)))
+    taken = await _parallel(
+        place, lambda store: store.take_pending(APP, handle, "page", purpose_of(put))
+    )
     assert len(taken) == 1
 
 
 async def test_one_of_many_takes_a_begun_ceremony(place: Place) -> None:
     token, name = await open_one(place.store(), place)
     handle = await begin_one(place.store(), place, token)
-    assert len(await _parallel(place, lambda store: store.take_pending(APP, handle, *REGISTER))) == 1
+    assert (
+        len(await _parallel(place, lambda store: store.take_pending(APP, handle, *REGISTER))) == 1
+    )
     assert await place.store().take_transaction(name), "the transaction stays"
 
 
 async def test_of_a_begin_and_a_take_at_once_one_wins(place: Place) -> None:
-    """Either the old handle takes its ceremony and the new one begins after that, or the old one finds nothing."""
+    """Either the old handle takes its ceremony and the new one begins after that, or the old one
+    finds nothing.
+    """
     instances = [place.store() for _ in range(2)]
     for _ in range(25):
         token, _ = await open_one(instances[0], place)
@@ -693,7 +767,7 @@ async def test_many_callers_wait_for_few_connections(real: Place) -> None:
     assert None not in await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces))
 
 
-# -- the cap --------------------------------------------------------------------------------------------------------------------
+# -- the cap ---------------------------------------------------------------------------------------
 
 
 async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
@@ -761,7 +835,7 @@ async def test_counting_takes_no_round_trip_of_its_own(proxy: RedisProxy, real: 
     assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
 
 
-# -- what a network can lose ----------------------------------------------------------------------------------------------------
+# -- what a network can lose -----------------------------------------------------------------------
 
 LOST = {Fate.SWALLOW: "swallowed", Fate.CUT: "cut"}
 
@@ -774,7 +848,9 @@ def fate(request: pytest.FixtureRequest) -> Fate:
 
 @dataclass(slots=True)
 class Step:
-    """A step of the store: the command it sends, its name in metrics, and what must be true after its reply was lost."""
+    """A step of the store: the command it sends, its name in metrics, and what must be true after
+    its reply was lost.
+    """
 
     command: bytes
     operation: str
@@ -804,7 +880,9 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
         ),
         Step(b"EVALSHA", "put_pending", lambda s: put_open(s, place)),
         Step(b"EVALSHA", "begin", lambda s: begin_one(s, place, other)),
-        Step(b"SET", "put_nonce", lambda s: s.put_nonce(APP, MINT.token("nonce"), redeemable(place))),
+        Step(
+            b"SET", "put_nonce", lambda s: s.put_nonce(APP, MINT.token("nonce"), redeemable(place))
+        ),
         Step(
             b"SET",
             "put_transaction",
@@ -822,9 +900,17 @@ async def _steps(place: Place, store: Ephemeral) -> list[Step]:
             lambda s: s.take_pending(APP, free, *SIGN_IN),
             lambda s: s.take_pending(APP, free, *SIGN_IN),
         ),
-        Step(b"GETDEL", "take_nonce", lambda s: s.take_nonce(APP, nonce), lambda s: s.take_nonce(APP, nonce)),
         Step(
-            b"DEL", "take_transaction", lambda s: s.take_transaction(name), lambda s: s.take_transaction(name)
+            b"GETDEL",
+            "take_nonce",
+            lambda s: s.take_nonce(APP, nonce),
+            lambda s: s.take_nonce(APP, nonce),
+        ),
+        Step(
+            b"DEL",
+            "take_transaction",
+            lambda s: s.take_transaction(name),
+            lambda s: s.take_transaction(name),
         ),
     ]
 
@@ -855,7 +941,9 @@ async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Pla
     store, nonces = real.store(through=proxy), [MINT.token("nonce") for _ in range(20)]
     await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
     proxy.fate = of_command(Fate.CUT, b"GETDEL")
-    taken = await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces), return_exceptions=True)
+    taken = await asyncio.gather(
+        *(store.take_nonce(APP, nonce) for nonce in nonces), return_exceptions=True
+    )
     assert {type(result) for result in taken} == {Unavailable}
     sent = [words[1] for words in proxy.named(b"GETDEL")]
     assert len(sent) == len(set(sent)) > 0
@@ -888,8 +976,12 @@ async def test_a_command_that_never_arrived_spends_nothing(proxy: RedisProxy, re
     assert await store.take_nonce(APP, nonce) is not None
 
 
-async def test_a_cancelled_wait_leaves_no_answer_for_the_next(proxy: RedisProxy, real: Place) -> None:
-    """The next caller on the pool's only connection must get its own answer, not the one that came too late."""
+async def test_a_cancelled_wait_leaves_no_answer_for_the_next(
+    proxy: RedisProxy, real: Place
+) -> None:
+    """The next caller on the pool's only connection must get its own answer, not the one that came
+    too late.
+    """
     store = real.store(through=proxy)
     mine, theirs = MINT.token("nonce"), MINT.token("nonce")
     await store.put_nonce(APP, mine, redeemable(real, transaction=b"1" * 32))
@@ -930,7 +1022,9 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
 
 
 async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
-    """Cancel after each number of turns of the event loop; then every connection is still there and answers its own caller."""
+    """Cancel after each number of turns of the event loop; then every connection is still there and
+    answers its own caller.
+    """
     store = real.store()
     await store.check()
     for turns in range(40):
@@ -950,11 +1044,13 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
         assert [value and value.transaction for value in taken] == bound, turns
 
 
-# -- limits ---------------------------------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("left", "limit"), [(None, 0.4), (0.1, 0.1), (0.0, 0.0)])
-async def test_a_wait_ends_in_time(proxy: RedisProxy, real: Place, left: float | None, limit: float) -> None:
+async def test_a_wait_ends_in_time(
+    proxy: RedisProxy, real: Place, left: float | None, limit: float
+) -> None:
     """Within the store's limit, and within what is left of the request."""
     store = real.store(through=proxy, timeout=0.4 if left is None else 5)
     await reached(store.check)
@@ -983,11 +1079,16 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
     await reached(store.check)
-    assert await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4))) == [None] * 4
+    assert (
+        await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4)))
+        == [None] * 4
+    )
 
 
 async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> None:
-    """A busy process looks at the clock late, every time; a server that fell silent is found all the same."""
+    """A busy process looks at the clock late, every time; a server that fell silent is found all
+    the same.
+    """
     assert single.server is not None
     async with redis_proxy(*single.server.doors) as proxy:
         store = single.store(through=proxy, timeout=1.0)
@@ -1015,10 +1116,12 @@ async def test_connections_do_not_pile_up(proxy: RedisProxy, real: Place) -> Non
     proxy.fate = of_command(Fate.PASS, b"")
     await reached(store.check)
     masters = 3 if real.kind == "cluster" else 1
-    await eventually(lambda: real.connections() <= before + masters, "one connection for each master")
+    await eventually(
+        lambda: real.connections() <= before + masters, "one connection for each master"
+    )
 
 
-# -- a server in distress -------------------------------------------------------------------------------------------------------
+# -- a server in distress --------------------------------------------------------------------------
 
 
 async def test_nobody_listens(tmp_path: Path) -> None:

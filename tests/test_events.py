@@ -1,4 +1,6 @@
-"""The audit log's reader: a cursor that never skips an event, whatever the order of commits; by HTTP and on the command line."""
+"""The audit log's reader: a cursor that never skips an event, whatever the order of commits; by
+HTTP and on the command line.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ async def test_an_earlier_event_that_is_committed_later_is_not_skipped(
 
 
 async def test_one_that_is_never_committed_holds_up_nobody_for_ever(
-    postgres: Postgres, durable: Durable, app: RelyingParty, writer: asyncpg.Connection[asyncpg.Record]
+    postgres: Postgres,
+    durable: Durable,
+    app: RelyingParty,
+    writer: asyncpg.Connection[asyncpg.Record],
 ) -> None:
     _, start = await after(postgres, app, 0)
     held = writer.transaction()
@@ -85,7 +90,10 @@ async def test_one_that_is_never_committed_holds_up_nobody_for_ever(
 
 
 async def test_who_waits_for_nothing_new_is_answered_at_once(
-    postgres: Postgres, durable: Durable, app: RelyingParty, writer: asyncpg.Connection[asyncpg.Record]
+    postgres: Postgres,
+    durable: Durable,
+    app: RelyingParty,
+    writer: asyncpg.Connection[asyncpg.Record],
 ) -> None:
     """A writer in another app, or one that began later, is not waited for where nothing is new."""
     _, start = await after(postgres, app, 0)
@@ -110,7 +118,9 @@ async def test_a_poller_sees_every_event_of_many_writers(
             async def work(connection: Any, n: int = n) -> None:
                 async with connection.transaction():
                     await connection.fetchval(INSERT, app.id, f"{number}.{n}")
-                    await asyncio.sleep(0.001 * (number * 7 + n * 3) % 0.012)  # who commits first differs
+                    await asyncio.sleep(
+                        0.001 * (number * 7 + n * 3) % 0.012
+                    )  # who commits first differs
 
             await made.run("test", work)
 
@@ -132,7 +142,9 @@ async def test_a_poller_sees_every_event_of_many_writers(
         await made.close()
     seen = await polling
     assert seen == sorted(seen), "oldest first"
-    assert sorted(action for _, action in seen[1:]) == sorted(f"{w}.{n}" for w in range(8) for n in range(15))
+    assert sorted(action for _, action in seen[1:]) == sorted(
+        f"{w}.{n}" for w in range(8) for n in range(15)
+    )
     assert seen[0][1] == "app.created"
 
 
@@ -149,12 +161,14 @@ async def test_a_cursor_by_http(wire: Wire, open_app: OpenApp, broker: Started) 
     end = (await wire.keyed("GET", f"/events?cursor={second['next_cursor']}")).json
     assert end == {"events": [], "next_cursor": second["next_cursor"]}
     listed = (await wire.keyed("GET", "/events")).json["events"]
-    assert [e["id"] for e in listed] == [e["id"] for e in (*first["events"], *second["events"])][::-1]
+    assert [e["id"] for e in listed] == [e["id"] for e in (*first["events"], *second["events"])][
+        ::-1
+    ]
 
     elsewhere = await open_app()
-    assert [e["action"] for e in (await elsewhere.keyed("GET", "/events?cursor=0")).json["events"]] == [
-        "app.created"
-    ]
+    assert [
+        e["action"] for e in (await elsewhere.keyed("GET", "/events?cursor=0")).json["events"]
+    ] == ["app.created"]
     for query in (
         "cursor=-1",
         "cursor=x",

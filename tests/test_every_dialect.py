@@ -1,6 +1,8 @@
-"""One app, every dialect at once: a passkey made through one signs in through every other, as the same user, by name and without one.
+"""One app, every dialect at once: a passkey made through one signs in through every other, as the
+same user, by name and without one.
 
-What stays apart: second factors, and passkeys that nobody owns yet. And what one more dialect takes.
+What stays apart: second factors, and passkeys that nobody owns yet. And what one more dialect
+takes.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ async def _native_registers(wire: Wire, user: str, device: Authenticator) -> Non
 
 async def _native_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
     transaction = await wire.open_authentication(user) if user else None
-    receipt = await wire.redeem(await wire.authenticate(transaction, device), purpose="authenticate")
+    receipt = await wire.redeem(
+        await wire.authenticate(transaction, device), purpose="authenticate"
+    )
     return str(receipt.json["external_id"])
 
 
@@ -110,7 +114,9 @@ async def test_every_pair(wire: Wire, device: Authenticator, made: str) -> None:
 async def test_a_passkey_is_not_made_twice(
     wire: Wire, device: Authenticator, first: str, second: str
 ) -> None:
-    """What one dialect registered the others exclude: the authenticator itself says that it has a passkey already."""
+    """What one dialect registered the others exclude: the authenticator itself says that it has a
+    passkey already.
+    """
     await REGISTER[first](wire, "ann", device)
     with pytest.raises(Exception, match="InvalidStateError"):
         await REGISTER[second](wire, "ann", device)
@@ -124,7 +130,10 @@ async def test_a_second_factor_is_one_in_every_dialect(broker: Started, wire: Wi
     claims = await hanko.login(key, at=SECOND_LOGIN, user="ann")
     assert claims["purpose"] == "authenticate_second_factor"
     for sign_in in WITHOUT.values():
-        with refused(broker, "discoverable_login_failed", "second_factor"), pytest.raises(AssertionError):
+        with (
+            refused(broker, "discoverable_login_failed", "second_factor"),
+            pytest.raises(AssertionError),
+        ):
             await sign_in(wire, None, key)
     options = await Byo(wire).begin_authentication("ann")
     assert len(options["allowCredentials"]) == 1, "the second factor is not offered"
@@ -144,7 +153,10 @@ async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
     passkey = made["principal"]["authenticatorId"]
     assert await _passlocks_page_signs_in(wire, None, device) == passkey
     for elsewhere in (_native_signs_in, _hanko_signs_in):
-        with refused(broker, "discoverable_login_failed", "ownerless"), pytest.raises(AssertionError):
+        with (
+            refused(broker, "discoverable_login_failed", "ownerless"),
+            pytest.raises(AssertionError),
+        ):
             await elsewhere(wire, None, device)
     await backend.ok("PATCH", f"/passkeys/{passkey}", {"userId": "ann"})
     for sign_in in WITHOUT.values():
@@ -152,8 +164,12 @@ async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
 
 
 @ON_BOTH
-async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(wire: Wire, device: Authenticator) -> None:
-    """Hanko's jti and Passlock's code are nonces: the second redemption is refused everywhere, and so is another app's."""
+async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(
+    wire: Wire, device: Authenticator
+) -> None:
+    """Hanko's jti and Passlock's code are nonces: the second redemption is refused everywhere, and
+    so is another app's.
+    """
     await REGISTER["native"](wire, "ann", device)
     jti = (await Hanko(wire).login(device))["jti"]
     assert (await wire.redeem(jti, purpose="authenticate", external_id="ann")).status == 200
@@ -166,8 +182,12 @@ async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(wire: Wire, de
 
 
 @ON_BOTH
-async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(wire: Wire, device: Authenticator) -> None:
-    """The challenge of one dialect is no handle in another, so nothing that one checks is passed by."""
+async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(
+    wire: Wire, device: Authenticator
+) -> None:
+    """The challenge of one dialect is no handle in another, so nothing that one checks is passed
+    by.
+    """
     await REGISTER["native"](wire, "ann", device)
     handle, options = await wire.begin("authenticate", await wire.open_authentication("ann"))
     answer: Any = device.authenticate(options, ORIGIN)
@@ -175,17 +195,23 @@ async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(wire: Wire, d
     assert refusal.status == 401
     begun = await Hanko(wire).begin(user_id="ann")
     answer = device.authenticate(begun, ORIGIN)
-    assert (await wire.finish("authenticate", begun["challenge"], answer)).code == "transaction_not_found"
+    assert (
+        await wire.finish("authenticate", begun["challenge"], answer)
+    ).code == "transaction_not_found"
     await Byo(wire).begin_authentication("ann")
     assert (await Hanko(wire).page("/login/finalize", answer)).status == 200
-    assert (await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))).status == 200
+    assert (
+        await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
+    ).status == 200
 
 
-# -- one more -------------------------------------------------------------------------------------------------------------------------------
+# -- one more --------------------------------------------------------------------------------------
 
 
 def _one_more() -> ModuleType:
-    """A dialect as they are: a module. It says how many passkeys a user has, and tells refusals by their code alone."""
+    """A dialect as they are: a module. It says how many passkeys a user has, and tells refusals by
+    their code alone.
+    """
 
     async def count(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         await read_object(request, empty=True)
@@ -193,7 +219,9 @@ def _one_more() -> ModuleType:
         return json_answer(len(passkeys))
 
     def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
-        return [web.get("/more/{app_id}/{user}", keyed(count), allow_head=False)] if management else []
+        return (
+            [web.get("/more/{app_id}/{user}", keyed(count), allow_head=False)] if management else []
+        )
 
     def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
         return json_answer([refusal.code], status=418)
@@ -206,7 +234,9 @@ def _one_more() -> ModuleType:
 async def test_one_more_dialect_is_one_module_and_one_line(
     start_broker: Starter, session: Any, device: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its routes answer beside the others', what goes wrong below its paths has its shape, and the setting knows its name."""
+    """Its routes answer beside the others', what goes wrong below its paths has its shape, and the
+    setting knows its name.
+    """
     monkeypatch.setattr(composition, "DIALECTS", (*composition.DIALECTS, _one_more()))
     started = await start_broker()
     wire = await Wire.open(started.service, session)
@@ -228,8 +258,12 @@ async def test_one_more_dialect_is_one_module_and_one_line(
     assert (await wire.keyed("GET", f"{alone.url}/v1/apps/{wire.app_id}/users")).code == "not_found"
 
 
-async def test_a_second_factors_transaction_begins_nothing_at_passlock(broker: Started, wire: Wire) -> None:
-    """Its wire has no word for one. What was begun natively, and a page brings there, is unknown and stays."""
+async def test_a_second_factors_transaction_begins_nothing_at_passlock(
+    broker: Started, wire: Wire
+) -> None:
+    """Its wire has no word for one. What was begun natively, and a page brings there, is unknown
+    and stays.
+    """
     opened = await wire.keyed(
         "POST",
         "/transactions/register",
@@ -238,7 +272,9 @@ async def test_a_second_factors_transaction_begins_nothing_at_passlock(broker: S
     transaction = opened.json["transaction_id"]
     passlock, key = Passlock(wire), Authenticator()
     with refused(broker, "transaction_not_found", "second_factor"):
-        answer = await passlock.page("/passkey/registration/options", {"registrationToken": transaction})
+        answer = await passlock.page(
+            "/passkey/registration/options", {"registrationToken": transaction}
+        )
     assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
     handle, options = await wire.begin("register", transaction)
     made = key.register(options, ORIGIN)

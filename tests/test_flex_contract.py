@@ -1,4 +1,5 @@
-"""The acceptance checklist of the wire contract (numbers 1 to 13), line by line, and what old and odd clients send.
+"""The acceptance checklist of the wire contract (numbers 1 to 13), line by line, and what old and
+odd clients send.
 
 Number 14, the vendors' own clients, is in `tests/sdk` and `tests/browser`.
 """
@@ -27,12 +28,14 @@ START = "/authenticate/transactions/webauthn/start"
 
 
 async def user_of(wire: Wire, external_id: str) -> dict[str, Any]:
-    found = (await wire.keyed("GET", f"/users?identifier={quote(external_id)}&limit=1")).json["users"]
+    found = (await wire.keyed("GET", f"/users?identifier={quote(external_id)}&limit=1")).json[
+        "users"
+    ]
     whole = (await wire.keyed("GET", f"/users/{found[0]['id']}")).json
     return dict(whole["user"])
 
 
-# -- 1 to 5: the management API -------------------------------------------------------------------------------------------------------
+# -- 1 to 5: the management API --------------------------------------------------------------------
 
 
 async def test_1_both_apis_on_one_origin_and_a_trailing_slash(broker: Started, wire: Wire) -> None:
@@ -41,7 +44,9 @@ async def test_1_both_apis_on_one_origin_and_a_trailing_slash(broker: Started, w
         assert "rsa_public_key" in (await wire.send("GET", path, headers=with_key)).json["app"]
         assert "rsa_public_key" not in (await wire.send("GET", path)).json["app"]
         with refused(broker, "invalid_access_token", "key_unknown"):
-            wrong = await wire.send("GET", path, headers={"Authorization": "Bearer pbk_" + "a" * 43})
+            wrong = await wire.send(
+                "GET", path, headers={"Authorization": "Bearer pbk_" + "a" * 43}
+            )
         assert (wrong.status, wrong.code) == (401, "invalid_access_token")
     assert (await wire.page(START, {})).status == 200
     assert {line["route"] for line in lines(broker, status=200)} == {
@@ -76,11 +81,16 @@ async def test_3_statuses_of_success(broker: Started, wire: Wire, device: Authen
     opened = await wire.keyed("POST", "/transactions/register", fields)
     assert opened.status == 201
     nonce = await wire.register(opened.json["transaction_id"], device)
-    assert (await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})).status == 201
+    assert (
+        await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
+    ).status == 201
     assert (await wire.redeem(nonce)).status == 200
     with refused(broker, "invalid_nonce", "nonce_unknown"):
         again = await wire.redeem(nonce)
-    assert (again.status, again.json["error"]) == (401, "nonce is invalid, expired, or cannot be found")
+    assert (again.status, again.json["error"]) == (
+        401,
+        "nonce is invalid, expired, or cannot be found",
+    )
     user = await user_of(wire, "ann")
     passkey = user["webauthn_devices"][0]["id"]
     gone = await wire.keyed("DELETE", f"/users/{user['id']}/devices/{passkey}")
@@ -118,7 +128,9 @@ async def test_4_identifier_is_literal_in_either_encoding(wire: Wire, external_i
 
 
 @pytest.mark.parametrize("unknown", ["", "ANN", "an", "ann ", "<ne:eve>", "<like:ann>", "x" * 300])
-async def test_4_unknown_identifier_is_an_empty_list(broker: Started, wire: Wire, unknown: str) -> None:
+async def test_4_unknown_identifier_is_an_empty_list(
+    broker: Started, wire: Wire, unknown: str
+) -> None:
     await wire.open_registration("ann")
     answer = await wire.keyed("GET", f"/users?identifier={quote(unknown)}&limit=1&page=1")
     assert answer.status == 200
@@ -149,8 +161,12 @@ async def test_4_pages_never_hold_more_than_limit(wire: Wire) -> None:
     assert (await wire.keyed("GET", f"/users?id={one['id']}")).json["users"] == [one]
 
 
-async def test_4_links_lead_from_page_to_page(start_broker: Starter, open_app: OpenApp, wire: Wire) -> None:
-    """Host and path without a scheme; made from the public URL, never from the Host header; "" where there is no page."""
+async def test_4_links_lead_from_page_to_page(
+    start_broker: Starter, open_app: OpenApp, wire: Wire
+) -> None:
+    """Host and path without a scheme; made from the public URL, never from the Host header; ""
+    where there is no page.
+    """
     for number in range(5):
         await wire.open_registration(f"a+b {number}")
     instance = await start_broker(public_url="https://passkeys.example.com/base")
@@ -176,7 +192,9 @@ async def test_4_links_lead_from_page_to_page(start_broker: Starter, open_app: O
 
 
 async def test_4_created_before_keeps_pages_stable(broker: Started, wire: Wire) -> None:
-    """The value of the first page asks for the same users again; those who come later are left out."""
+    """The value of the first page asks for the same users again; those who come later are
+    left out.
+    """
     await wire.open_registration("early")
     first = (await wire.keyed("GET", "/users")).json
     again = (await wire.keyed("GET", f"/users?created_before={first['created_before']}")).json
@@ -217,7 +235,9 @@ async def test_4_created_before_keeps_pages_stable(broker: Started, wire: Wire) 
         "&".join(f"k{n}=v" for n in range(40)),
     ],
 )
-async def test_4_a_query_that_can_not_be_answered_is_refused(broker: Started, wire: Wire, query: str) -> None:
+async def test_4_a_query_that_can_not_be_answered_is_refused(
+    broker: Started, wire: Wire, query: str
+) -> None:
     """Rather than answered as if it had not been asked."""
     before = len(lines(broker, status=400, code="invalid_request"))
     answer = await wire.keyed("GET", f"/users?{query}")
@@ -226,11 +246,17 @@ async def test_4_a_query_that_can_not_be_answered_is_refused(broker: Started, wi
 
 
 async def test_5_objects_are_whole_for_every_kind_of_user(wire: Wire, broker: Started) -> None:
-    """Without a passkey, with each type of device, before and after a sign-in, after the last passkey went."""
+    """Without a passkey, with each type of device, before and after a sign-in, after the last
+    passkey went.
+    """
     await wire.open_registration("pending")
     synced = Authenticator()
-    built_in = Authenticator(backup_eligible=False, backed_up=False, attachment="platform", transports=())
-    roaming = Authenticator(backup_eligible=False, attachment="cross-platform", transports=("usb", "nfc"))
+    built_in = Authenticator(
+        backup_eligible=False, backed_up=False, attachment="platform", transports=()
+    )
+    roaming = Authenticator(
+        backup_eligible=False, attachment="cross-platform", transports=("usb", "nfc")
+    )
     for device in (synced, built_in, roaming):
         handle, options = await wire.begin("register", await wire.open_registration("ann"))
         answer = await wire.finish("register", handle, device.register(options, ORIGIN))
@@ -250,8 +276,12 @@ async def test_5_objects_are_whole_for_every_kind_of_user(wire: Wire, broker: St
     assert (await broker.events(wire.app_id)).count(("passkey.revoked", "done", None)) == 3
 
 
-async def test_5_counts_and_times_of_a_passkey(wire: Wire, broker: Started, device: Authenticator) -> None:
-    """A registration is no login: counts stay 0, and times that must be there are the creation's. A login counts in both."""
+async def test_5_counts_and_times_of_a_passkey(
+    wire: Wire, broker: Started, device: Authenticator
+) -> None:
+    """A registration is no login: counts stay 0, and times that must be there are the creation's. A
+    login counts in both.
+    """
     await wire.register(await wire.open_registration("ann", "Ann's phone"), device)
     ann = await user_of(wire, "ann")
     passkey = ann["webauthn_devices"][0]
@@ -269,23 +299,30 @@ async def test_5_counts_and_times_of_a_passkey(wire: Wire, broker: Started, devi
     assert used["last_login_at"] > passkey["last_login_at"]
     assert ann["last_login_at"] == used["last_login_at"] == used["last_used_at"]
     await wire.keyed("DELETE", f"/users/{ann['id']}/devices/{used['id']}")
-    assert (await user_of(wire, "ann"))["login_count"] == 1, "logins by a revoked passkey stay counted"
+    assert (await user_of(wire, "ann"))["login_count"] == 1, (
+        "logins by a revoked passkey stay counted"
+    )
 
 
-# -- 6 to 8: what browsers send ---------------------------------------------------------------------------------------------------------
+# -- 6 to 8: what browsers send --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content_type", ["text/plain;charset=UTF-8", "application/json", "image/png", "x"])
+@pytest.mark.parametrize(
+    "content_type", ["text/plain;charset=UTF-8", "application/json", "image/png", "x"]
+)
 async def test_6_any_content_type(wire: Wire, broker: Started, content_type: str) -> None:
     body = f'{{"transaction_id": "{await wire.open_registration("ann")}"}}'.encode()
     headers = {"Content-Type": content_type, "Origin": ORIGIN}
-    answer = await wire.send("POST", "/register/transactions/webauthn/start", data=body, headers=headers)
+    answer = await wire.send(
+        "POST", "/register/transactions/webauthn/start", data=body, headers=headers
+    )
     assert answer.status == 200
     assert broker.metric("broker_ceremonies_total", kind="register", step="begin", result="ok") == 1
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"  \n", b"{}", b'{"transaction_id":""}', b'{"transaction_id":null}', b'{"more":[1]}']
+    "body",
+    [b"", b"  \n", b"{}", b'{"transaction_id":""}', b'{"transaction_id":null}', b'{"more":[1]}'],
 )
 async def test_6_begin_without_a_transaction(wire: Wire, broker: Started, body: bytes) -> None:
     with counted(broker, "broker_ceremonies_total", kind="discoverable", step="begin", result="ok"):
@@ -376,7 +413,11 @@ async def test_8_unknown_attachment_is_refused_and_spends_nothing(
     ],
 )
 async def test_8_transports_in_two_places(
-    wire: Wire, inside: list[str] | None, beside: list[str] | None, stored: list[str], device: Authenticator
+    wire: Wire,
+    inside: list[str] | None,
+    beside: list[str] | None,
+    stored: list[str],
+    device: Authenticator,
 ) -> None:
     handle, options = await wire.begin("register", await wire.open_registration("ann"))
     answer = device.register(options, ORIGIN)
@@ -416,18 +457,26 @@ async def test_8_no_user_handle(
 ) -> None:
     """With a transaction the user is known; without one nobody is, and the sign-in is refused."""
     await wire.user("ann", device)
-    nonce = await wire.authenticate(await wire.open_authentication("ann"), device, user_handle=given)
+    nonce = await wire.authenticate(
+        await wire.open_authentication("ann"), device, user_handle=given
+    )
     assert (await wire.redeem(nonce)).json["external_id"] == "ann"
     handle, options = await wire.begin("authenticate", None)
     with refused(broker, "discoverable_login_failed", "user_handle"):
         answer = await wire.finish(
             "authenticate", handle, device.authenticate(options, ORIGIN, user_handle=given)
         )
-    assert (answer.status, answer.code, "signal" in answer.json) == (401, "discoverable_login_failed", False)
-    assert (await broker.events(wire.app_id))[-1] == ("passkey.used", "done", None), "nobody is told of"
+    assert (answer.status, answer.code, "signal" in answer.json) == (
+        401,
+        "discoverable_login_failed",
+        False,
+    )
+    assert (await broker.events(wire.app_id))[-1] == ("passkey.used", "done", None), (
+        "nobody is told of"
+    )
 
 
-# -- 9 to 13 ------------------------------------------------------------------------------------------------------------------------------
+# -- 9 to 13 ---------------------------------------------------------------------------------------
 
 
 async def test_9_handshake_is_single_use_and_bound(
@@ -448,7 +497,9 @@ async def test_9_handshake_is_single_use_and_bound(
     same_answer(again, elsewhere)
 
 
-async def test_9_discoverable_finish_finds_the_user_by_the_credential(wire: Wire, broker: Started) -> None:
+async def test_9_discoverable_finish_finds_the_user_by_the_credential(
+    wire: Wire, broker: Started
+) -> None:
     devices = {name: Authenticator() for name in ("ann", "bob")}
     for name, device in devices.items():
         await wire.user(name, device)
@@ -546,8 +597,12 @@ def test_11_codes_and_statuses() -> None:
     assert errors.UnknownNonce.default == "nonce is invalid, expired, or cannot be found"
 
 
-async def test_12_unfinished_handshakes_end_by_themselves(open_app: OpenApp, broker: Started) -> None:
-    """A page that begins and never finishes costs a place for the life of the ceremony, no longer."""
+async def test_12_unfinished_handshakes_end_by_themselves(
+    open_app: OpenApp, broker: Started
+) -> None:
+    """A page that begins and never finishes costs a place for the life of the ceremony, no
+    longer.
+    """
     wire = await open_app(Policy(discoverable_limit=3, ceremony_life=30))
     for _ in range(3):
         await wire.begin("authenticate", None)
@@ -562,11 +617,17 @@ async def test_12_unfinished_handshakes_end_by_themselves(open_app: OpenApp, bro
 async def test_13_origins_of_pages_and_of_apps(
     open_app: OpenApp, broker: Started, device: Authenticator
 ) -> None:
-    """An Android origin counts inside client data, where the platform writes it, and nowhere else."""
+    """An Android origin counts inside client data, where the platform writes it, and nowhere
+    else.
+    """
     android = "android:apk-key-hash:" + "k" * 43
     wire = await open_app(origins=(ORIGIN, "https://app.example.org:8443", android))
     await wire.user("ann", device)
-    for origin, sent in ((ORIGIN, ORIGIN), ("https://app.example.org:8443", ORIGIN), (android, None)):
+    for origin, sent in (
+        (ORIGIN, ORIGIN),
+        ("https://app.example.org:8443", ORIGIN),
+        (android, None),
+    ):
         begun = (await wire.page(START, {}, origin=sent)).json["handshake"]
         response = device.authenticate(begun["challenge"]["publicKey"], origin)
         body = {"handshake_id": begun["id"], "handshake_response": response}
@@ -577,7 +638,9 @@ async def test_13_origins_of_pages_and_of_apps(
 
 
 async def test_13_the_app_names_the_pages_origin_first(open_app: OpenApp, broker: Started) -> None:
-    """The registered one that asks; else the app's first. An answer that depends on who asks says so to caches."""
+    """The registered one that asks; else the app's first. An answer that depends on who asks says
+    so to caches.
+    """
     android, second = "android:apk-key-hash:" + "k" * 43, "https://app.example.org:8443"
     wire = await open_app(origins=(ORIGIN, second, android))
     for asking, told, others in (
@@ -599,7 +662,7 @@ async def test_13_the_app_names_the_pages_origin_first(open_app: OpenApp, broker
     assert len(lines(broker, app=wire.app_id, status=200)) == 15
 
 
-# -- where the contract is open -----------------------------------------------------------------------------------------------------------
+# -- where the contract is open --------------------------------------------------------------------
 
 
 async def test_authenticate_for_an_unknown_user_and_for_one_without_passkeys(
@@ -644,7 +707,10 @@ async def test_options_follow_the_policy(open_app: OpenApp, broker: Started) -> 
     assert [p["alg"] for p in options["pubKeyCredParams"]] == [-8, -7, -35, -36, -53, -257]
     assert (options["hints"], options["timeout"]) == (["security-key", "hybrid"], 120_000)
     _, options = await wire.begin("authenticate", None)
-    assert (options["userVerification"], options["hints"]) == ("preferred", ["security-key", "hybrid"])
+    assert (options["userVerification"], options["hints"]) == (
+        "preferred",
+        ["security-key", "hybrid"],
+    )
 
 
 async def test_two_at_once_make_one_user(wire: Wire, broker: Started) -> None:
@@ -655,11 +721,14 @@ async def test_two_at_once_make_one_user(wire: Wire, broker: Started) -> None:
 
 
 def test_every_decision_names_tests_that_exist() -> None:
-    """The dialects' pages say which test holds a decision; a renamed test must not leave a promise behind."""
+    """The dialects' pages say which test holds a decision; a renamed test must not leave a promise
+    behind.
+    """
     decisions = Path(flex.__file__).with_name("DECISIONS.md").read_text()
     folder = Path(flex.__file__).parent.parent
     readme = decisions + "".join(
-        page.read_text().partition("\n## Decisions\n")[2] for page in sorted(folder.glob("*/README.md"))
+        page.read_text().partition("\n## Decisions\n")[2]
+        for page in sorted(folder.glob("*/README.md"))
     )
     named = set(re.findall(r"`(test_\w+)`", readme))
     there = {
@@ -669,8 +738,14 @@ def test_every_decision_names_tests_that_exist() -> None:
     }
     assert len(named) > 50
     assert named - there == set()
-    rows = [line for line in readme.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    decided = [row for row in rows[rows.index("| decision | test |") + 1 :] if not row.endswith("| test |")]
+    rows = [
+        line
+        for line in readme.splitlines()
+        if line.startswith("| ") and not line.startswith("| ---")
+    ]
+    decided = [
+        row for row in rows[rows.index("| decision | test |") + 1 :] if not row.endswith("| test |")
+    ]
     assert [row for row in decided if "`test_" not in row.rsplit("| ", 1)[-1]] == []
     codes = {kind.code for kind in flex.STATUS}
     assert [code for code in codes if f"`{code}`" not in decisions] == []

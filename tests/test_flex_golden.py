@@ -1,6 +1,8 @@
-"""Every endpoint of the native dialect on the wire, against golden files: request, status, headers that matter, body.
+"""Every endpoint of the native dialect on the wire, against golden files: request, status, headers
+that matter, body.
 
-The answers are also read by a client as strict as the strictest that exists, and that client is shown to be strict.
+The answers are also read by a client as strict as the strictest that exists, and that client is
+shown to be strict.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ from tests.golden import golden, masked
 from tests.signals import counted, lines, refused
 from tests.wire import ORIGIN, Wire
 
-PAGE = {"Origin": ORIGIN, "Content-Type": "application/json", "Passage-Flex-Version": "flex-js 1.0.2"}
+PAGE = {
+    "Origin": ORIGIN,
+    "Content-Type": "application/json",
+    "Passage-Flex-Version": "flex-js 1.0.2",
+}
 USER_FIELDS = {"external_id": "ann", "passkey_display_name": "Ann's passkey"}
 
 
@@ -47,15 +53,21 @@ async def user_id(wire: Wire, external_id: str) -> str:
 
 
 async def test_m1_open_registration(broker: Started, wire: Wire) -> None:
-    answer = await golden(wire, "flex/m1", "POST", "/transactions/register", USER_FIELDS, headers=key(wire))
+    answer = await golden(
+        wire, "flex/m1", "POST", "/transactions/register", USER_FIELDS, headers=key(wire)
+    )
     strict(answer.json, TRANSACTION)
-    assert lines(broker, route="/v1/apps/{app_id}/transactions/register", status=201, app=wire.app_id)
+    assert lines(
+        broker, route="/v1/apps/{app_id}/transactions/register", status=201, app=wire.app_id
+    )
 
 
 async def test_m2_open_authentication(broker: Started, wire: Wire, device: Authenticator) -> None:
     await wire.user("ann", device)
     body = {"external_id": "ann"}
-    answer = await golden(wire, "flex/m2", "POST", "/transactions/authenticate", body, headers=key(wire))
+    answer = await golden(
+        wire, "flex/m2", "POST", "/transactions/authenticate", body, headers=key(wire)
+    )
     strict(answer.json, TRANSACTION)
     assert lines(broker, route="/v1/apps/{app_id}/transactions/authenticate", status=201)
 
@@ -90,15 +102,21 @@ async def test_m3_redeem_again(broker: Started, wire: Wire, device: Authenticato
         refused(broker, "invalid_nonce", "nonce_unknown"),
         counted(broker, "broker_redemptions_total", result="unknown"),
     ):
-        answer = await golden(wire, "flex/m3-again", "POST", "/authenticate/verify", body, headers=key(wire))
+        answer = await golden(
+            wire, "flex/m3-again", "POST", "/authenticate/verify", body, headers=key(wire)
+        )
     strict(answer.json, ERROR)
 
 
 async def test_m4_list_users(broker: Started, wire: Wire, device: Authenticator) -> None:
     await wire.user("ann", device)
     await wire.open_registration("bob")
-    found = await golden(wire, "flex/m4-found", "GET", "/users?identifier=ann&limit=1", headers=key(wire))
-    nobody = await golden(wire, "flex/m4-unknown", "GET", "/users?identifier=eve&limit=1", headers=key(wire))
+    found = await golden(
+        wire, "flex/m4-found", "GET", "/users?identifier=ann&limit=1", headers=key(wire)
+    )
+    nobody = await golden(
+        wire, "flex/m4-unknown", "GET", "/users?identifier=eve&limit=1", headers=key(wire)
+    )
     page = await golden(wire, "flex/m4-page", "GET", "/users?limit=1&page=2", headers=key(wire))
     for answer in (found, nobody, page):
         strict(answer.json, USERS)
@@ -113,13 +131,17 @@ async def test_m5_get_user(broker: Started, wire: Wire, device: Authenticator) -
         path = f"/users/{await user_id(wire, external_id)}"
         strict((await golden(wire, name, "GET", path, headers=key(wire))).json, USER)
     with refused(broker, "user_not_found", "user_not_found"):
-        answer = await golden(wire, "flex/m5-unknown", "GET", "/users/" + "x" * 24, headers=key(wire))
+        answer = await golden(
+            wire, "flex/m5-unknown", "GET", "/users/" + "x" * 24, headers=key(wire)
+        )
     strict(answer.json, ERROR)
 
 
 async def test_m6_list_devices(broker: Started, wire: Wire, device: Authenticator) -> None:
     await wire.user("ann", device)
-    await wire.user("ann", Authenticator(backup_eligible=False, attachment=None, transports=("usb",)))
+    await wire.user(
+        "ann", Authenticator(backup_eligible=False, attachment=None, transports=("usb",))
+    )
     path = f"/users/{await user_id(wire, 'ann')}/devices"
     strict((await golden(wire, "flex/m6", "GET", path, headers=key(wire))).json, DEVICES)
     assert lines(broker, route="/v1/apps/{app_id}/users/{user_id}/devices", status=200)
@@ -145,9 +167,14 @@ async def test_m8_get_app(broker: Started, wire: Wire) -> None:
 
 async def test_a1_begin_registration(broker: Started, wire: Wire, device: Authenticator) -> None:
     await wire.user("ann", device)
-    body = {"transaction_id": await wire.open_registration("ann"), "authenticator_attachment": "platform"}
+    body = {
+        "transaction_id": await wire.open_registration("ann"),
+        "authenticator_attachment": "platform",
+    }
     with counted(broker, "broker_ceremonies_total", kind="register", step="begin", result="ok"):
-        await golden(wire, "flex/a1", "POST", "/register/transactions/webauthn/start", body, headers=PAGE)
+        await golden(
+            wire, "flex/a1", "POST", "/register/transactions/webauthn/start", body, headers=PAGE
+        )
 
 
 async def test_a2_finish_registration(broker: Started, wire: Wire, device: Authenticator) -> None:
@@ -171,7 +198,9 @@ async def test_a2_refused_with_a_signal(broker: Started, wire: Wire, device: Aut
     body = {"handshake_id": handle, "transaction_id": transaction, "handshake_response": response}
     path = "/register/transactions/webauthn/finish"
     with refused(broker, "webauthn_login_failed", "user_verification"):
-        strict((await golden(wire, "flex/a2-refused", "POST", path, body, headers=PAGE)).json, ERROR)
+        strict(
+            (await golden(wire, "flex/a2-refused", "POST", path, body, headers=PAGE)).json, ERROR
+        )
 
 
 async def test_a3_begin_authentication(broker: Started, wire: Wire, device: Authenticator) -> None:
@@ -179,7 +208,9 @@ async def test_a3_begin_authentication(broker: Started, wire: Wire, device: Auth
     path = "/authenticate/transactions/webauthn/start"
     body = {"transaction_id": await wire.open_authentication("ann")}
     await golden(wire, "flex/a3", "POST", path, body, headers=PAGE)
-    with counted(broker, "broker_ceremonies_total", 2, kind="discoverable", step="begin", result="ok"):
+    with counted(
+        broker, "broker_ceremonies_total", 2, kind="discoverable", step="begin", result="ok"
+    ):
         await golden(wire, "flex/a3-discoverable", "POST", path, {}, headers=PAGE)
         await golden(wire, "flex/a3-empty", "POST", path, headers=PAGE, data=b"")
 
@@ -191,14 +222,18 @@ async def test_a4_finish_authentication(broker: Started, wire: Wire, device: Aut
     handle, options = await wire.begin("authenticate", transaction)
     response = flex_wire_form(device.authenticate(options, ORIGIN))
     body = {"handshake_id": handle, "handshake_response": response, "transaction_id": transaction}
-    with counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"):
+    with counted(
+        broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"
+    ):
         strict((await golden(wire, "flex/a4", "POST", path, body, headers=PAGE)).json, NONCE)
     handle, options = await wire.begin("authenticate", None)
     body = {
         "handshake_id": handle,
         "handshake_response": flex_wire_form(device.authenticate(options, ORIGIN)),
     }
-    strict((await golden(wire, "flex/a4-discoverable", "POST", path, body, headers=PAGE)).json, NONCE)
+    strict(
+        (await golden(wire, "flex/a4-discoverable", "POST", path, body, headers=PAGE)).json, NONCE
+    )
 
 
 async def test_a4_refused(broker: Started, wire: Wire, device: Authenticator) -> None:
@@ -209,21 +244,29 @@ async def test_a4_refused(broker: Started, wire: Wire, device: Authenticator) ->
     response = flex_wire_form(device.authenticate(options, ORIGIN, signature=b"no"))
     body = {"handshake_id": handle, "handshake_response": response, "transaction_id": transaction}
     with refused(broker, "webauthn_login_failed", "signature"):
-        strict((await golden(wire, "flex/a4-refused", "POST", path, body, headers=PAGE)).json, ERROR)
+        strict(
+            (await golden(wire, "flex/a4-refused", "POST", path, body, headers=PAGE)).json, ERROR
+        )
     stranger = Authenticator()
-    stranger.register((await wire.begin("register", await wire.open_registration("eve")))[1], ORIGIN)
+    stranger.register(
+        (await wire.begin("register", await wire.open_registration("eve")))[1], ORIGIN
+    )
     handle, options = await wire.begin("authenticate", None)
     body = {
         "handshake_id": handle,
         "handshake_response": flex_wire_form(stranger.authenticate(options, ORIGIN)),
     }
     with refused(broker, "discoverable_login_failed", "unknown_credential"):
-        answer = await golden(wire, "flex/a4-discoverable-refused", "POST", path, body, headers=PAGE)
+        answer = await golden(
+            wire, "flex/a4-discoverable-refused", "POST", path, body, headers=PAGE
+        )
     strict(answer.json, ERROR)
 
 
 async def test_a5_public_app(broker: Started, wire: Wire) -> None:
-    answer = await golden(wire, "flex/a5", "GET", "", headers={"Origin": "https://anywhere.example"})
+    answer = await golden(
+        wire, "flex/a5", "GET", "", headers={"Origin": "https://anywhere.example"}
+    )
     assert answer.json["app"]["auth_origin"] == ORIGIN
     await golden(wire, "flex/a5-slash", "GET", "/", headers={"Origin": "https://anywhere.example"})
     assert len(lines(broker, status=200, app=wire.app_id)) == 2
@@ -240,13 +283,17 @@ async def test_preflights(broker: Started, wire: Wire) -> None:
     asked["Origin"] = "https://anywhere.example"
     await golden(wire, "flex/preflight-stranger", "OPTIONS", path, headers=asked)
     with refused(broker, "operation_not_allowed", "origin"):
-        await golden(wire, "flex/origin", "POST", path, headers={"Origin": "https://anywhere.example"})
+        await golden(
+            wire, "flex/origin", "POST", path, headers={"Origin": "https://anywhere.example"}
+        )
     await golden(wire, "flex/preflight-app", "OPTIONS", "", headers=asked)
 
 
 async def test_errors_of_the_edge(broker: Started, wire: Wire) -> None:
     with refused(broker, "invalid_access_token", "key_missing"):
-        await golden(wire, "flex/error-401", "POST", "/transactions/register", USER_FIELDS, headers={})
+        await golden(
+            wire, "flex/error-401", "POST", "/transactions/register", USER_FIELDS, headers={}
+        )
     with refused(broker, "not_found", "not_found"):
         await golden(wire, "flex/error-404", "GET", "/nothing", headers=key(wire))
     with refused(broker, "method_not_allowed", "method_not_allowed"):
@@ -274,7 +321,9 @@ def places(kind: object, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
 
 
 def reached(value: Any, path: tuple[Any, ...]) -> Any | None:
-    """The container of the path's last step, None where an answer has nothing there (an empty list)."""
+    """The container of the path's last step, None where an answer has nothing there (an empty
+    list).
+    """
     for step in path[:-1]:
         if isinstance(value, list) and not value:
             return None
@@ -283,7 +332,9 @@ def reached(value: Any, path: tuple[Any, ...]) -> Any | None:
 
 
 async def test_the_strict_client_is_strict(wire: Wire, device: Authenticator) -> None:
-    """Each field of each object, taken away or set to null, makes it fail: else "accepts" would say nothing."""
+    """Each field of each object, taken away or set to null, makes it fail: else "accepts" would say
+    nothing.
+    """
     await wire.user("ann", device)
     one = await user_id(wire, "ann")
     kinds = (
@@ -310,7 +361,12 @@ async def test_the_strict_client_is_strict(wire: Wire, device: Authenticator) ->
                 strict(broken, kind)
     assert tried > 100
     user = (await wire.keyed("GET", f"/users/{one}")).json
-    for name, wrong in (("login_count", 2**31), ("login_count", 1.0), ("status", "gone"), ("webauthn", 1)):
+    for name, wrong in (
+        ("login_count", 2**31),
+        ("login_count", 1.0),
+        ("status", "gone"),
+        ("webauthn", 1),
+    ):
         with pytest.raises(AssertionError):
             strict({"user": user["user"] | {name: wrong}}, USER)
 

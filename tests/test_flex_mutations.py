@@ -1,8 +1,11 @@
-"""A valid answer with one byte changed, over HTTP: always a refusal in the 400s, never a success, never a 500.
+"""A valid answer with one byte changed, over HTTP: always a refusal in the 400s, never a success,
+never a 500.
 
-Every mutation has a begin of its own, as a refused answer spends its handshake; nine of them use one transaction, for the tenth would
-end it, and the last transaction takes the answer without a mutation at the end. Positions are sampled evenly, the flags and lengths of authenticator data all taken.
-Registrations carry self attestation: without a signature over them, an AAGUID or a counter may be anything.
+Every mutation has a begin of its own, as a refused answer spends its handshake; nine of them use
+one transaction, for the tenth would end it, and the last transaction takes the answer without a
+mutation at the end. Positions are sampled evenly, the flags and lengths of authenticator data all
+taken. Registrations carry self attestation: without a signature over them, an AAGUID or a counter
+may be anything.
 """
 
 from __future__ import annotations
@@ -21,12 +24,21 @@ from tests.test_flex_refusals import stored
 from tests.wire import ORIGIN, Answer, Wire
 
 MASKS = (0x01, 0x80, 0xFF, 0x20)
-REFUSALS = {"invalid_request", "webauthn_login_failed", "discoverable_login_failed", "transaction_not_found"}
+REFUSALS = {
+    "invalid_request",
+    "webauthn_login_failed",
+    "discoverable_login_failed",
+    "transaction_not_found",
+}
 
 
 def positions(length: int, samples: int) -> list[int]:
-    """Evenly spread, the first and the last among them; and 32 to 55: flags, counter, AAGUID and length in authenticator data."""
-    return sorted({*range(0, length, max(1, length // samples)), *range(32, min(length, 56)), length - 1})
+    """Evenly spread, the first and the last among them; and 32 to 55: flags, counter, AAGUID and
+    length in authenticator data.
+    """
+    return sorted(
+        {*range(0, length, max(1, length // samples)), *range(32, min(length, 56)), length - 1}
+    )
 
 
 def judge(answer: Answer) -> None:
@@ -50,13 +62,17 @@ async def test_registration(broker: Started, wire: Wire, member: str) -> None:
         judge(await wire.finish("register", handle, answer, transaction))
         assert await stored(broker, wire, "ann") == []
     await wire.register(transaction, device)
-    assert broker.metric("broker_ceremonies_total", kind="register", step="finish", result="ok") == 1
+    assert (
+        broker.metric("broker_ceremonies_total", kind="register", step="finish", result="ok") == 1
+    )
     refused = ("passkey.registered", "refused")
     assert [e[:2] for e in await broker.events(wire.app_id)].count(refused) >= 40
 
 
 @pytest.mark.parametrize("discoverable", [False, True], ids=["transaction", "discoverable"])
-@pytest.mark.parametrize("member", ["clientDataJSON", "authenticatorData", "signature", "userHandle"])
+@pytest.mark.parametrize(
+    "member", ["clientDataJSON", "authenticatorData", "signature", "userHandle"]
+)
 async def test_authentication(
     broker: Started, wire: Wire, device: Authenticator, member: str, discoverable: bool
 ) -> None:
@@ -95,7 +111,9 @@ def one_byte_off(body: bytes, samples: int) -> Iterator[bytes]:
 
 
 async def test_any_byte_of_the_request(broker: Started, wire: Wire, device: Authenticator) -> None:
-    """Of the whole body: keys, quotes, handshake, everything. Discoverable, where no member may be missing."""
+    """Of the whole body: keys, quotes, handshake, everything. Discoverable, where no member may be
+    missing.
+    """
     await wire.user("ann", device)
     before = await stored(broker, wire, "ann")
 
@@ -110,6 +128,8 @@ async def test_any_byte_of_the_request(broker: Started, wire: Wire, device: Auth
         spread = list(one_byte_off(whole, 150))
         judge(await wire.page(path, data=spread[number % len(spread)]))
     assert await stored(broker, wire, "ann") == before
-    with counted(broker, "broker_ceremonies_total", kind="discoverable", step="finish", result="ok"):
+    with counted(
+        broker, "broker_ceremonies_total", kind="discoverable", step="finish", result="ok"
+    ):
         assert (await wire.page(path, data=await body())).status == 200
     assert lines(broker, status=500) == []

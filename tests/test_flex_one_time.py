@@ -1,7 +1,9 @@
-"""Transactions and handshakes over HTTP: whatever is wrong with one, the caller sees the same; and each is good once.
+"""Transactions and handshakes over HTTP: whatever is wrong with one, the caller sees the same; and
+each is good once.
 
-Unknown, malformed, expired, used, of the wrong kind, another app's: `same_answer` compares status, body and headers, while metric
-and log line tell the operator which it was. The races are run with 50 requests at once.
+Unknown, malformed, expired, used, of the wrong kind, another app's: `same_answer` compares status,
+body and headers, while metric and log line tell the operator which it was. The races are run with
+50 requests at once.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ async def test_all_bad_transactions_are_alike(
     await wire.user("bob", device)
 
     async def opened(at: Wire, purpose: str) -> str:
-        return await (at.open_registration("bob") if purpose == "register" else at.open_authentication("ann"))
+        return await (
+            at.open_registration("bob") if purpose == "register" else at.open_authentication("ann")
+        )
 
     expired = await opened(wire, kind)
     broker.clock.ahead += 601
@@ -84,7 +88,9 @@ async def test_all_bad_handshakes_are_alike(
     await wire.user("bob", device)
 
     async def opened(at: Wire, purpose: str) -> str:
-        return await (at.open_registration("bob") if purpose == "register" else at.open_authentication("ann"))
+        return await (
+            at.open_registration("bob") if purpose == "register" else at.open_authentication("ann")
+        )
 
     expired, _ = await wire.begin(kind, await opened(wire, kind))
     ended = await opened(wire, kind)
@@ -138,7 +144,9 @@ async def test_a_different_transaction_at_finish_spends_the_handshake(
 ) -> None:
     """The transaction itself stands: the page begins again with it."""
     await wire.user("ann", device)
-    mine = await (wire.open_registration("bob") if kind == "register" else wire.open_authentication("ann"))
+    mine = await (
+        wire.open_registration("bob") if kind == "register" else wire.open_authentication("ann")
+    )
     given = {
         "unknown": "pbt_" + "a" * 43,
         "another of the app": await wire.open_registration("carl"),
@@ -167,7 +175,9 @@ async def test_a_transaction_id_with_a_discoverable_handshake_is_another_one(
         wire.open_registration("ann") if kind == "register" else wire.open_authentication("ann")
     )
     with refused(broker, NOT_FOUND, "other_transaction"):
-        answer = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN), transaction)
+        answer = await wire.finish(
+            "authenticate", handle, device.authenticate(options, ORIGIN), transaction
+        )
     assert answer.status == 404
 
 
@@ -176,7 +186,9 @@ async def test_a_transaction_id_with_a_discoverable_handshake_is_another_one(
 async def test_a_new_begin_ends_the_old_one(
     broker: Started, wire: Wire, device: Authenticator, kind: str
 ) -> None:
-    """People cancel and try again: the newest handshake counts, and the old one finds nothing and spends nothing."""
+    """People cancel and try again: the newest handshake counts, and the old one finds nothing and
+    spends nothing.
+    """
     await wire.user("ann", device)
     transaction = await (
         wire.open_registration("bob") if kind == "register" else wire.open_authentication("ann")
@@ -230,21 +242,25 @@ async def test_a_refused_finish_leaves_the_transaction(
 async def test_a_transaction_whose_passkeys_are_gone(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    """It offers what its user had when it was opened; the write finds that gone, and the device may hear of it."""
+    """It offers what its user had when it was opened; the write finds that gone, and the device may
+    hear of it.
+    """
     passkey = await wire.user("ann", device)
     transaction = await wire.open_authentication("ann")
     user = (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["id"]
     await wire.keyed("DELETE", f"/users/{user}/devices/{passkey}")
     handle, options = await wire.begin("authenticate", transaction)
     with refused(broker, "webauthn_login_failed", "revoked_or_counter"):
-        gone = await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN), transaction)
+        gone = await wire.finish(
+            "authenticate", handle, device.authenticate(options, ORIGIN), transaction
+        )
     assert gone.status == 401
     assert gone.json["signal"]["type"] == "unknown_credential"
     with refused(broker, NOT_FOUND, "transaction_unknown"):
         await wire.page(start("authenticate"), {"transaction_id": transaction})
 
 
-# -- lives ------------------------------------------------------------------------------------------------------------------------------
+# -- lives -----------------------------------------------------------------------------------------
 
 
 @ON_BOTH
@@ -280,7 +296,9 @@ async def test_a_handshake_lives_for_five_minutes_or_what_is_left(
 
 
 @ON_BOTH
-async def test_lives_follow_the_policy(open_app: OpenApp, broker: Started, device: Authenticator) -> None:
+async def test_lives_follow_the_policy(
+    open_app: OpenApp, broker: Started, device: Authenticator
+) -> None:
     wire = await open_app(Policy(transaction_life=40, ceremony_life=20, nonce_life=10))
     await wire.user("ann", device)
     _, options = await wire.begin("authenticate", None)
@@ -291,7 +309,9 @@ async def test_lives_follow_the_policy(open_app: OpenApp, broker: Started, devic
     assert 8_000 < options["timeout"] <= 10_000
     broker.clock.ahead += 11
     with refused(broker, NOT_FOUND, "transaction_unknown"):
-        assert (await wire.page(start("authenticate"), {"transaction_id": transaction})).status == 404
+        assert (
+            await wire.page(start("authenticate"), {"transaction_id": transaction})
+        ).status == 404
     for wait, status in ((9, 200), (11, 401)):
         nonce = await wire.authenticate(None, device)
         broker.clock.ahead += wait
@@ -299,10 +319,12 @@ async def test_lives_follow_the_policy(open_app: OpenApp, broker: Started, devic
     assert broker.metric("broker_redemptions_total", result="unknown") == 1
 
 
-# -- races ------------------------------------------------------------------------------------------------------------------------------
+# -- races -----------------------------------------------------------------------------------------
 
 
-async def at_once(calls: list[Callable[[], Awaitable[Answer]]]) -> tuple[list[Answer], Counter[int]]:
+async def at_once(
+    calls: list[Callable[[], Awaitable[Answer]]],
+) -> tuple[list[Answer], Counter[int]]:
     answers = await asyncio.gather(*(call() for call in calls))
     return answers, Counter(answer.status for answer in answers)
 
@@ -348,7 +370,9 @@ async def test_50_finishes_of_one_handshake(
 async def test_50_begins_and_finishes_of_one_transaction(
     start_broker: Starter, broker: Started, wire: Wire, kind: str
 ) -> None:
-    """Every one with a handshake and an authenticator of its own: one transaction buys one success."""
+    """Every one with a handshake and an authenticator of its own: one transaction buys one
+    success.
+    """
     second = await start_broker()
     there = Wire(wire.session, second.url, wire.app_id, wire.key)
     device = Authenticator(counts=False)
@@ -364,7 +388,9 @@ async def test_50_begins_and_finishes_of_one_transaction(
         options = begun.json["handshake"]["challenge"]["publicKey"]
         asked = Authenticator() if kind == "register" else device
         make = asked.register if kind == "register" else asked.authenticate
-        return await at.finish(kind, begun.json["handshake"]["id"], make(options, ORIGIN), transaction)
+        return await at.finish(
+            kind, begun.json["handshake"]["id"], make(options, ORIGIN), transaction
+        )
 
     calls: list[Callable[[], Awaitable[Answer]]] = [
         lambda at=at: whole(at)  # type: ignore[misc]
@@ -383,11 +409,17 @@ async def test_50_begins_and_finishes_of_one_transaction(
 
 
 async def test_two_verified_answers_of_one_transaction_buy_one_success(
-    wire: Wire, broker: Started, start_broker: Starter, stores: EmbeddedStores, device: Authenticator
+    wire: Wire,
+    broker: Started,
+    start_broker: Starter,
+    stores: EmbeddedStores,
+    device: Authenticator,
 ) -> None:
-    """The first handshake is taken, then the page begins again, then the first succeeds: the second finds the transaction spent.
+    """The first handshake is taken, then the page begins again, then the first succeeds: the second
+    finds the transaction spent.
 
-    The first finish is held open between its two takes: it runs on an instance whose first answer from Redis comes late.
+    The first finish is held open between its two takes: it runs on an instance whose first answer
+    from Redis comes late.
     """
     await wire.user("ann", device)
     transaction = await wire.open_authentication("ann")
@@ -407,7 +439,9 @@ async def test_two_verified_answers_of_one_transaction_buy_one_success(
     answer = device.authenticate(options, ORIGIN)
     with (
         refused(broker, NOT_FOUND, "handle_unknown"),
-        counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="refused"),
+        counted(
+            broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="refused"
+        ),
     ):
         late = await wire.finish("authenticate", handle, answer, transaction)
     assert (late.status, late.code) == (404, NOT_FOUND)

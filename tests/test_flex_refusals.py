@@ -1,7 +1,9 @@
-"""Answers that WebAuthn refuses, over HTTP: verdict, signal for the page, event, metric, and the stored credential as it was.
+"""Answers that WebAuthn refuses, over HTTP: verdict, signal for the page, event, metric, and the
+stored credential as it was.
 
-`signal` tells a page that its authenticator keeps a passkey which no user of the app has. It must be there where that is proved
-and must never be there otherwise: a page hands it on, and the authenticator removes the passkey.
+`signal` tells a page that its authenticator keeps a passkey which no user of the app has. It must
+be there where that is proved and must never be there otherwise: a page hands it on, and the
+authenticator removes the passkey.
 """
 
 from __future__ import annotations
@@ -50,14 +52,22 @@ EITHER: list[tuple[str, Misbehaviour, str]] = [
     ("user not verified", {"uv": False}, "user_verification"),
     ("backed up, not eligible", {"be": False, "bs": True}, "backup_flags"),
     ("in a foreign frame", {"cross_origin": True}, "cross_origin"),
-    ("in a foreign page", {"cross_origin": True, "top_origin": "https://evil.example"}, "cross_origin"),
+    (
+        "in a foreign page",
+        {"cross_origin": True, "top_origin": "https://evil.example"},
+        "cross_origin",
+    ),
     ("top origin alone", {"top_origin": "https://evil.example"}, "top_origin"),
     ("client data no JSON", {"client_data_json": b"{"}, "malformed"),
     ("client data no object", {"client_data_json": b"[]"}, "malformed"),
     ("client data of NaN", {"client_data": {"more": float("nan")}}, "malformed"),
     ("authenticator data cut off", {"auth_data": lambda data: data[:36]}, "malformed"),
     ("authenticator data too long", {"auth_data": lambda data: data + b"\0"}, "malformed"),
-    ("extensions no CBOR", {"auth_data": lambda d: d[:32] + bytes([d[32] | 0x80]) + d[33:]}, "malformed"),
+    (
+        "extensions no CBOR",
+        {"auth_data": lambda d: d[:32] + bytes([d[32] | 0x80]) + d[33:]},
+        "malformed",
+    ),
 ]
 REGISTRATION: list[tuple[str, Misbehaviour, str]] = [
     *EITHER,
@@ -72,22 +82,42 @@ REGISTRATION: list[tuple[str, Misbehaviour, str]] = [
     ("a point off the curve", {"key": {-3: bytes(32)}}, "public_key"),
     ("a point of text", {"key": {-2: "x" * 32}}, "public_key"),
     ("another key's algorithm", {"private_key": new_key(ES384), "key": {3: ES256}}, "public_key"),
-    ("another credential id", {"answer": {"id": b64(b"other"), "rawId": b64(b"other")}}, "credential_id"),
+    (
+        "another credential id",
+        {"answer": {"id": b64(b"other"), "rawId": b64(b"other")}},
+        "credential_id",
+    ),
     ("attestation of no bytes of CBOR", {"attestation_object": lambda _: b"\xff\xff"}, "malformed"),
     ("attestation cut off", {"attestation_object": lambda whole: b"\xa3" + b"cfmt"}, "malformed"),
     ("attestation a list", {"attestation_object": lambda whole: list(whole)}, "malformed"),
-    ("attestation without data", {"attestation_object": lambda w: {**w, "authData": None}}, "malformed"),
+    (
+        "attestation without data",
+        {"attestation_object": lambda w: {**w, "authData": None}},
+        "malformed",
+    ),
     ("attestation nested", {"attestation_object": lambda _: b"\x81" * 20_000}, "malformed"),
-    ("attestation of a huge length", {"attestation_object": lambda _: b"\x5b" + b"\xff" * 8}, "malformed"),
+    (
+        "attestation of a huge length",
+        {"attestation_object": lambda _: b"\x5b" + b"\xff" * 8},
+        "malformed",
+    ),
     ("unknown format", {"attestation_object": lambda w: {**w, "fmt": "future"}}, "attestation"),
     ("none with a statement", {"statement": lambda _: {"sig": b"x"}}, "attestation"),
-    ("self attestation of another key", {"attestation": "packed-self", "signature": b"x"}, "attestation"),
+    (
+        "self attestation of another key",
+        {"attestation": "packed-self", "signature": b"x"},
+        "attestation",
+    ),
     (
         "a certificate of garbage",
         {"attestation": "packed", "statement": lambda s: {**s, "x5c": [b"\x30\x03\x02\x01\x01"]}},
         "attestation",
     ),
-    ("no certificates", {"attestation": "packed", "statement": lambda s: {**s, "x5c": []}}, "attestation"),
+    (
+        "no certificates",
+        {"attestation": "packed", "statement": lambda s: {**s, "x5c": []}},
+        "attestation",
+    ),
     (
         "certificates of text",
         {"attestation": "packed", "statement": lambda s: {**s, "x5c": "x"}},
@@ -98,7 +128,11 @@ REGISTRATION: list[tuple[str, Misbehaviour, str]] = [
         {"attestation": "packed", "statement": lambda s: {**s, "x5c": [s["x5c"][0][:200]]}},
         "attestation",
     ),
-    ("another certificate's signature", {"attestation": "packed", "signature": b"x"}, "attestation"),
+    (
+        "another certificate's signature",
+        {"attestation": "packed", "signature": b"x"},
+        "attestation",
+    ),
 ]
 AUTHENTICATION: list[tuple[str, Misbehaviour, str]] = [
     *EITHER,
@@ -140,7 +174,9 @@ async def test_refused_registration(
     transaction = await wire.open_registration("ann")
     with (
         refused(broker, "webauthn_login_failed", reason),
-        counted(broker, "broker_ceremonies_total", kind="register", step="finish", result="refused"),
+        counted(
+            broker, "broker_ceremonies_total", kind="register", step="finish", result="refused"
+        ),
     ):
         answer, sent = await finish_registration(wire, device, transaction, **how)
     assert (answer.status, answer.code) == (401, "webauthn_login_failed")
@@ -151,7 +187,9 @@ async def test_refused_registration(
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-async def test_refused_origin(broker: Started, wire: Wire, device: Authenticator, origin: str) -> None:
+async def test_refused_origin(
+    broker: Started, wire: Wire, device: Authenticator, origin: str
+) -> None:
     transaction = await wire.open_registration("ann")
     with refused(broker, "webauthn_login_failed", "origin"):
         answer, sent = await finish_registration(wire, device, transaction, origin)
@@ -164,12 +202,16 @@ async def test_refused_origin(broker: Started, wire: Wire, device: Authenticator
     ):
         handle, options = await wire.begin("authenticate", given)
         with refused(broker, code, "origin"):
-            answer = await wire.finish("authenticate", handle, device.authenticate(options, origin), given)
+            answer = await wire.finish(
+                "authenticate", handle, device.authenticate(options, origin), given
+            )
         assert (answer.status, answer.code, "signal" in answer.json) == (401, code, False)
 
 
 @pytest.mark.parametrize("discoverable", [False, True], ids=["transaction", "discoverable"])
-@pytest.mark.parametrize(("how", "reason"), [pytest.param(h, r, id=n) for n, h, r in AUTHENTICATION])
+@pytest.mark.parametrize(
+    ("how", "reason"), [pytest.param(h, r, id=n) for n, h, r in AUTHENTICATION]
+)
 async def test_refused_authentication(
     broker: Started,
     wire: Wire,
@@ -194,7 +236,9 @@ async def test_refused_authentication(
     assert "signal" not in answer.json, "somebody has this passkey"
     told = ("passkey.used", "refused", reason) in await broker.events(wire.app_id)
     proved = reason == "counter"  # a genuine passkey signed that
-    assert told == (proved or not discoverable), "without a transaction anybody could fill the events"
+    assert told == (proved or not discoverable), (
+        "without a transaction anybody could fill the events"
+    )
     assert await stored(broker, wire, "ann") == before
     with refused(broker, "transaction_not_found", "handle_unknown"):
         again = await wire.finish("authenticate", handle, made, transaction)
@@ -227,13 +271,17 @@ async def test_a_credential_that_nobody_has(
     assert (answer.status, answer.code) == (401, code)
     assert answer.json["signal"] == signal(next(iter(stranger.held)))
     told = ("passkey.used", "refused", "unknown_credential") in await broker.events(wire.app_id)
-    assert told is not discoverable, "an event tells of somebody; without a transaction there is nobody"
+    assert told is not discoverable, (
+        "an event tells of somebody; without a transaction there is nobody"
+    )
 
 
 async def test_a_passkey_of_another_app_with_the_same_rp_id_is_not_signalled(
     broker: Started, wire: Wire, open_app: OpenApp
 ) -> None:
-    """An authenticator knows RP IDs, not apps: told to forget, it would forget a passkey that signs in over there."""
+    """An authenticator knows RP IDs, not apps: told to forget, it would forget a passkey that signs
+    in over there.
+    """
     visitor, other = Authenticator(), await open_app()
     await other.user("ann", visitor)
     handle, options = await wire.begin("authenticate", None)
@@ -244,7 +292,9 @@ async def test_a_passkey_of_another_app_with_the_same_rp_id_is_not_signalled(
 
 
 async def test_another_user_never_finishes_the_transaction(broker: Started, wire: Wire) -> None:
-    """A right assertion by Bob for the transaction of Ann, in all that he can vary: refused, and both stay as they are."""
+    """A right assertion by Bob for the transaction of Ann, in all that he can vary: refused, and
+    both stay as they are.
+    """
     ann, bob = Authenticator(), Authenticator()
     await wire.user("ann", ann)
     await wire.user("bob", bob)
@@ -270,8 +320,12 @@ async def test_another_user_never_finishes_the_transaction(broker: Started, wire
     assert (await stored(broker, wire, "ann"), await stored(broker, wire, "bob")) == before
 
 
-async def test_a_passkey_that_was_not_offered(broker: Started, wire: Wire, device: Authenticator) -> None:
-    """Of the right user, but registered after the sign-in had begun: what was offered is what counts."""
+async def test_a_passkey_that_was_not_offered(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
+    """Of the right user, but registered after the sign-in had begun: what was offered is what
+    counts.
+    """
     await wire.user("ann", device)
     transaction = await wire.open_authentication("ann")
     handle, options = await wire.begin("authenticate", transaction)
@@ -279,13 +333,15 @@ async def test_a_passkey_that_was_not_offered(broker: Started, wire: Wire, devic
     await wire.user("ann", newer)
     options.pop("allowCredentials")
     with refused(broker, "webauthn_login_failed", "not_offered"):
-        answer = await wire.finish("authenticate", handle, newer.authenticate(options, ORIGIN), transaction)
+        answer = await wire.finish(
+            "authenticate", handle, newer.authenticate(options, ORIGIN), transaction
+        )
     assert (answer.status, "signal" in answer.json) == (401, False)
     assert ("passkey.used", "refused", "not_offered") in await broker.events(wire.app_id)
     await wire.authenticate(await wire.open_authentication("ann"), newer)
 
 
-# -- duplicates -------------------------------------------------------------------------------------------------------------------------
+# -- duplicates ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("owner", ["ann", "bob"], ids=["same user", "another user"])
@@ -298,24 +354,38 @@ async def test_a_registered_credential_id(
     before = await stored(broker, wire, owner)
     transaction = await wire.open_registration("ann")
     with refused(broker, "webauthn_login_failed", "duplicate"):
-        answer, _ = await finish_registration(wire, Authenticator(), transaction, credential_id=taken)
-    assert (answer.status, answer.code, "signal" in answer.json) == (401, "webauthn_login_failed", False)
+        answer, _ = await finish_registration(
+            wire, Authenticator(), transaction, credential_id=taken
+        )
+    assert (answer.status, answer.code, "signal" in answer.json) == (
+        401,
+        "webauthn_login_failed",
+        False,
+    )
     assert owner not in answer.json["error"]
     assert (await broker.events(wire.app_id))[-1] == ("passkey.registered", "refused", "duplicate")
     assert await stored(broker, wire, owner) == before
     with refused(broker, "transaction_not_found", "transaction_unknown"):
-        page = await wire.page("/register/transactions/webauthn/start", {"transaction_id": transaction})
+        page = await wire.page(
+            "/register/transactions/webauthn/start", {"transaction_id": transaction}
+        )
     assert page.status == 404, "the transaction ended with it"
     assert (await wire.redeem(await wire.authenticate(None, device))).json["external_id"] == owner
 
 
 async def test_20_registrations_of_one_credential_id(broker: Started, wire: Wire) -> None:
-    """Twenty users at once: the unique index has one winner, the others see one and the same refusal."""
+    """Twenty users at once: the unique index has one winner, the others see one and the same
+    refusal.
+    """
     credential_id = os.urandom(32)
 
     async def one(number: int) -> Answer:
         transaction = await wire.open_registration(f"user-{number}")
-        return (await finish_registration(wire, Authenticator(), transaction, credential_id=credential_id))[0]
+        return (
+            await finish_registration(
+                wire, Authenticator(), transaction, credential_id=credential_id
+            )
+        )[0]
 
     with refused(broker, "webauthn_login_failed", "duplicate", times=19):
         answers = await asyncio.gather(*(one(number) for number in range(20)))
@@ -335,7 +405,10 @@ async def test_another_app_may_have_the_same_credential_id(
     await wire.user("ann", device)
     other = await open_app()
     answer, _ = await finish_registration(
-        other, Authenticator(), await other.open_registration("ann"), credential_id=next(iter(device.held))
+        other,
+        Authenticator(),
+        await other.open_registration("ann"),
+        credential_id=next(iter(device.held)),
     )
     assert answer.status == 200
     assert ("passkey.registered", "done", None) in await broker.events(other.app_id)
@@ -345,7 +418,9 @@ async def test_another_app_may_have_the_same_credential_id(
 async def test_credential_ids_up_to_1023_bytes(wire: Wire, length: int) -> None:
     device = Authenticator()
     transaction = await wire.open_registration("ann")
-    answer, _ = await finish_registration(wire, device, transaction, credential_id=os.urandom(length))
+    answer, _ = await finish_registration(
+        wire, device, transaction, credential_id=os.urandom(length)
+    )
     assert answer.status == 200
     nonce = await wire.authenticate(await wire.open_authentication("ann"), device)
     assert (await wire.redeem(nonce)).json["external_id"] == "ann"
@@ -356,7 +431,9 @@ async def test_a_credential_id_over_1023_bytes(broker: Started, wire: Wire) -> N
     transaction = await wire.open_registration("ann")
     long = os.urandom(1024)
     with refused(broker, "invalid_request", "invalid_request"):
-        answer, _ = await finish_registration(wire, Authenticator(), transaction, credential_id=long)
+        answer, _ = await finish_registration(
+            wire, Authenticator(), transaction, credential_id=long
+        )
     assert answer.status == 400
     short = b64(long[:32])
     with refused(broker, "webauthn_login_failed", "credential_id"):
@@ -374,7 +451,9 @@ async def test_a_credential_id_over_1023_bytes(broker: Started, wire: Wire) -> N
 async def test_a_registration_answer_that_comes_again(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    """An old answer in a new ceremony is refused without a signal: it would make the authenticator remove a working passkey."""
+    """An old answer in a new ceremony is refused without a signal: it would make the authenticator
+    remove a working passkey.
+    """
     transaction = await wire.open_registration("ann")
     handle, options = await wire.begin("register", transaction)
     made = device.register(options, ORIGIN)
@@ -401,7 +480,7 @@ async def test_a_registration_for_a_user_who_was_deleted_meanwhile(
     assert (await broker.events(wire.app_id))[-1] == ("passkey.registered", "refused", "no_user")
 
 
-# -- revocation ---------------------------------------------------------------------------------------------------------------------------
+# -- revocation ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("discoverable", [False, True], ids=["transaction", "discoverable"])
@@ -425,7 +504,9 @@ async def test_revoked_after_begin(
 async def test_revoked_between_the_verdict_and_the_write(
     broker: Started, wire: Wire, device: Authenticator, discoverable: bool
 ) -> None:
-    """The assertion was right and the passkey there; the write that records the sign-in finds it gone."""
+    """The assertion was right and the passkey there; the write that records the sign-in finds it
+    gone.
+    """
     passkey = await wire.user("ann", device)
     transaction = None if discoverable else await wire.open_authentication("ann")
     code = "discoverable_login_failed" if discoverable else "webauthn_login_failed"
@@ -461,7 +542,7 @@ async def test_two_sign_ins_with_one_counter_value(
     assert (credential.sign_count, credential.use_count) == (7, 1)
 
 
-# -- what a policy decides ----------------------------------------------------------------------------------------------------------------
+# -- what a policy decides -------------------------------------------------------------------------
 
 
 async def test_a_counter_that_went_back_is_flagged_where_the_policy_says_so(
@@ -478,7 +559,9 @@ async def test_a_counter_that_went_back_is_flagged_where_the_policy_says_so(
     assert receipt["counter_regressed"] is False
 
 
-async def test_user_verification_as_the_policy_asks(open_app: OpenApp, device: Authenticator) -> None:
+async def test_user_verification_as_the_policy_asks(
+    open_app: OpenApp, device: Authenticator
+) -> None:
     wire = await open_app(Policy(user_verification="preferred"))
     nonce = await wire.register(await wire.open_registration("ann"), device, uv=False)
     assert (await wire.redeem(nonce)).json["user_verified"] is False

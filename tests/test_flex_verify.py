@@ -1,4 +1,6 @@
-"""Nonces at the backend: good once, briefly, for what the backend expects; and every refusal is the same answer."""
+"""Nonces at the backend: good once, briefly, for what the backend expects; and every refusal is the
+same answer.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ async def test_the_receipt_is_honest(broker: Started, wire: Wire, device: Authen
 async def test_nothing_is_spent_where_no_receipt_can_be_signed(
     broker: Started, start_broker: Starter, session: Any, wire: Wire, device: Authenticator
 ) -> None:
-    """An instance whose secret does not open the app's key finds that out before it takes the nonce."""
+    """An instance whose secret does not open the app's key finds that out before it takes the
+    nonce.
+    """
     await wire.user("ann", device)
     assert (await wire.redeem(await wire.authenticate(None, device), signed=True)).status == 200
     other = await start_broker(secret_key=("another-secret-0123456789abcdefghij",))
@@ -75,7 +79,9 @@ async def test_what_the_backend_expects_is_there(
         transaction = await wire.open_authentication("ann")
         nonce = await wire.authenticate(transaction, device)
     with counted(broker, "broker_redemptions_total", result="ok"):
-        answer = await wire.redeem(nonce, purpose=purpose, transaction_id=transaction, external_id="ann")
+        answer = await wire.redeem(
+            nonce, purpose=purpose, transaction_id=transaction, external_id="ann"
+        )
     assert (answer.status, answer.json["purpose"]) == (200, purpose)
 
 
@@ -99,7 +105,9 @@ async def test_what_the_backend_does_not_expect_is_an_unknown_nonce(
 ) -> None:
     """And it is spent: whoever brought it has no second try."""
     await wire.user("ann", device)
-    nonce = await wire.authenticate(None if discoverable else await wire.open_authentication("ann"), device)
+    nonce = await wire.authenticate(
+        None if discoverable else await wire.open_authentication("ann"), device
+    )
     with (
         refused(broker, "invalid_nonce", "nonce_mismatch"),
         counted(broker, "broker_redemptions_total", result="mismatch"),
@@ -117,7 +125,9 @@ async def test_what_the_backend_does_not_expect_is_an_unknown_nonce(
 async def test_a_discoverable_nonce_never_has_a_transaction(
     wire: Wire, broker: Started, device: Authenticator
 ) -> None:
-    """A backend that expects the transaction it opened is not content with somebody's one-click sign-in."""
+    """A backend that expects the transaction it opened is not content with somebody's one-click
+    sign-in.
+    """
     await wire.user("ann", device)
     transaction = await wire.open_authentication("ann")
     nonce = await wire.authenticate(None, device)
@@ -171,7 +181,9 @@ async def test_a_nonce_lives_for_a_minute(
         assert (await wire.redeem(nonce)).status == status
 
 
-async def test_the_age_at_redemption_is_measured(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_the_age_at_redemption_is_measured(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     """As a fraction of the life: an operator sees how near to its end nonces are redeemed."""
     await wire.user("ann", device)
     nonce = await wire.authenticate(None, device)
@@ -200,7 +212,9 @@ async def test_50_redemptions_over_two_instances(
     for answer in lost[1:]:
         same_answer(lost[0], answer)
     for result, number in (("ok", 1), ("unknown", PARALLEL - 1)):
-        seen = sum(one.metric("broker_redemptions_total", result=result) for one in (broker, second))
+        seen = sum(
+            one.metric("broker_redemptions_total", result=result) for one in (broker, second)
+        )
         assert seen == number
     confirmed = (await broker.events(wire.app_id)).count(("passkey.confirmed", "done", None))
     assert confirmed == (1 if purpose == "register" else 0)
@@ -219,8 +233,12 @@ async def test_redemption_confirms(broker: Started, wire: Wire, device: Authenti
     assert (await broker.events(wire.app_id)).count(("passkey.confirmed", "done", None)) == 1
 
 
-async def test_live_at_redemption(open_app: OpenApp, broker: Started, device: Authenticator) -> None:
-    """Where the policy says so, a passkey signs in only after the backend has redeemed the registration's nonce."""
+async def test_live_at_redemption(
+    open_app: OpenApp, broker: Started, device: Authenticator
+) -> None:
+    """Where the policy says so, a passkey signs in only after the backend has redeemed the
+    registration's nonce.
+    """
     wire = await open_app(Policy(live_at="redemption"))
     nonce = await wire.register(await wire.open_registration("ann"), device)
     assert (await device_of(wire, "ann"))["live"] is False
@@ -236,7 +254,9 @@ async def test_live_at_redemption(open_app: OpenApp, broker: Started, device: Au
     with refused(broker, "user_has_no_passkeys", "user_has_no_passkeys"):
         answer = await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
     assert answer.status == 409
-    assert (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["status"] == "pending"
+    assert (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0][
+        "status"
+    ] == "pending"
     assert (await wire.redeem(nonce, purpose="register")).status == 200
     assert (await device_of(wire, "ann"))["live"] is True
     assert (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["status"] == "active"
@@ -246,7 +266,9 @@ async def test_live_at_redemption(open_app: OpenApp, broker: Started, device: Au
 async def test_live_at_redemption_with_a_mismatch_stays_dead(
     open_app: OpenApp, broker: Started, device: Authenticator
 ) -> None:
-    """The backend expected another user: the passkey was registered by the wrong person and never signs in."""
+    """The backend expected another user: the passkey was registered by the wrong person and never
+    signs in.
+    """
     wire = await open_app(Policy(live_at="redemption"))
     nonce = await wire.register(await wire.open_registration("ann"), device)
     with refused(broker, "invalid_nonce", "nonce_mismatch"):

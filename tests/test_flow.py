@@ -25,7 +25,9 @@ async def test_registers_and_signs_in(broker: Started, wire: Wire, device: Authe
     assert (await wire.redeem(nonce)).code == "invalid_nonce"
 
     nonce = await wire.authenticate(None, device)
-    assert (await wire.redeem(nonce, purpose="authenticate")).json["external_id"] == "ann@example.org"
+    assert (await wire.redeem(nonce, purpose="authenticate")).json[
+        "external_id"
+    ] == "ann@example.org"
 
     assert await broker.events(wire.app_id) == [
         ("app.created", "done", None),

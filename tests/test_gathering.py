@@ -13,7 +13,9 @@ from broker.telemetry import CONTEXT, Context
 
 @dataclass
 class Scene:
-    """A queue, and what went out of it: when, counted in turns of the loop from the first who came, and who."""
+    """A queue, and what went out of it: when, counted in turns of the loop from the first who came,
+    and who.
+    """
 
     queue: list[str] = field(default_factory=list)
     under_way: list[str] = field(default_factory=list)
@@ -33,7 +35,9 @@ class Scene:
             self.gathering.come()
 
     async def play(self, *turns: str, more: int = TURNS + 2) -> list[tuple[int, list[str]]]:
-        """Let those whose names are in `turns` come, a text a turn, then nobody for `more` turns; what went out since."""
+        """Let those whose names are in `turns` come, a text a turn, then nobody for `more` turns;
+        what went out since.
+        """
         self.went.clear()
         for self.turn, names in enumerate((*turns, *[""] * more)):
             self.come(*names)
@@ -127,7 +131,9 @@ async def test_a_queue_that_somebody_else_emptied_does_not_go(scene: Scene) -> N
     scene.come("a")
     scene.queue.clear()
     assert await scene.play("") == []
-    assert await scene.play("b", more=TURNS) == [(TURNS - 1, ["b"])], "and says nothing of the next crowd"
+    assert await scene.play("b", more=TURNS) == [(TURNS - 1, ["b"])], (
+        "and says nothing of the next crowd"
+    )
 
 
 async def test_what_a_go_leaves_in_the_queue_is_its_own_matter() -> None:

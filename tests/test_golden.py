@@ -1,5 +1,6 @@
-"""The golden files there have to be: one for every route that succeeds, one for every row of the tables of errors; and those errors
-that any request of any dialect may meet, in each dialect's shape."""
+"""The golden files there have to be: one for every route that succeeds, one for every row of the
+tables of errors; and those errors that any request of any dialect may meet, in each dialect's
+shape."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ DIALECTS_FOLDER = Path(broker.dialects.__file__).parent
 WORD = {"flex": "code", "hanko": "title", "passlock": "_tag", "propelauth": "type"}
 NAMES = [dialect.__name__.rpartition(".")[2] for dialect in DIALECTS]
 
-# In the tables, and in no golden file: what needs a body that never ends, and what only the command line meets.
+# In the tables, and in no golden file: what needs a body that never ends, and what only the command
+# line meets.
 APART = {
-    (408, word) for word in ("request_timeout", "@error/BadRequest", "UnexpectedError", "Request Timeout")
+    (408, word)
+    for word in ("request_timeout", "@error/BadRequest", "UnexpectedError", "Request Timeout")
 }
 APART |= {(400, "invalid_setting"), (409, "conflict")}
 
@@ -40,7 +43,7 @@ def files(dialect: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted((FOLDER / dialect).glob("*.json"))]
 
 
-# -- what there is --------------------------------------------------------------------------------------------------------------------------
+# -- what there is ---------------------------------------------------------------------------------
 
 
 def test_every_golden_file_is_used() -> None:
@@ -49,14 +52,16 @@ def test_every_golden_file_is_used() -> None:
     composed = {f"{kind}-options-unknown" for kind in ("registration", "authentication")}
     found = [file for file in FOLDER.glob("*/*.json") if file.stem not in composed]
     assert len(found) > 200
-    unused = [f for f in found if not re.search(rf'"(?:{f.parent.name}/)?{re.escape(f.stem)}"', source)]
+    unused = [
+        f for f in found if not re.search(rf'"(?:{f.parent.name}/)?{re.escape(f.stem)}"', source)
+    ]
     assert unused == []
 
 
 @pytest.mark.parametrize("dialect", NAMES)
 def test_every_route_has_one(dialect: str) -> None:
-    """A request that succeeds, but for icons, which there are none of. Passlock's two generations of paths share their handlers, so
-    one file serves both."""
+    """A request that succeeds, but for icons, which there are none of. Passlock's two generations
+    of paths share their handlers, so one file serves both."""
     module = next(module for module in DIALECTS if module.__name__.endswith(f".{dialect}"))
     seen = {
         (file["request"]["method"], file["request"]["path"].partition("?")[0].removeprefix("/v2"))
@@ -74,7 +79,8 @@ def test_every_route_has_one(dialect: str) -> None:
         (method, path)
         for method, path in templates
         if not any(
-            method == asked and re.fullmatch("[^/]+".join(map(re.escape, parameter.split(path))), at)
+            method == asked
+            and re.fullmatch("[^/]+".join(map(re.escape, parameter.split(path))), at)
             for asked, at in seen
         )
     ]
@@ -82,7 +88,9 @@ def test_every_route_has_one(dialect: str) -> None:
 
 
 def rows(dialect: str) -> Iterator[tuple[list[int], list[str]]]:
-    """The statuses and words of each row of a dialect's tables of errors. A row without words has the statuses' own names."""
+    """The statuses and words of each row of a dialect's tables of errors. A row without words has
+    the statuses' own names.
+    """
     page = "DECISIONS.md" if dialect == "flex" else "README.md"
     section = (DIALECTS_FOLDER / dialect / page).read_text()
     for row in re.finditer(r"^\| (\d{3}(?:, \d{3})*) \| (.*?) \| ", section, re.M):
@@ -104,14 +112,18 @@ def test_every_error_has_one(dialect: str) -> None:
     for statuses, words in table:
         patterns = [re.escape(word).replace("…", ".+") for word in words]
         found = {
-            (s, p) for s in statuses for p in patterns for at, w in seen if at == s and re.fullmatch(p, w)
+            (s, p)
+            for s in statuses
+            for p in patterns
+            for at, w in seen
+            if at == s and re.fullmatch(p, w)
         }
         missing += [(s, words) for s in statuses if s not in {at for at, _ in found}]
         missing += [(statuses, p) for p in patterns if p not in {word for _, word in found}]
     assert missing == []
 
 
-# -- what may happen to any request -----------------------------------------------------------------------------------------------------------
+# -- what may happen to any request ----------------------------------------------------------------
 
 # A request with a key, below a place.
 ASKED: dict[str, tuple[str, str]] = {
@@ -137,7 +149,9 @@ async def told(wire: Wire, dialect: str, name: str, **how: Any) -> Answer:
     below, path = ASKED[dialect]
     key = {"apiKey": wire.key} if dialect == "hanko" else {"Authorization": f"Bearer {wire.key}"}
     headers = key | how.pop("headers", {})
-    answer = await golden(wire, f"{dialect}/{name}", "POST", path, headers=headers, below=below, **how)
+    answer = await golden(
+        wire, f"{dialect}/{name}", "POST", path, headers=headers, below=below, **how
+    )
     judge(dialect, answer)
     assert str(answer.status) == name.removeprefix("error-")
     return answer

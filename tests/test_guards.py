@@ -1,4 +1,6 @@
-"""Who may call a route: the router of each port, walked and compared with an explicit list; keys before bodies; origins and CORS."""
+"""Who may call a route: the router of each port, walked and compared with an explicit list; keys
+before bodies; origins and CORS.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ KEYED = {
     ("DELETE", APP + "/users/{user_id}/devices/{device_id}"),
 }
 KEYED |= {
-    ("POST", f"{APP}/{kind}/{step}") for kind in ("register", "authenticate") for step in ("start", "finish")
+    ("POST", f"{APP}/{kind}/{step}")
+    for kind in ("register", "authenticate")
+    for step in ("start", "finish")
 }
 KEYED |= {
     ("POST", f"{APP}/ceremonies/{kind}/{step}")
@@ -103,7 +107,11 @@ async def test_one_port_for_everything(broker: Started) -> None:
     assert found == {
         "key": KEYED | KEYED_ALONE | OTHERS_KEYED,
         "browser": PAGES | OTHERS_PAGES,
-        "public": ANYBODY | KEY_SETS | passlock.ICONS | passlock.NOT_OF_KEYS | passlock.NOT_OF_PAGES,
+        "public": ANYBODY
+        | KEY_SETS
+        | passlock.ICONS
+        | passlock.NOT_OF_KEYS
+        | passlock.NOT_OF_PAGES,
     }
 
 
@@ -129,7 +137,11 @@ async def test_the_public_port_has_no_keyed_route(broker: Started) -> None:
 
 async def test_the_management_port_has_no_page(broker: Started) -> None:
     found = guards(application(broker.parts, management=True, browser=False))
-    keyed_here = {("GET", APP), ("GET", APP + "/"), *(place for place in hanko.PAGES if place[0] == "POST")}
+    keyed_here = {
+        ("GET", APP),
+        ("GET", APP + "/"),
+        *(place for place in hanko.PAGES if place[0] == "POST"),
+    }
     assert found == {
         "key": KEYED | KEYED_ALONE | OTHERS_KEYED | keyed_here,
         "public": {place for place in KEY_SETS if place[0] == "GET"}
@@ -156,7 +168,9 @@ def filled(template: str, wire: Wire) -> str:
 async def test_the_key_is_checked_before_anything_else(
     broker: Started, wire: Wire, open_app: OpenApp, method: str, template: str
 ) -> None:
-    """Garbage, a body too large, a compressed one, an unknown user: without a key nobody gets to know about any of it."""
+    """Garbage, a body too large, a compressed one, an unknown user: without a key nobody gets to
+    know about any of it.
+    """
     other = await open_app()
     url = filled(template, wire)
     first = None
@@ -227,14 +241,20 @@ async def test_a_key_that_is_remembered_opens_nothing_more(
         (wire.key, "key_missing"),
     ):
         with refused(broker, "invalid_access_token", reason):
-            assert (await wire.send("GET", "/users", headers={"Authorization": header})).status == 401
+            assert (
+                await wire.send("GET", "/users", headers={"Authorization": header})
+            ).status == 401
     for scheme in ("Bearer ", "bearer ", "BEARER ", "Bearer  "):
-        assert (await wire.send("GET", "/users", headers={"Authorization": scheme + wire.key})).status == 200
+        assert (
+            await wire.send("GET", "/users", headers={"Authorization": scheme + wire.key})
+        ).status == 200
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A route of one guard: its path, where its key stands, and a body that would change something."""
+    """A route of one guard: its path, where its key stands, and a body that would change
+    something.
+    """
 
     path: str
     body: dict[str, object]
@@ -243,7 +263,9 @@ class Guarded:
 
 # Each guard, with a begin of each API: it makes a user, a transaction or a pending ceremony.
 GUARDED = {
-    "keyed": Guarded(APP + "/transactions/register", {"external_id": "new", "passkey_display_name": "New"}),
+    "keyed": Guarded(
+        APP + "/transactions/register", {"external_id": "new", "passkey_display_name": "New"}
+    ),
     "keyed-native-ceremony": Guarded(
         APP + "/ceremonies/register/start", {"external_id": "new", "user_name": "new"}
     ),
@@ -257,7 +279,10 @@ GUARDED = {
     ),
     "keyed_alone": Guarded(
         "/propelauth/run-command",
-        {"command": "StartPasskeyRegistration", "data": {"userId": "new", "emailOrUsername": "new"}},
+        {
+            "command": "StartPasskeyRegistration",
+            "data": {"userId": "new", "emailOrUsername": "new"},
+        },
     ),
 }
 
@@ -266,7 +291,9 @@ GUARDED = {
 async def test_a_key_that_is_revoked_while_the_body_comes(
     broker: Started, wire: Wire, device: Authenticator, name: str
 ) -> None:
-    """The guard looks at the key before the body is read. After a slow body it looks again, so the request does nothing."""
+    """The guard looks at the key before the body is read. After a slow body it looks again, so the
+    request does nothing.
+    """
     guarded, arrived = GUARDED[name], asyncio.Event()
     await wire.user("ann", device)
     directory, app = broker.parts.directory, await broker.parts.directory.app(wire.app_id)
@@ -294,7 +321,9 @@ async def test_a_key_that_is_revoked_while_the_body_comes(
     before, seen = await _stored(broker), looks()
     with refused(broker, "invalid_access_token", "key_unknown"):
         running = asyncio.create_task(request())
-        await eventually(lambda: looks() >= seen + 1 + (name != "hanko-login"), "the guard has looked")
+        await eventually(
+            lambda: looks() >= seen + 1 + (name != "hanko-login"), "the guard has looked"
+        )
         await directory.revoke_key(app.id, key.id)
         await asyncio.sleep(0.15)  # a body that takes longer than 0.1 s is slow
         arrived.set()
@@ -311,7 +340,7 @@ async def _stored(broker: Started) -> set[bytes]:
         return {name async for name in redis.scan_iter()}
 
 
-# -- two ports ----------------------------------------------------------------------------------------------------------------------------
+# -- two ports -------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -320,13 +349,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def test_with_a_management_port(start_broker: Starter, session: Any, device: Authenticator) -> None:
+async def test_with_a_management_port(
+    start_broker: Starter, session: Any, device: Authenticator
+) -> None:
     """Keys work on one port, pages on the other, and a whole sign-in goes over both."""
     started = await start_broker(management_port=free_port())
     service = started.service
     assert service.management_port != service.port
     public = await Wire.open(service, session)
-    management = Wire(session, f"http://127.0.0.1:{service.management_port}", public.app_id, public.key)
+    management = Wire(
+        session, f"http://127.0.0.1:{service.management_port}", public.app_id, public.key
+    )
     for method, template in sorted(KEYED):
         with refused(started, "not_found", "not_found"):
             answer = await public.send(
@@ -359,7 +392,7 @@ async def test_with_a_management_port(start_broker: Starter, session: Any, devic
     assert started.metric("broker_redemptions_total", result="ok") == 2
 
 
-# -- origins ------------------------------------------------------------------------------------------------------------------------------
+# -- origins ---------------------------------------------------------------------------------------
 
 
 STRANGERS = [
@@ -379,14 +412,20 @@ STRANGERS = [
 
 
 @pytest.mark.parametrize("origin", STRANGERS)
-async def test_an_origin_that_is_not_registered(broker: Started, open_app: OpenApp, origin: str) -> None:
-    """403 before the body is looked at, on every page route. What of it a page may read: `test_refused_origins`."""
+async def test_an_origin_that_is_not_registered(
+    broker: Started, open_app: OpenApp, origin: str
+) -> None:
+    """403 before the body is looked at, on every page route. What of it a page may read:
+    `test_refused_origins`.
+    """
     wire = await open_app(origins=(ORIGIN, "android:apk-key-hash:" + "k" * 43))
     for method, template in sorted(PAGES):
         if method == "OPTIONS":
             continue
         with refused(broker, "operation_not_allowed", "origin"):
-            answer = await wire.send(method, filled(template, wire), data=b"{", headers={"Origin": origin})
+            answer = await wire.send(
+                method, filled(template, wire), data=b"{", headers={"Origin": origin}
+            )
         assert (answer.status, answer.code) == (403, "operation_not_allowed")
 
 
@@ -395,14 +434,18 @@ async def test_a_registered_origin_and_none(broker: Started, open_app: OpenApp) 
     wire = await open_app(origins=(ORIGIN, "https://app.example.org:8443"))
     for origin in (ORIGIN, "https://app.example.org:8443"):
         for method, template in sorted(PAGES):
-            answer = await wire.send(method, filled(template, wire), data=b"{}", headers={"Origin": origin})
+            answer = await wire.send(
+                method, filled(template, wire), data=b"{}", headers={"Origin": origin}
+            )
             assert answer.headers["Access-Control-Allow-Origin"] == origin
             assert answer.headers["Vary"] == "Origin"
             assert "Access-Control-Allow-Credentials" not in answer.headers
     answer = await wire.page(START, {}, origin=None)
     assert answer.status == 200
     assert "Access-Control-Allow-Origin" not in answer.headers
-    assert broker.metric("broker_refusals_total", code="operation_not_allowed", reason="origin") == 0
+    assert (
+        broker.metric("broker_refusals_total", code="operation_not_allowed", reason="origin") == 0
+    )
 
 
 async def test_related_origins_are_pages_too(broker: Started, session: Any) -> None:
@@ -411,7 +454,10 @@ async def test_related_origins_are_pages_too(broker: Started, session: Any) -> N
     )
     wire = Wire(session, broker.url, app.id, "")
     answer = await wire.page(START, {}, origin="https://example.com")
-    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, "https://example.com")
+    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (
+        200,
+        "https://example.com",
+    )
     assert lines(broker, status=200, app=app.id)
 
 
@@ -446,13 +492,15 @@ async def test_management_answers_carry_no_cors_headers(broker: Started, wire: W
     assert preflight.status == 405
 
 
-# -- the cap of open ceremonies -----------------------------------------------------------------------------------------------------------
+# -- the cap of open ceremonies --------------------------------------------------------------------
 
 
 async def test_the_cap_stops_strangers_only(
     broker: Started, open_app: OpenApp, device: Authenticator
 ) -> None:
-    """Above it 429 with Retry-After; keyed routes, begins with a transaction and other apps go on, and a finish makes room."""
+    """Above it 429 with Retry-After; keyed routes, begins with a transaction and other apps go on,
+    and a finish makes room.
+    """
     wire = await open_app(Policy(discoverable_limit=2))
     await wire.user("ann", device)
     handle, options = await wire.begin("authenticate", None)
@@ -469,7 +517,9 @@ async def test_the_cap_stops_strangers_only(
     nonce = await wire.authenticate(await wire.open_authentication("ann"), device)
     assert (await wire.redeem(nonce)).status == 200
     await (await open_app()).begin("authenticate", None)
-    assert (await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))).status == 200
+    assert (
+        await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
+    ).status == 200
     await wire.begin("authenticate", None)
 
 
@@ -480,23 +530,31 @@ async def test_the_cap_holds_for_many_at_once(broker: Started, open_app: OpenApp
     assert sorted(answer.status for answer in answers) == [200] * 10 + [429] * 30
 
 
-# -- callers without a key ----------------------------------------------------------------------------------------------------------------
+# -- callers without a key -------------------------------------------------------------------------
 
 
 async def test_callers_without_a_key_learn_nothing_about_users(
     broker: Started, wire: Wire, open_app: OpenApp, device: Authenticator
 ) -> None:
-    """An app with users and passkeys, and an empty one, answer a page's guesses with the same bytes."""
+    """An app with users and passkeys, and an empty one, answer a page's guesses with the same
+    bytes.
+    """
     empty = await open_app()
     await wire.user("ann", device)
     transaction = await wire.open_registration("ann")
     response = {"id": "YQ", "rawId": "YQ", "type": "public-key", "response": {}}
     bodies: list[tuple[str, dict[str, Any]]] = [
-        (f"/{kind}/transactions/webauthn/start", {"transaction_id": "pbt_" + "a" * 43, "external_id": "ann"})
+        (
+            f"/{kind}/transactions/webauthn/start",
+            {"transaction_id": "pbt_" + "a" * 43, "external_id": "ann"},
+        )
         for kind in ("register", "authenticate")
     ]
     bodies += [
-        (f"/{kind}/transactions/webauthn/finish", {"handshake_id": given, "handshake_response": response})
+        (
+            f"/{kind}/transactions/webauthn/finish",
+            {"handshake_id": given, "handshake_response": response},
+        )
         for kind in ("register", "authenticate")
         for given in ("pbh_" + "a" * 43, transaction)
     ]
@@ -504,7 +562,11 @@ async def test_callers_without_a_key_learn_nothing_about_users(
         same_answer(await wire.page(path, body), await empty.page(path, body))
     both = [(await one.page(START, {})).json["handshake"] for one in (wire, empty)]
     shapes = [
-        (len(one["id"]), set(one["challenge"]["publicKey"]), len(one["challenge"]["publicKey"]["challenge"]))
+        (
+            len(one["id"]),
+            set(one["challenge"]["publicKey"]),
+            len(one["challenge"]["publicKey"]["challenge"]),
+        )
         for one in both
     ]
     assert shapes[0] == shapes[1]

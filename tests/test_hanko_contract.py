@@ -1,4 +1,6 @@
-"""Hanko's Passkey API on the wire, section by section of the contract: what is taken, what is answered, and what is better here."""
+"""Hanko's Passkey API on the wire, section by section of the contract: what is taken, what is
+answered, and what is better here.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ async def hanko(open_app: OpenApp) -> Hanko:
     return Hanko(await open_app(QUICK))
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def subclasses(kind: type[Refusal]) -> set[type[Refusal]]:
@@ -58,13 +60,19 @@ def test_every_refusal_has_a_status_in_hankos_shape(kind: type[Refusal]) -> None
     assert answer.status == dialect.STATUS[kind] >= 400
     assert set(dialect.STATUS) == subclasses(Refusal) - {Refusal}
     assert isinstance(answer.body, bytes)
-    judge(Answer(answer.status, {**answer.headers, "Content-Length": str(len(answer.body))}, answer.body))
+    judge(
+        Answer(
+            answer.status, {**answer.headers, "Content-Length": str(len(answer.body))}, answer.body
+        )
+    )
 
 
 def test_every_title_is_in_the_readme() -> None:
     readme = Path(dialect.__file__).with_name("README.md").read_text()
     titles = {told.title for rows in dialect.TITLES.values() for told in rows.values()}
-    assert [title for title in titles if title and f"`{title.partition(':')[0]}" not in readme] == []
+    assert [
+        title for title in titles if title and f"`{title.partition(':')[0]}" not in readme
+    ] == []
 
 
 async def test_every_path_below_has_hankos_shape(broker: Started, hanko: Hanko) -> None:
@@ -115,7 +123,9 @@ async def test_a_store_that_is_down_in_hankos_shape(
 async def test_nothing_is_spent_where_nothing_can_be_signed(
     start_broker: Starter, hanko: Hanko, device: Authenticator
 ) -> None:
-    """Whether a token can be made is found out before the challenge is taken: here by an instance with another secret."""
+    """Whether a token can be made is found out before the challenge is taken: here by an instance
+    with another secret.
+    """
     made = device.register(await hanko.begin_registration("ann"), ORIGIN)
     await hanko.get("/.well-known/jwks.json")  # the signing key is there
     blind = await start_broker(secret_key=("another secret key, of 32 characters or more",))
@@ -126,14 +136,16 @@ async def test_nothing_is_spent_where_nothing_can_be_signed(
     await hanko.finish(REGISTRATION, made)
 
 
-# -- keys -----------------------------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "path"), KEYED)
 async def test_hankos_key_is_checked_before_anything_else(
     broker: Started, hanko: Hanko, open_app: OpenApp, method: str, path: str
 ) -> None:
-    """Missing, malformed, unknown, another tenant's, of no tenant: one answer, whatever the body."""
+    """Missing, malformed, unknown, another tenant's, of no tenant: one answer, whatever the
+    body.
+    """
     other, first = await open_app(), None
     nobody = Hanko(Wire(hanko.wire.session, hanko.wire.url, "x" * 24, hanko.wire.key))
     for backend, key, reason in (
@@ -153,7 +165,9 @@ async def test_hankos_key_is_checked_before_anything_else(
 
 
 async def test_where_the_key_stands(broker: Started, hanko: Hanko) -> None:
-    """The header's name in any case, white space round the key; not as a bearer token, and not twice."""
+    """The header's name in any case, white space round the key; not as a bearer token, and not
+    twice.
+    """
     key = hanko.wire.key
     for headers in ({"apikey": key}, {"APIKEY": key}, {"apiKey": f" {key}\t"}):
         assert (await hanko.send("GET", "/credentials", key="", headers=headers)).status == 200
@@ -211,7 +225,11 @@ async def test_hanko_with_a_management_port(
     options = (await public.page(LOGIN + "/initialize")).json["publicKey"]
     await public.finish(LOGIN, device.authenticate(options, ORIGIN))
     await keyed.register("bob", Authenticator())
-    assert (await keyed.login(device))["sub"] == (await keyed.login(device, user="ann"))["sub"] == "ann"
+    assert (
+        (await keyed.login(device))["sub"]
+        == (await keyed.login(device, user="ann"))["sub"]
+        == "ann"
+    )
 
 
 async def test_hanko_can_be_switched_off(start_broker: Starter, session: Any) -> None:
@@ -224,7 +242,7 @@ async def test_hanko_can_be_switched_off(start_broker: Starter, session: Any) ->
         assert (answer.status, answer.code) == (404, "not_found")
 
 
-# -- pages ----------------------------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("origin", STRANGERS)
@@ -239,7 +257,9 @@ async def test_hankos_pages_of_an_origin_that_is_not_registered(
 
 
 async def test_hankos_pages_of_a_registered_origin(hanko: Hanko) -> None:
-    """Echoed with Vary, never with credentials; the SDK's header is allowed; native apps send no origin and pass."""
+    """Echoed with Vary, never with credentials; the SDK's header is allowed; native apps send no
+    origin and pass.
+    """
     for path in PAGES:
         answer = await hanko.page(path, {})
         assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
@@ -271,10 +291,11 @@ async def test_no_page_reads_what_hankos_keys_give(hanko: Hanko) -> None:
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
-# -- bodies ---------------------------------------------------------------------------------------------------------------------------
+# -- bodies ----------------------------------------------------------------------------------------
 
 INITIALIZES = [
-    at + "/initialize" for at in (REGISTRATION, LOGIN, SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION)
+    at + "/initialize"
+    for at in (REGISTRATION, LOGIN, SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION)
 ]
 FINALIZES = {
     REGISTRATION + "/finalize": "unable to parse credential creation response",
@@ -317,17 +338,27 @@ async def test_what_is_wrong_with_fields_is_told_at_once(hanko: Hanko) -> None:
         details = await hanko.refused(400, title, path, {**NAMES, name: "é" * 129})
         assert details == f"{name} cannot have more than 128 entries"
     for icon in ("ann.png", "//example.org/a", "https://", "http://[", " "):
-        assert await hanko.refused(400, title, path, {**NAMES, "icon": icon}) == "icon must be a valid URL"
+        assert (
+            await hanko.refused(400, title, path, {**NAMES, "icon": icon})
+            == "icon must be a valid URL"
+        )
     await hanko.refused(400, "unable to process request", path, {**NAMES, "user_id": "x" * 257})
-    assert await hanko.refused(400, title, SECOND_LOGIN + "/initialize", {}) == "user_id is a required field"
+    assert (
+        await hanko.refused(400, title, SECOND_LOGIN + "/initialize", {})
+        == "user_id is a required field"
+    )
     details = await hanko.refused(400, title, LOGIN + "/initialize", {"user_id": ""})
     assert details == "user_id must at least have 1 entry"
-    details = await hanko.refused(400, title, TRANSACTION + "/initialize", {"transaction_id": "x" * 129})
+    details = await hanko.refused(
+        400, title, TRANSACTION + "/initialize", {"transaction_id": "x" * 129}
+    )
     assert details.count(" and ") == 2
 
 
 async def test_how_bodies_come(hanko: Hanko, device: Authenticator) -> None:
-    """Nothing at all, any label at a finalize, pieces, unknown fields; but an initialize that is not labelled as JSON is refused."""
+    """Nothing at all, any label at a finalize, pieces, unknown fields; but an initialize that is
+    not labelled as JSON is refused.
+    """
     path = LOGIN + "/initialize"
     assert (
         await hanko.send("POST", path, headers={"Content-Type": "application/octet-stream"})
@@ -347,8 +378,12 @@ async def test_how_bodies_come(hanko: Hanko, device: Authenticator) -> None:
         yield b'""}'
 
     headers = {"Content-Type": "application/json"}
-    async with hanko.wire.session.post(hanko.base + path, data=pieces(), headers=headers) as response:
-        assert response.status == 400  # read, where the vendor drops it and begins a login of anyone
+    async with hanko.wire.session.post(
+        hanko.base + path, data=pieces(), headers=headers
+    ) as response:
+        assert (
+            response.status == 400
+        )  # read, where the vendor drops it and begins a login of anyone
     made = device.register(await hanko.begin_registration("ann"), ORIGIN)
     answer = await hanko.send(
         "POST", REGISTRATION + "/finalize", made, headers={"Content-Type": "text/plain"}
@@ -357,7 +392,9 @@ async def test_how_bodies_come(hanko: Hanko, device: Authenticator) -> None:
 
 
 async def test_every_form_of_an_answer(hanko: Hanko) -> None:
-    """As `@github/webauthn-json` writes it and as `toJSON()` does: transports in either place, nulls, padding, extra members."""
+    """As `@github/webauthn-json` writes it and as `toJSON()` does: transports in either place,
+    nulls, padding, extra members.
+    """
     for number, (inside, beside) in enumerate(((["usb"], None), (None, ["usb"]))):
         device = Authenticator(transports=())
         made = device.register(await hanko.begin_registration(f"u{number}"), ORIGIN)
@@ -370,23 +407,28 @@ async def test_every_form_of_an_answer(hanko: Hanko) -> None:
         assert listed["transports"] == ["usb"]
         options = await hanko.begin(user_id=f"u{number}")
         answer = device.authenticate(options, ORIGIN, user_handle=None)
-        answer["response"] |= {"userHandle": None, "clientDataJSON": answer["response"]["clientDataJSON"]}
+        answer["response"] |= {
+            "userHandle": None,
+            "clientDataJSON": answer["response"]["clientDataJSON"],
+        }
         del answer["clientExtensionResults"]
         await hanko.finish(LOGIN, answer)
 
 
-# -- registration ---------------------------------------------------------------------------------------------------------------------
+# -- registration ----------------------------------------------------------------------------------
 
 
 async def test_names(hanko: Hanko) -> None:
-    """A blank display name is the user name; names and icon are those of each call; the handle is ours and never the user id."""
+    """A blank display name is the user name; names and icon are those of each call; the handle is
+    ours and never the user id.
+    """
     for display_name in (None, "", " \t"):
         user = (await hanko.begin_registration("ann", display_name=display_name))["user"]
         assert (user["name"], user["displayName"]) == ("ann@example.org", "ann@example.org")
         assert "icon" not in user
-    changed = (await hanko.begin_registration("ann", username="a", display_name="Ann", icon="data:,x"))[
-        "user"
-    ]
+    changed = (
+        await hanko.begin_registration("ann", username="a", display_name="Ann", icon="data:,x")
+    )["user"]
     assert (changed["name"], changed["displayName"], changed["icon"]) == ("a", "Ann", "data:,x")
     assert changed["id"] == user["id"] != b64(b"ann")
 
@@ -412,7 +454,9 @@ async def test_options_follow_the_policy_for_hanko(open_app: OpenApp) -> None:
         "platform",
     )
     assert (await hanko.begin())["userVerification"] == "discouraged"
-    selection = (await hanko.begin_registration("ann", at=SECOND_REGISTRATION))["authenticatorSelection"]
+    selection = (await hanko.begin_registration("ann", at=SECOND_REGISTRATION))[
+        "authenticatorSelection"
+    ]
     assert selection == {
         "userVerification": "required",
         "residentKey": "discouraged",
@@ -420,8 +464,12 @@ async def test_options_follow_the_policy_for_hanko(open_app: OpenApp) -> None:
     }
 
 
-async def test_an_authenticator_registers_once(broker: Started, hanko: Hanko, device: Authenticator) -> None:
-    """`excludeCredentials` has what the user holds, second factors too; a credential id that somebody has is refused."""
+async def test_an_authenticator_registers_once(
+    broker: Started, hanko: Hanko, device: Authenticator
+) -> None:
+    """`excludeCredentials` has what the user holds, second factors too; a credential id that
+    somebody has is refused.
+    """
     first = (await hanko.register("ann", device))["cred"]
     second = (await hanko.register("ann", Authenticator(), at=SECOND_REGISTRATION))["cred"]
     for at in (REGISTRATION, SECOND_REGISTRATION):
@@ -429,14 +477,20 @@ async def test_an_authenticator_registers_once(broker: Started, hanko: Hanko, de
         assert {d["id"] for d in options["excludeCredentials"]} == {first, second}
         assert (await hanko.begin_registration("bob", at=at))["excludeCredentials"] == []
     held = device.credentials("example.org")[0].id
-    made = Authenticator().register(await hanko.begin_registration("bob"), ORIGIN, credential_id=held)
+    made = Authenticator().register(
+        await hanko.begin_registration("bob"), ORIGIN, credential_id=held
+    )
     with refused(broker, "webauthn_login_failed", "duplicate"):
-        details = await hanko.refused(400, "failed to validate attestation", REGISTRATION + "/finalize", made)
+        details = await hanko.refused(
+            400, "failed to validate attestation", REGISTRATION + "/finalize", made
+        )
     assert "ann" not in details
     assert await hanko.credentials("bob") == []
 
 
-@pytest.mark.parametrize("user", ["sixteen bytes ok", "b" * 16, "x", "é" * 256, "a/b?c=%25", "A\u030a 🔑"])
+@pytest.mark.parametrize(
+    "user", ["sixteen bytes ok", "b" * 16, "x", "é" * 256, "a/b?c=%25", "A\u030a 🔑"]
+)
 async def test_user_ids_of_any_kind(hanko: Hanko, device: Authenticator, user: str) -> None:
     """Of 16 bytes too, which the vendor lets register and never sign in."""
     made = device.register(await hanko.begin_registration(user), ORIGIN)
@@ -445,7 +499,7 @@ async def test_user_ids_of_any_kind(hanko: Hanko, device: Authenticator, user: s
     assert (await hanko.login(device, user=user))["sub"] == user
 
 
-# -- login ----------------------------------------------------------------------------------------------------------------------------
+# -- login -----------------------------------------------------------------------------------------
 
 
 async def test_who_signs_in(broker: Started, hanko: Hanko, device: Authenticator) -> None:
@@ -514,17 +568,22 @@ async def test_users_without_passkeys_are_no_500(
     assert not lines(broker, status=500)
 
 
-# -- second factor --------------------------------------------------------------------------------------------------------------------
+# -- second factor ---------------------------------------------------------------------------------
 
 
 async def test_a_second_factor_never_signs_in_alone(
     broker: Started, hanko: Hanko, device: Authenticator
 ) -> None:
-    """Not discoverable, not for a named user, not as an approval, not through the native API; passkeys are second factors too."""
+    """Not discoverable, not for a named user, not as an approval, not through the native API;
+    passkeys are second factors too.
+    """
     key = Authenticator()
     passkey = (await hanko.register("ann", device))["cred"]
     second = (await hanko.register("ann", key, at=SECOND_REGISTRATION))["cred"]
-    assert {c["id"]: c["is_mfa"] for c in await hanko.credentials("ann")} == {passkey: False, second: True}
+    assert {c["id"]: c["is_mfa"] for c in await hanko.credentials("ann")} == {
+        passkey: False,
+        second: True,
+    }
     options = await hanko.begin(SECOND_LOGIN, user_id="ann")
     assert {d["id"] for d in options["allowCredentials"]} == {passkey, second}
     for one in (key, device):
@@ -546,7 +605,7 @@ async def test_a_second_factor_never_signs_in_alone(
     assert (await hanko.wire.finish("authenticate", handle, answer)).status == 401
 
 
-# -- transactions ---------------------------------------------------------------------------------------------------------------------
+# -- transactions ----------------------------------------------------------------------------------
 
 
 async def test_a_transaction_id_is_unique_in_its_tenant(
@@ -562,7 +621,10 @@ async def test_a_transaction_id_is_unique_in_its_tenant(
     assert sorted(a.status for a in answers) == [200] + [409] * 19
     with refused(broker, "approval_exists", "approval_exists"):
         await hanko.refused(
-            409, "transaction already exists", TRANSACTION + "/initialize", {**body, "user_id": "bob"}
+            409,
+            "transaction already exists",
+            TRANSACTION + "/initialize",
+            {**body, "user_id": "bob"},
         )
     other = Hanko(await open_app(QUICK))
     await other.register("ann", Authenticator())
@@ -570,7 +632,9 @@ async def test_a_transaction_id_is_unique_in_its_tenant(
 
 
 async def test_what_was_approved(broker: Started, hanko: Hanko, device: Authenticator) -> None:
-    """`trans` is in the token of a transaction alone; the list shows which were signed by when they changed."""
+    """`trans` is in the token of a transaction alone; the list shows which were signed by when they
+    changed.
+    """
     await hanko.register("ann", device)
     user = (await hanko.wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["id"]
     options = await hanko.begin(
@@ -582,18 +646,23 @@ async def test_what_was_approved(broker: Started, hanko: Hanko, device: Authenti
     assert (claims["sub"], claims["trans"], claims["purpose"]) == ("ann", "one", "approve")
     assert "trans" not in await hanko.login(device)
     listed = await hanko.get(f"{TRANSACTION}/{user}")
-    assert [(row["identifier"], row["data"], row["updated_at"] > row["created_at"]) for row in listed] == [
+    assert [
+        (row["identifier"], row["data"], row["updated_at"] > row["created_at"]) for row in listed
+    ] == [
         ("one", '{"to":"Bob"}', True),
         ("two", "[1]", False),
     ]
-    # The vendor's schema of a transaction's id: format uuid, 36 characters. It is the same whenever it is read.
+    # The vendor's schema of a transaction's id: format uuid, 36 characters. It is the same whenever
+    # it is read.
     ids = [row["id"] for row in listed]
     assert [str(UUID(one)) for one in ids] == ids
     assert len(set(ids)) == 2
     assert [row["id"] for row in await hanko.get(f"{TRANSACTION}/{user}")] == ids
 
 
-async def test_transactions_are_their_tenants(hanko: Hanko, open_app: OpenApp, device: Authenticator) -> None:
+async def test_transactions_are_their_tenants(
+    hanko: Hanko, open_app: OpenApp, device: Authenticator
+) -> None:
     await hanko.register("ann", device)
     await hanko.begin(TRANSACTION, user_id="ann", transaction_id="one", transaction_data=[1])
     user = (await hanko.wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["id"]

@@ -12,7 +12,15 @@ from broker.model import Policy
 from tests.authenticator import Authenticator, b64
 from tests.conftest import OpenApp, Started
 from tests.golden import FOLDER, golden
-from tests.hanko import LOGIN, REGISTRATION, SECOND_LOGIN, SECOND_REGISTRATION, TRANSACTION, Hanko, judge
+from tests.hanko import (
+    LOGIN,
+    REGISTRATION,
+    SECOND_LOGIN,
+    SECOND_REGISTRATION,
+    TRANSACTION,
+    Hanko,
+    judge,
+)
 from tests.signals import counted, lines, refused
 from tests.wire import ORIGIN, Answer, Wire
 
@@ -38,7 +46,14 @@ async def seen(
     """As the backend, unless `headers` says otherwise."""
     given = {"apiKey": hanko.wire.key} if headers is None else headers
     answer = await golden(
-        hanko.wire, f"hanko/{name}", method, path, body, headers=given, data=data, below="/hanko/{app_id}"
+        hanko.wire,
+        f"hanko/{name}",
+        method,
+        path,
+        body,
+        headers=given,
+        data=data,
+        below="/hanko/{app_id}",
     )
     judge(answer)
     return answer
@@ -50,10 +65,14 @@ PAGE = {"Origin": ORIGIN}
 async def test_registration(broker: Started, hanko: Hanko, device: Authenticator) -> None:
     body = {**NAMES, "display_name": "Ann", "icon": "https://example.org/ann.png"}
     with counted(broker, "broker_ceremonies_total", kind="register", step="begin", result="ok"):
-        begun = await seen(hanko, "registration-initialize", "POST", REGISTRATION + "/initialize", body)
+        begun = await seen(
+            hanko, "registration-initialize", "POST", REGISTRATION + "/initialize", body
+        )
     made = device.register(begun.json["publicKey"], ORIGIN)
     with counted(broker, "broker_ceremonies_total", kind="register", step="finish", result="ok"):
-        await seen(hanko, "registration-finalize", "POST", REGISTRATION + "/finalize", made, headers=PAGE)
+        await seen(
+            hanko, "registration-finalize", "POST", REGISTRATION + "/finalize", made, headers=PAGE
+        )
     with refused(broker, "transaction_not_found", "challenge_unknown"):
         await seen(hanko, "registration-finalize-again", "POST", REGISTRATION + "/finalize", made)
     await seen(hanko, "registration-again", "POST", REGISTRATION + "/initialize", NAMES)
@@ -68,21 +87,34 @@ async def test_registration_refused(
     ):
         await seen(hanko, name, "POST", REGISTRATION + "/initialize", body)
     with refused(broker, "invalid_request", "invalid_request"):
-        await seen(hanko, "registration-finalize-form", "POST", REGISTRATION + "/finalize", {}, headers=PAGE)
+        await seen(
+            hanko,
+            "registration-finalize-form",
+            "POST",
+            REGISTRATION + "/finalize",
+            {},
+            headers=PAGE,
+        )
     made = device.register(await hanko.begin_registration("ann"), "https://evil.example")
     with refused(broker, "webauthn_login_failed", "origin"):
         await seen(hanko, "registration-finalize-refused", "POST", REGISTRATION + "/finalize", made)
     made = device.register(await hanko.begin_registration("ann"), ORIGIN, uv=False)
     with refused(broker, "webauthn_login_failed", "user_verification"):
-        await seen(hanko, "registration-finalize-unverified", "POST", REGISTRATION + "/finalize", made)
+        await seen(
+            hanko, "registration-finalize-unverified", "POST", REGISTRATION + "/finalize", made
+        )
     made = device.register(await hanko.begin_registration("gone"), ORIGIN)
-    await broker.parts.directory.delete_user(await broker.parts.directory.app(hanko.wire.app_id), "gone")
+    await broker.parts.directory.delete_user(
+        await broker.parts.directory.app(hanko.wire.app_id), "gone"
+    )
     with refused(broker, "webauthn_login_failed", "no_user"):
         await seen(hanko, "registration-finalize-no-user", "POST", REGISTRATION + "/finalize", made)
     full = Hanko(await open_app(Policy(max_passkeys=1, hanko_algorithm="ES256")))
     await full.register("ann", Authenticator())
     with refused(broker, "too_many_passkeys", "too_many_passkeys"):
-        await seen(full, "registration-initialize-full", "POST", REGISTRATION + "/initialize", NAMES)
+        await seen(
+            full, "registration-initialize-full", "POST", REGISTRATION + "/initialize", NAMES
+        )
 
 
 async def test_login(broker: Started, hanko: Hanko, device: Authenticator) -> None:
@@ -94,7 +126,9 @@ async def test_login(broker: Started, hanko: Hanko, device: Authenticator) -> No
     with refused(broker, "transaction_not_found", "challenge_unknown"):
         await seen(hanko, "login-finalize-again", "POST", LOGIN + "/finalize", answer, headers=PAGE)
     with counted(broker, "broker_ceremonies_total", kind="authenticate", step="begin", result="ok"):
-        await seen(hanko, "login-initialize-user", "POST", LOGIN + "/initialize", {"user_id": "ann"})
+        await seen(
+            hanko, "login-initialize-user", "POST", LOGIN + "/initialize", {"user_id": "ann"}
+        )
 
 
 async def test_login_refused(broker: Started, hanko: Hanko, device: Authenticator) -> None:
@@ -107,15 +141,21 @@ async def test_login_refused(broker: Started, hanko: Hanko, device: Authenticato
     ):
         await seen(hanko, name, "POST", LOGIN + "/initialize", body)
     with refused(broker, "invalid_access_token", "key_missing"):
-        await seen(hanko, "login-initialize-no-key", "POST", LOGIN + "/initialize", NAMES, headers=PAGE)
+        await seen(
+            hanko, "login-initialize-no-key", "POST", LOGIN + "/initialize", NAMES, headers=PAGE
+        )
     with refused(broker, "invalid_access_token", "key_unknown"):
         headers = {"apiKey": "pbk_" + "a" * 43}
-        await seen(hanko, "login-initialize-bad-key", "POST", LOGIN + "/initialize", NAMES, headers=headers)
+        await seen(
+            hanko, "login-initialize-bad-key", "POST", LOGIN + "/initialize", NAMES, headers=headers
+        )
     await seen(hanko, "login-finalize-form", "POST", LOGIN + "/finalize", {"id": "x"}, headers=PAGE)
     await hanko.register("ann", device)
     answer = device.authenticate(await hanko.begin(), ORIGIN, signature=b"x")
     with refused(broker, "discoverable_login_failed", "signature"):
-        await seen(hanko, "login-finalize-refused", "POST", LOGIN + "/finalize", answer, headers=PAGE)
+        await seen(
+            hanko, "login-finalize-refused", "POST", LOGIN + "/finalize", answer, headers=PAGE
+        )
 
 
 async def test_second_factor(broker: Started, hanko: Hanko) -> None:
@@ -184,7 +224,9 @@ async def test_credentials(hanko: Hanko, device: Authenticator) -> None:
     await seen(hanko, "credential-delete", "DELETE", one)
     for method, name in (("GET", "credential-unknown"), ("DELETE", "credential-delete-again")):
         await seen(hanko, name, method, one)
-    await seen(hanko, "credential-rename-unknown", "PATCH", f"/credentials/{UNKNOWN}", {"name": "x"})
+    await seen(
+        hanko, "credential-rename-unknown", "PATCH", f"/credentials/{UNKNOWN}", {"name": "x"}
+    )
 
 
 async def test_audit_logs(hanko: Hanko, device: Authenticator) -> None:
@@ -216,8 +258,14 @@ async def test_keys_and_errors(broker: Started, hanko: Hanko) -> None:
     )
     stranger = {"Origin": "https://evil.example"}
     await seen(hanko, "origin", "POST", LOGIN + "/initialize", headers=stranger)
-    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "apikey,content-type"}
-    for name, path in (("preflight", LOGIN + "/initialize"), ("preflight-jwks", "/.well-known/jwks.json")):
+    ask = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "apikey,content-type",
+    }
+    for name, path in (
+        ("preflight", LOGIN + "/initialize"),
+        ("preflight-jwks", "/.well-known/jwks.json"),
+    ):
         await seen(hanko, name, "OPTIONS", path, headers=PAGE | ask)
     await seen(hanko, "preflight-stranger", "OPTIONS", LOGIN + "/finalize", headers=stranger | ask)
     nobody = Hanko(Wire(hanko.wire.session, hanko.wire.url, "x" * 24, "pbk_" + "a" * 43))
@@ -233,6 +281,8 @@ async def test_too_many_open_logins(broker: Started, open_app: OpenApp) -> None:
 
 
 def test_every_title_has_a_golden_file() -> None:
-    bodies = [json.loads(f.read_text())["answer"]["body"] for f in (FOLDER / "hanko").glob("*.json")]
+    bodies = [
+        json.loads(f.read_text())["answer"]["body"] for f in (FOLDER / "hanko").glob("*.json")
+    ]
     titles = {body["title"] for body in bodies if isinstance(body, dict) and "title" in body}
     assert {told.title for rows in TITLES.values() for told in rows.values()} <= titles

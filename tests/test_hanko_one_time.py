@@ -1,7 +1,9 @@
-"""Every Hanko ceremony is good once: 50 finalizes at once, answers again, other operations, other tenants, other times.
+"""Every Hanko ceremony is good once: 50 finalizes at once, answers again, other operations, other
+tenants, other times.
 
-The vendor accepts an answer again after a failed finalize, and of two at once both may succeed. Here the challenge is taken before
-anything is verified, so the second one is refused in the vendor's own shape.
+The vendor accepts an answer again after a failed finalize, and of two at once both may succeed.
+Here the challenge is taken before anything is verified, so the second one is refused in the
+vendor's own shape.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ async def hanko(open_app: OpenApp) -> Hanko:
     return Hanko(await open_app(QUICK))
 
 
-async def begun(hanko: Hanko, at: str, device: Authenticator, name: str = "t", **how: Any) -> dict[str, Any]:
+async def begun(
+    hanko: Hanko, at: str, device: Authenticator, name: str = "t", **how: Any
+) -> dict[str, Any]:
     """The answer to a new ceremony; `device` has a passkey of ann."""
     if at.endswith(REGISTRATION):
         return Authenticator().register(await hanko.begin_registration("ann", at=at), ORIGIN, **how)
@@ -53,9 +57,7 @@ def gone(at: str) -> tuple[int, str, str]:
     """Status, title and details of an answer to a challenge that is not there."""
     if at.endswith(REGISTRATION):
         told, keyed = UnknownTransaction.default, at == SECOND_REGISTRATION
-        hint = (
-            "There is no begun ceremony with this challenge, or it is expired or already used; begin again."
-        )
+        hint = "There is no begun ceremony with this challenge, or it is expired or already used; begin again."
         return 400, NO_CHALLENGE, f"{told} {hint}" if keyed else told
     details = "no transaction found for this challenge" if at == TRANSACTION else NO_CHALLENGE
     return 401, "failed to get session data", details
@@ -69,7 +71,12 @@ async def is_gone(hanko: Hanko, at: str, answer: object) -> None:
 @ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
 async def test_of_50_finalizes_one_succeeds(
-    start_broker: Starter, session: Any, hanko: Hanko, broker: Started, device: Authenticator, at: str
+    start_broker: Starter,
+    session: Any,
+    hanko: Hanko,
+    broker: Started,
+    device: Authenticator,
+    at: str,
 ) -> None:
     """Over two instances."""
     await hanko.register("ann", device)
@@ -81,7 +88,9 @@ async def test_of_50_finalizes_one_succeeds(
         *((hanko, other)[n % 2].send("POST", at + "/finalize", answer) for n in range(PARALLEL))
     )
     assert Counter(a.status for a in answers) == {200: 1, gone(at)[0]: PARALLEL - 1}
-    counted = [b.metric("broker_refusals_total", code=GONE[0], reason=GONE[1]) for b in (broker, second)]
+    counted = [
+        b.metric("broker_refusals_total", code=GONE[0], reason=GONE[1]) for b in (broker, second)
+    ]
     assert sum(counted) == PARALLEL - 1
     assert len(await hanko.credentials("ann")) - before == at.endswith(REGISTRATION)
     await is_gone(hanko, at, answer)
@@ -105,7 +114,9 @@ async def test_a_refused_answer_spends_the_challenge(
 
 @ON_BOTH
 @pytest.mark.parametrize("at", OPERATIONS)
-async def test_a_fault_of_form_spends_no_challenge(hanko: Hanko, device: Authenticator, at: str) -> None:
+async def test_a_fault_of_form_spends_no_challenge(
+    hanko: Hanko, device: Authenticator, at: str
+) -> None:
     await hanko.register("ann", device)
     answer = await begun(hanko, at, device)
     for bad in (
@@ -172,8 +183,8 @@ async def test_a_challenge_lives_as_long_as_its_timeout(
 async def test_a_dump_of_redis_finalizes_nothing(
     broker: Started, hanko: Hanko, device: Authenticator, at: str
 ) -> None:
-    """The challenge is all that a registration's answer takes, from whatever authenticator, and a page may bring it: so nobody gets to
-    one from what is at rest."""
+    """The challenge is all that a registration's answer takes, from whatever authenticator, and a
+    page may bring it: so nobody gets to one from what is at rest."""
     await hanko.register("ann", device)
     answer = await begun(hanko, at, device)
     challenge: str = json.loads(unb64(answer["response"]["clientDataJSON"]))["challenge"]
@@ -191,7 +202,9 @@ async def test_a_dump_of_redis_finalizes_nothing(
 async def test_a_token_of_an_hour_is_redeemed_within_ten_minutes(
     start_broker: Starter, session: Any, device: Authenticator
 ) -> None:
-    """What redeems once is short, however long the token that carries it is good for whoever checks it offline."""
+    """What redeems once is short, however long the token that carries it is good for whoever checks
+    it offline.
+    """
     broker = await start_broker(hanko_token_life=3600)
     hanko = Hanko(await Wire.open(broker.service, session, policy=QUICK))
     await hanko.register("ann", device)
@@ -225,7 +238,9 @@ async def test_a_challenge_that_the_answer_made_up(
             await is_gone(hanko, LOGIN, answer)
     for challenge in ("", "é", "no base64", "a" * 9000):
         answer = await begun(hanko, LOGIN, device, challenge=challenge)
-        assert (await hanko.send("POST", LOGIN + "/finalize", answer)).status in (400, 401), challenge
+        assert (await hanko.send("POST", LOGIN + "/finalize", answer)).status in (400, 401), (
+            challenge
+        )
     for client_data in (b"", b"[]", b"{", b"\xff", b'{"challenge":7}', b"{}"):
         answer = await begun(hanko, LOGIN, device, client_data_json=client_data)
         details = await hanko.refused(400, "unable to finish login", LOGIN + "/finalize", answer)

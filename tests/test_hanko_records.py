@@ -1,4 +1,6 @@
-"""What Hanko's backends read and change by key: credentials, the audit log; and the token that a ceremony ends with."""
+"""What Hanko's backends read and change by key: credentials, the audit log; and the token that a
+ceremony ends with.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ async def hanko(open_app: OpenApp) -> Hanko:
     return Hanko(await open_app(QUICK))
 
 
-# -- credentials ----------------------------------------------------------------------------------------------------------------------
+# -- credentials -----------------------------------------------------------------------------------
 
 
 async def test_credentials_in_pages(start_broker: Starter, session: Any) -> None:
-    """Newest first, 20 a page; the links are made from the public address, and never from the Host header."""
+    """Newest first, 20 a page; the links are made from the public address, and never from the Host
+    header.
+    """
     started = await start_broker(public_url="https://passkeys.example.org/at")
     hanko = Hanko(await Wire.open(started.service, session, policy=QUICK))
     made = [(await hanko.register(f"u{n % 3}", Authenticator()))["cred"] for n in range(22)]
@@ -40,7 +44,9 @@ async def test_credentials_in_pages(start_broker: Starter, session: Any) -> None
     )
     seen = []
     for page in (1, 2, 3, 4):
-        answer = await hanko.send("GET", f"/credentials?user_id=u1&per_page=3&page={page}&order=asc")
+        answer = await hanko.send(
+            "GET", f"/credentials?user_id=u1&per_page=3&page={page}&order=asc"
+        )
         seen += [c["id"] for c in answer.json]
         rels = {link.partition("rel=")[2].strip('"') for link in answer.headers["Link"].split(",")}
         assert rels == {"first", "last"} | ({"next"} if page < 3 else set()) | (
@@ -48,8 +54,14 @@ async def test_credentials_in_pages(start_broker: Starter, session: Any) -> None
         )
         assert answer.headers["X-Total-Count"] == "7"
     assert seen == made[1::3]
-    assert {c["user_id"] for c in await hanko.get("/credentials?per_page=1000")} == {"u0", "u1", "u2"}
-    assert await hanko.get("/credentials?user_id=") == await hanko.get("/credentials?user_id=U1") == []
+    assert {c["user_id"] for c in await hanko.get("/credentials?per_page=1000")} == {
+        "u0",
+        "u1",
+        "u2",
+    }
+    assert (
+        await hanko.get("/credentials?user_id=") == await hanko.get("/credentials?user_id=U1") == []
+    )
     assert len(await hanko.get("/credentials?order=&page=&per_page=")) == 20
 
 
@@ -68,12 +80,21 @@ async def test_a_list_that_can_not_be_given(broker: Started, hanko: Hanko, path:
 
 async def test_one_credential(broker: Started, hanko: Hanko, open_app: OpenApp) -> None:
     """Named after its make, else after its id, until it is renamed; every field has its value."""
-    known = Authenticator(aaguid=bytes.fromhex("fbfc3007154e4ecc8c0b6e020557d7bd"), transports=("internal",))
+    known = Authenticator(
+        aaguid=bytes.fromhex("fbfc3007154e4ecc8c0b6e020557d7bd"), transports=("internal",)
+    )
     cred = (await hanko.register("ann", known))["cred"]
     one = await hanko.get(f"/credentials/{cred}")
-    assert (one["name"], one["aaguid"]) == ("iCloud Keychain", "fbfc3007-154e-4ecc-8c0b-6e020557d7bd")
+    assert (one["name"], one["aaguid"]) == (
+        "iCloud Keychain",
+        "fbfc3007-154e-4ecc-8c0b-6e020557d7bd",
+    )
     assert (one["id"], one["user_id"], one["transports"]) == (cred, "ann", ["internal"])
-    assert (one["backup_eligible"], one["backup_state"], one["attestation_type"]) == (True, True, "none")
+    assert (one["backup_eligible"], one["backup_state"], one["attestation_type"]) == (
+        True,
+        True,
+        "none",
+    )
     assert one["last_used_at"] == one["created_at"]
     broker.clock.ahead += 5
     await hanko.login(known, bs=False)
@@ -93,7 +114,9 @@ async def test_one_credential(broker: Started, hanko: Hanko, open_app: OpenApp) 
     for method, body in (("GET", None), ("PATCH", {"name": "x"}), ("DELETE", None)):
         for user in ("bob", ""):
             path = f"/credentials/{cred}?user_id={user}"
-            await hanko.refused(404, f"credential with id '{cred}' not found", path, body, method=method)
+            await hanko.refused(
+                404, f"credential with id '{cred}' not found", path, body, method=method
+            )
     assert (await hanko.get(f"/credentials/{cred}?user_id=ann"))["name"] == "Ann's 📱"
     for bad in (cred + "=", cred[:-1], "%00", "é", "%ff", "a b", "x" * 2000, "..%2f"):
         missing = await hanko.send("GET", f"/credentials/{bad}")
@@ -105,10 +128,14 @@ async def test_one_credential(broker: Started, hanko: Hanko, open_app: OpenApp) 
         await hanko.refused(401, "failed to validate assertion", LOGIN + "/finalize", answer)
 
 
-async def test_a_passkey_that_nobody_owns_yet(broker: Started, hanko: Hanko, device: Authenticator) -> None:
+async def test_a_passkey_that_nobody_owns_yet(
+    broker: Started, hanko: Hanko, device: Authenticator
+) -> None:
     """Is listed without a user, and signs in nowhere."""
     app = await broker.parts.directory.app(hanko.wire.app_id)
-    await hanko.wire.register(await broker.parts.broker.open_registration(app, None, "Somebody"), device)
+    await hanko.wire.register(
+        await broker.parts.broker.open_registration(app, None, "Somebody"), device
+    )
     [listed] = await hanko.get("/credentials")
     assert "user_id" not in listed
     assert await hanko.get("/credentials?user_id=") == []
@@ -117,26 +144,38 @@ async def test_a_passkey_that_nobody_owns_yet(broker: Started, hanko: Hanko, dev
         await hanko.refused(401, "failed to validate assertion", LOGIN + "/finalize", answer)
 
 
-async def test_a_passkey_signs_in_through_hanko_and_natively(hanko: Hanko, device: Authenticator) -> None:
+async def test_a_passkey_signs_in_through_hanko_and_natively(
+    hanko: Hanko, device: Authenticator
+) -> None:
     other = Authenticator()
     await hanko.wire.user("ann", device)
-    assert (await hanko.login(device))["sub"] == (await hanko.login(device, user="ann"))["sub"] == "ann"
+    assert (
+        (await hanko.login(device))["sub"]
+        == (await hanko.login(device, user="ann"))["sub"]
+        == "ann"
+    )
     assert (await hanko.credentials("ann"))[0]["name"] == "Ann's passkey"
     await hanko.register("bob", other)
     nonce = await hanko.wire.authenticate(await hanko.wire.open_authentication("bob"), other)
     assert (await hanko.wire.redeem(nonce)).json["external_id"] == "bob"
 
 
-# -- audit log ------------------------------------------------------------------------------------------------------------------------
+# -- audit log -------------------------------------------------------------------------------------
 
 
-async def test_failures_stay_in_the_audit_log(broker: Started, hanko: Hanko, device: Authenticator) -> None:
-    """The vendor loses them. Newest first, with the caller's request id, filtered by type, time and user."""
+async def test_failures_stay_in_the_audit_log(
+    broker: Started, hanko: Hanko, device: Authenticator
+) -> None:
+    """The vendor loses them. Newest first, with the caller's request id, filtered by type, time and
+    user.
+    """
     await hanko.register("ann", device)
     broker.clock.ahead += 10
     answer = device.authenticate(await hanko.begin(user_id="ann"), ORIGIN, signature=b"x")
     await hanko.send("POST", LOGIN + "/finalize", answer, headers={"X-Request-Id": "request-0001"})
-    made = Authenticator().register(await hanko.begin_registration("bob"), ORIGIN, rp_id="evil.example")
+    made = Authenticator().register(
+        await hanko.begin_registration("bob"), ORIGIN, rp_id="evil.example"
+    )
     await hanko.send("POST", REGISTRATION + "/finalize", made)
     logs = await hanko.get("/audit_logs")
     assert [(log["type"], log.get("error"), log["actor_user_id"]) for log in logs] == [
@@ -148,7 +187,10 @@ async def test_failures_stay_in_the_audit_log(broker: Started, hanko: Hanko, dev
     start = logs[1]["created_at"]
     for query, rows in (
         ("type=webauthn_authentication_final_failed", [1]),
-        ("type=webauthn_authentication_final_failed&type=webauthn_registration_final_succeeded", [1, 2]),
+        (
+            "type=webauthn_authentication_final_failed&type=webauthn_registration_final_succeeded",
+            [1, 2],
+        ),
         ("type=webauthn_registration_init_succeeded", []),
         ("type=x'%20OR%20true--", []),
         ("actor_user_id=an", [1, 2]),
@@ -163,7 +205,9 @@ async def test_failures_stay_in_the_audit_log(broker: Started, hanko: Hanko, dev
         ("page=9", []),
     ):
         assert await hanko.get(f"/audit_logs?{query}") == [logs[n] for n in rows], query
-    counted = await hanko.send("GET", "/audit_logs?per_page=2&type=webauthn_registration_final_failed")
+    counted = await hanko.send(
+        "GET", "/audit_logs?per_page=2&type=webauthn_registration_final_failed"
+    )
     assert counted.headers["X-Total-Count"] == "1"
     for query in (
         "start_time=now",
@@ -174,7 +218,9 @@ async def test_failures_stay_in_the_audit_log(broker: Started, hanko: Hanko, dev
         await hanko.refused(400, "unable to validate request", f"/audit_logs?{query}", method="GET")
 
 
-async def test_second_factors_and_transactions_have_audit_types(hanko: Hanko, device: Authenticator) -> None:
+async def test_second_factors_and_transactions_have_audit_types(
+    hanko: Hanko, device: Authenticator
+) -> None:
     key = Authenticator()
     await hanko.register("ann", device)
     await hanko.register("ann", key, at=SECOND_REGISTRATION)
@@ -194,13 +240,15 @@ async def test_second_factors_and_transactions_have_audit_types(hanko: Hanko, de
     assert failed["error"] == "origin"
 
 
-async def test_the_audit_log_is_its_tenants(hanko: Hanko, open_app: OpenApp, device: Authenticator) -> None:
+async def test_the_audit_log_is_its_tenants(
+    hanko: Hanko, open_app: OpenApp, device: Authenticator
+) -> None:
     await hanko.register("ann", device)
     assert await Hanko(await open_app()).get("/audit_logs") == []
     assert len(await hanko.get("/audit_logs")) == 1
 
 
-# -- token ----------------------------------------------------------------------------------------------------------------------------
+# -- token -----------------------------------------------------------------------------------------
 
 
 async def test_the_claims_of_a_token(
@@ -217,7 +265,9 @@ async def test_the_claims_of_a_token(
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "PS256", "ES256", "EdDSA"])
-async def test_the_algorithm_is_the_policys(open_app: OpenApp, device: Authenticator, algorithm: Any) -> None:
+async def test_the_algorithm_is_the_policys(
+    open_app: OpenApp, device: Authenticator, algorithm: Any
+) -> None:
     hanko = Hanko(await open_app(Policy(hanko_algorithm=algorithm)))
     [key] = (await hanko.get("/.well-known/jwks.json"))["keys"]  # there before anything was signed
     assert (key["alg"], key["use"]) == (algorithm, "sig")
@@ -247,14 +297,18 @@ async def test_a_token_can_be_redeemed_once(
     assert (await hanko.wire.redeem(late["jti"])).status == 401
 
 
-async def test_of_50_redemptions_of_a_token_one_succeeds(hanko: Hanko, device: Authenticator) -> None:
+async def test_of_50_redemptions_of_a_token_one_succeeds(
+    hanko: Hanko, device: Authenticator
+) -> None:
     jti = (await hanko.register("ann", device))["jti"]
     answers = await asyncio.gather(*(hanko.wire.redeem(jti) for _ in range(50)))
     assert sorted(answer.status for answer in answers) == [200] + [401] * 49
 
 
 async def test_live_at_redemption_of_a_token(open_app: OpenApp, device: Authenticator) -> None:
-    """Where the policy says so, a passkey signs in once the token of its registration was redeemed; a keyed finalize redeems."""
+    """Where the policy says so, a passkey signs in once the token of its registration was redeemed;
+    a keyed finalize redeems.
+    """
     hanko = Hanko(await open_app(Policy(live_at="redemption", hanko_algorithm="ES256")))
     jti = (await hanko.register("ann", device))["jti"]
     title = "user has no suitable credentials for this operation"

@@ -1,4 +1,6 @@
-"""The vendor's own Node SDK, unmodified, against a running broker: every method, every error it can meet, and the token by jose."""
+"""The vendor's own Node SDK, unmodified, against a running broker: every method, every error it can
+meet, and the token by jose.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,16 @@ async def sdk(wire: Wire) -> AsyncIterator[Sdk]:
 
 async def registered(sdk: Sdk, device: Authenticator, user: str = "ann") -> str:
     """A whole registration; the token."""
-    options = (await sdk.ok("registration.initialize", {"userId": user, "username": user}))["publicKey"]
+    options = (await sdk.ok("registration.initialize", {"userId": user, "username": user}))[
+        "publicKey"
+    ]
     token: str = (await sdk.ok("registration.finalize", device.register(options, ORIGIN)))["token"]
     return token
 
 
-async def test_every_method_of_the_sdk(broker: Started, wire: Wire, sdk: Sdk, device: Authenticator) -> None:
+async def test_every_method_of_the_sdk(
+    broker: Started, wire: Wire, sdk: Sdk, device: Authenticator
+) -> None:
     assert await sdk.ok("config.tenantId") == wire.app_id
     assert await sdk.ok("config.baseUrl") == f"{wire.url}/hanko"
     options = (await sdk.ok("registration.initialize", NAMES))["publicKey"]
@@ -55,14 +61,18 @@ async def test_every_method_of_the_sdk(broker: Started, wire: Wire, sdk: Sdk, de
     assert await sdk.verified(token, "evil.example") == {"code": "ERR_JWT_CLAIM_VALIDATION_FAILED"}
     head, payload, signature = token.split(".")
     forged = f"{head}.{payload}.{'A' * len(signature)}"
-    assert await sdk.verified(forged, "example.org") == {"code": "ERR_JWS_SIGNATURE_VERIFICATION_FAILED"}
+    assert await sdk.verified(forged, "example.org") == {
+        "code": "ERR_JWS_SIGNATURE_VERIFICATION_FAILED"
+    }
 
     key = Authenticator(attachment="cross-platform", transports=("usb",))
     names = {"username": "ann@example.org", "displayName": "Ann"}
     options = (await sdk.ok("user(ann).mfa.registration.initialize", names))["publicKey"]
     made = key.register(options, ORIGIN)
     token = (await sdk.ok("user(ann).mfa.registration.finalize", made))["token"]
-    assert (await sdk.verified(token, "example.org"))["payload"]["purpose"] == "register_second_factor"
+    assert (await sdk.verified(token, "example.org"))["payload"][
+        "purpose"
+    ] == "register_second_factor"
     options = (await sdk.ok("user(ann).mfa.login.initialize"))["publicKey"]
     assert len(options["allowCredentials"]) == 2
     answer = key.authenticate(options, ORIGIN)
@@ -72,9 +82,15 @@ async def test_every_method_of_the_sdk(broker: Started, wire: Wire, sdk: Sdk, de
 
     listed = await sdk.ok("user(ann).credentials")
     assert [c["is_mfa"] for c in listed] == [True, False]
-    assert {"id", "name", "public_key", "attestation_type", "aaguid", "last_used_at", "created_at"} <= set(
-        listed[0]
-    )
+    assert {
+        "id",
+        "name",
+        "public_key",
+        "attestation_type",
+        "aaguid",
+        "last_used_at",
+        "created_at",
+    } <= set(listed[0])
     [published] = (await sdk.ok("jwks"))["keys"]
     assert (published["kty"], published["kid"]) == ("RSA", verified["protectedHeader"]["kid"])
     assert await sdk.ok(f"credential({made['id']}).remove") == {}
@@ -108,7 +124,9 @@ async def test_what_the_sdk_throws(broker: Started, sdk: Sdk, device: Authentica
     await fails(400, "unable to finish login", "login.finalize", {})
 
     validation = "unable to validate request"
-    await fails(400, validation, "registration.initialize", {"userId": "ann", "username": "x" * 129})
+    await fails(
+        400, validation, "registration.initialize", {"userId": "ann", "username": "x" * 129}
+    )
     await fails(400, validation, "registration.initialize", {})
     form = "unable to parse credential creation response"
     await fails(400, form, "registration.finalize", {})

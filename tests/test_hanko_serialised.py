@@ -1,4 +1,6 @@
-"""The text that an approved payload is hashed as: Go's JSON, character by character, and its hash inside a challenge."""
+"""The text that an approved payload is hashed as: Go's JSON, character by character, and its hash
+inside a challenge.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from tests.hanko import TRANSACTION, Hanko
 from tests.signals import refused
 from tests.wire import Wire
 
-# What Go's encoding/json (1.22 and newer) writes for these texts once it has read them into interface{} values.
+# What Go's encoding/json (1.22 and newer) writes for these texts once it has read them into
+# interface{} values.
 NUMBERS = {
     "0": "0",
     "-0": "-0",
@@ -90,7 +93,9 @@ def test_as_go_writes_it(given: str, written: str) -> None:
 
 
 def test_numbers_are_ecmascripts_but_for_the_sign_of_zero() -> None:
-    """Go's numbers have the form of `Number.prototype.toString`: 20,000 doubles of every size, written by Node."""
+    """Go's numbers have the form of `Number.prototype.toString`: 20,000 doubles of every size,
+    written by Node.
+    """
     chance = random.Random(1)
     doubles = [struct.unpack("<d", chance.randbytes(8))[0] for _ in range(10_000)]
     doubles += [chance.uniform(-1, 1) * 10 ** chance.randint(-9, 23) for _ in range(10_000)]
@@ -133,7 +138,10 @@ async def test_the_challenge_ends_with_the_hash(wire: Wire, device: Authenticato
     }  # fmt: skip
     seen = set()
     for identifier, (data, text) in bodies.items():
-        body = b'{"user_id":"ann","transaction_id":"%s","transaction_data":%s}' % (identifier.encode(), data)
+        body = b'{"user_id":"ann","transaction_id":"%s","transaction_data":%s}' % (
+            identifier.encode(),
+            data,
+        )
         answer = await hanko.send("POST", TRANSACTION + "/initialize", data=body)
         assert answer.status == 200
         challenge = unb64(answer.json["publicKey"]["challenge"])
@@ -143,14 +151,22 @@ async def test_the_challenge_ends_with_the_hash(wire: Wire, device: Authenticato
     assert len(seen) == len(bodies)
     user = (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["id"]
     listed = await hanko.get(f"{TRANSACTION}/{user}")
-    assert {row["identifier"]: row["data"] for row in listed} == {k: text for k, (_, text) in bodies.items()}
+    assert {row["identifier"]: row["data"] for row in listed} == {
+        k: text for k, (_, text) in bodies.items()
+    }
 
 
 @pytest.mark.parametrize("data", [b"null", b"false", b"0", b"0.0", b"-0", b'""', None])
 async def test_what_the_vendor_takes_for_missing(wire: Wire, data: bytes | None) -> None:
     hanko = Hanko(wire)
-    body = b'{"user_id":"ann","transaction_id":"t"' + (b',"transaction_data":' + data if data else b"") + b"}"
-    details = await hanko.refused(400, "unable to validate request", TRANSACTION + "/initialize", data=body)
+    body = (
+        b'{"user_id":"ann","transaction_id":"t"'
+        + (b',"transaction_data":' + data if data else b"")
+        + b"}"
+    )
+    details = await hanko.refused(
+        400, "unable to validate request", TRANSACTION + "/initialize", data=body
+    )
     assert details == "transaction_data is a required field"
 
 
@@ -167,12 +183,17 @@ async def test_what_the_vendor_takes_for_missing(wire: Wire, data: bytes | None)
         b"[" * 40 + b"]" * 40,
     ],
 )
-async def test_what_parsers_disagree_on_is_refused(broker: Started, wire: Wire, data: bytes) -> None:
+async def test_what_parsers_disagree_on_is_refused(
+    broker: Started, wire: Wire, data: bytes
+) -> None:
     hanko = Hanko(wire)
     body = b'{"user_id":"ann","transaction_id":"t","transaction_data":' + data + b"}"
     before = broker.metric("broker_refusals_total", code="user_not_found", reason="user_not_found")
     await hanko.refused(400, "unable to process request", TRANSACTION + "/initialize", data=body)
-    assert broker.metric("broker_refusals_total", code="user_not_found", reason="user_not_found") == before
+    assert (
+        broker.metric("broker_refusals_total", code="user_not_found", reason="user_not_found")
+        == before
+    )
     with refused(broker, "user_not_found", "user_not_found"):
         body = body.replace(data, b'"good"')
         await hanko.refused(404, "unable to find user", TRANSACTION + "/initialize", data=body)

@@ -1,7 +1,8 @@
-"""Two readers of a refusal: a person at a page, who is told what to do, and the operator, who is told what to set.
+"""Two readers of a refusal: a person at a page, who is told what to do, and the operator, who is
+told what to set.
 
-Every refusal that a policy causes names the policy key in the request's log line and to a keyed caller; no answer without a key
-names a policy, a command or a setting.
+Every refusal that a policy causes names the policy key in the request's log line and to a keyed
+caller; no answer without a key names a policy, a command or a setting.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ FOR_OPERATORS = re.compile(
     + "|".join(key for key in sorted(KEYS - _FIELDS) if "_" in key)
     + r")\b"
 )
-# Refusals that no page meets: the command line's, and what a keyed caller asked for in a wrong form.
+# Refusals that no page meets: the command line's, and what a keyed caller asked for in a wrong
+# form.
 NO_PAGE = {"InvalidSetting", "SettingsFault", "Conflict"}
 ROOT = Authority()
 
@@ -96,7 +98,9 @@ CASES = [
 
 
 def told(broker: Started, reason: str, keys: tuple[str, ...]) -> str:
-    """The hint of the last request line with this reason, which names these keys and how to set them."""
+    """The hint of the last request line with this reason, which names these keys and how to set
+    them.
+    """
     hint = str(lines(broker, reason=reason)[-1]["hint"])
     for key in keys:
         assert key in KEYS
@@ -111,7 +115,7 @@ def plain(answer: Answer) -> None:
     assert not FOR_OPERATORS.search(answer.body.decode()), answer.body
 
 
-# -- ceremonies -------------------------------------------------------------------------------------------------------------------
+# -- ceremonies ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.reason}")
@@ -129,7 +133,11 @@ async def test_a_policy_that_refuses_a_ceremony_is_named(
     device = device if case.kind == "authenticate" else Authenticator()
     make: Callable[..., Any] = getattr(device, case.kind)
 
-    opened = wire.open_registration("ann") if case.kind == "register" else wire.open_authentication("ann")
+    opened = (
+        wire.open_registration("ann")
+        if case.kind == "register"
+        else wire.open_authentication("ann")
+    )
     transaction = await opened
     handle, options = await wire.begin(case.kind, transaction)
     response = make(options, ORIGIN, **case.how)
@@ -146,11 +154,15 @@ async def test_a_policy_that_refuses_a_ceremony_is_named(
     assert answer.json["error"] == f"{at_page.json['error']} {told(broker, case.reason, case.keys)}"
 
 
-async def test_limits_name_their_policy(broker: Started, open_app: OpenApp, device: Authenticator) -> None:
+async def test_limits_name_their_policy(
+    broker: Started, open_app: OpenApp, device: Authenticator
+) -> None:
     wire = await open_app(Policy(max_passkeys=1, discoverable_limit=1))
     transaction = await wire.open_registration("ann")
     await wire.user("ann", device)
-    answer = await wire.page("/register/transactions/webauthn/start", {"transaction_id": transaction})
+    answer = await wire.page(
+        "/register/transactions/webauthn/start", {"transaction_id": transaction}
+    )
     plain(answer)
     hint = told(broker, "too_many_passkeys", ("max_passkeys",))
     keyed = await wire.keyed("POST", "/register/start", {"external_id": "ann", "user_name": "ann"})
@@ -176,7 +188,9 @@ async def test_what_is_not_live_or_not_open_names_its_policy(
 async def test_an_origin_that_is_not_registered_is_told_to_each_in_turn(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    """No policy but a list: the hint has the command that adds to it, and holds nothing of the request."""
+    """No policy but a list: the hint has the command that adds to it, and holds nothing of the
+    request.
+    """
     elsewhere = "https://elsewhere.example"
     await wire.user("ann", device)
     plain(await wire.page("/authenticate/transactions/webauthn/start", {}, origin=elsewhere))
@@ -191,13 +205,15 @@ async def test_an_origin_that_is_not_registered_is_told_to_each_in_turn(
         assert elsewhere not in line["hint"]
 
 
-# -- every route ------------------------------------------------------------------------------------------------------------------
+# -- every route -----------------------------------------------------------------------------------
 
 
 async def test_a_hint_reaches_no_answer_without_a_key(
     broker: Started, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever route: the refusal comes before a key was accepted, and its hint is in the log alone."""
+    """Whatever route: the refusal comes before a key was accepted, and its hint is in the log
+    alone.
+    """
 
     async def full(*_: object) -> None:
         raise TooManyCeremonies(hint="A hint of the `broker`.")
@@ -219,7 +235,7 @@ async def test_a_hint_reaches_no_answer_without_a_key(
     assert asked > 100
 
 
-# -- every sentence ---------------------------------------------------------------------------------------------------------------
+# -- every sentence --------------------------------------------------------------------------------
 
 
 def _calls() -> Iterator[tuple[str, str, ast.Call]]:
@@ -233,7 +249,9 @@ def _calls() -> Iterator[tuple[str, str, ast.Call]]:
 
 def _texts(node: ast.AST) -> str:
     """The literal text within an expression."""
-    found = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    found = [
+        n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
     return " ".join(found)
 
 
@@ -244,7 +262,9 @@ def _refusals(of: type[Refusal] = Refusal) -> Iterator[type[Refusal]]:
 
 
 def test_no_sentence_is_for_operators() -> None:
-    """Neither a default nor what is said in its place: a command, a policy or a setting belongs in the hint."""
+    """Neither a default nor what is said in its place: a command, a policy or a setting belongs in
+    the hint.
+    """
     kinds = {kind.__name__: kind for kind in _refusals()}
     assert len(kinds) > 25
     for name, kind in kinds.items():
@@ -252,7 +272,12 @@ def test_no_sentence_is_for_operators() -> None:
             assert not FOR_OPERATORS.search(kind.default), name
     seen = 0
     for file, name, call in _calls():
-        if name in kinds and name not in NO_PAGE and call.args and not file.startswith(("cli/", "demo/")):
+        if (
+            name in kinds
+            and name not in NO_PAGE
+            and call.args
+            and not file.startswith(("cli/", "demo/"))
+        ):
             seen += 1
             assert not FOR_OPERATORS.search(_texts(call.args[0])), (file, ast.unparse(call))
     assert seen > 80
@@ -299,10 +324,12 @@ def test_a_person_is_told_what_to_do(reason: Reason) -> None:
     assert refusal.hint.startswith("A detail.")
 
 
-# -- the documentation ------------------------------------------------------------------------------------------------------------
+# -- the documentation -----------------------------------------------------------------------------
 
 
-async def test_native_refusals_link_to_their_documentation(start_broker: Starter, wire: Wire) -> None:
+async def test_native_refusals_link_to_their_documentation(
+    start_broker: Starter, wire: Wire
+) -> None:
     """Where the operator names a page; no vendor's shape has a field for it."""
     docs = "https://docs.example.org/refusals"
     linked, plain = await start_broker(docs_url=docs), await start_broker()

@@ -1,4 +1,6 @@
-"""The periodic clean-up, on a database of the test's own, with the clock moved and a pass called by hand."""
+"""The periodic clean-up, on a database of the test's own, with the clock moved and a pass called by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ class House:
         )
 
     async def kept(self) -> list[tuple[str, int]]:
-        rows = await self.session.fetch("SELECT action, count(*) FROM events GROUP BY action ORDER BY action")
+        rows = await self.session.fetch(
+            "SELECT action, count(*) FROM events GROUP BY action ORDER BY action"
+        )
         return [(row[0], row[1]) for row in rows]
 
 
@@ -88,11 +92,13 @@ async def house(stores: EmbeddedStores, monkeypatch: pytest.MonkeyPatch) -> Asyn
         await made.close()
 
 
-# -- events -------------------------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 async def test_events_end_with_the_retention(house: House) -> None:
-    """At the boundary: what is exactly as old as the retention stays. Of every app, also of one that was deleted."""
+    """At the boundary: what is exactly as old as the retention stays. Of every app, also of one
+    that was deleted.
+    """
     app, gone = await new_app(house.durable), await new_app(house.durable)
     await house.fill(app, 3)
     await house.durable.delete_app(gone.id, NOW)
@@ -121,7 +127,9 @@ async def test_a_batch_is_small_and_a_statement_of_its_own(house: House) -> None
     house.pass_time(days=91)
     await house.fill(app, 10)
     assert await house.keeping().clean() == {"events": 2 * BATCH + 501}
-    batches = await house.session.fetch("SELECT rows, moment FROM batches WHERE rows > 0 ORDER BY moment")
+    batches = await house.session.fetch(
+        "SELECT rows, moment FROM batches WHERE rows > 0 ORDER BY moment"
+    )
     assert [row["rows"] for row in batches] == [BATCH, BATCH, 501]
     assert len({row["moment"] for row in batches}) == 3, "each in a transaction of its own"
     assert await house.kept() == [("old", 10)]
@@ -145,11 +153,13 @@ async def test_old_events_behind_one_of_a_clock_ahead_end_as_well(house: House) 
     assert await house.kept() == [("old", 1)]
 
 
-# -- passkeys that were never confirmed -----------------------------------------------------------------------------------------------
+# -- passkeys that were never confirmed ------------------------------------------------------------
 
 
 async def state(house: House, user_id: str) -> str | None:
-    found: str | None = await house.session.fetchval("SELECT status FROM users WHERE id = $1", user_id)
+    found: str | None = await house.session.fetchval(
+        "SELECT status FROM users WHERE id = $1", user_id
+    )
     return found
 
 
@@ -161,7 +171,9 @@ async def actions(house: House, app: RelyingParty) -> list[tuple[str, str | None
 
 
 async def test_a_passkey_that_can_not_be_confirmed_any_more_ends(house: House) -> None:
-    """At the boundary: its nonce lives 10 minutes at most, and instances' clocks differ by less than one."""
+    """At the boundary: its nonce lives 10 minutes at most, and instances' clocks differ by less
+    than one.
+    """
     app = await new_app(house.durable)
     pending, active = [await ensure(house.durable, app, name) for name in ("pending", "active")]
     mine = await add(house.durable, app, pending, b"1", live=False)
@@ -176,7 +188,10 @@ async def test_a_passkey_that_can_not_be_confirmed_any_more_ends(house: House) -
     assert await keeping.clean() == {"unconfirmed_passkeys": 2}
     assert house.metric("rows", "unconfirmed_passkeys") == 2
     assert not await house.durable.confirm_credential(app.id, mine.id, NOW)
-    assert {c.id for c in await house.durable.credentials(app.id, active)} == {stays.id, confirmed.id}
+    assert {c.id for c in await house.durable.credentials(app.id, active)} == {
+        stays.id,
+        confirmed.id,
+    }
     assert await house.durable.credentials(app.id, pending) == []
     assert [await state(house, user) for user in (pending, active)] == ["pending", "active"]
     assert sorted((await actions(house, app))[-2:]) == sorted(
@@ -200,7 +215,11 @@ async def test_a_user_without_a_name_ends_with_its_passkey(house: House) -> None
     app = await new_app(house.durable)
     nobody = MINT.id()
     outcome = await house.durable.add_credential(
-        pending_of(app, nobody, external_id=None), verified(b"1"), new_id=MINT.id(), live=False, now=NOW
+        pending_of(app, nobody, external_id=None),
+        verified(b"1"),
+        new_id=MINT.id(),
+        live=False,
+        now=NOW,
     )
     assert (outcome, await state(house, nobody)) == ("added", "pending")
     house.pass_time(minutes=12)
@@ -209,7 +228,9 @@ async def test_a_user_without_a_name_ends_with_its_passkey(house: House) -> None
 
 
 async def test_a_passkey_in_somebody_elses_hands_is_passed_over(house: House) -> None:
-    """It is confirmed at this moment, late by the clocks: the clean-up waits for nobody and judges by what is committed."""
+    """It is confirmed at this moment, late by the clocks: the clean-up waits for nobody and judges
+    by what is committed.
+    """
     app = await new_app(house.durable)
     user = await ensure(house.durable, app, "ann")
     held, free = [await add(house.durable, app, user, name, live=False) for name in (b"1", b"2")]
@@ -224,18 +245,22 @@ async def test_a_passkey_in_somebody_elses_hands_is_passed_over(house: House) ->
     assert house.metric("failures", "unconfirmed_passkeys") == 0
 
 
-# -- users who never got a passkey ----------------------------------------------------------------------------------------------------
+# -- users who never got a passkey -----------------------------------------------------------------
 
 
 async def test_a_user_who_never_got_a_passkey_ends_a_day_later(house: House) -> None:
-    """At the boundary, from the last time that a registration was opened. Who has anything stays."""
+    """At the boundary, from the last time that a registration was opened. Who has anything
+    stays.
+    """
     app = await new_app(house.durable)
     names = ("once", "again", "passkey", "approval", "logins", "active")
     once, again, with_passkey, with_approval, with_logins, active = [
         await ensure(house.durable, app, name) for name in names
     ]
     approval = Approval("payment", "{}", b"")
-    assert await house.durable.add_approval(app.id, with_approval, approval, new_id=MINT.id(), now=NOW)
+    assert await house.durable.add_approval(
+        app.id, with_approval, approval, new_id=MINT.id(), now=NOW
+    )
     await house.session.execute("UPDATE users SET past_logins = 1 WHERE id = $1", with_logins)
     await add(house.durable, app, active, b"1")
     keeping = house.keeping()
@@ -284,7 +309,9 @@ async def test_a_user_before_the_column_was_there_ends_by_its_age(house: House) 
 
 
 async def held(house: House, when: str) -> None:
-    """From now on a statement that does this to a row is held there, with its locks, as long as the test has the advisory lock."""
+    """From now on a statement that does this to a row is held there, with its locks, as long as the
+    test has the advisory lock.
+    """
     await house.session.execute(
         "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" PERFORM pg_advisory_xact_lock_shared({HOLD}); RETURN coalesce(NEW, OLD); END $$;"
@@ -303,7 +330,9 @@ async def waits(house: House, kind: str, task: asyncio.Task[Any]) -> None:
 
 @pytest.mark.parametrize("together", [1, 2])
 async def test_who_opens_while_the_user_ends_has_a_user(house: House, together: int) -> None:
-    """The clean-up deletes the user and is held open; whoever opens a registration waits, and has another user then."""
+    """The clean-up deletes the user and is held open; whoever opens a registration waits, and has
+    another user then.
+    """
     app = await new_app(house.durable)
     old = await ensure(house.durable, app, "ann")
     house.pass_time(days=2)
@@ -311,7 +340,9 @@ async def test_who_opens_while_the_user_ends_has_a_user(house: House, together: 
     cleaning = asyncio.create_task(house.keeping().clean())
     await waits(house, "advisory", cleaning)
     names = ["ann", "ben"][:together]
-    opening = [asyncio.create_task(ensure(house.durable, app, n, instant(house.now[0]))) for n in names]
+    opening = [
+        asyncio.create_task(ensure(house.durable, app, n, instant(house.now[0]))) for n in names
+    ]
     await waits(house, "transactionid", opening[0])
     await house.session.execute("SELECT pg_advisory_unlock($1)", HOLD)
     assert await cleaning == {"pending_users": 1}
@@ -359,7 +390,11 @@ async def test_a_registration_whose_user_ends_at_this_moment_is_refused(house: H
     await waits(house, "advisory", cleaning)
     adding = asyncio.create_task(
         house.durable.add_credential(
-            pending_of(app, user), verified(b"1"), new_id=MINT.id(), live=True, now=instant(house.now[0])
+            pending_of(app, user),
+            verified(b"1"),
+            new_id=MINT.id(),
+            live=True,
+            now=instant(house.now[0]),
         )
     )
     await waits(house, "transactionid", adding)
@@ -368,7 +403,7 @@ async def test_a_registration_whose_user_ends_at_this_moment_is_refused(house: H
     assert await adding == "no_user"
 
 
-# -- how it goes about it -----------------------------------------------------------------------------------------------------------
+# -- how it goes about it --------------------------------------------------------------------------
 
 
 async def test_one_instance_works_at_a_time(house: House) -> None:
@@ -378,7 +413,9 @@ async def test_one_instance_works_at_a_time(house: House) -> None:
     async with house.session.transaction():
         await house.session.execute("LOCK TABLE events IN SHARE MODE")
         first = asyncio.create_task(house.keeping().clean())
-        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'events'::regclass"
+        waiting = (
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'events'::regclass"
+        )
         while not await house.session.fetchval(waiting):
             assert not first.done()
             await asyncio.sleep(0.005)  # between two looks
@@ -413,7 +450,8 @@ async def test_a_broker_cleans_up_by_its_setting(
     await house.fill(await new_app(house.durable), 5)
     broker = await start_broker(database_url=house.postgres._url, event_retention_days=7)
     await eventually(
-        lambda: broker.metric("broker_housekeeping_rows_total", chore="events") == 6, "events are deleted"
+        lambda: broker.metric("broker_housekeeping_rows_total", chore="events") == 6,
+        "events are deleted",
     )
     await broker.service.close()
     assert broker.parts.housekeeping._task is not None

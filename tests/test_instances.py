@@ -1,4 +1,6 @@
-"""Two brokers on the same stores are interchangeable at any step: what one begins the other ends, and both follow one policy."""
+"""Two brokers on the same stores are interchangeable at any step: what one begins the other ends,
+and both follow one policy.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ async def change_policy(broker: Started, app_id: str, policy: Policy) -> None:
 async def test_a_ceremony_goes_from_one_to_the_other(
     start_broker: Starter, session: aiohttp.ClientSession, order: tuple[int, ...]
 ) -> None:
-    """Open, begin, finish and redeem, each on either instance, in every mixture: registration, sign-in, sign-in without a name."""
+    """Open, begin, finish and redeem, each on either instance, in every mixture: registration,
+    sign-in, sign-in without a name.
+    """
     both = await two(start_broker, session)
     opens, begins, finishes, redeems = (both[number][1] for number in order)
     device = Authenticator()
@@ -52,7 +56,9 @@ async def test_a_ceremony_goes_from_one_to_the_other(
         handle, options = await begins.begin(step, transaction)
         make = device.register if kind == "register" else device.authenticate
         answer = make(options, ORIGIN)
-        with counted(both[order[2]][0], "broker_ceremonies_total", kind=kind, step="finish", result="ok"):
+        with counted(
+            both[order[2]][0], "broker_ceremonies_total", kind=kind, step="finish", result="ok"
+        ):
             finished = await finishes.finish(step, handle, answer, transaction)
         assert finished.status == 200
         nonce = finished.json["nonce"]
@@ -70,9 +76,11 @@ async def test_a_ceremony_goes_from_one_to_the_other(
 async def test_a_policy_changed_in_the_middle_of_a_ceremony(
     start_broker: Starter, session: aiohttp.ClientSession, device: Authenticator
 ) -> None:
-    """Opened on the first, begun on the second, the policy changed, finished on the first, redeemed on the second.
+    """Opened on the first, begun on the second, the policy changed, finished on the first, redeemed
+    on the second.
 
-    What was asked of the authenticator is judged as it was asked: a begun ceremony carries its algorithms and its verification.
+    What was asked of the authenticator is judged as it was asked: a begun ceremony carries its
+    algorithms and its verification.
     """
     (first, one), (_, other) = await two(start_broker, session)
     transaction = await one.open_registration("ann")
@@ -82,13 +90,17 @@ async def test_a_policy_changed_in_the_middle_of_a_ceremony(
         first, one.app_id, Policy(user_verification="discouraged", nonce_life=5, algorithms=(-257,))
     )
     with refused(first, "webauthn_login_failed", "user_verification"):
-        answer = await one.finish("register", handle, device.register(options, ORIGIN, uv=False), transaction)
+        answer = await one.finish(
+            "register", handle, device.register(options, ORIGIN, uv=False), transaction
+        )
     assert answer.status == 401
     device = Authenticator()
     handle, options = await other.begin("register", transaction)
     assert options["authenticatorSelection"]["userVerification"] == "discouraged"
     assert [param["alg"] for param in options["pubKeyCredParams"]] == [-257]
-    answer = await one.finish("register", handle, device.register(options, ORIGIN, uv=False), transaction)
+    answer = await one.finish(
+        "register", handle, device.register(options, ORIGIN, uv=False), transaction
+    )
     receipt = (await other.redeem(answer.json["nonce"])).json
     assert (receipt["purpose"], receipt["user_verified"]) == ("register", False)
 
@@ -120,7 +132,9 @@ async def test_a_changed_policy_is_seen_by_every_instance(
 async def test_a_remembered_look_up_ends_in_real_time(
     start_broker: Starter, session: aiohttp.ClientSession
 ) -> None:
-    """Nobody moves the clock here: an instance that nobody told of the change follows it all the same."""
+    """Nobody moves the clock here: an instance that nobody told of the change follows it all the
+    same.
+    """
     (first, one), (second, other) = await two(start_broker, session, cache_seconds=CACHE_SECONDS)
     await second.parts.notifications.close()
     assert await seen_within(other, "required") < PATIENCE

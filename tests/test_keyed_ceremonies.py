@@ -1,7 +1,8 @@
-"""Ceremonies of users whom a keyed caller names: the native routes, golden files, what is taken once, whose answer it is.
+"""Ceremonies of users whom a keyed caller names: the native routes, golden files, what is taken
+once, whose answer it is.
 
-The steps are those of the routes with transactions; what is tested here is what the keyed way adds: joined by user and purpose, no
-transaction, no nonce, confirmed at once.
+The steps are those of the routes with transactions; what is tested here is what the keyed way adds:
+joined by user and purpose, no transaction, no nonce, confirmed at once.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ async def begin(wire: Wire, kind: str, user: str, **more: object) -> dict[str, A
 
 
 async def finish(wire: Wire, kind: str, user: str, credential: object) -> Answer:
-    return await wire.keyed("POST", f"/{kind}/finish", {"external_id": user, "credential": credential})
+    return await wire.keyed(
+        "POST", f"/{kind}/finish", {"external_id": user, "credential": credential}
+    )
 
 
-async def answered(wire: Wire, kind: str, user: str, device: Authenticator, **how: Any) -> dict[str, Any]:
+async def answered(
+    wire: Wire, kind: str, user: str, device: Authenticator, **how: Any
+) -> dict[str, Any]:
     """Begin, and what the device says."""
     options = await begin(wire, kind, user)
     return (device.register if kind == "register" else device.authenticate)(options, ORIGIN, **how)
@@ -57,7 +62,7 @@ async def run(wire: Wire, kind: str, user: str, device: Authenticator) -> dict[s
     return receipt
 
 
-# -- golden files -------------------------------------------------------------------------------------------------------------------------
+# -- golden files ----------------------------------------------------------------------------------
 
 
 async def test_k1_registration(broker: Started, wire: Wire, device: Authenticator) -> None:
@@ -68,7 +73,9 @@ async def test_k1_registration(broker: Started, wire: Wire, device: Authenticato
         "passkey_display_name": "Ann's phone",
     }
     with counted(broker, "broker_ceremonies_total", kind="register", step="begin", result="ok"):
-        begun = await golden(wire, "flex/k1-start", "POST", "/register/start", body, headers=key(wire))
+        begun = await golden(
+            wire, "flex/k1-start", "POST", "/register/start", body, headers=key(wire)
+        )
     body = {"external_id": "ann", "credential": device.register(begun.json["options"], ORIGIN)}
     with counted(broker, "broker_ceremonies_total", kind="register", step="finish", result="ok"):
         await golden(wire, "flex/k1-finish", "POST", "/register/finish", body, headers=key(wire))
@@ -87,12 +94,18 @@ async def test_k1_registration(broker: Started, wire: Wire, device: Authenticato
 async def test_k2_authentication(broker: Started, wire: Wire, device: Authenticator) -> None:
     await run(wire, "register", "ann", device)
     body: dict[str, object] = {"external_id": "ann"}
-    begun = await golden(wire, "flex/k2-start", "POST", "/authenticate/start", body, headers=key(wire))
+    begun = await golden(
+        wire, "flex/k2-start", "POST", "/authenticate/start", body, headers=key(wire)
+    )
     body["credential"] = device.authenticate(begun.json["options"], ORIGIN)
     with quiet(broker, "broker_redemptions_total", result="ok"):
-        await golden(wire, "flex/k2-finish", "POST", "/authenticate/finish", body, headers=key(wire))
+        await golden(
+            wire, "flex/k2-finish", "POST", "/authenticate/finish", body, headers=key(wire)
+        )
     with refused(broker, "transaction_not_found", "user_has_no_ceremony"):
-        await golden(wire, "flex/k2-finish-again", "POST", "/authenticate/finish", body, headers=key(wire))
+        await golden(
+            wire, "flex/k2-finish-again", "POST", "/authenticate/finish", body, headers=key(wire)
+        )
 
 
 async def test_too_many_passkeys(broker: Started, open_app: OpenApp, device: Authenticator) -> None:
@@ -133,7 +146,11 @@ async def test_registrations_that_began_below_the_limit_add_no_more_than_it(
         "This account has as many passkeys as it may have; remove one first."
     )
     assert refusal.json["signal"]["credential_id"] == answers[2][1]["id"]
-    assert (await broker.events(wire.app_id))[-1] == ("passkey.registered", "refused", "too_many_passkeys")
+    assert (await broker.events(wire.app_id))[-1] == (
+        "passkey.registered",
+        "refused",
+        "too_many_passkeys",
+    )
     assert len((await wire.keyed("GET", "/passkeys?external_id=ann")).json["passkeys"]) == 2
 
 
@@ -155,7 +172,7 @@ async def test_a_passkey_that_nobody_confirmed_makes_room(
     assert (await wire.redeem(again)).status == 200
 
 
-# -- names and policy ---------------------------------------------------------------------------------------------------------------------
+# -- names and policy ------------------------------------------------------------------------------
 
 
 async def test_names(wire: Wire) -> None:
@@ -177,7 +194,9 @@ async def test_names(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("live_at", ["finish", "redemption"])
-async def test_the_finish_is_the_redemption(open_app: OpenApp, device: Authenticator, live_at: Any) -> None:
+async def test_the_finish_is_the_redemption(
+    open_app: OpenApp, device: Authenticator, live_at: Any
+) -> None:
     wire = await open_app(Policy(live_at=live_at))
     await run(wire, "register", "ann", device)
     user = (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]
@@ -214,7 +233,7 @@ async def test_a_fault_of_form_spends_nothing(wire: Wire, device: Authenticator,
     assert (await finish(wire, kind, "ann", credential)).status == 200
 
 
-# -- once ---------------------------------------------------------------------------------------------------------------------------------
+# -- once ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,10 +246,14 @@ async def test_of_50_finishes_one_succeeds(
     other = await start_broker()
     ways = [wire, Wire(wire.session, other.url, wire.app_id, wire.key)]
     credential = await answered(wire, kind, "ann", device)
-    answers = await asyncio.gather(*(finish(ways[n % 2], kind, "ann", credential) for n in range(50)))
+    answers = await asyncio.gather(
+        *(finish(ways[n % 2], kind, "ann", credential) for n in range(50))
+    )
     assert sorted(a.status for a in answers) == [200] + [404] * 49
     seen = sum(
-        one.metric("broker_refusals_total", code="transaction_not_found", reason="user_has_no_ceremony")
+        one.metric(
+            "broker_refusals_total", code="transaction_not_found", reason="user_has_no_ceremony"
+        )
         for one in (broker, other)
     )
     assert seen == 49
@@ -260,7 +283,9 @@ async def test_a_second_begin_replaces_the_first(
     await run(wire, "register", "ann", device)
     device = device if kind == "authenticate" else Authenticator()
     first = await answered(wire, kind, "ann", device)
-    second = await answered(wire, kind, "ann", device if kind == "authenticate" else Authenticator())
+    second = await answered(
+        wire, kind, "ann", device if kind == "authenticate" else Authenticator()
+    )
     assert (await finish(wire, kind, "ann", second)).status == 200
     with refused(broker, "transaction_not_found", "user_has_no_ceremony"):
         assert (await finish(wire, kind, "ann", first)).status == 404
@@ -269,7 +294,9 @@ async def test_a_second_begin_replaces_the_first(
         assert (await finish(wire, kind, "ann", first)).status == 401
 
 
-async def test_the_two_purposes_are_apart(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_the_two_purposes_are_apart(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await run(wire, "register", "ann", device)
     made = await answered(wire, "register", "ann", Authenticator())
     signed = await answered(wire, "authenticate", "ann", device)
@@ -283,7 +310,9 @@ async def test_a_ceremony_ends_with_its_life(
 ) -> None:
     wire = await open_app(Policy(ceremony_life=30))
     await run(wire, "register", "ann", device)
-    credential = await answered(wire, kind, "ann", device if kind == "authenticate" else Authenticator())
+    credential = await answered(
+        wire, kind, "ann", device if kind == "authenticate" else Authenticator()
+    )
     broker.clock.ahead = 30
     with refused(broker, "transaction_not_found", "user_has_no_ceremony"):
         assert (await finish(wire, kind, "ann", credential)).status == 404
@@ -297,11 +326,13 @@ async def test_no_cap_counts_keyed_ceremonies(open_app: OpenApp, device: Authent
         await begin(wire, "authenticate", "ann")
 
 
-# -- whose ----------------------------------------------------------------------------------------------------------------------------------
+# -- whose -----------------------------------------------------------------------------------------
 
 
 async def test_another_users_answer_never_finishes(broker: Started, wire: Wire) -> None:
-    """Not the other's own answer to this challenge, not a signature that claims this user's handle, not the id of this user."""
+    """Not the other's own answer to this challenge, not a signature that claims this user's handle,
+    not the id of this user.
+    """
     ann, bob = Authenticator(), Authenticator()
     await run(wire, "register", "ann", ann)
     await run(wire, "register", "bob", bob)
@@ -313,7 +344,9 @@ async def test_another_users_answer_never_finishes(broker: Started, wire: Wire) 
         options = await begin(wire, "authenticate", "ann")
         mine = {k: v for k, v in options.items() if k != "allowCredentials"}
         with refused(broker, "webauthn_login_failed", "not_offered"):
-            answer = await finish(wire, "authenticate", "ann", bob.authenticate(mine, ORIGIN, **how))
+            answer = await finish(
+                wire, "authenticate", "ann", bob.authenticate(mine, ORIGIN, **how)
+            )
         assert (answer.status, answer.code) == (401, "webauthn_login_failed")
     credential = await answered(wire, "authenticate", "ann", ann)
     await begin(wire, "authenticate", "bob")
@@ -322,7 +355,9 @@ async def test_another_users_answer_never_finishes(broker: Started, wire: Wire) 
     assert (await finish(wire, "authenticate", "ann", credential)).json["external_id"] == "ann"
 
 
-async def test_a_passkey_without_a_handle_signs_in_the_named_user(wire: Wire, device: Authenticator) -> None:
+async def test_a_passkey_without_a_handle_signs_in_the_named_user(
+    wire: Wire, device: Authenticator
+) -> None:
     await run(wire, "register", "ann", device)
     credential = await answered(wire, "authenticate", "ann", device, user_handle=None)
     assert (await finish(wire, "authenticate", "ann", credential)).status == 200
@@ -360,7 +395,9 @@ async def test_revoked_between_the_verdict_and_the_write(
     async with stalled(broker, "credentials", mode="SHARE") as stall:
         finishing = asyncio.create_task(finish(wire, "authenticate", "ann", credential))
         await stall.waiting(1)
-        await stall.connection.execute("DELETE FROM credentials WHERE id = $1", receipt["passkey_id"])
+        await stall.connection.execute(
+            "DELETE FROM credentials WHERE id = $1", receipt["passkey_id"]
+        )
     answer = await finishing
     assert (answer.status, answer.code) == (401, "webauthn_login_failed")
     assert ("passkey.used", "refused", "revoked_or_counter") in await broker.events(wire.app_id)
@@ -373,18 +410,24 @@ async def test_a_store_that_is_down_sends_the_backend_back_to_begin(
     started = await start_broker(own_stores)
     wire = await Wire.open(started.service, session)
     await run(wire, "register", "ann", device)
-    credential = await answered(wire, kind, "ann", device if kind == "authenticate" else Authenticator())
+    credential = await answered(
+        wire, kind, "ann", device if kind == "authenticate" else Authenticator()
+    )
     kill(own_stores, "Valkey")
-    with counted(started, "broker_ceremonies_total", kind=kind, step="finish", result="unavailable"):
+    with counted(
+        started, "broker_ceremonies_total", kind=kind, step="finish", result="unavailable"
+    ):
         answer = await finish(wire, kind, "ann", credential)
     assert (answer.status, answer.json["retry"]) == (503, "backend")
 
 
-# -- with the other ways ------------------------------------------------------------------------------------------------------------------
+# -- with the other ways ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("registered", ["transaction", "keyed", "propelauth"])
-async def test_a_passkey_signs_in_every_way(wire: Wire, device: Authenticator, registered: str) -> None:
+async def test_a_passkey_signs_in_every_way(
+    wire: Wire, device: Authenticator, registered: str
+) -> None:
     byo = Byo(wire)
     if registered == "transaction":
         await wire.user("ann", device)
@@ -414,7 +457,10 @@ async def test_of_50_propelauth_finishes_one_succeeds(
         credential = device.authenticate(await byo.begin_authentication("ann"), ORIGIN)
     with refused(broker, "transaction_not_found", "user_has_no_ceremony", times=49):
         answers = await asyncio.gather(
-            *(byo.run(f"FinishPasskey{kind}", userId="ann", publicKey=credential) for _ in range(50))
+            *(
+                byo.run(f"FinishPasskey{kind}", userId="ann", publicKey=credential)
+                for _ in range(50)
+            )
         )
     assert sorted(a.status for a in answers) == [200] + [400] * 49
     assert {a.json["type"] for a in answers if a.status == 400} == {f"No{kind}ChallengeFound"}
@@ -443,7 +489,9 @@ async def test_a_second_propelauth_start_replaces_the_first(
         await byo.refused(400, f"No{kind}ChallengeFound", finish, userId="ann", publicKey=first)
 
 
-async def test_another_users_answer_never_finishes_a_propelauth_sign_in(broker: Started, wire: Wire) -> None:
+async def test_another_users_answer_never_finishes_a_propelauth_sign_in(
+    broker: Started, wire: Wire
+) -> None:
     byo, ann, bob = Byo(wire), Authenticator(), Authenticator()
     await byo.register("ann", ann)
     await byo.register("bob", bob)

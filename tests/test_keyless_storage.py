@@ -1,8 +1,10 @@
-"""What callers without a key can store in Redis: at most `BOUND` bytes a request, on every route that takes no key.
+"""What callers without a key can store in Redis: at most `BOUND` bytes a request, on every route
+that takes no key.
 
-The router is walked, so a new route needs a case here. A case is the largest body that the route accepts, filled up to the limit of a
-body with a field that nothing reads. Not measured is what a keyed caller has asked for: a begin of a transaction that names hundreds of
-passkeys stores their ids in the transaction's own value.
+The router is walked, so a new route needs a case here. A case is the largest body that the route
+accepts, filled up to the limit of a body with a field that nothing reads. Not measured is what a
+keyed caller has asked for: a begin of a transaction that names hundreds of passkeys stores their
+ids in the transaction's own value.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ async def _token(wire: Wire, kind: str) -> str:
 
 def _starts(kind: str) -> Case:
     async def prepare(wire: Wire, _: Authenticator) -> Body:
-        return {"transaction_id": await _token(wire, kind), "authenticator_attachment": "cross-platform"}
+        return {
+            "transaction_id": await _token(wire, kind),
+            "authenticator_attachment": "cross-platform",
+        }
 
     return prepare
 
@@ -64,7 +69,9 @@ def _finishes(kind: str, *, named: bool = True) -> Case:
 
 def _answer(kind: str, options: Body, device: Authenticator) -> Body:
     if kind.startswith("regist"):
-        return Authenticator().register(options, ORIGIN, credential_id=os.urandom(LONGEST_CREDENTIAL_ID))
+        return Authenticator().register(
+            options, ORIGIN, credential_id=os.urandom(LONGEST_CREDENTIAL_ID)
+        )
     return device.authenticate(options, ORIGIN)
 
 
@@ -98,8 +105,18 @@ TOO_LARGE: Body = {
     "displayName": "\1" * (MAX_TEXT + 1),
 }
 BY_ITSELF: dict[str, Body] = {
-    "registration": {"username": LONGEST, "displayName": LONGEST, "excludeCredentials": IDS, **WISHES},
-    "authentication": {"allowCredentials": IDS, "rpId": RP_ID, "mediation": "conditional", **WISHES},
+    "registration": {
+        "username": LONGEST,
+        "displayName": LONGEST,
+        "excludeCredentials": IDS,
+        **WISHES,
+    },
+    "authentication": {
+        "allowCredentials": IDS,
+        "rpId": RP_ID,
+        "mediation": "conditional",
+        **WISHES,
+    },
 }
 
 
@@ -118,7 +135,13 @@ def _passlock_begins(kind: str, *, token: bool) -> Case:
 
 def _passlock_verifies(kind: str, *, token: bool) -> Case:
     async def prepare(wire: Wire, device: Authenticator) -> Body:
-        body = await _authorized(wire, kind) if token else {"username": LONGEST} if "reg" in kind else {}
+        body = (
+            await _authorized(wire, kind)
+            if token
+            else {"username": LONGEST}
+            if "reg" in kind
+            else {}
+        )
         session, options = await Passlock(wire).begin(kind, body)
         return {"sessionToken": session, "response": _answer(kind, options, device)}
 
@@ -168,7 +191,9 @@ async def test_a_keyless_request_stores_little(
 ) -> None:
     wire = await open_app(OPEN)
     nonce = await wire.register(
-        await wire.open_registration(LONGEST), device, credential_id=os.urandom(LONGEST_CREDENTIAL_ID)
+        await wire.open_registration(LONGEST),
+        device,
+        credential_id=os.urandom(LONGEST_CREDENTIAL_ID),
     )
     assert (await wire.redeem(nonce)).status == 200
     stored: dict[tuple[str, str, int], int] = {}
@@ -198,9 +223,17 @@ async def test_a_keyless_request_stores_little(
 
 
 async def _grows(
-    broker: Started, wire: Wire, method: str, url: str, body: bytes | None, *, refused: bool | None = False
+    broker: Started,
+    wire: Wire,
+    method: str,
+    url: str,
+    body: bytes | None,
+    *,
+    refused: bool | None = False,
 ) -> int:
-    """By how many bytes a request makes the stored values grow; one with a body must succeed, or be refused, or (None) either."""
+    """By how many bytes a request makes the stored values grow; one with a body must succeed, or be
+    refused, or (None) either.
+    """
     before = await _memory(broker)
     answer = await wire.send(method, url, data=body, headers={"Origin": ORIGIN})
     if body is not None and refused is not None:
@@ -228,7 +261,15 @@ async def _memory(broker: Started) -> dict[bytes, int]:
 
 @pytest.mark.parametrize("field", ["allowCredentials", "excludeCredentials"])
 @pytest.mark.parametrize(
-    "ids", [[*IDS, SystemMint().id()], ["x" * 23], ["x" * 25], ["\U0001f511" * 24], ["é" * 24], [" " * 24]]
+    "ids",
+    [
+        [*IDS, SystemMint().id()],
+        ["x" * 23],
+        ["x" * 25],
+        ["\U0001f511" * 24],
+        ["é" * 24],
+        [" " * 24],
+    ],
 )
 async def test_a_page_names_at_most_20_passkeys_by_their_ids(
     broker: Started, open_app: OpenApp, field: str, ids: list[str]

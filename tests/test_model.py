@@ -1,4 +1,6 @@
-"""What an operator may set: policies by key and text, origins, RP IDs. Every refusal is one sentence that names the fault."""
+"""What an operator may set: policies by key and text, origins, RP IDs. Every refusal is one
+sentence that names the fault.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,18 @@ def certificate(name: str = "Root") -> str:
 
 ROOTS = (certificate("One"), certificate("Two"))
 
-# -- policy ---------------------------------------------------------------------------------------------------------------------------
+# -- policy ----------------------------------------------------------------------------------------
 
 GOOD: list[tuple[str, str, object]] = [
     ("user_verification", "preferred", "preferred"),
     ("attestation", "direct", "direct"),
     ("attestation_required", "none", "none"),
     ("attestation_roots", "", ()),
-    ("attestation_roots", "some text\n" + "".join(ROOTS) + ROOTS[0], tuple(r.strip() for r in ROOTS)),
+    (
+        "attestation_roots",
+        "some text\n" + "".join(ROOTS) + ROOTS[0],
+        tuple(r.strip() for r in ROOTS),
+    ),
     ("algorithms", "ES256", (-7,)),
     ("algorithms", "Ed448, ES256,-257", (-53, -7, -257)),
     ("hints", "", ()),
@@ -72,7 +78,11 @@ GOOD: list[tuple[str, str, object]] = [
     ("passlock_open_registration", "true", True),
 ]
 BAD: list[tuple[str, str, str]] = [
-    ("user_verification", "yes", "user_verification is one of required, preferred, discouraged, not 'yes'."),
+    (
+        "user_verification",
+        "yes",
+        "user_verification is one of required, preferred, discouraged, not 'yes'.",
+    ),
     ("attestation", "", "attestation is one of none, indirect, direct, enterprise, not ''."),
     (
         "attestation_required",
@@ -123,7 +133,11 @@ BAD: list[tuple[str, str, str]] = [
         "usb",
         "second_factor_attachment is one of any, platform, cross-platform, not 'usb'.",
     ),
-    ("hanko_algorithm", "none", "hanko_algorithm is one of RS256, PS256, ES256, EdDSA, not 'none'."),
+    (
+        "hanko_algorithm",
+        "none",
+        "hanko_algorithm is one of RS256, PS256, ES256, EdDSA, not 'none'.",
+    ),
     ("passlock_open_registration", "1", "passlock_open_registration is true or false, not '1'."),
 ]
 
@@ -155,7 +169,11 @@ TOGETHER: list[tuple[dict[str, str], str | None]] = [
     ),
     ({"attestation_required": "any", "attestation": "indirect"}, None),
     (
-        {"attestation_required": "verified", "attestation": "enterprise", "attestation_roots": ROOTS[0]},
+        {
+            "attestation_required": "verified",
+            "attestation": "enterprise",
+            "attestation_roots": ROOTS[0],
+        },
         None,
     ),
     ({"attestation": "direct", "attestation_roots": ROOTS[0]}, None),
@@ -169,7 +187,9 @@ def test_policy_keys_fit_each_other(keys: dict[str, str], sentence: str | None) 
         policy = Policy()
         for key, text in order:
             policy = policy.set(key, text)
-        app = RelyingParty("A" * 24, "Example", "example.org", ("https://example.org",), policy=policy)
+        app = RelyingParty(
+            "A" * 24, "Example", "example.org", ("https://example.org",), policy=policy
+        )
         if sentence is None:
             assert app.checked().policy == policy
             continue
@@ -217,7 +237,7 @@ def test_every_algorithm_may_be_offered_by_name_and_number() -> None:
         assert Policy().set("algorithms", name) == Policy().set("algorithms", str(number))
 
 
-# -- origins --------------------------------------------------------------------------------------------------------------------------
+# -- origins ---------------------------------------------------------------------------------------
 
 CANONICAL = {
     "https://example.com": "https://example.com",
@@ -311,7 +331,7 @@ def test_web_origin_refuses(text: str, sentence: str) -> None:
     assert caught.value.sentence.endswith(sentence)
 
 
-# -- relying parties ------------------------------------------------------------------------------------------------------------------
+# -- relying parties -------------------------------------------------------------------------------
 
 
 def party(**changes: object) -> RelyingParty:
@@ -322,14 +342,23 @@ def party(**changes: object) -> RelyingParty:
 def test_checked_makes_canonical_and_drops_doubles() -> None:
     app = party(
         rp_id="Example.COM",
-        origins=("https://EXAMPLE.com/", "https://example.com:443", "https://login.example.com", ANDROID),
+        origins=(
+            "https://EXAMPLE.com/",
+            "https://example.com:443",
+            "https://login.example.com",
+            ANDROID,
+        ),
         related_origins=("https://Example.de", "https://example.de/"),
     ).checked()
     assert app.rp_id == "example.com"
     assert app.origins == ("https://example.com", "https://login.example.com", ANDROID)
     assert app.related_origins == ("https://example.de",)
     assert app.accepted_origins == (*app.origins, "https://example.de")
-    assert app.web_origins == ("https://example.com", "https://login.example.com", "https://example.de")
+    assert app.web_origins == (
+        "https://example.com",
+        "https://login.example.com",
+        "https://example.de",
+    )
     assert app.checked() == app
 
 
@@ -357,17 +386,32 @@ def test_checked_makes_canonical_and_drops_doubles() -> None:
             {"origins": ("https://notexample.com",)},
             "The host of https://notexample.com is neither example.com nor",
         ),
-        ({"origins": ("https://com",)}, "The host of https://com is neither example.com nor below it;"),
+        (
+            {"origins": ("https://com",)},
+            "The host of https://com is neither example.com nor below it;",
+        ),
         (
             {"rp_id": "login.example.com"},
             "The host of https://example.com is neither login.example.com nor below it;",
         ),
         ({"origins": ("http://example.com",)}, "http://example.com is plain http"),
-        ({"origins": ("https://example.com", "https://example.com/x")}, "'https://example.com/x' is not an"),
-        ({"origins": ("android:apk-key-hash:short",)}, "'android:apk-key-hash:short' is not android:apk-key"),
+        (
+            {"origins": ("https://example.com", "https://example.com/x")},
+            "'https://example.com/x' is not an",
+        ),
+        (
+            {"origins": ("android:apk-key-hash:short",)},
+            "'android:apk-key-hash:short' is not android:apk-key",
+        ),
         ({"origins": (ANDROID + "=",)}, f"'{ANDROID}=' is not android:apk-key-hash:<43"),
-        ({"origins": ("android:com.example",)}, "'android:com.example' is not android:apk-key-hash:<43"),
-        ({"related_origins": (ANDROID,)}, f"'{ANDROID}' is not an origin like https://example.com."),
+        (
+            {"origins": ("android:com.example",)},
+            "'android:com.example' is not android:apk-key-hash:<43",
+        ),
+        (
+            {"related_origins": (ANDROID,)},
+            f"'{ANDROID}' is not an origin like https://example.com.",
+        ),
         ({"related_origins": ("http://example.org",)}, "http://example.org is plain http"),
     ],
 )

@@ -1,6 +1,8 @@
-"""The native API beyond the contract: golden files, what a backend does with each route, and bad input on all of them.
+"""The native API beyond the contract: golden files, what a backend does with each route, and bad
+input on all of them.
 
-Whoever has another app's ids gets the same as with made-up ones; whoever has no key is told so first (`test_guards`).
+Whoever has another app's ids gets the same as with made-up ones; whoever has no key is told so
+first (`test_guards`).
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ async def start(wire: Wire, kind: str, **body: object) -> dict[str, Any]:
 
 
 async def finish(wire: Wire, kind: str, credential: object, **more: object) -> Answer:
-    return await wire.keyed("POST", f"/ceremonies/{kind}/finish", {"credential": credential, **more})
+    return await wire.keyed(
+        "POST", f"/ceremonies/{kind}/finish", {"credential": credential, **more}
+    )
 
 
 async def passkeys(wire: Wire, query: str = "") -> list[dict[str, Any]]:
@@ -50,10 +54,12 @@ async def user_id(wire: Wire, external_id: str) -> str:
     return str((await wire.keyed("GET", f"/users?identifier={external_id}")).json["users"][0]["id"])
 
 
-# -- transactions -----------------------------------------------------------------------------------------------------------------------
+# -- transactions ----------------------------------------------------------------------------------
 
 
-async def test_a_register_transaction_with_wishes(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_a_register_transaction_with_wishes(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     other = await wire.user("bob", device)
     body = {
         "external_id": "ann",
@@ -64,11 +70,18 @@ async def test_a_register_transaction_with_wishes(broker: Started, wire: Wire, d
         "exclude_passkeys": [other],
         "second_factor": False,
     }
-    answer = await golden(wire, "flex/m1-wishes", "POST", "/transactions/register", body, headers=key(wire))
+    answer = await golden(
+        wire, "flex/m1-wishes", "POST", "/transactions/register", body, headers=key(wire)
+    )
     _, options = await wire.begin("register", answer.json["transaction_id"])
-    assert (options["user"]["name"], options["user"]["displayName"]) == ("ann@example.org", "Ann's key")
+    assert (options["user"]["name"], options["user"]["displayName"]) == (
+        "ann@example.org",
+        "Ann's key",
+    )
     assert options["timeout"] <= 60_000
-    assert [c["id"] for c in options["excludeCredentials"]] == [(await passkeys(wire))[0]["credential_id"]]
+    assert [c["id"] for c in options["excludeCredentials"]] == [
+        (await passkeys(wire))[0]["credential_id"]
+    ]
     assert ("user.created", "done", None) in await broker.events(wire.app_id)
 
 
@@ -94,13 +107,21 @@ async def test_an_authenticate_transaction_with_wishes(
         p["credential_id"] for p in await passkeys(wire) if p["id"] == first
     ]
     assert second != first
-    with counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"):
+    with counted(
+        broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"
+    ):
         nonce = await wire.authenticate(page["transaction_id"], device)
-    assert (await wire.redeem(nonce, transaction_id=page["transaction_id"])).json["passkey_id"] == first
+    assert (await wire.redeem(nonce, transaction_id=page["transaction_id"])).json[
+        "passkey_id"
+    ] == first
 
 
-async def test_a_transaction_of_whoever_answers(broker: Started, wire: Wire, device: Authenticator) -> None:
-    """Said, never meant by leaving the name out; refused answers of nobody in particular are discoverable ones."""
+async def test_a_transaction_of_whoever_answers(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
+    """Said, never meant by leaving the name out; refused answers of nobody in particular are
+    discoverable ones.
+    """
     passkey = await wire.user("ann", device)
     stranger = Authenticator()
     other = await wire.user("bob", stranger)
@@ -122,7 +143,7 @@ async def test_a_transaction_of_whoever_answers(broker: Started, wire: Wire, dev
     assert answer.status == 401
 
 
-# -- keyed ceremonies, joined by the challenge --------------------------------------------------------------------------------------------
+# -- keyed ceremonies, joined by the challenge -----------------------------------------------------
 
 
 async def test_c1_registration(broker: Started, open_app: OpenApp, device: Authenticator) -> None:
@@ -142,9 +163,15 @@ async def test_c1_registration(broker: Started, open_app: OpenApp, device: Authe
     with refused(broker, "transaction_not_found", "challenge_unknown"):
         await golden(wire, "flex/c1-finish-again", "POST", path + "finish", body, headers=key(wire))
     [shown] = await passkeys(wire)
-    assert (shown["live"], shown["confirmed_at"], shown["nickname"]) == (True, shown["created_at"], "phone")
+    assert (shown["live"], shown["confirmed_at"], shown["nickname"]) == (
+        True,
+        shown["created_at"],
+        "phone",
+    )
     transaction = await wire.open_authentication("ann")
-    assert (await wire.redeem(await wire.authenticate(transaction, device))).json["external_id"] == "ann"
+    assert (await wire.redeem(await wire.authenticate(transaction, device))).json[
+        "external_id"
+    ] == "ann"
 
 
 async def test_c2_authentication(broker: Started, wire: Wire, device: Authenticator) -> None:
@@ -161,7 +188,9 @@ async def test_c2_authentication(broker: Started, wire: Wire, device: Authentica
         assert receipt.json["external_id"] == "ann"
 
 
-async def test_several_are_open_for_one_user(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_several_are_open_for_one_user(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     """Each finishes once, in any order; of 50 finishes of one, one succeeds."""
     await wire.user("ann", device)
     begun = [await start(wire, "authenticate", external_id="ann") for _ in range(3)]
@@ -169,7 +198,9 @@ async def test_several_are_open_for_one_user(broker: Started, wire: Wire, device
     for credential in (credentials[0], credentials[1]):
         assert (await finish(wire, "authenticate", credential)).json["external_id"] == "ann"
     with refused(broker, "transaction_not_found", "challenge_unknown", times=49):
-        answers = await asyncio.gather(*(finish(wire, "authenticate", credentials[2]) for _ in range(50)))
+        answers = await asyncio.gather(
+            *(finish(wire, "authenticate", credentials[2]) for _ in range(50))
+        )
     assert sorted(a.status for a in answers) == [200] + [404] * 49
 
 
@@ -183,8 +214,12 @@ async def test_a_ceremony_of_another_app_kind_or_purpose_is_unknown(
         elsewhere = await finish(other, "authenticate", credential)
     with refused(broker, "transaction_not_found", "other_finish"):
         same_answer(elsewhere, await finish(wire, "authenticate", credential, second_factor=True))
-    assert (await finish(wire, "authenticate", credential)).status == 200, "another kind takes nothing"
-    made = Authenticator().register(await start(wire, "register", external_id="eve", user_name="e"), ORIGIN)
+    assert (await finish(wire, "authenticate", credential)).status == 200, (
+        "another kind takes nothing"
+    )
+    made = Authenticator().register(
+        await start(wire, "register", external_id="eve", user_name="e"), ORIGIN
+    )
     signed = device.authenticate(await start(wire, "authenticate", external_id="ann"), ORIGIN)
     crossed = {
         **signed,
@@ -195,8 +230,12 @@ async def test_a_ceremony_of_another_app_kind_or_purpose_is_unknown(
     assert (await finish(wire, "register", made)).status == 200
 
 
-async def test_a_second_factor_from_begin_to_end(broker: Started, wire: Wire, device: Authenticator) -> None:
-    """Registered and used where it is asked for, offered nowhere else, and the receipt says what it is."""
+async def test_a_second_factor_from_begin_to_end(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
+    """Registered and used where it is asked for, offered nowhere else, and the receipt says what it
+    is.
+    """
     key_fob = Authenticator(backup_eligible=False, backed_up=False, attachment="cross-platform")
     await wire.user("ann", device)
     options = await start(wire, "register", external_id="ann", user_name="ann", second_factor=True)
@@ -212,7 +251,9 @@ async def test_a_second_factor_from_begin_to_end(broker: Started, wire: Wire, de
     assert receipt["purpose"] == "register_second_factor"
     [first, second] = await passkeys(wire)
     assert (first["second_factor"], second["second_factor"]) == (False, True)
-    devices = (await wire.keyed("GET", f"/users/{await user_id(wire, 'ann')}/devices")).json["devices"]
+    devices = (await wire.keyed("GET", f"/users/{await user_id(wire, 'ann')}/devices")).json[
+        "devices"
+    ]
     assert [d["second_factor"] for d in devices] == [False, True]
 
     offered = await start(wire, "authenticate", external_id="ann")
@@ -225,7 +266,9 @@ async def test_a_second_factor_from_begin_to_end(broker: Started, wire: Wire, de
     body = {"external_id": "ann", "second_factor": True, "passkeys": [second["id"]]}
     proof = "authenticate_second_factor"
     for stated in ({"purpose": proof}, {}, {"purpose": "authenticate"}):
-        opened = (await wire.keyed("POST", "/transactions/authenticate", body)).json["transaction_id"]
+        opened = (await wire.keyed("POST", "/transactions/authenticate", body)).json[
+            "transaction_id"
+        ]
         redeemed = await wire.redeem(await wire.authenticate(opened, key_fob, uv=False), **stated)
         if stated.get("purpose") == proof:
             assert (redeemed.json["external_id"], redeemed.json["purpose"]) == ("ann", proof)
@@ -236,10 +279,18 @@ async def test_a_second_factor_from_begin_to_end(broker: Started, wire: Wire, de
         assert (await wire.keyed("POST", "/transactions/authenticate", body)).status == 409
 
 
-async def test_an_approval_from_begin_to_end(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_an_approval_from_begin_to_end(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await wire.user("ann", device)
-    approval = {"id": "payment-7", "data": {"to": "Bob", "amount": 12.50, "lines": [1, None, True, "é"]}}
-    path, body = "/ceremonies/authenticate/", dict[str, object](external_id="ann", approval=approval)
+    approval = {
+        "id": "payment-7",
+        "data": {"to": "Bob", "amount": 12.50, "lines": [1, None, True, "é"]},
+    }
+    path, body = (
+        "/ceremonies/authenticate/",
+        dict[str, object](external_id="ann", approval=approval),
+    )
     begun = await golden(wire, "flex/c3-start", "POST", path + "start", body, headers=key(wire))
     with refused(broker, "approval_exists", "approval_exists"):
         await golden(wire, "flex/c3-start-again", "POST", path + "start", body, headers=key(wire))
@@ -287,7 +338,7 @@ def test_the_canonical_form() -> None:
             canonical([number])
 
 
-# -- passkeys ----------------------------------------------------------------------------------------------------------------------------
+# -- passkeys --------------------------------------------------------------------------------------
 
 
 async def test_passkeys_by_page(wire: Wire, device: Authenticator) -> None:
@@ -308,9 +359,13 @@ async def test_passkeys_by_page(wire: Wire, device: Authenticator) -> None:
 async def test_one_passkey(broker: Started, wire: Wire, device: Authenticator) -> None:
     path = f"/passkeys/{await wire.user('ann', device)}"
     await golden(wire, "flex/passkey", "GET", path, headers=key(wire))
-    await golden(wire, "flex/passkey-rename", "PATCH", path, {"nickname": "Work"}, headers=key(wire))
+    await golden(
+        wire, "flex/passkey-rename", "PATCH", path, {"nickname": "Work"}, headers=key(wire)
+    )
     assert [p["nickname"] for p in await passkeys(wire)] == ["Work"]
-    devices = (await wire.keyed("GET", f"/users/{await user_id(wire, 'ann')}/devices")).json["devices"]
+    devices = (await wire.keyed("GET", f"/users/{await user_id(wire, 'ann')}/devices")).json[
+        "devices"
+    ]
     assert [d["friendly_name"] for d in devices] == ["Work"]
     assert ("passkey.renamed", "done", None) in await broker.events(wire.app_id)
     await golden(wire, "flex/passkey-delete", "DELETE", path, headers=key(wire))
@@ -320,7 +375,9 @@ async def test_one_passkey(broker: Started, wire: Wire, device: Authenticator) -
         await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
 
 
-async def test_a_user_is_renamed_on_every_passkey(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_a_user_is_renamed_on_every_passkey(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await wire.user("ann", device)
     await wire.user("ann", Authenticator())
     await wire.user("bob", Authenticator())
@@ -347,13 +404,18 @@ async def test_another_apps_ids_are_unknown_ones(
     ]
     for method, path, body in ways:
         there = user if "/users" in path else passkey
-        answers = [await other.keyed(method, path.format(i), body) for i in (there, NOBODY, "none", "a%00b")]
+        answers = [
+            await other.keyed(method, path.format(i), body)
+            for i in (there, NOBODY, "none", "a%00b")
+        ]
         for answer in answers:
             assert answer.status == 404
             same_answer(answers[0], answer)
     body = {"passkeys": [passkey]}
     unknown = await other.keyed("POST", "/transactions/authenticate", body)
-    same_answer(unknown, await other.keyed("POST", "/transactions/authenticate", {"passkeys": [NOBODY]}))
+    same_answer(
+        unknown, await other.keyed("POST", "/transactions/authenticate", {"passkeys": [NOBODY]})
+    )
     assert (unknown.status, unknown.code) == (409, "user_has_no_passkeys")
     gone = await other.keyed("POST", "/signals/delete", body)
     assert gone.json["missing"] == [passkey]
@@ -369,7 +431,7 @@ async def test_another_apps_ids_are_unknown_ones(
     )
 
 
-# -- events ------------------------------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 async def test_events_by_page_time_action_and_user(
@@ -381,23 +443,34 @@ async def test_events_by_page_time_action_and_user(
     await golden(wire, "flex/events", "GET", "/events?limit=2&page=2", headers=key(wire))
     whole = (await wire.keyed("GET", "/events?limit=500")).json
     assert whole["total"] == len(whole["events"]) == len(await broker.events(wire.app_id))
-    assert [e["id"] for e in whole["events"]] == sorted((e["id"] for e in whole["events"]), reverse=True)
+    assert [e["id"] for e in whole["events"]] == sorted(
+        (e["id"] for e in whole["events"]), reverse=True
+    )
 
     async def actions(query: str) -> list[tuple[str, str | None]]:
         found = (await wire.keyed("GET", f"/events?{query}")).json
         assert found["total"] == len(found["events"])
         return [(e["action"], e["external_id"]) for e in found["events"]]
 
-    assert await actions("action=user.created") == [("user.created", "bob"), ("user.created", "ann")]
+    assert await actions("action=user.created") == [
+        ("user.created", "bob"),
+        ("user.created", "ann"),
+    ]
     assert await actions("action=passkey.registered&user=nn") == [("passkey.registered", "ann")]
     assert await actions("action=no.such") == []
-    [bobs] = [e for e in whole["events"] if (e["action"], e["external_id"]) == ("user.created", "bob")]
+    [bobs] = [
+        e for e in whole["events"] if (e["action"], e["external_id"]) == ("user.created", "bob")
+    ]
     assert ("user.created", "ann") in await actions(f"before={bobs['at']}")
     assert ("user.created", "bob") not in await actions(f"before={bobs['at']}&user=bob")
-    later = await actions(f"after={quote(str(datetime.fromisoformat(bobs['at']) - timedelta(seconds=1)))}")
+    later = await actions(
+        f"after={quote(str(datetime.fromisoformat(bobs['at']) - timedelta(seconds=1)))}"
+    )
     assert later[-1] == ("user.created", "bob")
     assert (
-        await actions(f"after={(datetime.now(UTC) + timedelta(hours=2)).strftime('%Y-%m-%dT%H:%M:%SZ')}")
+        await actions(
+            f"after={(datetime.now(UTC) + timedelta(hours=2)).strftime('%Y-%m-%dT%H:%M:%SZ')}"
+        )
         == []
     )
 
@@ -405,23 +478,37 @@ async def test_events_by_page_time_action_and_user(
 async def test_refused_sign_ins_are_events(wire: Wire, device: Authenticator) -> None:
     passkey = await wire.user("ann", device)
     options = await start(wire, "authenticate", external_id="ann")
-    assert (await finish(wire, "authenticate", device.authenticate(options, ORIGIN, uv=False))).status == 401
+    assert (
+        await finish(wire, "authenticate", device.authenticate(options, ORIGIN, uv=False))
+    ).status == 401
     [found] = (await wire.keyed("GET", "/events?action=passkey.used")).json["events"]
-    assert (found["result"], found["reason"], found["external_id"]) == ("refused", "user_verification", "ann")
+    assert (found["result"], found["reason"], found["external_id"]) == (
+        "refused",
+        "user_verification",
+        "ann",
+    )
     assert found["passkey_id"] == passkey
     assert found["actor"].startswith("key:")
 
 
-# -- signed receipts ---------------------------------------------------------------------------------------------------------------------
+# -- signed receipts -------------------------------------------------------------------------------
 
 
 async def test_a_signed_receipt(broker: Started, wire: Wire, device: Authenticator) -> None:
-    """Verified by hand with what anybody may read; the app's own keys sign, and its claims are the receipt's."""
+    """Verified by hand with what anybody may read; the app's own keys sign, and its claims are the
+    receipt's.
+    """
     await wire.user("ann", device)
     body = {"nonce": await wire.authenticate(None, device), "signed": True}
-    answer = await golden(wire, "flex/m3-signed", "POST", "/authenticate/verify", body, headers=key(wire))
+    answer = await golden(
+        wire, "flex/m3-signed", "POST", "/authenticate/verify", body, headers=key(wire)
+    )
     keys = await golden(
-        wire, "flex/jwks", "GET", "/.well-known/jwks.json", headers={"Origin": "https://anywhere.example"}
+        wire,
+        "flex/jwks",
+        "GET",
+        "/.well-known/jwks.json",
+        headers={"Origin": "https://anywhere.example"},
     )
     claims = jws.verify(answer.json["token"], keys.json)
     registered = {name: claims.pop(name) for name in ("iss", "sub", "aud", "iat", "exp", "jti")}
@@ -437,7 +524,9 @@ async def test_a_signed_receipt(broker: Started, wire: Wire, device: Authenticat
 async def test_each_app_has_keys_and_ids_of_its_own(
     start_broker: Starter, session: Any, device: Authenticator
 ) -> None:
-    started = await start_broker(public_url="https://passkeys.example.com/base", receipt_token_life=60)
+    started = await start_broker(
+        public_url="https://passkeys.example.com/base", receipt_token_life=60
+    )
     tokens, sets = [], []
     for _ in range(2):
         wire = await Wire.open(started.service, session)
@@ -488,7 +577,7 @@ async def test_a_refused_redemption_is_never_signed(
         assert (answer.status, set(answer.json)) == (401, {"code", "error"})
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 TEXT: list[object] = [None, 0, 1.5, True, [], {}, ""]
@@ -533,7 +622,12 @@ BAD: list[tuple[str, str, dict[str, Any], list[tuple[str, list[object]]]]] = [
     ),
     ("POST", "/transactions/authenticate", {}, [("discoverable", [None, False])]),
     ("POST", "/transactions/authenticate", {"discoverable": True}, [("second_factor", [True])]),
-    ("POST", "/authenticate/verify", {"nonce": "pbn_" + "n" * 43}, [("signed", [1, "true", [], ""])]),
+    (
+        "POST",
+        "/authenticate/verify",
+        {"nonce": "pbn_" + "n" * 43},
+        [("signed", [1, "true", [], ""])],
+    ),
     (
         "POST",
         "/ceremonies/register/start",
@@ -547,8 +641,18 @@ BAD: list[tuple[str, str, dict[str, Any], list[tuple[str, list[object]]]]] = [
             ("user_verification", ["none"]),
         ],
     ),
-    ("POST", "/ceremonies/register/finish", {}, [("credential", [None, 1, "x", [], {}, {"id": "AA"}])]),
-    ("POST", "/ceremonies/authenticate/finish", {}, [("credential", [None, 1, "x", [], {}, {"id": "AA"}])]),
+    (
+        "POST",
+        "/ceremonies/register/finish",
+        {},
+        [("credential", [None, 1, "x", [], {}, {"id": "AA"}])],
+    ),
+    (
+        "POST",
+        "/ceremonies/authenticate/finish",
+        {},
+        [("credential", [None, 1, "x", [], {}, {"id": "AA"}])],
+    ),
     (
         "POST",
         "/ceremonies/authenticate/start",
@@ -556,11 +660,25 @@ BAD: list[tuple[str, str, dict[str, Any], list[tuple[str, list[object]]]]] = [
         [
             (
                 "approval",
-                [None, 1, "x", [], {}, {"id": "a"}, {"data": 1}, {"id": "", "data": 1}, {"id": 1, "data": 1}],
+                [
+                    None,
+                    1,
+                    "x",
+                    [],
+                    {},
+                    {"id": "a"},
+                    {"data": 1},
+                    {"id": "", "data": 1},
+                    {"id": 1, "data": 1},
+                ],
             ),
             (
                 "approval",
-                [{"id": "x" * 257, "data": 1}, {"id": "a", "data": 2**53}, {"id": None, "data": {}}],
+                [
+                    {"id": "x" * 257, "data": 1},
+                    {"id": "a", "data": 2**53},
+                    {"id": None, "data": {}},
+                ],
             ),
         ],
     ),
@@ -571,7 +689,12 @@ BAD: list[tuple[str, str, dict[str, Any], list[tuple[str, list[object]]]]] = [
         [("approval", [{"id": "a", "data": 1}]), ("passkeys", [["p" * 24]])],
     ),
     ("POST", "/register/start", START, [("second_factor", [True]), ("timeout", [1])]),
-    ("POST", "/authenticate/start", {"external_id": "ann"}, [("second_factor", [True]), ("passkeys", LISTS)]),
+    (
+        "POST",
+        "/authenticate/start",
+        {"external_id": "ann"},
+        [("second_factor", [True]), ("passkeys", LISTS)],
+    ),
     ("PATCH", f"/passkeys/{NOBODY}", {}, [("nickname", [*TEXT, "x" * 257])]),
     ("POST", f"/passkeys/{NOBODY}/owner", {}, [("external_id", [*TEXT, "x" * 257])]),
     ("PATCH", f"/users/{NOBODY}", {}, [("user_name", TEXT)]),
@@ -579,9 +702,18 @@ BAD: list[tuple[str, str, dict[str, Any], list[tuple[str, list[object]]]]] = [
         "POST",
         "/signals/update",
         {"external_id": "ann", "user_name": "ann"},
-        [("external_id", [*TEXT, "x" * 257]), ("user_name", TEXT), ("user_display_name", [1, "x" * 257])],
+        [
+            ("external_id", [*TEXT, "x" * 257]),
+            ("user_name", TEXT),
+            ("user_display_name", [1, "x" * 257]),
+        ],
     ),
-    ("POST", "/signals/delete", {}, [("external_id", [*TEXT, "x" * 257]), ("passkeys", [None, *LISTS])]),
+    (
+        "POST",
+        "/signals/delete",
+        {},
+        [("external_id", [*TEXT, "x" * 257]), ("passkeys", [None, *LISTS])],
+    ),
     ("POST", "/signals/delete", {"external_id": "ann"}, [("passkeys", [None, ["p" * 24]])]),
     ("POST", "/signals/prune", {}, [("external_id", [*TEXT, "x" * 257])]),
 ]
@@ -618,17 +750,32 @@ async def test_bad_input_is_told_by_name(
         ),
         *(
             ("/passkeys", q)
-            for q in ("user=ann", "external_id=a&external_id=b", "external_id=%00", "external_id=%FF")
+            for q in (
+                "user=ann",
+                "external_id=a&external_id=b",
+                "external_id=%00",
+                "external_id=%FF",
+            )
         ),
         *(
             ("/events", q)
-            for q in ("limit=501", "page=x", "kind=a", "user=%00", "action=a%00", "action=a&action=b")
+            for q in (
+                "limit=501",
+                "page=x",
+                "kind=a",
+                "user=%00",
+                "action=a%00",
+                "action=a&action=b",
+            )
         ),
         *(
             ("/events", f"after={t}")
             for t in ("now", "1", "2026-01-01", "2026-01-01T00:00:00", "x" * 50, "%FF")
         ),
-        *(("/events", f"before={t}") for t in ("0001-01-01T00:00:00%2B23:59", "9999-12-31T23:59:59-23:59")),
+        *(
+            ("/events", f"before={t}")
+            for t in ("0001-01-01T00:00:00%2B23:59", "9999-12-31T23:59:59-23:59")
+        ),
         ("/events", "after=2026-01-01T00:00:00+01:00"),
     ],
 )

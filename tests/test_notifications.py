@@ -1,8 +1,10 @@
-"""What lets look-ups be remembered for long: notifications that empty the memory, and the proof that they come.
+"""What lets look-ups be remembered for long: notifications that empty the memory, and the proof
+that they come.
 
-The promise is that a change is effective on every instance within one second, whatever becomes of the connection that listens. The
-connections are real, and so is what befalls them: a proxy that swallows, a server process that is stopped, a session that is ended.
-A look-up is *lasting* when it was asked for less than `LONGEST` but more than `SECONDS` ago and the store is not asked again.
+The promise is that a change is effective on every instance within one second, whatever becomes of
+the connection that listens. The connections are real, and so is what befalls them: a proxy that
+swallows, a server process that is stopped, a session that is ended. A look-up is *lasting* when it
+was asked for less than `LONGEST` but more than `SECONDS` ago and the store is not asked again.
 """
 
 from __future__ import annotations
@@ -58,12 +60,16 @@ class Instance:
         return int(session.get_server_pid())
 
     def asked(self, operation: str) -> float:
-        return self.broker.metric("broker_store_seconds_count", store="postgres", operation=operation)
+        return self.broker.metric(
+            "broker_store_seconds_count", store="postgres", operation=operation
+        )
 
     async def look(self) -> tuple[str, str]:
         """What it takes for the app's name, and for the key's id."""
         directory = self.broker.parts.directory
-        return (await directory.app(self.app.id)).name, await directory.authorise(self.app.id, self.key)
+        return (await directory.app(self.app.id)).name, await directory.authorise(
+            self.app.id, self.key
+        )
 
     async def proof(self) -> None:
         """Wait for a proof that is younger than this call."""
@@ -95,7 +101,9 @@ class Instance:
         await eventually(lambda: self.news.count > count, "a notification")
 
     async def refused_within(self, revoked: float) -> None:
-        """The key is refused at last, and in time; `revoked` is when it was revoked, by the monotonic clock."""
+        """The key is refused at last, and in time; `revoked` is when it was revoked, by the
+        monotonic clock.
+        """
         directory = self.broker.parts.directory
         while True:
             began = time.monotonic()
@@ -144,7 +152,7 @@ async def proxy(stores: EmbeddedStores) -> AsyncIterator[PostgresProxy]:
         yield made
 
 
-# -- while notifications come -----------------------------------------------------------------------------------------------------
+# -- while notifications come ----------------------------------------------------------------------
 
 
 async def test_the_store_is_not_asked_again(one: Instance) -> None:
@@ -158,7 +166,9 @@ async def test_the_store_is_not_asked_again(one: Instance) -> None:
     one.broker.clock.ahead += LONGEST - 50
     await one.proof()
     await one.look()
-    assert (one.asked("app"), one.asked("key")) == (before[0] + 1, before[1] + 1), "in the end it is"
+    assert (one.asked("app"), one.asked("key")) == (before[0] + 1, before[1] + 1), (
+        "in the end it is"
+    )
 
 
 async def test_without_a_proof_it_is_asked_in_time(one: Instance) -> None:
@@ -211,7 +221,9 @@ BY_HAND = {
 
 @pytest.mark.parametrize("role", ["origin", "replica", "local"])
 @pytest.mark.parametrize("what", BY_HAND)
-async def test_a_change_by_hand(one: Instance, stores: EmbeddedStores, what: str, role: str) -> None:
+async def test_a_change_by_hand(
+    one: Instance, stores: EmbeddedStores, what: str, role: str
+) -> None:
     """With psql, and in a session that other triggers keep out of."""
     await one.lasting()
     directory = one.broker.parts.directory
@@ -274,10 +286,20 @@ async def test_signing_keys_that_another_instance_rotates(one: Instance, other: 
         assert len(await kids(app)) == len(first) + 1
 
 
-async def test_what_is_not_from_a_trigger_of_ours_harms_nobody(one: Instance, stores: EmbeddedStores) -> None:
+async def test_what_is_not_from_a_trigger_of_ours_harms_nobody(
+    one: Instance, stores: EmbeddedStores
+) -> None:
     await one.lasting()
     async with session_of(stores) as session:
-        for payload in ("", " ", "api_keys zz", "api_keys", "relying_parties \x1f", "else 1", "x" * 7999):
+        for payload in (
+            "",
+            " ",
+            "api_keys zz",
+            "api_keys",
+            "relying_parties \x1f",
+            "else 1",
+            "x" * 7999,
+        ):
             await one.heard_of(session.execute("SELECT pg_notify($1, $2)", CHANNEL, payload))
     await one.proof()
     assert await one.look() == ("Old", one.key_id)
@@ -285,11 +307,13 @@ async def test_what_is_not_from_a_trigger_of_ours_harms_nobody(one: Instance, st
     assert not one.lines("library")
 
 
-# -- what a proof proves --------------------------------------------------------------------------------------------------------------
+# -- what a proof proves ---------------------------------------------------------------------------
 
 
 async def test_an_answer_comes_behind_every_notification(one: Instance, other: Started) -> None:
-    """The listening process is stopped, the change is made, and then the question sent; so it meets both at the same moment."""
+    """The listening process is stopped, the change is made, and then the question sent; so it meets
+    both at the same moment.
+    """
     await one.lasting()
     notifications = one.broker.parts.notifications
     app = one.app
@@ -297,10 +321,16 @@ async def test_an_answer_comes_behind_every_notification(one: Instance, other: S
         os.kill(one.pid, signal.SIGSTOP)
         try:
             name = f"Name {number}"
-            app = await asyncio.wait_for(other.parts.directory.update_app(replace(app, name=name)), DEADLINE)
+            app = await asyncio.wait_for(
+                other.parts.directory.update_app(replace(app, name=name)), DEADLINE
+            )
             count = one.news.count
-            asking = asyncio.create_task(notifications._postgres.run("listen", notifications._prove))
-            await asyncio.sleep(0)  # it sends its question, or stands in line behind one that was sent
+            asking = asyncio.create_task(
+                notifications._postgres.run("listen", notifications._prove)
+            )
+            await asyncio.sleep(
+                0
+            )  # it sends its question, or stands in line behind one that was sent
         finally:
             os.kill(one.pid, signal.SIGCONT)
         await asking
@@ -308,7 +338,9 @@ async def test_an_answer_comes_behind_every_notification(one: Instance, other: S
         assert (await one.look())[0] == name
 
 
-async def test_a_late_answer_proves_no_more_than_what_was_when_it_was_asked_for(one: Instance) -> None:
+async def test_a_late_answer_proves_no_more_than_what_was_when_it_was_asked_for(
+    one: Instance,
+) -> None:
     await one.lasting()
     os.kill(one.pid, signal.SIGSTOP)
     try:
@@ -325,7 +357,9 @@ async def test_a_late_answer_proves_no_more_than_what_was_when_it_was_asked_for(
 async def test_a_look_up_answered_before_the_change_and_put_after_it(
     start: Start, other: Started, proxy: PostgresProxy
 ) -> None:
-    """Its answer is held until the notification has come. It may be used for as long as without notifications, and no longer."""
+    """Its answer is held until the notification has come. It may be used for as long as without
+    notifications, and no longer.
+    """
     one = await start(database_url=proxy.url)
     await one.lasting()
     directory = one.broker.parts.directory
@@ -352,7 +386,9 @@ async def _hash(broker: Started, one: Instance) -> str:
     return str(row["hash"])
 
 
-async def test_a_look_up_from_before_it_listened_does_not_last(one: Instance, other: Started) -> None:
+async def test_a_look_up_from_before_it_listened_does_not_last(
+    one: Instance, other: Started
+) -> None:
     await one.look()
     await one.proof()
     one.broker.clock.ahead += SECONDS
@@ -362,8 +398,12 @@ async def test_a_look_up_from_before_it_listened_does_not_last(one: Instance, ot
     assert one.asked("app") == before + 1
 
 
-async def test_a_change_just_before_it_listens(start: Start, other: Started, proxy: PostgresProxy) -> None:
-    """The connection is there and LISTEN under way; a look-up made then does not last, for nobody will tell of the change."""
+async def test_a_change_just_before_it_listens(
+    start: Start, other: Started, proxy: PostgresProxy
+) -> None:
+    """The connection is there and LISTEN under way; a look-up made then does not last, for nobody
+    will tell of the change.
+    """
     proxy.late = True
     one = await start(database_url=proxy.url)
     await one.look()
@@ -388,10 +428,12 @@ async def test_a_clock_set_back_ends_the_memory(one: Instance, other: Started) -
     assert (one.asked("app"), one.asked("key")) == (before[0] + 1, before[1] + 1)
 
 
-# -- when the connection is lost ----------------------------------------------------------------------------------------------------------
+# -- when the connection is lost -------------------------------------------------------------------
 
 
-async def test_a_connection_that_went_silent(start: Start, other: Started, proxy: PostgresProxy) -> None:
+async def test_a_connection_that_went_silent(
+    start: Start, other: Started, proxy: PostgresProxy
+) -> None:
     """The network swallows what either side sends; neither side is told."""
     one = await start(database_url=proxy.url)
     await one.lasting()
@@ -399,7 +441,9 @@ async def test_a_connection_that_went_silent(start: Start, other: Started, proxy
     await other.parts.directory.revoke_key(one.app.id, one.key_id)
     await one.refused_within(time.monotonic())
     await eventually(lambda: one.lines("notifications_lost") == ["postgres"], "a line that says so")
-    assert one.broker.metric("broker_store_failures_total", store="postgres", operation="listen") > 0
+    assert (
+        one.broker.metric("broker_store_failures_total", store="postgres", operation="listen") > 0
+    )
     proxy.recover()
     await eventually(lambda: one.lines("notifications_heard") == [None], "a line that it is over")
     await works_again(one, other)
@@ -422,7 +466,9 @@ async def test_a_server_process_that_stopped(one: Instance, other: Started) -> N
     try:
         await other.parts.directory.revoke_key(one.app.id, one.key_id)
         await one.refused_within(time.monotonic())
-        await eventually(lambda: one.lines("notifications_lost") == ["postgres"], "a line that says so")
+        await eventually(
+            lambda: one.lines("notifications_lost") == ["postgres"], "a line that says so"
+        )
         await works_again(one, other)
         assert one.pid != pid
     finally:
@@ -460,7 +506,9 @@ async def test_a_session_that_the_operator_ends(
     assert one.pid != pid
 
 
-async def test_a_server_that_is_killed_and_comes_back(start: Start, own_stores: EmbeddedStores) -> None:
+async def test_a_server_that_is_killed_and_comes_back(
+    start: Start, own_stores: EmbeddedStores
+) -> None:
     one = await start(own_stores)
     await one.lasting()
     kill(own_stores, "PostgreSQL")
@@ -471,7 +519,9 @@ async def test_a_server_that_is_killed_and_comes_back(start: Start, own_stores: 
     assert one.lines("notifications_heard") == [None]
 
 
-async def test_started_before_its_server(start_broker: Starter, start: Start, stores: EmbeddedStores) -> None:
+async def test_started_before_its_server(
+    start_broker: Starter, start: Start, stores: EmbeddedStores
+) -> None:
     """No reason not to start; it listens when there is something to listen to."""
     port = free_port()
     lost = await start_broker(
@@ -487,7 +537,9 @@ async def test_started_before_its_server(start_broker: Starter, start: Start, st
         await lost.service.close()
 
 
-def _to(stores: EmbeddedStores) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+def _to(
+    stores: EmbeddedStores,
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
             writer.write(data)
@@ -500,7 +552,7 @@ def _to(stores: EmbeddedStores) -> Callable[[asyncio.StreamReader, asyncio.Strea
     return serve
 
 
-# -- where nothing can be proven --------------------------------------------------------------------------------------------------------
+# -- where nothing can be proven -------------------------------------------------------------------
 
 
 async def falls_back(one: Instance, other: Started, reason: str) -> None:
@@ -518,7 +570,9 @@ async def falls_back(one: Instance, other: Started, reason: str) -> None:
 
 
 async def test_behind_a_pooler(start: Start, other: Started, proxy: PostgresProxy) -> None:
-    """Which lends one session to many: that LISTEN and questions are answered there proves nothing."""
+    """Which lends one session to many: that LISTEN and questions are answered there proves
+    nothing.
+    """
     proxy.pooling = True
     await falls_back(await start(database_url=proxy.url), other, "postgres_pooled")
 
@@ -557,7 +611,9 @@ async def test_on_a_server_that_does_not_know_what_is_said(
     """A relative of Postgres may lack some of it. Here a function is taken away."""
     one, other = await start(own_stores), await start_broker(own_stores)
     async with session_of(own_stores) as session:
-        await session.execute("ALTER FUNCTION pg_catalog.pg_listening_channels() RENAME TO pg_other")
+        await session.execute(
+            "ALTER FUNCTION pg_catalog.pg_listening_channels() RENAME TO pg_other"
+        )
     await one.look()
     await eventually(lambda: one.lines("notifications_lost") == ["postgres_no_listen"], "a line")
     await other.parts.directory.revoke_key(one.app.id, one.key_id)
@@ -578,11 +634,13 @@ async def test_nothing_is_listened_to_where_nothing_is_remembered(broker: Starte
     assert broker.parts.notifications._task is None
 
 
-# -- rest and end -------------------------------------------------------------------------------------------------------------------------
+# -- rest and end ----------------------------------------------------------------------------------
 
 
 async def test_nothing_is_asked_while_nobody_looks_up(stores: EmbeddedStores) -> None:
-    """With no patience at all, each look-up is worth one question; the session stays, so what changes at rest is heard of."""
+    """With no patience at all, each look-up is worth one question; the session stays, so what
+    changes at rest is heard of.
+    """
     metrics = Metrics()
     resting = Notifications(
         stores.database_url, seconds=SECONDS, timeout=2, metrics=metrics, log=Log(), rest=0.0
@@ -620,7 +678,9 @@ async def test_it_ends_cleanly(start: Start, stores: EmbeddedStores, how: str) -
     pid, parts = one.pid, one.broker.parts
     if how == "in the middle of a question":
         os.kill(pid, signal.SIGSTOP)
-        await eventually(lambda: bool(parts.notifications._postgres._busy), "a question without an answer")
+        await eventually(
+            lambda: bool(parts.notifications._postgres._busy), "a question without an answer"
+        )
     with Waited() as waited:
         await one.broker.service.close()
     assert waited.seconds < 2
@@ -638,7 +698,7 @@ async def test_it_ends_cleanly(start: Start, stores: EmbeddedStores, how: str) -
     assert not [line for line in one.broker.log if line["event"] in ("defect", "library")]
 
 
-# -- the rule, without a store ----------------------------------------------------------------------------------------------------------
+# -- the rule, without a store ---------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -698,4 +758,6 @@ def test_what_ends_a_look_up(event: str, when: str) -> None:
     forgotten = event == "change" and when == "afterwards"
     assert bench.memory.get("a") == (None if forgotten else "A"), "less than a second old"
     bench.now = bench.news.proven = 1002.0
-    assert bench.memory.get("a") == ("A" if (event, when) == ("other change", "afterwards") else None)
+    assert bench.memory.get("a") == (
+        "A" if (event, when) == ("other change", "afterwards") else None
+    )

@@ -1,7 +1,9 @@
-"""Every way to begin a ceremony, crossed with every way to finish one: only a start's own finishes find its ceremony.
+"""Every way to begin a ceremony, crossed with every way to finish one: only a start's own finishes
+find its ceremony.
 
-A foreign finish gets the answer of an unknown ceremony and takes nothing, so the own finish still works after all of them. The refusal's
-reason tells the operator that the ceremony waits for another finish, where both look for it in the same way (`Link`).
+A foreign finish gets the answer of an unknown ceremony and takes nothing, so the own finish still
+works after all of them. The refusal's reason tells the operator that the ceremony waits for another
+finish, where both look for it in the same way (`Link`).
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ _NUMBERS = count()
 
 @dataclass(frozen=True)
 class Finish:
-    """One finish: how it finds a ceremony, of which kind, and its request with a handle, a user and an answer."""
+    """One finish: how it finds a ceremony, of which kind, and its request with a handle, a user and
+    an answer.
+    """
 
     link: Link
     kind: Kind
@@ -49,7 +53,9 @@ class Finish:
 
 @dataclass(frozen=True)
 class Start:
-    """One start for the user ann: its kind, its handle ("" without one) and options, and its own finishes."""
+    """One start for the user ann: its kind, its handle ("" without one) and options, and its own
+    finishes.
+    """
 
     link: Link
     kind: Kind
@@ -57,7 +63,7 @@ class Start:
     own: tuple[str, ...]
 
 
-# -- finishes -----------------------------------------------------------------------------------------------------------------------
+# -- finishes --------------------------------------------------------------------------------------
 
 
 def _of_page(kind: str) -> Callable[[Wire, str, str, Options], Awaitable[Answer]]:
@@ -70,7 +76,9 @@ def _of_user(kind: str) -> Callable[[Wire, str, str, Options], Awaitable[Answer]
     )
 
 
-def _of_challenge(kind: str, **more: bool) -> Callable[[Wire, str, str, Options], Awaitable[Answer]]:
+def _of_challenge(
+    kind: str, **more: bool
+) -> Callable[[Wire, str, str, Options], Awaitable[Answer]]:
     return lambda wire, _, __, answer: wire.keyed(
         "POST", f"/ceremonies/{kind}/finish", {"credential": answer, **more}
     )
@@ -98,34 +106,48 @@ FINISHES: dict[str, Finish] = {
     "user register": Finish("user", "registration", _of_user("register")),
     "user authenticate": Finish("user", "authentication", _of_user("authenticate")),
     "challenge register": Finish("challenge", "registration", _of_challenge("register")),
-    "challenge register second": Finish("challenge", "registration", _of_challenge("register", **SECOND)),
+    "challenge register second": Finish(
+        "challenge", "registration", _of_challenge("register", **SECOND)
+    ),
     "challenge authenticate": Finish("challenge", "authentication", _of_challenge("authenticate")),
     "challenge authenticate second": Finish(
         "challenge", "authentication", _of_challenge("authenticate", **SECOND)
     ),
-    "challenge approve": Finish("challenge", "authentication", _of_challenge("authenticate", approval=True)),
+    "challenge approve": Finish(
+        "challenge", "authentication", _of_challenge("authenticate", approval=True)
+    ),
     "challenge approve second": Finish(
         "challenge", "authentication", _of_challenge("authenticate", approval=True, **SECOND)
     ),
     "hanko registration": Finish("challenge", "registration", _of_hanko(hanko.REGISTRATION)),
-    "hanko page registration": Finish("challenge", "registration", _of_hankos_page(hanko.REGISTRATION)),
-    "hanko second registration": Finish("challenge", "registration", _of_hanko(hanko.SECOND_REGISTRATION)),
+    "hanko page registration": Finish(
+        "challenge", "registration", _of_hankos_page(hanko.REGISTRATION)
+    ),
+    "hanko second registration": Finish(
+        "challenge", "registration", _of_hanko(hanko.SECOND_REGISTRATION)
+    ),
     "hanko login": Finish("challenge", "authentication", _of_hanko(hanko.LOGIN)),
     "hanko page login": Finish("challenge", "authentication", _of_hankos_page(hanko.LOGIN)),
     "hanko second login": Finish("challenge", "authentication", _of_hanko(hanko.SECOND_LOGIN)),
     "hanko transaction": Finish("challenge", "authentication", _of_hanko(hanko.TRANSACTION)),
     "passlock registration": Finish("handle", "registration", _of_passlock("/v2", "registration")),
-    "passlock authentication": Finish("handle", "authentication", _of_passlock("/v2", "authentication")),
+    "passlock authentication": Finish(
+        "handle", "authentication", _of_passlock("/v2", "authentication")
+    ),
     "passlock B registration": Finish("handle", "registration", _of_passlock("", "registration")),
-    "passlock B authentication": Finish("handle", "authentication", _of_passlock("", "authentication")),
-    "propelauth registration": Finish("user", "registration", _of_propelauth("FinishPasskeyRegistration")),
+    "passlock B authentication": Finish(
+        "handle", "authentication", _of_passlock("", "authentication")
+    ),
+    "propelauth registration": Finish(
+        "user", "registration", _of_propelauth("FinishPasskeyRegistration")
+    ),
     "propelauth authentication": Finish(
         "user", "authentication", _of_propelauth("FinishPasskeyAuthentication")
     ),
 }
 
 
-# -- starts -------------------------------------------------------------------------------------------------------------------------
+# -- starts ----------------------------------------------------------------------------------------
 
 
 def _by_page(kind: str, **asked: Any) -> Callable[[Wire], Awaitable[tuple[str, Options]]]:
@@ -133,7 +155,9 @@ def _by_page(kind: str, **asked: Any) -> Callable[[Wire], Awaitable[tuple[str, O
 
     async def begin(wire: Wire) -> tuple[str, Options]:
         name = {"passkey_display_name": "Ann"} if kind == "register" else {}
-        opened = await wire.keyed("POST", f"/transactions/{kind}", {"external_id": "ann", **name, **asked})
+        opened = await wire.keyed(
+            "POST", f"/transactions/{kind}", {"external_id": "ann", **name, **asked}
+        )
         return await wire.begin(kind, opened.json["transaction_id"])
 
     return begin
@@ -143,7 +167,9 @@ def _by_key(path: str, **body: Any) -> Callable[[Wire], Awaitable[tuple[str, Opt
     async def begin(wire: Wire) -> tuple[str, Options]:
         who = {} if "discoverable" in body else {"external_id": "ann"}
         name = {"user_name": "ann"} if "register" in path else {}
-        approval = {"approval": {"id": f"a{next(_NUMBERS)}", "data": 1}} if "approval" in body else {}
+        approval = (
+            {"approval": {"id": f"a{next(_NUMBERS)}", "data": 1}} if "approval" in body else {}
+        )
         answer = await wire.keyed("POST", path, {**who, **name, **body, **approval})
         assert answer.status == 200, answer.body
         return "", answer.json["options"]
@@ -161,7 +187,9 @@ def _by_hanko(at: str, **body: Any) -> Callable[[Wire], Awaitable[tuple[str, Opt
     return begin
 
 
-def _by_passlock(prefix: str, kind: Kind, *, token: bool) -> Callable[[Wire], Awaitable[tuple[str, Options]]]:
+def _by_passlock(
+    prefix: str, kind: Kind, *, token: bool
+) -> Callable[[Wire], Awaitable[tuple[str, Options]]]:
     async def begin(wire: Wire) -> tuple[str, Options]:
         backend, page = Passlock(wire), Passlock(wire, prefix)
         if kind == "registration":
@@ -194,12 +222,17 @@ STARTS: dict[str, Start] = {
     "page register second": Start(
         "handle", "registration", _by_page("register", **SECOND), ("page register",)
     ),
-    "page authenticate": Start("handle", "authentication", _by_page("authenticate"), ("page authenticate",)),
+    "page authenticate": Start(
+        "handle", "authentication", _by_page("authenticate"), ("page authenticate",)
+    ),
     "page authenticate second": Start(
         "handle", "authentication", _by_page("authenticate", **SECOND), ("page authenticate",)
     ),
     "page discoverable": Start(
-        "handle", "authentication", lambda wire: wire.begin("authenticate", None), ("page authenticate",)
+        "handle",
+        "authentication",
+        lambda wire: wire.begin("authenticate", None),
+        ("page authenticate",),
     ),
     "user register": Start("user", "registration", _by_key("/register/start"), ("user register",)),
     "user authenticate": Start(
@@ -218,10 +251,16 @@ STARTS: dict[str, Start] = {
         "challenge", "authentication", _by_key(CEREMONIES), ("challenge authenticate",)
     ),
     "challenge discoverable": Start(
-        "challenge", "authentication", _by_key(CEREMONIES, discoverable=True), ("challenge authenticate",)
+        "challenge",
+        "authentication",
+        _by_key(CEREMONIES, discoverable=True),
+        ("challenge authenticate",),
     ),
     "challenge authenticate second": Start(
-        "challenge", "authentication", _by_key(CEREMONIES, **SECOND), ("challenge authenticate second",)
+        "challenge",
+        "authentication",
+        _by_key(CEREMONIES, **SECOND),
+        ("challenge authenticate second",),
     ),
     "challenge approve": Start(
         "challenge", "authentication", _by_key(CEREMONIES, approval=True), ("challenge approve",)
@@ -239,9 +278,14 @@ STARTS: dict[str, Start] = {
         ("hanko registration", "hanko page registration"),
     ),
     "hanko second registration": Start(
-        "challenge", "registration", _by_hanko(hanko.SECOND_REGISTRATION), ("hanko second registration",)
+        "challenge",
+        "registration",
+        _by_hanko(hanko.SECOND_REGISTRATION),
+        ("hanko second registration",),
     ),
-    "hanko login": Start("challenge", "authentication", _by_hanko(hanko.LOGIN, user_id="ann"), LOGINS),
+    "hanko login": Start(
+        "challenge", "authentication", _by_hanko(hanko.LOGIN, user_id="ann"), LOGINS
+    ),
     "hanko keyless login": Start("challenge", "authentication", _by_hanko(hanko.LOGIN), LOGINS),
     "hanko second login": Start(
         "challenge",
@@ -250,7 +294,10 @@ STARTS: dict[str, Start] = {
         ("hanko second login",),
     ),
     "hanko transaction": Start(
-        "challenge", "authentication", _by_hanko(hanko.TRANSACTION, user_id="ann"), ("hanko transaction",)
+        "challenge",
+        "authentication",
+        _by_hanko(hanko.TRANSACTION, user_id="ann"),
+        ("hanko transaction",),
     ),
     "passlock registration": Start(
         "handle", "registration", _by_passlock("/v2", "registration", token=True), REGISTERS
@@ -276,24 +323,30 @@ STARTS: dict[str, Start] = {
     "passlock B open authentication": Start(
         "handle", "authentication", _by_passlock("", "authentication", token=False), SIGNS_IN
     ),
-    "propelauth registration": Start("user", "registration", _by_propelauth, ("propelauth registration",)),
+    "propelauth registration": Start(
+        "user", "registration", _by_propelauth, ("propelauth registration",)
+    ),
     "propelauth authentication": Start(
         "user", "authentication", _by_propelauth_login, ("propelauth authentication",)
     ),
 }
 
 
-# -- each with each -----------------------------------------------------------------------------------------------------------------
+# -- each with each --------------------------------------------------------------------------------
 
 
 def readable(answer: Options) -> Options:
-    """The answer with the fields of both kinds, so that a finish of the other kind finds no fault of form."""
+    """The answer with the fields of both kinds, so that a finish of the other kind finds no fault
+    of form.
+    """
     more = {"attestationObject": "AAAA", "authenticatorData": "AAAA", "signature": "AAAA"}
     return {**answer, "response": {**more, **answer["response"]}}
 
 
 def reason_of(start: Start, finish: Finish) -> str:
-    """The word for the operator. A user has one ceremony of each purpose, so the other purpose's is not looked for."""
+    """The word for the operator. A user has one ceremony of each purpose, so the other purpose's is
+    not looked for.
+    """
     alike = start.link == finish.link and (start.link != "user" or start.kind == finish.kind)
     return "other_finish" if alike else UNKNOWN[finish.link]
 
@@ -314,7 +367,8 @@ async def test_only_its_own_finishes_find_a_ceremony(
             answer = Authenticator().register(options, ORIGIN)
         else:
             answer = device.authenticate(options, ORIGIN)
-        # Where a start gives no handle, the best that a caller can make up is its challenge in a handle's form.
+        # Where a start gives no handle, the best that a caller can make up is its challenge in a
+        # handle's form.
         shown = handle or f"pbh_{options['challenge'][:43]}"
         for other, finish in FINISHES.items():
             if other in start.own:

@@ -1,8 +1,11 @@
-"""What callers see while a store is down, slow, full, read-only or hung: the whole broker over HTTP, real servers, real faults.
+"""What callers see while a store is down, slow, full, read-only or hung: the whole broker over
+HTTP, real servers, real faults.
 
-Every request that needs the store is answered with 503 within 2 seconds, also twenty at once; nothing hangs, nothing leaks, and
-within 2 seconds of the store's return the broker serves again without a restart. Those two limits are promises, so they are
-asserted, by a clock that leaves out what other processes take (`Waited`), and in tests that run alone: the stores are processes too. The rest of the file is about what a fault in the middle of a ceremony leaves behind, and about kill -9.
+Every request that needs the store is answered with 503 within 2 seconds, also twenty at once;
+nothing hangs, nothing leaks, and within 2 seconds of the store's return the broker serves again
+without a restart. Those two limits are promises, so they are asserted, by a clock that leaves out
+what other processes take (`Waited`), and in tests that run alone: the stores are processes too. The
+rest of the file is about what a fault in the middle of a ceremony leaves behind, and about kill -9.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ Call = Callable[[], Awaitable[Answer]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request, made ready while all was well, and what it needs besides PostgreSQL to read from, which every request does.
+    """One request, made ready while all was well, and what it needs besides PostgreSQL to read
+    from, which every request does.
 
     `spent` is the code for one that comes again after it has taken what it had to take.
     """
@@ -99,8 +103,12 @@ class Scene:
             "open registration": Request(
                 opened("register", "erik"), redis_write=True, redis=True, postgres_write=True
             ),
-            "open authentication": Request(opened("authenticate", "ann"), redis_write=True, redis=True),
-            "begin registration": Request(page("register", registration), redis_write=True, redis=True),
+            "open authentication": Request(
+                opened("authenticate", "ann"), redis_write=True, redis=True
+            ),
+            "begin registration": Request(
+                page("register", registration), redis_write=True, redis=True
+            ),
             "begin authentication": Request(
                 page("authenticate", authentication), redis_write=True, redis=True
             ),
@@ -136,7 +144,8 @@ class Scene:
             "look up a user": Request(lambda: wire.keyed("GET", "/users?identifier=ann&limit=1")),
             "list passkeys": Request(lambda: wire.keyed("GET", f"/users/{user}/devices")),
             "revoke a passkey": Request(
-                lambda: wire.keyed("DELETE", f"/users/{rita}/devices/{revocable}"), postgres_write=True
+                lambda: wire.keyed("DELETE", f"/users/{rita}/devices/{revocable}"),
+                postgres_write=True,
             ),
         }
 
@@ -147,7 +156,9 @@ async def set_up(stores: EmbeddedStores, broker: Started, session: aiohttp.Clien
 
 
 @pytest.fixture
-async def scene(own_stores: EmbeddedStores, start_broker: Starter, session: aiohttp.ClientSession) -> Scene:
+async def scene(
+    own_stores: EmbeddedStores, start_broker: Starter, session: aiohttp.ClientSession
+) -> Scene:
     """On servers of the test's own, to be broken."""
     limits: dict[str, object] = {
         "database_connections": CONNECTIONS,
@@ -167,7 +178,9 @@ async def in_time(call: Call) -> Answer:
     """The answer, which must come within the limit."""
     with Waited() as waited:
         answer = await asyncio.wait_for(call(), DEADLINE)
-    assert waited.seconds <= ANSWERED_WITHIN, f"answered after {waited.seconds:.2f} s: {answer.body!r}"
+    assert waited.seconds <= ANSWERED_WITHIN, (
+        f"answered after {waited.seconds:.2f} s: {answer.body!r}"
+    )
     return answer
 
 
@@ -179,9 +192,10 @@ def unavailable(answer: Answer) -> None:
     assert answer.json.get("retry", "page") in ("page", "backend")
 
 
-# -- outages --------------------------------------------------------------------------------------------------------------------
+# -- outages ---------------------------------------------------------------------------------------
 
-# An outage is a context: the store is out of order inside; leaving it sets it right. Yields what is missing for readiness.
+# An outage is a context: the store is out of order inside; leaving it sets it right. Yields what is
+# missing for readiness.
 Outage = Callable[[Scene], contextlib.AbstractAsyncContextManager[None]]
 
 
@@ -310,7 +324,9 @@ async def test_an_outage(scene: Scene, name: str) -> None:
             else:
                 assert answer.status in (200, 201), (what, answer.body)
 
-        for _ in range(3):  # twenty at once, again and again: the later ones find what the earlier ones left
+        for _ in range(
+            3
+        ):  # twenty at once, again and again: the later ones find what the earlier ones left
             failing = [request for request in spare.values() if case.fails(request)]
             burst = [failing[n % len(failing)] for n in range(20)]
             for request, answer in zip(
@@ -345,11 +361,14 @@ async def ready_again(wire: Wire) -> None:
 
 
 async def serves_and_holds_no_more_than_its_connections(scene: Scene) -> None:
-    """Forty at once, more than there are connections. A store that a busy machine keeps waiting is a 503, so they may ask again."""
+    """Forty at once, more than there are connections. A store that a busy machine keeps waiting is
+    a 503, so they may ask again.
+    """
     deadline = time.monotonic() + DEADLINE
     while True:
         calls = [
-            scene.wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"}) for _ in range(40)
+            scene.wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
+            for _ in range(40)
         ]
         statuses = {answer.status for answer in await asyncio.gather(*calls)}
         assert statuses <= {201, 503}
@@ -390,7 +409,9 @@ async def test_started_while_nobody_listens(calm: Scene, start_broker: Starter, 
 
 
 async def test_an_app_deleted_a_moment_ago_is_no_defect(calm: Scene, start_broker: Starter) -> None:
-    """Instances remember an app for less than a second; in that time its requests are refused like others."""
+    """Instances remember an app for less than a second; in that time its requests are refused like
+    others.
+    """
     remembering = await start_broker(calm.stores, cache_seconds=0.9, store_timeout=TIMEOUT)
     wire = replace(calm.wire, url=remembering.url)
     await wire.open_authentication("ann")
@@ -402,7 +423,7 @@ async def test_an_app_deleted_a_moment_ago_is_no_defect(calm: Scene, start_broke
     assert not [line for line in remembering.log if line["event"] == "defect"]
 
 
-# -- faults inside a ceremony ---------------------------------------------------------------------------------------------------
+# -- faults inside a ceremony ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -435,7 +456,9 @@ async def begun(scene: Scene, kind: str) -> tuple[str, Call]:
 
 async def again_from(scene: Scene, kind: str, transaction: str) -> str:
     """Where the person can start again, by trying."""
-    answer = await scene.wire.page(f"/{kind}/transactions/webauthn/start", {"transaction_id": transaction})
+    answer = await scene.wire.page(
+        f"/{kind}/transactions/webauthn/start", {"transaction_id": transaction}
+    )
     if answer.status == 200:
         return "page"
     assert answer.code == "transaction_not_found"
@@ -443,7 +466,9 @@ async def again_from(scene: Scene, kind: str, transaction: str) -> str:
 
 
 async def passkeys(scene: Scene, external_id: str) -> list[dict[str, Any]]:
-    user = (await scene.wire.keyed("GET", f"/users?identifier={external_id}&limit=1")).json["users"][0]["id"]
+    user = (await scene.wire.keyed("GET", f"/users?identifier={external_id}&limit=1")).json[
+        "users"
+    ][0]["id"]
     return list((await scene.wire.keyed("GET", f"/users/{user}/devices")).json["devices"])
 
 
@@ -510,7 +535,9 @@ async def test_a_durable_write_that_hangs_sends_back_to_the_backend(calm: Scene,
 
 
 async def test_one_locked_row_harms_nobody_else(calm: Scene) -> None:
-    """A passkey's row is held by another session: its owner is refused in time, others sign in meanwhile."""
+    """A passkey's row is held by another session: its owner is refused in time, others sign in
+    meanwhile.
+    """
     other = Authenticator()
     await calm.wire.user("zoe", other)
     _, finish = await begun(calm, "authenticate")
@@ -537,20 +564,27 @@ async def test_a_lost_redemption_never_buys_twice(losing: tuple[Scene, RedisProx
     assert (await scene.wire.redeem(nonce)).code == "invalid_nonce"
 
 
-# -- kill -9 --------------------------------------------------------------------------------------------------------------------
+# -- kill -9 ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def serving(stores: EmbeddedStores) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`broker serve` as a process of its own, and where it listens."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("BROKER_")
+    }
     environment |= {
         "BROKER_DATABASE_URL": stores.database_url,
         "BROKER_REDIS_URL": stores.redis_url,
         "BROKER_HOST": "127.0.0.1",
         "BROKER_PORT": "0",
     }
-    argv = [sys.executable, "-c", "import sys; from broker.cli import main; sys.exit(main())", "serve"]
+    argv = [
+        sys.executable,
+        "-c",
+        "import sys; from broker.cli import main; sys.exit(main())",
+        "serve",
+    ]
     process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
@@ -568,8 +602,12 @@ def serving(stores: EmbeddedStores) -> Iterator[tuple[subprocess.Popen[bytes], s
 
 
 @pytest.mark.parametrize("victim", ["broker", "PostgreSQL", "Valkey"])
-async def test_a_registration_whose_nonce_was_handed_out_survives(scene: Scene, victim: Any) -> None:
-    """Promise 16: SIGKILL the moment the page has its nonce. The passkey is there, and signs in. The nonce buys once."""
+async def test_a_registration_whose_nonce_was_handed_out_survives(
+    scene: Scene, victim: Any
+) -> None:
+    """Promise 16: SIGKILL the moment the page has its nonce. The passkey is there, and signs in.
+    The nonce buys once.
+    """
     device = Authenticator()
     with serving(scene.stores) as (process, url):
         wire = replace(scene.wire, url=url)
@@ -588,7 +626,9 @@ async def test_a_registration_whose_nonce_was_handed_out_survives(scene: Scene, 
     assert answer.status == 200, answer.body
     signed_in = await wire.authenticate(await wire.open_authentication("ben"), device)
     assert (await wire.redeem(signed_in)).json["external_id"] == "ben"
-    told = [event for event in await scene.broker.events(wire.app_id) if event[0].startswith("passkey.")]
+    told = [
+        event for event in await scene.broker.events(wire.app_id) if event[0].startswith("passkey.")
+    ]
     assert told[-3:] == [
         ("passkey.registered", "done", None),
         ("passkey.confirmed", "done", None),

@@ -1,4 +1,6 @@
-"""The Passlock dialect, decision by decision: who may ask what, what a ceremony is bound to, what its tokens say."""
+"""The Passlock dialect, decision by decision: who may ask what, what a ceremony is bound to, what
+its tokens say.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def claims(token: str) -> dict[str, Any]:
     return found
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def subclasses(kind: type[Refusal]) -> set[type[Refusal]]:
@@ -87,7 +89,9 @@ NOT_OURS = [
 
 
 @pytest.mark.parametrize("path", OURS)
-async def test_what_goes_wrong_has_the_vendors_shape(broker: Started, wire: Wire, path: str) -> None:
+async def test_what_goes_wrong_has_the_vendors_shape(
+    broker: Started, wire: Wire, path: str
+) -> None:
     url = wire.url + path.replace("{app}", wire.app_id)
     with refused(broker, "not_found", "not_found"):
         answer = await wire.send("GET", url)
@@ -96,7 +100,9 @@ async def test_what_goes_wrong_has_the_vendors_shape(broker: Started, wire: Wire
 
 
 @pytest.mark.parametrize("path", NOT_OURS)
-async def test_paths_that_nobody_owns_are_told_natively(broker: Started, wire: Wire, path: str) -> None:
+async def test_paths_that_nobody_owns_are_told_natively(
+    broker: Started, wire: Wire, path: str
+) -> None:
     with refused(broker, "not_found", "not_found"):
         answer = await wire.send("GET", wire.url + path.replace("{app}", wire.app_id))
     assert (answer.status, answer.code) == (404, "not_found")
@@ -140,7 +146,7 @@ async def test_a_wrong_key_and_an_unknown_tenancy_are_alike(
     assert (answer.status, answer.json["_tag"]) == (403, "@error/Forbidden")
 
 
-# -- authorize ----------------------------------------------------------------------------------------------------------------------------
+# -- authorize -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["registration", "authentication"])
@@ -159,7 +165,9 @@ async def test_the_rp_name_may_be_left_out_and_changes_nothing(passlock: Passloc
     path = f"{REGISTRATION}/authorize"
     for name in ({}, {"rpName": "Another"}, {"rpName": None}):
         done = await passlock.ok("POST", path, ANN | name)
-        _, options = await passlock.begin("registration", {"registrationToken": done["registrationToken"]})
+        _, options = await passlock.begin(
+            "registration", {"registrationToken": done["registrationToken"]}
+        )
         assert options["rp"] == {"id": RP_ID, "name": "Example"}
     assert (await passlock.keyed("POST", path, ANN | {"rpName": "  "})).status == 400
 
@@ -172,7 +180,10 @@ async def test_names_reach_the_authenticator(passlock: Passlock) -> None:
     ):
         token = await passlock.authorize_registration("ann", **more)
         _, options = await passlock.begin("registration", {"registrationToken": token})
-        assert (options["user"]["name"], options["user"]["displayName"]) == ("ann@example.org", shown)
+        assert (options["user"]["name"], options["user"]["displayName"]) == (
+            "ann@example.org",
+            shown,
+        )
 
 
 async def test_what_is_too_long_is_named_as_the_caller_names_it(passlock: Passlock) -> None:
@@ -188,7 +199,9 @@ async def test_what_is_too_long_is_named_as_the_caller_names_it(passlock: Passlo
 
 async def authorized_options(passlock: Passlock, kind: str, **more: object) -> dict[str, Any]:
     authorize = (
-        passlock.authorize_registration if kind == "registration" else passlock.authorize_authentication
+        passlock.authorize_registration
+        if kind == "registration"
+        else passlock.authorize_authentication
     )
     _, options = await passlock.begin(kind, {f"{kind}Token": await authorize("ann", **more)})
     return options
@@ -199,7 +212,9 @@ def verification_in(options: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["registration", "authentication"])
-async def test_user_verification_may_be_raised(broker: Started, passlock: Passlock, kind: str) -> None:
+async def test_user_verification_may_be_raised(
+    broker: Started, passlock: Passlock, kind: str
+) -> None:
     """And lowered only where the policy says so; the policy's stands otherwise."""
     await passlock.user("ann", Authenticator())
     for policy, allowed, wish, expected in (
@@ -237,7 +252,9 @@ async def test_user_verification_that_was_asked_for_is_judged(
 
 @pytest.mark.parametrize("kind", ["registration", "authentication"])
 async def test_timeouts(broker: Started, passlock: Passlock, kind: str) -> None:
-    """Milliseconds; a timeout is how long the ceremony lives, and is never longer than the policy's."""
+    """Milliseconds; a timeout is how long the ceremony lives, and is never longer than the
+    policy's.
+    """
     device = Authenticator()
     await passlock.user("ann", device)
     assert (await authorized_options(passlock, kind, timeout=60_000))["timeout"] == 60_000
@@ -256,7 +273,9 @@ async def test_timeouts(broker: Started, passlock: Passlock, kind: str) -> None:
         assert answer.json["_tag"] == "@error/BadRequest"
 
 
-async def test_expires_at_is_the_tokens_end(broker: Started, passlock: Passlock, open_app: OpenApp) -> None:
+async def test_expires_at_is_the_tokens_end(
+    broker: Started, passlock: Passlock, open_app: OpenApp
+) -> None:
     passlock = Passlock(await open_app(Policy(transaction_life=120)))
     for path, field in (
         (f"{REGISTRATION}/authorize", "registrationToken"),
@@ -304,9 +323,12 @@ SCOPES: list[tuple[dict[str, object], bool]] = [
 ]
 
 
-async def test_whom_an_authentication_is_about_is_said_once(broker: Started, passlock: Passlock) -> None:
+async def test_whom_an_authentication_is_about_is_said_once(
+    broker: Started, passlock: Passlock
+) -> None:
     ids = {
-        name: await passlock.user(user, Authenticator()) for name, user in (("ID", "ann"), ("BOBS", "bob"))
+        name: await passlock.user(user, Authenticator())
+        for name, user in (("ID", "ann"), ("BOBS", "bob"))
     }
     for scope, good in SCOPES:
         body = {"rpId": RP_ID} | scope
@@ -354,13 +376,17 @@ async def test_allow_credentials(passlock: Passlock, open_app: OpenApp) -> None:
     assert done.json["principal"] == {"authenticatorId": other, "userId": "bob"}
     session, options = await offered("ann", first)
     answer = two.authenticate(options | {"allowCredentials": []}, ORIGIN)
-    assert (await passlock.finish("authentication", session, answer)).json["_tag"] == "@error/BadRequest"
+    assert (await passlock.finish("authentication", session, answer)).json[
+        "_tag"
+    ] == "@error/BadRequest"
     elsewhere = Passlock(await open_app())
     body = {"rpId": RP_ID, "allowCredentials": [first]}
     assert (await elsewhere.keyed("POST", f"{AUTHENTICATION}/authorize", body)).status == 409
 
 
-async def test_exclude_credentials(passlock: Passlock, open_app: OpenApp, device: Authenticator) -> None:
+async def test_exclude_credentials(
+    passlock: Passlock, open_app: OpenApp, device: Authenticator
+) -> None:
     """The user's own always, others by passkey ids, never another app's."""
     mine, bobs = await passlock.user("ann", device), await passlock.user("bob", Authenticator())
     elsewhere = await Passlock(await open_app()).user("ann", Authenticator())
@@ -395,14 +421,16 @@ async def test_a_user_without_a_live_passkey(
     await passlock.ok("POST", "/passkeys/delete", {"passkeyIds": [passkey_id]})
     session, options = await passlock.begin("authentication", {"authenticationToken": token})
     with refused(broker, "webauthn_login_failed", "revoked_or_counter"):
-        answer = await passlock.finish("authentication", session, device.authenticate(options, ORIGIN))
+        answer = await passlock.finish(
+            "authentication", session, device.authenticate(options, ORIGIN)
+        )
     assert answer.json["_tag"] == "@error/PasskeyNotFound"
     with refused(broker, "user_has_no_passkeys", "user_has_no_passkeys"):
         answer = await passlock.keyed("POST", f"{AUTHENTICATION}/authorize", body)
     assert (answer.status, answer.json["_tag"]) == (409, "@error/BadRequest")
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
@@ -439,7 +467,9 @@ async def test_code_and_token_say_the_same(
     assert done["code"] not in done["id_token"] + said["jti"]
 
 
-async def test_lives_are_settings(start_broker: Starter, session: Any, device: Authenticator) -> None:
+async def test_lives_are_settings(
+    start_broker: Starter, session: Any, device: Authenticator
+) -> None:
     started = await start_broker(passlock_code_life=30, passlock_token_life=60)
     passlock = Passlock(await Wire.open(started.service, session))
     done = await passlock.register("ann", device)
@@ -453,7 +483,10 @@ async def test_lives_are_settings(start_broker: Starter, session: Any, device: A
 async def test_a_code_lives_for_five_minutes(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
-    first, second = await passlock.register("ann", device), await passlock.authenticate("ann", device)
+    first, second = (
+        await passlock.register("ann", device),
+        await passlock.authenticate("ann", device),
+    )
     broker.clock.ahead += 290
     assert (await passlock.exchange(first["code"]))["userId"] == "ann"
     broker.clock.ahead += 20
@@ -463,7 +496,9 @@ async def test_a_code_lives_for_five_minutes(
 async def test_nothing_is_spent_where_there_is_no_key_to_sign_with(
     start_broker: Starter, passlock: Passlock, device: Authenticator
 ) -> None:
-    """An instance with another secret can't open the key, and finds out before it takes the session."""
+    """An instance with another secret can't open the key, and finds out before it takes the
+    session.
+    """
     token = {"registrationToken": await passlock.authorize_registration("ann")}
     session, options = await passlock.begin("registration", token)
     response = device.register(options, ORIGIN)
@@ -499,7 +534,9 @@ async def test_the_authenticators_name_is_its_own_claim(passlock: Passlock) -> N
 
 
 async def test_live_at_redemption(open_app: OpenApp, device: Authenticator) -> None:
-    """A passkey that must be confirmed signs in when its code was exchanged; the id_token alone confirms nothing."""
+    """A passkey that must be confirmed signs in when its code was exchanged; the id_token alone
+    confirms nothing.
+    """
     passlock = Passlock(await open_app(Policy(live_at="redemption")))
     done = await passlock.register("ann", device)
     passkey_id = done["principal"]["authenticatorId"]

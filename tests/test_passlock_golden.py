@@ -1,4 +1,6 @@
-"""Every endpoint of the Passlock dialect on the wire, against golden files: request, status, headers that matter, body."""
+"""Every endpoint of the Passlock dialect on the wire, against golden files: request, status,
+headers that matter, body.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,20 @@ async def sent(
     """With the key, unless `headers` are others."""
     given = {"Authorization": f"Bearer {passlock.wire.key}"} if headers is None else headers
     below = passlock.prefix + "/{app_id}"
-    answer = await golden(passlock.wire, f"passlock/{name}", method, path, body, headers=given, below=below)
+    answer = await golden(
+        passlock.wire, f"passlock/{name}", method, path, body, headers=given, below=below
+    )
     if method != "OPTIONS":
         judge(answer, shape or OPTIONS.get(path))
     return answer
 
 
-# -- ceremonies -----------------------------------------------------------------------------------------------------------------------------
+# -- ceremonies ------------------------------------------------------------------------------------
 
 
-async def test_passlock_registration(broker: Started, passlock: Passlock, device: Authenticator) -> None:
+async def test_passlock_registration(
+    broker: Started, passlock: Passlock, device: Authenticator
+) -> None:
     user = {"rpId": RP_ID, "rpName": "Example", "userId": "ann", "username": "ann@example.org"}
     more = {
         "displayName": "Ann",
@@ -56,7 +62,9 @@ async def test_passlock_registration(broker: Started, passlock: Passlock, device
         "timeout": 60_000,
     }
     answer = await sent(passlock, "prepare-registration", "POST", f"{REGISTRATION}/prepare", user)
-    answer = await sent(passlock, "authorize-registration", "POST", f"{REGISTRATION}/authorize", user | more)
+    answer = await sent(
+        passlock, "authorize-registration", "POST", f"{REGISTRATION}/authorize", user | more
+    )
     token = {"registrationToken": answer.json["registrationToken"]}
     with counted(broker, "broker_ceremonies_total", kind="register", step="begin", result="ok"):
         begun = await sent(
@@ -76,18 +84,24 @@ async def test_passlock_registration(broker: Started, passlock: Passlock, device
     assert lines(broker, route="/v2/{app_id}/passkey/registration/verification", status=200)
 
 
-async def test_passlock_authentication(broker: Started, passlock: Passlock, device: Authenticator) -> None:
+async def test_passlock_authentication(
+    broker: Started, passlock: Passlock, device: Authenticator
+) -> None:
     await passlock.user("ann", device)
     body: dict[str, object] = {"rpId": RP_ID, "userId": "ann"}
     await sent(passlock, "prepare-authentication", "POST", f"{AUTHENTICATION}/prepare", body)
-    answer = await sent(passlock, "authorize-authentication", "POST", f"{AUTHENTICATION}/authorize", body)
+    answer = await sent(
+        passlock, "authorize-authentication", "POST", f"{AUTHENTICATION}/authorize", body
+    )
     token = {"authenticationToken": answer.json["authenticationToken"]}
     path = f"{AUTHENTICATION}/options"
     begun = await sent(passlock, "authentication-options", "POST", path, token, headers=PAGE)
     answered = device.authenticate(begun.json["optionsJSON"], ORIGIN)
     body = {"sessionToken": begun.json["sessionToken"], "response": answered}
     path = f"{AUTHENTICATION}/verification"
-    with counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"):
+    with counted(
+        broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"
+    ):
         done = await sent(passlock, "authentication-verification", "POST", path, body, headers=PAGE)
     with refused(broker, "transaction_not_found", "handle_unknown"):
         await sent(passlock, "authentication-verification-again", "POST", path, body, headers=PAGE)
@@ -119,7 +133,9 @@ async def test_conditional_and_allowed(passlock: Passlock, device: Authenticator
     await sent(passlock, "authorize-allowed", "POST", path, body)
 
 
-async def test_refused_ceremonies(broker: Started, passlock: Passlock, device: Authenticator) -> None:
+async def test_refused_ceremonies(
+    broker: Started, passlock: Passlock, device: Authenticator
+) -> None:
     """A passkey that nobody has is the vendor's orphan; anything else is one refusal."""
     await passlock.user("ann", device)
     session, options = await passlock.begin(
@@ -149,7 +165,12 @@ async def test_refused_ceremonies(broker: Started, passlock: Passlock, device: A
         response = Authenticator().register(options, ORIGIN, uv=False)
         body = {"sessionToken": session, "response": response}
         await sent(
-            passlock, "registration-refused", "POST", f"{REGISTRATION}/verification", body, headers=PAGE
+            passlock,
+            "registration-refused",
+            "POST",
+            f"{REGISTRATION}/verification",
+            body,
+            headers=PAGE,
         )
 
 
@@ -167,7 +188,7 @@ async def test_tokens_that_are_none(broker: Started, passlock: Passlock) -> None
         await sent(passlock, "not-open", "POST", f"{REGISTRATION}/options", body, headers=PAGE)
 
 
-# -- management -----------------------------------------------------------------------------------------------------------------------------
+# -- management ------------------------------------------------------------------------------------
 
 
 async def test_lists(passlock: Passlock, device: Authenticator) -> None:
@@ -185,7 +206,14 @@ async def test_update(broker: Started, passlock: Passlock, device: Authenticator
     body = {"updatePasskeysToken": done.json["updatePasskeysToken"]}
     await sent(passlock, "update-exchange", "POST", "/passkeys/update/exchange", body, headers=PAGE)
     with refused(broker, "ticket_not_found", "ticket_not_found"):
-        await sent(passlock, "update-exchange-again", "POST", "/passkeys/update/exchange", body, headers=PAGE)
+        await sent(
+            passlock,
+            "update-exchange-again",
+            "POST",
+            "/passkeys/update/exchange",
+            body,
+            headers=PAGE,
+        )
     body = {"userId": "eve", "username": "eve"}
     await sent(passlock, "update-nobody", "POST", "/passkeys/update", body)
 
@@ -209,10 +237,12 @@ async def test_prune(passlock: Passlock, device: Authenticator) -> None:
     await sent(passlock, "prune-nobody", "POST", "/passkeys/prune", {"userId": "eve"})
 
 
-# -- clients of the unprefixed paths --------------------------------------------------------------------------------------------------------
+# -- clients of the unprefixed paths ---------------------------------------------------------------
 
 
-async def test_before_authorization(broker: Started, open_app: OpenApp, device: Authenticator) -> None:
+async def test_before_authorization(
+    broker: Started, open_app: OpenApp, device: Authenticator
+) -> None:
     passlock = Passlock(await open_app(Policy(passlock_open_registration=True)), prefix="")
     body: dict[str, object] = {"username": "ann@example.org", "displayName": "Ann"}
     path = f"{REGISTRATION}/options"
@@ -222,7 +252,9 @@ async def test_before_authorization(broker: Started, open_app: OpenApp, device: 
     path = f"{REGISTRATION}/verification"
     done = await sent(passlock, "b-registration-verification", "POST", path, body, headers=PAGE)
     passkey_id = done.json["principal"]["authenticatorId"]
-    await sent(passlock, "b-principal-assign", "POST", f"/principal/{done.json['code']}", {"userId": "ann"})
+    await sent(
+        passlock, "b-principal-assign", "POST", f"/principal/{done.json['code']}", {"userId": "ann"}
+    )
 
     body = {"allowCredentials": [passkey_id], "userVerification": "required", "rpId": RP_ID}
     path = f"{AUTHENTICATION}/options"
@@ -250,13 +282,15 @@ async def test_single_changes(broker: Started, passlock: Passlock, device: Authe
     old = Passlock(passlock.wire, prefix="")
     await sent(old, "b-list", "GET", "/passkeys/")
     await sent(old, "b-patch", "PATCH", path, {"userId": "ann", "username": "ann"})
-    await sent(old, "b-rename-user", "PATCH", "/users/ann/passkeys/", {"username": "ann@example.org"})
+    await sent(
+        old, "b-rename-user", "PATCH", "/users/ann/passkeys/", {"username": "ann@example.org"}
+    )
     await sent(old, "b-delete", "DELETE", path)
     await passlock.user("ann", device)
     await sent(old, "b-delete-user", "DELETE", "/users/ann/passkeys/", {"userId": "ann"})
 
 
-# -- public, and errors of any path ---------------------------------------------------------------------------------------------------------
+# -- public, and errors of any path ----------------------------------------------------------------
 
 
 async def test_key_sets(start_broker: Starter, own_stores: Any, session: Any) -> None:

@@ -1,4 +1,6 @@
-"""Who may call Passlock's routes, from where, and what becomes of input that can't be used: on every route."""
+"""Who may call Passlock's routes, from where, and what becomes of input that can't be used: on
+every route.
+"""
 
 from __future__ import annotations
 
@@ -60,14 +62,16 @@ def key(wire: Wire) -> dict[str, str]:
     return {"Authorization": f"Bearer {wire.key}"}
 
 
-# -- keys ---------------------------------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "template"), sorted(KEYED))
 async def test_passlocks_key_is_checked_before_anything_else(
     broker: Started, wire: Wire, open_app: OpenApp, method: str, template: str
 ) -> None:
-    """Without the app's key nobody gets to know what is wrong with a body, nor whether there is such an app."""
+    """Without the app's key nobody gets to know what is wrong with a body, nor whether there is
+    such an app.
+    """
     other = await open_app()
     nobody = Wire(wire.session, wire.url, "x" * 24, wire.key)
     first = None
@@ -89,11 +93,13 @@ async def test_passlocks_key_is_checked_before_anything_else(
 async def test_keyed_answers_have_no_cors_headers(wire: Wire) -> None:
     """A key does not belong in a page."""
     for method, template in sorted(KEYED):
-        answer = await wire.send(method, filled(template, wire), headers=key(wire) | {"Origin": ORIGIN})
+        answer = await wire.send(
+            method, filled(template, wire), headers=key(wire) | {"Origin": ORIGIN}
+        )
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
-# -- tenancies ----------------------------------------------------------------------------------------------------------------------------
+# -- tenancies -------------------------------------------------------------------------------------
 
 NO_TENANCY = (
     "short",
@@ -111,7 +117,9 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")
 
 @pytest.mark.parametrize("template", sorted({template for _, template in (*KEYED, *PAGES)}))
 async def test_an_id_that_can_not_be_a_tenancys(broker: Started, wire: Wire, template: str) -> None:
-    """The one tag that every call of the SDKs declares, for whatever method, with and without a key."""
+    """The one tag that every call of the SDKs declares, for whatever method, with and without a
+    key.
+    """
     with refused(broker, "app_not_found", "tenancy", times=len(NO_TENANCY) * len(METHODS) * 2):
         for tenancy, method in product(NO_TENANCY, METHODS):
             for headers in (key(wire), {"Origin": ORIGIN}):
@@ -130,15 +138,22 @@ async def test_a_tenancy_that_is_not_there(broker: Started, wire: Wire) -> None:
         for method, template in routes:
             answer = await nobody.send(method, filled(template, nobody), headers=key(wire))
             judge(answer)
-            assert (answer.status, answer.json["_tag"]) == (403, "@error/Forbidden"), (method, template)
+            assert (answer.status, answer.json["_tag"]) == (403, "@error/Forbidden"), (
+                method,
+                template,
+            )
             assert lines(broker, code=code, status=403, method=method)
 
 
 async def test_paths_of_others_are_no_tenancies(broker: Started, wire: Wire) -> None:
-    """Whatever else answers below the root: a path there that looks like one of Passlock's stays what it was, in the shape of its owner."""
+    """Whatever else answers below the root: a path there that looks like one of Passlock's stays
+    what it was, in the shape of its owner.
+    """
     ours = {template for _, template in (*KEYED, *PAGES, *KEY_SETS, *ICONS)}
     resources = application(broker.parts, management=True, browser=True).router.resources()
-    others = {resource.canonical.split("/")[1] for resource in resources if resource.canonical not in ours}
+    others = {
+        resource.canonical.split("/")[1] for resource in resources if resource.canonical not in ours
+    }
     assert {"v1", "hanko", "propelauth", "health", "sdk"} <= others
     for first in sorted({*others, "metrics", COOKIE_PATH.strip("/"), "aaguid", ".well-known"}):
         for template in sorted({t for t in ours if t.startswith("/{app_id}/")}):
@@ -148,18 +163,26 @@ async def test_paths_of_others_are_no_tenancies(broker: Started, wire: Wire) -> 
             assert owner in answer.json, (first, template)
 
 
-# -- pages --------------------------------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------
 
 
 async def test_passlocks_pages_and_their_origins(broker: Started, wire: Wire) -> None:
-    """A registered one is echoed, never with credentials; none passes; any other is refused before the body is looked at."""
+    """A registered one is echoed, never with credentials; none passes; any other is refused before
+    the body is looked at.
+    """
     for method, template in sorted(PAGES):
         url = filled(template, wire)
         answer = await wire.send(method, url, data=b"{", headers={"Origin": ORIGIN})
-        assert (answer.headers["Access-Control-Allow-Origin"], answer.headers["Vary"]) == (ORIGIN, "Origin")
+        assert (answer.headers["Access-Control-Allow-Origin"], answer.headers["Vary"]) == (
+            ORIGIN,
+            "Origin",
+        )
         assert "Access-Control-Allow-Credentials" not in answer.headers
         if method == "OPTIONS":
-            assert (answer.status, answer.headers["Access-Control-Allow-Headers"]) == (204, "content-type")
+            assert (answer.status, answer.headers["Access-Control-Allow-Headers"]) == (
+                204,
+                "content-type",
+            )
         answer = await wire.send(method, url, data=b"{")
         assert not [name for name in answer.headers if name == "Access-Control-Allow-Origin"]
         for stranger in ("https://evil.example", "null"):
@@ -174,13 +197,17 @@ async def test_passlocks_pages_and_their_origins(broker: Started, wire: Wire) ->
 async def test_a_key_changes_nothing_on_a_page(wire: Wire) -> None:
     for template, body in sorted(POSTS.items()):
         first = await wire.send("POST", filled(template, wire), json=body)
-        same_answer(first, await wire.send("POST", filled(template, wire), json=body, headers=key(wire)))
+        same_answer(
+            first, await wire.send("POST", filled(template, wire), json=body, headers=key(wire))
+        )
 
 
 async def test_callers_without_a_key_learn_nothing(
     wire: Wire, open_app: OpenApp, device: Authenticator
 ) -> None:
-    """An app with a user and a passkey, and an empty one, answer a page's guesses with the same bytes."""
+    """An app with a user and a passkey, and an empty one, answer a page's guesses with the same
+    bytes.
+    """
     empty, passkey_id = await open_app(), await Passlock(wire).user("ann", device)
     for template, body in sorted(POSTS.items()):
         guess = body | {"allowCredentials": [passkey_id], "userId": "ann"}
@@ -190,7 +217,7 @@ async def test_callers_without_a_key_learn_nothing(
         )
 
 
-# -- input --------------------------------------------------------------------------------------------------------------------------------
+# -- input -----------------------------------------------------------------------------------------
 
 
 async def told(broker: Started, answer: Answer, what: object) -> None:
@@ -227,7 +254,9 @@ async def test_keyed_bodies_that_can_not_be_used(
 
 
 @pytest.mark.parametrize("template", [t for t in sorted(POSTS) if t.startswith("/v2/")])
-async def test_bodies_of_pages_that_can_not_be_used(broker: Started, wire: Wire, template: str) -> None:
+async def test_bodies_of_pages_that_can_not_be_used(
+    broker: Started, wire: Wire, template: str
+) -> None:
     url, good = filled(template, wire), POSTS[template]
     for body in BODIES:
         answer = await wire.send("POST", url, data=body)
@@ -254,18 +283,24 @@ async def test_odd_places_in_a_path(broker: Started, wire: Wire) -> None:
         "%22",
         "pbn_" + "a" * 43,
     )
-    templates = [(m, t) for m, t in (*sorted(KEYED), *sorted(PAGES)) if t.count("{") == 2 and m != "OPTIONS"]
+    templates = [
+        (m, t) for m, t in (*sorted(KEYED), *sorted(PAGES)) if t.count("{") == 2 and m != "OPTIONS"
+    ]
     assert len(templates) > 15
     for method, template in templates:
         for value in odd:
             path = template.replace("{app_id}", wire.app_id)
             path = path[: path.index("{")] + value + path[path.index("}") + 1 :]
-            answer = await wire.send(method, wire.url + path, json={"userId": "ann"}, headers=key(wire))
+            answer = await wire.send(
+                method, wire.url + path, json={"userId": "ann"}, headers=key(wire)
+            )
             await told(broker, answer, (method, path))
     assert not lines(broker, status=500)
     for method, body in (("PATCH", {"username": "ann"}), ("DELETE", None)):
         path = f"{Passlock(wire).base}/users/a%00b/passkeys/"
-        await told(broker, await wire.send(method, path, json=body, headers=key(wire)), (method, path))
+        await told(
+            broker, await wire.send(method, path, json=body, headers=key(wire)), (method, path)
+        )
         assert lines(broker, method=method, status=400, code="invalid_request")
 
 
@@ -279,13 +314,15 @@ async def test_any_content_type_is_read_as_json(wire: Wire, device: Authenticato
         assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
 
 
-# -- two ports ----------------------------------------------------------------------------------------------------------------------------
+# -- two ports -------------------------------------------------------------------------------------
 
 
 async def test_passlock_with_a_management_port(
     start_broker: Starter, session: Any, device: Authenticator
 ) -> None:
-    """Keys work on one port, pages on the other, the key set on both, and a whole sign-in goes over both."""
+    """Keys work on one port, pages on the other, the key set on both, and a whole sign-in goes over
+    both.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

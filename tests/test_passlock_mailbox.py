@@ -1,7 +1,9 @@
-"""Passlock's mailbox challenges on the wire: golden files, both path generations, and answers read as the vendor's SDK reads them.
+"""Passlock's mailbox challenges on the wire: golden files, both path generations, and answers read
+as the vendor's SDK reads them.
 
-`judge` decodes as that SDK does, by the shapes of the contract: a missing field, or a null where a field is merely optional, is a failure; an
-error's tag must be one that the call declares. What a code is worth is tested with the native routes; here is what is translated.
+`judge` decodes as that SDK does, by the shapes of the contract: a missing field, or a null where a
+field is merely optional, is a failure; an error's tag must be one that the call declares. What a
+code is worth is tested with the native routes; here is what is translated.
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ def judge(answer: Answer, call: str) -> None:
 
 
 async def send(
-    wire: Wire, call: str, path: str = "", body: object = None, *, place: str = "/v2", key: str | None = None
+    wire: Wire,
+    call: str,
+    path: str = "",
+    body: object = None,
+    *,
+    place: str = "/v2",
+    key: str | None = None,
 ) -> Answer:
     method = {"get": "GET", "delete": "DELETE"}.get(call, "POST")
     url = f"{wire.url}{place}/{wire.app_id}/challenges{path}"
@@ -65,9 +73,13 @@ def other(digits: str) -> str:
 
 async def test_golden_files(broker: Started, wire: Wire) -> None:
     clock = broker.clock() + 1
-    broker.parts.mailbox._clock = lambda: clock  # stands still, so that Retry-After is the same every time
+    broker.parts.mailbox._clock = lambda: (
+        clock
+    )  # stands still, so that Retry-After is the same every time
 
-    async def on_the_wire(name: str, status: int, call: str, path: str = "", body: object = None) -> Answer:
+    async def on_the_wire(
+        name: str, status: int, call: str, path: str = "", body: object = None
+    ) -> Answer:
         method = {"get": "GET", "delete": "DELETE"}.get(call, "POST")
         headers = {"Authorization": f"Bearer {wire.key}"}
         below = "/v2/{app_id}/challenges"
@@ -85,7 +97,9 @@ async def test_golden_files(broker: Started, wire: Wire) -> None:
         "sendEmail": False,
     }
     made = (await on_the_wire("passlock/mail-create", 201, "create", body=whole)).json["challenge"]
-    few = (await on_the_wire("passlock/mail-create-few", 201, "create", body=FIELDS)).json["challenge"]
+    few = (await on_the_wire("passlock/mail-create-few", 201, "create", body=FIELDS)).json[
+        "challenge"
+    ]
     assert few["expiresAt"] - few["createdAt"] == LIFE * 1000
     for _ in range(PER_MAILBOX - 1):
         await create(wire)
@@ -112,7 +126,9 @@ async def test_golden_files(broker: Started, wire: Wire) -> None:
 
     body = redeeming(few) | {"code": other(few["code"])}
     for _ in range(ATTEMPTS - 1):
-        assert (await send(wire, "verify", "/verify", body)).json["_tag"] == "@error/InvalidChallengeCode"
+        assert (await send(wire, "verify", "/verify", body)).json[
+            "_tag"
+        ] == "@error/InvalidChallengeCode"
     with refused(broker, "mail_code_attempts_exceeded", "mail_code_attempts_exceeded"):
         await on_the_wire("passlock/mail-verify-exhausted", 410, "verify", "/verify", body)
     await on_the_wire("passlock/mail-delete", 200, "delete", f"/{few['challengeId']}")
@@ -132,7 +148,9 @@ async def test_both_generations_of_paths(wire: Wire, place: str) -> None:
     found = await send(wire, "get", f"/{made['challengeId']}", place=place)
     judge(found, "get")
     unseen = {"secret", "code", "message"}
-    facts = {"_tag": "Challenge"} | {name: value for name, value in made.items() if name not in unseen}
+    facts = {"_tag": "Challenge"} | {
+        name: value for name, value in made.items() if name not in unseen
+    }
     assert found.json == facts
     elsewhere = PLACES[1 - PLACES.index(place)]
     answer = await send(wire, "verify", "/verify", redeeming(made), place=elsewhere)

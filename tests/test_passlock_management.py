@@ -19,11 +19,15 @@ def passlock(wire: Wire) -> Passlock:
     return Passlock(wire)
 
 
-# -- lists --------------------------------------------------------------------------------------------------------------------------------
+# -- lists -----------------------------------------------------------------------------------------
 
 
-async def test_pages(passlock: Passlock, open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oldest first; a page begins behind the last one's last, whatever was added or deleted meanwhile."""
+async def test_pages(
+    passlock: Passlock, open_app: OpenApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oldest first; a page begins behind the last one's last, whatever was added or deleted
+    meanwhile.
+    """
     monkeypatch.setattr(management, "PAGE_SIZE", 2)
     ids = [await passlock.user(f"user-{n}", Authenticator()) for n in range(5)]
     await Passlock(await open_app()).user("ann", Authenticator())
@@ -56,7 +60,11 @@ async def test_a_passkey_is_shown_whole(passlock: Passlock) -> None:
     credential = found["credential"]
     assert (credential["id"], credential["userId"]) == (b64(held.id), b64(held.user_handle))
     assert (credential["deviceType"], credential["backedUp"]) == ("singleDevice", False)
-    assert (found["userId"], credential["username"], credential["rpId"]) == ("ann", "ann@example.org", RP_ID)
+    assert (found["userId"], credential["username"], credential["rpId"]) == (
+        "ann",
+        "ann@example.org",
+        RP_ID,
+    )
     await passlock.authenticate("ann", device)
     assert (await passlock.passkey(passkey_id))["lastUsed"] >= found["createdAt"]
 
@@ -79,7 +87,7 @@ async def test_a_passkey_of_another_app_is_unknown(
         )
 
 
-# -- update, delete, prune ----------------------------------------------------------------------------------------------------------------
+# -- update, delete, prune -------------------------------------------------------------------------
 
 
 async def test_update_stores_the_name_and_tells_the_page(passlock: Passlock) -> None:
@@ -166,7 +174,9 @@ async def test_what_is_not_there_is_a_warning(passlock: Passlock) -> None:
         {"userId": 7},
     ],
 )
-async def test_a_deletion_has_one_selector(passlock: Passlock, device: Authenticator, body: object) -> None:
+async def test_a_deletion_has_one_selector(
+    passlock: Passlock, device: Authenticator, body: object
+) -> None:
     await passlock.user("ann", device)
     answer = await passlock.keyed("POST", "/passkeys/delete", body)
     assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")

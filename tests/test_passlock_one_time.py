@@ -1,4 +1,6 @@
-"""Passlock's tokens are good once, each for its own step, kind and app. Races are run with 50 requests at once."""
+"""Passlock's tokens are good once, each for its own step, kind and app. Races are run with 50
+requests at once.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ async def begun(
     return session, device.authenticate(options, ORIGIN)
 
 
-# -- races --------------------------------------------------------------------------------------------------------------------------------
+# -- races -----------------------------------------------------------------------------------------
 
 
 @ON_BOTH
@@ -56,7 +58,9 @@ async def test_of_50_verifications_one_succeeds(
         counted(broker, "broker_ceremonies_total", kind=metric, step="finish", result="ok"),
         refused(broker, "transaction_not_found", "handle_unknown", times=PARALLEL - 1),
     ):
-        answers = await asyncio.gather(*(passlock.finish(kind, session, response) for _ in range(PARALLEL)))
+        answers = await asyncio.gather(
+            *(passlock.finish(kind, session, response) for _ in range(PARALLEL))
+        )
     success = "RegistrationSuccess" if kind == "registration" else "AuthenticationSuccess"
     assert verdicts(answers) == {(200, success): 1, (400, "@error/BadRequest"): PARALLEL - 1}
 
@@ -75,7 +79,10 @@ async def test_of_50_exchanges_one_succeeds(
         answers = await asyncio.gather(
             *(passlock.keyed(method, f"/principal/{code}", body) for _ in range(PARALLEL))
         )
-    assert verdicts(answers) == {(200, "ExtendedPrincipal"): 1, (404, "@error/InvalidCode"): PARALLEL - 1}
+    assert verdicts(answers) == {
+        (200, "ExtendedPrincipal"): 1,
+        (404, "@error/InvalidCode"): PARALLEL - 1,
+    }
 
 
 @ON_BOTH
@@ -112,7 +119,7 @@ async def test_of_many_begun_with_one_token_one_succeeds(
         await passlock.page(f"{AUTHENTICATION}/options", token)
 
 
-# -- replays and wrong answers ------------------------------------------------------------------------------------------------------------
+# -- replays and wrong answers ---------------------------------------------------------------------
 
 
 @ON_BOTH
@@ -124,7 +131,9 @@ async def test_a_refused_answer_spends_the_session(
     if kind == "authentication":
         await passlock.user("ann", device)
     authorize = (
-        passlock.authorize_registration if kind == "registration" else passlock.authorize_authentication
+        passlock.authorize_registration
+        if kind == "registration"
+        else passlock.authorize_authentication
     )
     token = {f"{kind}Token": await authorize("ann")}
     make = device.register if kind == "registration" else device.authenticate
@@ -166,7 +175,9 @@ async def test_another_users_answer_never_finishes(
 async def test_an_orphan_is_told_only_where_it_is_proved(
     broker: Started, passlock: Passlock, open_app: OpenApp
 ) -> None:
-    """Another app of the RP ID has that passkey: an authenticator knows RP IDs, so it must not hear that nobody has it."""
+    """Another app of the RP ID has that passkey: an authenticator knows RP IDs, so it must not hear
+    that nobody has it.
+    """
     elsewhere, device = Passlock(await open_app()), Authenticator()
     await elsewhere.user("ann", device)
     await passlock.user("bob", Authenticator())
@@ -177,7 +188,7 @@ async def test_an_orphan_is_told_only_where_it_is_proved(
     assert "credentialId" not in answer.json
 
 
-# -- tokens of another kind or app --------------------------------------------------------------------------------------------------------
+# -- tokens of another kind or app -----------------------------------------------------------------
 
 
 @ON_BOTH
@@ -204,7 +215,9 @@ async def test_no_token_is_good_for_another_step(
         ("/passkeys/delete/exchange", "deletePasskeysToken", ""),
     ):
         first = None
-        for token in (t for t in tokens if t != own and not (t == ticket and path.endswith("/exchange"))):
+        for token in (
+            t for t in tokens if t != own and not (t == ticket and path.endswith("/exchange"))
+        ):
             answer = await passlock.page(path, {field: token})
             assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest"), (path, token)
             same_answer(first or answer, answer)
@@ -252,20 +265,28 @@ async def test_a_session_of_the_other_kind_or_app(
     device, elsewhere = Authenticator(), Passlock(await open_app())
     for one in (passlock, elsewhere):
         await one.user("ann", device if one is elsewhere else Authenticator())
-    own, response = await begun(elsewhere, kind, device if kind == "authentication" else Authenticator())
+    own, response = await begun(
+        elsewhere, kind, device if kind == "authentication" else Authenticator()
+    )
     with refused(broker, "transaction_not_found", "handle_unknown"):
         assert (await passlock.finish(kind, own, response)).status == 400
     assert (await elsewhere.finish(kind, own, response)).status == 200
-    own, response = await begun(elsewhere, kind, device if kind == "authentication" else Authenticator())
+    own, response = await begun(
+        elsewhere, kind, device if kind == "authentication" else Authenticator()
+    )
     other = "authentication" if kind == "registration" else "registration"
-    _, wrong = await begun(elsewhere, other, device if other == "authentication" else Authenticator())
+    _, wrong = await begun(
+        elsewhere, other, device if other == "authentication" else Authenticator()
+    )
     with refused(broker, "transaction_not_found", "other_finish"):
         assert (await elsewhere.finish(other, own, wrong)).status == 400
     assert (await elsewhere.finish(kind, own, response)).status == 200
 
 
 @ON_BOTH
-async def test_a_code_of_another_app(broker: Started, passlock: Passlock, open_app: OpenApp) -> None:
+async def test_a_code_of_another_app(
+    broker: Started, passlock: Passlock, open_app: OpenApp
+) -> None:
     elsewhere = Passlock(await open_app())
     code = (await elsewhere.register("ann", Authenticator()))["code"]
     with refused(broker, "invalid_nonce", "nonce_unknown"):
@@ -274,7 +295,7 @@ async def test_a_code_of_another_app(broker: Started, passlock: Passlock, open_a
     assert (await elsewhere.exchange(code))["userId"] == "ann"
 
 
-# -- beside the native API ----------------------------------------------------------------------------------------------------------------
+# -- beside the native API -------------------------------------------------------------------------
 
 
 @ON_BOTH
@@ -292,8 +313,8 @@ async def test_a_passkey_signs_in_both_ways(passlock: Passlock, device: Authenti
 async def test_tokens_of_the_native_api_buy_no_more_here(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
-    """Nonces and transactions are the same one-time values: spent here, they are spent there, for the same user and purpose. A begun
-    ceremony is not: only the API that began it finishes it."""
+    """Nonces and transactions are the same one-time values: spent here, they are spent there, for
+    the same user and purpose. A begun ceremony is not: only the API that began it finishes it."""
     wire = passlock.wire
     registered = await wire.register(await wire.open_registration("ann"), device)
     who = await passlock.exchange(registered)
@@ -310,6 +331,10 @@ async def test_tokens_of_the_native_api_buy_no_more_here(
         await passlock.page(f"{REGISTRATION}/options", {"registrationToken": transaction})
     handle, options = await wire.begin("authenticate", None)
     with refused(broker, "transaction_not_found", "other_finish"):
-        answer = await passlock.finish("authentication", handle, device.authenticate(options, ORIGIN))
+        answer = await passlock.finish(
+            "authentication", handle, device.authenticate(options, ORIGIN)
+        )
     assert answer.status == 400
-    assert (await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))).status == 200
+    assert (
+        await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
+    ).status == 200

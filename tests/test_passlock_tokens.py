@@ -1,5 +1,5 @@
-"""Passlock's id_tokens, verified by `jose` with the keys that the broker publishes, with the issuer and audience that the vendor's SDK
-compares."""
+"""Passlock's id_tokens, verified by `jose` with the keys that the broker publishes, with the issuer
+and audience that the vendor's SDK compares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ async def jose() -> AsyncIterator[Jose]:
 async def test_both_key_sets_verify(
     broker: Started, passlock: Passlock, jose: Jose, open_app: OpenApp, device: Authenticator
 ) -> None:
-    """Of registrations and authentications; the set is the broker's, so the audience keeps tenancies apart."""
+    """Of registrations and authentications; the set is the broker's, so the audience keeps
+    tenancies apart.
+    """
     wire = passlock.wire
     tokens = [
         (await passlock.register("ann", device))["id_token"],
@@ -53,7 +55,9 @@ async def test_both_key_sets_verify(
     assert lines(broker, route=KEY_SETS[0], status=200)
 
 
-async def test_tokens_that_do_not_verify(passlock: Passlock, jose: Jose, device: Authenticator) -> None:
+async def test_tokens_that_do_not_verify(
+    passlock: Passlock, jose: Jose, device: Authenticator
+) -> None:
     wire = passlock.wire
     token = (await passlock.register("ann", device))["id_token"]
     header, payload, signature = token.split(".")
@@ -68,14 +72,18 @@ async def test_tokens_that_do_not_verify(passlock: Passlock, jose: Jose, device:
         assert found["code"].startswith("ERR_"), found
 
 
-async def test_a_token_ends(start_broker: Starter, session: Any, jose: Jose, device: Authenticator) -> None:
+async def test_a_token_ends(
+    start_broker: Starter, session: Any, jose: Jose, device: Authenticator
+) -> None:
     """Five minutes after the ceremony; a broker whose clock is behind issues one that has ended."""
     started = await start_broker()
     passlock = Passlock(await Wire.open(started.service, session))
     await passlock.user("ann", device)
     started.clock.ahead = -301
     done = await passlock.authenticate("ann", device)
-    found = await jose.verify(passlock.wire.url + KEY_SETS[0], done["id_token"], passlock.wire.app_id)
+    found = await jose.verify(
+        passlock.wire.url + KEY_SETS[0], done["id_token"], passlock.wire.app_id
+    )
     assert found == {"code": "ERR_JWT_EXPIRED", "claim": "exp"}
 
 

@@ -1,5 +1,5 @@
-"""Passlock's clients 2.0 to 2.4, whose pages begin ceremonies by themselves: what a page may do without a backend's word, and what
-becomes of passkeys that nobody owns yet."""
+"""Passlock's clients 2.0 to 2.4, whose pages begin ceremonies by themselves: what a page may do
+without a backend's word, and what becomes of passkeys that nobody owns yet."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def ownerless(passlock: Passlock, device: Authenticator) -> tuple[str, str
     return done["principal"]["authenticatorId"], done["code"]
 
 
-# -- closed, as an app is unless its policy says otherwise --------------------------------------------------------------------------------
+# -- closed, as an app is unless its policy says otherwise -----------------------------------------
 
 
 async def test_a_page_registers_nothing_by_itself(broker: Started, passlock: Passlock) -> None:
@@ -71,7 +71,9 @@ async def test_a_page_reads_no_ids(broker: Started, wire: Wire) -> None:
         assert (first.status, first.json["_tag"]) == (403, "@error/Forbidden")
 
 
-async def test_a_page_signs_in_whoever_has_a_passkey(passlock: Passlock, device: Authenticator) -> None:
+async def test_a_page_signs_in_whoever_has_a_passkey(
+    passlock: Passlock, device: Authenticator
+) -> None:
     await Passlock(passlock.wire).user("ann", device)
     done = await passlock.run("authentication", {}, device)
     assert done["principal"]["userId"] == "ann"
@@ -81,7 +83,9 @@ async def test_a_page_signs_in_whoever_has_a_passkey(passlock: Passlock, device:
 async def test_allow_credentials_of_a_page_narrows_and_is_never_read_back(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
-    """What is allowed is judged at the end; the options are the same for passkeys that are there and that are not."""
+    """What is allowed is judged at the end; the options are the same for passkeys that are there
+    and that are not.
+    """
     backend, other = Passlock(passlock.wire), Authenticator()
     mine, bobs = await backend.user("ann", device), await backend.user("bob", other)
     shapes = set()
@@ -95,7 +99,9 @@ async def test_allow_credentials_of_a_page_narrows_and_is_never_read_back(
         session, options = await passlock.begin("authentication", body)
         assert "allowCredentials" not in options
         shapes.add(frozenset(options))
-        answer = await passlock.finish("authentication", session, device.authenticate(options, ORIGIN))
+        answer = await passlock.finish(
+            "authentication", session, device.authenticate(options, ORIGIN)
+        )
         assert (answer.status, answer.json["_tag"]) == (
             (200, "AuthenticationSuccess") if good else (400, "@error/BadRequest")
         )
@@ -145,7 +151,9 @@ async def test_wishes_that_are_none(broker: Started, passlock: Passlock, body: o
     assert lines(broker, code="invalid_request")
 
 
-async def test_the_cap_of_open_sign_ins(broker: Started, open_app: OpenApp, device: Authenticator) -> None:
+async def test_the_cap_of_open_sign_ins(
+    broker: Started, open_app: OpenApp, device: Authenticator
+) -> None:
     passlock = Passlock(await open_app(Policy(discoverable_limit=1)), prefix="")
     await passlock.begin("authentication", {})
     with refused(broker, "too_many_requests", "discoverable_limit"):
@@ -155,7 +163,7 @@ async def test_the_cap_of_open_sign_ins(broker: Started, open_app: OpenApp, devi
     await Passlock(passlock.wire).user("ann", device)
 
 
-# -- open ---------------------------------------------------------------------------------------------------------------------------------
+# -- open ------------------------------------------------------------------------------------------
 
 
 async def test_a_passkey_that_nobody_owns_signs_in_here_only(
@@ -171,7 +179,9 @@ async def test_a_passkey_that_nobody_owns_signs_in_here_only(
     assert (await new.authenticate(None, device))["principal"]["userId"] == passkey_id
     handle, options = await opened.wire.begin("authenticate", None)
     with refused(broker, "discoverable_login_failed", "ownerless"):
-        answer = await opened.wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
+        answer = await opened.wire.finish(
+            "authenticate", handle, device.authenticate(options, ORIGIN)
+        )
     assert (answer.status, "signal" in answer.json) == (401, False)
     body = {"rpId": RP_ID, "userId": passkey_id}
     assert (await new.keyed("POST", f"{AUTHENTICATION}/authorize", body)).status == 400
@@ -186,7 +196,9 @@ async def test_it_stops_where_the_policy_is_taken_back(
     await directory.update_app(replace(app, policy=Policy()))
     session, options = await opened.begin("authentication", {})
     with refused(broker, "discoverable_login_failed", "ownerless"):
-        answer = await opened.finish("authentication", session, device.authenticate(options, ORIGIN))
+        answer = await opened.finish(
+            "authentication", session, device.authenticate(options, ORIGIN)
+        )
     assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
 
 
@@ -203,10 +215,14 @@ async def test_an_owner_is_given_once(
             passkey_id,
         )
     else:
-        found = await opened.ok("PATCH", f"/passkeys/{passkey_id}", {"userId": "ann", "username": "Ann"})
+        found = await opened.ok(
+            "PATCH", f"/passkeys/{passkey_id}", {"userId": "ann", "username": "Ann"}
+        )
         assert (found["userId"], found["credential"]["username"]) == ("ann", "Ann")
     with refused(broker, "passkey_has_owner", "passkey_has_owner"):
-        answer = await opened.keyed("PATCH", f"/passkeys/{passkey_id}", {"userId": "bob", "username": "Bob"})
+        answer = await opened.keyed(
+            "PATCH", f"/passkeys/{passkey_id}", {"userId": "bob", "username": "Bob"}
+        )
     assert (answer.status, answer.json["_tag"]) == (403, "@error/Forbidden")
     found = await opened.ok("PATCH", f"/passkeys/{passkey_id}", {"userId": "ann"})
     assert (found["userId"], found["credential"]["username"] == "Bob") == ("ann", False)
@@ -227,8 +243,12 @@ async def test_a_code_is_exchanged_for_its_owner_only(
     with refused(broker, "invalid_nonce", "nonce_unknown"):
         await passlock.keyed("POST", f"/principal/{done['code']}", {"userId": "ann"})
     done = await other.authenticate("ann", device)
-    assert (await passlock.keyed("POST", f"/principal/{done['code']}", {})).status == 400  # spends nothing
-    assert (await passlock.ok("POST", f"/principal/{done['code']}", {"userId": "ann"}))["userId"] == "ann"
+    assert (
+        await passlock.keyed("POST", f"/principal/{done['code']}", {})
+    ).status == 400  # spends nothing
+    assert (await passlock.ok("POST", f"/principal/{done['code']}", {"userId": "ann"}))[
+        "userId"
+    ] == "ann"
 
 
 async def test_a_page_reads_ids_of_passkeys_it_knows(opened: Passlock) -> None:
@@ -264,12 +284,12 @@ async def test_names_and_exclusions_of_a_page(opened: Passlock) -> None:
         assert (await opened.page(f"{REGISTRATION}/options", bad)).status == 400
 
 
-# -- what anybody may cause ---------------------------------------------------------------------------------------------------------------
+# -- what anybody may cause ------------------------------------------------------------------------
 
 
 async def test_the_cap_counts_open_registrations(broker: Started, open_app: OpenApp) -> None:
-    """Nobody needs a key to begin one, so what they leave in the store is bounded, together with sign-ins; a finish makes room. What a
-    backend authorised goes on."""
+    """Nobody needs a key to begin one, so what they leave in the store is bounded, together with
+    sign-ins; a finish makes room. What a backend authorised goes on."""
     policy = Policy(passlock_open_registration=True, discoverable_limit=2)
     opened = Passlock(await open_app(policy), prefix="")
     session, options = await opened.begin("registration", ANN)
@@ -304,8 +324,8 @@ async def test_what_anybody_has_refused_is_no_event(broker: Started, opened: Pas
 async def test_what_nobody_owns_proves_nothing_elsewhere(
     broker: Started, opened: Passlock, device: Authenticator
 ) -> None:
-    """A code of this dialect is no native redemption: its caller would take the passkey's id for a user of theirs. A session that is taken
-    to the native pages is unknown there."""
+    """A code of this dialect is no native redemption: its caller would take the passkey's id for a
+    user of theirs. A session that is taken to the native pages is unknown there."""
     wire = opened.wire
     for kind, native in (("registration", "register"), ("authentication", "authenticate")):
         session, options = await opened.begin(kind, ANN if kind == "registration" else {})
@@ -315,14 +335,18 @@ async def test_what_nobody_owns_proves_nothing_elsewhere(
             assert (await wire.finish(native, session, answer)).status == 404
         nonce = (await opened.finish(kind, session, answer)).json["code"]
         for expected in ({}, {"purpose": native}):
-            with refused(broker, "invalid_nonce", "nonce_unknown" if expected else "nonce_mismatch"):
+            with refused(
+                broker, "invalid_nonce", "nonce_unknown" if expected else "nonce_mismatch"
+            ):
                 assert (await wire.redeem(nonce, **expected)).status == 401
 
 
 async def test_the_policy_taken_back_ends_what_is_open(
     broker: Started, opened: Passlock, device: Authenticator
 ) -> None:
-    """Within the second that a policy takes: registrations and sign-ins that were begun, and codes."""
+    """Within the second that a policy takes: registrations and sign-ins that were begun, and
+    codes.
+    """
     passkey_id, code = await ownerless(opened, device)
     registering, made = await opened.begin("registration", ANN)
     signing, signed = await opened.begin("authentication", {})
@@ -330,11 +354,15 @@ async def test_the_policy_taken_back_ends_what_is_open(
     app = await directory.app(opened.wire.app_id)
     await directory.update_app(replace(app, policy=Policy()))
     with refused(broker, "transaction_not_found", "not_open"):
-        answer = await opened.finish("registration", registering, Authenticator().register(made, ORIGIN))
+        answer = await opened.finish(
+            "registration", registering, Authenticator().register(made, ORIGIN)
+        )
     assert answer.status == 400
     with refused(broker, "discoverable_login_failed", "ownerless"):
         answer = await opened.finish("authentication", signing, device.authenticate(signed, ORIGIN))
     assert answer.status == 400
     with refused(broker, "invalid_nonce", "nonce_mismatch"):
-        assert (await opened.keyed("GET", f"/principal/{code}")).json["_tag"] == "@error/InvalidCode"
+        assert (await opened.keyed("GET", f"/principal/{code}")).json[
+            "_tag"
+        ] == "@error/InvalidCode"
     assert [r["id"] for r in (await opened.ok("GET", "/passkeys/"))["records"]] == [passkey_id]

@@ -1,11 +1,14 @@
 """The plan of every statement that a request can bring about: none reads a whole table that grows.
 
-A broker on a database of its own is asked on every route of every dialect, and each statement that it sends is noted. Then the
-database is filled and analysed, and Postgres is asked how it would run each of them: by the plan for any values (what a connection
-uses from the sixth time on) and by the one for the values that were sent. Nothing is forbidden to the planner; with tens of thousands
-of rows a sequential scan is what it chooses where no index helps. Walking through a whole index is the same by another name.
+A broker on a database of its own is asked on every route of every dialect, and each statement that
+it sends is noted. Then the database is filled and analysed, and Postgres is asked how it would run
+each of them: by the plan for any values (what a connection uses from the sixth time on) and by the
+one for the values that were sent. Nothing is forbidden to the planner; with tens of thousands of
+rows a sequential scan is what it chooses where no index helps. Walking through a whole index is the
+same by another name.
 
-That nothing is missed is read from the source: each operation of `broker.durable`, and each piece of its SQL, was seen.
+That nothing is missed is read from the source: each operation of `broker.durable`, and each piece
+of its SQL, was seen.
 """
 
 from __future__ import annotations
@@ -41,7 +44,15 @@ from tests.conftest import Clock, Started, settings_for
 from tests.servers import session_of
 
 DURABLE = Path(module.__file__).parent
-GROWS = {"users", "credentials", "events", "approvals", "api_keys", "relying_parties", "signing_keys"}
+GROWS = {
+    "users",
+    "credentials",
+    "events",
+    "approvals",
+    "api_keys",
+    "relying_parties",
+    "signing_keys",
+}
 APPS = 40
 SIZE = seed.Size(users=10_000, credentials=15_000, events=30_000)
 
@@ -62,7 +73,7 @@ _NO_STORE = ("/sdk/", "/metrics", "/health/", "/aaguid/")
 NOT_RUN = OPERATORS.keys() | RACES.keys()
 
 
-# -- noting statements ------------------------------------------------------------------------------------------------------------
+# -- noting statements -----------------------------------------------------------------------------
 
 
 _operation: ContextVar[str] = ContextVar("operation", default="(no operation)")
@@ -75,11 +86,15 @@ _PLANNED = re.compile(
 
 @dataclass(slots=True)
 class Noted:
-    """What the broker did: operations, and each statement with its operation and the values it was first sent with."""
+    """What the broker did: operations, and each statement with its operation and the values it was
+    first sent with.
+    """
 
     operations: set[str] = field(default_factory=set)
     statements: dict[tuple[str, str], tuple[object, ...]] = field(default_factory=dict)
-    routes: set[tuple[str, str]] = field(default_factory=set)  # method and template, answered with success
+    routes: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # method and template, answered with success
     plans: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 
     def note(self, sql: str, values: tuple[object, ...]) -> None:
@@ -105,8 +120,13 @@ def _noting(noted: Noted) -> type[_Connection]:
 
         return noting
 
-    singles = {name: way(name) for name in ("execute", "fetch", "fetchrow", "fetchval", "prepare", "cursor")}
-    return type("Noting", (asyncpg.Connection,), singles | {"executemany": way("executemany", many=True)})
+    singles = {
+        name: way(name)
+        for name in ("execute", "fetch", "fetchrow", "fetchval", "prepare", "cursor")
+    }
+    return type(
+        "Noting", (asyncpg.Connection,), singles | {"executemany": way("executemany", many=True)}
+    )
 
 
 async def _collect(stores: EmbeddedStores) -> Noted:
@@ -130,11 +150,15 @@ async def _collect(stores: EmbeddedStores) -> Noted:
             patch.setattr(Postgres, "run", noting_run)
             noted.routes = await _asked(stores, url)
             # Nobody came at the same time. Once more, with who is alone written as several are.
-            patch.setattr(Callers, "table", lambda self, asked: (self.several, (self.array(asked),)))
+            patch.setattr(
+                Callers, "table", lambda self, asked: (self.several, (self.array(asked),))
+            )
             await _asked(stores, url)
         session: seed.Session = await connect(url)
         try:
-            await session.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+            await session.set_type_codec(
+                "jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog"
+            )
             await _fill(session)
             for key, values in noted.statements.items():
                 noted.plans[key] = await _plans(session, key[1], values)
@@ -155,7 +179,9 @@ async def _database(stores: EmbeddedStores) -> AsyncIterator[str]:
 
 
 async def _asked(stores: EmbeddedStores, url: str) -> set[tuple[str, str]]:
-    """Start a broker and ask everything: method and template of the routes that answered with success."""
+    """Start a broker and ask everything: method and template of the routes that answered with
+    success.
+    """
     stream = io.StringIO()
     parts = await assemble(settings_for(stores, database_url=url), log=Log(stream, level="debug"))
     service = await serve(parts)
@@ -182,7 +208,9 @@ async def _fill(session: seed.Session) -> None:
     )
     await seed.templates(session)
     await seed.grow(session, [row["id"] for row in some], SIZE)
-    await session.execute("SET session_replication_role = replica")  # no look at foreign keys, row by row
+    await session.execute(
+        "SET session_replication_role = replica"
+    )  # no look at foreign keys, row by row
     await session.execute(
         "INSERT INTO relying_parties (id, name, rp_id, origins, policy, created_at, updated_at)"
         " SELECT left(md5('small ' || n), 24), 'App', 'small' || n || '.example', '{}', '{}', now(), now()"
@@ -205,7 +233,7 @@ async def _fill(session: seed.Session) -> None:
     await session.execute("ANALYZE relying_parties, api_keys, signing_keys, approvals")
 
 
-# -- plans ------------------------------------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 
 
 async def _plans(session: seed.Session, sql: str, values: Sequence[object]) -> list[dict[str, Any]]:
@@ -221,7 +249,11 @@ async def _plans(session: seed.Session, sql: str, values: Sequence[object]) -> l
     finally:
         await session.execute("DEALLOCATE asked")
         await session.execute("SET plan_cache_mode = force_custom_plan")
-    custom = await session.fetchval(f"EXPLAIN (FORMAT JSON) {sql}", *values) if len(values) == count else None
+    custom = (
+        await session.fetchval(f"EXPLAIN (FORMAT JSON) {sql}", *values)
+        if len(values) == count
+        else None
+    )
     return [json.loads(told)[0]["Plan"] for told in (generic, custom) if told is not None]
 
 
@@ -248,7 +280,8 @@ def whole_reads(plan: dict[str, Any]) -> list[str]:
     for node in _nodes(plan):
         table, kind = node.get("Relation Name"), node["Node Type"]
         if table in GROWS and (
-            kind == "Seq Scan" or (kind in ("Index Scan", "Index Only Scan") and "Index Cond" not in node)
+            kind == "Seq Scan"
+            or (kind in ("Index Scan", "Index Only Scan") and "Index Cond" not in node)
         ):
             found.append(f"{kind} on {table} {node.get('Index Name', '')}".strip())
     return found
@@ -285,7 +318,9 @@ async def test_a_plan_that_does_is_found(stores: EmbeddedStores) -> None:
             assert set(found) <= set(whole_reads(custom)), custom
         await session.execute("SET enable_seqscan = off")
         await session.execute("SET enable_bitmapscan = off")
-        [generic, _] = await _plans(session, "SELECT id FROM users WHERE status = $1 ORDER BY id", ["active"])
+        [generic, _] = await _plans(
+            session, "SELECT id FROM users WHERE status = $1 ORDER BY id", ["active"]
+        )
         assert whole_reads(generic) == ["Index Scan on users users_pkey"]
 
 
@@ -299,7 +334,7 @@ async def test_every_foreign_key_has_an_index(stores: EmbeddedStores) -> None:
     assert [row["name"] for row in rows] == []
 
 
-# -- that nothing is missed -------------------------------------------------------------------------------------------------------
+# -- that nothing is missed ------------------------------------------------------------------------
 
 
 def test_every_route_was_asked(noted: Noted, routes: set[tuple[str, str]]) -> None:
@@ -326,7 +361,9 @@ def _sources() -> Iterator[ast.Module]:
 
 
 def _asks(call: ast.AST) -> str | None:
-    """The operation that a call names: `self._pg.row("name", …)`, or `self.row("name", …)` of Postgres itself."""
+    """The operation that a call names: `self._pg.row("name", …)`, or `self.row("name", …)` of
+    Postgres itself.
+    """
     if (
         isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
@@ -336,7 +373,9 @@ def _asks(call: ast.AST) -> str | None:
     ):
         owner = call.func.value
         if (isinstance(owner, ast.Attribute) and owner.attr == "_pg") or (
-            isinstance(owner, ast.Name) and owner.id == "self" and call.func.attr in ("run", "row", "rows")
+            isinstance(owner, ast.Name)
+            and owner.id == "self"
+            and call.func.attr in ("run", "row", "rows")
         ):
             return call.args[0].value
     return None
@@ -349,7 +388,9 @@ def test_every_operation_was_run(noted: Noted) -> None:
 
 
 def test_every_piece_of_sql_was_seen(noted: Noted) -> None:
-    """An operation may have statements of its own for some callers, and some statements only parts for them."""
+    """An operation may have statements of its own for some callers, and some statements only parts
+    for them.
+    """
     seen = [" ".join(sql.split()) for _, sql in noted.statements]
     missing = [piece for piece in _pieces() if not any(piece in sql for sql in seen)]
     assert missing == []
@@ -372,8 +413,8 @@ _SQL = re.compile(r"\b(SELECT|INSERT INTO|UPDATE|DELETE FROM|WHERE|ORDER BY|FROM
 
 
 def _pieces() -> Iterator[str]:
-    """Every constant text with SQL in it, without docstrings, what assertions say, what asks the server about itself, the migrations'
-    own, and what is not run."""
+    """Every constant text with SQL in it, without docstrings, what assertions say, what asks the
+    server about itself, the migrations' own, and what is not run."""
     for tree in _sources():
         skipped: set[ast.AST] = set()
         for node in ast.walk(tree):

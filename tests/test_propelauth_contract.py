@@ -1,4 +1,6 @@
-"""PropelAuth BYO's commands on the wire, row by row of the contract: golden files, statuses, types, and what is never there."""
+"""PropelAuth BYO's commands on the wire, row by row of the contract: golden files, statuses, types,
+and what is never there.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,25 @@ def byo(wire: Wire) -> Byo:
 async def golden_command(
     byo: Byo, name: str, command: str, data: object, *, agent: str = "node", key: str | None = None
 ) -> Answer:
-    headers = {"Authorization": f"Bearer {byo.wire.key if key is None else key}", "User-Agent": agent}
+    headers = {
+        "Authorization": f"Bearer {byo.wire.key if key is None else key}",
+        "User-Agent": agent,
+    }
     body = {"command": command, "data": data}
     answer = await golden(
-        byo.wire, f"propelauth/{name}", "POST", "/run-command", body, headers=headers, below="/propelauth"
+        byo.wire,
+        f"propelauth/{name}",
+        "POST",
+        "/run-command",
+        body,
+        headers=headers,
+        below="/propelauth",
     )
     judge(answer, command, java=agent.startswith("Java"))
     return answer
 
 
-# -- golden files -------------------------------------------------------------------------------------------------------------------------
+# -- golden files ----------------------------------------------------------------------------------
 
 
 async def test_registration(broker: Started, byo: Byo, device: Authenticator) -> None:
@@ -68,13 +79,19 @@ async def test_registration(broker: Started, byo: Byo, device: Authenticator) ->
 
 async def test_authentication(broker: Started, byo: Byo, device: Authenticator) -> None:
     await byo.register("ann", device)
-    begun = await golden_command(byo, "start-authentication", "StartPasskeyAuthentication", {"userId": "ann"})
+    begun = await golden_command(
+        byo, "start-authentication", "StartPasskeyAuthentication", {"userId": "ann"}
+    )
     answer = device.authenticate(begun.json["authenticationOptions"], ORIGIN)
     data = {"userId": "ann", "publicKey": answer}
-    with counted(broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"):
+    with counted(
+        broker, "broker_ceremonies_total", kind="authenticate", step="finish", result="ok"
+    ):
         await golden_command(byo, "finish-authentication", "FinishPasskeyAuthentication", data)
     with refused(broker, "transaction_not_found", "user_has_no_ceremony"):
-        await golden_command(byo, "finish-authentication-again", "FinishPasskeyAuthentication", data)
+        await golden_command(
+            byo, "finish-authentication-again", "FinishPasskeyAuthentication", data
+        )
     assert ("passkey.used", "done", None) in await broker.events(byo.wire.app_id)
     assert lines(broker, route=PATH, status=200, app=byo.wire.app_id)
 
@@ -106,7 +123,9 @@ async def test_too_many_passkeys(broker: Started, open_app: OpenApp, device: Aut
     byo = Byo(await open_app(Policy(max_passkeys=1)))
     data = {"userId": "ann", "emailOrUsername": "ann@example.org"}
     options = await byo.begin_registration("ann")
-    await byo.ok("FinishPasskeyRegistration", userId="ann", publicKey=device.register(options, ORIGIN))
+    await byo.ok(
+        "FinishPasskeyRegistration", userId="ann", publicKey=device.register(options, ORIGIN)
+    )
     with refused(broker, "too_many_passkeys", "too_many_passkeys", times=2):
         for name, agent in (("too-many", "node"), ("too-many-java", JAVA)):
             answer = await golden_command(byo, name, "StartPasskeyRegistration", data, agent=agent)
@@ -123,7 +142,9 @@ async def test_named_errors(broker: Started, byo: Byo, device: Authenticator) ->
     with refused(broker, "invalid_request", "additional_origin"):
         await golden_command(byo, "no-origin", "StartPasskeyAuthentication", bad)
     made = Authenticator().register(
-        await byo.begin_registration("ann"), ORIGIN, credential_id=device.credentials("example.org")[0].id
+        await byo.begin_registration("ann"),
+        ORIGIN,
+        credential_id=device.credentials("example.org")[0].id,
     )
     with refused(broker, "webauthn_login_failed", "duplicate"):
         data = user | {"publicKey": made}
@@ -137,7 +158,9 @@ async def test_named_errors(broker: Started, byo: Byo, device: Authenticator) ->
         ("authentication-signature", ORIGIN, {"signature": b"x"}, "signature"),
     ):
         options = await byo.begin_authentication("ann")
-        data = user | {"publicKey": device.authenticate(options, origin, **cast("Misbehaviour", how))}
+        data = user | {
+            "publicKey": device.authenticate(options, origin, **cast("Misbehaviour", how))
+        }
         with refused(broker, "webauthn_login_failed", reason):
             await golden_command(byo, name, "FinishPasskeyAuthentication", data)
 
@@ -189,7 +212,7 @@ def test_every_named_error_has_a_golden_file() -> None:
     assert set().union(*ERRORS.values()) | KEY_ERRORS | {"UnexpectedError"} <= seen
 
 
-# -- options ------------------------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 async def test_options_are_bare_and_whole(byo: Byo, device: Authenticator) -> None:
@@ -211,7 +234,9 @@ async def test_a_label_is_shown_where_one_was_given(byo: Byo) -> None:
     for name in ({"passkeyDisplayName": "phone"}, {"passkeyDisplayName": None}, {}):
         device = Authenticator()
         options = await byo.begin_registration("ann", **name)
-        await byo.ok("FinishPasskeyRegistration", userId="ann", publicKey=device.register(options, ORIGIN))
+        await byo.ok(
+            "FinishPasskeyRegistration", userId="ann", publicKey=device.register(options, ORIGIN)
+        )
     assert [item.get("displayName") for item in await byo.passkeys("ann")] == ["phone", None, None]
 
 
@@ -219,19 +244,28 @@ async def test_passkeys_that_are_not_live_are_not_offered(open_app: OpenApp) -> 
     wire = await open_app(Policy(live_at="redemption"))
     byo, pending, live = Byo(wire), Authenticator(), Authenticator()
     await wire.register(await wire.open_registration("ann"), pending)
-    await byo.refused(404, "NoPasskeysRegisteredForUser", "StartPasskeyAuthentication", userId="ann")
-    credential_id = await byo.register("ann", live)  # live at once, for the caller's finish is the redemption
+    await byo.refused(
+        404, "NoPasskeysRegisteredForUser", "StartPasskeyAuthentication", userId="ann"
+    )
+    credential_id = await byo.register(
+        "ann", live
+    )  # live at once, for the caller's finish is the redemption
     options = await byo.begin_authentication("ann")
     assert [d["id"] for d in options["allowCredentials"]] == [credential_id]
     await byo.authenticate("ann", live)
     assert len(await byo.passkeys("ann")) == 2
 
 
-# -- fields -------------------------------------------------------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------------------
 
 
 async def test_nulls_and_unknown_fields(byo: Byo, device: Authenticator) -> None:
-    more = {"userDisplayName": None, "passkeyDisplayName": None, "additionalAllowedOrigin": None, "more": [1]}
+    more = {
+        "userDisplayName": None,
+        "passkeyDisplayName": None,
+        "additionalAllowedOrigin": None,
+        "more": [1],
+    }
     made = device.register(await byo.begin_registration("ann", **more), ORIGIN)
     finish: dict[str, object] = {"userId": "ann", "additionalAllowedOrigin": None, "more": {}}
     await byo.ok("FinishPasskeyRegistration", publicKey=made, **finish)
@@ -300,7 +334,7 @@ async def test_a_body_that_is_no_command(broker: Started, byo: Byo, body: bytes)
     assert lines(broker, route=PATH, status=400, code="invalid_request")
 
 
-# -- origins ------------------------------------------------------------------------------------------------------------------------------
+# -- origins ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", CEREMONIES)
@@ -329,7 +363,11 @@ async def test_an_additional_origin_that_is_none(
     with refused(broker, "invalid_request", "additional_origin", times=len(bad)):
         for origin in bad:
             await byo.refused(
-                400, "CannotParseAdditionalAllowedOrigin", command, additionalAllowedOrigin=origin, **data
+                400,
+                "CannotParseAdditionalAllowedOrigin",
+                command,
+                additionalAllowedOrigin=origin,
+                **data,
             )
     await byo.refused(400, "UnexpectedError", command, additionalAllowedOrigin=7, **data)
     await byo.ok(command, **data)
@@ -345,7 +383,9 @@ async def test_an_additional_origin_that_is_registered_changes_nothing(
         made = device.register(options, "https://app.example.org:8443")
         data = {"userId": user, "additionalAllowedOrigin": origin}
         await byo.ok("FinishPasskeyRegistration", publicKey=made, **data)
-        answer = device.authenticate(await byo.begin_authentication(user), "https://app.example.org:8443")
+        answer = device.authenticate(
+            await byo.begin_authentication(user), "https://app.example.org:8443"
+        )
         await byo.ok("FinishPasskeyAuthentication", publicKey=answer, **data)
 
 
@@ -353,7 +393,9 @@ async def test_an_additional_origin_that_is_registered_changes_nothing(
 async def test_an_additional_origin_that_is_not_registered(
     broker: Started, byo: Byo, device: Authenticator, kind: str
 ) -> None:
-    """Ignored at start; at finish refused, whether the call asks for it or the answer comes from it."""
+    """Ignored at start; at finish refused, whether the call asks for it or the answer comes from
+    it.
+    """
     await byo.register("ann", device)
     more: dict[str, Any] = {"additionalAllowedOrigin": OTHER_ORIGIN}
 
@@ -378,7 +420,7 @@ async def test_an_additional_origin_that_is_not_registered(
     await byo.refused(400, f"No{kind}ChallengeFound", finish, **data)
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def subclasses(kind: type[Refusal]) -> set[type[Refusal]]:
@@ -411,12 +453,18 @@ async def test_a_registered_credential(broker: Started, byo: Byo, device: Authen
     credential_id = await byo.register("ann", device)
     for user in ("ann", "bob"):
         made = Authenticator().register(
-            await byo.begin_registration(user), ORIGIN, credential_id=device.credentials("example.org")[0].id
+            await byo.begin_registration(user),
+            ORIGIN,
+            credential_id=device.credentials("example.org")[0].id,
         )
         assert made["id"] == credential_id
         with refused(broker, "webauthn_login_failed", "duplicate"):
             await byo.refused(
-                409, "PasskeyForUserAlreadyExists", "FinishPasskeyRegistration", userId=user, publicKey=made
+                409,
+                "PasskeyForUserAlreadyExists",
+                "FinishPasskeyRegistration",
+                userId=user,
+                publicKey=made,
             )
     assert await byo.passkeys("bob") == []
 
@@ -427,10 +475,14 @@ async def test_users_without_passkeys(byo: Byo, device: Authenticator) -> None:
     await byo.register("gone", device)
     await byo.ok("DeregisterAllPasskeysForUser", userId="gone")
     for user in ("unknown", "begun", "gone"):
-        await byo.refused(404, "NoPasskeysRegisteredForUser", "StartPasskeyAuthentication", userId=user)
+        await byo.refused(
+            404, "NoPasskeysRegisteredForUser", "StartPasskeyAuthentication", userId=user
+        )
         assert await byo.passkeys(user) == []
         assert await byo.ok("DeregisterAllPasskeysForUser", userId=user) == {}
-        await byo.refused(404, "PasskeyNotFound", "DeregisterPasskey", userId=user, credentialId="YQ")
+        await byo.refused(
+            404, "PasskeyNotFound", "DeregisterPasskey", userId=user, credentialId="YQ"
+        )
 
 
 async def test_only_the_users_own_passkey_is_deregistered(
@@ -446,7 +498,9 @@ async def test_only_the_users_own_passkey_is_deregistered(
         (byo, "ann", credential_id + "="),
         (byo, "ann", b64(b"\0" * 32)),
     ):
-        await backend.refused(404, "PasskeyNotFound", "DeregisterPasskey", userId=user, credentialId=wrong)
+        await backend.refused(
+            404, "PasskeyNotFound", "DeregisterPasskey", userId=user, credentialId=wrong
+        )
     assert [item["credentialId"] for item in await byo.passkeys("ann")] == [credential_id]
 
 
@@ -472,7 +526,7 @@ async def test_a_refused_sign_in_has_a_sentence(
     assert ("passkey.used", "refused", reason) in await broker.events(byo.wire.app_id)
 
 
-# -- HTTP ---------------------------------------------------------------------------------------------------------------------------------
+# -- HTTP ------------------------------------------------------------------------------------------
 
 
 async def test_every_path_below_has_the_vendors_shape(broker: Started, byo: Byo) -> None:
@@ -518,7 +572,9 @@ async def test_no_page_reads_an_answer(byo: Byo) -> None:
 
 
 async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authenticator) -> None:
-    """`data` first, nulls for what is not given, and an offer of HTTP/2 that is declined by answering in HTTP/1.1."""
+    """`data` first, nulls for what is not given, and an offer of HTTP/2 that is declined by
+    answering in HTTP/1.1.
+    """
     body = json.dumps(
         {
             "data": {
@@ -543,7 +599,9 @@ async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authe
             writer.write(head.encode() + body)
             seen = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).decode()
             status, *fields = seen.split("\r\n")
-            headers = {k.title(): v for k, _, v in (field.partition(": ") for field in fields if field)}
+            headers = {
+                k.title(): v for k, _, v in (field.partition(": ") for field in fields if field)
+            }
             assert status.split(" ")[:2] == ["HTTP/1.1", "200"]
             assert "Upgrade" not in headers
             content = await reader.readexactly(int(headers["Content-Length"]))
@@ -556,7 +614,9 @@ async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authe
 
 
 async def test_a_dialect_that_does_not_exist(start_broker: Starter) -> None:
-    with pytest.raises(SettingsFault, match=r"^BROKER_DIALECTS must be of flex, hanko, passlock, propelauth"):
+    with pytest.raises(
+        SettingsFault, match=r"^BROKER_DIALECTS must be of flex, hanko, passlock, propelauth"
+    ):
         await start_broker(dialects=("flex", "passlock9"))
 
 

@@ -1,4 +1,6 @@
-"""The vendor's own Python and Node clients, unmodified, against a running broker: every passkey method and every named error."""
+"""The vendor's own Python and Node clients, unmodified, against a running broker: every passkey
+method and every named error.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ async def register(client: Client, device: Authenticator, **how: Any) -> dict[st
 async def test_every_method(broker: Started, client: Client, device: Authenticator) -> None:
     assert abs((await ok(client, "ping"))["timestamp"] - broker.clock()) < 60
     started = await ok(
-        client, "startRegistration", userDisplayName="Ann", passkeyDisplayName="Ann's phone", **NAMES
+        client,
+        "startRegistration",
+        userDisplayName="Ann",
+        passkeyDisplayName="Ann's phone",
+        **NAMES,
     )
     options = started["registrationOptions"]
     assert options["user"]["displayName"] == "Ann"
@@ -107,7 +113,8 @@ async def test_origins(client: Client, device: Authenticator) -> None:
         ),
     ):
         assert (
-            await fails(client, "CannotParseAdditionalAllowedOrigin", method, **USER, **more, **bad) is None
+            await fails(client, "CannotParseAdditionalAllowedOrigin", method, **USER, **more, **bad)
+            is None
         )
     options = (await ok(client, "startRegistration", additionalAllowedOrigin=STRANGER, **NAMES))[
         "registrationOptions"
@@ -136,18 +143,26 @@ async def test_the_limit(broker: Started, client: Client) -> None:
 async def test_a_registration_that_does_not_pass(client: Client, device: Authenticator) -> None:
     made = await register(client, device)
     assert (
-        await fails(client, "NoRegistrationChallengeFound", "finishRegistration", publicKey=made, **USER)
+        await fails(
+            client, "NoRegistrationChallengeFound", "finishRegistration", publicKey=made, **USER
+        )
         is None
     )
     options = (await ok(client, "startRegistration", **NAMES))["registrationOptions"]
-    again = Authenticator().register(options, ORIGIN, credential_id=device.credentials("example.org")[0].id)
+    again = Authenticator().register(
+        options, ORIGIN, credential_id=device.credentials("example.org")[0].id
+    )
     assert (
-        await fails(client, "PasskeyForUserAlreadyExists", "finishRegistration", publicKey=again, **USER)
+        await fails(
+            client, "PasskeyForUserAlreadyExists", "finishRegistration", publicKey=again, **USER
+        )
         is None
     )
     options = (await ok(client, "startRegistration", **NAMES))["registrationOptions"]
     unverified = Authenticator().register(options, ORIGIN, uv=False)
-    assert await fails(client, "UnexpectedError", "finishRegistration", publicKey=unverified, **USER)
+    assert await fails(
+        client, "UnexpectedError", "finishRegistration", publicKey=unverified, **USER
+    )
 
 
 async def test_a_sign_in_that_does_not_pass(client: Client, device: Authenticator) -> None:
@@ -175,7 +190,9 @@ async def test_what_has_no_name_has_a_sentence(client: Client, method: str) -> N
         "finishAuthentication": {"publicKey": {}},
         "deregisterPasskey": {"credentialId": "YQ"},
     }
-    details = await fails(client, "UnexpectedError", method, userId="x" * 257, **more.get(method, {}))
+    details = await fails(
+        client, "UnexpectedError", method, userId="x" * 257, **more.get(method, {})
+    )
     assert details == "userId has 257 characters; 256 are allowed."
 
 
@@ -190,7 +207,9 @@ async def test_a_defect_of_ours_in_ping(
 
 
 async def test_a_wrong_key(broker: Started, stranger: Client) -> None:
-    """The vendor's key errors are outside of what its methods declare: lists and ping show the type, the others fail on it."""
+    """The vendor's key errors are outside of what its methods declare: lists and ping show the
+    type, the others fail on it.
+    """
     with refused(broker, "invalid_access_token", "key_unknown", times=2):
         for method, arguments in (("ping", {}), ("fetchAllPasskeysForUser", USER)):
             outcome = await stranger.call(method, **arguments)

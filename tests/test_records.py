@@ -1,4 +1,6 @@
-"""One-time values as bytes (`broker.ephemeral.records`), and the base64url of answers (`broker.ceremony.form`): whatever the values are."""
+"""One-time values as bytes (`broker.ephemeral.records`), and the base64url of answers
+(`broker.ceremony.form`): whatever the values are.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,24 @@ from broker.model import (
     Verifications,
 )
 
-# -- base64url --------------------------------------------------------------------------------------------------------------------
+# -- base64url -------------------------------------------------------------------------------------
 
 ALPHABET = string.ascii_letters + string.digits + "-_"
 LIMIT = 64  # bytes
 
 
 def reference(text: str) -> bytes | None:
-    """What canonical base64url stands for (RFC 4648 §5, §3.5), found slowly; None for anything else."""
+    """What canonical base64url stands for (RFC 4648 §5, §3.5), found slowly; None for anything
+    else.
+    """
     bare = text.rstrip("=")
     whole = bare + "=" * (-len(bare) % 4)
-    if not bare or not set(bare) <= set(ALPHABET) or len(bare) % 4 == 1 or text not in (bare, whole):
+    if (
+        not bare
+        or not set(bare) <= set(ALPHABET)
+        or len(bare) % 4 == 1
+        or text not in (bare, whole)
+    ):
         return None
     raw = urlsafe_b64decode(whole)
     return raw if urlsafe_b64encode(raw).decode() == whole and len(raw) <= LIMIT else None
@@ -75,7 +84,9 @@ def test_text_that_may_be_no_base64url(text: str) -> None:
 
 
 def test_every_end_of_base64url() -> None:
-    """Two and three characters behind a group of four, the last of them each that there is, with each padding."""
+    """Two and three characters behind a group of four, the last of them each that there is, with
+    each padding.
+    """
     accepted = {2: 0, 3: 0}
     for last in ALPHABET:
         for end in ("A" + last, "-" + last, "zA" + last, "__" + last):
@@ -96,7 +107,7 @@ def test_bytes_come_back_from_base64url(raw: bytes, padded: bool) -> None:
     assert read(text if padded else text.rstrip("=")) == expected
 
 
-# -- records ----------------------------------------------------------------------------------------------------------------------
+# -- records ---------------------------------------------------------------------------------------
 
 APP = "A" * 24
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # NUL is among them
@@ -106,7 +117,9 @@ BLOBS = st.binary(max_size=40) | st.sampled_from([b"\0", b"\0\0", b'["b1",', b"+
 TIMES = st.floats(min_value=0, max_value=4e9, allow_nan=False)
 VERIFICATIONS = st.sampled_from(get_args(UserVerification))
 TRUSTS = st.sampled_from(get_args(Trust))
-AAGUIDS = st.sampled_from(["00000000-0000-0000-0000-000000000000", "08987058-cadc-4b81-b6e1-30de50dcbe96"])
+AAGUIDS = st.sampled_from(
+    ["00000000-0000-0000-0000-000000000000", "08987058-cadc-4b81-b6e1-30de50dcbe96"]
+)
 ATTACHMENTS = st.none() | st.sampled_from(get_args(Attachment))
 MANY = st.lists(IDS, max_size=3).map(tuple)
 ALGORITHMS = st.lists(st.sampled_from([-7, -8, -35, -53, -257]), max_size=4).map(tuple)
@@ -244,7 +257,12 @@ def test_a_transaction_comes_back(made: Transaction) -> None:
     stored = dump_transaction(made)
     assert stored[:1] == b"-"
     begins = Beginning(
-        b"\0" * 32, 0.0, 1, Verifications("required", "preferred", False), (), () if made.to_look_up else None
+        b"\0" * 32,
+        0.0,
+        1,
+        Verifications("required", "preferred", False),
+        (),
+        () if made.to_look_up else None,
     )
     assert stored[1:].startswith(head_of(made.purpose, begins)), "what a script compares"
     assert load_transaction(APP, stored[1:]) == made
@@ -263,7 +281,9 @@ def test_a_transaction_comes_back(made: Transaction) -> None:
     ),
     Transaction(APP, "register", None, None, "", "", "", "", (), Asked(), 0.0),
 )
-def test_a_beginning_comes_back_with_its_transaction(handle: bytes, made: Beginning, of: Transaction) -> None:
+def test_a_beginning_comes_back_with_its_transaction(
+    handle: bytes, made: Beginning, of: Transaction
+) -> None:
     """Taken apart as the scripts do: two bytes say where the transaction begins."""
     opened = dump_transaction(of)[1:]
     stored = dump_beginning(handle, made) + opened
@@ -281,7 +301,9 @@ def test_a_pending_ceremony_comes_back(made: PendingRegistration | PendingAuthen
 
 @settings(max_examples=25, deadline=None)
 @given(RECEIPTS, st.none() | DIGESTS, TIMES)
-def test_what_a_nonce_stands_for_comes_back(receipt: Receipt, transaction: bytes | None, ends: float) -> None:
+def test_what_a_nonce_stands_for_comes_back(
+    receipt: Receipt, transaction: bytes | None, ends: float
+) -> None:
     made = Redeemable(receipt, transaction, ends)
     assert load_redeemable(dump_redeemable(made)) == made
 

@@ -1,4 +1,6 @@
-"""Every failed command to Redis is counted by its cause and logged: each cause is brought about on a real server."""
+"""Every failed command to Redis is counted by its cause and logged: each cause is brought about on
+a real server.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,18 @@ class Operator:
         )
 
     def counted(self) -> dict[str, float]:
-        return {labels[0]: number for labels, (number,) in self.metrics.redis_failures.values.items()}
+        return {
+            labels[0]: number for labels, (number,) in self.metrics.redis_failures.values.items()
+        }
 
     @property
     def lines(self) -> list[dict[str, Any]]:
         return [orjson.loads(line) for line in self.stream.getvalue().splitlines()]
 
     async def sees(self, cause: str, error: str, code: str | None) -> None:
-        """A store's call fails for this cause; metric and log say so, and nothing of the call's data."""
+        """A store's call fails for this cause; metric and log say so, and nothing of the call's
+        data.
+        """
         with pytest.raises(Unavailable):
             await self.store.put_ticket("app", "ticket", SECRET.decode(), 60.0)
         assert self.counted() == {cause: 1.0}
@@ -170,7 +176,11 @@ async def test_a_script_with_a_defect(
         await operator.store.run("defect", Script(text), keys=[b"text"], args=[SECRET])
     assert operator.counted() == {"script": 1.0}
     (line,) = operator.lines
-    assert (line["cause"], line["error"], line["operation"]) == ("script", "ResponseError", "defect")
+    assert (line["cause"], line["error"], line["operation"]) == (
+        "script",
+        "ResponseError",
+        "defect",
+    )
     assert line["code"] in {code, "ERR"}
     assert "zq9w" not in operator.stream.getvalue()
 
@@ -207,7 +217,10 @@ def _is_busy(client: redis.Redis) -> bool:
         ("MISCONF Errors writing to the AOF file: No space left on device", "misconf"),
         ("MOVED 3999 127.0.0.1:6381", "redirect"),
         ("TRYAGAIN Multiple keys request during rehashing of slot", "redirect"),
-        ("ERR ACL failure in script: User ann has no permissions to run the 'set' command", "noperm"),
+        (
+            "ERR ACL failure in script: User ann has no permissions to run the 'set' command",
+            "noperm",
+        ),
         ("ERR max number of clients reached", "connection"),
         ("NOAUTH Authentication required.", "auth"),
         ("ERR unknown command 'zq9w', with args beginning with: 'zq9w'", "other"),

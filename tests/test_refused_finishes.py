@@ -1,4 +1,5 @@
-"""A transaction ends with its tenth refused finish, in every API that has transactions; so what it writes down is bounded.
+"""A transaction ends with its tenth refused finish, in every API that has transactions; so what it
+writes down is bounded.
 
 Faults of form spend nothing and are not counted.
 """
@@ -25,8 +26,9 @@ LIMIT = 10
 
 @dataclass(frozen=True)
 class Way:
-    """One kind of transaction: opened by the backend, begun and finished by the page. `action` is what its events are called; ""
-    where nobody is named, so that refusals of unsigned answers are no events."""
+    """One kind of transaction: opened by the backend, begun and finished by the page. `action` is
+    what its events are called; "" where nobody is named, so that refusals of unsigned answers are
+    no events."""
 
     kind: str
     action: str
@@ -64,7 +66,9 @@ def _passlock(kind: str, action: str, *, user: str | None = "ann", prefix: str =
         "register" if registers else "authenticate",
         action,
         opened,
-        lambda wire, token: Passlock(wire, prefix).page(f"/passkey/{kind}/options", {f"{kind}Token": token}),
+        lambda wire, token: Passlock(wire, prefix).page(
+            f"/passkey/{kind}/options", {f"{kind}Token": token}
+        ),
         lambda wire, handle, answer: Passlock(wire, prefix).finish(kind, handle, answer),
     )
 
@@ -73,8 +77,12 @@ WAYS: dict[str, Way] = {
     "native-register": _native("register", "passkey.registered"),
     "native-authenticate": _native("authenticate", "passkey.used"),
     "native-discoverable": _native("authenticate", "", discoverable=True),
-    "native-second-registration": _native("register", "second_factor.registered", second_factor=True),
-    "native-second-authentication": _native("authenticate", "second_factor.used", second_factor=True),
+    "native-second-registration": _native(
+        "register", "second_factor.registered", second_factor=True
+    ),
+    "native-second-authentication": _native(
+        "authenticate", "second_factor.used", second_factor=True
+    ),
     "passlock-registration": _passlock("registration", "passkey.registered"),
     "passlock-authentication": _passlock("authentication", "passkey.used"),
     "passlock-discoverable": _passlock("authentication", "", user=None),
@@ -115,7 +123,10 @@ async def test_the_tenth_refused_finish_ends_a_transaction(
     second = Wire(wire.session, other.url, wire.app_id, wire.key)
     await wire.user("ann", device)
     transaction, spare = await way.open(wire), await way.open(wire)
-    answers = [await _refuse(way, (wire, second)[number % 2], transaction, device) for number in range(LIMIT)]
+    answers = [
+        await _refuse(way, (wire, second)[number % 2], transaction, device)
+        for number in range(LIMIT)
+    ]
     assert len({(answer.status, tuple(answer.json)) for answer in answers}) == 1
     assert answers[0].status in (400, 401)
     for one in (broker, other):
@@ -138,7 +149,10 @@ async def test_a_finish_that_names_another_transaction_counts(
 ) -> None:
     """It spends the ceremony as any refused finish does. What it names is not counted against."""
     await wire.user("ann", device)
-    transaction, named = await wire.open_authentication("ann"), await wire.open_authentication("ann")
+    transaction, named = (
+        await wire.open_authentication("ann"),
+        await wire.open_authentication("ann"),
+    )
     with refused(broker, "transaction_not_found", "other_transaction", times=LIMIT):
         for _ in range(LIMIT):
             handle, options = await wire.begin("authenticate", transaction)

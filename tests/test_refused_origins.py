@@ -1,6 +1,7 @@
 """A page of an origin that is not registered: what it may read, and what its operator learns.
 
-Every browser route of every dialect is asked, with the same bytes, by a registered page and by strangers.
+Every browser route of every dialect is asked, with the same bytes, by a registered page and by
+strangers.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ START = "/authenticate/transactions/webauthn/start"
 
 
 def cors(answer: Answer) -> dict[str, str]:
-    return {k.lower(): v for k, v in answer.headers.items() if k.lower().startswith("access-control")}
+    return {
+        k.lower(): v for k, v in answer.headers.items() if k.lower().startswith("access-control")
+    }
 
 
 def sentence(answer: Answer) -> str:
@@ -88,7 +91,9 @@ def url(wire: Wire, path: str) -> str:
 async def test_a_stranger_reads_the_refusal_and_nothing_else(
     broker: Started, wire: Wire, routes: list[tuple[str, str]], body: bytes
 ) -> None:
-    """Whatever a registered page gets for the same bytes, a success or a refusal; and nothing begins or is spent."""
+    """Whatever a registered page gets for the same bytes, a success or a refusal; and nothing
+    begins or is spent.
+    """
     statuses = set()
     for method, path in routes:
         mine = await wire.send(method, url(wire, path), data=body, headers={"Origin": ORIGIN})
@@ -104,16 +109,23 @@ async def test_a_stranger_reads_the_refusal_and_nothing_else(
         assert "access-control-allow-credentials" not in cors(preflight)
         assert preflight.headers["Vary"] == "Origin"
 
-        begun = broker.metric("broker_ceremonies_total", kind="authenticate", step="begin", result="ok")
+        begun = broker.metric(
+            "broker_ceremonies_total", kind="authenticate", step="begin", result="ok"
+        )
         with refused(broker, "operation_not_allowed", "origin"):
-            theirs = await wire.send(method, url(wire, path), data=body, headers={"Origin": STRANGER})
+            theirs = await wire.send(
+                method, url(wire, path), data=body, headers={"Origin": STRANGER}
+            )
         assert theirs.status == 403
         assert cors(theirs) == {"access-control-allow-origin": STRANGER}
         assert theirs.headers["Vary"] == "Origin"
-        assert sentence(theirs).startswith(f"This page's origin {STRANGER} is not registered for the app;")
+        assert sentence(theirs).startswith(
+            f"This page's origin {STRANGER} is not registered for the app;"
+        )
         assert theirs.body != mine.body
         assert (
-            broker.metric("broker_ceremonies_total", kind="authenticate", step="begin", result="ok") == begun
+            broker.metric("broker_ceremonies_total", kind="authenticate", step="begin", result="ok")
+            == begun
         )
     assert statuses >= ({200, 400} if body in (b"", b"{}") else {400} if body == b"{" else {413})
 
@@ -122,7 +134,9 @@ async def test_a_stranger_reads_the_refusal_and_nothing_else(
 async def test_which_origins_may_read_it(
     broker: Started, open_app: OpenApp, routes: list[tuple[str, str]], origin: str
 ) -> None:
-    """Those that a browser writes for a page. What the header holds otherwise is in no header and no sentence of ours."""
+    """Those that a browser writes for a page. What the header holds otherwise is in no header and
+    no sentence of ours.
+    """
     wire = await open_app(origins=(ORIGIN, "android:apk-key-hash:" + "k" * 43))
     for method, path in routes:
         with refused(broker, "operation_not_allowed", "origin"):
@@ -139,7 +153,9 @@ async def test_which_origins_may_read_it(
 
 
 async def test_a_stranger_reads_no_other_refusal(broker: Started, wire: Wire) -> None:
-    """An unknown app, an address or a method that isn't, a header sent twice, a store that is down: nothing says so to a page."""
+    """An unknown app, an address or a method that isn't, a header sent twice, a store that is down:
+    nothing says so to a page.
+    """
     nobody = Wire(wire.session, wire.url, "x" * 24, "")
     stranger = {"Origin": STRANGER}
     for asked, status in (
@@ -157,7 +173,9 @@ async def test_a_stranger_reads_no_other_refusal(broker: Started, wire: Wire) ->
 
 
 async def test_an_operator_learns_which_origin(broker: Started, wire: Wire) -> None:
-    """An event and a line of the log, once a minute for each origin; the metric counts every refusal."""
+    """An event and a line of the log, once a minute for each origin; the metric counts every
+    refusal.
+    """
     for origin in (STRANGER, STRANGER, "null", "<script>", "\xff", "capacitor://localhost"):
         for _ in range(2):
             with refused(broker, "operation_not_allowed", "origin"):
@@ -242,7 +260,9 @@ async def test_what_is_remembered_of_origins_is_bounded(broker: Started) -> None
 
 
 def test_what_the_terminal_of_dev_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """Once for each origin of an app: the command that allows it, or why there is none; and never without end."""
+    """Once for each origin of an app: the command that allows it, or why there is none; and never
+    without end.
+    """
     app = RelyingParty("a" * 24, "App", "localhost", ("http://localhost:8080",))
     show = RefusedOnTheTerminal()
     for origin in (
@@ -275,8 +295,16 @@ async def test_every_dialect_keeps_its_shape(broker: Started, wire: Wire) -> Non
     told = f"This page's origin {STRANGER} is not registered for the app;"
     shapes: list[tuple[str, str, dict[str, Any]]] = [
         (f"/v1/apps/{wire.app_id}{START}", "error", {"code": "operation_not_allowed"}),
-        (f"/hanko/{wire.app_id}/login/initialize", "details", {"status": 403, "title": "Forbidden"}),
-        (f"/v2/{wire.app_id}/passkey/authentication/options", "message", {"_tag": "@error/Forbidden"}),
+        (
+            f"/hanko/{wire.app_id}/login/initialize",
+            "details",
+            {"status": 403, "title": "Forbidden"},
+        ),
+        (
+            f"/v2/{wire.app_id}/passkey/authentication/options",
+            "message",
+            {"_tag": "@error/Forbidden"},
+        ),
     ]
     for path, field, rest in shapes:
         with refused(broker, "operation_not_allowed", "origin"):

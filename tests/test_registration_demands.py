@@ -1,6 +1,8 @@
-"""What a policy demands of a new passkey, and what the options asked for, judged at finish: in every dialect, for passkeys and second factors.
+"""What a policy demands of a new passkey, and what the options asked for, judged at finish: in
+every dialect, for passkeys and second factors.
 
-Each way to register is driven to its last answer, which is a refusal or not; metric, log line and event say why, and nothing is stored.
+Each way to register is driven to its last answer, which is a refusal or not; metric, log line and
+event say why, and nothing is stored.
 """
 
 from __future__ import annotations
@@ -33,16 +35,25 @@ Way = Callable[..., Awaitable[Answer]]
 
 
 async def _page(
-    wire: Wire, device: Authenticator, *, second_factor: bool = False, wanted: str | None = None, **how: Any
+    wire: Wire,
+    device: Authenticator,
+    *,
+    second_factor: bool = False,
+    wanted: str | None = None,
+    **how: Any,
 ) -> Answer:
     body = {"external_id": "ann", "passkey_display_name": "Ann", "second_factor": second_factor}
     transaction = (await wire.keyed("POST", "/transactions/register", body)).json["transaction_id"]
     named = {"authenticator_attachment": wanted} if wanted else {}
     handle, options = await wire.begin("register", transaction, **named)
-    return await wire.finish("register", handle, device.register(options, ORIGIN, **how), transaction)
+    return await wire.finish(
+        "register", handle, device.register(options, ORIGIN, **how), transaction
+    )
 
 
-async def _keyed(wire: Wire, device: Authenticator, *, wanted: str | None = None, **how: Any) -> Answer:
+async def _keyed(
+    wire: Wire, device: Authenticator, *, wanted: str | None = None, **how: Any
+) -> Answer:
     body = {"external_id": "ann", "user_name": "ann", "authenticator_attachment": wanted}
     begun = await wire.keyed("POST", "/register/start", body)
     made = device.register(begun.json["options"], ORIGIN, **how)
@@ -50,13 +61,20 @@ async def _keyed(wire: Wire, device: Authenticator, *, wanted: str | None = None
 
 
 async def _by_challenge(
-    wire: Wire, device: Authenticator, *, second_factor: bool = False, wanted: str | None = None, **how: Any
+    wire: Wire,
+    device: Authenticator,
+    *,
+    second_factor: bool = False,
+    wanted: str | None = None,
+    **how: Any,
 ) -> Answer:
     body = {"external_id": "ann", "user_name": "ann", "second_factor": second_factor}
     body |= {"authenticator_attachment": wanted}
     begun = await wire.keyed("POST", "/ceremonies/register/start", body)
     given = {"credential": device.register(begun.json["options"], ORIGIN, **how)}
-    return await wire.keyed("POST", "/ceremonies/register/finish", given | {"second_factor": second_factor})
+    return await wire.keyed(
+        "POST", "/ceremonies/register/finish", given | {"second_factor": second_factor}
+    )
 
 
 async def _hanko(wire: Wire, device: Authenticator, at: str = REGISTRATION, **how: Any) -> Answer:
@@ -100,7 +118,9 @@ SECOND_FACTORS: dict[str, Way] = {
     "hanko": partial(_hanko, at=SECOND_REGISTRATION),
 }
 WAYS = [pytest.param(way, False, id=name) for name, way in PASSKEYS.items()]
-WAYS += [pytest.param(way, True, id=f"{name}, second factor") for name, way in SECOND_FACTORS.items()]
+WAYS += [
+    pytest.param(way, True, id=f"{name}, second factor") for name, way in SECOND_FACTORS.items()
+]
 
 
 async def is_refused(
@@ -115,7 +135,9 @@ async def is_refused(
 ) -> None:
     with (
         refused(broker, "webauthn_login_failed", reason),
-        counted(broker, "broker_ceremonies_total", kind="register", step="finish", result="refused"),
+        counted(
+            broker, "broker_ceremonies_total", kind="register", step="finish", result="refused"
+        ),
     ):
         answer = await way(wire, device, **how)
     assert answer.status >= 400
@@ -127,7 +149,7 @@ async def is_refused(
     assert (await wire.keyed("GET", "/passkeys")).json["total"] == 0
 
 
-# -- attestation --------------------------------------------------------------------------------------------------------------------------
+# -- attestation -----------------------------------------------------------------------------------
 
 
 def demanding(required: str, **more: Any) -> dict[str, Any]:
@@ -164,7 +186,9 @@ ATTESTATIONS: list[tuple[str, Attestation, Authority, str]] = [
 
 
 @pytest.mark.parametrize(("required", "form", "authority", "outcome"), ATTESTATIONS)
-def test_attestation_by_policy(required: str, form: Attestation, authority: Authority, outcome: str) -> None:
+def test_attestation_by_policy(
+    required: str, form: Attestation, authority: Authority, outcome: str
+) -> None:
     rp = relying_party(**demanding(required))
     answer = attesting(form, authority).register(creation_options(rp), COM)
     if outcome in ("none", "claimed", "verified"):
@@ -177,7 +201,9 @@ def test_attestation_by_policy(required: str, form: Attestation, authority: Auth
 
 def test_a_signature_with_sha1_is_not_verified() -> None:
     """Of an old TPM, with a chain to a root: never more than claimed."""
-    answer = attesting("tpm").register(creation_options(relying_party()), COM, certificate={"rs1": True})
+    answer = attesting("tpm").register(
+        creation_options(relying_party()), COM, certificate={"rs1": True}
+    )
     assert register(relying_party(**demanding("any")), answer).attestation_trust == "claimed"
     with pytest.raises(CeremonyRefused) as refusal:
         register(relying_party(**demanding("verified")), answer)
@@ -206,18 +232,26 @@ async def test_attestation_is_demanded_in_every_dialect(
         await is_refused(broker, wire, way, attesting(form), reason, second_factor=second_factor)
     assert (await way(wire, attesting("packed"))).status == 200
     [passkey] = (await wire.keyed("GET", "/passkeys")).json["passkeys"]
-    assert (passkey["attestation"], passkey["aaguid"]) == ("verified", "cb69481e-8ff7-4039-93ec-0a2729a154a8")
+    assert (passkey["attestation"], passkey["aaguid"]) == (
+        "verified",
+        "cb69481e-8ff7-4039-93ec-0a2729a154a8",
+    )
 
 
 async def test_an_aaguid_that_nobody_vouches_for_is_a_claim(open_app: OpenApp) -> None:
-    """Self attestation with the AAGUID of a certified model, where any attestation will do: the receipt says what it is."""
+    """Self attestation with the AAGUID of a certified model, where any attestation will do: the
+    receipt says what it is.
+    """
     wire = await open_app(replace(Policy(), **demanding("any")))
     nonce = await wire.register(await wire.open_registration("ann"), attesting("packed-self"))
     receipt = (await wire.redeem(nonce, purpose="register")).json
-    assert (receipt["attestation"], receipt["authenticator_name_claimed"]) == ("claimed", "YubiKey 5")
+    assert (receipt["attestation"], receipt["authenticator_name_claimed"]) == (
+        "claimed",
+        "YubiKey 5",
+    )
 
 
-# -- attachment and discoverability -------------------------------------------------------------------------------------------------------
+# -- attachment and discoverability ----------------------------------------------------------------
 
 # asked for, said -> whether it registers
 ATTACHMENTS: list[tuple[str | None, object, bool]] = [
@@ -262,16 +296,22 @@ def judged(pending: Any, reason: str, said: dict[str, Any], *, good: bool) -> No
 @pytest.mark.parametrize(("wanted", "said", "good"), ATTACHMENTS)
 def test_attachment_by_what_was_asked(wanted: Any, said: object, good: bool) -> None:
     pending = pending_registration(relying_party())._replace(attachment=wanted)
-    judged(pending, "attachment", {} if said is None else {"authenticatorAttachment": said}, good=good)
+    judged(
+        pending, "attachment", {} if said is None else {"authenticatorAttachment": said}, good=good
+    )
 
 
 @pytest.mark.parametrize(("second_factor", "said", "good"), EXTENSIONS)
 def test_discoverability_by_what_was_asked(second_factor: bool, said: object, good: bool) -> None:
-    pending = pending_registration(relying_party())._replace(asked=Asked(second_factor=second_factor))
+    pending = pending_registration(relying_party())._replace(
+        asked=Asked(second_factor=second_factor)
+    )
     judged(pending, "resident_key", {"clientExtensionResults": said}, good=good)
 
 
-@pytest.mark.parametrize(("asked", "lie"), [("platform", "cross-platform"), ("cross-platform", "platform")])
+@pytest.mark.parametrize(
+    ("asked", "lie"), [("platform", "cross-platform"), ("cross-platform", "platform")]
+)
 @pytest.mark.parametrize(("way", "second_factor"), WAYS)
 async def test_the_policys_attachment_holds_in_every_dialect(
     broker: Started, open_app: OpenApp, way: Way, second_factor: bool, asked: Any, lie: str
@@ -279,20 +319,28 @@ async def test_the_policys_attachment_holds_in_every_dialect(
     key = "second_factor_attachment" if second_factor else "authenticator_attachment"
     wire = await open_app(replace(Policy(passlock_open_registration=True), **{key: asked}))
     lying: Any = {"answer": {"authenticatorAttachment": lie}}
-    await is_refused(broker, wire, way, Authenticator(), "attachment", second_factor=second_factor, **lying)
+    await is_refused(
+        broker, wire, way, Authenticator(), "attachment", second_factor=second_factor, **lying
+    )
     silent, honest = Authenticator(attachment=None), Authenticator(attachment=lie)
     assert (await way(wire, silent)).status == 200, "pages of many SDKs don't tell it"
     assert (await way(wire, honest)).status == 200, "asked for the other, it is the other"
 
 
-@pytest.mark.parametrize(("wanted", "lie"), [("platform", "cross-platform"), ("cross-platform", "platform")])
+@pytest.mark.parametrize(
+    ("wanted", "lie"), [("platform", "cross-platform"), ("cross-platform", "platform")]
+)
 @pytest.mark.parametrize(("way", "second_factor"), [way for way in WAYS if "native" in str(way.id)])
 async def test_the_attachment_that_a_caller_names_holds(
     broker: Started, wire: Wire, way: Way, wanted: str, lie: str, second_factor: bool
 ) -> None:
-    """The policy asks for none, or for a second factor for another. Vendors' dialects have no word for it."""
+    """The policy asks for none, or for a second factor for another. Vendors' dialects have no word
+    for it.
+    """
     lying: Any = {"answer": {"authenticatorAttachment": lie}, "wanted": wanted}
-    await is_refused(broker, wire, way, Authenticator(), "attachment", second_factor=second_factor, **lying)
+    await is_refused(
+        broker, wire, way, Authenticator(), "attachment", second_factor=second_factor, **lying
+    )
     for device in (Authenticator(), Authenticator(attachment=None)):
         assert (await way(wire, device, wanted=wanted)).status == 200
 

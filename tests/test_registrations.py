@@ -1,6 +1,8 @@
-"""The four statements that every registration shares with others (`broker.durable.registrations`), on a real PostgreSQL and in parallel.
+"""The four statements that every registration shares with others (`broker.durable.registrations`),
+on a real PostgreSQL and in parallel.
 
-Who shares one is settled in tests/test_together.py; here each caller must get what they would have got alone.
+Who shares one is settled in tests/test_together.py; here each caller must get what they would have
+got alone.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ async def app(durable: Durable) -> RelyingParty:
     return await new_app(durable)
 
 
-async def add(durable: Durable, app: RelyingParty, user_id: str, key: bytes, *, live: bool = True) -> Outcome:
+async def add(
+    durable: Durable, app: RelyingParty, user_id: str, key: bytes, *, live: bool = True
+) -> Outcome:
     return await durable.add_credential(
         pending(app, user_id), verified(key), new_id=MINT.id(), live=live, now=LATER
     )
@@ -51,7 +55,7 @@ def unharmed(*instances: Durable) -> bool:
     return all(not one._pg._metrics.store_failures.values for one in instances)
 
 
-# -- many at once -----------------------------------------------------------------------------------------------------------------
+# -- many at once ----------------------------------------------------------------------------------
 
 
 async def test_many_registrations_share_statements_and_each_is_told_of(
@@ -73,7 +77,9 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
                 asked=Asked(second_factor=number % 5 == 0),
             ),
             verified(
-                b"\0passkey-%d" % number, sign_count=2**32 - 1 - number, transports=("usb",) * (number % 2)
+                b"\0passkey-%d" % number,
+                sign_count=2**32 - 1 - number,
+                transports=("usb",) * (number % 2),
             ),
             new_id=passkey_id,
             live=number % 2 == 0,
@@ -81,7 +87,9 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
             now=at,
         )
         assert outcome == "added"
-        assert await durable.confirm_credential(app.id, passkey_id, LATER + timedelta(microseconds=number))
+        assert await durable.confirm_credential(
+            app.id, passkey_id, LATER + timedelta(microseconds=number)
+        )
         return user_id, passkey_id
 
     made = await asyncio.gather(*map(register, range(MANY)))
@@ -139,7 +147,10 @@ async def test_instances_that_make_the_same_in_opposite_order(
         keys = [b"%d-%d" % (round_, number) for number in range(16)]
         outcomes = await asyncio.gather(
             *(add(durable, app, user, key) for user, key in zip(found, keys, strict=False)),
-            *(add(other, app, user, key) for user, key in reversed(list(zip(found, keys, strict=False)))),
+            *(
+                add(other, app, user, key)
+                for user, key in reversed(list(zip(found, keys, strict=False)))
+            ),
         )
         for one, two in zip(outcomes[:16], outcomes[:15:-1], strict=True):
             assert sorted((one, two)) == ["added", "duplicate"]
@@ -160,7 +171,9 @@ async def test_several_passkeys_of_one_user_at_once(
     assert unharmed(durable, other)
 
 
-async def test_one_user_is_asked_for_many_times(durable: Durable, other: Durable, app: RelyingParty) -> None:
+async def test_one_user_is_asked_for_many_times(
+    durable: Durable, other: Durable, app: RelyingParty
+) -> None:
     found = await asyncio.gather(*(ensure((durable, other)[n % 2], app, "ann") for n in range(20)))
     assert len(set(found)) == 1
     assert (await told(durable, app)).count(("user.created", "done", None)) == 1
@@ -169,7 +182,9 @@ async def test_one_user_is_asked_for_many_times(durable: Durable, other: Durable
 async def test_users_who_are_there_cost_no_lock_of_their_app(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
-    """A lock is a write. The app's row is everybody's, so it is left alone where nothing is inserted."""
+    """A lock is a write. The app's row is everybody's, so it is left alone where nothing is
+    inserted.
+    """
     names = [f"user-{number}" for number in range(8)]
     made = await asyncio.gather(*(ensure(durable, app, name) for name in names))
     async with session_of(stores) as session:
@@ -181,7 +196,7 @@ async def test_users_who_are_there_cost_no_lock_of_their_app(
         assert await session.fetchval(locked, app.id) != before, "an insert does lock it"
 
 
-# -- a bad one among good ones ----------------------------------------------------------------------------------------------------
+# -- a bad one among good ones ---------------------------------------------------------------------
 
 
 async def test_an_app_that_is_gone_among_good_ones(durable: Durable, app: RelyingParty) -> None:
@@ -202,7 +217,9 @@ async def test_an_app_that_is_gone_among_good_ones(durable: Durable, app: Relyin
     assert outcomes == ["added", "no_user", "added"]
 
 
-async def test_users_and_passkeys_of_others_among_good_ones(durable: Durable, app: RelyingParty) -> None:
+async def test_users_and_passkeys_of_others_among_good_ones(
+    durable: Durable, app: RelyingParty
+) -> None:
     """A user of another app is no owner, and a passkey of another app can't be confirmed."""
     elsewhere = await new_app(durable)
     user, foreign = await ensure(durable, app, "ann"), await ensure(durable, elsewhere, "ann")
@@ -212,9 +229,13 @@ async def test_users_and_passkeys_of_others_among_good_ones(durable: Durable, ap
     assert outcomes == ["added", "no_user", "no_user"]
     mine = await stored(durable, app, b"of " + user.encode())
     asked = ((elsewhere, mine.id), (app, mine.id), (app, MINT.id()))
-    confirmed = await asyncio.gather(*(durable.confirm_credential(of.id, key, LATER) for of, key in asked))
+    confirmed = await asyncio.gather(
+        *(durable.confirm_credential(of.id, key, LATER) for of, key in asked)
+    )
     assert confirmed == [False, True, False]
-    assert [action for action, _, _ in await told(durable, elsewhere)].count("passkey.confirmed") == 0
+    assert [action for action, _, _ in await told(durable, elsewhere)].count(
+        "passkey.confirmed"
+    ) == 0
     held = await asyncio.gather(*(durable.held_by(of.id, user, now=NOW) for of in (app, elsewhere)))
     assert held == [[(mine.credential_id, mine.transports, True)], []]
 
@@ -229,7 +250,7 @@ async def test_a_value_that_the_server_refuses_harms_only_its_caller(
     assert all(isinstance(one, str) for one in found)
 
 
-# -- what somebody else holds -----------------------------------------------------------------------------------------------------
+# -- what somebody else holds ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("deleted", [True, False])
@@ -248,7 +269,9 @@ async def test_an_app_that_is_being_deleted_holds_up_only_its_own(
             asyncio.create_task(add(durable, leaving, theirs, b"theirs")),
         ]
         assert await asyncio.gather(
-            ensure(durable, app, "bob"), ensure(durable, app, "carl"), add(durable, app, user, b"mine")
+            ensure(durable, app, "bob"),
+            ensure(durable, app, "carl"),
+            add(durable, app, user, b"mine"),
         )
         await blocked(stores, session, 2)
         assert not any(one.done() for one in held)
@@ -295,7 +318,9 @@ async def test_a_user_who_is_being_deleted_holds_up_only_their_own(
 async def test_deletions_and_registrations_at_once(
     durable: Durable, other: Durable, app: RelyingParty
 ) -> None:
-    """A passkey was stored before its user was deleted, or it is told that there is no user; none is left behind."""
+    """A passkey was stored before its user was deleted, or it is told that there is no user; none
+    is left behind.
+    """
     users = [await ensure(durable, app, f"user-{number}") for number in range(24)]
     outcomes = await asyncio.gather(
         *(add(durable, app, user, user.encode()) for user in users),
@@ -307,7 +332,7 @@ async def test_deletions_and_registrations_at_once(
     assert unharmed(durable, other)
 
 
-# -- how many a user may have -----------------------------------------------------------------------------------------------------------
+# -- how many a user may have ----------------------------------------------------------------------
 
 
 async def registered(
@@ -323,8 +348,9 @@ async def registered(
 async def test_of_many_at_once_as_many_are_added_as_a_user_may_have(
     durable: Durable, other: Durable, app: RelyingParty, stores: EmbeddedStores, live: bool
 ) -> None:
-    """Twelve registrations that all began below the limit, on two instances. All are held open at the user's row, so that every
-    statement has taken its snapshot before any of them adds a passkey."""
+    """Twelve registrations that all began below the limit, on two instances. All are held open at
+    the user's row, so that every statement has taken its snapshot before any of them adds a
+    passkey."""
     user = await ensure(durable, app, "ann")
     assert await registered(durable, app, user, b"first", 4) == "added"
     async with session_of(stores) as session:
@@ -334,9 +360,7 @@ async def test_of_many_at_once_as_many_are_added_as_a_user_may_have(
                 asyncio.create_task(registered(store, app, user, bytes([number]) * 8, 4, live=live))
                 for number, store in enumerate((durable, other) * 6)
             ]
-            waiting = (
-                "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype IN ('transactionid', 'tuple')"
-            )
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype IN ('transactionid', 'tuple')"
             while await session.fetchval(waiting) < 12:
                 assert not any(task.done() for task in tasks)
                 await asyncio.sleep(0.005)  # between two looks

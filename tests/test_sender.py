@@ -1,4 +1,5 @@
-"""The shared connection to Redis (`broker.ephemeral.sender`) on a real Valkey, plain and through TLS: large values, and ends of all kinds.
+"""The shared connection to Redis (`broker.ephemeral.sender`) on a real Valkey, plain and through
+TLS: large values, and ends of all kinds.
 
 What the stores make of it, and what a lost reply means, is in tests/test_ephemeral.py.
 """
@@ -48,7 +49,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
     made = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+        x509.CertificateBuilder(
+            name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1)
+        )
         .add_extension(x509.SubjectAlternativeName([address]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
@@ -75,7 +78,9 @@ class Door:
 
 
 @pytest.fixture(params=["plain", "TLS"])
-async def door(request: pytest.FixtureRequest, valkey: Valkey, certificate: Path) -> AsyncIterator[Door]:
+async def door(
+    request: pytest.FixtureRequest, valkey: Valkey, certificate: Path
+) -> AsyncIterator[Door]:
     made, tasks = Door(), set[asyncio.Task[None]]()
     context = None
     if request.param == "TLS":
@@ -102,7 +107,9 @@ async def door(request: pytest.FixtureRequest, valkey: Valkey, certificate: Path
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     port = server.sockets[0].getsockname()[1]
-    made.url = f"rediss://127.0.0.1:{port}/?ssl_ca_certs={certificate}" if context else valkey.url_at(port)
+    made.url = (
+        f"rediss://127.0.0.1:{port}/?ssl_ca_certs={certificate}" if context else valkey.url_at(port)
+    )
     yield made
     server.close()
     made.close()
@@ -120,7 +127,8 @@ async def commands(door: Door) -> AsyncIterator[Commands]:
 async def test_each_caller_gets_their_own_reply(commands: Commands, door: Door) -> None:
     """A thousand at once on one connection; who gives up takes nobody's."""
     asking = [
-        asyncio.ensure_future(commands.ask("ECHO", b"%d" % number, limit=LIMIT)) for number in range(1000)
+        asyncio.ensure_future(commands.ask("ECHO", b"%d" % number, limit=LIMIT))
+        for number in range(1000)
     ]
     for number in range(0, 500, 7):  # before anything is written
         asking[number].cancel()
@@ -169,7 +177,9 @@ async def test_a_refusal_is_its_callers(commands: Commands, door: Door) -> None:
 async def test_the_server_closes_while_callers_wait(commands: Commands, door: Door) -> None:
     """All of them are told, each by an exception of their own; the next has a new connection."""
     assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
-    waiting = [asyncio.ensure_future(commands.ask("BLPOP", "nothing", 0, limit=LIMIT)) for _ in range(3)]
+    waiting = [
+        asyncio.ensure_future(commands.ask("BLPOP", "nothing", 0, limit=LIMIT)) for _ in range(3)
+    ]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     door.close()
@@ -180,7 +190,9 @@ async def test_the_server_closes_while_callers_wait(commands: Commands, door: Do
     assert door.connections == 2
 
 
-async def test_the_server_closes_an_idle_connection(commands: Commands, door: Door, valkey: Valkey) -> None:
+async def test_the_server_closes_an_idle_connection(
+    commands: Commands, door: Door, valkey: Valkey
+) -> None:
     """As one with a `timeout` does: nobody is refused for it."""
     for number in range(1, 4):
         assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
@@ -226,7 +238,9 @@ def test_one_loop_after_the_other(valkey: Valkey) -> None:
 
 
 def test_who_asks_as_the_connection_ends_is_told_so(valkey: Valkey) -> None:
-    """A transport is closed a turn before it says that the connection is lost, and takes a write in between for nothing. Who is alone writes at once."""
+    """A transport is closed a turn before it says that the connection is lost, and takes a write in
+    between for nothing. Who is alone writes at once.
+    """
 
     async def main() -> None:
         commands = connect(valkey.url, timeout=LIMIT)

@@ -42,10 +42,15 @@ SERVING = {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": "0", "BROKER_SECRET_KEY": 
 
 
 class Serve:
-    """A `broker serve`, or another command; `log` grows as it writes. Ports are in its line "listening"."""
+    """A `broker serve`, or another command; `log` grows as it writes. Ports are in its line
+    "listening".
+    """
 
     def __init__(
-        self, environment: dict[str, str], *options: str, command: Sequence[str] = (str(BROKER), "serve")
+        self,
+        environment: dict[str, str],
+        *options: str,
+        command: Sequence[str] = (str(BROKER), "serve"),
     ) -> None:
         self.process = subprocess.Popen(
             [*command, *options],
@@ -78,7 +83,9 @@ class Serve:
 
     def begun(self) -> Serve:
         """Wait until it listens."""
-        until(lambda: self.process.poll() is not None or self._listening() is not None, "it listens")
+        until(
+            lambda: self.process.poll() is not None or self._listening() is not None, "it listens"
+        )
         assert self.process.poll() is None, self.lines
         return self
 
@@ -146,13 +153,22 @@ class Valkey:
     def __init__(self, home: Path, *options: str) -> None:
         found = find_redis(server_account())
         self.socket = home / "v.sock"
-        self._argv = [str(found.directory / found.server), "--save", "", "--unixsocket", str(self.socket)]
+        self._argv = [
+            str(found.directory / found.server),
+            "--save",
+            "",
+            "--unixsocket",
+            str(self.socket),
+        ]
         self._argv += ["--dir", str(home), *options]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            self._argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            self._argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         until(self._answers, "Valkey answers")
 
@@ -177,7 +193,7 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
     own.stop()
 
 
-# -- before it listens ----------------------------------------------------------------------------------------------------------------
+# -- before it listens -----------------------------------------------------------------------------
 
 
 def test_tells_every_fault_at_once(serve: Start) -> None:
@@ -231,7 +247,9 @@ def test_a_busy_port_is_one_sentence(serve: Start, option: str) -> None:
         ),
     ],
 )
-def test_an_address_that_is_not_ours_is_one_sentence(serve: Start, host: str, sentence: str) -> None:
+def test_an_address_that_is_not_ours_is_one_sentence(
+    serve: Start, host: str, sentence: str
+) -> None:
     started = serve("--host", host)
     assert started.end() == 1
     assert started.lines == [f"broker: {sentence}\n"]
@@ -264,7 +282,7 @@ def test_runs_on_uvloop() -> None:
     assert serving.run(kind()) == "uvloop"
 
 
-# -- ready ----------------------------------------------------------------------------------------------------------------------------
+# -- ready -----------------------------------------------------------------------------------------
 
 
 def migrate(database_url: str) -> str:
@@ -278,7 +296,9 @@ def migrate(database_url: str) -> str:
 
 
 async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None:
-    """Without a restart; and stays so when newer code has migrated further, so that a roll-back is safe."""
+    """Without a restart; and stays so when newer code has migrated further, so that a roll-back is
+    safe.
+    """
     started = serve(database_url=fresh_database).begun()
     assert started.ready() == {
         "http": 503,
@@ -309,7 +329,9 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
 async def test_the_log_says_what_to_do_until_the_database_is_migrated(
     stores: EmbeddedStores, fresh_database: str
 ) -> None:
-    """At each look: one finds an unmigrated database, one none that answers, and one that somebody has migrated, which ends it."""
+    """At each look: one finds an unmigrated database, one none that answers, and one that somebody
+    has migrated, which ends it.
+    """
     stream = io.StringIO()
     settings = settings_for(stores, database_url=fresh_database, store_timeout=0.3)
     parts = await assemble(settings, log=Log(stream))
@@ -369,7 +391,9 @@ def test_migrating_without_a_database_is_one_sentence(serve: Start, tmp_path: Pa
     started = serve("--migrate", database_url=f"postgresql://broker@/postgres?host={tmp_path}")
     assert started.end() == 1
     (sentence,) = started.lines
-    assert re.fullmatch(r"broker: Postgres can't be reached \(\w+\); check BROKER_DATABASE_URL\.\n", sentence)
+    assert re.fullmatch(
+        r"broker: Postgres can't be reached \(\w+\); check BROKER_DATABASE_URL\.\n", sentence
+    )
 
 
 def test_is_ready_when_the_stores_are(serve: Start, valkey: Valkey, tmp_path: Path) -> None:
@@ -383,12 +407,13 @@ def test_is_ready_when_the_stores_are(serve: Start, valkey: Valkey, tmp_path: Pa
         until(lambda: started.ready()["http"] == 503, "not ready without Redis")
     assert get(started.port, "/health/live") == 200
     both = serve(
-        redis_url=f"unix://{valkey.socket}", database_url=f"postgresql://broker@/postgres?host={tmp_path}"
+        redis_url=f"unix://{valkey.socket}",
+        database_url=f"postgresql://broker@/postgres?host={tmp_path}",
     ).begun()
     assert both.ready()["missing"] == ["postgres", "redis"]
 
 
-# -- ports ----------------------------------------------------------------------------------------------------------------------------
+# -- ports -----------------------------------------------------------------------------------------
 
 
 async def test_a_management_port_takes_the_keyed_routes_away(serve: Start) -> None:
@@ -421,7 +446,7 @@ def test_the_start_tells_where_metrics_are(
     assert get(started.port, "/metrics") == (200 if told == "public" else 404)
 
 
-# -- half-closed connections ------------------------------------------------------------------------------------------------------------
+# -- half-closed connections -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("expect", ["", "Expect: \r\n"])
@@ -441,7 +466,7 @@ def test_a_peer_that_half_closes_gets_its_answers(serve: Start, expect: str) -> 
             assert b" 200 " not in opened.makefile("rb").read()
 
 
-# -- the end --------------------------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 def refuses_connections(port: int) -> bool:
@@ -453,7 +478,9 @@ def refuses_connections(port: int) -> bool:
 
 
 def in_flight(port: int, app: dict[str, str]) -> socket.socket:
-    """A request whose body is half sent, so that its handler runs and waits; `finish` sends the rest."""
+    """A request whose body is half sent, so that its handler runs and waits; `finish` sends the
+    rest.
+    """
     opened = socket.create_connection(("127.0.0.1", port), timeout=30)
     head = f"POST /v1/apps/{app['app_id']}/transactions/register HTTP/1.1\r\nHost: localhost\r\n"
     head += f"Authorization: Bearer {app['api_key']}\r\nExpect: 100-continue\r\n"
@@ -473,7 +500,18 @@ def finish(opened: socket.socket) -> bytes:
 def app(stores: EmbeddedStores) -> dict[str, str]:
     """An app in the shared stores: `app_id`, `api_key`."""
     done = subprocess.run(
-        [str(BROKER), "app", "create", "--name", "A", "--rp-id", RP_ID, "--origin", ORIGIN, "--json"],
+        [
+            str(BROKER),
+            "app",
+            "create",
+            "--name",
+            "A",
+            "--rp-id",
+            RP_ID,
+            "--origin",
+            ORIGIN,
+            "--json",
+        ],
         env=CLEAN | {"BROKER_DATABASE_URL": stores.database_url},
         capture_output=True,
         text=True,
@@ -525,7 +563,9 @@ def test_both_ports_drain_together(serve: Start, app: dict[str, str]) -> None:
         assert started.end() == 0
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)]
+)
 def test_a_second_signal_ends_at_once(
     serve: Start, app: dict[str, str], number: signal.Signals, status: int
 ) -> None:
@@ -539,7 +579,7 @@ def test_a_second_signal_ends_at_once(
     assert not any("Traceback" in line for line in started.lines)
 
 
-# -- the log --------------------------------------------------------------------------------------------------------------------------
+# -- the log ---------------------------------------------------------------------------------------
 
 
 def test_every_line_is_json_and_holds_nothing_of_the_request(serve: Start) -> None:
@@ -562,14 +602,16 @@ def test_every_line_is_json_and_holds_nothing_of_the_request(serve: Start) -> No
     assert {"at", "level", "event"} <= set.intersection(*(set(line) for line in started.log))
 
 
-# -- Redis Cluster --------------------------------------------------------------------------------------------------------------------
+# -- Redis Cluster ---------------------------------------------------------------------------------
 
 
 def doctor(stores: EmbeddedStores, redis_url: str) -> list[dict[str, Any]]:
     """What `broker doctor` finds; all must be well, but for apps that other tests made."""
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": redis_url}
     urls["BROKER_SECRET_KEY"] = SECRET_KEY  # other tests' signing keys are sealed under it
-    done = subprocess.run([str(BROKER), "doctor", "--json"], env=CLEAN | urls, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(BROKER), "doctor", "--json"], env=CLEAN | urls, capture_output=True, text=True
+    )
     assert done.stderr == "", done
     found: list[dict[str, Any]] = json.loads(done.stdout)
     assert all(f["ok"] for f in found if f["check"] != "app"), done
@@ -577,11 +619,17 @@ def doctor(stores: EmbeddedStores, redis_url: str) -> list[dict[str, Any]]:
 
 
 async def test_works_on_a_cluster(
-    serve: Start, stores: EmbeddedStores, cluster: Cluster, app: dict[str, str], device: Authenticator
+    serve: Start,
+    stores: EmbeddedStores,
+    cluster: Cluster,
+    app: dict[str, str],
+    device: Authenticator,
 ) -> None:
     """As an operator runs it: doctor, readiness, a registration, a login, a redemption."""
     url = cluster.url
-    assert {"check": "eviction", "ok": True, "found": "noeviction", "todo": ""} in doctor(stores, url)
+    assert {"check": "eviction", "ok": True, "found": "noeviction", "todo": ""} in doctor(
+        stores, url
+    )
     started = serve(redis_url=url).begun()
     assert started.ready() == {"http": 200, "status": "ready"}
     async with aiohttp.ClientSession() as session:

@@ -1,6 +1,8 @@
-"""The HTTP server at the level of bytes: what is not HTTP, what comes slowly, what is asked oddly; logs, metrics, and the end.
+"""The HTTP server at the level of bytes: what is not HTTP, what comes slowly, what is asked oddly;
+logs, metrics, and the end.
 
-These tests send what would reveal a change of the aiohttp internals that `broker.web.server` overrides.
+These tests send what would reveal a change of the aiohttp internals that `broker.web.server`
+overrides.
 """
 
 from __future__ import annotations
@@ -118,7 +120,9 @@ def library_log(broker: Started) -> Iterator[None]:
     root.setLevel(level)
 
 
-def request(method: str, target: str, *headers: str, body: bytes = b"", version: str = "HTTP/1.1") -> bytes:
+def request(
+    method: str, target: str, *headers: str, body: bytes = b"", version: str = "HTTP/1.1"
+) -> bytes:
     """A well-formed request; its length is stated where there is a body."""
     fields = [f"{method} {target} {version}", "Host: passkeys.example", *headers]
     if body:
@@ -126,7 +130,7 @@ def request(method: str, target: str, *headers: str, body: bytes = b"", version:
     return "\r\n".join(fields).encode("latin-1") + b"\r\n\r\n" + body
 
 
-# -- what is not HTTP ---------------------------------------------------------------------------------------------------------------------
+# -- what is not HTTP ------------------------------------------------------------------------------
 
 HEAD = f"POST /v1/apps/{SECRET}/users?identifier={SECRET} HTTP/1.1\r\nHost: x\r\n".encode()
 KEY = f"Authorization: Bearer {SECRET}".encode()
@@ -145,10 +149,16 @@ MALFORMED: dict[str, bytes] = {
     "a length and chunks": HEAD
     + KEY
     + b"\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "chunks that are not last": HEAD + KEY + b"\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+    "chunks that are not last": HEAD
+    + KEY
+    + b"\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
     "a header of 9,000 bytes": HEAD + KEY + b"\r\nX: " + b"x" * 9_000 + b"\r\n\r\n",
     "a name of 9,000 bytes": HEAD + KEY + b"\r\n" + b"x" * 9_000 + b": 1\r\n\r\n",
-    "200 headers": HEAD + KEY + b"\r\n" + b"".join(b"X-%d: 1\r\n" % n for n in range(200)) + b"\r\n",
+    "200 headers": HEAD
+    + KEY
+    + b"\r\n"
+    + b"".join(b"X-%d: 1\r\n" % n for n in range(200))
+    + b"\r\n",
     "a target of 9,000 bytes": b"GET /" + b"x" * 9_000 + SECRET.encode() + b" HTTP/1.1\r\n\r\n",
     "an unknown version": f"GET /{SECRET} HTTP/9.9\r\n\r\n".encode(),
     "an unknown protocol": f"GET /{SECRET} SPDY/1\r\n\r\n".encode(),
@@ -180,7 +190,9 @@ async def test_what_is_not_http(broker: Started, dial: Dial, data: bytes) -> Non
     assert SECRET not in str((headers, body))
     assert headers["x-request-id"]
     told = [entry for entry in broker.log if entry["event"] == "malformed_request"]
-    assert [(entry["status"], entry["request_id"]) for entry in told] == [(400, headers["x-request-id"])]
+    assert [(entry["status"], entry["request_id"]) for entry in told] == [
+        (400, headers["x-request-id"])
+    ]
     assert SECRET[:12] not in broker.stream.getvalue()
     assert len(broker.log) == 1
 
@@ -207,17 +219,24 @@ async def test_broken_chunks(broker: Started, wire: Wire, dial: Dial, chunks: st
     status, headers, body = await line.answer()
     assert (status, json.loads(body)["code"]) == (400, "invalid_request")
     assert SECRET not in str((headers, body)) + broker.stream.getvalue()
-    assert broker.metric("broker_refusals_total", code="invalid_request", reason="framing") + broker.metric(
-        "broker_refusals_total", code="invalid_request", reason="http"
-    )
+    assert broker.metric(
+        "broker_refusals_total", code="invalid_request", reason="framing"
+    ) + broker.metric("broker_refusals_total", code="invalid_request", reason="http")
 
 
 @pytest.mark.usefixtures("library_log")
 @pytest.mark.parametrize("before", [b"", b'c\r\n{"external_i\r\n'])
-async def test_chunks_that_break_later(broker: Started, wire: Wire, dial: Dial, before: bytes) -> None:
-    """The head is here and its handler waits for the body: it is told at once, and there is one answer."""
+async def test_chunks_that_break_later(
+    broker: Started, wire: Wire, dial: Dial, before: bytes
+) -> None:
+    """The head is here and its handler waits for the body: it is told at once, and there is one
+    answer.
+    """
     line = await dial(broker)
-    target, key = f"/v1/apps/{wire.app_id}/transactions/register", f"Authorization: Bearer {wire.key}"
+    target, key = (
+        f"/v1/apps/{wire.app_id}/transactions/register",
+        f"Authorization: Bearer {wire.key}",
+    )
     await line.send(
         request("POST", target, key, "Expect: 100-continue", "Transfer-Encoding: chunked") + before
     )
@@ -243,9 +262,14 @@ async def logged(broker: Started, **values: object) -> dict[str, Any]:
 @pytest.mark.usefixtures("library_log")
 @pytest.mark.parametrize("how", ["close", "abort", "half"])
 async def test_a_caller_who_goes_away(broker: Started, wire: Wire, dial: Dial, how: str) -> None:
-    """In the middle of the body: no defect of ours, so no line and no metric that would wake an operator."""
+    """In the middle of the body: no defect of ours, so no line and no metric that would wake an
+    operator.
+    """
     line = await dial(broker)
-    target, key = f"/v1/apps/{wire.app_id}/transactions/register", f"Authorization: Bearer {wire.key}"
+    target, key = (
+        f"/v1/apps/{wire.app_id}/transactions/register",
+        f"Authorization: Bearer {wire.key}",
+    )
     await line.send(request("POST", target, key, "Expect: 100-continue", "Content-Length: 50"))
     assert (await line.answer())[0] == 100
     await line.send(b"{")
@@ -261,10 +285,15 @@ async def test_a_caller_who_goes_away(broker: Started, wire: Wire, dial: Dial, h
     assert (await wire.send("GET", broker.url + "/health/live")).status == 200
 
 
-async def test_a_caller_who_does_not_wait_for_the_answer(broker: Started, wire: Wire, dial: Dial) -> None:
+async def test_a_caller_who_does_not_wait_for_the_answer(
+    broker: Started, wire: Wire, dial: Dial
+) -> None:
     """What was asked is done all the same: a change is never half made."""
     line = await dial(broker)
-    target, key = f"/v1/apps/{wire.app_id}/transactions/register", f"Authorization: Bearer {wire.key}"
+    target, key = (
+        f"/v1/apps/{wire.app_id}/transactions/register",
+        f"Authorization: Bearer {wire.key}",
+    )
     async with stalled(broker, "users") as stall:
         await line.send(
             request("POST", target, key, body=b'{"external_id":"ann","passkey_display_name":"Ann"}')
@@ -275,7 +304,7 @@ async def test_a_caller_who_does_not_wait_for_the_answer(broker: Started, wire: 
     assert (await wire.keyed("GET", "/users?identifier=ann")).json["total_users"] == 1
 
 
-# -- what comes slowly --------------------------------------------------------------------------------------------------------------------
+# -- what comes slowly -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,7 +359,9 @@ async def test_an_idle_connection_ends(limited: Limited, dial: Dial) -> None:
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
-async def test_a_body_that_does_not_end(limited: Limited, dial: Dial, wire: Wire, framing: str) -> None:
+async def test_a_body_that_does_not_end(
+    limited: Limited, dial: Dial, wire: Wire, framing: str
+) -> None:
     broker = await limited(Limits(body=0.2))
     line = await dial(broker)
     target = f"/v1/apps/{wire.app_id}/transactions/register"
@@ -343,35 +374,50 @@ async def test_a_body_that_does_not_end(limited: Limited, dial: Dial, wire: Wire
     assert await line.ends() == b""
 
 
-async def test_a_slow_body_without_a_key_is_not_waited_for(limited: Limited, dial: Dial, wire: Wire) -> None:
+async def test_a_slow_body_without_a_key_is_not_waited_for(
+    limited: Limited, dial: Dial, wire: Wire
+) -> None:
     broker = await limited(Limits(body=60))
     line = await dial(broker)
     with refused(broker, "invalid_access_token", "key_missing"):
-        await line.send(request("POST", f"/v1/apps/{wire.app_id}/transactions/register", "Content-Length: 9"))
+        await line.send(
+            request("POST", f"/v1/apps/{wire.app_id}/transactions/register", "Content-Length: 9")
+        )
         assert (await line.answer())[0] == 401
 
 
-# -- what is asked oddly ------------------------------------------------------------------------------------------------------------------
+# -- what is asked oddly ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "GZIP", "identity, gzip", "nonsense"])
+@pytest.mark.parametrize(
+    "encoding", ["gzip", "br", "deflate", "GZIP", "identity, gzip", "nonsense"]
+)
 async def test_a_compressed_body(broker: Started, wire: Wire, encoding: str) -> None:
     """Refused unread: a small body that unpacks to a large one costs nothing."""
     headers = {"Content-Encoding": encoding, "Authorization": f"Bearer {wire.key}"}
     with refused(broker, "unsupported_media_type", "unsupported_media_type"):
-        answer = await wire.send("POST", "/transactions/register", data=b"\x1f\x8b\x08", headers=headers)
+        answer = await wire.send(
+            "POST", "/transactions/register", data=b"\x1f\x8b\x08", headers=headers
+        )
     assert (answer.status, answer.code) == (415, "unsupported_media_type")
     headers["Content-Encoding"] = "identity"
     body = {"external_id": "ann", "passkey_display_name": "Ann"}
-    assert (await wire.send("POST", "/transactions/register", json=body, headers=headers)).status == 201
+    assert (
+        await wire.send("POST", "/transactions/register", json=body, headers=headers)
+    ).status == 201
 
 
 async def test_expectations(broker: Started, wire: Wire, dial: Dial) -> None:
     """100-continue is met; anything else is refused without saying it back."""
     line = await dial(broker)
-    target, key = f"/v1/apps/{wire.app_id}/transactions/register", f"Authorization: Bearer {wire.key}"
+    target, key = (
+        f"/v1/apps/{wire.app_id}/transactions/register",
+        f"Authorization: Bearer {wire.key}",
+    )
     body = b'{"external_id":"ann","passkey_display_name":"Ann"}'
-    await line.send(request("POST", target, key, "Expect: 100-continue", f"Content-Length: {len(body)}"))
+    await line.send(
+        request("POST", target, key, "Expect: 100-continue", f"Content-Length: {len(body)}")
+    )
     assert (await line.answer())[0] == 100
     await line.send(body)
     assert (await line.answer())[0] == 201
@@ -383,7 +429,10 @@ async def test_expectations(broker: Started, wire: Wire, dial: Dial) -> None:
 
 
 async def test_connect_and_http_0_9_find_nothing(broker: Started, dial: Dial) -> None:
-    for data in (b"CONNECT /health/live HTTP/1.1\r\nHost: x\r\n\r\n", f"GET /{SECRET}\r\n\r\n".encode()):
+    for data in (
+        b"CONNECT /health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+        f"GET /{SECRET}\r\n\r\n".encode(),
+    ):
         line = await dial(broker)
         with refused(broker, "not_found", "not_found"):
             await line.send(data)
@@ -400,8 +449,12 @@ async def test_http_1_0(broker: Started, dial: Dial) -> None:
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket", "TLS/1.0", "nonsense"])
-async def test_an_offer_to_upgrade_is_ignored(broker: Started, wire: Wire, dial: Dial, upgrade: str) -> None:
-    """Some clients offer h2c with every request, also with one that has a body; the connection goes on as it is."""
+async def test_an_offer_to_upgrade_is_ignored(
+    broker: Started, wire: Wire, dial: Dial, upgrade: str
+) -> None:
+    """Some clients offer h2c with every request, also with one that has a body; the connection goes
+    on as it is.
+    """
     line = await dial(broker)
     body = b'{"external_id":"ann","passkey_display_name":"Ann"}'
     for _ in range(2):
@@ -421,7 +474,9 @@ async def test_an_offer_to_upgrade_is_ignored(broker: Started, wire: Wire, dial:
     assert len(lines(broker, status=201)) == 2
 
 
-async def test_pipelined_requests_are_answered_in_order(broker: Started, wire: Wire, dial: Dial) -> None:
+async def test_pipelined_requests_are_answered_in_order(
+    broker: Started, wire: Wire, dial: Dial
+) -> None:
     line = await dial(broker)
     key = f"Authorization: Bearer {wire.key}"
     app = f"/v1/apps/{wire.app_id}"
@@ -450,7 +505,9 @@ async def test_pipelined_requests_are_answered_in_order(broker: Started, wire: W
         ("OPTIONS", 405, "GET,HEAD"),
     ],
 )
-async def test_other_methods(broker: Started, dial: Dial, method: str, status: int, allow: str) -> None:
+async def test_other_methods(
+    broker: Started, dial: Dial, method: str, status: int, allow: str
+) -> None:
     line = await dial(broker)
     with refused(broker, "method_not_allowed", "method_not_allowed"):
         await line.send(request(method, "/health/live"))
@@ -471,15 +528,21 @@ async def test_other_methods(broker: Started, dial: Dial, method: str, status: i
     ],
 )
 async def test_head_is_get_without_a_body(broker: Started, dial: Dial, path: str) -> None:
-    """RFC 9110 §9.3.2 "The HEAD method is identical to GET except that the server MUST NOT send content in the response"."""
+    """RFC 9110 §9.3.2 "The HEAD method is identical to GET except that the server MUST NOT send
+    content in the response".
+    """
     line = await dial(broker)
     answers = []
     for method in ("GET", "HEAD", "GET"):
         await line.send(request(method, path))
         status, headers, body = await line.answer(body=method == "GET")
-        answers.append((status, {k: v for k, v in headers.items() if k not in ("date", "x-request-id")}))
+        answers.append(
+            (status, {k: v for k, v in headers.items() if k not in ("date", "x-request-id")})
+        )
         assert (len(body) > 0) == (method == "GET")
-    assert answers[0] == answers[1] == answers[2], "with the same headers, and the connection goes on"
+    assert answers[0] == answers[1] == answers[2], (
+        "with the same headers, and the connection goes on"
+    )
     assert answers[0][0] == 200
     assert [(e["method"], e["status"]) for e in lines(broker, route=path)] == [
         ("GET", 200),
@@ -536,7 +599,11 @@ async def test_odd_targets_are_never_a_500(broker: Started, wire: Wire, dial: Di
         for target in TARGETS:
             line = await dial(broker)
             await line.send(
-                request(method, target.replace("{APP}", wire.app_id), f"Authorization: Bearer {wire.key}")
+                request(
+                    method,
+                    target.replace("{APP}", wire.app_id),
+                    f"Authorization: Bearer {wire.key}",
+                )
             )
             status, headers, body = await line.answer()
             assert 400 <= status < 500, (method, target, body)
@@ -546,7 +613,9 @@ async def test_odd_targets_are_never_a_500(broker: Started, wire: Wire, dial: Di
     assert [entry for entry in broker.log if entry["event"] == "defect"] == []
 
 
-@pytest.mark.parametrize("target", ["/nothing", "/v1", "/v1/nothing", "/demo/", "/index.html", "/.env"])
+@pytest.mark.parametrize(
+    "target", ["/nothing", "/v1", "/v1/nothing", "/demo/", "/index.html", "/.env"]
+)
 async def test_unknown_paths(broker: Started, wire: Wire, target: str) -> None:
     with refused(broker, "not_found", "not_found"):
         answer = await wire.send("GET", broker.url + target)
@@ -554,7 +623,7 @@ async def test_unknown_paths(broker: Started, wire: Wire, target: str) -> None:
     assert lines(broker, status=404, route="unmatched")
 
 
-# -- request ids and the log --------------------------------------------------------------------------------------------------------------
+# -- request ids and the log -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", ["12345678", "req-7.f_A" * 7, "0af7651916cd43dd8448eb211c80319c"])
@@ -571,7 +640,17 @@ async def test_a_well_formed_request_id_is_taken(broker: Started, wire: Wire, gi
 
 @pytest.mark.parametrize(
     "given",
-    ["", "short", "x" * 65, "with space", "semi;colon", "quote\"'", "é" * 9, SECRET, "pbn_" + "a" * 43],
+    [
+        "",
+        "short",
+        "x" * 65,
+        "with space",
+        "semi;colon",
+        "quote\"'",
+        "é" * 9,
+        SECRET,
+        "pbn_" + "a" * 43,
+    ],
 )
 async def test_another_request_id_is_made(broker: Started, wire: Wire, given: str) -> None:
     """Also where somebody uses one of our tokens as the id: it would go to logs and events."""
@@ -584,7 +663,9 @@ async def test_another_request_id_is_made(broker: Started, wire: Wire, given: st
 
 
 async def test_one_log_line_a_request(broker: Started, wire: Wire, device: Authenticator) -> None:
-    """With route template, status, duration and app; nothing else but ids of ours and the words of a refusal."""
+    """With route template, status, duration and app; nothing else but ids of ours and the words of
+    a refusal.
+    """
     await wire.user("ann", device)
     await wire.authenticate(None, device)
     await wire.send("GET", "/nothing")
@@ -613,10 +694,20 @@ async def test_one_log_line_a_request(broker: Started, wire: Wire, device: Authe
 async def test_nothing_of_a_caller_reaches_the_log(
     broker: Started, wire: Wire, open_app: OpenApp, dial: Dial
 ) -> None:
-    """Everything once, right and wrong; then the whole log is searched for all that was sent and all that was answered."""
+    """Everything once, right and wrong; then the whole log is searched for all that was sent and
+    all that was answered.
+    """
     device, stranger = Authenticator(), Authenticator()
     external, name = "ann.external-4711@example.org", "Ann's secret display name"
-    said: set[str] = {wire.key, external, name, "passkeys.invalid", "evil-query", "evil-path", "evil-agent"}
+    said: set[str] = {
+        wire.key,
+        external,
+        name,
+        "passkeys.invalid",
+        "evil-query",
+        "evil-path",
+        "evil-agent",
+    }
     said.add("evil query")
 
     def remember(value: Any) -> None:
@@ -629,8 +720,14 @@ async def test_nothing_of_a_caller_reaches_the_log(
         elif isinstance(value, str) and len(value) >= 20:
             said.add(value)
 
-    async def post(path: str, body: dict[str, Any], *, key: str | None = None, at: Wire = wire) -> Any:
-        headers = {"Origin": ORIGIN, "User-Agent": "evil-agent", "Passage-Flex-Version": "evil-agent"}
+    async def post(
+        path: str, body: dict[str, Any], *, key: str | None = None, at: Wire = wire
+    ) -> Any:
+        headers = {
+            "Origin": ORIGIN,
+            "User-Agent": "evil-agent",
+            "Passage-Flex-Version": "evil-agent",
+        }
         if key:
             headers["Authorization"] = f"Bearer {key}"
         answer = await at.send("POST", path, json=body, headers=headers)
@@ -642,7 +739,9 @@ async def test_nothing_of_a_caller_reaches_the_log(
     for how in (Misbehaviour(), Misbehaviour(uv=False), Misbehaviour(challenge="x")):
         opened = await post("/transactions/register", fields, key=wire.key)
         begun = await post("/register/transactions/webauthn/start", opened)
-        answer = Authenticator().register(begun["handshake"]["challenge"]["publicKey"], ORIGIN, **how)
+        answer = Authenticator().register(
+            begun["handshake"]["challenge"]["publicKey"], ORIGIN, **how
+        )
         body = {"handshake_id": begun["handshake"]["id"], "handshake_response": answer, **opened}
         finished = await post("/register/transactions/webauthn/finish", body)
         await post("/register/transactions/webauthn/finish", body)
@@ -658,7 +757,10 @@ async def test_nothing_of_a_caller_reaches_the_log(
         (device, Misbehaviour(signature=b"no")),
         (stranger, Misbehaviour()),
     ):
-        for opened in ({}, await post("/transactions/authenticate", {"external_id": external}, key=wire.key)):
+        for opened in (
+            {},
+            await post("/transactions/authenticate", {"external_id": external}, key=wire.key),
+        ):
             begun = await post("/authenticate/transactions/webauthn/start", opened)
             options = begun["handshake"]["challenge"]["publicKey"]
             options.pop("allowCredentials", None)
@@ -672,11 +774,17 @@ async def test_nothing_of_a_caller_reaches_the_log(
     await wire.keyed("GET", "/users?limit=evil-query")
     await wire.keyed("DELETE", f"/users/{user}/devices/evil-path")
     await wire.send("GET", "/evil-path?evil-query", headers={"Origin": "https://passkeys.invalid"})
-    for origin in ("https://passkeys.invalid", "https://passkeys.invalid/evil-path", "https://evil query"):
+    for origin in (
+        "https://passkeys.invalid",
+        "https://passkeys.invalid/evil-path",
+        "https://evil query",
+    ):
         await wire.page("/authenticate/transactions/webauthn/start", {}, origin=origin)
     await wire.page("/authenticate/transactions/webauthn/start", data=b'{"evil-query')
     line = await dial(broker)
-    await line.send(f"GET /evil-path HTTP/1.1\r\nAuthorization: Bearer {wire.key}\x00\r\n\r\n".encode())
+    await line.send(
+        f"GET /evil-path HTTP/1.1\r\nAuthorization: Bearer {wire.key}\x00\r\n\r\n".encode()
+    )
     await line.ends()
 
     said -= {ORIGIN}
@@ -685,7 +793,9 @@ async def test_nothing_of_a_caller_reaches_the_log(
     notices = [entry for entry in broker.log if entry["event"] == "origin_refused"]
     assert [entry["origin"] for entry in notices] == ["https://passkeys.invalid", "malformed"]
     # The one thing that callers put into the log: an origin, in the form that browsers write.
-    log = "\n".join(line for line in broker.stream.getvalue().splitlines() if '"origin_refused"' not in line)
+    log = "\n".join(
+        line for line in broker.stream.getvalue().splitlines() if '"origin_refused"' not in line
+    )
     assert len(broker.log) > 40
     shown = {value for value in said if value in log}
     assert shown == {wire.app_id} & said, "ids of ours may be logged, nothing a caller can use"
@@ -694,7 +804,7 @@ async def test_nothing_of_a_caller_reaches_the_log(
         assert value[4:20] not in log
 
 
-# -- metrics and health -------------------------------------------------------------------------------------------------------------------
+# -- metrics and health ----------------------------------------------------------------------------
 
 METRICS = [
     "broker_ceremonies_total",
@@ -709,8 +819,12 @@ METRICS = [
 ]
 
 
-async def test_metrics(start_broker: Starter, session: ClientSession, device: Authenticator) -> None:
-    """Every metric is there from the start; labels are words of ours, so their number is bounded."""
+async def test_metrics(
+    start_broker: Starter, session: ClientSession, device: Authenticator
+) -> None:
+    """Every metric is there from the start; labels are words of ours, so their number is
+    bounded.
+    """
     broker = await start_broker(metrics="public")
     wire = await Wire.open(broker.service, session)
     answer = await wire.send("GET", broker.url + "/metrics")
@@ -754,7 +868,10 @@ async def test_health(broker: Started, wire: Wire) -> None:
 
 
 async def test_the_browser_side_is_served(broker: Started, wire: Wire) -> None:
-    for name, kind in (("passkey.js", "text/javascript"), ("passkey.d.ts", "application/typescript")):
+    for name, kind in (
+        ("passkey.js", "text/javascript"),
+        ("passkey.d.ts", "application/typescript"),
+    ):
         content = (SDK / name).read_bytes()
         for folder, caching in SDK_FOLDERS.items():
             answer = await wire.send("GET", f"{broker.url}{folder}/{name}")
@@ -766,7 +883,9 @@ async def test_the_browser_side_is_served(broker: Started, wire: Wire) -> None:
             assert lines(broker, status=200, route=f"{folder}/{name}")
 
 
-async def test_the_browser_side_of_another_version_is_not_served(broker: Started, wire: Wire) -> None:
+async def test_the_browser_side_of_another_version_is_not_served(
+    broker: Started, wire: Wire
+) -> None:
     """A page that names it would get other bytes than it expects, and keep them for a year."""
     for version in ("0.0.1", "latest", __version__ + ".0", "%30.1.0x"):
         answer = await wire.send("GET", f"{broker.url}/sdk/{version}/passkey.js")
@@ -774,12 +893,13 @@ async def test_the_browser_side_of_another_version_is_not_served(broker: Started
     assert len(lines(broker, status=404, route="unmatched")) == 4
 
 
-# -- the end ------------------------------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 async def refuses_connections(broker: Started) -> None:
-    """Return when nobody listens any more. Who connects in the moment of the end makes asyncio's own server stumble, from Python 3.13 on;
-    so the address is asked for instead, which is free when nobody listens on it."""
+    """Return when nobody listens any more. Who connects in the moment of the end makes asyncio's
+    own server stumble, from Python 3.13 on; so the address is asked for instead, which is free when
+    nobody listens on it."""
     address = "127.0.0.1", broker.service.port
     async with soon():
         while True:
@@ -868,7 +988,9 @@ async def test_close_waits_no_longer_than_the_drain_limit(
 async def test_a_defect_of_ours_is_a_500_without_a_word_of_it(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    """A stored policy that no code of ours writes: the answer says nothing of it, the log says what kind of defect and where."""
+    """A stored policy that no code of ours writes: the answer says nothing of it, the log says what
+    kind of defect and where.
+    """
     async with stalled(broker, "relying_parties") as stall:
         await stall.connection.execute(
             "UPDATE relying_parties SET policy = $2::jsonb WHERE id = $1",

@@ -1,4 +1,6 @@
-"""Settings from the environment: what each takes, that every fault is told at once, and that no secret is told at all."""
+"""Settings from the environment: what each takes, that every fault is told at once, and that no
+secret is told at all.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,16 @@ S1 = "zq9w-" + "abcdefghijklmnopqrstuvwxyz0123456789"
 S2 = "AbCdEfGhIjKlMnOpQrStUvWxYz/+9876"
 
 GOOD: list[tuple[str, str, object]] = [
-    ("database_url", "postgres://u:p%40ss@db.example:5433/name", "postgres://u:p%40ss@db.example:5433/name"),
-    ("database_url", "postgresql://u@a:1,b:2/x?sslmode=require", "postgresql://u@a:1,b:2/x?sslmode=require"),
+    (
+        "database_url",
+        "postgres://u:p%40ss@db.example:5433/name",
+        "postgres://u:p%40ss@db.example:5433/name",
+    ),
+    (
+        "database_url",
+        "postgresql://u@a:1,b:2/x?sslmode=require",
+        "postgresql://u@a:1,b:2/x?sslmode=require",
+    ),
     ("database_url", "postgresql://u@[::1]:5432/x", "postgresql://u@[::1]:5432/x"),
     (
         "database_url",
@@ -27,7 +37,11 @@ GOOD: list[tuple[str, str, object]] = [
         "postgresql://u@/x?host=%2Frun%2Fpg&port=1",
     ),
     ("redis_url", "redis://localhost", "redis://localhost"),
-    ("redis_url", "rediss://:p%2Fw@h:1/3?ssl_ca_certs=/ca", "rediss://:p%2Fw@h:1/3?ssl_ca_certs=/ca"),
+    (
+        "redis_url",
+        "rediss://:p%2Fw@h:1/3?ssl_ca_certs=/ca",
+        "rediss://:p%2Fw@h:1/3?ssl_ca_certs=/ca",
+    ),
     ("redis_url", "unix:///run/valkey.sock?db=2", "unix:///run/valkey.sock?db=2"),
     ("redis_url", "redis+cluster://h:7000", "redis+cluster://h:7000"),
     ("redis_url", "rediss+cluster://h:7000/", "rediss+cluster://h:7000/"),
@@ -208,7 +222,10 @@ def test_tells_every_fault_at_once() -> None:
 def test_only_what_is_needed_may_be_missing() -> None:
     with pytest.raises(SettingsFault) as caught:
         Settings.load({})
-    assert caught.value.faults == ("BROKER_DATABASE_URL is missing.", "BROKER_REDIS_URL is missing.")
+    assert caught.value.faults == (
+        "BROKER_DATABASE_URL is missing.",
+        "BROKER_REDIS_URL is missing.",
+    )
     assert Settings.load({}, needed=()) == Settings()
     one = {"BROKER_DATABASE_URL": STORES["BROKER_DATABASE_URL"]}
     assert Settings.load(one, needed=("database_url",)).redis_url == ""
@@ -219,7 +236,9 @@ def test_an_empty_value_is_the_default() -> None:
 
 
 def test_the_two_ports_differ() -> None:
-    with pytest.raises(SettingsFault, match="BROKER_MANAGEMENT_PORT must not be the port of BROKER_PORT"):
+    with pytest.raises(
+        SettingsFault, match="BROKER_MANAGEMENT_PORT must not be the port of BROKER_PORT"
+    ):
         load(port="9000", management_port="9000")
     with pytest.raises(SettingsFault, match="BROKER_MANAGEMENT_PORT"):
         load(management_port="8080")

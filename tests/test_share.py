@@ -1,4 +1,6 @@
-"""Acceptors of one queue, as two processes have them: who has more connections leaves the next one to the other, for a moment."""
+"""Acceptors of one queue, as two processes have them: who has more connections leaves the next one
+to the other, for a moment.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Port:
 
     def connect(self, count: int) -> None:
         """So many clients, whom nobody has accepted yet."""
-        self._clients += [socket.create_connection(self.listening.getsockname()) for _ in range(count)]
+        self._clients += [
+            socket.create_connection(self.listening.getsockname()) for _ in range(count)
+        ]
 
     def hang_up(self) -> None:
         for client in self._clients:
@@ -88,7 +92,7 @@ def numbers(shares: Shares) -> list[int]:
     return list(shares._counts)
 
 
-# -- the numbers ----------------------------------------------------------------------------------------------------------------------
+# -- the numbers -----------------------------------------------------------------------------------
 
 
 def test_each_sees_the_others(tmp_path: Path) -> None:
@@ -138,7 +142,7 @@ def test_ahead_is_who_has_clearly_more_than_somebody(
     assert own.ahead is ahead
 
 
-# -- accepting ------------------------------------------------------------------------------------------------------------------------
+# -- accepting -------------------------------------------------------------------------------------
 
 
 async def test_a_burst_is_shared(port: Port, shares: Shares) -> None:
@@ -194,7 +198,9 @@ async def test_who_stops_keeps_what_it_had_just_accepted(port: Port, shares: Sha
     assert len(one) == 5
 
 
-async def test_a_client_that_left_before_it_was_accepted_is_let_go(port: Port, shares: Shares) -> None:
+async def test_a_client_that_left_before_it_was_accepted_is_let_go(
+    port: Port, shares: Shares
+) -> None:
     port.connect(3)
     port.hang_up()
     one = port.accept(shares.at(0))
@@ -237,7 +243,7 @@ async def test_without_descriptors_it_is_told_and_tried_again(
     assert {context["message"] for context in told} == {"can't accept connections"}
 
 
-# -- the queue ------------------------------------------------------------------------------------------------------------------------
+# -- the queue -------------------------------------------------------------------------------------
 
 
 def longest(listening: socket.socket) -> int:
@@ -247,7 +253,9 @@ def longest(listening: socket.socket) -> int:
     return most
 
 
-async def test_a_queue_is_as_long_as_it_was_bound_for(port: Port, shares: Shares, broker: Started) -> None:
+async def test_a_queue_is_as_long_as_it_was_bound_for(
+    port: Port, shares: Shares, broker: Started
+) -> None:
     """Also where an event loop serves the socket, which listens anew."""
     port.accept(shares.at(0))
     (site,) = broker.service._listeners[0]._runner.sites

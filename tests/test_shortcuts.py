@@ -1,4 +1,6 @@
-"""Routes found beside aiohttp's router (`broker.web.shortcuts`): wherever there is an answer, it is the router's."""
+"""Routes found beside aiohttp's router (`broker.web.shortcuts`): wherever there is an answer, it is
+the router's.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ class Reader:
         loop = asyncio.get_running_loop()
         parser = HttpRequestParser(BaseProtocol(loop), loop, 2**16)
         try:
-            ((message, _),), _, _ = parser.feed_data(request(method, "{}").replace(b"{}", path.encode()))
+            ((message, _),), _, _ = parser.feed_data(
+                request(method, "{}").replace(b"{}", path.encode())
+            )
         except HttpProcessingError:
             return None
         url = message.url.relative() if message.url.absolute else message.url
@@ -167,8 +171,12 @@ def of_one_variable(template: str) -> bool:
     return template.count("{") <= 1
 
 
-async def test_every_route_of_every_port(app: web.Application, shortcuts: Shortcuts, sent: Reader) -> None:
-    """By every method, the second time as the first; and most routes with one variable or none have a shortcut."""
+async def test_every_route_of_every_port(
+    app: web.Application, shortcuts: Shortcuts, sent: Reader
+) -> None:
+    """By every method, the second time as the first; and most routes with one variable or none have
+    a shortcut.
+    """
     short = set()
     for template, methods in templates(app).items():
         for method, ids in itertools.product(METHODS, itertools.pairwise((*IDS, IDS[0]))):
@@ -266,13 +274,17 @@ async def test_rivals_have_no_shortcut(one: str, other: str, turned: bool) -> No
     for identifier in IDS:
         path = filled(one, identifier)
         assert shortcuts.find("POST", path) is None
-        assert by_shortcut(shortcuts, "GET", path) == await by_router(app, make_mocked_request("GET", path))
+        assert by_shortcut(shortcuts, "GET", path) == await by_router(
+            app, make_mocked_request("GET", path)
+        )
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 async def test_rivals_for_some_ids(pattern: str, turned: bool) -> None:
-    """A template that takes only some of the ids is no rival for the others, and is one for those."""
+    """A template that takes only some of the ids is no rival for the others, and is one for
+    those.
+    """
     app = web.Application()
     pairs = [("/a/{id}/x", first), (f"/a/{{other:{pattern}}}/x", second)]
     for path, handler in reversed(pairs) if turned else pairs:
@@ -281,7 +293,9 @@ async def test_rivals_for_some_ids(pattern: str, turned: bool) -> None:
     for _, identifier in itertools.product(range(2), IDS):
         path = f"/a/{identifier}/x"
         found = by_shortcut(shortcuts, "GET", path)
-        assert found is None or found == await by_router(app, make_mocked_request("GET", path)), path
+        assert found is None or found == await by_router(app, make_mocked_request("GET", path)), (
+            path
+        )
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -294,7 +308,9 @@ async def test_a_fixed_path_that_looks_like_an_id(turned: bool) -> None:
     for identifier in IDS:
         path = f"/a/{identifier}/x"
         found = by_shortcut(shortcuts, "GET", path)
-        assert found is None or found == await by_router(app, make_mocked_request("GET", path)), path
+        assert found is None or found == await by_router(app, make_mocked_request("GET", path)), (
+            path
+        )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -306,7 +322,9 @@ async def test_a_variable_that_takes_not_every_id(pattern: str) -> None:
     for identifier in IDS:
         path = f"/a/{identifier}/x"
         found = by_shortcut(shortcuts, "GET", path)
-        assert found is None or found == await by_router(app, make_mocked_request("GET", path)), path
+        assert found is None or found == await by_router(app, make_mocked_request("GET", path)), (
+            path
+        )
 
 
 @pytest.mark.parametrize("app", ["one port"], indirect=True)

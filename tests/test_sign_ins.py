@@ -1,6 +1,8 @@
-"""The two statements that every login shares with others (`broker.durable.sign_ins`), on a real PostgreSQL and in parallel.
+"""The two statements that every login shares with others (`broker.durable.sign_ins`), on a real
+PostgreSQL and in parallel.
 
-Who shares one is settled in tests/test_together.py; here each caller must get what they would have got alone.
+Who shares one is settled in tests/test_together.py; here each caller must get what they would have
+got alone.
 """
 
 from __future__ import annotations
@@ -65,13 +67,15 @@ async def use(
     )
 
 
-# -- sign-ins ---------------------------------------------------------------------------------------------------------------------
+# -- sign-ins --------------------------------------------------------------------------------------
 
 
 async def test_many_share_statements_and_each_is_told_of(
     durable: Durable, postgres: Postgres, app: RelyingParty
 ) -> None:
-    """Each has the Used of their passkey, and their own event: actor, request, user, passkey, action, time."""
+    """Each has the Used of their passkey, and their own event: actor, request, user, passkey,
+    action, time.
+    """
     keys = await passkeys(durable, app, MANY)
 
     async def sign_in(number: int) -> Used | None:
@@ -88,11 +92,19 @@ async def test_many_share_statements_and_each_is_told_of(
     used = await asyncio.gather(*map(sign_in, range(MANY)))
     assert used == [Used(False, number % 3 == 0) for number in range(MANY)]
     assert 0 < statements(postgres, "use_credential") < MANY / 4
-    events = {e.request_id: e for e in await Catalogue(postgres).events(app.id, limit=1000) if e.at >= LATER}
+    events = {
+        e.request_id: e
+        for e in await Catalogue(postgres).events(app.id, limit=1000)
+        if e.at >= LATER
+    }
     assert len(events) == MANY
     for number, key in enumerate(keys):
         event = events[f"request-{number:03}"]
-        assert (event.actor, event.user_id, event.passkey_id) == (f"key:{number}", key.user_id, key.id)
+        assert (event.actor, event.user_id, event.passkey_id) == (
+            f"key:{number}",
+            key.user_id,
+            key.id,
+        )
         assert event.action == ("passkey.used" if number % 5 else "second_factor.used")
         assert (event.result, event.reason) == ("done", None)
         at = LATER + timedelta(microseconds=number)
@@ -107,8 +119,12 @@ async def test_many_share_statements_and_each_is_told_of(
         )
 
 
-async def test_rising_counters_of_one_passkey(durable: Durable, other: Durable, app: RelyingParty) -> None:
-    """At once, on two instances: whichever are recorded, the counter rose with each; the highest always is."""
+async def test_rising_counters_of_one_passkey(
+    durable: Durable, other: Durable, app: RelyingParty
+) -> None:
+    """At once, on two instances: whichever are recorded, the counter rose with each; the highest
+    always is.
+    """
     (key,) = await passkeys(durable, app, 1)
     counts = range(6, 26)
     used = await asyncio.gather(*(use((durable, other)[count % 2], key, count) for count in counts))
@@ -124,7 +140,9 @@ async def test_equal_counters_of_one_passkey(
 ) -> None:
     """Of clones that answer at once exactly one is first; the others are refused, or flagged."""
     (key,) = await passkeys(durable, app, 1)
-    used = await asyncio.gather(*(use((durable, other)[n % 2], key, 6, flag=flag) for n in range(20)))
+    used = await asyncio.gather(
+        *(use((durable, other)[n % 2], key, 6, flag=flag) for n in range(20))
+    )
     first = [one for one in used if one is not None and not one.counter_regressed]
     assert len(first) == 1
     assert used.count(None) == (0 if flag else 19)
@@ -134,7 +152,9 @@ async def test_equal_counters_of_one_passkey(
     assert events.count(("passkey.used", "done", None)) == 1
 
 
-async def test_passkeys_without_counters(durable: Durable, other: Durable, app: RelyingParty) -> None:
+async def test_passkeys_without_counters(
+    durable: Durable, other: Durable, app: RelyingParty
+) -> None:
     """As most are: every one of many sign-ins counts."""
     (key,) = await passkeys(durable, app, 1, sign_count=0)
     used = await asyncio.gather(*(use((durable, other)[n % 2], key, 0) for n in range(20)))
@@ -159,10 +179,17 @@ async def test_a_bad_one_among_good_ones(
         keys[3] = replace(bad, id=MINT.id())
     else:
         keys[3] = await add(
-            durable, app, await ensure(durable, app, "waiting"), b"waiting", live=False, sign_count=5
+            durable,
+            app,
+            await ensure(durable, app, "waiting"),
+            b"waiting",
+            live=False,
+            sign_count=5,
         )
     before = statements(postgres, "use_credential")
-    used = await asyncio.gather(*(use(durable, key, count if n == 3 else 6) for n, key in enumerate(keys)))
+    used = await asyncio.gather(
+        *(use(durable, key, count if n == 3 else 6) for n, key in enumerate(keys))
+    )
     assert [one is None for one in used] == [n == 3 for n in range(8)]
     assert statements(postgres, "use_credential") - before == 2, "the bad one was asked about alone"
     actions = [action for action, _, _ in await told(durable, app)]
@@ -182,7 +209,9 @@ async def test_a_locked_row_among_good_ones(
             signing_in = [asyncio.create_task(use(durable, key)) for key in keys]
             held = signing_in.pop(3)
             assert await asyncio.gather(*signing_in) == [Used(False, True)] * 7
-            again = [asyncio.create_task(use(durable, key, 7)) for key in keys if key is not keys[3]]
+            again = [
+                asyncio.create_task(use(durable, key, 7)) for key in keys if key is not keys[3]
+            ]
             assert await asyncio.gather(*again) == [Used(False, False)] * 7
             await blocked(stores, session)
             assert not held.done()
@@ -193,7 +222,9 @@ async def test_a_locked_row_among_good_ones(
 async def test_a_revocation_that_races_with_sign_ins(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores, revoked: bool
 ) -> None:
-    """Held open: the row is deleted and not committed. Whether the sign-in counts is settled by the commit."""
+    """Held open: the row is deleted and not committed. Whether the sign-in counts is settled by the
+    commit.
+    """
     keys = await passkeys(durable, app, 4)
     async with session_of(stores) as session:
         change = session.transaction()
@@ -211,8 +242,12 @@ async def test_a_revocation_that_races_with_sign_ins(
     assert (await told(durable, app)).count(("passkey.used", "done", None)) == 4 - revoked
 
 
-async def test_revocations_and_sign_ins_at_once(durable: Durable, other: Durable, app: RelyingParty) -> None:
-    """Each passkey's sign-in came before its revocation, or it didn't happen; and each revocation takes the logins along."""
+async def test_revocations_and_sign_ins_at_once(
+    durable: Durable, other: Durable, app: RelyingParty
+) -> None:
+    """Each passkey's sign-in came before its revocation, or it didn't happen; and each revocation
+    takes the logins along.
+    """
     keys = await passkeys(durable, app, 24)
     outcomes = await asyncio.gather(
         *(use(durable, key) for key in keys),
@@ -229,20 +264,28 @@ async def test_revocations_and_sign_ins_at_once(durable: Durable, other: Durable
 async def test_instances_that_sign_in_the_same_in_opposite_order(
     durable: Durable, other: Durable, app: RelyingParty
 ) -> None:
-    """They never wait for each other in a circle: no statement fails as a deadlock, and nobody is refused."""
+    """They never wait for each other in a circle: no statement fails as a deadlock, and nobody is
+    refused.
+    """
     keys = await passkeys(durable, app, 16, sign_count=0)
     for _ in range(5):
         used = await asyncio.gather(
             *(use(durable, key, 0) for key in keys), *(use(other, key, 0) for key in reversed(keys))
         )
         assert None not in used
-    assert durable._pg._metrics.store_failures.values == other._pg._metrics.store_failures.values == {}
+    assert (
+        durable._pg._metrics.store_failures.values == other._pg._metrics.store_failures.values == {}
+    )
     for key in keys:
         assert (await stored(durable, app, key.credential_id)).use_count == 10
 
 
-async def test_approvals_among_sign_ins(durable: Durable, postgres: Postgres, app: RelyingParty) -> None:
-    """Those approve theirs whose passkey signed in; the others' stay as they were, also one of another app with the same name."""
+async def test_approvals_among_sign_ins(
+    durable: Durable, postgres: Postgres, app: RelyingParty
+) -> None:
+    """Those approve theirs whose passkey signed in; the others' stay as they were, also one of
+    another app with the same name.
+    """
     keys = await passkeys(durable, app, 6)
     elsewhere = await new_app(durable)
     theirs = await ensure(durable, elsewhere, "ann")
@@ -255,7 +298,10 @@ async def test_approvals_among_sign_ins(durable: Durable, postgres: Postgres, ap
     )
     approving = {0: "buy-0", 2: "buy-2", 3: "buy-3"}
     used = await asyncio.gather(
-        *(use(durable, key, 5 if n == 3 else 6, approval=approving.get(n)) for n, key in enumerate(keys))
+        *(
+            use(durable, key, 5 if n == 3 else 6, approval=approving.get(n))
+            for n, key in enumerate(keys)
+        )
     )
     assert [one is None for one in used] == [n == 3 for n in range(6)]
     approved = {}
@@ -270,10 +316,13 @@ async def test_approvals_among_sign_ins(durable: Durable, postgres: Postgres, ap
 async def test_a_value_that_the_server_refuses_harms_only_its_caller(
     durable: Durable, app: RelyingParty
 ) -> None:
-    """No JSON of PostgreSQL has a NUL, no bigint 64 bits. Nothing in front lets these through; a statement is shared all the same."""
+    """No JSON of PostgreSQL has a NUL, no bigint 64 bits. Nothing in front lets these through; a
+    statement is shared all the same.
+    """
     keys = await passkeys(durable, app, 6)
     used = await asyncio.gather(
-        *(use(durable, key, 2**63 if n == 1 else 6) for n, key in enumerate(keys)), return_exceptions=True
+        *(use(durable, key, 2**63 if n == 1 else 6) for n, key in enumerate(keys)),
+        return_exceptions=True,
     )
     assert isinstance(used.pop(1), asyncpg.PostgresError)
     assert used == [Used(False, True)] * 5
@@ -286,7 +335,9 @@ async def test_a_value_that_the_server_refuses_harms_only_its_caller(
 
 
 async def test_what_asyncpg_can_not_send(postgres: Postgres) -> None:
-    """It says so by the class that a server's refusal has: one that `together` takes for certainly not done."""
+    """It says so by the class that a server's refusal has: one that `together` takes for certainly
+    not done.
+    """
     with pytest.raises(asyncpg.DataError) as refusal:
         await postgres.rows("test", "SELECT $1::integer", "no number")
     assert isinstance(refusal.value, asyncpg.PostgresError)
@@ -296,7 +347,9 @@ async def test_what_asyncpg_can_not_send(postgres: Postgres) -> None:
 async def test_a_lost_connection_is_everybodys(
     durable: Durable, postgres: Postgres, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
-    """Nobody knows, so nothing is sent again: whoever signs in anew meets what was recorded, or not."""
+    """Nobody knows, so nothing is sent again: whoever signs in anew meets what was recorded, or
+    not.
+    """
     keys = await passkeys(durable, app, 3)
     async with session_of(stores) as session, session.transaction():
         await session.execute("LOCK TABLE events IN ACCESS EXCLUSIVE MODE")
@@ -313,7 +366,7 @@ async def test_a_lost_connection_is_everybodys(
     assert await use(durable, keys[0]) == Used(False, True)
 
 
-# -- who may sign in --------------------------------------------------------------------------------------------------------------
+# -- who may sign in -------------------------------------------------------------------------------
 
 
 def ids(found: tuple[str, str, Sequence[object]] | None) -> tuple[str, list[str]] | None:
@@ -321,7 +374,9 @@ def ids(found: tuple[str, str, Sequence[object]] | None) -> tuple[str, list[str]
     return None if found is None else (found[0], [one.id for one in found[2]])  # type: ignore[attr-defined]
 
 
-async def test_each_finds_their_own_user(durable: Durable, postgres: Postgres, app: RelyingParty) -> None:
+async def test_each_finds_their_own_user(
+    durable: Durable, postgres: Postgres, app: RelyingParty
+) -> None:
     """Of all kinds in one statement, and the same external id in two apps."""
     elsewhere = await new_app(durable)
     ann, zoe = await ensure(durable, app, "ann"), await ensure(durable, app, "zoe")
@@ -366,13 +421,25 @@ async def test_second_factors_are_found_by_who_asks_for_them(
     durable: Durable, postgres: Postgres, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
     ann = await ensure(durable, app, "ann")
-    login, factor = await add(durable, app, ann, b"login"), await add(durable, app, ann, b"factor", now=LATER)
-    async with session_of(stores) as session:
-        await session.execute("UPDATE credentials SET second_factor = true WHERE id = $1", factor.id)
-    found = await asyncio.gather(
-        *(durable.user_to_sign_in(app.id, "ann", second_factor=asked) for asked in (False, True, False))
+    login, factor = (
+        await add(durable, app, ann, b"login"),
+        await add(durable, app, ann, b"factor", now=LATER),
     )
-    assert [ids(one) for one in found] == [(ann, [login.id]), (ann, [login.id, factor.id]), (ann, [login.id])]
+    async with session_of(stores) as session:
+        await session.execute(
+            "UPDATE credentials SET second_factor = true WHERE id = $1", factor.id
+        )
+    found = await asyncio.gather(
+        *(
+            durable.user_to_sign_in(app.id, "ann", second_factor=asked)
+            for asked in (False, True, False)
+        )
+    )
+    assert [ids(one) for one in found] == [
+        (ann, [login.id]),
+        (ann, [login.id, factor.id]),
+        (ann, [login.id]),
+    ]
 
 
 ESCAPED = (
@@ -412,11 +479,17 @@ async def test_what_an_event_says_of_odd_words(
     CONTEXT.set(Context('r"\\\u2028🔑\n', "key:'{}\\u0041"))
     await durable.use_credential(key, signed_in(6), flag_counter=False, action='a"\\n', now=LATER)
     event = next(e for e in await Catalogue(postgres).events(app.id, limit=1000) if e.at == LATER)
-    assert (event.request_id, event.actor, event.action) == ('r"\\\u2028🔑\n', "key:'{}\\u0041", 'a"\\n')
+    assert (event.request_id, event.actor, event.action) == (
+        'r"\\\u2028🔑\n',
+        "key:'{}\\u0041",
+        'a"\\n',
+    )
 
 
 @pytest.mark.parametrize("micro", [0, 1, 100_000, 123_456, 999_999])
-async def test_a_time_keeps_its_microseconds(durable: Durable, app: RelyingParty, micro: int) -> None:
+async def test_a_time_keeps_its_microseconds(
+    durable: Durable, app: RelyingParty, micro: int
+) -> None:
     (key,) = await passkeys(durable, app, 1)
     at = LATER.replace(microsecond=micro)
     await durable.use_credential(key, signed_in(6), flag_counter=False, now=at)

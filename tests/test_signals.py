@@ -1,4 +1,6 @@
-"""Tickets for what authenticators should hear: prepared by the backend, exchanged by the page once, bound to app and kind."""
+"""Tickets for what authenticators should hear: prepared by the backend, exchanged by the page once,
+bound to app and kind.
+"""
 
 from __future__ import annotations
 
@@ -72,12 +74,19 @@ async def test_a_new_name_is_stored_and_told(wire: Wire, device: Authenticator) 
     for more, shown in (({}, "ann@example.com"), ({"user_display_name": "Ann B."}, "Ann B.")):
         prepared = await prepare(wire, "update", **BODIES["update"], **more)
         told = await calls(wire, "update", prepared["ticket"])
-        assert told == [{"rpId": RP_ID, "userId": handle, "name": "ann@example.com", "displayName": shown}]
+        assert told == [
+            {"rpId": RP_ID, "userId": handle, "name": "ann@example.com", "displayName": shown}
+        ]
     [listed] = (await wire.keyed("GET", "/passkeys")).json["passkeys"]
-    assert (listed["user_name"], listed["user_display_name"]) == ("ann@example.com", "Ann's passkey")
+    assert (listed["user_name"], listed["user_display_name"]) == (
+        "ann@example.com",
+        "Ann's passkey",
+    )
 
 
-async def test_deleted_passkeys_are_gone_at_once(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_deleted_passkeys_are_gone_at_once(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     """By their ids, whoever owns them, or all of a user; ids that are nobody's are told back."""
     ids = [
         await wire.user(name, d)
@@ -101,7 +110,9 @@ async def test_deleted_passkeys_are_gone_at_once(broker: Started, wire: Wire, de
 async def test_a_passkey_that_gets_its_owner_meanwhile_is_deleted(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    """The backend was told that it is gone, so it is: also where another request gave it its owner between the look and the deletion."""
+    """The backend was told that it is gone, so it is: also where another request gave it its owner
+    between the look and the deletion.
+    """
     app = await broker.parts.directory.app(wire.app_id)
     transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
     await wire.register(transaction, device)
@@ -168,7 +179,9 @@ async def test_all_bad_tickets_are_alike(
     await wire.user("ann", device)
     other = await open_app()
     tickets = [(await prepare(wire, "prune"))["ticket"] for _ in range(3)]
-    answers = [await exchange(wire, "prune", bad) for bad in ("x", "pbs_" + "a" * 43, "pbn_" + "a" * 43)]
+    answers = [
+        await exchange(wire, "prune", bad) for bad in ("x", "pbs_" + "a" * 43, "pbn_" + "a" * 43)
+    ]
     answers.append(await exchange(other, "prune", tickets[0]))
     answers.append(await exchange(wire, "delete", tickets[1]))
     answers.append(await exchange(wire, "prune", tickets[1]))
@@ -207,7 +220,9 @@ async def test_a_page_of_another_origin_spends_nothing(
     assert len(await calls(wire, "prune", body["ticket"])) == 1
 
 
-async def test_a_dump_of_redis_exchanges_nothing(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_a_dump_of_redis_exchanges_nothing(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     """The ticket is in no key and in no value, and no text of the dump is taken for one."""
     await wire.user("ann", device)
     ticket = (await prepare(wire, "prune"))["ticket"]

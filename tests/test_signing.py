@@ -1,6 +1,8 @@
-"""Key sets on a real PostgreSQL: the first key, rotation as verifiers live through it, what is at rest, and other secrets.
+"""Key sets on a real PostgreSQL: the first key, rotation as verifiers live through it, what is at
+rest, and other secrets.
 
-Most tests use apps of their own; the broker's own set is shared by all tests of a worker, sealed under the tests' secret.
+Most tests use apps of their own; the broker's own set is shared by all tests of a worker, sealed
+under the tests' secret.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Instance:
         """A new app."""
         return (await self.directory.create_app("Example", RP_ID, [ORIGIN]))[0]
 
-    async def kids(self, app: RelyingParty | None, algorithm: TokenAlgorithm = "ES256") -> list[str]:
+    async def kids(
+        self, app: RelyingParty | None, algorithm: TokenAlgorithm = "ES256"
+    ) -> list[str]:
         """What a verifier finds published."""
         return [key["kid"] for key in (await self.signing.key_set(app, algorithm))["keys"]]
 
@@ -114,7 +118,9 @@ async def start(stores: EmbeddedStores, clock: Clock) -> AsyncIterator[Start]:
         parts = await assemble(settings, clock=own or clock, mint=mint)
         opened.append(parts)
         if barrier:
-            parts.signing = Signing(Together(parts.postgres, barrier), settings.secret_key, clock=clock)
+            parts.signing = Signing(
+                Together(parts.postgres, barrier), settings.secret_key, clock=clock
+            )
         return Instance(parts.signing, parts.directory, SigningKeys(parts.postgres))
 
     yield make
@@ -127,11 +133,13 @@ async def one(start: Start) -> Instance:
     return await start()
 
 
-# -- the first key --------------------------------------------------------------------------------------------------------------------
+# -- the first key ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-async def test_a_token_verifies_through_the_key_set(one: Instance, algorithm: TokenAlgorithm) -> None:
+async def test_a_token_verifies_through_the_key_set(
+    one: Instance, algorithm: TokenAlgorithm
+) -> None:
     app = await one.app()
     token = await one.signing.sign(app, algorithm, CLAIMS)
     published = await one.signing.key_set(app, algorithm)
@@ -209,7 +217,7 @@ async def test_an_app_that_was_deleted(one: Instance) -> None:
         await one.keys.rotate(key, others_retire_at=key.created_at)
 
 
-# -- rotation -------------------------------------------------------------------------------------------------------------------------
+# -- rotation --------------------------------------------------------------------------------------
 
 
 async def test_a_rotation_publishes_first_and_signs_later(one: Instance, clock: Clock) -> None:
@@ -235,7 +243,9 @@ async def test_a_rotation_publishes_first_and_signs_later(one: Instance, clock: 
 
 
 async def test_no_verifier_ever_meets_an_unknown_key(one: Instance, clock: Clock) -> None:
-    """A day of rotations at odd times. A token verifies, until it has expired, with any set that was fetched in the last ten minutes."""
+    """A day of rotations at odd times. A token verifies, until it has expired, with any set that
+    was fetched in the last ten minutes.
+    """
     app, chance, step = await one.app(), random.Random(6), 120
     signed: list[tuple[float, str]] = []
     sets: list[tuple[float, set[str]]] = []
@@ -259,7 +269,11 @@ async def test_rotating_now(one: Instance, clock: Clock) -> None:
     pending = (await one.signing.rotate(app, "ES256"))[1][0].id
     listed = await one.signing.rotate(app, "ES256", now=True)
     new = listed[2][0].id
-    assert [(key.id, state) for key, state in listed] == [(old, "old"), (pending, "old"), (new, "signs")]
+    assert [(key.id, state) for key, state in listed] == [
+        (old, "old"),
+        (pending, "old"),
+        (new, "signs"),
+    ]
     assert await one.signer(app) == new
     assert await one.kids(app) == [new, old, pending]
     clock.ahead = TOKEN_LIFE_LIMIT + SKEW + 1
@@ -307,7 +321,9 @@ async def test_rotations_at_once(start: Start) -> None:
     instances = [await start() for _ in range(4)]
     app = await instances[0].app()
     await instances[0].signer(app)
-    await asyncio.gather(*(i.signing.rotate(app, "ES256", now=True) for i in instances for _ in range(3)))
+    await asyncio.gather(
+        *(i.signing.rotate(app, "ES256", now=True) for i in instances for _ in range(3))
+    )
     keys = await instances[0].keys.of(app.id)
     assert [key.generation for key in keys] == list(range(1, 14))
     assert [key.retires_at is None for key in keys] == [False] * 12 + [True]
@@ -328,11 +344,16 @@ async def test_another_instance_follows_within_a_second(start: Start, clock: Clo
     assert await two.signer(app) != new, "its own rotation it knows at once"
 
 
-async def test_a_rotation_that_makes_the_first_key_is_an_event_and_a_first_use_is_none(one: Instance) -> None:
+async def test_a_rotation_that_makes_the_first_key_is_an_event_and_a_first_use_is_none(
+    one: Instance,
+) -> None:
     rotated, used = await one.app(), await one.app()
     await one.signing.rotate(rotated, "ES256")
     await one.signer(used)
-    for app, actions in ((rotated, ["app.created", "signing_key.rotated"]), (used, ["app.created"])):
+    for app, actions in (
+        (rotated, ["app.created", "signing_key.rotated"]),
+        (used, ["app.created"]),
+    ):
         assert [e.action for e in await one.directory.events(app.id, limit=10)] == actions
 
 
@@ -341,7 +362,9 @@ async def test_a_rotation_of_the_brokers_own_keys_is_an_event_of_no_app(one: Ins
     for _ in range(2):
         await one.signing.rotate(None, "ES256")
     found = (await one.directory.events("", limit=1000))[before:]
-    assert [(e.app_id, e.action, e.result) for e in found] == [("", "signing_key.rotated", "done")] * 2
+    assert [(e.app_id, e.action, e.result) for e in found] == [
+        ("", "signing_key.rotated", "done")
+    ] * 2
 
 
 async def test_a_rotation_is_an_event_of_its_app(one: Instance) -> None:
@@ -349,14 +372,19 @@ async def test_a_rotation_is_an_event_of_its_app(one: Instance) -> None:
     await one.signer(app)
     await one.signing.rotate(app, "ES256")
     found = await one.directory.events(app.id, limit=10)
-    assert [(e.action, e.result) for e in found] == [("app.created", "done"), ("signing_key.rotated", "done")]
+    assert [(e.action, e.result) for e in found] == [
+        ("app.created", "done"),
+        ("signing_key.rotated", "done"),
+    ]
 
 
-# -- at rest, and other secrets -------------------------------------------------------------------------------------------------------
+# -- at rest, and other secrets --------------------------------------------------------------------
 
 
 async def test_a_dump_signs_nothing(one: Instance, stores: EmbeddedStores) -> None:
-    """No piece of a private key is in the table, in no form that a database shows; and the secret is not either."""
+    """No piece of a private key is in the table, in no form that a database shows; and the secret
+    is not either.
+    """
     app = await one.app()
     for algorithm in ALGORITHMS:
         await one.signing.sign(app, algorithm, CLAIMS)
@@ -367,7 +395,9 @@ async def test_a_dump_signs_nothing(one: Instance, stores: EmbeddedStores) -> No
     assert len(rows) == len(ALGORITHMS)
     dump = b"\n".join(row["sealed"] + row["line"].encode() for row in rows)
     for key in await one.keys.of(app.id):
-        private, _ = Seal([SECRET_KEY]).open(key.sealed, kid=key.id, scope=app.id, algorithm=key.algorithm)
+        private, _ = Seal([SECRET_KEY]).open(
+            key.sealed, kid=key.id, scope=app.id, algorithm=key.algorithm
+        )
         der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         for part in _secret_parts(private):
             assert not _shows(dump, part)
@@ -381,7 +411,10 @@ async def test_a_dump_signs_nothing(one: Instance, stores: EmbeddedStores) -> No
 def _secret_parts(private: PrivateKey) -> list[bytes]:
     if isinstance(private, rsa.RSAPrivateKey):
         found = private.private_numbers()
-        return [n.to_bytes(256).lstrip(b"\0") for n in (found.d, found.p, found.q, found.dmp1, found.dmq1)]
+        return [
+            n.to_bytes(256).lstrip(b"\0")
+            for n in (found.d, found.p, found.q, found.dmp1, found.dmq1)
+        ]
     if isinstance(private, ec.EllipticCurvePrivateKey):
         return [private.private_numbers().private_value.to_bytes(32)]
     return [private.private_bytes_raw()]
@@ -391,7 +424,9 @@ def _shows(dump: bytes, part: bytes) -> bool:
     """Whether nine bytes of `part` are in the dump: as they are, in hexadecimal or in base64."""
     pieces = [part[n : n + 9] for n in range(len(part) - 8)]
     return any(
-        form in dump for p in pieces for form in (p, p.hex().encode(), b64encode(p), urlsafe_b64encode(p))
+        form in dump
+        for p in pieces
+        for form in (p, p.hex().encode(), b64encode(p), urlsafe_b64encode(p))
     )
 
 
@@ -406,7 +441,9 @@ async def test_another_secret_signs_nothing_and_publishes_the_same(start: Start)
     assert len(await one.keys.of(app.id)) == 1, "none is made anew"
     assert [number for key, number in await two.signing.seals() if key.app_id == app.id] == [None]
     await two.signing.rotate(app, "ES256", now=True)
-    assert jws.verify(await two.signing.sign(app, "ES256", CLAIMS), await two.signing.key_set(app, "ES256"))
+    assert jws.verify(
+        await two.signing.sign(app, "ES256", CLAIMS), await two.signing.key_set(app, "ES256")
+    )
     assert [number for key, number in await two.signing.seals() if key.app_id == app.id] == [0]
     await one.directory.delete_app(app.id)
 
@@ -460,7 +497,9 @@ async def test_the_secret_changes_without_a_pause(own_stores: EmbeddedStores) ->
         await parts.close()
 
 
-async def test_a_sealed_key_of_another_row_does_not_sign(one: Instance, stores: EmbeddedStores) -> None:
+async def test_a_sealed_key_of_another_row_does_not_sign(
+    one: Instance, stores: EmbeddedStores
+) -> None:
     """Who can write to the table, and no more, can't move an app's key under another app."""
     mine, theirs = await one.app(), await one.app()
     await one.signer(mine)
@@ -477,7 +516,7 @@ async def test_a_sealed_key_of_another_row_does_not_sign(one: Instance, stores: 
     await one.directory.delete_app(mine.id)
 
 
-# -- dialects that sign ---------------------------------------------------------------------------------------------------------------
+# -- dialects that sign ----------------------------------------------------------------------------
 
 
 def _signing_dialect() -> ModuleType:
@@ -523,7 +562,12 @@ async def test_a_dialect_signs_and_the_log_says_nothing_of_it(
     assert jws.verify(answer["token"], published) == CLAIMS
     status, refused = await ask(f"{wrong.url}/signs/{app.id}/token")
     assert (status, refused["code"]) == (503, "service_unavailable")
-    assert wrong.metric("broker_refusals_total", code="service_unavailable", reason="signing_key_sealed") == 1
+    assert (
+        wrong.metric(
+            "broker_refusals_total", code="service_unavailable", reason="signing_key_sealed"
+        )
+        == 1
+    )
 
     (key,) = await one.keys.of(app.id)
     private, _ = Seal([SECRET_KEY]).open(key.sealed, kid=key.id, scope=app.id, algorithm="RS256")
@@ -546,7 +590,10 @@ async def test_a_dialect_signs_and_the_log_says_nothing_of_it(
 @pytest.mark.usefixtures("_with_a_signing_dialect")
 def test_what_needs_a_secret_key_is_left_out_without_one(stores: EmbeddedStores) -> None:
     def named(**changes: object) -> list[str]:
-        return [d.__name__.rpartition(".")[2] for d in composition.chosen(settings_for(stores, **changes))]
+        return [
+            d.__name__.rpartition(".")[2]
+            for d in composition.chosen(settings_for(stores, **changes))
+        ]
 
     assert named() == ["flex", "signs"]
     assert named(dialects=("signs",)) == ["signs"]

@@ -1,4 +1,6 @@
-"""What operators see: log lines that parse and hold no secret, metrics with bounded labels, and how long a request may take."""
+"""What operators see: log lines that parse and hold no secret, metrics with bounded labels, and how
+long a request may take.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def lines(stream: io.StringIO) -> list[dict[str, object]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-# -- lines ----------------------------------------------------------------------------------------------------------------------------
+# -- lines -----------------------------------------------------------------------------------------
 
 
 def test_a_line_is_one_json_object() -> None:
@@ -129,7 +131,9 @@ async def test_what_is_written_at_once_is_whole_lines_that_a_pipe_takes_whole() 
     for number in range(250):
         log("request", number=number, route="/é" * (number % 60))
     log.flush()
-    assert [(line["number"], line["pid"]) for line in lines(stream)] == [(number, 7) for number in range(250)]
+    assert [(line["number"], line["pid"]) for line in lines(stream)] == [
+        (number, 7) for number in range(250)
+    ]
     assert all(piece.endswith("\n") and len(piece.encode()) <= 4096 for piece in pieces)
     assert len(pieces) < 25
     log("request", route="x" * 5000)
@@ -143,7 +147,7 @@ def test_nothing_is_held_where_no_loop_would_write_it() -> None:
     assert len(lines(stream)) == 1
 
 
-# -- libraries' records ---------------------------------------------------------------------------------------------------------------
+# -- libraries' records ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -177,7 +181,11 @@ def test_library_records_hold_nothing_that_was_known_only_then(captured: io.Stri
         None,
     ]
     for line in written:
-        assert (line["event"], line["level"], line["logger"]) == ("library", "error", "aiohttp.server")
+        assert (line["event"], line["level"], line["logger"]) == (
+            "library",
+            "error",
+            "aiohttp.server",
+        )
         assert re.fullmatch(r"test_telemetry\.py:\d+ test_library_records_\w+", str(line["place"]))
     assert written[-1]["error"] == "ValueError"
     assert re.search(r"test_telemetry\.py:\d+ test_library_records_", str(written[-1]["trace"]))
@@ -193,7 +201,9 @@ async def test_asyncio_reports_hold_no_arguments(captured: io.StringIO) -> None:
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert SECRET not in captured.getvalue()
-    assert [(line["logger"], line["error"]) for line in lines(captured)] == [("asyncio", "ValueError")] * 2
+    assert [(line["logger"], line["error"]) for line in lines(captured)] == [
+        ("asyncio", "ValueError")
+    ] * 2
 
 
 def test_libraries_below_a_warning_stay_silent(captured: io.StringIO) -> None:
@@ -211,7 +221,7 @@ def test_a_fault_is_its_type_and_place() -> None:
     assert re.fullmatch(r"test_telemetry\.py:\d+ test_a_fault_is_its_type_and_place", told["trace"])
 
 
-# -- metrics --------------------------------------------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------
 
 
 def test_a_stopwatch_counts_failures_too() -> None:
@@ -238,11 +248,15 @@ def test_a_bucket_holds_what_is_at_most_its_bound() -> None:
         metrics.store_seconds.observe(seconds, "redis", "take")
     labels = {"store": "redis", "operation": "take"}
     buckets = {
-        bound: metrics.registry.get_sample_value("broker_store_seconds_bucket", {**labels, "le": bound})
+        bound: metrics.registry.get_sample_value(
+            "broker_store_seconds_bucket", {**labels, "le": bound}
+        )
         for bound in ("0.0005", "0.001", "2.0", "+Inf")
     }
     assert buckets == {"0.0005": 1, "0.001": 2, "2.0": 2, "+Inf": 3}
-    assert metrics.registry.get_sample_value("broker_store_seconds_sum", labels) == pytest.approx(3.0011)
+    assert metrics.registry.get_sample_value("broker_store_seconds_sum", labels) == pytest.approx(
+        3.0011
+    )
 
 
 def test_processes_add_up() -> None:
@@ -257,7 +271,9 @@ def test_processes_add_up() -> None:
     one.requests.observe(0.1, "/", "200")
     one.tally.others = lambda: [dumped]
     value = one.registry.get_sample_value
-    assert value("broker_ceremonies_total", {"kind": "register", "step": "begin", "result": "ok"}) == 2
+    assert (
+        value("broker_ceremonies_total", {"kind": "register", "step": "begin", "result": "ok"}) == 2
+    )
     assert value("broker_store_seconds_count", {"store": "redis", "operation": "take"}) == 2
     assert value("broker_store_seconds_sum", {"store": "redis", "operation": "take"}) == 0.008
     assert value("broker_refusals_total", {"code": "not_found", "reason": "not_found"}) == 1
@@ -265,7 +281,9 @@ def test_processes_add_up() -> None:
 
 
 def test_figures_of_several_processes_never_go_down(tmp_path: Path) -> None:
-    """Whoever is asked, before and after one of them has died, and while the keeper takes over its figures."""
+    """Whoever is asked, before and after one of them has died, and while the keeper takes over its
+    figures.
+    """
     names = ["1", "2", KEEPER]
     several = {name: Metrics() for name in names}
     shared = {name: Shared(tmp_path, name, metrics.tally) for name, metrics in several.items()}
@@ -339,17 +357,23 @@ async def _odd_requests(wire: Wire) -> None:
     await wire.redeem(chance)
     await wire.keyed("POST", "/authenticate/verify", data=chance.encode())
     await wire.keyed("POST", "/authenticate/verify", data=b"{" + b" " * 70_000)
-    await wire.page("/authenticate/transactions/webauthn/start", {}, origin=f"https://{chance}.example")
+    await wire.page(
+        "/authenticate/transactions/webauthn/start", {}, origin=f"https://{chance}.example"
+    )
     await wire.page("/register/transactions/webauthn/start", {"transaction_id": chance})
     await wire.page("/register/transactions/webauthn/start", {chance: chance})
     await wire.send(
-        "GET", f"{wire.url}/health/live", headers={"Expect": chance, "X-Request-Id": f"{chance}-mine"}
+        "GET",
+        f"{wire.url}/health/live",
+        headers={"Expect": chance, "X-Request-Id": f"{chance}-mine"},
     )
     await wire.send("GET", f"{wire.url}/health/ready")
     await wire.send("GET", f"{wire.url}/metrics")
 
 
-async def test_labels_are_from_fixed_sets(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_labels_are_from_fixed_sets(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     await wire.user("ann", device)
     await wire.redeem(await wire.authenticate(await wire.open_authentication("ann"), device))
     nonce = await wire.authenticate(None, device)
@@ -380,7 +404,12 @@ async def test_labels_are_from_fixed_sets(broker: Started, wire: Wire, device: A
         among = results[metric] if label == "result" else allowed[label]
         assert value in among, (metric, label, value)
     assert {label for _, label, _ in seen} == {*allowed, "result"}
-    for name in ("broker_ceremonies", "broker_refusals", "broker_redemptions", "broker_request_seconds"):
+    for name in (
+        "broker_ceremonies",
+        "broker_refusals",
+        "broker_redemptions",
+        "broker_request_seconds",
+    ):
         assert any(metric == name for metric, _, _ in seen), name
 
 
@@ -397,7 +426,9 @@ async def test_repeating_adds_no_series(broker: Started, wire: Wire) -> None:
     assert _series(broker) == once
 
 
-async def test_request_lines_hold_no_secret(broker: Started, wire: Wire, device: Authenticator) -> None:
+async def test_request_lines_hold_no_secret(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
     transaction = await wire.open_registration("ann-zq9w@example.org", "Ann zq9w")
     nonce = await wire.register(transaction, device)
     await wire.redeem(nonce)
@@ -406,7 +437,9 @@ async def test_request_lines_hold_no_secret(broker: Started, wire: Wire, device:
     text = broker.stream.getvalue()
     for secret in (wire.key, transaction, nonce, "zq9w", "pbk_", "pbt_", "pbh_", "pbn_"):
         assert secret not in text
-    finish = next(line for line in broker.log if str(line.get("route", "")).endswith("webauthn/finish"))
+    finish = next(
+        line for line in broker.log if str(line.get("route", "")).endswith("webauthn/finish")
+    )
     assert finish.keys() == {
         "at", "level", "event", "method", "route", "status", "ms", "app", "request_id"
     }  # fmt: skip
@@ -414,7 +447,7 @@ async def test_request_lines_hold_no_secret(broker: Started, wire: Wire, device:
     assert finish["route"] == "/v1/apps/{app_id}/register/transactions/webauthn/finish"
 
 
-# -- context --------------------------------------------------------------------------------------------------------------------------
+# -- context ---------------------------------------------------------------------------------------
 
 
 def test_a_wait_never_passes_the_deadline() -> None:

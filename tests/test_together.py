@@ -1,4 +1,5 @@
-"""Group commit (`broker.durable.together`) with statements that a test holds and answers: who goes with whom, and who is told what.
+"""Group commit (`broker.durable.together`) with statements that a test holds and answers: who goes
+with whom, and who is told what.
 
 What the two real statements make of it is asked in tests/test_sign_ins.py.
 """
@@ -42,14 +43,20 @@ class Statement:
 
 @dataclass
 class Scene:
-    """`statements` in the order of their beginnings. The row that is asked about is what stands before a slash."""
+    """`statements` in the order of their beginnings. The row that is asked about is what stands
+    before a slash.
+    """
 
     statements: list[Statement] = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
         self.together = Together(
-            "test", self._work, timeout=LONG, metrics=self.metrics, name=lambda asked: asked.partition("/")[0]
+            "test",
+            self._work,
+            timeout=LONG,
+            metrics=self.metrics,
+            name=lambda asked: asked.partition("/")[0],
         )
 
     async def _work(self, asked: Sequence[str], alone: bool) -> Sequence[str | Alone]:
@@ -87,7 +94,7 @@ async def turns(number: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-# -- who goes with whom -----------------------------------------------------------------------------------------------------------
+# -- who goes with whom ----------------------------------------------------------------------------
 
 
 async def test_those_of_one_turn_go_together(scene: Scene) -> None:
@@ -114,7 +121,9 @@ async def test_who_comes_meanwhile_gathers_for_the_next(scene: Scene) -> None:
 
 
 async def test_who_comes_after_a_crowd_waits_for_no_clock(scene: Scene) -> None:
-    """The first statement ends while others gather, and takes them along; whoever comes then meets nothing under way."""
+    """The first statement ends while others gather, and takes them along; whoever comes then meets
+    nothing under way.
+    """
     first = scene.ask("a")
     one = await scene.began(1)
     crowd = [scene.ask(asked) for asked in "bcd"]
@@ -140,7 +149,9 @@ async def test_two_about_one_row_never_share_a_statement(scene: Scene) -> None:
 
 
 async def test_a_statement_has_64_callers_at_most(scene: Scene) -> None:
-    """Those who are left don't wait for its end: it may never come. Nor does the second about one row."""
+    """Those who are left don't wait for its end: it may never come. Nor does the second about one
+    row.
+    """
     asked = [f"{number}" for number in range(2 * _MOST + 1)] + ["0/again"]
     callers = [scene.ask(one) for one in asked]
     last = await scene.began(3)
@@ -173,7 +184,7 @@ async def test_a_statement_that_takes_long_does_not_hold_up_the_next(scene: Scen
     assert scene.together._running == {}
 
 
-# -- who gives up -----------------------------------------------------------------------------------------------------------------
+# -- who gives up ----------------------------------------------------------------------------------
 
 
 async def test_who_gave_up_before_is_left_out(scene: Scene) -> None:
@@ -205,7 +216,9 @@ async def test_nothing_is_asked_when_everybody_gave_up(scene: Scene) -> None:
 
 
 async def test_each_waits_within_their_own_limit(scene: Scene) -> None:
-    """Who gives up while the statement is under way is told that nobody knows; the others are answered; the late answer goes nowhere."""
+    """Who gives up while the statement is under way is told that nobody knows; the others are
+    answered; the late answer goes nowhere.
+    """
     hurried, cancelled, patient = scene.ask("a", 0.01), scene.ask("b"), scene.ask("c")
     statement = await scene.began(1)
     assert statement.asked == ["a", "b", "c"]
@@ -234,7 +247,7 @@ async def test_who_gives_up_gets_no_statement_of_their_own(scene: Scene) -> None
     assert len(scene.statements) == 2
 
 
-# -- who is alone -----------------------------------------------------------------------------------------------------------------
+# -- who is alone ----------------------------------------------------------------------------------
 
 
 async def test_who_is_alone_holds_up_nobody(scene: Scene) -> None:
@@ -271,7 +284,7 @@ async def test_a_fault_of_one_who_is_alone_is_theirs(scene: Scene) -> None:
     assert len(scene.statements) == 3, "nothing was sent a third time"
 
 
-# -- faults -----------------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 def unavailable(cause: Exception) -> Unavailable:
@@ -292,12 +305,16 @@ def unavailable(cause: Exception) -> Unavailable:
     ],
     ids=lambda fault: type(fault.__cause__ or fault).__name__,
 )
-async def test_what_was_refused_whole_is_done_for_each_alone(scene: Scene, fault: Exception) -> None:
+async def test_what_was_refused_whole_is_done_for_each_alone(
+    scene: Scene, fault: Exception
+) -> None:
     """Only who caused it is refused."""
     callers = {asked: scene.ask(asked) for asked in ("good", "bad", "fine")}
     (await scene.began(1)).fail(fault)
     await scene.began(4)
-    assert [(s.asked, s.alone) for s in scene.statements[1:]] == [([asked], True) for asked in callers]
+    assert [(s.asked, s.alone) for s in scene.statements[1:]] == [
+        ([asked], True) for asked in callers
+    ]
     for statement in scene.statements[1:]:
         if statement.asked == ["bad"]:
             statement.fail(fault)
@@ -328,7 +345,9 @@ async def test_what_may_have_been_done_is_not_sent_again(scene: Scene, fault: Ex
     callers = [scene.ask(asked) for asked in "abc"]
     (await scene.began(1)).fail(fault)
     told = await asyncio.gather(*callers, return_exceptions=True)
-    assert [(type(one), getattr(one, "reason", "")) for one in told] == [(Unavailable, "postgres")] * 3
+    assert [(type(one), getattr(one, "reason", "")) for one in told] == [
+        (Unavailable, "postgres")
+    ] * 3
     assert len({id(one) for one in told}) == 3
     assert all(isinstance(one, Unavailable) and one.__cause__ is fault for one in told)
     await turns()
@@ -363,11 +382,13 @@ async def test_faults_that_nobody_waits_for_are_not_told(
     assert caplog.records == []
 
 
-# -- whose it is ------------------------------------------------------------------------------------------------------------------
+# -- whose it is -----------------------------------------------------------------------------------
 
 
 async def test_a_statement_is_in_nobodys_context(scene: Scene) -> None:
-    """However it begins: by a caller, by the end of another, by patience, alone. Its limit is the store's, not the first caller's."""
+    """However it begins: by a caller, by the end of another, by patience, alone. Its limit is the
+    store's, not the first caller's.
+    """
     CONTEXT.set(Context("first-caller", "key:theirs", deadline=time.monotonic() + 5))
     callers = [scene.ask("a")]
     await scene.began(1)
@@ -381,17 +402,21 @@ async def test_a_statement_is_in_nobodys_context(scene: Scene) -> None:
     scene.statements[0].done(ALONE)
     await scene.began(_LANES + 2)
     assert scene.statements[-1].alone or scene.statements[-2].alone
-    assert {(s.of.actor, s.of.request_id, s.of.deadline) for s in scene.statements} == {("broker", "", None)}
+    assert {(s.of.actor, s.of.request_id, s.of.deadline) for s in scene.statements} == {
+        ("broker", "", None)
+    }
     for statement in scene.statements[1:]:
         statement.done()
     assert await asyncio.gather(*callers) == ["a!", "by patience!", "2!", "3!", "by an end!"]
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 def test_the_loop_ends_while_callers_wait(caplog: pytest.LogCaptureFixture) -> None:
-    """Those in a statement, those in one of their own, and those who gather: all end with it, and nothing is said of it."""
+    """Those in a statement, those in one of their own, and those who gather: all end with it, and
+    nothing is said of it.
+    """
 
     async def begin() -> list[asyncio.Task[str]]:
         scene = Scene()

@@ -1,4 +1,6 @@
-"""Tokens: how much chance is in them, what form they have, that a digest is of one kind and one app; and signed ones."""
+"""Tokens: how much chance is in them, what form they have, that a digest is of one kind and one
+app; and signed ones.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_ids_use_every_character_about_as_often() -> None:
 
 def test_a_digest_is_of_one_kind_one_app_and_one_token() -> None:
     token = MINT.token("nonce")
-    digests = {digest(kind, app, token) for kind in ONE_TIME for app in (APP, "B" * 24)} | {key_digest(token)}
+    digests = {digest(kind, app, token) for kind in ONE_TIME for app in (APP, "B" * 24)} | {
+        key_digest(token)
+    }
     assert len(digests) == 2 * len(ONE_TIME) + 1
     assert all(len(d) == 32 for d in digests)
     assert digest("nonce", APP, token) == digest("nonce", APP, token)
@@ -138,7 +142,7 @@ def test_a_hint_shows_four_characters() -> None:
     assert key_hint(key) == key[:8] + "…"
 
 
-# -- signed tokens --------------------------------------------------------------------------------------------------------------------
+# -- signed tokens ---------------------------------------------------------------------------------
 
 TOKEN_ALGORITHMS: tuple[TokenAlgorithm, ...] = get_args(TokenAlgorithm)
 KID = "K" * 24
@@ -146,7 +150,13 @@ SECRETS = (
     "first-" + "0123456789abcdefghijklmnopqrstuvwxyz",
     "second-" + "0123456789abcdefghijklmnopqrstuvwxyz",
 )
-CLAIMS = {"sub": "zoë", "aud": ["example.org"], "iat": 1_700_000_000, "exp": 1_700_000_300, "pk:uv": True}
+CLAIMS = {
+    "sub": "zoë",
+    "aud": ["example.org"],
+    "iat": 1_700_000_000,
+    "exp": 1_700_000_300,
+    "pk:uv": True,
+}
 
 
 @cache
@@ -163,7 +173,8 @@ def test_a_token_verifies_by_hand_and_by_a_library(algorithm: TokenAlgorithm) ->
     assert jws.verify(token, {"keys": [jwk]}) == CLAIMS, "nothing is added"
     key = jwt.PyJWK(jwk)
     assert (
-        jwt.decode(token, key, [algorithm], options={"verify_exp": False}, audience="example.org") == CLAIMS
+        jwt.decode(token, key, [algorithm], options={"verify_exp": False}, audience="example.org")
+        == CLAIMS
     )
     other = signed.public_jwk(signed.generate(algorithm), KID, algorithm)
     with pytest.raises(InvalidSignature):

@@ -25,7 +25,9 @@ def test_a_wait_and_a_computation_count() -> None:
 
 
 def test_what_other_processes_take_does_not_count() -> None:
-    """Nine processes on one core, of which this is one: what it computes takes several times as long as it counts."""
+    """Nine processes on one core, of which this is one: what it computes takes several times as
+    long as it counts.
+    """
     cores = os.sched_getaffinity(0)
     core = {min(cores)}
     os.sched_setaffinity(0, core)

@@ -1,4 +1,6 @@
-"""The wheel that people install: built without a network, complete, and able to run `broker dev` in an empty environment."""
+"""The wheel that people install: built without a network, complete, and able to run `broker dev` in
+an empty environment.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def workshop() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def wheel(workshop: Path) -> Path:
-    """The project's wheel, made from a copy of the sources by the build backend that is installed here."""
+    """The project's wheel, made from a copy of the sources by the build backend that is installed
+    here.
+    """
     source = workshop / "source"
     ignored = shutil.ignore_patterns("__pycache__", "node_modules")
     for name in ("broker", "sql"):
@@ -72,7 +76,9 @@ def test_it_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names - ours - migrations if name.startswith("broker/")} == set()
 
 
-def test_installed_into_an_empty_environment_it_runs_broker_dev(wheel: Path, workshop: Path) -> None:
+def test_installed_into_an_empty_environment_it_runs_broker_dev(
+    wheel: Path, workshop: Path
+) -> None:
     environment = workshop / "environment"
     venv.create(environment, with_pip=True)
     python = str(environment / "bin" / "python")
@@ -94,7 +100,9 @@ def test_installed_into_an_empty_environment_it_runs_broker_dev(wheel: Path, wor
         assert done.returncode == 0, done.stderr
     port = free_port()
     clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("BROKER_", "COV", "PYTHON"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("BROKER_", "COV", "PYTHON"))
     }
     broker = subprocess.Popen(
         [str(environment / "bin" / "broker"), "dev", "--no-open", "--data", str(workshop / "data")],
@@ -106,7 +114,10 @@ def test_installed_into_an_empty_environment_it_runs_broker_dev(wheel: Path, wor
         text=True,
     )
     try:
-        until(lambda: get(port, "/health/ready") == 200 or broker.poll() is not None, "the broker is ready")
+        until(
+            lambda: get(port, "/health/ready") == 200 or broker.poll() is not None,
+            "the broker is ready",
+        )
         statuses = {
             path: get(port, path, "localhost")
             for path in ("/health/ready", "/sdk/passkey.js", "/demo/", "/metrics")

@@ -1,7 +1,9 @@
-"""`broker serve --workers N`: several processes are one service, whatever ends one of them, and end as one.
+"""`broker serve --workers N`: several processes are one service, whatever ends one of them, and end
+as one.
 
-The tests of `shared` share a service of two workers, which every one of them leaves whole; the others start their own. Nothing waits for a
-time to pass: the supervisor's log, the kernel's tables and answers say when something has happened.
+The tests of `shared` share a service of two workers, which every one of them leaves whole; the
+others start their own. Nothing waits for a time to pass: the supervisor's log, the kernel's tables
+and answers say when something has happened.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def folders(pids: list[int]) -> list[Path]:
 
 
 def said(started: Serve, event: str, **values: object) -> list[dict[str, object]]:
-    return [line for line in started.log if line["event"] == event and values.items() <= line.items()]
+    return [
+        line for line in started.log if line["event"] == event and values.items() <= line.items()
+    ]
 
 
 def figures(port: int) -> dict[str, float]:
@@ -96,7 +100,9 @@ def silent(pid: int, started: Serve) -> socket.socket:
         opened = socket.create_connection(("127.0.0.1", started.port), timeout=30)
         mine = opened.getsockname()[1]
         until(
-            lambda mine=mine: any(mine in accepted(each, started.port) for each in workers(started)),  # type: ignore[misc]
+            lambda mine=mine: any(
+                mine in accepted(each, started.port) for each in workers(started)
+            ),  # type: ignore[misc]
             "somebody takes it",
         )
         if mine in accepted(pid, started.port):
@@ -128,7 +134,7 @@ def shared(stores: EmbeddedStores) -> Iterator[Serve]:
     assert len(said(started, "listening", workers=2)) == 1
 
 
-# -- one service ----------------------------------------------------------------------------------------------------------------------
+# -- one service -----------------------------------------------------------------------------------
 
 
 async def hammer(port: int, requests: int, path: str = "/health/live") -> None:
@@ -180,7 +186,9 @@ async def test_a_nonce_is_redeemed_once_across_workers(
             assert sorted(answer.status for answer in answers) == [200] + [401] * 49
     verify = "/v1/apps/{app_id}/authenticate/verify"
     until(
-        lambda: {line["pid"] for line in said(shared, "request", route=verify)} == set(workers(shared)),
+        lambda: (
+            {line["pid"] for line in said(shared, "request", route=verify)} == set(workers(shared))
+        ),
         "both were asked",
     )
 
@@ -202,14 +210,18 @@ def counts(started: Serve) -> list[int]:
 
 
 def test_connections_that_stay_are_shared(shared: Serve) -> None:
-    """Each is taken before the next one is made; who has fewer takes it, but for one that is kept from its turn."""
+    """Each is taken before the next one is made; who has fewer takes it, but for one that is kept
+    from its turn.
+    """
     until(lambda: counts(shared) == [0, 0], "nobody is connected")
     opened = []
     try:
         for number in range(1, 25):
             opened.append(socket.create_connection(("127.0.0.1", shared.port), timeout=30))
             until(lambda number=number: sum(counts(shared)) == number, "it is taken")  # type: ignore[misc]
-        assert sorted(counts(shared)) == sorted(len(accepted(pid, shared.port)) for pid in workers(shared))
+        assert sorted(counts(shared)) == sorted(
+            len(accepted(pid, shared.port)) for pid in workers(shared)
+        )
         assert min(counts(shared)) >= 8
     finally:
         for each in opened:
@@ -218,7 +230,9 @@ def test_connections_that_stay_are_shared(shared: Serve) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_missed(shared: Serve) -> None:
-    """Connections made after its death are all served; and no figure that a scrape shows ever goes down."""
+    """Connections made after its death are all served; and no figure that a scrape shows ever goes
+    down.
+    """
     killed, other = workers(shared)
     known = len(said(shared, "worker_listening"))
     last = figures(shared.port)
@@ -278,7 +292,7 @@ def test_a_hangup_renews_one_after_the_other(shared: Serve) -> None:
     assert get(shared.port, "/health/live") == 200
 
 
-# -- the end of one -------------------------------------------------------------------------------------------------------------------
+# -- the end of one --------------------------------------------------------------------------------
 
 
 def test_pauses_grow_up_to_a_limit() -> None:
@@ -298,12 +312,18 @@ def test_a_worker_that_keeps_dying_is_started_less_and_less(shared: Serve) -> No
             until(lambda: len(workers(shared)) == 2, "there is another one")
             (bad,) = {*workers(shared)} - {good}
     pauses = [said(shared, "worker_ended", worker=pid)[0]["pause"] for pid in dead]
-    assert pauses in ([0, 0, 1], [0, 1, 2], [1, 2, 4]), "by how many died early in that place before"
+    assert pauses in ([0, 0, 1], [0, 1, 2], [1, 2, 4]), (
+        "by how many died early in that place before"
+    )
     assert get(shared.port, "/health/live") == 200
 
 
-def test_a_worker_that_hangs_is_killed_and_replaced(stores: EmbeddedStores, app: dict[str, str]) -> None:
-    """By a supervisor that looks more often than others; which at last is told twice, and ends at once."""
+def test_a_worker_that_hangs_is_killed_and_replaced(
+    stores: EmbeddedStores, app: dict[str, str]
+) -> None:
+    """By a supervisor that looks more often than others; which at last is told twice, and ends at
+    once.
+    """
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
     hasty = urls | {"BROKER_WORKERS": "2", "BROKER_DRAIN_SECONDS": "60", "BROKER_METRICS": "public"}
     started = Serve(hasty, command=(sys.executable, "-c", HASTY)).begun()
@@ -321,7 +341,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced(stores: EmbeddedStores, app:
         started.end()
 
 
-# -- the end of all -------------------------------------------------------------------------------------------------------------------
+# -- the end of all --------------------------------------------------------------------------------
 
 
 def test_all_drain_at_the_same_time(serve: Start, app: dict[str, str]) -> None:
@@ -389,7 +409,7 @@ def test_an_orphan_that_hangs_ends_too() -> None:
         assert process.wait(30) == 1
 
 
-# -- before it listens ----------------------------------------------------------------------------------------------------------------
+# -- before it listens -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -414,7 +434,9 @@ def test_faults_are_told_once(
     assert re.fullmatch(rf"broker: {sentence}\n", line)
 
 
-def test_a_port_in_use_is_told_once_also_of_a_service_with_workers(shared: Serve, serve: Start) -> None:
+def test_a_port_in_use_is_told_once_also_of_a_service_with_workers(
+    shared: Serve, serve: Start
+) -> None:
     started = serve("--workers", "2", "--port", str(shared.port))
     assert started.end() == 1
     assert started.lines == [
@@ -435,7 +457,12 @@ def test_a_worker_that_cannot_start_ends_the_service(serve: Start) -> None:
 async def test_migrates_once_and_listens_on_both_ports(serve: Start, fresh_database: str) -> None:
     management = free_port()
     started = serve(
-        "--workers", "2", "--migrate", "--management-port", str(management), database_url=fresh_database
+        "--workers",
+        "2",
+        "--migrate",
+        "--management-port",
+        str(management),
+        database_url=fresh_database,
     ).begun()
     assert started.ready() == {"http": 200, "status": "ready"}
     assert said(started, "listening", management_port=management, workers=2)
@@ -450,7 +477,10 @@ def test_more_workers_than_cores_are_a_warning(serve: Start) -> None:
         two, one = serve("--workers", "2").begun(), serve("--workers", "1").begun()
     finally:
         os.sched_setaffinity(0, usable)
-    until(lambda: bool(said(two, "workers_share_cores", level="warning", workers=2, cores=1)), "it warns")
+    until(
+        lambda: bool(said(two, "workers_share_cores", level="warning", workers=2, cores=1)),
+        "it warns",
+    )
     assert one.ready()["http"] == 200
     assert not said(one, "workers_share_cores")
 

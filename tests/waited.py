@@ -4,9 +4,10 @@
         answer = await call()
     assert waited.seconds <= 2.0
 
-Time in which this thread could have run, and other processes had the cores, does not count; the kernel knows it of each thread. So a
-limit that the broker keeps by its timers is judged alike on an idle machine and beside busy processes, while a wait or a computation
-that takes too long fails on both. Where the kernel doesn't tell, `seconds` is real time.
+Time in which this thread could have run, and other processes had the cores, does not count; the
+kernel knows it of each thread. So a limit that the broker keeps by its timers is judged alike on an
+idle machine and beside busy processes, while a wait or a computation that takes too long fails on
+both. Where the kernel doesn't tell, `seconds` is real time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Self
 
 from tests.processes import DEADLINE
 
-# proc(5): time on a core, time ready to run and without one (both in nanoseconds), and how often it got one.
+# proc(5): time on a core, time ready to run and without one (both in nanoseconds), and how often it
+# got one.
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
@@ -42,7 +44,9 @@ class Waited:
 
 @contextlib.asynccontextmanager
 async def soon(limit: float = 5.0) -> AsyncIterator[None]:
-    """Fail what takes longer than `limit` by this clock; what hangs ends after the deadline of all tests."""
+    """Fail what takes longer than `limit` by this clock; what hangs ends after the deadline of all
+    tests.
+    """
     with Waited() as waited:
         async with asyncio.timeout(DEADLINE):
             yield

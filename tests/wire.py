@@ -1,11 +1,14 @@
-"""A backend and a page, speaking the native dialect to a running broker over HTTP, with a software authenticator in hand.
+"""A backend and a page, speaking the native dialect to a running broker over HTTP, with a software
+authenticator in hand.
 
-    wire = await Wire.open(service)                         # an app with RP ID example.org and an API key
+    wire = await Wire.open(service)                         # an app with RP ID example.org and an
+                                                            API key
     transaction = await wire.open_registration("ann")       # the backend
     nonce = await wire.register(transaction, device)        # the page
     receipt = (await wire.redeem(nonce)).json               # the backend
 
-Each call returns what came back (`Answer`), judged or not: the happy-path methods assert their status, `post` and `get` do not.
+Each call returns what came back (`Answer`), judged or not: the happy-path methods assert their
+status, `post` and `get` do not.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ class Wire:
         rp_id: str = RP_ID,
     ) -> Wire:
         """Make an app in the broker's stores."""
-        app, key = await service.parts.directory.create_app("Example", rp_id, origins, policy=policy)
+        app, key = await service.parts.directory.create_app(
+            "Example", rp_id, origins, policy=policy
+        )
         return cls(session, f"http://127.0.0.1:{service.port}", app.id, key)
 
     @property
@@ -104,37 +109,52 @@ class Wire:
     ) -> Answer:
         """As the backend."""
         return await self.send(
-            method, path, json=json, data=data, headers={"Authorization": f"Bearer {key or self.key}"}
+            method,
+            path,
+            json=json,
+            data=data,
+            headers={"Authorization": f"Bearer {key or self.key}"},
         )
 
     async def page(
-        self, path: str, json: object = None, *, data: bytes | None = None, origin: str | None = ORIGIN
+        self,
+        path: str,
+        json: object = None,
+        *,
+        data: bytes | None = None,
+        origin: str | None = ORIGIN,
     ) -> Answer:
         """As the page: POST."""
         return await self.send(
             "POST", path, json=json, data=data, headers={"Origin": origin} if origin else {}
         )
 
-    # -- the backend --------------------------------------------------------------------------------------------------------------
+    # -- the backend -------------------------------------------------------------------------------
 
     async def open_registration(self, external_id: str, name: str = "Ann's passkey") -> str:
         answer = await self.keyed(
-            "POST", "/transactions/register", {"external_id": external_id, "passkey_display_name": name}
+            "POST",
+            "/transactions/register",
+            {"external_id": external_id, "passkey_display_name": name},
         )
         assert answer.status == 201, answer.body
         return str(answer.json["transaction_id"])
 
     async def open_authentication(self, external_id: str) -> str:
-        answer = await self.keyed("POST", "/transactions/authenticate", {"external_id": external_id})
+        answer = await self.keyed(
+            "POST", "/transactions/authenticate", {"external_id": external_id}
+        )
         assert answer.status == 201, answer.body
         return str(answer.json["transaction_id"])
 
     async def redeem(self, nonce: str, **expected: object) -> Answer:
         return await self.keyed("POST", "/authenticate/verify", {"nonce": nonce, **expected})
 
-    # -- the page -----------------------------------------------------------------------------------------------------------------
+    # -- the page ----------------------------------------------------------------------------------
 
-    async def begin(self, kind: str, transaction: str | None, **more: object) -> tuple[str, dict[str, Any]]:
+    async def begin(
+        self, kind: str, transaction: str | None, **more: object
+    ) -> tuple[str, dict[str, Any]]:
         """`kind` is "register" or "authenticate". Returns the handshake's id and the options."""
         body = {**({"transaction_id": transaction} if transaction else {}), **more}
         answer = await self.page(f"/{kind}/transactions/webauthn/start", body)
@@ -143,7 +163,12 @@ class Wire:
         return handshake["id"], handshake["challenge"]["publicKey"]
 
     async def finish(
-        self, kind: str, handle: str, response: object, transaction: str | None = None, **more: object
+        self,
+        kind: str,
+        handle: str,
+        response: object,
+        transaction: str | None = None,
+        **more: object,
     ) -> Answer:
         body = {"handshake_id": handle, "handshake_response": response, **more}
         if transaction is not None:
@@ -166,7 +191,10 @@ class Wire:
         """Run a whole authentication (discoverable without a transaction) and return the nonce."""
         handle, options = await self.begin("authenticate", transaction)
         answer = await self.finish(
-            "authenticate", handle, device.authenticate(options, ORIGIN, **misbehaviour), transaction
+            "authenticate",
+            handle,
+            device.authenticate(options, ORIGIN, **misbehaviour),
+            transaction,
         )
         assert answer.status == 200, answer.body
         return str(answer.json["nonce"])

@@ -1,33 +1,42 @@
 """What the broker does, as verbs. Read this file first.
 
-    open     a backend asks for permission for one ceremony of one of its users     -> transaction id
-    begin    the page asks for a challenge                                          -> handle, options
+    open     a backend asks for permission for one ceremony of one of its users     -> transaction
+             id
+    begin    the page asks for a challenge                                          -> handle,
+             options
     finish   the page brings the authenticator's answer                             -> nonce
     redeem   the backend exchanges the nonce                                        -> receipt
 
-Transaction and nonce are bookends round one ceremony. A discoverable authentication has no transaction. A keyed caller who carries
-the page's messages itself needs neither: `begin_…_of` and `finish_…_of` name the user, whose pending ceremony of that purpose a new
-begin replaces, and finish answers with the receipt. Both ways take the same steps.
+Transaction and nonce are bookends round one ceremony. A discoverable authentication has no
+transaction. A keyed caller who carries the page's messages itself needs neither: `begin_…_of` and
+`finish_…_of` name the user, whose pending ceremony of that purpose a new begin replaces, and finish
+answers with the receipt. Both ways take the same steps.
 
-**Order is the guarantee.** Begin only peeks at the transaction, for people cancel and try again. Finish takes the pending
-ceremony before any cryptography, so an answer, right or wrong, is judged once; it takes the transaction after the answer was
-verified and before anything durable is written, so a transaction buys one success; then comes one durable write, and only then
-the nonce or the receipt. Whatever fails after a take has spent what was taken: the person starts over, from the page while the
-transaction stands, else from the backend (`Unavailable.retry` says which). Each take is one atomic command of the ephemeral store,
-so this holds for any number of instances.
+**Order is the guarantee.** Begin only peeks at the transaction, for people cancel and try again.
+Finish takes the pending ceremony before any cryptography, so an answer, right or wrong, is judged
+once; it takes the transaction after the answer was verified and before anything durable is written,
+so a transaction buys one success; then comes one durable write, and only then the nonce or the
+receipt. Whatever fails after a take has spent what was taken: the person starts over, from the page
+while the transaction stands, else from the backend (`Unavailable.retry` says which). Each take is
+one atomic command of the ephemeral store, so this holds for any number of instances.
 
-**Who may learn what.** Callers with a key may know of users. Callers without one get the same refusal for unknown, expired, used,
-wrong-kind and foreign values; `Refusal.reason` tells the operator which it was.
+**Who may learn what.** Callers with a key may know of users. Callers without one get the same
+refusal for unknown, expired, used, wrong-kind and foreign values; `Refusal.reason` tells the
+operator which it was.
 
-**A ceremony is finished by its opener.** `opener` (a dialect, with a key or without) is part of the name under which a ceremony is
-stored, and so is its kind. The finish of another dialect, or of another kind of ceremony, finds nothing and takes nothing.
+**A ceremony is finished by its opener.** `opener` (a dialect, with a key or without) is part of the
+name under which a ceremony is stored, and so is its kind. The finish of another dialect, or of
+another kind of ceremony, finds nothing and takes nothing.
 
-**Nothing is read twice.** Who may sign in with which passkeys is looked up once, when a transaction is opened (or a keyed ceremony
-begun), and travels with the one-time value: public keys, not secrets. A passkey added since is not offered by that transaction; one
-that was revoked since is refused by the write that records the sign-in. A login is two statements: that look-up, and that write.
+**Nothing is read twice.** Who may sign in with which passkeys is looked up once, when a transaction
+is opened (or a keyed ceremony begun), and travels with the one-time value: public keys, not
+secrets. A passkey added since is not offered by that transaction; one that was revoked since is
+refused by the write that records the sign-in. A login is two statements: that look-up, and that
+write.
 
-The steps that both ways share are in `broker.broker.begins` and `broker.broker.finishes`. Clock and chance are arguments. The durable write, not what was read
-before it, decides about revocation, counters and duplicates.
+The steps that both ways share are in `broker.broker.begins` and `broker.broker.finishes`. Clock and
+chance are arguments. The durable write, not what was read before it, decides about revocation,
+counters and duplicates.
 """
 
 from __future__ import annotations
@@ -72,8 +81,8 @@ __all__ = ["Begun", "Broker"]
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of `publicKey` and the mediation. `second_factor`: it is about
-    one, so no login comes of it."""
+    """A begun ceremony: the handle for finish, and for `navigator.credentials` the JSON of
+    `publicKey` and the mediation. `second_factor`: it is about one, so no login comes of it."""
 
     handle: str
     options: dict[str, Any]
@@ -106,7 +115,7 @@ class Broker:
             ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=self._mint
         )
 
-    # -- open -----------------------------------------------------------------------------------------------------------------
+    # -- open --------------------------------------------------------------------------------------
 
     async def open_registration(
         self,
@@ -117,11 +126,13 @@ class Broker:
         user_name: str | None = None,
         asked: Asked = NOTHING_ASKED,
     ) -> str:
-        """Permit one registration for a user, who is made if the app has none with this external id. Returns a transaction id.
+        """Permit one registration for a user, who is made if the app has none with this external
+        id. Returns a transaction id.
 
-        `user_name` (the display name, if not given) and `display_name` are what the authenticator shows. Without an external id the
-        passkey has no owner and signs in only where ownerless ones may, until `Directory.assign` gives it one. The id is a bearer
-        right to add a passkey until it is used or ends.
+        `user_name` (the display name, if not given) and `display_name` are what the authenticator
+        shows. Without an external id the passkey has no owner and signs in only where ownerless
+        ones may, until `Directory.assign` gives it one. The id is a bearer right to add a passkey
+        until it is used or ends.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -140,11 +151,12 @@ class Broker:
     async def open_authentication(
         self, app: RelyingParty, external_id: str | None, *, asked: Asked = NOTHING_ASKED
     ) -> str:
-        """Permit one authentication: of a user, or without an external id of whoever has a passkey that answers (one of
-        `asked.allow`, if given). Returns a transaction id.
+        """Permit one authentication: of a user, or without an external id of whoever has a passkey
+        that answers (one of `asked.allow`, if given). Returns a transaction id.
 
         Raises:
-            InvalidRequest, UnknownUser, Unavailable; NoPasskeys: the user has none, or no live one is among those allowed.
+            InvalidRequest, UnknownUser, Unavailable; NoPasskeys: the user has none, or no live one
+                is among those allowed.
         """
         user_id = None
         offered: list[Offered] = []
@@ -171,10 +183,15 @@ class Broker:
         )
         return transaction_id
 
-    # -- registration ---------------------------------------------------------------------------------------------------------
+    # -- registration ------------------------------------------------------------------------------
 
     async def begin_registration(
-        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None, *, opener: Opener
+        self,
+        app: RelyingParty,
+        transaction_id: str,
+        attachment: Attachment | None,
+        *,
+        opener: Opener,
     ) -> Begun:
         """Begin a registration; replaces the transaction's earlier pending ceremony.
 
@@ -197,8 +214,9 @@ class Broker:
         opener: Opener,
         asked: Asked = NOTHING_ASKED,
     ) -> Begun:
-        """Begin a registration that a page asks for by itself, without a transaction, so the cap of open ceremonies counts it. The
-        passkey has no owner and signs in only where ownerless ones may, until `Directory.assign` gives it one.
+        """Begin a registration that a page asks for by itself, without a transaction, so the cap of
+        open ceremonies counts it. The passkey has no owner and signs in only where ownerless ones
+        may, until `Directory.assign` gives it one.
 
         Raises:
             InvalidRequest, TooManyCeremonies, Unavailable.
@@ -215,7 +233,9 @@ class Broker:
             asked=asked,
         )
         handle = self._mint.token("handle")
-        await self._ephemeral.put_pending(handle, pending, opener=opener, cap=app.policy.discoverable_limit)
+        await self._ephemeral.put_pending(
+            handle, pending, opener=opener, cap=app.policy.discoverable_limit
+        )
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options)
 
@@ -232,10 +252,12 @@ class Broker:
         asked: Asked = NOTHING_ASKED,
         by: FoundBy = "user",
     ) -> dict[str, Any]:
-        """Begin a registration of a user whom a keyed caller names, who is made if there is none. Returns the options.
+        """Begin a registration of a user whom a keyed caller names, who is made if there is none.
+        Returns the options.
 
-        `user_name` and `user_display_name` (the same, if not given) are what the authenticator shows, `nickname` what lists show. By
-        the user it replaces the user's earlier one; by its challenge several may be open.
+        `user_name` and `user_display_name` (the same, if not given) are what the authenticator
+        shows, `nickname` what lists show. By the user it replaces the user's earlier one; by its
+        challenge several may be open.
 
         Raises:
             InvalidRequest, TooManyPasskeys, Unavailable.
@@ -274,9 +296,10 @@ class Broker:
         """Finish a registration: judge the answer, store the credential, return a nonce.
 
         Raises:
-            UnknownTransaction: no such pending ceremony; or `transaction_id` names another transaction, or its own is spent.
-            CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.1, or its credential id is registered already.
-            Unavailable.
+            UnknownTransaction: no such pending ceremony; or `transaction_id` names another
+                transaction, or its own is spent.
+            CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.1, or its credential id is
+                registered already. Unavailable.
         """
         nonce, _ = await self.finish_registration_with_receipt(
             app, handle, transaction_id, answer, opener=opener
@@ -293,26 +316,33 @@ class Broker:
         opener: Opener,
         nonce_life: int | None = None,
     ) -> tuple[str, Receipt]:
-        """`finish_registration` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
+        """`finish_registration` for a caller who tells the page more than the nonce; `nonce_life`
+        in seconds, the policy's if not given.
+        """
         with self._finishes.counted("register", "page"):
             pending = await self._finishes.take_pending(
                 app, handle, transaction_id, opener, PendingRegistration
             )
             receipt = await self._finishes.registered(app, pending, answer, confirmed=False)
             with retry_from("backend"):
-                return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
+                return await self._finishes.put_nonce(
+                    app, receipt, pending.transaction, nonce_life
+                ), receipt
 
     async def finish_registration_of(
         self, app: RelyingParty, external_id: str, answer: RegistrationAnswer, *, opener: Opener
     ) -> Receipt:
-        """Finish the registration begun for a user: judge the answer, store the credential. The call is the caller's redemption, so
-        the passkey is confirmed, and live under any policy.
+        """Finish the registration begun for a user: judge the answer, store the credential. The
+        call is the caller's redemption, so the passkey is confirmed, and live under any policy.
 
         Raises:
-            InvalidRequest; UnknownTransaction: no pending registration of this user; CeremonyRefused; Unavailable.
+            InvalidRequest; UnknownTransaction: no pending registration of this user;
+                CeremonyRefused; Unavailable.
         """
         with self._finishes.counted("register", "backend"):
-            pending = await self._finishes.take_pending_of(app, external_id, opener, PendingRegistration)
+            pending = await self._finishes.take_pending_of(
+                app, external_id, opener, PendingRegistration
+            )
             return await self._finishes.registered(app, pending, answer, confirmed=True)
 
     async def finish_registration_by(
@@ -324,7 +354,8 @@ class Broker:
         second_factor: bool,
         confirmed: bool,
     ) -> Receipt:
-        """Finish the registration whose challenge the answer carries, if one of `openers` began it. `confirmed`: the call is a keyed caller's, so its redemption.
+        """Finish the registration whose challenge the answer carries, if one of `openers` began it.
+        `confirmed`: the call is a keyed caller's, so its redemption.
 
         Raises:
             UnknownTransaction: no such pending registration; CeremonyRefused; Unavailable.
@@ -337,7 +368,7 @@ class Broker:
             )
             return await self._finishes.registered(app, pending, answer, confirmed=confirmed)
 
-    # -- authentication -------------------------------------------------------------------------------------------------------
+    # -- authentication ----------------------------------------------------------------------------
 
     async def begin_authentication(
         self,
@@ -347,11 +378,13 @@ class Broker:
         opener: Opener,
         asked: Asked = NOTHING_ASKED,
     ) -> Begun:
-        """Begin an authentication: as the transaction says, or discoverable (`transaction_id` None), where `asked` is the page's: it
-        narrows, and what it allows is not listed in the options, for a page without a transaction learns nothing of credentials.
+        """Begin an authentication: as the transaction says, or discoverable (`transaction_id`
+        None), where `asked` is the page's: it narrows, and what it allows is not listed in the
+        options, for a page without a transaction learns nothing of credentials.
 
         Raises:
-            UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of passkeys, which none could answer.
+            UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of
+                passkeys, which none could answer.
         """
         if transaction_id is not None:
             handle, transaction, options = await self._begins.begin_authentication(
@@ -359,14 +392,20 @@ class Broker:
             )
             kind = "discoverable" if transaction.user_id is None else "authenticate"
             self._metrics.ceremonies.inc(kind, "begin", "ok")
-            return Begun(handle, options, transaction.asked.mediation, transaction.asked.second_factor)
+            return Begun(
+                handle, options, transaction.asked.mediation, transaction.asked.second_factor
+            )
         if asked.allow == ():
-            raise InvalidRequest("The list of passkeys is empty, so none could answer.", reason="empty_field")
+            raise InvalidRequest(
+                "The list of passkeys is empty, so none could answer.", reason="empty_field"
+            )
         pending, options = self._begins.new_authentication(app, (None, None), (), asked)
         if asked.allow is not None:
             pending = pending._replace(allowed=asked.allow)
         handle = self._mint.token("handle")
-        await self._ephemeral.put_pending(handle, pending, opener=opener, cap=app.policy.discoverable_limit)
+        await self._ephemeral.put_pending(
+            handle, pending, opener=opener, cap=app.policy.discoverable_limit
+        )
         self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return Begun(handle, options, asked.mediation, asked.second_factor)
 
@@ -381,14 +420,16 @@ class Broker:
         approval: Approval | None = None,
         keyless: bool = False,
     ) -> dict[str, Any]:
-        """Begin an authentication of a user whom a keyed caller names, or without one (only by its challenge) a discoverable one.
-        Returns the options. By the user it replaces the user's earlier one; by its challenge several may be open. `keyless`: anybody
-        may ask for it, so the cap of open ceremonies counts it.
+        """Begin an authentication of a user whom a keyed caller names, or without one (only by its
+        challenge) a discoverable one. Returns the options. By the user it replaces the user's
+        earlier one; by its challenge several may be open. `keyless`: anybody may ask for it, so the
+        cap of open ceremonies counts it.
 
         With an `approval` its digest is the end of the challenge, and it is listed from now on.
 
         Raises:
-            InvalidRequest, UnknownUser, NoPasskeys, DuplicateApproval, TooManyCeremonies, Unavailable.
+            InvalidRequest, UnknownUser, NoPasskeys, DuplicateApproval, TooManyCeremonies,
+                Unavailable.
         """
         user_id: str | None = None
         offered: Sequence[Credential] | Sequence[Offered] = ()
@@ -423,9 +464,10 @@ class Broker:
         """Finish an authentication: judge the answer, record the sign-in, return a nonce.
 
         Raises:
-            UnknownTransaction: no such pending ceremony; or `transaction_id` names another transaction, or its own is spent.
-            CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.2; `DiscoverableRefused` where there was no transaction.
-            Unavailable.
+            UnknownTransaction: no such pending ceremony; or `transaction_id` names another
+                transaction, or its own is spent.
+            CeremonyRefused: the answer does not satisfy WebAuthn L3 §7.2; `DiscoverableRefused`
+                where there was no transaction. Unavailable.
         """
         nonce, _ = await self.finish_authentication_with_receipt(
             app, handle, transaction_id, answer, opener=opener
@@ -442,7 +484,9 @@ class Broker:
         opener: Opener,
         nonce_life: int | None = None,
     ) -> tuple[str, Receipt]:
-        """`finish_authentication` for a caller who tells the page more than the nonce; `nonce_life` in seconds, the policy's if not given."""
+        """`finish_authentication` for a caller who tells the page more than the nonce; `nonce_life`
+        in seconds, the policy's if not given.
+        """
         with self._finishes.counted("authenticate", "page") as counted:
             pending = await self._finishes.take_pending(
                 app, handle, transaction_id, opener, PendingAuthentication
@@ -450,18 +494,24 @@ class Broker:
             counted.kind = kind_of(pending)
             receipt = (await self._finishes.authenticated(app, pending, answer)).receipt()
             with retry_from("backend" if pending.transaction else "page"):
-                return await self._finishes.put_nonce(app, receipt, pending.transaction, nonce_life), receipt
+                return await self._finishes.put_nonce(
+                    app, receipt, pending.transaction, nonce_life
+                ), receipt
 
     async def finish_authentication_of(
         self, app: RelyingParty, external_id: str, answer: AuthenticationAnswer, *, opener: Opener
     ) -> SignedIn:
-        """Finish the authentication begun for a user: judge the answer, record the sign-in. Who wants its receipt asks for it.
+        """Finish the authentication begun for a user: judge the answer, record the sign-in. Who
+        wants its receipt asks for it.
 
         Raises:
-            InvalidRequest; UnknownTransaction: no pending authentication of this user; CeremonyRefused; Unavailable.
+            InvalidRequest; UnknownTransaction: no pending authentication of this user;
+                CeremonyRefused; Unavailable.
         """
         with self._finishes.counted("authenticate", "backend"):
-            pending = await self._finishes.take_pending_of(app, external_id, opener, PendingAuthentication)
+            pending = await self._finishes.take_pending_of(
+                app, external_id, opener, PendingAuthentication
+            )
             return await self._finishes.authenticated(app, pending, answer)
 
     async def finish_authentication_by(
@@ -473,11 +523,12 @@ class Broker:
         second_factor: bool = False,
         approved: bool = False,
     ) -> Receipt:
-        """Finish the authentication whose challenge the answer carries, if one of `openers` began it; `approved`: it must be about an
-        approval, else about none.
+        """Finish the authentication whose challenge the answer carries, if one of `openers` began
+        it; `approved`: it must be about an approval, else about none.
 
         Raises:
-            UnknownTransaction: no such pending authentication; CeremonyRefused, DiscoverableRefused, Unavailable.
+            UnknownTransaction: no such pending authentication; CeremonyRefused,
+                DiscoverableRefused, Unavailable.
         """
         with self._finishes.counted("authenticate", "backend") as counted:
             challenge = ceremony.challenge_of(answer.client_data_json)
@@ -497,7 +548,7 @@ class Broker:
         with retry_from("backend"):
             return await self._finishes.put_nonce(app, receipt, None, life)
 
-    # -- redeem ---------------------------------------------------------------------------------------------------------------
+    # -- redeem ------------------------------------------------------------------------------------
 
     async def redeem(
         self,
@@ -509,19 +560,26 @@ class Broker:
         external_id: str | None = None,
         ownerless: bool = False,
     ) -> Receipt:
-        """Exchange a nonce for its receipt, once. What the caller states must match; a mismatch spends the nonce.
+        """Exchange a nonce for its receipt, once. What the caller states must match; a mismatch
+        spends the nonce.
 
-        Without a `purpose` a registration and a login match: a second factor or an approval is redeemed by who asks for it, and
-        so is, with `ownerless`, what a passkey that nobody owns has proved.
+        Without a `purpose` a registration and a login match: a second factor or an approval is
+        redeemed by who asks for it, and so is, with `ownerless`, what a passkey that nobody owns
+        has proved.
 
         Redeeming a registration's nonce confirms the passkey (`Credential.confirmed_at`).
 
         Raises:
-            UnknownNonce: unknown, expired, redeemed, of another app, or not what the caller expects: all alike.
+            UnknownNonce: unknown, expired, redeemed, of another app, or not what the caller
+                expects: all alike.
             Unavailable: the nonce may be spent.
         """
         with retry_from("backend"):
-            found = await self._ephemeral.take_nonce(app.id, nonce) if well_formed(nonce, "nonce") else None
+            found = (
+                await self._ephemeral.take_nonce(app.id, nonce)
+                if well_formed(nonce, "nonce")
+                else None
+            )
             if found is None:
                 self._metrics.redemptions.inc("unknown")
                 raise UnknownNonce(reason="nonce_unknown")
@@ -529,7 +587,10 @@ class Broker:
             life = found.expires_at - receipt.at
             self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
             if (
-                (receipt.proof not in ((purpose,) if purpose is not None else ("register", "authenticate")))
+                (
+                    receipt.proof
+                    not in ((purpose,) if purpose is not None else ("register", "authenticate"))
+                )
                 or (receipt.ownerless and not ownerless)
                 or (external_id is not None and external_id != receipt.external_id)
                 or (

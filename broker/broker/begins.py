@@ -1,7 +1,9 @@
-"""How ceremonies begin, whoever asks for them: with a transaction, discoverable, or of a user whom a keyed caller names.
+"""How ceremonies begin, whoever asks for them: with a transaction, discoverable, or of a user whom
+a keyed caller names.
 
-Who may answer is looked up here and nowhere later: the pending ceremony, or the transaction that it belongs to, carries it. What is to
-be refused is refused before anything is written, so a refused begin leaves an earlier pending ceremony alone.
+Who may answer is looked up here and nowhere later: the pending ceremony, or the transaction that it
+belongs to, carries it. What is to be refused is refused before anything is written, so a refused
+begin leaves an earlier pending ceremony alone.
 """
 
 from __future__ import annotations
@@ -68,15 +70,21 @@ class Begins:
         )
 
     def nobody(self) -> tuple[str, str]:
-        """Id and handle of a new user without an external id, who is stored with the passkey that nobody owns yet."""
+        """Id and handle of a new user without an external id, who is stored with the passkey that
+        nobody owns yet.
+        """
         return self._mint.id(), self._mint.user_handle()
 
     async def user_to_sign_in(
         self, app: RelyingParty, external_id: str, asked: Asked
     ) -> tuple[str, list[Offered]]:
-        """Id and live passkeys of a user who has one that may answer; second factors are among them if asked for."""
+        """Id and live passkeys of a user who has one that may answer; second factors are among them
+        if asked for.
+        """
         checked(external_id, "external_id")
-        found = await self._durable.user_to_sign_in(app.id, external_id, second_factor=asked.second_factor)
+        found = await self._durable.user_to_sign_in(
+            app.id, external_id, second_factor=asked.second_factor
+        )
         if found is None:
             raise UnknownUser
         user_id, _, held = found
@@ -106,7 +114,8 @@ class Begins:
     async def offered_again(
         self, app: RelyingParty, transaction: Transaction
     ) -> Sequence[Credential] | Sequence[Offered]:
-        """What a transaction offers that doesn't carry it: its user's passkeys, those asked for, or any (an empty list).
+        """What a transaction offers that doesn't carry it: its user's passkeys, those asked for, or
+        any (an empty list).
 
         Raises:
             UnknownTransaction: none is left of them.
@@ -132,10 +141,12 @@ class Begins:
     async def begin_registration(
         self, app: RelyingParty, transaction_id: str, attachment: Attachment | None, opener: Opener
     ) -> tuple[str, Transaction, dict[str, Any]]:
-        """Begin the registration of a transaction: the handle, the transaction, the options. What may be refused comes before the earlier
-        pending ceremony is replaced."""
+        """Begin the registration of a transaction: the handle, the transaction, the options. What
+        may be refused comes before the earlier pending ceremony is replaced."""
         name, transaction = await self.peek(app, transaction_id, "register")
-        assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
+        assert transaction.user_id is not None, (
+            "a registration has a user, also where nobody owns it"
+        )
         pending, options = await self.new_registration(
             app,
             user=(transaction.user_id, transaction.external_id, transaction.user_handle),
@@ -158,11 +169,15 @@ class Begins:
     async def begin_authentication(
         self, app: RelyingParty, transaction_id: str, opener: Opener
     ) -> tuple[str, Transaction, dict[str, Any]]:
-        """Begin the authentication of a transaction: the handle, the transaction, the options. One round trip, unless the transaction
-        does not carry who may answer."""
+        """Begin the authentication of a transaction: the handle, the transaction, the options. One
+        round trip, unless the transaction does not carry who may answer."""
         now = self._clock()
-        beginning = Beginning(self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications)
-        handle, name, transaction = await self._begin(app, transaction_id, opener, "authenticate", beginning)
+        beginning = Beginning(
+            self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications
+        )
+        handle, name, transaction = await self._begin(
+            app, transaction_id, opener, "authenticate", beginning
+        )
         offered: Sequence[Credential] | Sequence[Offered] = transaction.offered
         if transaction.to_look_up:
             offered = await self.offered_again(app, transaction)
@@ -193,14 +208,18 @@ class Begins:
     ) -> tuple[str, bytes, Transaction]:
         _judge_form(transaction_id)
         secret = self._mint.token("handle")
-        found = await self._ephemeral.begin(app.id, transaction_id, opener, purpose, secret, beginning)
+        found = await self._ephemeral.begin(
+            app.id, transaction_id, opener, purpose, secret, beginning
+        )
         if found is None:
             raise await self._unknown(app, transaction_id)
         _judge_purpose(found[2], purpose)
         return found
 
     async def _unknown(self, app: RelyingParty, transaction_id: str) -> UnknownTransaction:
-        """The refusal of a transaction that is not there; its reason tells whether refused finishes ended it."""
+        """The refusal of a transaction that is not there; its reason tells whether refused finishes
+        ended it.
+        """
         ended = await self._ephemeral.refusals(app.id, transaction_id) >= MAX_REFUSALS
         return UnknownTransaction(reason="too_many_refusals" if ended else "transaction_unknown")
 
@@ -214,20 +233,29 @@ class Begins:
         attachment: Attachment | None,
         asked: Asked,
     ) -> tuple[PendingRegistration, dict[str, Any]]:
-        """A pending ceremony and its options. `bound`: the transaction and its end, which the ceremony doesn't outlive."""
+        """A pending ceremony and its options. `bound`: the transaction and its end, which the
+        ceremony doesn't outlive.
+        """
         user_id, external_id, user_handle = user
         user_name, user_display_name, nickname = names
         held = await self._durable.held_by(app.id, user_id, now=instant(self._clock()))
         if len(held) >= app.policy.max_passkeys:
             raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
-        # A passkey that was never confirmed is not excluded: the authenticator shall be able to replace it.
+        # A passkey that was never confirmed is not excluded: the authenticator shall be able to
+        # replace it.
         exclude = {c.credential_id: c.transports for c in held if c.live}
         if asked.exclude:
             others = await self._durable.owned_by_ids(app.id, asked.exclude)
             exclude |= {
-                o.credential.credential_id: o.credential.transports for o in others if o.credential.live
+                o.credential.credential_id: o.credential.transports
+                for o in others
+                if o.credential.live
             }
-        if asked.second_factor and attachment is None and app.policy.second_factor_attachment != "any":
+        if (
+            asked.second_factor
+            and attachment is None
+            and app.policy.second_factor_attachment != "any"
+        ):
             attachment = app.policy.second_factor_attachment
         now = self._clock()
         ends = now + min(asked.life or app.policy.ceremony_life, app.policy.ceremony_life)
@@ -313,7 +341,9 @@ def _judge_purpose(transaction: Transaction, purpose: Purpose) -> None:
 
 
 def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered, ...]:
-    """The passkeys that a one-time value carries: of a named user, and few enough for their bytes to be worth the look-up they save."""
+    """The passkeys that a one-time value carries: of a named user, and few enough for their bytes
+    to be worth the look-up they save.
+    """
     few = [o for o in offered if isinstance(o, Offered)]
     return tuple(few) if len(few) <= _CARRIED else ()
 
@@ -321,5 +351,7 @@ def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered,
 def without_lists(asked: Asked) -> Asked:
     """What was asked, for a pending ceremony: its lists are done with, and long."""
     return (
-        asked if asked.allow is None and asked.exclude is None else replace(asked, allow=None, exclude=None)
+        asked
+        if asked.allow is None and asked.exclude is None
+        else replace(asked, allow=None, exclude=None)
     )

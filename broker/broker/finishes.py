@@ -1,8 +1,9 @@
 """How ceremonies finish: take, judge, take, write; whoever asked for them.
 
-A step that takes is one atomic command, and everything after it fails closed: `retry_from` writes on the refusal where the person
-starts again. Steps that judge take the pending ceremony as it was taken, so there is no way to judge an answer that could come again.
-A refusal that concerns somebody is told as an event, where the store can write it.
+A step that takes is one atomic command, and everything after it fails closed: `retry_from` writes
+on the refusal where the person starts again. Steps that judge take the pending ceremony as it was
+taken, so there is no way to judge an answer that could come again. A refusal that concerns somebody
+is told as an event, where the store can write it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ _NOT_ADDED = {
     "no_user": "This registration has ended; start again.",
     "too_many_passkeys": TooManyPasskeys.default,
 }
-# The reason of a refusal: the ceremony is there, but another dialect or another kind of finish ends it.
+# The reason of a refusal: the ceremony is there, but another dialect or another kind of finish ends
+# it.
 _OTHER_FINISH = "other_finish"
 P = TypeVar("P", PendingRegistration, PendingAuthentication)
 _PURPOSES: dict[type[Pending], Purpose] = {
@@ -67,7 +69,9 @@ _PURPOSES: dict[type[Pending], Purpose] = {
 
 
 class SignedIn(NamedTuple):
-    """A sign-in that was judged and recorded: by which passkey, whose it is (an external id; None for nobody's), and when."""
+    """A sign-in that was judged and recorded: by which passkey, whose it is (an external id; None
+    for nobody's), and when.
+    """
 
     pending: PendingAuthentication
     credential: Credential | Offered
@@ -120,9 +124,16 @@ class Finishes:
         self._mint = mint
 
     async def take_pending(
-        self, app: RelyingParty, handle: str, transaction_id: str | None, opener: Opener, kind: type[P]
+        self,
+        app: RelyingParty,
+        handle: str,
+        transaction_id: str | None,
+        opener: Opener,
+        kind: type[P],
     ) -> P:
-        """Take the pending ceremony, before any cryptography. Its own transaction is meant where `transaction_id` is None."""
+        """Take the pending ceremony, before any cryptography. Its own transaction is meant where
+        `transaction_id` is None.
+        """
         if not well_formed(handle, "handle"):
             raise UnknownTransaction(reason="handle_unknown")
         with retry_from("page"):
@@ -138,7 +149,9 @@ class Finishes:
             raise UnknownTransaction(reason="other_transaction")
         return as_strict_as(app, pending)
 
-    async def take_pending_of(self, app: RelyingParty, external_id: str, opener: Opener, kind: type[P]) -> P:
+    async def take_pending_of(
+        self, app: RelyingParty, external_id: str, opener: Opener, kind: type[P]
+    ) -> P:
         """Take the user's pending ceremony, before any cryptography."""
         checked(external_id, "external_id")
         purpose = _PURPOSES[kind]
@@ -170,15 +183,23 @@ class Finishes:
         return as_strict_as(app, pending)
 
     async def registered(
-        self, app: RelyingParty, pending: PendingRegistration, answer: RegistrationAnswer, *, confirmed: bool
+        self,
+        app: RelyingParty,
+        pending: PendingRegistration,
+        answer: RegistrationAnswer,
+        *,
+        confirmed: bool,
     ) -> Receipt:
-        """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, store the credential."""
+        """Judge the answer to a pending ceremony that was taken, take its transaction if it has
+        one, store the credential.
+        """
         signal = Signal(app.rp_id, answer.credential_id)
         try:
             verified = ceremony.finish_registration(pending, app, answer)
         except CeremonyRefused as refusal:
-            # The device made this passkey and it will never be stored: the page may tell the device so. Unless it was stored
-            # by an earlier ceremony, whose answer came again: then somebody signs in with it.
+            # The device made this passkey and it will never be stored: the page may tell the device
+            # so. Unless it was stored by an earlier ceremony, whose answer came again: then
+            # somebody signs in with it.
             if await self._nobody_has(app, answer.credential_id):
                 refusal.signal = signal
             if await self._count_refusal(pending):
@@ -231,7 +252,9 @@ class Finishes:
     async def authenticated(
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
     ) -> SignedIn:
-        """Judge the answer to a pending ceremony that was taken, take its transaction if it has one, record the sign-in."""
+        """Judge the answer to a pending ceremony that was taken, take its transaction if it has
+        one, record the sign-in.
+        """
         credential: Credential | Offered | None = None
         for offered in pending.offered:
             if offered.credential_id == answer.credential_id:
@@ -245,7 +268,9 @@ class Finishes:
         except CeremonyRefused as refusal:
             told = await self._count_refusal(pending)
             await self._refuse_authentication(app, pending, credential, refusal, told=told)
-        with retry_from("page" if pending.user_id is None and pending.transaction is None else "backend"):
+        with retry_from(
+            "page" if pending.user_id is None and pending.transaction is None else "backend"
+        ):
             await self._take_transaction(pending.transaction)
             now = self._clock()
             recorded = await self._durable.use_credential(
@@ -282,17 +307,21 @@ class Finishes:
         if not owned.credential.live:
             raise CeremonyRefused(
                 reason="not_live",
-                hint="The registration's nonce was not redeemed. " + policy_hint("live_at", "finish"),
+                hint="The registration's nonce was not redeemed. "
+                + policy_hint("live_at", "finish"),
             )
         if owned.credential.second_factor and not pending.asked.second_factor:
             raise CeremonyRefused(reason="second_factor")
         if owned.external_id is None and not pending.asked.ownerless:
-            raise CeremonyRefused(reason="ownerless", hint=policy_hint("passlock_open_registration", "true"))
+            raise CeremonyRefused(
+                reason="ownerless", hint=policy_hint("passlock_open_registration", "true")
+            )
         return owned.credential, owned.external_id
 
     async def _count_refusal(self, pending: Pending) -> bool:
-        """Count a refused finish of the ceremony's transaction, if it has one, and end the transaction with the last that it may have.
-        False for those beyond, which were in flight then: they are no events. A refusal stands also when it can't be counted."""
+        """Count a refused finish of the ceremony's transaction, if it has one, and end the
+        transaction with the last that it may have. False for those beyond, which were in flight
+        then: they are no events. A refusal stands also when it can't be counted."""
         if pending.transaction is None:
             return True
         try:
@@ -304,23 +333,33 @@ class Finishes:
         return refusals <= MAX_REFUSALS
 
     async def _take_transaction(self, name: bytes | None) -> None:
-        """Take the transaction, if there is one, before any durable write: one transaction, one success."""
+        """Take the transaction, if there is one, before any durable write: one transaction, one
+        success.
+        """
         if name is not None and not await self._ephemeral.take_transaction(name):
             raise UnknownTransaction(reason="transaction_spent")
 
     async def put_nonce(
-        self, app: RelyingParty, receipt: Receipt, transaction: bytes | None, life: int | None = None
+        self,
+        app: RelyingParty,
+        receipt: Receipt,
+        transaction: bytes | None,
+        life: int | None = None,
     ) -> str:
-        """A nonce for the receipt; `life` in seconds, the policy's if not given, 10 minutes at most."""
+        """A nonce for the receipt; `life` in seconds, the policy's if not given, 10 minutes at
+        most.
+        """
         nonce = self._mint.token("nonce")
         ends = receipt.at + min(life or app.policy.nonce_life, LONGEST_NONCE)
         await self._ephemeral.put_nonce(app.id, nonce, Redeemable(receipt, transaction, ends))
         return nonce
 
     async def _nobody_has(self, app: RelyingParty, credential_id: bytes) -> bool:
-        """Whether it is proved that nobody of the RP ID has this credential; a store that can't tell proves nothing.
+        """Whether it is proved that nobody of the RP ID has this credential; a store that can't
+        tell proves nothing.
 
-        Of the RP ID, not of the app: the signal reaches an authenticator, which knows no apps, and two apps may share an RP ID.
+        Of the RP ID, not of the app: the signal reaches an authenticator, which knows no apps, and
+        two apps may share an RP ID.
         """
         try:
             return not await self._durable.held(app.rp_id, credential_id)
@@ -336,8 +375,11 @@ class Finishes:
         *,
         told: bool,
     ) -> NoReturn:
-        """Tell of the refusal, where it concerns somebody and `told` is true, and raise it as what the caller may learn."""
-        # Where nobody was named anybody can have answers refused, so only what a genuine passkey signed is worth an event.
+        """Tell of the refusal, where it concerns somebody and `told` is true, and raise it as what
+        the caller may learn.
+        """
+        # Where nobody was named anybody can have answers refused, so only what a genuine passkey
+        # signed is worth an event.
         if told and (pending.user_id is not None or refusal.reason in _SIGNED):
             await self._tell_refusal(
                 app,
@@ -367,7 +409,9 @@ class Finishes:
         user_id: str | None,
         passkey_id: str | None = None,
     ) -> None:
-        """Write the event of a refused ceremony. The refusal stands also when the event can't be written; a metric counts that."""
+        """Write the event of a refused ceremony. The refusal stands also when the event can't be
+        written; a metric counts that.
+        """
         try:
             await self._durable.tell(
                 app.id,
@@ -382,12 +426,16 @@ class Finishes:
             self._metrics.events_lost.inc()
 
     def counted(self, kind: str, place: Retry) -> Counted:
-        """Count a finish by its result; an unavailable store without another place to start again means: from `place`."""
+        """Count a finish by its result; an unavailable store without another place to start again
+        means: from `place`.
+        """
         return Counted(self._metrics, kind, place)
 
 
 class retry_from:
-    """`with retry_from(place):` an unavailable store inside means: start again at `place`. The innermost place counts."""
+    """`with retry_from(place):` an unavailable store inside means: start again at `place`. The
+    innermost place counts.
+    """
 
     __slots__ = ("_place",)
 
@@ -398,7 +446,10 @@ class retry_from:
         pass
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if isinstance(fault, Unavailable):
             fault.retry = fault.retry or self._place
@@ -418,7 +469,10 @@ class Counted:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if fault is None:
             result = "ok"
@@ -437,8 +491,8 @@ def kind_of(pending: PendingAuthentication) -> str:
 
 
 def as_strict_as(app: RelyingParty, pending: P) -> P:
-    """A pending ceremony that asks for as much user verification as it would if it began now, and lets what nobody owns in only if it
-    still would: a policy made stricter applies at once."""
+    """A pending ceremony that asks for as much user verification as it would if it began now, and
+    lets what nobody owns in only if it still would: a policy made stricter applies at once."""
     if not app.policy.passlock_open_registration:
         by_a_page = pending.transaction is None
         if isinstance(pending, PendingRegistration) and pending.external_id is None and by_a_page:
@@ -448,4 +502,8 @@ def as_strict_as(app: RelyingParty, pending: P) -> P:
         if pending.asked.ownerless:
             pending = pending._replace(asked=replace(pending.asked, ownerless=False))
     now = app.policy.verification(pending.asked)
-    return pending._replace(user_verification=now) if is_weaker(pending.user_verification, now) else pending
+    return (
+        pending._replace(user_verification=now)
+        if is_weaker(pending.user_verification, now)
+        else pending
+    )

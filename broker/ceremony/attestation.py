@@ -1,8 +1,10 @@
-"""Attestation statements, and how far they are trusted. WebAuthn L3 §8, §7.1 from "Determine the attestation statement format".
+"""Attestation statements, and how far they are trusted. WebAuthn L3 §8, §7.1 from "Determine the
+attestation statement format".
 
-`judge_attestation` verifies the statement against its format's rules and says what it proves: nothing ("none"), something that
-nobody vouches for ("claimed"), or a chain to a root which the policy names ("verified"). The package's docstring has the
-decisions. Statements reach this module after `cbor` read them, so that types are all that can be wrong with their members.
+`judge_attestation` verifies the statement against its format's rules and says what it proves:
+nothing ("none"), something that nobody vouches for ("claimed"), or a chain to a root which the
+policy names ("verified"). The package's docstring has the decisions. Statements reach this module
+after `cbor` read them, so that types are all that can be wrong with their members.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ MAX_CHAIN = 4
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a statement is about: authenticator data, the credential in it, and the hash of the client data."""
+    """What a statement is about: authenticator data, the credential in it, and the hash of the
+    client data.
+    """
 
     data: AuthenticatorData
     credential: AttestedCredential
@@ -52,7 +56,9 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The attestation certificate with what its rules ask, read once: everything that parsing can raise was raised then."""
+    """The attestation certificate with what its rules ask, read once: everything that parsing can
+    raise was raised then.
+    """
 
     raw: bytes
     certificate: x509.Certificate
@@ -66,7 +72,11 @@ class Certificate:
     def unknown(self, oid: ObjectIdentifier) -> bytes | None:
         """The value of an extension that X.509 libraries know nothing of."""
         found = self.extension(oid)
-        return found.value.value if found and isinstance(found.value, x509.UnrecognizedExtension) else None
+        return (
+            found.value.value
+            if found and isinstance(found.value, x509.UnrecognizedExtension)
+            else None
+        )
 
 
 def wrong(sentence: str) -> Exception:
@@ -74,7 +84,9 @@ def wrong(sentence: str) -> Exception:
 
 
 def member(statement: Mapping[Any, Any], key: str, kind: type) -> Any:
-    """A member of the statement that must be there with a type (never a bool for int), and not empty."""
+    """A member of the statement that must be there with a type (never a bool for int), and not
+    empty.
+    """
     value = statement.get(key)
     if type(value) is not kind or value in (b"", ""):
         raise wrong(f"The attestation statement has no valid {key}.")
@@ -106,14 +118,17 @@ def read_chain(statement: Mapping[Any, Any]) -> tuple[Certificate, list[x509.Cer
 
 
 def _cheap(key: object) -> bool:
-    """Whether verifying with this key takes well under a millisecond: a stranger's certificates must not hold the event loop."""
+    """Whether verifying with this key takes well under a millisecond: a stranger's certificates
+    must not hold the event loop.
+    """
     if isinstance(key, rsa.RSAPublicKey):
         return bool(key.key_size <= 4096 and key.public_numbers().e < 2**32)
     return isinstance(key, ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey)
 
 
 def demand_end_entity(certificate: Certificate) -> None:
-    """What §8.2.1 and §8.3.1 share: version 3, no certification authority, its AAGUID extension (if any) being the credential's.
+    """What §8.2.1 and §8.3.1 share: version 3, no certification authority, its AAGUID extension (if
+    any) being the credential's.
 
     Raises:
         CeremonyRefused: "attestation".
@@ -126,7 +141,9 @@ def demand_end_entity(certificate: Certificate) -> None:
 
 
 def demand_aaguid(certificate: Certificate, aaguid: bytes) -> None:
-    """§8.2, §8.3 "If attestnCert contains an extension with OID 1.3.6.1.4.1.45724.1.1.4 … verify that the value … matches"."""
+    """§8.2, §8.3 "If attestnCert contains an extension with OID 1.3.6.1.4.1.45724.1.1.4 … verify
+    that the value … matches".
+    """
     found = certificate.extension(FIDO_AAGUID)
     if found is None:
         return
@@ -134,9 +151,12 @@ def demand_aaguid(certificate: Certificate, aaguid: bytes) -> None:
         raise wrong("The attestation certificate is for another AAGUID.")
 
 
-def chain_trust(leaf: Certificate, rest: list[x509.Certificate], policy: Policy, at: float) -> Trust:
-    """ "verified" when a chain leads from `leaf` through `rest` to one of the policy's roots, all valid at `at` (seconds since
-    the epoch); else "claimed", or a refusal where the policy asks for attestation and has roots.
+def chain_trust(
+    leaf: Certificate, rest: list[x509.Certificate], policy: Policy, at: float
+) -> Trust:
+    """ "verified" when a chain leads from `leaf` through `rest` to one of the policy's roots, all
+    valid at `at` (seconds since the epoch); else "claimed", or a refusal where the policy asks for
+    attestation and has roots.
 
     Raises:
         CeremonyRefused: "attestation_trust".
@@ -145,21 +165,29 @@ def chain_trust(leaf: Certificate, rest: list[x509.Certificate], policy: Policy,
         return "claimed"
     try:
         builder = (
-            PolicyBuilder().store(_roots(policy.attestation_roots)).time(datetime.fromtimestamp(at, UTC))
+            PolicyBuilder()
+            .store(_roots(policy.attestation_roots))
+            .time(datetime.fromtimestamp(at, UTC))
         )
-        builder = builder.extension_policies(ca_policy=_AUTHORITY, ee_policy=ExtensionPolicy.permit_all())
+        builder = builder.extension_policies(
+            ca_policy=_AUTHORITY, ee_policy=ExtensionPolicy.permit_all()
+        )
         builder.build_client_verifier().verify(leaf.certificate, rest)
     except (VerificationError, *PARSER_FAULTS):
         if policy.attestation != "none":
-            # WebAuthn L3 §7.1 "If the attestation statement attStmt verified successfully but is not trustworthy"
+            # WebAuthn L3 §7.1 "If the attestation statement attStmt verified successfully but is
+            # not trustworthy"
             raise refuse(
-                "attestation_trust", "The authenticator's attestation leads to none of the app's roots."
+                "attestation_trust",
+                "The authenticator's attestation leads to none of the app's roots.",
             ) from None
         return "claimed"
     return "verified"
 
 
-_AUTHORITY = ExtensionPolicy.permit_all().require_present(x509.BasicConstraints, Criticality.AGNOSTIC, None)
+_AUTHORITY = ExtensionPolicy.permit_all().require_present(
+    x509.BasicConstraints, Criticality.AGNOSTIC, None
+)
 
 
 @lru_cache(maxsize=64)
@@ -173,7 +201,8 @@ def packed(
     """§8.2. Returns the chain, or None for self attestation."""
     algorithm, signature = member(statement, "alg", int), member(statement, "sig", bytes)
     if "x5c" not in statement:
-        # §8.2 "If x5c is not present, self attestation is in use. Validate that alg matches the algorithm of the credentialPublicKey"
+        # §8.2 "If x5c is not present, self attestation is in use. Validate that alg matches the
+        # algorithm of the credentialPublicKey"
         if algorithm != about.credential.members[3]:
             raise wrong("The self attestation is of another algorithm than its key.")
         if not keys.verify(about.key, algorithm, signature, about.signed):
@@ -197,26 +226,36 @@ def packed(
     return leaf, rest
 
 
-def fido_u2f(statement: Mapping[Any, Any], about: Evidence) -> tuple[Certificate, list[x509.Certificate]]:
+def fido_u2f(
+    statement: Mapping[Any, Any], about: Evidence
+) -> tuple[Certificate, list[x509.Certificate]]:
     """§8.6."""
     signature = member(statement, "sig", bytes)
     leaf, rest = read_chain(statement)
     if rest:
         raise wrong("A fido-u2f statement has one certificate.")
-    if not isinstance(leaf.key, ec.EllipticCurvePublicKey) or not isinstance(leaf.key.curve, ec.SECP256R1):
+    if not isinstance(leaf.key, ec.EllipticCurvePublicKey) or not isinstance(
+        leaf.key.curve, ec.SECP256R1
+    ):
         raise wrong("The attestation certificate's key is not on P-256.")
     if about.credential.members[3] != keys.ES256:
         raise wrong("A fido-u2f credential has an ES256 key.")
     point = b"\x04" + about.credential.members[-2] + about.credential.members[-3]
     message = (
-        b"\x00" + about.data.rp_id_hash + about.client_data_hash + about.credential.credential_id + point
+        b"\x00"
+        + about.data.rp_id_hash
+        + about.client_data_hash
+        + about.credential.credential_id
+        + point
     )
     if not keys.verify(leaf.key, keys.ES256, signature, message):
         raise wrong("The attestation's signature does not verify.")
     return leaf, rest
 
 
-def android_key(statement: Mapping[Any, Any], about: Evidence) -> tuple[Certificate, list[x509.Certificate]]:
+def android_key(
+    statement: Mapping[Any, Any], about: Evidence
+) -> tuple[Certificate, list[x509.Certificate]]:
     """§8.4. `x5c` may hold the leaf alone."""
     algorithm, signature = member(statement, "alg", int), member(statement, "sig", bytes)
     leaf, rest = read_chain(statement)
@@ -231,10 +270,14 @@ def android_key(statement: Mapping[Any, Any], about: Evidence) -> tuple[Certific
     return leaf, rest
 
 
-# KeyDescription ::= SEQUENCE { version, level, version, level, attestationChallenge, uniqueId, softwareEnforced, teeEnforced }
+# KeyDescription ::= SEQUENCE { version, level, version, level, attestationChallenge, uniqueId,
+# softwareEnforced, teeEnforced }
 _KEY_DESCRIPTION = (0x02, 0x0A, 0x02, 0x0A, 0x04, 0x04, 0x30, 0x30)
 _PURPOSE, _ALL_APPLICATIONS, _ORIGIN = 0xA1, 0xBF8458, 0xBF853E  # [1], [600], [702], explicit
-_SIGN, _GENERATED = bytes.fromhex("3103020102"), bytes.fromhex("020100")  # SET { INTEGER 2 }; INTEGER 0
+_SIGN, _GENERATED = (
+    bytes.fromhex("3103020102"),
+    bytes.fromhex("020100"),
+)  # SET { INTEGER 2 }; INTEGER 0
 
 
 def _judge_key_description(raw: bytes, client_data_hash: bytes) -> None:
@@ -247,16 +290,19 @@ def _judge_key_description(raw: bytes, client_data_hash: bytes) -> None:
         raise wrong("The Android key description is for another challenge.")
     for _, enforced in parts[6:]:
         for tag, value in read_der(enforced):
-            # §8.4 "The AuthorizationList.allApplications field is not present on either authorization list"
+            # §8.4 "The AuthorizationList.allApplications field is not present on either
+            # authorization list"
             if tag == _ALL_APPLICATIONS:
                 raise wrong("The Android key may be used by all applications.")
-            # §8.4 "AuthorizationList.origin … equal to KM_ORIGIN_GENERATED", "AuthorizationList.purpose … KM_PURPOSE_SIGN"
+            # §8.4 "AuthorizationList.origin … equal to KM_ORIGIN_GENERATED",
+            # "AuthorizationList.purpose … KM_PURPOSE_SIGN"
             if (tag == _ORIGIN and value != _GENERATED) or (tag == _PURPOSE and value != _SIGN):
                 raise wrong("The Android key was not generated on the device for signing only.")
 
 
 def read_der(raw: bytes) -> list[tuple[int, bytes]]:
-    """The DER values in `raw`, one after the other: identifier octets as a number, and content (X.690 §8.1).
+    """The DER values in `raw`, one after the other: identifier octets as a number, and content
+    (X.690 §8.1).
 
     Raises:
         CeremonyRefused: "attestation".
@@ -283,11 +329,14 @@ def read_der(raw: bytes) -> list[tuple[int, bytes]]:
     return values
 
 
-def apple(statement: Mapping[Any, Any], about: Evidence) -> tuple[Certificate, list[x509.Certificate]]:
+def apple(
+    statement: Mapping[Any, Any], about: Evidence
+) -> tuple[Certificate, list[x509.Certificate]]:
     """§8.8."""
     leaf, rest = read_chain(statement)
     nonce = hashlib.sha256(about.signed).digest()
-    # §8.8 "Verify that nonce equals the value of the extension with OID 1.2.840.113635.100.8.2": SEQUENCE { [1] { OCTET STRING } }
+    # §8.8 "Verify that nonce equals the value of the extension with OID 1.2.840.113635.100.8.2":
+    # SEQUENCE { [1] { OCTET STRING } }
     if leaf.unknown(APPLE_NONCE) != b"\x30\x24\xa1\x22\x04\x20" + nonce:
         raise wrong("The attestation certificate is for another ceremony.")
     if leaf.key != about.key:

@@ -1,12 +1,14 @@
-"""Authenticator data: what the authenticator says it did. WebAuthn L3 §6.1, judged as §7.1 and §7.2 say alike.
+"""Authenticator data: what the authenticator says it did. WebAuthn L3 §6.1, judged as §7.1 and §7.2
+say alike.
 
     offset  0  32 bytes  SHA-256 of the RP ID
            32   1        flags: UP 0x01, UV 0x04, BE 0x08, BS 0x10, AT 0x40, ED 0x80
            33   4        signature counter, big-endian
-           37   …        AT: AAGUID (16), length of the credential id (2), credential id, COSE key; ED: a CBOR map
+           37   …        AT: AAGUID (16), length of the credential id (2), credential id, COSE key;
+                ED: a CBOR map
 
-The flags AT and ED alone say what follows; every byte must be accounted for. Reserved bits are ignored, as §6.1 has them for
-future use.
+The flags AT and ED alone say what follows; every byte must be accounted for. Reserved bits are
+ignored, as §6.1 has them for future use.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def read_authenticator_data(raw: bytes) -> AuthenticatorData:
     """Read all of `raw`.
 
     Raises:
-        CeremonyRefused: "malformed"; "credential_id" for an empty or over-long one; "public_key" when it is no map.
+        CeremonyRefused: "malformed"; "credential_id" for an empty or over-long one; "public_key"
+            when it is no map.
     """
     if len(raw) < 37:
         raise refuse("malformed", "The authenticator data is shorter than 37 bytes.")
@@ -80,7 +83,9 @@ def _read_attested(raw: bytes, at: int) -> tuple[AttestedCredential, int]:
     length = int.from_bytes(raw[at + 16 : at + 18], "big")
     # §7.1 "Verify that the credentialId is ≤ 1023 bytes"
     if not 1 <= length <= MAX_CREDENTIAL_ID:
-        raise refuse("credential_id", f"The credential id is empty or longer than {MAX_CREDENTIAL_ID} bytes.")
+        raise refuse(
+            "credential_id", f"The credential id is empty or longer than {MAX_CREDENTIAL_ID} bytes."
+        )
     begin = at + 18 + length
     if len(raw) < begin:
         raise refuse("malformed", "The attested credential data ends too early.")
@@ -104,16 +109,20 @@ def judge_authenticator_data(
         CeremonyRefused: "rp_id", "user_presence", "user_verification", "backup_flags".
     """
     flags = data.flags
-    # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID expected"
+    # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID
+    # expected"
     if data.rp_id_hash != _hash(rp_id):
         raise refuse("rp_id", "The passkey was made for another RP ID than the app's.")
-    # §7.2 "Verify that the UP bit of the flags in authData is set"; §7.1 the same "If options.mediation
-    # is not set to conditional"
+    # §7.2 "Verify that the UP bit of the flags in authData is set"; §7.1 the same "If
+    # options.mediation is not set to conditional"
     if presence and not flags & UP:
         raise refuse("user_presence", "The authenticator did not see the user.")
     # §7.1, §7.2 "If the Relying Party requires user verification … verify that the UV bit … is set"
     if verification == "required" and not flags & UV:
         raise refuse("user_verification", "The authenticator did not verify the user.")
-    # §7.1, §7.2 "If the BE bit of the flags in authData is not set, verify that the BS bit is not set"
+    # §7.1, §7.2 "If the BE bit of the flags in authData is not set, verify that the BS bit is not
+    # set"
     if flags & BS and not flags & BE:
-        raise refuse("backup_flags", "The passkey claims to be backed up without being eligible for it.")
+        raise refuse(
+            "backup_flags", "The passkey claims to be backed up without being eligible for it."
+        )

@@ -1,11 +1,14 @@
-"""A strict reader of the CBOR that authenticators write: CTAP2 canonical form, less its order of keys.
+"""A strict reader of the CBOR that authenticators write: CTAP2 canonical form, less its order of
+keys.
 
-Only what WebAuthn L3 §6.5 and §8 use is read: integers, byte and text strings, arrays, maps with integer or text keys, false,
-true, null and floats. Tags, indefinite lengths, other simple values, lengths and integers not in their shortest form, equal
-keys, invalid UTF-8 and more than `DEPTH` levels are refused, so two readers can't see two values in the same bytes, and no tag
-can make a library build something (a regular expression, a cycle, a huge number) out of a stranger's bytes. cbor2 reads all
-of these, and can't be told to leave tags alone. It tells where the value ended, which authenticator data needs, for there the
-public key and the extensions follow each other without a length. Work and memory are linear in the input.
+Only what WebAuthn L3 §6.5 and §8 use is read: integers, byte and text strings, arrays, maps with
+integer or text keys, false, true, null and floats. Tags, indefinite lengths, other simple values,
+lengths and integers not in their shortest form, equal keys, invalid UTF-8 and more than `DEPTH`
+levels are refused, so two readers can't see two values in the same bytes, and no tag can make a
+library build something (a regular expression, a cycle, a huge number) out of a stranger's bytes.
+cbor2 reads all of these, and can't be told to leave tags alone. It tells where the value ended,
+which authenticator data needs, for there the public key and the extensions follow each other
+without a length. Work and memory are linear in the input.
 
 Source: CTAP 2.1 §8 "Message Encoding"; RFC 8949 §3, §4.2.
 """

@@ -1,8 +1,10 @@
-"""Client data: what the browser says it did. WebAuthn L3 §5.8.1 (CollectedClientData), judged as §7.1 and §7.2 say alike.
+"""Client data: what the browser says it did. WebAuthn L3 §5.8.1 (CollectedClientData), judged as
+§7.1 and §7.2 say alike.
 
-The bytes are read as UTF-8 JSON in which nothing is ambiguous: an object without equal keys, without NaN, Infinity, lone
-surrogates, or numbers that Python would refuse to read. Origins are compared as text with the app's list: nothing here takes an
-origin apart, so nothing can be fooled by how it is written.
+The bytes are read as UTF-8 JSON in which nothing is ambiguous: an object without equal keys,
+without NaN, Infinity, lone surrogates, or numbers that Python would refuse to read. Origins are
+compared as text with the app's list: nothing here takes an origin apart, so nothing can be fooled
+by how it is written.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingPar
         CeremonyRefused: "malformed", "type", "challenge", "origin", "cross_origin", "top_origin".
     """
     data = _read(raw)
-    # WebAuthn L3 §7.1 "Verify that the value of C.type is webauthn.create", §7.2 "… is the string webauthn.get"
+    # WebAuthn L3 §7.1 "Verify that the value of C.type is webauthn.create", §7.2 "… is the string
+    # webauthn.get"
     if _text(data, "type") != kind:
         raise refuse("type", f"The client data's type is not {kind}.")
-    # §7.1, §7.2 "Verify that the value of C.challenge equals the base64url encoding of pkOptions.challenge"
+    # §7.1, §7.2 "Verify that the value of C.challenge equals the base64url encoding of
+    # pkOptions.challenge"
     if _text(data, "challenge") != base64url(challenge):
         raise refuse("challenge", "The challenge is not the one that was sent for this ceremony.")
     # §7.1, §7.2 "Verify that the value of C.origin is an origin expected by the Relying Party"
@@ -47,20 +51,26 @@ def judge_client_data(raw: bytes, *, kind: str, challenge: bytes, rp: RelyingPar
 
 
 def challenge_of(raw: bytes) -> bytes:
-    """The challenge that client data carries, to find its ceremony by. Whether it is the right one is judged after that was taken.
+    """The challenge that client data carries, to find its ceremony by. Whether it is the right one
+    is judged after that was taken.
 
     Raises:
-        InvalidRequest: the client data can't be read, or has no challenge in canonical base64url of 16 to 128 bytes.
+        InvalidRequest: the client data can't be read, or has no challenge in canonical base64url of
+            16 to 128 bytes.
     """
     try:
         encoded = _text(_read(raw), "challenge")
     except CeremonyRefused as refusal:
         raise InvalidRequest(refusal.hint, reason="client_data") from None
     if not _CHALLENGE.fullmatch(encoded) or len(encoded) % 4 == 1:
-        raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
+        raise InvalidRequest(
+            "The client data's challenge is not base64url of ours.", reason="client_data"
+        )
     challenge = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     if base64url(challenge) != encoded:
-        raise InvalidRequest("The client data's challenge is not base64url of ours.", reason="client_data")
+        raise InvalidRequest(
+            "The client data's challenge is not base64url of ours.", reason="client_data"
+        )
     return challenge
 
 
@@ -68,10 +78,12 @@ def _judge_embedding(data: dict[str, Any], rp: RelyingParty) -> None:
     crossing = data.get("crossOrigin", False)
     if not isinstance(crossing, bool):
         raise refuse("malformed", "The client data's crossOrigin is neither true nor false.")
-    # §7.1, §7.2 "If C.crossOrigin is present and set to true, verify that the Relying Party expects …"
+    # §7.1, §7.2 "If C.crossOrigin is present and set to true, verify that the Relying Party expects
+    # …"
     if crossing and not rp.policy.allow_cross_origin:
         raise refuse(
-            "cross_origin", "The ceremony ran in a cross-origin iframe, which the app does not allow."
+            "cross_origin",
+            "The ceremony ran in a cross-origin iframe, which the app does not allow.",
         )
     # §7.1, §7.2 "If C.topOrigin is present"; §5.8.1 "It is set only if … crossOrigin is true"
     if "topOrigin" in data:
@@ -79,7 +91,9 @@ def _judge_embedding(data: dict[str, Any], rp: RelyingParty) -> None:
         if not crossing:
             raise refuse("top_origin", "The client data has a topOrigin without crossOrigin.")
         if top not in rp.policy.top_origins:
-            raise refuse("top_origin", "The ceremony was embedded by a page that the app does not list.")
+            raise refuse(
+                "top_origin", "The ceremony was embedded by a page that the app does not list."
+            )
 
 
 def _judge_token_binding(data: dict[str, Any]) -> None:
@@ -98,7 +112,8 @@ def _text(data: dict[str, Any], key: str) -> str:
 
 def _read(raw: bytes) -> dict[str, Any]:
     try:
-        # What orjson would write itself, as browsers do, has no equal keys: one of them would be missing. Everything else takes its time.
+        # What orjson would write itself, as browsers do, has no equal keys: one of them would be
+        # missing. Everything else takes its time.
         quick = orjson.loads(raw)
         if type(quick) is dict and orjson.dumps(quick) == raw:
             return quick
@@ -108,14 +123,18 @@ def _read(raw: bytes) -> dict[str, Any]:
     ):  # the latter for what is nested so deep that it reads, but does not write it
         pass
     try:
-        # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte order mark
+        # §7.1, §7.2 "Let JSONtext be the result of running UTF-8 decode": which takes off a byte
+        # order mark
         text = raw.decode("utf-8-sig")
         data = _DECODER.decode(text)
         if text.count("[") + text.count("{") > _DEEPEST:
             _judge_depth(data)
         if "\\u" in text or "\\U" in text:
             json.dumps(data, ensure_ascii=False).encode()  # fails on a lone surrogate
-    except (ValueError, RecursionError):  # ValueError: not UTF-8, not JSON, a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ):  # ValueError: not UTF-8, not JSON, a number of thousands of digits
         raise refuse("malformed", "The client data is not UTF-8 JSON.") from None
     if not isinstance(data, dict):
         raise refuse("malformed", "The client data is not a JSON object.")
@@ -123,7 +142,9 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 
 def _judge_depth(data: object) -> None:
-    """How deep Python's parser goes depends on its version: what is nested deeper than `_DEEPEST` is a ValueError with each."""
+    """How deep Python's parser goes depends on its version: what is nested deeper than `_DEEPEST`
+    is a ValueError with each.
+    """
     level = [data]
     for _ in range(_DEEPEST):
         level = [

@@ -1,7 +1,9 @@
-"""Finish of both ceremonies: all rules of WebAuthn L3 §7.1 and §7.2, in an order that asks the cheap questions first.
+"""Finish of both ceremonies: all rules of WebAuthn L3 §7.1 and §7.2, in an order that asks the
+cheap questions first.
 
-Neither function knows stores or clocks; both take the pending ceremony as its own type, so a registration can't be finished as
-a login. The verdict on the signature comes last, so that every earlier refusal says the true reason.
+Neither function knows stores or clocks; both take the pending ceremony as its own type, so a
+registration can't be finished as a login. The verdict on the signature comes last, so that every
+earlier refusal says the true reason.
 """
 
 from __future__ import annotations
@@ -57,12 +59,15 @@ def finish_registration(
     *,
     tpm_manufacturers: Set[str] = MANUFACTURERS,
 ) -> VerifiedRegistration:
-    """Judge a registration (WebAuthn L3 §7.1). `tpm_manufacturers` is there for test data with made-up TPMs.
+    """Judge a registration (WebAuthn L3 §7.1). `tpm_manufacturers` is there for test data with
+    made-up TPMs.
 
     Raises:
         CeremonyRefused: with one of `REASONS`; nothing else, whatever the answer holds.
     """
-    origin = judge_client_data(answer.client_data_json, kind=CREATE, challenge=pending.challenge, rp=rp)
+    origin = judge_client_data(
+        answer.client_data_json, kind=CREATE, challenge=pending.challenge, rp=rp
+    )
     # WebAuthn L3 §7.1 "Perform CBOR decoding on the attestationObject field"
     whole = cbor.read_all(answer.attestation_object)
     if not isinstance(whole, dict):
@@ -72,22 +77,32 @@ def finish_registration(
         raise refuse("malformed", "The attestation object lacks fmt, attStmt or authData.")
     data = read_authenticator_data(raw)
     presence = pending.asked.mediation != "conditional"
-    judge_authenticator_data(data, rp_id=rp.rp_id, verification=pending.user_verification, presence=presence)
+    judge_authenticator_data(
+        data, rp_id=rp.rp_id, verification=pending.user_verification, presence=presence
+    )
     credential = data.attested
     if credential is None:
         raise refuse("malformed", "The authenticator data holds no credential.")
     if credential.credential_id != answer.credential_id:
         raise refuse("credential_id", "The credential id is not the one in the authenticator data.")
     algorithm = credential.members.get(3)
-    # §7.1 "Verify that the alg parameter in the credential public key in authData matches the alg attribute of one of the items"
+    # §7.1 "Verify that the alg parameter in the credential public key in authData matches the alg
+    # attribute of one of the items"
     if type(algorithm) is not int or algorithm not in pending.algorithms:
         raise refuse("algorithm", "The public key is of an algorithm that was not offered.")
     _judge_selection(pending, answer)
     evidence = attestation.Evidence(
-        data, credential, keys.load(credential.members), hashlib.sha256(answer.client_data_json).digest()
+        data,
+        credential,
+        keys.load(credential.members),
+        hashlib.sha256(answer.client_data_json).digest(),
     )
-    trust = _judge_statement(form, statement, evidence, rp.policy, pending.begun_at, tpm_manufacturers)
-    if algorithm in keys.PY_WEBAUTHN_ALGORITHMS and (form == "none" or set(statement) == {"alg", "sig"}):
+    trust = _judge_statement(
+        form, statement, evidence, rp.policy, pending.begun_at, tpm_manufacturers
+    )
+    if algorithm in keys.PY_WEBAUTHN_ALGORITHMS and (
+        form == "none" or set(statement) == {"alg", "sig"}
+    ):
         _ask_py_webauthn_registration(pending, rp, answer)
     return VerifiedRegistration(
         credential_id=credential.credential_id,
@@ -108,17 +123,22 @@ def finish_registration(
 
 
 def _judge_selection(pending: PendingRegistration, answer: RegistrationAnswer) -> None:
-    """What the page says of the authenticator against `authenticatorSelection` of the options. What it doesn't say is not judged:
-    no signature covers either, and SDKs and browsers leave them out."""
-    # WebAuthn L3 §5.4.4 "authenticatorAttachment: If this member is present, eligible authenticators are filtered to be only those"
+    """What the page says of the authenticator against `authenticatorSelection` of the options. What
+    it doesn't say is not judged: no signature covers either, and SDKs and browsers leave them out.
+    """
+    # WebAuthn L3 §5.4.4 "authenticatorAttachment: If this member is present, eligible
+    # authenticators are filtered to be only those"
     if pending.attachment is not None and answer.attachment not in (None, pending.attachment):
         raise refuse(
-            "attachment", f"The options ask for a {pending.attachment} authenticator; this one is another."
+            "attachment",
+            f"The options ask for a {pending.attachment} authenticator; this one is another.",
         )
-    # §5.4.6 "required: The Relying Party requires a client-side discoverable credential", §10.1.3 "rk"
+    # §5.4.6 "required: The Relying Party requires a client-side discoverable credential", §10.1.3
+    # "rk"
     if pending.discoverable and answer.resident_key is False:
         raise refuse(
-            "resident_key", "The authenticator made no discoverable credential; use another authenticator."
+            "resident_key",
+            "The authenticator made no discoverable credential; use another authenticator.",
         )
 
 
@@ -130,12 +150,13 @@ def _judge_statement(
     at: float,
     manufacturers: Set[str],
 ) -> Trust:
-    """§7.1 "Verify that attStmt is a correct attestation statement, conveying a valid attestation signature", and "assess the
-    attestation trustworthiness" by the policy."""
+    """§7.1 "Verify that attStmt is a correct attestation statement, conveying a valid attestation
+    signature", and "assess the attestation trustworthiness" by the policy."""
     trust = _trust_of_statement(form, statement, about, policy, at, manufacturers)
     if policy.attestation_required != "none" and trust == "none":
         raise refuse(
-            "attestation_missing", "The authenticator does not say what it is, and the app requires that."
+            "attestation_missing",
+            "The authenticator does not say what it is, and the app requires that.",
         )
     if policy.attestation_required == "verified" and trust != "verified":
         raise refuse(
@@ -178,14 +199,17 @@ def _trust_of_statement(
 def _ask_py_webauthn_registration(
     pending: PendingRegistration, rp: RelyingParty, answer: RegistrationAnswer
 ) -> None:
-    """The second opinion, on formats that it judges without certificates: "none" and self attestation."""
+    """The second opinion, on formats that it judges without certificates: "none" and self
+    attestation.
+    """
     try:
         verify_registration_response(
             credential=RegistrationCredential(
                 id=base64url(answer.credential_id),
                 raw_id=answer.credential_id,
                 response=AuthenticatorAttestationResponse(
-                    client_data_json=answer.client_data_json, attestation_object=answer.attestation_object
+                    client_data_json=answer.client_data_json,
+                    attestation_object=answer.attestation_object,
                 ),
             ),
             expected_challenge=pending.challenge,
@@ -194,7 +218,9 @@ def _ask_py_webauthn_registration(
             require_user_presence=pending.asked.mediation != "conditional",
             require_user_verification=pending.user_verification == "required",
             supported_pub_key_algs=[
-                COSEAlgorithmIdentifier(a) for a in pending.algorithms if a in keys.PY_WEBAUTHN_ALGORITHMS
+                COSEAlgorithmIdentifier(a)
+                for a in pending.algorithms
+                if a in keys.PY_WEBAUTHN_ALGORITHMS
             ],
         )
     except PARSER_FAULTS:
@@ -207,20 +233,26 @@ def finish_authentication(
     credential: Credential | Offered,
     answer: AuthenticationAnswer,
 ) -> VerifiedAuthentication:
-    """Judge an authentication with the stored `credential` that the answer names (WebAuthn L3 §7.2).
+    """Judge an authentication with the stored `credential` that the answer names (WebAuthn L3
+    §7.2).
 
     Raises:
-        CeremonyRefused: with one of `REASONS`; nothing else, whatever the answer or the stored key holds.
+        CeremonyRefused: with one of `REASONS`; nothing else, whatever the answer or the stored key
+            holds.
     """
     _judge_owner(pending, credential, answer)
-    origin = judge_client_data(answer.client_data_json, kind=GET, challenge=pending.challenge, rp=rp)
+    origin = judge_client_data(
+        answer.client_data_json, kind=GET, challenge=pending.challenge, rp=rp
+    )
     data = read_authenticator_data(answer.authenticator_data)
     flags = data.flags
-    # WebAuthn L3 §6.1 "For assertion signatures, the AT flag MUST NOT be set and the attestedCredentialData MUST NOT be included"
+    # WebAuthn L3 §6.1 "For assertion signatures, the AT flag MUST NOT be set and the
+    # attestedCredentialData MUST NOT be included"
     if flags & AT:
         raise refuse("malformed", "The authenticator data of a sign-in holds a credential.")
     judge_authenticator_data(data, rp_id=rp.rp_id, verification=pending.user_verification)
-    # §7.2 "Compare currentBe and currentBs with credentialRecord.backupEligible … verify that currentBe is set / is not set"
+    # §7.2 "Compare currentBe and currentBs with credentialRecord.backupEligible … verify that
+    # currentBe is set / is not set"
     eligible, backed_up = bool(flags & BE), bool(flags & BS)
     if eligible != credential.backup_eligible:
         raise refuse("backup_eligibility", "The passkey's eligibility for backup has changed.")
@@ -229,7 +261,8 @@ def finish_authentication(
     else:
         key = keys.load_stored(credential.public_key)
         signed = answer.authenticator_data + hashlib.sha256(answer.client_data_json).digest()
-        # §7.2 "Using credentialRecord.publicKey, verify that sig is a valid signature over the binary concatenation of authData and hash"
+        # §7.2 "Using credentialRecord.publicKey, verify that sig is a valid signature over the
+        # binary concatenation of authData and hash"
         if not keys.verify(key, credential.algorithm, answer.signature, signed):
             raise refuse("signature", "The signature does not verify.")
     return VerifiedAuthentication(
@@ -250,19 +283,25 @@ def _judge_owner(
     if answer.credential_id != credential.credential_id:
         raise refuse("credential_id", "The answer is about another passkey.")
     if pending.user_id is None and not pending.allowed:
-        # §7.2 "If the user was not identified before the authentication ceremony was initiated, verify that response.userHandle is present"
+        # §7.2 "If the user was not identified before the authentication ceremony was initiated,
+        # verify that response.userHandle is present"
         if answer.user_handle is None:
             raise refuse(
-                "user_handle", "The passkey says no user handle, so it can't sign in without a name."
+                "user_handle",
+                "The passkey says no user handle, so it can't sign in without a name.",
             )
-    # §7.2 "If pkOptions.allowCredentials is not empty, verify that credential.id identifies one of the public key credentials listed"
+    # §7.2 "If pkOptions.allowCredentials is not empty, verify that credential.id identifies one of
+    # the public key credentials listed"
     elif credential.id not in pending.allowed:
         raise refuse("not_offered", "The passkey is not one of those that this sign-in allows.")
-    # §7.2 "If the user was identified before … verify that the identified user account contains a credential record whose id equals"
+    # §7.2 "If the user was identified before … verify that the identified user account contains a
+    # credential record whose id equals"
     if credential.app_id != pending.app_id or pending.user_id not in (None, credential.user_id):
         raise refuse("not_offered", "The passkey is not one of those that this sign-in allows.")
     # §7.2 "verify that response.userHandle equals the user handle of the user account"
-    if answer.user_handle is not None and not user_handle_matches(answer.user_handle, credential.user_handle):
+    if answer.user_handle is not None and not user_handle_matches(
+        answer.user_handle, credential.user_handle
+    ):
         raise refuse("user_handle", "The passkey was made for another user.")
 
 
@@ -273,7 +312,9 @@ def _ask_py_webauthn_authentication(
     credential: Credential | Offered,
     answer: AuthenticationAnswer,
 ) -> None:
-    """The verdict on the signature, and the second opinion on the rest. `origin` is the one that the app's list was found to have."""
+    """The verdict on the signature, and the second opinion on the rest. `origin` is the one that
+    the app's list was found to have.
+    """
     try:
         verify_authentication_response(
             credential=AuthenticationCredential(
@@ -298,15 +339,19 @@ def _ask_py_webauthn_authentication(
         raise refuse("public_key", "The stored public key can't verify the signature.") from None
 
 
-def _judge_counter(data: AuthenticatorData, credential: Credential | Offered, policy: Policy) -> bool:
+def _judge_counter(
+    data: AuthenticatorData, credential: Credential | Offered, policy: Policy
+) -> bool:
     """Whether the counter went back, where the policy lets that pass.
 
-    §7.2 "If authData.signCount is nonzero or credentialRecord.signCount is nonzero … less than or equal to: this is a signal
-    that the authenticator may be cloned".
+    §7.2 "If authData.signCount is nonzero or credentialRecord.signCount is nonzero … less than or
+    equal to: this is a signal that the authenticator may be cloned".
     """
     new, stored = data.sign_count, credential.sign_count
     if (new == 0 and stored == 0) or new > stored:
         return False
     if policy.counter == "refuse":
-        raise refuse("counter", "The passkey's signature counter did not rise; it may have been copied.")
+        raise refuse(
+            "counter", "The passkey's signature counter did not rise; it may have been copied."
+        )
     return True

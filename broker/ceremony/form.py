@@ -1,8 +1,9 @@
-"""The JSON of an answer, WebAuthn L3 §5.1 (RegistrationResponseJSON, AuthenticationResponseJSON): faults of form.
+"""The JSON of an answer, WebAuthn L3 §5.1 (RegistrationResponseJSON, AuthenticationResponseJSON):
+faults of form.
 
-What is found here is found before anything is spent: a missing field, a wrong type, text that is not base64url, a size no
-authenticator makes. Unknown keys are ignored, as browsers add some (`authenticatorData`, `publicKey`, extension results). What
-the bytes mean is judged by `finish`.
+What is found here is found before anything is spent: a missing field, a wrong type, text that is
+not base64url, a size no authenticator makes. Unknown keys are ignored, as browsers add some
+(`authenticatorData`, `publicKey`, extension results). What the bytes mean is judged by `finish`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from broker.model import Attachment, AuthenticationAnswer, RegistrationAnswer
 # WebAuthn L3 §5.8.4 and the older "cable", which platforms still send.
 TRANSPORTS = frozenset({"usb", "nfc", "ble", "smart-card", "hybrid", "internal", "cable"})
 
-# Bytes after decoding. 1023: §7.1 "Verify that the credentialId is ≤ 1023 bytes"; the others are several times what occurs.
+# Bytes after decoding. 1023: §7.1 "Verify that the credentialId is ≤ 1023 bytes"; the others are
+# several times what occurs.
 MAX_CREDENTIAL_ID = 1023
 MAX_CLIENT_DATA = 16_384
 MAX_ATTESTATION_OBJECT = 49_152
@@ -28,13 +30,20 @@ MAX_USER_HANDLE = 256  # characters
 MAX_TRANSPORTS = 32
 
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]+={0,2}\Z")
-# Base64url as the decoder has it (RFC 4648 §4); the two characters of the other alphabet are of neither.
+# Base64url as the decoder has it (RFC 4648 §4); the two characters of the other alphabet are of
+# neither.
 _STANDARD = bytes.maketrans(b"-_+/", b"+/!!")
-_PADDING = (b"", b"===", b"==", b"=")  # by how many characters stand behind the last whole group of four
+_PADDING = (
+    b"",
+    b"===",
+    b"==",
+    b"=",
+)  # by how many characters stand behind the last whole group of four
 
 
 def parse_registration(value: object) -> RegistrationAnswer:
-    """Read what `PublicKeyCredential.toJSON()` gives after `create()`; `transports` may stand in `response` or beside it.
+    """Read what `PublicKeyCredential.toJSON()` gives after `create()`; `transports` may stand in
+    `response` or beside it.
 
     Raises:
         InvalidRequest: with a sentence that names the field.
@@ -51,7 +60,8 @@ def parse_registration(value: object) -> RegistrationAnswer:
 
 
 def parse_authentication(value: object) -> AuthenticationAnswer:
-    """Read what `PublicKeyCredential.toJSON()` gives after `get()`; a `userHandle` that is absent, null or "" is None.
+    """Read what `PublicKeyCredential.toJSON()` gives after `get()`; a `userHandle` that is absent,
+    null or "" is None.
 
     Raises:
         InvalidRequest: with a sentence that names the field.
@@ -80,14 +90,18 @@ def _parse_common(value: object) -> tuple[bytes, Mapping[str, Any], Mapping[str,
     if value.get("type") != "public-key":
         raise InvalidRequest('type is not "public-key".')
     credential_id = _bytes(value, "id", MAX_CREDENTIAL_ID)
-    if value.get("rawId") != value["id"] and _bytes(value, "rawId", MAX_CREDENTIAL_ID) != credential_id:
+    if (
+        value.get("rawId") != value["id"]
+        and _bytes(value, "rawId", MAX_CREDENTIAL_ID) != credential_id
+    ):
         raise InvalidRequest("id and rawId differ.")
     return credential_id, value, response
 
 
 def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
-    """Decode a base64url member (RFC 4648 §5): its alphabet only, padding as a whole or none, unused bits zero. So text that is encoded
-    again from what it stands for is the same, and what the decoder overlooked is not."""
+    """Decode a base64url member (RFC 4648 §5): its alphabet only, padding as a whole or none,
+    unused bits zero. So text that is encoded again from what it stands for is the same, and what
+    the decoder overlooked is not."""
     text = holder.get(name)
     if not isinstance(text, str):
         raise InvalidRequest(f"{name} is missing or not text.")
@@ -109,7 +123,11 @@ def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
 def _fault(text: str) -> str:
     """What is wrong with text that is not canonical base64url."""
     bare = text.rstrip("=")
-    if not _BASE64URL.match(text) or len(bare) % 4 == 1 or (len(bare) != len(text) and len(text) % 4):
+    if (
+        not _BASE64URL.match(text)
+        or len(bare) % 4 == 1
+        or (len(bare) != len(text) and len(text) % 4)
+    ):
         return "empty or not base64url"
     return "not canonical base64url"
 
@@ -135,7 +153,9 @@ def _attachment(answer: Mapping[str, Any]) -> Attachment | None:
 
 
 def _resident_key(answer: Mapping[str, Any]) -> bool | None:
-    """WebAuthn L3 §10.1.3 "rk: … true indicates that the … credential is discoverable"; None where the answer does not say it."""
+    """WebAuthn L3 §10.1.3 "rk: … true indicates that the … credential is discoverable"; None where
+    the answer does not say it.
+    """
     results = answer.get("clientExtensionResults")
     properties = results.get("credProps") if isinstance(results, dict) else None
     found = properties.get("rk") if isinstance(properties, dict) else None

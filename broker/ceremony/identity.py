@@ -1,12 +1,14 @@
 """Who a passkey says it is for, and what it says it is made by.
 
-The user handle comes back in one of three encodings. With B the handle's text and S = base64url(B) as it stood in `user.id`:
-browsers and Android give S; iOS gives B where the passkey was made on the web, and S where it was made on iOS; a browser gives
-base64url(S) for a passkey made on iOS, because iOS takes `user.id` for plain text (Passage Flex contract, authenticate finish).
-Accepting all three is safe: no two of our handles (43 characters of base64url) have an encoding in common, since the three forms have
-43, 58 and 78 characters, and each form is one-to-one.
+The user handle comes back in one of three encodings. With B the handle's text and S = base64url(B)
+as it stood in `user.id`: browsers and Android give S; iOS gives B where the passkey was made on the
+web, and S where it was made on iOS; a browser gives base64url(S) for a passkey made on iOS, because
+iOS takes `user.id` for plain text (Passage Flex contract, authenticate finish). Accepting all three
+is safe: no two of our handles (43 characters of base64url) have an encoding in common, since the
+three forms have 43, 58 and 78 characters, and each form is one-to-one.
 
-An AAGUID names a make of authenticator and is a claim: anybody can send any, and only a chain to a root proves it.
+An AAGUID names a make of authenticator and is a claim: anybody can send any, and only a chain to a
+root proves it.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from broker.model import base64url
 
 
 def user_handle_matches(returned: str, handle: str) -> bool:
-    """Whether `userHandle` of an answer (as received) means `handle`, the text whose UTF-8 bytes were registered.
+    """Whether `userHandle` of an answer (as received) means `handle`, the text whose UTF-8 bytes
+    were registered.
 
-    WebAuthn L3 §7.2 "verify that response.userHandle equals the user handle of the user account". Neither is a secret.
+    WebAuthn L3 §7.2 "verify that response.userHandle equals the user handle of the user account".
+    Neither is a secret.
     """
     if returned == handle:
         return True
@@ -59,5 +63,7 @@ _NAMES = {
 
 
 def authenticator_name(aaguid: str) -> str | None:
-    """The common name of a make of authenticator, by its AAGUID (8-4-4-4-12 hexadecimal); None where it is not in our short list."""
+    """The common name of a make of authenticator, by its AAGUID (8-4-4-4-12 hexadecimal); None
+    where it is not in our short list.
+    """
     return _NAMES.get(aaguid.lower())

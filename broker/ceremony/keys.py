@@ -1,18 +1,19 @@
-"""Public keys as COSE (RFC 9052, RFC 9053, RFC 8230), and signatures. WebAuthn L3 §5.8.5, §6.5.1.1, §6.5.6.
+"""Public keys as COSE (RFC 9052, RFC 9053, RFC 8230), and signatures. WebAuthn L3 §5.8.5, §6.5.1.1,
+§6.5.6.
 
-A key has exactly the members of its type: §6.5.1.1 "MUST contain the alg parameter and MUST NOT contain any other OPTIONAL
-parameters". Type, curve and algorithm must fit each other as §5.8.5 says, so ES256 is P-256 and nothing else; points are
-uncompressed and on the curve.
+A key has exactly the members of its type: §6.5.1.1 "MUST contain the alg parameter and MUST NOT
+contain any other OPTIONAL parameters". Type, curve and algorithm must fit each other as §5.8.5
+says, so ES256 is P-256 and nothing else; points are uncompressed and on the curve.
 
 A key for which a signature can be made without its private key is refused, new or stored:
-- Ed25519, Ed448: a point of small order. With S = 0 and an R of small order the equation of RFC 8032
-  §5.1.7 holds for some messages, for the neutral point for all. So is an encoding that RFC 8032
-  §5.1.3 and §5.2.3 do not decode: y not below p, and "-0" for x, which only such points have.
+- Ed25519, Ed448: a point of small order. With S = 0 and an R of small order the equation of RFC
+  8032 §5.1.7 holds for some messages, for the neutral point for all. So is an encoding that RFC
+  8032 §5.1.3 and §5.2.3 do not decode: y not below p, and "-0" for x, which only such points have.
 - P-256, P-384, P-521: a point off the curve. Their cofactor is 1, and coordinates can't express the
   point at infinity.
-- RSA: what the partial validation of NIST SP 800-89 §5.3.3 finds without much work: an exponent that
-  is even or below 3, a modulus that is even, a square or has a factor below 752. It is not proved that
-  a modulus is composite: that is 30 ms for 2048 bits.
+- RSA: what the partial validation of NIST SP 800-89 §5.3.3 finds without much work: an exponent
+  that is even or below 3, a modulus that is even, a square or has a factor below 752. It is not
+  proved that a modulus is composite: that is 30 ms for 2048 bits.
 Cost: at a registration 0.2 ms (Ed25519) or 0.6 ms (Ed448), nearly all for one power; at a sign-in
 that of reading the key once more, 8 to 30 us, and nothing for ES256.
 """
@@ -36,7 +37,9 @@ RS1 = -65535  # attestation signatures of old TPMs only
 # Those for which py_webauthn gives the verdict.
 PY_WEBAUTHN_ALGORITHMS = frozenset({ES256, EDDSA, RS256, ES512})
 
-PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
+PublicKey = (
+    ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
+)
 
 RSA_BITS = range(2048, 8193)
 _SMALL_PRIMES = prod(n for n in range(3, 752, 2) if all(n % d for d in range(3, isqrt(n) + 1, 2)))
@@ -59,7 +62,8 @@ _RSA: dict[int, hashes.HashAlgorithm] = {
     RS1: hashes.SHA1(),  # noqa: S303 - judged by who calls: see tpm
 }
 
-# What stands round the coordinates of a P-256 key, as CTAP2's canonical CBOR writes it: {1: 2, 3: -7, -1: 1, -2: x, -3: y}.
+# What stands round the coordinates of a P-256 key, as CTAP2's canonical CBOR writes it: {1: 2, 3:
+# -7, -1: 1, -2: x, -3: y}.
 _P256_BEGINS, _P256_BETWEEN = bytes.fromhex("a5010203262001215820"), bytes.fromhex("225820")
 _P256_SIZE = 77
 
@@ -70,7 +74,9 @@ _EDWARDS: dict[int, type[ed25519.Ed25519PublicKey] | type[ed448.Ed448PublicKey]]
 
 
 class _Edwards(NamedTuple):
-    """ax² + y² = 1 + dx²y² modulo p. `small` has y of all points whose order divides the cofactor."""
+    """ax² + y² = 1 + dx²y² modulo p. `small` has y of all points whose order divides the
+    cofactor.
+    """
 
     curve: int  # COSE
     size: int
@@ -99,7 +105,9 @@ _EDWARDS_CURVES = {
 
 
 def digest_for(algorithm: int) -> hashes.HashAlgorithm | None:
-    """The hash that a COSE signature algorithm employs, where it is a separate step; None for EdDSA and unknown ones."""
+    """The hash that a COSE signature algorithm employs, where it is a separate step; None for EdDSA
+    and unknown ones.
+    """
     return _ECDSA.get(algorithm) or _RSA.get(algorithm)
 
 
@@ -107,8 +115,8 @@ def load(members: Mapping[Any, Any]) -> PublicKey:
     """The public key that the COSE_Key map of a new credential holds.
 
     Raises:
-        CeremonyRefused: "public_key" when it is malformed, off its curve, weak, too small or too large; "algorithm" when it is of no
-            known one.
+        CeremonyRefused: "public_key" when it is malformed, off its curve, weak, too small or too
+            large; "algorithm" when it is of no known one.
     """
     key = _load(members)
     if (edwards := _EDWARDS_CURVES.get(members[3])) and not _on_curve(members[-2], edwards):
@@ -126,21 +134,27 @@ def _load(members: Mapping[Any, Any]) -> PublicKey:
         if algorithm == RS256:
             return _load_rsa(members)
         if algorithm in _EDWARDS:
-            return _EDWARDS[algorithm].from_public_bytes(_load_okp(members, _EDWARDS_CURVES[algorithm]))
+            return _EDWARDS[algorithm].from_public_bytes(
+                _load_okp(members, _EDWARDS_CURVES[algorithm])
+            )
     except ValueError:
         raise refuse("public_key", "The public key is not a valid key of its algorithm.") from None
     raise refuse("algorithm", "The public key is of an unknown algorithm.")
 
 
 def load_stored(raw: bytes) -> PublicKey:
-    """As `load`, from the bytes that a registration recorded. A point that is off an Edwards curve is found when it shall verify."""
+    """As `load`, from the bytes that a registration recorded. A point that is off an Edwards curve
+    is found when it shall verify.
+    """
     return _load(_members(raw))
 
 
 def for_py_webauthn(raw: bytes) -> bytes:
-    """A stored key as py_webauthn reads it soonest: of P-256 the uncompressed point (SEC 1 §2.3.3, which it takes for ES256), else as it is.
+    """A stored key as py_webauthn reads it soonest: of P-256 the uncompressed point (SEC 1 §2.3.3,
+    which it takes for ES256), else as it is.
 
-    py_webauthn judges whether an elliptic point is on its curve, and nothing else: other keys are judged here.
+    py_webauthn judges whether an elliptic point is on its curve, and nothing else: other keys are
+    judged here.
 
     Raises:
         CeremonyRefused: "public_key", also for a key that a registration would not accept any more.
@@ -174,14 +188,18 @@ def _load_ec(members: Mapping[Any, Any], algorithm: int) -> ec.EllipticCurvePubl
     curve, kind, size = _CURVES[algorithm]
     _expect(members, 2, {1, 3, -1, -2, -3})
     x, y = members[-2], members[-3]
-    # §5.8.5 "Keys with algorithm ES256 (-7) MUST specify P-256 (1) as the crv parameter and MUST NOT use the compressed point form"
+    # §5.8.5 "Keys with algorithm ES256 (-7) MUST specify P-256 (1) as the crv parameter and MUST
+    # NOT use the compressed point form"
     if not _is(members[-1], curve) or not isinstance(x, bytes) or not isinstance(y, bytes):
         raise refuse(
-            "public_key", "The public key's curve does not fit its algorithm, or its point is compressed."
+            "public_key",
+            "The public key's curve does not fit its algorithm, or its point is compressed.",
         )
     if len(x) != size or len(y) != size:
         raise refuse("public_key", "The public key's coordinates have a wrong length.")
-    numbers = ec.EllipticCurvePublicNumbers(int.from_bytes(x, "big"), int.from_bytes(y, "big"), kind)
+    numbers = ec.EllipticCurvePublicNumbers(
+        int.from_bytes(x, "big"), int.from_bytes(y, "big"), kind
+    )
     key = numbers.public_key()
     # SEC 1 §2.3.5: a coordinate is below the field's prime; OpenSSL reduces one that is not.
     if key.public_numbers() != numbers:
@@ -193,7 +211,12 @@ def _load_rsa(members: Mapping[Any, Any]) -> rsa.RSAPublicKey:
     _expect(members, 3, {1, 3, -1, -2})
     n, e = members[-1], members[-2]
     # RFC 8230 §4 "… the octet sequence MUST utilize the minimum number of octets needed"
-    if not isinstance(n, bytes) or not isinstance(e, bytes) or n[:1] in (b"", b"\0") or e[:1] in (b"", b"\0"):
+    if (
+        not isinstance(n, bytes)
+        or not isinstance(e, bytes)
+        or n[:1] in (b"", b"\0")
+        or e[:1] in (b"", b"\0")
+    ):
         raise refuse("public_key", "The RSA key's numbers are not minimal byte strings.")
     modulus = int.from_bytes(n, "big")
     if modulus.bit_length() not in RSA_BITS or modulus % 2 == 0 or len(e) > 4:
@@ -218,19 +241,25 @@ def _load_okp(members: Mapping[Any, Any], of: _Edwards) -> bytes:
 
 
 def _y(encoded: bytes) -> int:
-    """RFC 8032 §5.1.2, §5.2.2: the y of an encoded point, without the bit that says the sign of x."""
+    """RFC 8032 §5.1.2, §5.2.2: the y of an encoded point, without the bit that says the sign
+    of x.
+    """
     return int.from_bytes(encoded, "little") & ~(1 << (8 * len(encoded) - 1))
 
 
 def _on_curve(encoded: bytes, of: _Edwards) -> bool:
-    """Whether an encoded point that is not of small order has an x: x² = (1 - y²) / (a - dy²) is a square, by Euler's criterion."""
+    """Whether an encoded point that is not of small order has an x: x² = (1 - y²) / (a - dy²) is a
+    square, by Euler's criterion.
+    """
     square = _y(encoded) ** 2
     # The quotient and the product of two numbers differ by a square; neither is 0.
     return pow((1 - square) * (of.a - of.d * square), (of.p - 1) // 2, of.p) == 1
 
 
 def verify(key: object, algorithm: int, signature: bytes, data: bytes) -> bool:
-    """Whether `signature` over `data` is right for a COSE signature algorithm; False also when key and algorithm do not fit."""
+    """Whether `signature` over `data` is right for a COSE signature algorithm; False also when key
+    and algorithm do not fit.
+    """
     try:
         if isinstance(key, ec.EllipticCurvePublicKey) and algorithm in _ECDSA:
             key.verify(signature, data, ec.ECDSA(_ECDSA[algorithm]))
@@ -240,6 +269,10 @@ def verify(key: object, algorithm: int, signature: bytes, data: bytes) -> bool:
             key.verify(signature, data)
         else:
             return False
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError):  # ValueError: a key too small for the hash
+    except (
+        InvalidSignature,
+        UnsupportedAlgorithm,
+        ValueError,
+    ):  # ValueError: a key too small for the hash
         return False
     return True

@@ -1,7 +1,9 @@
-"""Begin of both ceremonies: the JSON that a page hands to `parseCreationOptionsFromJSON` and `parseRequestOptionsFromJSON`.
+"""Begin of both ceremonies: the JSON that a page hands to `parseCreationOptionsFromJSON` and
+`parseRequestOptionsFromJSON`.
 
-WebAuthn L3 §5.4 and §5.5, in the JSON form of §5.1.8 and §5.1.9. The options promise exactly what `finish` judges with the same
-pending ceremony and policy: algorithms, user verification, challenge, credentials offered.
+WebAuthn L3 §5.4 and §5.5, in the JSON form of §5.1.8 and §5.1.9. The options promise exactly what
+`finish` judges with the same pending ceremony and policy: algorithms, user verification, challenge,
+credentials offered.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ def begin_registration(
 ) -> dict[str, Any]:
     """The object under `publicKey` for `navigator.credentials.create()`.
 
-    `exclude` has the credential ids and transports of the user's passkeys; `life` is in seconds. `user.id` is the base64url of
-    the handle's ASCII bytes, so that platforms which treat it as text lose nothing. A passkey is discoverable; what is not is a
-    second factor.
+    `exclude` has the credential ids and transports of the user's passkeys; `life` is in seconds.
+    `user.id` is the base64url of the handle's ASCII bytes, so that platforms which treat it as text
+    lose nothing. A passkey is discoverable; what is not is a second factor.
     """
     policy = rp.policy
     selection: dict[str, Any] = {
@@ -49,7 +51,9 @@ def begin_registration(
             "displayName": user_display_name,
         },
         "challenge": base64url(challenge),
-        "pubKeyCredParams": [{"type": "public-key", "alg": algorithm} for algorithm in policy.algorithms],
+        "pubKeyCredParams": [
+            {"type": "public-key", "alg": algorithm} for algorithm in policy.algorithms
+        ],
         "timeout": _milliseconds(life),
         "excludeCredentials": _descriptors(exclude),
         "authenticatorSelection": selection,
@@ -69,7 +73,9 @@ def begin_authentication(
     life: float,
     user_verification: UserVerification,
 ) -> dict[str, Any]:
-    """The object under `publicKey` for `navigator.credentials.get()`. An empty `allow` makes it discoverable; `life` in seconds."""
+    """The object under `publicKey` for `navigator.credentials.get()`. An empty `allow` makes it
+    discoverable; `life` in seconds.
+    """
     options: dict[str, Any] = {
         "challenge": base64url(challenge),
         "rpId": rp.rp_id,
@@ -89,7 +95,9 @@ def _milliseconds(life: float) -> int:
 
 
 def _descriptors(credentials: Sequence[Descriptor]) -> list[dict[str, Any]]:
-    """WebAuthn L3 §5.8.3; `transports` is left out where none is known, for an empty list means "none" to some browsers."""
+    """WebAuthn L3 §5.8.3; `transports` is left out where none is known, for an empty list means
+    "none" to some browsers.
+    """
     return [
         {"type": "public-key", "id": base64url(credential_id)}
         | ({"transports": list(transports)} if transports else {})

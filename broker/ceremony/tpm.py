@@ -1,8 +1,9 @@
 """The "tpm" attestation statement, WebAuthn L3 §8.3 and §8.3.1.
 
-`pubArea` (TPMT_PUBLIC, TPM 2.0 Part 2 §12.2.4) describes the credential's key; `certInfo` (TPMS_ATTEST, §10.12.8) names it and
-carries the hash of what is attested; the attestation identity key signs `certInfo`. Both structures are read to their last
-byte. The manufacturers are those that py_webauthn knows from the TCG's registry.
+`pubArea` (TPMT_PUBLIC, TPM 2.0 Part 2 §12.2.4) describes the credential's key; `certInfo`
+(TPMS_ATTEST, §10.12.8) names it and carries the hash of what is attested; the attestation identity
+key signs `certInfo`. Both structures are read to their last byte. The manufacturers are those that
+py_webauthn knows from the TCG's registry.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ _AIK = x509.ObjectIdentifier("2.23.133.8.3")
 
 
 class _Reader:
-    """Takes big-endian fields off the front of a TPM structure; a structure that ends early or late is refused."""
+    """Takes big-endian fields off the front of a TPM structure; a structure that ends early or late
+    is refused.
+    """
 
     def __init__(self, raw: bytes) -> None:
         self.rest = raw
@@ -85,7 +88,8 @@ def tpm(
         raise wrong("The TPM statement's algorithm has no hash.")
     name = name_algorithm.to_bytes(2, "big") + _hash(_NAME_HASHES[name_algorithm], area)
     _judge_certificate_info(info, extra=_hash(digest, about.signed), name=name)
-    # §8.3 "Verify the sig is a valid signature over certInfo using the attestation public key in aikCert"
+    # §8.3 "Verify the sig is a valid signature over certInfo using the attestation public key in
+    # aikCert"
     if not keys.verify(leaf.key, algorithm, signature, info):
         raise wrong("The attestation's signature does not verify.")
     _judge_certificate(leaf, manufacturers)
@@ -100,8 +104,8 @@ def _hash(algorithm: hashes.HashAlgorithm, data: bytes) -> bytes:
 
 
 def _judge_public_area(raw: bytes, key: keys.PublicKey) -> int:
-    """§8.3 "Verify that the public key specified by the parameters and unique fields of pubArea is identical to the
-    credentialPublicKey". Returns nameAlg."""
+    """§8.3 "Verify that the public key specified by the parameters and unique fields of pubArea is
+    identical to the credentialPublicKey". Returns nameAlg."""
     area = _Reader(raw)
     kind, name_algorithm = area.number(), area.number()
     if name_algorithm not in _NAME_HASHES:
@@ -133,7 +137,9 @@ def _judge_public_area(raw: bytes, key: keys.PublicKey) -> int:
 
 
 def _judge_certificate_info(raw: bytes, *, extra: bytes, name: bytes) -> None:
-    """§8.3 "Verify that magic is set to TPM_GENERATED_VALUE … that extraData is set to the hash of attToBeSigned …"."""
+    """§8.3 "Verify that magic is set to TPM_GENERATED_VALUE … that extraData is set to the hash of
+    attToBeSigned …".
+    """
     info = _Reader(raw)
     if info.take(4) != _GENERATED or info.take(2) != _CERTIFY:
         raise wrong("The TPM statement is no certification made by a TPM.")
@@ -157,7 +163,13 @@ def _judge_certificate(leaf: Certificate, manufacturers: Set[str]) -> None:
         raise wrong("The TPM's certificate is not one of an attestation identity key.")
     names = leaf.extension(x509.SubjectAlternativeName.oid)
     directory = names.value.get_values_for_type(x509.DirectoryName) if names else []
-    named = {a.oid.dotted_string: a.value for name in directory for a in name if isinstance(a.value, str)}
+    named = {
+        a.oid.dotted_string: a.value for name in directory for a in name if isinstance(a.value, str)
+    }
     maker = named.get(_MANUFACTURER, "")
-    if f"id:{maker[3:].upper()}" not in manufacturers or not named.get(_MODEL) or not named.get(_VERSION):
+    if (
+        f"id:{maker[3:].upper()}" not in manufacturers
+        or not named.get(_MODEL)
+        or not named.get(_VERSION)
+    ):
         raise wrong("The TPM's certificate names no known TPM.")

@@ -1,8 +1,9 @@
-"""Why a ceremony is refused: the bounded words that logs, metrics and events carry, and the exceptions that third-party parsers raise.
+"""Why a ceremony is refused: the bounded words that logs, metrics and events carry, and the
+exceptions that third-party parsers raise.
 
-`refuse` makes the refusal; the type of its first argument keeps the list closed. `PARSER_FAULTS` is the one place that names
-what py_webauthn and cryptography can raise on bytes of a stranger: found by reading their sources and by the mutation tests,
-which fail on any other exception.
+`refuse` makes the refusal; the type of its first argument keeps the list closed. `PARSER_FAULTS` is
+the one place that names what py_webauthn and cryptography can raise on bytes of a stranger: found
+by reading their sources and by the mutation tests, which fail on any other exception.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ Reason = Literal[
     "counter",
 ]
 
-# Every reason that `finish_registration` and `finish_authentication` give, and what it tells an operator.
+# Every reason that `finish_registration` and `finish_authentication` give, and what it tells an
+# operator.
 REASONS: dict[Reason, str] = {
     "malformed": "client data, authenticator data or attestation object can't be read",
     "type": "client data is of the other ceremony",
@@ -71,8 +73,8 @@ REASONS: dict[Reason, str] = {
     "counter": "the signature counter did not rise: the authenticator may be cloned",
 }
 
-# LookupError, TypeError and ValueError come from webauthn's unguarded reads of COSE keys and from cryptography's number and
-# certificate checks; the x509 three are not ValueErrors.
+# LookupError, TypeError and ValueError come from webauthn's unguarded reads of COSE keys and from
+# cryptography's number and certificate checks; the x509 three are not ValueErrors.
 PARSER_FAULTS = (
     WebAuthnException,
     InvalidSignature,
@@ -86,7 +88,9 @@ PARSER_FAULTS = (
 )
 
 
-_ELSEWHERE = "Passkeys don't work on this page; open the site at its own address, in a tab of its own."
+_ELSEWHERE = (
+    "Passkeys don't work on this page; open the site at its own address, in a tab of its own."
+)
 _UNUSABLE = "This device or security key can't be used here; use another one."
 # Sentences for a person at a page; other reasons have the refusal's default.
 _TOLD: dict[Reason, str] = {
@@ -126,7 +130,7 @@ CAUSES: dict[Reason, str] = {
 
 
 def refuse(reason: Reason, detail: str) -> CeremonyRefused:
-    """The refusal to raise: `reason` and `detail`, a sentence of ours, are for the operator and the developer; a person at a page is told
-    what to do."""
+    """The refusal to raise: `reason` and `detail`, a sentence of ours, are for the operator and the
+    developer; a person at a page is told what to do."""
     hint = f"{detail} {CAUSES[reason]}" if reason in CAUSES else detail
     return CeremonyRefused(_TOLD.get(reason), reason=reason, hint=hint)

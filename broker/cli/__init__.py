@@ -1,15 +1,18 @@
 """The command line: `broker <command>`.
 
-Exit status: 0 done, 1 refused or failed, 2 usage, 130 interrupted. Data goes to standard output; everything said to a person goes to
-standard error. Commands on data act on `BROKER_DATABASE_URL`; without it, and with a `.broker/dev.json` below the current directory, on
-the running `broker dev`, and say so.
+Exit status: 0 done, 1 refused or failed, 2 usage, 130 interrupted. Data goes to standard output;
+everything said to a person goes to standard error. Commands on data act on `BROKER_DATABASE_URL`;
+without it, and with a `.broker/dev.json` below the current directory, on the running `broker dev`,
+and say so.
 
-**JSON.** With `--json` standard output holds one JSON value, whatever the exit status: the answer (lists are arrays), or of a refused
-or failed command an object `{"code", "error"}`, with `doc`, a link to the code's documentation, where `BROKER_DOCS_URL` is set.
-`events --follow` prints one object a line. The sentence for a person stays on standard error.
+**JSON.** With `--json` standard output holds one JSON value, whatever the exit status: the answer
+(lists are arrays), or of a refused or failed command an object `{"code", "error"}`, with `doc`, a
+link to the code's documentation, where `BROKER_DOCS_URL` is set. `events --follow` prints one
+object a line. The sentence for a person stays on standard error.
 
-**argparse.** The parser is the standard library's. Click and Typer would give completion and colour, for 40 to 150 ms of imports in every
-command; what they save here are the 150 lines of `completion` and `output`, and `output` would be needed for columns in any case.
+**argparse.** The parser is the standard library's. Click and Typer would give completion and
+colour, for 40 to 150 ms of imports in every command; what they save here are the 150 lines of
+`completion` and `output`, and `output` would be needed for columns in any case.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ _UNAVAILABLE = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line; each module of this package adds its commands, with `run` as what to call."""
+    """The whole command line; each module of this package adds its commands, with `run` as what to
+    call.
+    """
     top: argparse.ArgumentParser = Parser(prog="broker", description="Passkeys for any backend.")
     top.add_argument("--version", action="version", version=f"broker {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
@@ -76,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     except BrokenPipeError:
-        # The reader went away, as `head` does. What the interpreter flushes at its end must not fail again.
+        # The reader went away, as `head` does. What the interpreter flushes at its end must not
+        # fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
@@ -97,7 +103,9 @@ def _tell_program(code: str, error: str, *, as_json: bool) -> None:
 
 
 def _doc(code: str) -> str:
-    """The link to a code's documentation; "" where BROKER_DOCS_URL is none, or not right: other settings may be what went wrong."""
+    """The link to a code's documentation; "" where BROKER_DOCS_URL is none, or not right: other
+    settings may be what went wrong.
+    """
     given = {name: value for name, value in os.environ.items() if name == "BROKER_DOCS_URL"}
     try:
         url = Settings.load(given, needed=()).docs_url
@@ -107,8 +115,9 @@ def _doc(code: str) -> str:
 
 
 def _write_whole() -> None:
-    """Have standard output and error write all that they are given. Under PYTHONUNBUFFERED, as containers have it, Python asks the system
-    once and drops what was not taken; and of a long text a pipe takes a part where the process was stopped meanwhile."""
+    """Have standard output and error write all that they are given. Under PYTHONUNBUFFERED, as
+    containers have it, Python asks the system once and drops what was not taken; and of a long text
+    a pipe takes a part where the process was stopped meanwhile."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         raw = getattr(stream, "buffer", None)
@@ -119,5 +128,7 @@ def _write_whole() -> None:
 
 
 def _is_utf8(argument: str) -> bool:
-    """Python turns the bytes of an argument that are no UTF-8 into halves of surrogate pairs, which no store takes."""
+    """Python turns the bytes of an argument that are no UTF-8 into halves of surrogate pairs, which
+    no store takes.
+    """
     return not any("\ud800" <= character <= "\udfff" for character in argument)

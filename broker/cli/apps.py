@@ -1,4 +1,6 @@
-"""`broker app`, `broker policy` and `broker key`: relying parties, their origins and policy, and their API keys."""
+"""`broker app`, `broker policy` and `broker key`: relying parties, their origins and policy, and
+their API keys.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from broker.cli.output import Row, counted, print_answer
 from broker.cli.parsing import Commands, add_group
 from broker.cli.records import Records, add, chosen_app, shown_app
 from broker.errors import InvalidSetting
-from broker.model import ALGORITHMS, ApiKey, Policy, RelyingParty, fields_of, policy_keys, web_origin
+from broker.model import (
+    ALGORITHMS,
+    ApiKey,
+    Policy,
+    RelyingParty,
+    fields_of,
+    policy_keys,
+    web_origin,
+)
 
 
 def add_commands(commands: Commands) -> None:
@@ -27,7 +37,9 @@ def add_commands(commands: Commands) -> None:
         ),
     )
     command.add_argument("--name", required=True, help="what lists show")
-    command.add_argument("--rp-id", required=True, help="the domain passkeys belong to, like example.com")
+    command.add_argument(
+        "--rp-id", required=True, help="the domain passkeys belong to, like example.com"
+    )
     _origins(command, required=True)
     _policy(command)
     add(
@@ -38,7 +50,14 @@ def add_commands(commands: Commands) -> None:
         columns=("app_id", "name", "rp_id", "created_at", "origins"),
         examples=("app list", "app list --json"),
     )
-    add(group, "show", "one app", show_app, app=True, examples=("app show", "app show --app Shop --json"))
+    add(
+        group,
+        "show",
+        "one app",
+        show_app,
+        app=True,
+        examples=("app show", "app show --app Shop --json"),
+    )
     command = add(
         group,
         "update",
@@ -51,9 +70,14 @@ def add_commands(commands: Commands) -> None:
         ),
     )
     command.add_argument("--name", help="what lists show")
-    command.add_argument("--rp-id", help="another domain: passkeys of the old one no longer sign in")
+    command.add_argument(
+        "--rp-id", help="another domain: passkeys of the old one no longer sign in"
+    )
     _origins(command, required=False)
-    for action, says in (("add", "one more origin"), ("remove", "an origin that is no longer allowed")):
+    for action, says in (
+        ("add", "one more origin"),
+        ("remove", "an origin that is no longer allowed"),
+    ):
         command.add_argument(
             f"--{action}-origin",
             action="append",
@@ -80,9 +104,13 @@ def add_commands(commands: Commands) -> None:
         show_policy,
         examples=("policy", "policy --app Shop", "policy --json"),
     )
-    command.add_argument("--app", metavar="APP", help="show this app's values too, by its id or name")
+    command.add_argument(
+        "--app", metavar="APP", help="show this app's values too, by its id or name"
+    )
     of_an_app = command.get_default("run")
-    command.set_defaults(run=lambda options: of_an_app(options) if options.app else _show_defaults(options))
+    command.set_defaults(
+        run=lambda options: of_an_app(options) if options.app else _show_defaults(options)
+    )
 
     group = add_group(commands, "key", "API keys")
     command = add(
@@ -111,19 +139,24 @@ def add_commands(commands: Commands) -> None:
         removes=True,
         examples=("key revoke --app Shop --key KEY_ID",),
     )
-    command.add_argument("--key", required=True, metavar="ID", help="the key's id, as `key list` shows it")
+    command.add_argument(
+        "--key", required=True, metavar="ID", help="the key's id, as `key list` shows it"
+    )
 
 
 def _origins(command: argparse.ArgumentParser, *, required: bool) -> None:
     says = "like https://example.com or android:apk-key-hash:…; may be repeated" + (
         "" if required else "; replaces those there are"
     )
-    command.add_argument("--origin", action="append", required=required, metavar="ORIGIN", help=says)
+    command.add_argument(
+        "--origin", action="append", required=required, metavar="ORIGIN", help=says
+    )
     command.add_argument(
         "--related-origin",
         action="append",
         metavar="ORIGIN",
-        help="one outside the RP ID's domain" + ("" if required else "; '' removes those there are"),
+        help="one outside the RP ID's domain"
+        + ("" if required else "; '' removes those there are"),
     )
 
 
@@ -146,7 +179,7 @@ def _changed(policy: Policy, changes: Sequence[str]) -> Policy:
     return policy
 
 
-# -- the commands ---------------------------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 async def create_app(records: Records, options: argparse.Namespace) -> Row:
@@ -195,9 +228,13 @@ async def update_app(records: Records, options: argparse.Namespace) -> Row:
 
 
 def _changed_origins(app: RelyingParty, options: argparse.Namespace) -> tuple[str, ...]:
-    """Those that `--origin` gives, else those there are, without the removed and with the added; `checked` judges them."""
+    """Those that `--origin` gives, else those there are, without the removed and with the added;
+    `checked` judges them.
+    """
     if options.origin and (options.add_origin or options.remove_origin):
-        raise InvalidSetting("--origin replaces every origin; give it, or --add-origin and --remove-origin.")
+        raise InvalidSetting(
+            "--origin replaces every origin; give it, or --add-origin and --remove-origin."
+        )
     origins = list(options.origin or app.origins)
     for given in options.remove_origin:
         origin = given if given.startswith("android:") else web_origin(given)

@@ -1,8 +1,8 @@
 """`broker completion`: completion scripts for bash, zsh and fish, written by walking the parser.
 
-A script is static: it holds every command, option and choice of the release that wrote it, so that a key press costs no start of
-Python. The walk turns the parser into places ("broker app create"), each with what may follow there; the shells differ only in how
-they are told.
+A script is static: it holds every command, option and choice of the release that wrote it, so that
+a key press costs no start of Python. The walk turns the parser into places ("broker app create"),
+each with what may follow there; the shells differ only in how they are told.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from broker.model import policy_keys
 
 @dataclass(slots=True)
 class Place:
-    """What may follow at one place of the command line. `options` are names, each with its help and its values: None takes none, an
-    empty list takes any."""
+    """What may follow at one place of the command line. `options` are names, each with its help and
+    its values: None takes none, an empty list takes any."""
 
     at: str
     words: dict[str, str] = field(default_factory=dict)
@@ -51,7 +51,9 @@ def places(parser: argparse.ArgumentParser) -> Iterator[Place]:
     below: list[argparse.ArgumentParser] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            place.words |= {str(choice.dest): choice.help or "" for choice in action._choices_actions}
+            place.words |= {
+                str(choice.dest): choice.help or "" for choice in action._choices_actions
+            }
             below += action.choices.values()
         elif not action.option_strings:
             place.words |= dict.fromkeys(map(str, action.choices or ()), action.help or "")
@@ -75,7 +77,10 @@ def _any(names: list[str]) -> str:
 def _free(found: list[Place]) -> list[str]:
     """Options that take any value."""
     return [
-        f"{place.at} {name}" for place in found for name, (_, values) in place.options.items() if values == []
+        f"{place.at} {name}"
+        for place in found
+        for name, (_, values) in place.options.items()
+        if values == []
     ]
 
 
@@ -96,7 +101,9 @@ def _bash(found: list[Place]) -> str:
                 lines.append(f'        "{place.at} {name}") {space}words="{" ".join(values)}" ;;')
     lines += ['        *) case "$at" in']
     for place in found:
-        lines.append(f'            "{place.at}") words="{" ".join([*place.words, *place.options])}" ;;')
+        lines.append(
+            f'            "{place.at}") words="{" ".join([*place.words, *place.options])}" ;;'
+        )
     lines += [
         "        esac ;;",
         "    esac",
@@ -122,7 +129,9 @@ def _zsh(found: list[Place]) -> str:
         for name, (_, values) in place.options.items():
             if values:
                 space = "-S '' " if values[0].endswith("=") else ""
-                lines.append(f'        ("{place.at} {name}") compadd {space}-- {" ".join(values)}; return ;;')
+                lines.append(
+                    f'        ("{place.at} {name}") compadd {space}-- {" ".join(values)}; return ;;'
+                )
     lines += ["    esac", '    case "$at" in']
     for place in found:
         helps = place.words | {name: says for name, (says, _) in place.options.items()}

@@ -1,10 +1,11 @@
 """`broker dev`: the same service as `serve`, with embedded stores and the demo site.
 
-The stores are started first and stopped last. The dev app (RP ID `localhost`) and its key are made once and found again in
-`dev.json`, readable by its owner only; each start adds its own origin to the app. So is the secret key under which signing keys are
-sealed: made once, kept in `secret-key`, so that tokens and key sets outlive a restart. A first start says at a terminal what it does,
-step by step. SIGINT and SIGTERM stop everything; when the
-process is killed, the kernel stops the stores (`broker.embedded`).
+The stores are started first and stopped last. The dev app (RP ID `localhost`) and its key are made
+once and found again in `dev.json`, readable by its owner only; each start adds its own origin to
+the app. So is the secret key under which signing keys are sealed: made once, kept in `secret-key`,
+so that tokens and key sets outlive a restart. A first start says at a terminal what it does, step
+by step. SIGINT and SIGTERM stop everything; when the process is killed, the kernel stops the stores
+(`broker.embedded`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ NAME = "Passkey broker demo"
 
 
 class ExtraFault(Fault):
-    """A package that only `dev` needs is not installed; the sentence names the extra that has it."""
+    """A package that only `dev` needs is not installed; the sentence names the extra that has
+    it.
+    """
 
 
 class SecretFault(Fault):
@@ -53,7 +56,9 @@ def add_commands(commands: Commands) -> None:
     """Add `dev`."""
     says = "run everything here, with embedded stores and the demo site"
     command = add_command(commands, "dev", says, ("dev", "dev --port 9000 --no-open"))
-    command.add_argument("--data", type=Path, default=Path(DATA), help=f"data directory (default {DATA})")
+    command.add_argument(
+        "--data", type=Path, default=Path(DATA), help=f"data directory (default {DATA})"
+    )
     command.add_argument("--host", help="address to listen on (HOST; default localhost)")
     command.add_argument("--port", type=int, help="port (PORT; default 8080)")
     command.add_argument("--no-open", action="store_true", help="don't open the browser")
@@ -72,21 +77,28 @@ def run_dev(options: argparse.Namespace) -> int:
             said[f"BROKER_{name.upper()}"] = given
     environment.setdefault("BROKER_LOG_LEVEL", "warning")  # the banner is what a person looks for
     stores = {
-        name: environment.get(f"BROKER_{name.upper()}") or None for name in ("database_url", "redis_url")
+        name: environment.get(f"BROKER_{name.upper()}") or None
+        for name in ("database_url", "redis_url")
     }
     try:
         Settings.load(environment, needed=())  # faults are reported before anything is started
     except SettingsFault as fault:
         raise SettingsFault([_as_given(sentence, said) for sentence in fault.faults]) from None
-    if importlib.util.find_spec("httpx") is None:  # and the stores look for servers before they make anything
-        raise ExtraFault(f"The demo of `broker dev` needs httpx, which is not installed; run {INSTALL}.")
+    if (
+        importlib.util.find_spec("httpx") is None
+    ):  # and the stores look for servers before they make anything
+        raise ExtraFault(
+            f"The demo of `broker dev` needs httpx, which is not installed; run {INSTALL}."
+        )
     with (
         Steps(shown=is_new(options.data)) as steps,
         EmbeddedStores.start(options.data, _load, {}, steps, **stores) as embedded,
     ):
         environment["BROKER_DATABASE_URL"] = embedded.database_url
         environment["BROKER_REDIS_URL"] = embedded.redis_url
-        environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or _kept_secret(embedded.data)
+        environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or _kept_secret(
+            embedded.data
+        )
         settings = Settings.load(environment)
         settings = replace(settings, host=_with_loopback(settings.host))
         run(_dev(settings, embedded.data, embedded.notes, steps, opens=not options.no_open))
@@ -105,7 +117,9 @@ def _load() -> None:
     import broker.demo  # noqa: F401
 
 
-async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], steps: Steps, *, opens: bool) -> None:
+async def _dev(
+    settings: Settings, data: Path, notes: tuple[str, ...], steps: Steps, *, opens: bool
+) -> None:
     CONTEXT.set(Context(request_id="dev", actor="cli"))
     log = Log(level=settings.log_level)
     capture_library_records(log)
@@ -161,7 +175,9 @@ async def _dev(settings: Settings, data: Path, notes: tuple[str, ...], steps: St
 
 
 class RefusedOnTheTerminal:
-    """Prints a refused origin once, with the command that allows it, or why none does; the first hundred of a run."""
+    """Prints a refused origin once, with the command that allows it, or why none does; the first
+    hundred of a run.
+    """
 
     MOST = 100
 
@@ -187,7 +203,9 @@ def _what_to_do(app: RelyingParty, origin: str) -> str:
 
 
 async def _dev_app(parts: Parts, place: Path) -> tuple[RelyingParty, str]:
-    """The dev app and its key: those of `dev.json` where they still hold, else the same app with a new key, else a new app."""
+    """The dev app and its key: those of `dev.json` where they still hold, else the same app with a
+    new key, else a new app.
+    """
     stored = read(place) or {}
     app_id, key = str(stored.get("app_id", "")), str(stored.get("api_key", ""))
     try:
@@ -203,7 +221,9 @@ async def _dev_app(parts: Parts, place: Path) -> tuple[RelyingParty, str]:
 
 
 def _with_loopback(host: str) -> str:
-    """`host`, and loopback too: passkeys of `localhost` need a page there, and so do the demo's backend and `dev.json`."""
+    """`host`, and loopback too: passkeys of `localhost` need a page there, and so do the demo's
+    backend and `dev.json`.
+    """
     if host in ("localhost", "0.0.0.0", "::", "127.0.0.1", "::1"):  # noqa: S104 - compared, not bound
         return host
     return f"localhost,{host}"
@@ -232,7 +252,8 @@ def read_secret(data: Path) -> str:
 
 
 def _kept_secret(data: Path) -> str:
-    """The same, made if there is none. What is there is never replaced: keys may be sealed under it.
+    """The same, made if there is none. What is there is never replaced: keys may be sealed under
+    it.
 
     Raises:
         SecretFault: there is something, and it is not a secret key of ours.
@@ -252,7 +273,9 @@ def _kept_secret(data: Path) -> str:
 
 
 def _text_of(place: Path) -> str | None:
-    """A file of ours; None for somebody else's, who would choose where our commands, passwords and keys go."""
+    """A file of ours; None for somebody else's, who would choose where our commands, passwords and
+    keys go.
+    """
     with open(os.open(place, os.O_RDONLY | os.O_NOFOLLOW)) as file:
         return file.read() if _is_ours(os.fstat(file.fileno())) else None
 
@@ -262,7 +285,9 @@ def _is_ours(file: os.stat_result) -> bool:
 
 
 def _write(place: Path, text: str) -> None:
-    """Replace a file in one step, mode 0600 from the first byte; it is on the disk before it has its name."""
+    """Replace a file in one step, mode 0600 from the first byte; it is on the disk before it has
+    its name.
+    """
     fresh = place.with_name(place.name + ".new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

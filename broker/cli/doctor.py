@@ -1,4 +1,6 @@
-"""`broker doctor`: looks at settings, stores, clocks, the secret key and origins, and says what to do about each fault."""
+"""`broker doctor`: looks at settings, stores, clocks, the secret key and origins, and says what to
+do about each fault.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,14 @@ def run_doctor(options: argparse.Namespace) -> int:
     try:
         settings = settings_for_data("database_url", "redis_url", given=listening({}, options))
         with progress("broker doctor"):
-            findings = [Finding("settings", True, "all readable"), *run(with_parts(settings, _look))]
+            findings = [
+                Finding("settings", True, "all readable"),
+                *run(with_parts(settings, _look)),
+            ]
     except SettingsFault as fault:
         findings = [
-            Finding("settings", False, sentence, "Set it right and run again.") for sentence in fault.faults
+            Finding("settings", False, sentence, "Set it right and run again.")
+            for sentence in fault.faults
         ]
     if options.json:
         print(json.dumps([asdict(f) for f in findings], indent=2))  # noqa: T201 - the command's answer
@@ -76,10 +82,14 @@ async def _look(parts: Parts) -> list[Finding]:
 
 
 def ports(settings: Settings) -> Finding:
-    """What each port serves, as far as settings say: `serve` may be given a management port that this command is not."""
+    """What each port serves, as far as settings say: `serve` may be given a management port that
+    this command is not.
+    """
     page, management = settings.port, settings.management_port
     if management:
-        return Finding("ports", True, f"port {management} serves keyed routes, port {page} serves pages")
+        return Finding(
+            "ports", True, f"port {management} serves keyed routes, port {page} serves pages"
+        )
     return Finding(
         "ports",
         True,
@@ -112,7 +122,10 @@ async def _postgres(parts: Parts) -> list[Finding]:
     except Unavailable as fault:
         findings.append(
             Finding(
-                "migrations", False, "can't be seen.", "Make the database's role the owner of the tables."
+                "migrations",
+                False,
+                "can't be seen.",
+                "Make the database's role the owner of the tables.",
             )
             if fault.reason == "postgres_denied"
             else Finding("migrations", False, "some are missing.", "Run `broker migrate`.")
@@ -124,7 +137,11 @@ async def _redis(parts: Parts) -> list[Finding]:
     try:
         facts = await parts.ephemeral.facts()
     except Unavailable:
-        return [Finding("redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`.")]
+        return [
+            Finding(
+                "redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`."
+            )
+        ]
     return [
         redis_version(facts["version"]),
         clock("redis", facts["clock"] - time.time()),
@@ -140,7 +157,9 @@ def postgres_version(major: int) -> Finding:
 
 
 def redis_version(version: str) -> Finding:
-    """Whether this version of Redis or Valkey is new enough. Valkey's numbers began above Redis's limit."""
+    """Whether this version of Redis or Valkey is new enough. Valkey's numbers began above Redis's
+    limit.
+    """
     if tuple(int(part) for part in version.split(".")[:2]) >= MIN_REDIS:
         return Finding("redis", True, f"version {version}")
     return Finding("redis", False, f"version {version}.", "Use Redis 7.0, Valkey 7.2 or newer.")
@@ -162,7 +181,9 @@ def clock(store: str, ahead: float) -> Finding:
     """Whether a store's clock, `ahead` seconds before ours, agrees well enough."""
     if abs(ahead) <= MAX_SKEW:
         return Finding("clock", True, f"within {MAX_SKEW:g} s of {store}'s")
-    return Finding("clock", False, f"{abs(ahead):.0f} s off {store}'s.", "Run NTP on both machines.")
+    return Finding(
+        "clock", False, f"{abs(ahead):.0f} s off {store}'s.", "Run NTP on both machines."
+    )
 
 
 async def _signing(parts: Parts) -> list[Finding]:
@@ -176,7 +197,9 @@ async def _signing(parts: Parts) -> list[Finding]:
 
 
 def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | None]) -> Finding:
-    """Whether tokens can be signed. `seals` are the keys that sign or will: which secret opens each, None for none."""
+    """Whether tokens can be signed. `seals` are the keys that sign or will: which secret opens
+    each, None for none.
+    """
     check, many = "secret key", len(seals)
     if lost := seals.count(None):
         return Finding(
@@ -187,13 +210,17 @@ def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | No
         )
     if not settings.secret_key:
         without = (
-            f"; without one {' and '.join(left)} don't answer" if left else ", and nothing that needs one"
+            f"; without one {' and '.join(left)} don't answer"
+            if left
+            else ", and nothing that needs one"
         )
         return Finding(check, True, f"none{without}")
     if older := many - seals.count(0):
         says = f"{older} of {many} signing keys are sealed under an older one; `broker signing-key reseal` changes that"
         return Finding(check, True, says)
-    return Finding(check, True, f"opens all {many} signing keys" if many else "set; no signing keys yet")
+    return Finding(
+        check, True, f"opens all {many} signing keys" if many else "set; no signing keys yet"
+    )
 
 
 async def _origins(parts: Parts) -> list[Finding]:
@@ -207,9 +234,13 @@ async def _origins(parts: Parts) -> list[Finding]:
     for app in apps:
         try:
             app.checked()
-            findings.append(Finding("app", True, f"{app.id} {app.rp_id}: {', '.join(app.accepted_origins)}"))
+            findings.append(
+                Finding("app", True, f"{app.id} {app.rp_id}: {', '.join(app.accepted_origins)}")
+            )
         except InvalidSetting as fault:
             findings.append(
-                Finding("app", False, f"{app.id}: {fault.sentence}", "Mend it with `broker app update`.")
+                Finding(
+                    "app", False, f"{app.id}: {fault.sentence}", "Mend it with `broker app update`."
+                )
             )
     return findings

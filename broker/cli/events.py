@@ -1,10 +1,12 @@
 """`broker events`: the audit log of an app, once or as it grows.
 
-**Following.** `--follow` goes on from a cursor that no event is committed behind (`broker.durable.events`), so that none is skipped
-however transactions overlap. It ends with Ctrl-C and status 130. With `--json` each event is one object on one line.
+**Following.** `--follow` goes on from a cursor that no event is committed behind
+(`broker.durable.events`), so that none is skipped however transactions overlap. It ends with Ctrl-C
+and status 130. With `--json` each event is one object on one line.
 
-**Filters.** `--action` and `--user` (a whole external id) are judged here, page by page, so that they mean the same with and without
-`--follow`. A deleted user's events have no external id any more.
+**Filters.** `--action` and `--user` (a whole external id) are judged here, page by page, so that
+they mean the same with and without `--follow`. A deleted user's events have no external id any
+more.
 """
 
 from __future__ import annotations
@@ -62,12 +64,16 @@ def add_commands(commands: Commands) -> None:
 
 
 async def list_events(records: Records, options: argparse.Namespace) -> list[dict[str, object]]:
-    """The newest events, or the first ones after one of them; oldest first. Also of an app deleted since."""
+    """The newest events, or the first ones after one of them; oldest first. Also of an app deleted
+    since.
+    """
     if options.user is not None and "\0" in options.user:
         raise InvalidSetting("An external id has no NUL character.")
     app_id = await _app_id(records, options.app)
     if options.follow:
-        start = options.after if options.after is not None else await _start(records, app_id, options)
+        start = (
+            options.after if options.after is not None else await _start(records, app_id, options)
+        )
         await _follow(records, app_id, start, options)
     if options.after is None:
         found = await _newest(records, app_id, options)
@@ -111,7 +117,9 @@ async def _first(records: Records, app_id: str, options: argparse.Namespace) -> 
 
 
 async def _pages(records: Records, app_id: str, cursor: int) -> AsyncIterator[list[AuditRow]]:
-    """The events behind a cursor, a page at a time, without end; an empty page where there is none yet."""
+    """The events behind a cursor, a page at a time, without end; an empty page where there is none
+    yet.
+    """
     while True:
         rows, cursor = await records.directory.events_after(app_id, cursor, limit=PAGE)
         yield rows
@@ -126,8 +134,8 @@ def _wanted(rows: Sequence[AuditRow], options: argparse.Namespace) -> list[Audit
 
 
 async def _start(records: Records, app_id: str, options: argparse.Namespace) -> int:
-    """The cursor in front of the newest events. Every event that is written later has a higher id: the transactions that held a
-    lower one have ended."""
+    """The cursor in front of the newest events. Every event that is written later has a higher id:
+    the transactions that held a lower one have ended."""
     newest = await records.directory.events(app_id, limit=1)
     if not newest:
         return 0
@@ -148,7 +156,9 @@ async def _follow(records: Records, app_id: str, cursor: int, options: argparse.
         if options.json:
             lines = [as_json_text(event) for event in found]
         else:
-            lines = table(found, COLUMNS, colour=has_colour(sys.stdout), widths=widths) if found else []
+            lines = (
+                table(found, COLUMNS, colour=has_colour(sys.stdout), widths=widths) if found else []
+            )
         if lines:
             print("\n".join(lines), flush=True)  # noqa: T201 - the command's answer
         if not rows:
@@ -156,7 +166,9 @@ async def _follow(records: Records, app_id: str, cursor: int, options: argparse.
 
 
 async def _app_id(records: Records, given: str | None) -> str:
-    """The id of the app whose events are wanted: also "", and that of an app deleted since, which has its id only."""
+    """The id of the app whose events are wanted: also "", and that of an app deleted since, which
+    has its id only.
+    """
     if given == "":
         return ""
     try:

@@ -1,9 +1,10 @@
 """How commands speak: answers as JSON or in columns, colour, and progress.
 
-Printed values are made harmless: a user's name or a passkey's may hold control characters, which a terminal would obey. Columns are
-aligned by the cells that a terminal gives a character: two for most of East Asia's, none for an accent that combines. Nothing is cut
-off, so that ids can be copied; a terminal wraps what is too wide. Colour and progress are for terminals only, and the environment
-variable NO_COLOR ends colour (https://no-color.org).
+Printed values are made harmless: a user's name or a passkey's may hold control characters, which a
+terminal would obey. Columns are aligned by the cells that a terminal gives a character: two for
+most of East Asia's, none for an accent that combines. Nothing is cut off, so that ids can be
+copied; a terminal wraps what is too wide. Colour and progress are for terminals only, and the
+environment variable NO_COLOR ends colour (https://no-color.org).
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ PROGRESS_AFTER = 1.0  # seconds
 
 
 def print_answer(result: object, *, as_json: bool, empty: str, columns: Sequence[str] = ()) -> None:
-    """Print a command's answer: a row, or a list of rows or of names; `empty` stands for an empty list, `columns` are those of a
-    row that a person sees."""
+    """Print a command's answer: a row, or a list of rows or of names; `empty` stands for an empty
+    list, `columns` are those of a row that a person sees."""
     if as_json:
         print(as_json_text(result, indent=2))  # noqa: T201 - the command's answer
     elif isinstance(result, list):
         rows = [row for row in result if isinstance(row, Mapping)]
         lines = (
-            table(rows, columns, colour=has_colour(sys.stdout)) if rows else [str(name) for name in result]
+            table(rows, columns, colour=has_colour(sys.stdout))
+            if rows
+            else [str(name) for name in result]
         )
         print("\n".join(lines) or empty)  # noqa: T201
     elif isinstance(result, Mapping):
@@ -46,11 +49,18 @@ def as_json_text(value: object, *, indent: int | None = None) -> str:
 
 
 def table(
-    rows: Sequence[Row], columns: Sequence[str] = (), *, colour: bool, widths: list[int] | None = None
+    rows: Sequence[Row],
+    columns: Sequence[str] = (),
+    *,
+    colour: bool,
+    widths: list[int] | None = None,
 ) -> list[str]:
-    """A header and a line for each row. Without `columns` all but nested values are shown. A table that grows hands in the list of its
-    `widths` each time: empty at first, then it has a header already."""
-    names = list(columns) or [name for name, value in rows[0].items() if not isinstance(value, Mapping)]
+    """A header and a line for each row. Without `columns` all but nested values are shown. A table
+    that grows hands in the list of its `widths` each time: empty at first, then it has a header
+    already."""
+    names = list(columns) or [
+        name for name, value in rows[0].items() if not isinstance(value, Mapping)
+    ]
     header = [name.upper().replace("_", " ") for name in names]
     cells = [[_cell(row[name]) for name in names] for row in rows]
     widths = [] if widths is None else widths
@@ -66,7 +76,9 @@ def _record(row: Row) -> Iterator[str]:
     """A line for each value; nested ones have theirs below each other."""
     for name, value in row.items():
         shown = (
-            [f"{k}={_cell(v)}" for k, v in value.items()] if isinstance(value, Mapping) else [_cell(value)]
+            [f"{k}={_cell(v)}" for k, v in value.items()]
+            if isinstance(value, Mapping)
+            else [_cell(value)]
         )
         for number, line in enumerate(shown):
             yield f"{'' if number else name:<17}{line}"
@@ -98,13 +110,16 @@ def counted(number: int, noun: str) -> str:
 
 def harmless(text: str) -> str:
     """A text without control characters and whatever else is not printable."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def width(text: str) -> int:
     """How many cells a terminal gives a text (UAX #11)."""
     return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
     )
 
 
@@ -112,11 +127,13 @@ def _padded(text: str, cells: int) -> str:
     return text + " " * (cells - width(text))
 
 
-# -- terminals ------------------------------------------------------------------------------------------------------------------------
+# -- terminals -------------------------------------------------------------------------------------
 
 
 class Steps:
-    """Says at a terminal what is being done, step by step, and how long each took. A context manager that ends the last one."""
+    """Says at a terminal what is being done, step by step, and how long each took. A context
+    manager that ends the last one.
+    """
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown and sys.stderr.isatty()
@@ -140,7 +157,10 @@ class Steps:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.end(", not finished" if kind else "")
 
@@ -157,7 +177,9 @@ def painted(text: str, code: str, *, colour: bool) -> str:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Say at a terminal what takes longer than a second, and for how long it has; the line is gone at the end."""
+    """Say at a terminal what takes longer than a second, and for how long it has; the line is gone
+    at the end.
+    """
     if not sys.stderr.isatty():
         yield
         return

@@ -1,4 +1,5 @@
-"""What the commands' parsers share: examples in their help, types of options, and faults that `main` tells.
+"""What the commands' parsers share: examples in their help, types of options, and faults that
+`main` tells.
 
 Every command has examples, and a test parses them.
 """

@@ -1,11 +1,12 @@
-"""Commands on data: how a command is declared, which app it acts on, what it asks before, and how it is run.
+"""Commands on data: how a command is declared, which app it acts on, what it asks before, and how
+it is run.
 
-**Which app.** `--app` takes an id or a name. Without it a command acts on the app of `BROKER_APP`, else on the only app there is. A
-name of several apps, and no name beside several apps, is refused with the ids. A command that takes something away says on standard
-error which app it acts on.
+**Which app.** `--app` takes an id or a name. Without it a command acts on the app of `BROKER_APP`,
+else on the only app there is. A name of several apps, and no name beside several apps, is refused
+with the ids. A command that takes something away says on standard error which app it acts on.
 
-**Questions.** A command that can't be undone asks at a terminal. `--yes` is the answer for scripts; without either it is refused
-before anything is read.
+**Questions.** A command that can't be undone asks at a terminal. `--yes` is the answer for scripts;
+without either it is refused before anything is read.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class NotConfirmed(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What these commands act on: Postgres alone. The service is three times as long to import, and nothing here serves."""
+    """What these commands act on: Postgres alone. The service is three times as long to import, and
+    nothing here serves.
+    """
 
     postgres: Postgres
     directory: Directory
@@ -86,11 +89,12 @@ async def with_records(settings: Settings, work: Callable[[Records], Awaitable[o
 
 
 def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> Settings:
-    """The settings of a command on data: the environment's, or those of the `broker dev` that runs below here. `given` are variables
-    that the command line sets.
+    """The settings of a command on data: the environment's, or those of the `broker dev` that runs
+    below here. `given` are variables that the command line sets.
 
     Raises:
-        SettingsFault: one can't be used, or one of those `needed` (default: the database's URL) is missing.
+        SettingsFault: one can't be used, or one of those `needed` (default: the database's URL) is
+            missing.
     """
     environment = {**os.environ, **(given or {})}
     if not environment.get("BROKER_DATABASE_URL") and (stored := read(Path(DATA) / "dev.json")):
@@ -99,11 +103,13 @@ def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> S
         environment["BROKER_REDIS_URL"] = environment.get("BROKER_REDIS_URL") or str(
             stored.get("redis_url", "")
         )
-        environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or read_secret(Path(DATA))
+        environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or read_secret(
+            Path(DATA)
+        )
     return Settings.load(environment, needed=needed or ("database_url",))
 
 
-# -- declaring a command --------------------------------------------------------------------------------------------------------------
+# -- declaring a command ---------------------------------------------------------------------------
 
 
 def add(
@@ -123,8 +129,9 @@ def add(
 ) -> argparse.ArgumentParser:
     """Add a command.
 
-    `app`: it acts on one app, which `work` finds as `options.app`. `removes`: it says which one. `question` makes the sentence that a
-    person must agree to; "" needs no agreement. `columns` are those of a list that a person sees.
+    `app`: it acts on one app, which `work` finds as `options.app`. `removes`: it says which one.
+    `question` makes the sentence that a person must agree to; "" needs no agreement. `columns` are
+    those of a list that a person sees.
     """
     command = add_command(group, name, says, examples)
     command.add_argument("--json", action="store_true", help="print JSON, of a refusal too")
@@ -152,7 +159,12 @@ def add(
             return output.progress(command.prog) if progress else nullcontext()
 
         # One passkey is revoked without a question: its id is an answer.
-        if question and not options.yes and not can_ask() and getattr(options, "passkey", None) is None:
+        if (
+            question
+            and not options.yes
+            and not can_ask()
+            and getattr(options, "passkey", None) is None
+        ):
             raise NotConfirmed(
                 "This can't be undone, and there is no terminal to ask at; give --yes to do it without a question."
             )
@@ -166,7 +178,7 @@ def add(
     return command
 
 
-# -- the app --------------------------------------------------------------------------------------------------------------------------
+# -- the app ---------------------------------------------------------------------------------------
 
 
 async def chosen_app(records: Records, given: str | None) -> RelyingParty:
@@ -209,7 +221,7 @@ def _named(apps: Sequence[RelyingParty]) -> str:
     return ", ".join(f"{app.id} ({harmless(app.name)}, {app.rp_id})" for app in apps[:NAMED]) + more
 
 
-# -- questions ------------------------------------------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 
 def can_ask() -> bool:
@@ -218,7 +230,8 @@ def can_ask() -> bool:
 
 
 async def confirm(sentence: str) -> None:
-    """Ask at the terminal. The loop waits for the line, so that Ctrl-C ends the command at once: a read in the main thread would go on.
+    """Ask at the terminal. The loop waits for the line, so that Ctrl-C ends the command at once: a
+    read in the main thread would go on.
 
     Raises:
         NotConfirmed: the answer is not yes.

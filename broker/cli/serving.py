@@ -1,4 +1,6 @@
-"""`broker serve`, and the life of a serving process: start, signals, drain. And how any command gets at the stores."""
+"""`broker serve`, and the life of a serving process: start, signals, drain. And how any command
+gets at the stores.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from broker.errors import Fault, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, capture_library_records
 
-if TYPE_CHECKING:  # the service is imported when a command needs it: `dev` does so while its stores start
+if (
+    TYPE_CHECKING
+):  # the service is imported when a command needs it: `dev` does so while its stores start
     from aiohttp import web
 
     from broker.app import Parts, Ports, Service
@@ -28,8 +32,9 @@ T = TypeVar("T")
 
 LOG_HOLD = 0.05  # seconds
 LOOK_SECONDS = 60.0  # between two looks whether the database is migrated
-# How many more objects there are, and how many younger collections, before cycles are looked for. Requests leave hardly any, and by
-# default the search, for each 700 objects, takes a twelfth of the time of a login.
+# How many more objects there are, and how many younger collections, before cycles are looked for.
+# Requests leave hardly any, and by default the search, for each 700 objects, takes a twelfth of the
+# time of a login.
 _GARBAGE = (50_000, 20, 1000)
 
 
@@ -40,14 +45,21 @@ class ServingFault(Fault):
 def add_commands(commands: Commands) -> None:
     """Add `serve`."""
     says = "run the service; settings come from BROKER_… variables"
-    examples = ("serve --host 0.0.0.0 --port 8000", "serve --workers 4 --management-port 9000 --migrate")
+    examples = (
+        "serve --host 0.0.0.0 --port 8000",
+        "serve --workers 4 --management-port 9000 --migrate",
+    )
     command = add_command(commands, "serve", says, examples)
     command.add_argument("--host", help="address to listen on (BROKER_HOST; default localhost)")
     command.add_argument(
         "--port", type=int, help="port for pages, and for everything without a management port"
     )
-    command.add_argument("--management-port", type=int, help="port for keyed callers, health and metrics")
-    command.add_argument("--workers", type=int, help="processes that serve (BROKER_WORKERS; default 1)")
+    command.add_argument(
+        "--management-port", type=int, help="port for keyed callers, health and metrics"
+    )
+    command.add_argument(
+        "--workers", type=int, help="processes that serve (BROKER_WORKERS; default 1)"
+    )
     command.add_argument("--migrate", action="store_true", help="apply missing migrations first")
     command.set_defaults(run=run_serve)
 
@@ -121,7 +133,9 @@ async def apply_migrations(parts: Parts) -> None:
 async def tell_until_migrated(
     parts: Parts, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
 ) -> None:
-    """Look whether the database is migrated, now and every minute, and say what to do as long as it is not. Ends when it is."""
+    """Look whether the database is migrated, now and every minute, and say what to do as long as it
+    is not. Ends when it is.
+    """
     told = False
     while True:
         try:
@@ -163,7 +177,9 @@ async def start(
 
 def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
     """What binding met, as a sentence."""
-    ports = f"port {settings.port}" + (f" or {settings.management_port}" if settings.management_port else "")
+    ports = f"port {settings.port}" + (
+        f" or {settings.management_port}" if settings.management_port else ""
+    )
     if fault.errno == errno.EADDRINUSE:
         return ServingFault(
             f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; stop what uses it or choose another one."
@@ -172,8 +188,10 @@ def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
 
 
 def until_told(at_once: Callable[[], None] | None = None) -> asyncio.Future[None]:
-    """A future that ends with SIGTERM or SIGINT, which are handled from this call on. A second one ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
-    exception, which would come up in whatever runs at that moment and may be lost there. `at_once` is what to do before that."""
+    """A future that ends with SIGTERM or SIGINT, which are handled from this call on. A second one
+    ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
+    exception, which would come up in whatever runs at that moment and may be lost there. `at_once`
+    is what to do before that."""
     loop = asyncio.get_running_loop()
     told: asyncio.Future[None] = loop.create_future()
 
@@ -209,7 +227,9 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 async def with_parts(settings: Settings, work: Callable[[Parts], Awaitable[T]]) -> T:
-    """Do `work` with the stores and the verbs, and close them. Without a Redis URL the ephemeral store is `Unavailable`."""
+    """Do `work` with the stores and the verbs, and close them. Without a Redis URL the ephemeral
+    store is `Unavailable`.
+    """
     if not settings.redis_url:
         settings = replace(settings, redis_url=f"unix://{os.devnull}")  # nothing ever listens there
     from broker.app import assemble

@@ -46,9 +46,14 @@ def add_commands(commands: Commands) -> None:
     )
     _set(command)
     command.add_argument(
-        "--algorithm", choices=get_args(TokenAlgorithm), default="RS256", help="which keys (default RS256)"
+        "--algorithm",
+        choices=get_args(TokenAlgorithm),
+        default="RS256",
+        help="which keys (default RS256)",
     )
-    command.add_argument("--now", action="store_true", help="sign with it at once: verifiers may not know it")
+    command.add_argument(
+        "--now", action="store_true", help="sign with it at once: verifiers may not know it"
+    )
     command.add_argument(
         "--drop", action="store_true", help="with --now: unpublish the older keys, a leaked one"
     )
@@ -69,7 +74,9 @@ def _set(command: argparse.ArgumentParser) -> None:
 
 
 async def _app_of_set(records: Records, options: argparse.Namespace) -> RelyingParty | None:
-    """None: the broker's own set. BROKER_APP names no set: a rotation must not depend on the shell it is typed in."""
+    """None: the broker's own set. BROKER_APP names no set: a rotation must not depend on the shell
+    it is typed in.
+    """
     return await chosen_app(records, options.app) if options.app is not None else None
 
 

@@ -21,7 +21,15 @@ def add_commands(commands: Commands) -> None:
         "a user's passkeys",
         list_passkeys,
         app=True,
-        columns=("passkey_id", "name", "live", "backed_up", "use_count", "created_at", "last_used_at"),
+        columns=(
+            "passkey_id",
+            "name",
+            "live",
+            "backed_up",
+            "use_count",
+            "created_at",
+            "last_used_at",
+        ),
         examples=("passkey list --user user-7", "passkey list --app Shop --user user-7 --json"),
     )
     _user(command)
@@ -58,9 +66,15 @@ def add_commands(commands: Commands) -> None:
         ),
     )
     command.add_argument("--user", metavar="EXTERNAL_ID", help="only this one, byte for byte")
-    command.add_argument("--status", choices=("active", "pending"), help="only those with this status")
     command.add_argument(
-        "--limit", type=whole(1, 1000), default=100, metavar="N", help="users of a page (default 100)"
+        "--status", choices=("active", "pending"), help="only those with this status"
+    )
+    command.add_argument(
+        "--limit",
+        type=whole(1, 1000),
+        default=100,
+        metavar="N",
+        help="users of a page (default 100)",
     )
     command.add_argument(
         "--page", type=whole(1, 1_000_000), default=1, metavar="N", help="which page (default 1)"
@@ -79,7 +93,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _user(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--user", required=True, metavar="EXTERNAL_ID", help="your backend's id of the user")
+    command.add_argument(
+        "--user", required=True, metavar="EXTERNAL_ID", help="your backend's id of the user"
+    )
 
 
 async def list_passkeys(records: Records, options: argparse.Namespace) -> list[Row]:
@@ -89,7 +105,9 @@ async def list_passkeys(records: Records, options: argparse.Namespace) -> list[R
 
 
 async def ask_about_passkeys(records: Records, options: argparse.Namespace) -> str:
-    """The question to confirm, with the user who can't sign in any more; "" where one passkey is revoked."""
+    """The question to confirm, with the user who can't sign in any more; "" where one passkey is
+    revoked.
+    """
     if not options.all:
         return ""
     user = await records.directory.user(options.app, external_id=options.user)

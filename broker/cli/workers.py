@@ -1,33 +1,40 @@
-"""`broker serve --workers N`: N processes that serve one port, and a supervisor that serves nothing.
+"""`broker serve --workers N`: N processes that serve one port, and a supervisor that serves
+nothing.
 
-The supervisor judges the settings, migrates, binds and starts workers: fresh processes that inherit the listening sockets. It says
-once what an operator has to mend, and replaces what ends. **One accept queue for all**: a worker takes the next connection when its
-event loop gets to it and no other has clearly fewer (`broker.web.share`); when a worker is killed, connections that nobody had accepted wait
-for the others. SO_REUSEPORT, a queue for each, would lose those, would let a second service bind a port that is in use, and differs between
-systems.
+The supervisor judges the settings, migrates, binds and starts workers: fresh processes that inherit
+the listening sockets. It says once what an operator has to mend, and replaces what ends. **One
+accept queue for all**: a worker takes the next connection when its event loop gets to it and no
+other has clearly fewer (`broker.web.share`); when a worker is killed, connections that nobody had
+accepted wait for the others. SO_REUSEPORT, a queue for each, would lose those, would let a second
+service bind a port that is in use, and differs between systems.
 
-**A socket pair joins each worker to the supervisor.** The worker says when it listens, that it lives (once a second), and that it drains
-because somebody sent it SIGTERM. The supervisor says "leave" to one and "drain" to all; its end closed without that word means that it was killed, and the worker
-drains as well, so no orphan keeps the port; a thread waits for either, and ends a worker whose event loop hangs. Workers lead
-sessions of their own, so that Ctrl-C reaches the supervisor alone; a service manager may signal all of them at once, for being told
-twice is no second signal.
+**A socket pair joins each worker to the supervisor.** The worker says when it listens, that it
+lives (once a second), and that it drains because somebody sent it SIGTERM. The supervisor says
+"leave" to one and "drain" to all; its end closed without that word means that it was killed, and
+the worker drains as well, so no orphan keeps the port; a thread waits for either, and ends a worker
+whose event loop hangs. Workers lead sessions of their own, so that Ctrl-C reaches the supervisor
+alone; a service manager may signal all of them at once, for being told twice is no second signal.
 
-**A worker that leaves while others go on** takes no more connections, and closes idle ones a second later: one that it had just taken
-gets its answer. **A worker that ends is replaced** at once; one that ended soon after its start, and so did the one before, after a pause that doubles.
-Before the service listens nothing is replaced: a worker that can't start ends it. A worker that listens and is silent for 30 s of the
-supervisor's own waking time hangs, for nothing here may block that long; it is killed. SIGHUP replaces workers one after the other, each
-told to drain when its successor listens; in a terminal, where SIGHUP is the terminal's end, it ends the service.
+**A worker that leaves while others go on** takes no more connections, and closes idle ones a second
+later: one that it had just taken gets its answer. **A worker that ends is replaced** at once; one
+that ended soon after its start, and so did the one before, after a pause that doubles. Before the
+service listens nothing is replaced: a worker that can't start ends it. A worker that listens and is
+silent for 30 s of the supervisor's own waking time hangs, for nothing here may block that long; it
+is killed. SIGHUP replaces workers one after the other, each told to drain when its successor
+listens; in a terminal, where SIGHUP is the terminal's end, it ends the service.
 
-Metrics add up in a private folder (`broker.telemetry.shared`), in memory where there is /dev/shm; there stands as well how many connections
-each has.
+Metrics add up in a private folder (`broker.telemetry.shared`), in memory where there is /dev/shm;
+there stands as well how many connections each has.
 
-**More workers than cores are a warning**: two on one core push each other's code and data out of its caches and share messages to the stores
-between half as many callers (tests/bench/README.md), and serve nobody sooner.
+**More workers than cores are a warning**: two on one core push each other's code and data out of
+its caches and share messages to the stores between half as many callers (tests/bench/README.md),
+and serve nobody sooner.
 
-gunicorn would supervise as well, with aiohttp's worker class. But it gives one application to all its sockets, where the two ports here
-differ; it knows when a worker's process runs and not when it listens; it neither pauses in a crash loop nor adds metrics up; and its
-own settings, signals and log lines would stand beside ours. circus is a daemon on ZeroMQ and tornado; honcho replaces nothing; granian
-is an HTTP server.
+gunicorn would supervise as well, with aiohttp's worker class. But it gives one application to all
+its sockets, where the two ports here differ; it knows when a worker's process runs and not when it
+listens; it neither pauses in a crash loop nor adds metrics up; and its own settings, signals and
+log lines would stand beside ours. circus is a daemon on ZeroMQ and tornado; honcho replaces
+nothing; granian is an HTTP server.
 """
 
 from __future__ import annotations
@@ -84,15 +91,17 @@ _MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
 
 
 def pause(early: int) -> float:
-    """Seconds until the next start, after so many workers in a row that ended within `SETTLED` of theirs."""
+    """Seconds until the next start, after so many workers in a row that ended within `SETTLED` of
+    theirs.
+    """
     return 0.0 if early < 2 else min(LONGEST_PAUSE, 2.0 ** (early - 2))
 
 
 def supervise(
     settings: Settings, environment: Mapping[str, str], *, migrate: bool, beat: float = BEAT
 ) -> None:
-    """Serve with `settings.workers` processes until SIGTERM or SIGINT. `environment` is theirs; `beat` is how often they are looked
-    at, in seconds.
+    """Serve with `settings.workers` processes until SIGTERM or SIGINT. `environment` is theirs;
+    `beat` is how often they are looked at, in seconds.
 
     Raises:
         SettingsFault, MigrationFault, ServingFault: before anything listens.
@@ -128,7 +137,9 @@ def _private_folder() -> Path:
 
 
 def _usable_cores() -> int:
-    """How many cores the service may run on. A limit of its time on them (a container's quota) is no matter of cores."""
+    """How many cores the service may run on. A limit of its time on them (a container's quota) is
+    no matter of cores.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -140,7 +151,9 @@ def _no_place(fault: OSError) -> ServingFault:
 
 @dataclass(frozen=True, slots=True)
 class _Post:
-    """What a worker is told on its command line: descriptors that it inherits, and where its metrics go. Nothing secret."""
+    """What a worker is told on its command line: descriptors that it inherits, and where its
+    metrics go. Nothing secret.
+    """
 
     name: str
     pages: list[int]
@@ -191,7 +204,9 @@ class _Worker:
             self.over.set()
 
     def drain(self, word: bytes) -> None:
-        """Ask it to end. One that doesn't listen yet has no requests, and its copy of the sockets must not stay."""
+        """Ask it to end. One that doesn't listen yet has no requests, and its copy of the sockets
+        must not stay.
+        """
         self.drains = True
         with suppress(OSError):
             self._channel.send(word)
@@ -247,7 +262,9 @@ class _Supervisor:
         self._log = log
         self._metrics = Metrics()
         self._shared = Shared(folder, KEEPER, self._metrics.tally)
-        self._places: list[_Worker] = []  # who serves; one that drains leaves its place to its successor
+        self._places: list[
+            _Worker
+        ] = []  # who serves; one that drains leaves its place to its successor
         self._running: set[_Worker] = set()
         self._begun = 0
         self._shares = shares
@@ -264,7 +281,9 @@ class _Supervisor:
             await _first(tasks)
             if not told.done():
                 tasks.append(asyncio.create_task(self._watch(beat)))
-                tasks += [asyncio.create_task(self._keep(place)) for place in range(len(self._places))]
+                tasks += [
+                    asyncio.create_task(self._keep(place)) for place in range(len(self._places))
+                ]
                 if not any(map(os.isatty, (0, 1, 2))):
                     loop.add_signal_handler(signal.SIGHUP, self._begin_renewal)
                 await _first([task for task in tasks if not task.done()])
@@ -298,7 +317,12 @@ class _Supervisor:
             workers=len(self._places),
         )
         if len(self._places) > (cores := _usable_cores()):
-            self._log("workers_share_cores", severity=logging.WARNING, workers=len(self._places), cores=cores)
+            self._log(
+                "workers_share_cores",
+                severity=logging.WARNING,
+                workers=len(self._places),
+                cores=cores,
+            )
 
     def _begin(self) -> _Worker:
         """Start a worker. Raises OSError."""
@@ -390,7 +414,9 @@ class _Supervisor:
             self._renewal = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Replace each worker, when its successor listens. One that can't start ends this, and the rest stay as they are."""
+        """Replace each worker, when its successor listens. One that can't start ends this, and the
+        rest stay as they are.
+        """
         for place in range(len(self._places)):
             fresh = self._try()
             if fresh is None:
@@ -405,7 +431,9 @@ class _Supervisor:
         self._log("workers_renewed")
 
     async def _watch(self, beat: float) -> None:
-        """Kill those that hang. Beats are counted and not seconds: while this process does not run, the others may not either."""
+        """Kill those that hang. Beats are counted and not seconds: while this process does not run,
+        the others may not either.
+        """
         while True:
             await asyncio.sleep(beat)
             for worker in self._running:
@@ -451,11 +479,13 @@ async def _first(tasks: list[asyncio.Future[None]]) -> None:
         task.result()
 
 
-# -- the worker -----------------------------------------------------------------------------------------------------------------------
+# -- the worker ------------------------------------------------------------------------------------
 
 
 def work() -> None:
-    """A worker's whole life. What it is told is on its command line, its settings are in the environment."""
+    """A worker's whole life. What it is told is on its command line, its settings are in the
+    environment.
+    """
     post = _Post(**json.loads(sys.argv[1]))
     run(_work(Settings.load(os.environ), post))
 
@@ -481,7 +511,9 @@ async def _serve_until_told(settings: Settings, post: _Post, log: Log) -> None:
     service = await start(parts, ports=ports)
     channel.say(LISTENS)
     beating = asyncio.create_task(_beat(channel, shared))
-    looking = asyncio.create_task(tell_until_migrated(parts)) if post.seat == 0 else None  # one for all
+    looking = (
+        asyncio.create_task(tell_until_migrated(parts)) if post.seat == 0 else None
+    )  # one for all
     await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
     channel.say(DRAINS)
     if looking is not None:
@@ -510,7 +542,9 @@ async def _beat(channel: _Channel, shared: Shared) -> None:
 
 
 class _Channel:
-    """The supervisor, as a worker sees it. `told` is set when it wants the worker to drain, `all_end` when all do or it is no more."""
+    """The supervisor, as a worker sees it. `told` is set when it wants the worker to drain,
+    `all_end` when all do or it is no more.
+    """
 
     def __init__(self, channel: socket.socket, *, limit: float) -> None:
         self.told = asyncio.Event()
@@ -522,7 +556,9 @@ class _Channel:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        """In a thread, so that an event loop that hangs does not keep the port when the supervisor is gone."""
+        """In a thread, so that an event loop that hangs does not keep the port when the supervisor
+        is gone.
+        """
         word = LEAVE
         while word == LEAVE:
             try:
@@ -532,7 +568,9 @@ class _Channel:
             self.orphan = not word
             with suppress(RuntimeError):  # the loop has ended, and with it all there is to do
                 self._loop.call_soon_threadsafe(self._hear, word)
-        time.sleep(self._limit)  # in a thread of its own: the loop has so long to drain, and may hang
+        time.sleep(
+            self._limit
+        )  # in a thread of its own: the loop has so long to drain, and may hang
         os._exit(1)
 
     def _hear(self, word: bytes) -> None:
@@ -541,6 +579,8 @@ class _Channel:
             self.all_end.set()
 
     def say(self, word: bytes) -> None:
-        """Tell the supervisor. It may be gone, or stopped and not reading: nothing here depends on it."""
+        """Tell the supervisor. It may be gone, or stopped and not reading: nothing here depends on
+        it.
+        """
         with suppress(OSError):
             self._channel.send(word, socket.MSG_DONTWAIT)

@@ -1,20 +1,25 @@
-"""What the sample site remembers: accounts, sessions, begun ceremonies and the names people give their passkeys.
+"""What the sample site remembers: accounts, sessions, begun ceremonies and the names people give
+their passkeys.
 
-Theory of operation. One SQLite file (mode 0600, write-ahead log) holds it all, so that accounts and sessions survive a
-restart. Its calls take well under a millisecond, except that a commit waits for the disk; therefore they run on one thread of
-their own (`Accounts.call`), which also makes every verb below atomic towards every other. The write decides: a name belongs to
-whoever's INSERT succeeded, and a begun ceremony is read by the DELETE that spends it.
+Theory of operation. One SQLite file (mode 0600, write-ahead log) holds it all, so that accounts and
+sessions survive a restart. Its calls take well under a millisecond, except that a commit waits for
+the disk; therefore they run on one thread of their own (`Accounts.call`), which also makes every
+verb below atomic towards every other. The write decides: a name belongs to whoever's INSERT
+succeeded, and a begun ceremony is read by the DELETE that spends it.
 
-- The broker knows an account by its `external_id`, a random UUID. It is never the name: a name may be given up and taken by
-  somebody else, and must not carry the old passkeys along.
-- A name is taken for good by its first passkey. Until then it is reserved for the session that asked, for `RESERVATION`
-  seconds, which is longer than a register transaction lives (10 minutes): nobody else can take the name
-  under a sign-up that can still finish, and nobody can keep a name without finishing.
-- A session is a random token of which only the SHA-256 is stored. It begins before sign-in (to remember what this browser
-  asked for) and gets a new token whenever a sign-up or sign-in begins, and at sign-in. So a token that somebody planted in the browser
-  (session fixation) is worth nothing from then on, and neither is what it began: a retried sign-up gets a new external id.
-- A ceremony row says what a session expects: purpose, transaction and external id. It is spent by the first answer, right or wrong.
-  A transaction id is a bearer right as long as it lives, so only its SHA-256 is stored; the page names the transaction when it finishes.
+- The broker knows an account by its `external_id`, a random UUID. It is never the name: a name may
+  be given up and taken by somebody else, and must not carry the old passkeys along.
+- A name is taken for good by its first passkey. Until then it is reserved for the session that
+  asked, for `RESERVATION` seconds, which is longer than a register transaction lives (10 minutes):
+  nobody else can take the name under a sign-up that can still finish, and nobody can keep a name
+  without finishing.
+- A session is a random token of which only the SHA-256 is stored. It begins before sign-in (to
+  remember what this browser asked for) and gets a new token whenever a sign-up or sign-in begins,
+  and at sign-in. So a token that somebody planted in the browser (session fixation) is worth
+  nothing from then on, and neither is what it began: a retried sign-up gets a new external id.
+- A ceremony row says what a session expects: purpose, transaction and external id. It is spent by
+  the first answer, right or wrong. A transaction id is a bearer right as long as it lives, so only
+  its SHA-256 is stored; the page names the transaction when it finishes.
 """
 
 from __future__ import annotations
@@ -95,7 +100,9 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A live session; `account` is None before sign-in. `token_hash` finds it, the token itself is only in the cookie."""
+    """A live session; `account` is None before sign-in. `token_hash` finds it, the token itself is
+    only in the cookie.
+    """
 
     token_hash: str
     account: Account | None
@@ -123,10 +130,12 @@ class InvalidName(ValueError):
 
 
 def parse_name(text: str) -> tuple[str, str]:
-    """`text` as it is shown, and the key by which names are compared (Unicode NFKC, then without case, then NFKC again).
+    """`text` as it is shown, and the key by which names are compared (Unicode NFKC, then without
+    case, then NFKC again).
 
-    1 to 64 characters: letters, marks, digits and a little punctuation of any script, at least one letter or digit. Control
-    and format characters are refused (they make two names look alike, or turn the direction of the text around them).
+    1 to 64 characters: letters, marks, digits and a little punctuation of any script, at least one
+    letter or digit. Control and format characters are refused (they make two names look alike, or
+    turn the direction of the text around them).
     """
     shown = " ".join(unicodedata.normalize("NFKC", text).split())
     if not shown:
@@ -141,12 +150,16 @@ def parse_name(text: str) -> tuple[str, str]:
 
 
 def hash_token(token: str) -> str:
-    """SHA-256 of a session token or a transaction id, in hex. No salt: they have 256 random bits."""
+    """SHA-256 of a session token or a transaction id, in hex. No salt: they have 256 random
+    bits.
+    """
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _drop_old_ceremonies(db: sqlite3.Connection) -> None:
-    """Older files hold whole transaction ids. They go with the ceremonies, also from the file's free pages; nobody is signed out."""
+    """Older files hold whole transaction ids. They go with the ceremonies, also from the file's
+    free pages; nobody is signed out.
+    """
     if any(column[1] == "transaction_id" for column in db.execute("PRAGMA table_info(ceremony)")):
         db.execute("DROP TABLE ceremony")
         db.execute("VACUUM")
@@ -154,7 +167,9 @@ def _drop_old_ceremonies(db: sqlite3.Connection) -> None:
 
 
 class Accounts:
-    """The file, opened by the first `call` and closed by `close`. Verbs are synchronous; `call` runs them on the one thread."""
+    """The file, opened by the first `call` and closed by `close`. Verbs are synchronous; `call`
+    runs them on the one thread.
+    """
 
     def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
         self._path = path
@@ -163,8 +178,12 @@ class Accounts:
         self._db: sqlite3.Connection | None = None
 
     async def call(self, verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `verb`, one of this object's methods, on the file's own thread. `sqlite3.Error` when the file can't be used."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(verb, *args, **kwargs))
+        """Run `verb`, one of this object's methods, on the file's own thread. `sqlite3.Error` when
+        the file can't be used.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, partial(verb, *args, **kwargs)
+        )
 
     def open(self) -> None:
         """Make or open the file.
@@ -174,7 +193,8 @@ class Accounts:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Never through a link: as root, the folder may belong to the stores' user. SQLite gives its side files the same mode.
+            # Never through a link: as root, the folder may belong to the stores' user. SQLite gives
+            # its side files the same mode.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 os.fchmod(file, 0o600)
@@ -226,19 +246,24 @@ class Accounts:
         return Session(row[0], account, row[1])
 
     def renew(self, old: Session | None) -> tuple[str, Session]:
-        """End `old` and begin a session: its token for the cookie, and itself. What has expired is removed on the way.
+        """End `old` and begin a session: its token for the cookie, and itself. What has expired is
+        removed on the way.
 
-        Whoever was signed in stays so, until the same time. Begun ceremonies and a reserved name end with `old`, which somebody else may know.
+        Whoever was signed in stays so, until the same time. Begun ceremonies and a reserved name
+        end with `old`, which somebody else may know.
         """
         token = secrets.token_urlsafe(32)
-        fresh = Session(hash_token(token), old.account if old else None, old.passkey_id if old else None)
+        fresh = Session(
+            hash_token(token), old.account if old else None, old.passkey_id if old else None
+        )
         now = self._clock()
         with self._transaction() as db:
             db.execute("DELETE FROM session WHERE expires_at <= ?", (now,))
             ended = (
                 old
                 and db.execute(
-                    "DELETE FROM session WHERE token_hash = ? RETURNING expires_at", (old.token_hash,)
+                    "DELETE FROM session WHERE token_hash = ? RETURNING expires_at",
+                    (old.token_hash,),
                 ).fetchone()
             )
             db.execute(
@@ -259,7 +284,8 @@ class Accounts:
         return token, fresh
 
     def sign_in(self, old: Session | None, external_id: str, passkey_id: str) -> str | None:
-        """End `old` and begin a session of the account under a new token, which is returned; None when there is no such account.
+        """End `old` and begin a session of the account under a new token, which is returned; None
+        when there is no such account.
 
         The first proof of a passkey opens the account: that is the end of a sign-up.
         """
@@ -299,7 +325,9 @@ class Accounts:
         """Hold a name for this session's sign-up. Raises NameTaken."""
         now = self._clock()
         with self._transaction() as db:
-            db.execute("DELETE FROM account WHERE opened_at IS NULL AND reserved_until <= ?", (now,))
+            db.execute(
+                "DELETE FROM account WHERE opened_at IS NULL AND reserved_until <= ?", (now,)
+            )
             row = db.execute(
                 "INSERT INTO account (external_id, name, name_key, created_at, reserved_by, reserved_until)"
                 " VALUES (?, ?, ?, ?, ?, ?)"
@@ -338,7 +366,13 @@ class Accounts:
             db.execute(
                 "INSERT OR REPLACE INTO ceremony (token_hash, kind, external_id, transaction_hash, expires_at)"
                 " VALUES (?, ?, ?, ?, ?)",
-                (session.token_hash, kind, external_id, hash_token(transaction_id), self._clock() + CEREMONY),
+                (
+                    session.token_hash,
+                    kind,
+                    external_id,
+                    hash_token(transaction_id),
+                    self._clock() + CEREMONY,
+                ),
             )
 
     def take(self, session: Session, kind: Kind) -> Ceremony | None:
@@ -373,5 +407,6 @@ class Accounts:
     def drop_label(self, external_id: str, passkey_id: str) -> None:
         with self._transaction() as db:
             db.execute(
-                "DELETE FROM label WHERE external_id = ? AND passkey_id = ?", (external_id, passkey_id)
+                "DELETE FROM label WHERE external_id = ? AND passkey_id = ?",
+                (external_id, passkey_id),
             )

@@ -1,15 +1,18 @@
 """The sample site's own backend: what a site of yours would add to offer passkeys.
 
-Each ceremony is two requests of the page. `start` asks the broker for a transaction, notes in the session what it expects, and
-gives the transaction id to the page. The page runs the ceremony against the broker and gets a nonce. `finish` takes the note out of the
-session (the first answer spends it, right or wrong), compares the transaction that the page names with the digest in it, and redeems the
-nonce while stating purpose, transaction and user: a nonce of another purpose, of another transaction or of another person is worth nothing here.
+Each ceremony is two requests of the page. `start` asks the broker for a transaction, notes in the
+session what it expects, and gives the transaction id to the page. The page runs the ceremony
+against the broker and gets a nonce. `finish` takes the note out of the session (the first answer
+spends it, right or wrong), compares the transaction that the page names with the digest in it, and
+redeems the nonce while stating purpose, transaction and user: a nonce of another purpose, of
+another transaction or of another person is worth nothing here.
 
-Signing in without a name has no transaction, for nobody knows yet who it will be; its nonce is redeemed for the purpose alone,
-and the external id on the receipt must be an account of ours.
+Signing in without a name has no transaction, for nobody knows yet who it will be; its nonce is
+redeemed for the purpose alone, and the external id on the receipt must be an account of ours.
 
-By decision: sign-in by name says when a name has no account, since sign-up has to say when a name has one; and a signed-in
-visitor may revoke the last passkey, after a clear warning (`last: true`), because a site that refuses keeps a lost key alive.
+By decision: sign-in by name says when a name has no account, since sign-up has to say when a name
+has one; and a signed-in visitor may revoke the last passkey, after a clear warning (`last: true`),
+because a site that refuses keeps a lost key alive.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ routes = web.RouteTableDef()
 
 log = logging.getLogger(__name__)
 
-NAME_BYTES = 256  # characters taken from the wire before Unicode normalisation; a name proper has at most 64
+NAME_BYTES = (
+    256  # characters taken from the wire before Unicode normalisation; a name proper has at most 64
+)
 TOKEN_LIMIT = 256
 
 
@@ -68,7 +73,9 @@ def _person(account: Account) -> dict[str, Any]:
 
 
 def _name(body: dict[str, Any], field: str = "name") -> tuple[str, str]:
-    """A name or a label. No text at all is a fault of the person who types, not of the page: `parse_name` has the words for it."""
+    """A name or a label. No text at all is a fault of the person who types, not of the page:
+    `parse_name` has the words for it.
+    """
     try:
         return parse_name(text_field(body, field, NAME_BYTES, least=0))
     except InvalidName as fault:
@@ -76,7 +83,9 @@ def _name(body: dict[str, Any], field: str = "name") -> tuple[str, str]:
 
 
 async def _renewed(request: web.Request, old: Session | None) -> Session:
-    """The session in which a ceremony begins. Its token goes out with the answer, also where that is a refusal."""
+    """The session in which a ceremony begins. Its token goes out with the answer, also where that
+    is a refusal.
+    """
     accounts = request.app[ACCOUNTS]
     request[RENEWED], session = await accounts.call(accounts.renew, old)
     return session
@@ -95,13 +104,19 @@ async def _finishing(request: web.Request) -> tuple[str, str]:
     return text_field(body, "nonce", TOKEN_LIMIT), text_field(body, "transaction_id", TOKEN_LIMIT)
 
 
-async def _expected(request: web.Request, kind: Kind, transaction_id: str) -> tuple[Session, Ceremony]:
-    """The session, and what it expects of this kind; the note is gone afterwards, also where it names another transaction."""
+async def _expected(
+    request: web.Request, kind: Kind, transaction_id: str
+) -> tuple[Session, Ceremony]:
+    """The session, and what it expects of this kind; the note is gone afterwards, also where it
+    names another transaction.
+    """
     session = await current_session(request)
     accounts = request.app[ACCOUNTS]
     ceremony = await accounts.call(accounts.take, session, kind) if session is not None else None
     if session is None or ceremony is None:
-        raise DemoRefusal(409, "nothing_begun", "That took too long, or was already finished. Start again.")
+        raise DemoRefusal(
+            409, "nothing_begun", "That took too long, or was already finished. Start again."
+        )
     if not hmac.compare_digest(ceremony.transaction_hash, hash_token(transaction_id)):
         raise _nonce_refused()
     return session, ceremony
@@ -120,7 +135,9 @@ async def _redeem(request: web.Request, redemption: Redemption) -> Receipt:
 
 
 async def _keep_claimed_name(request: web.Request, receipt: Receipt) -> None:
-    """Until its owner names it, a new passkey is called what its authenticator claims to be (a claim: WebAuthn L3 §6.5.2)."""
+    """Until its owner names it, a new passkey is called what its authenticator claims to be (a
+    claim: WebAuthn L3 §6.5.2).
+    """
     if receipt.authenticator_name_claimed:
         accounts = request.app[ACCOUNTS]
         await accounts.call(
@@ -139,9 +156,7 @@ async def _welcome(
     token = await accounts.call(accounts.sign_in, session, receipt.external_id, receipt.passkey_id)
     account = await accounts.call(accounts.owner, receipt.external_id)
     if token is None or account is None:
-        sentence = (
-            "This passkey is good, but its account isn't on this site any more. Sign up to make a new one."
-        )
+        sentence = "This passkey is good, but its account isn't on this site any more. Sign up to make a new one."
         raise DemoRefusal(404, "no_such_account", sentence)
     request.app[REDEMPTIONS].keep(hash_token(token), redemption)
     response = answer(account=_person(account), receipt=_highlights(receipt))
@@ -178,15 +193,21 @@ async def sign_up_start(request: web.Request) -> web.Response:
     name, key = _name(await read_body(request))
     old = await current_session(request)
     if old is not None and old.account is not None:
-        raise DemoRefusal(409, "signed_in", f"You're signed in as {old.account.name}. Sign out first.")
+        raise DemoRefusal(
+            409, "signed_in", f"You're signed in as {old.account.name}. Sign out first."
+        )
     accounts = request.app[ACCOUNTS]
     session = await _renewed(request, old)
     try:
         account = await accounts.call(accounts.reserve, name, key, session)
     except NameTaken:
-        sentence = f"The name “{name}” is taken. If it's yours, sign in; otherwise pick another one."
+        sentence = (
+            f"The name “{name}” is taken. If it's yours, sign in; otherwise pick another one."
+        )
         raise DemoRefusal(409, "name_taken", sentence) from None
-    transaction_id = await request.app[CLIENT].create_register_transaction(account.external_id, account.name)
+    transaction_id = await request.app[CLIENT].create_register_transaction(
+        account.external_id, account.name
+    )
     await accounts.call(accounts.expect, session, "sign-up", account.external_id, transaction_id)
     return answer(transaction_id=transaction_id)
 
@@ -213,7 +234,9 @@ async def sign_in_start(request: web.Request) -> web.Response:
             404, "unknown_name", f"There's no account called “{name}” here. Sign up to make one."
         )
     try:
-        transaction_id = await request.app[CLIENT].create_authenticate_transaction(account.external_id)
+        transaction_id = await request.app[CLIENT].create_authenticate_transaction(
+            account.external_id
+        )
     except (NoPasskeys, UserNotFound):
         sentence = f"“{account.name}” has no passkeys left, so nobody can sign in to it any more."
         raise DemoRefusal(409, "no_passkeys", sentence) from None
@@ -251,11 +274,11 @@ async def redeem_again(request: web.Request) -> web.Response:
     try:
         await redemption.send(request.app[CLIENT])
     except InvalidNonce as refusal:
-        return answer(refusal={"status": refusal.status, "code": refusal.code, "error": refusal.message})
+        return answer(
+            refusal={"status": refusal.status, "code": refusal.code, "error": refusal.message}
+        )
     log.error("the broker redeemed a nonce twice")
-    sentence = (
-        "The broker redeemed the nonce a second time, which must never happen. Its operator has to know."
-    )
+    sentence = "The broker redeemed the nonce a second time, which must never happen. Its operator has to know."
     raise DemoRefusal(502, "redeemed_twice", sentence)
 
 
@@ -303,7 +326,9 @@ async def add_start(request: web.Request) -> web.Response:
     """Open a register transaction for the signed-in account; nobody else can ask for one."""
     await read_body(request)
     session, account = await _signed_in(request)
-    transaction_id = await request.app[CLIENT].create_register_transaction(account.external_id, account.name)
+    transaction_id = await request.app[CLIENT].create_register_transaction(
+        account.external_id, account.name
+    )
     accounts = request.app[ACCOUNTS]
     await accounts.call(accounts.expect, session, "add", account.external_id, transaction_id)
     return answer(transaction_id=transaction_id)
@@ -323,12 +348,15 @@ async def add_finish(request: web.Request) -> web.Response:
 
 @routes.post("/api/passkeys/{passkey_id:[A-Za-z0-9]{24}}/label")
 async def label(request: web.Request) -> web.Response:
-    """Name a passkey of one's own. The label is this site's; the broker and the device keep theirs."""
+    """Name a passkey of one's own. The label is this site's; the broker and the device keep
+    theirs.
+    """
     text, _ = _name(await read_body(request), "label")
     session, account = await _signed_in(request)
     passkey_id = request.match_info["passkey_id"]
     if all(
-        passkey.id != passkey_id for passkey in await request.app[CLIENT].list_passkeys(account.external_id)
+        passkey.id != passkey_id
+        for passkey in await request.app[CLIENT].list_passkeys(account.external_id)
     ):
         raise _unknown_passkey()
     accounts = request.app[ACCOUNTS]
@@ -338,7 +366,9 @@ async def label(request: web.Request) -> web.Response:
 
 @routes.post("/api/passkeys/{passkey_id:[A-Za-z0-9]{24}}/revoke")
 async def revoke(request: web.Request) -> web.Response:
-    """Revoke a passkey of one's own; the last one only when the page says that the visitor was warned."""
+    """Revoke a passkey of one's own; the last one only when the page says that the visitor was
+    warned.
+    """
     body = await read_body(request)
     session, account = await _signed_in(request)
     passkey_id = request.match_info["passkey_id"]

@@ -1,9 +1,10 @@
-"""The sample site as an aiohttp application: its pages, its API, and the one client through which it talks to the broker.
+"""The sample site as an aiohttp application: its pages, its API, and the one client through which
+it talks to the broker.
 
-The pages are files of `static/`, read once when the application is made and served from memory with a validator (ETag), so a
-file that changed is fetched again and others are not. The footer's links lead to README.md and to
-the site's own source, as plain text from memory too, so they work wherever the site runs and name
-no other host. Nothing else can be named.
+The pages are files of `static/`, read once when the application is made and served from memory with
+a validator (ETag), so a file that changed is fetched again and others are not. The footer's links
+lead to README.md and to the site's own source, as plain text from memory too, so they work wherever
+the site runs and name no other host. Nothing else can be named.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ FILE = "demo.sqlite3"
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
 
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 _IP_LITERALS = ("127.0.0.1", "::1")
 
 
@@ -64,9 +70,10 @@ def demo_app(
 ) -> web.Application:
     """The site, to be mounted at `/demo/`.
 
-    `broker_url` is the broker's root as this process reaches it, `app_id` and `api_key` name the app there, `data` is the folder
-    of the accounts file, `origins` says from which origins (scheme, host, port) the pages may call the API; a callable is asked
-    at each request, since a port may be known only after the server has begun to listen. `clock` gives seconds since 1970.
+    `broker_url` is the broker's root as this process reaches it, `app_id` and `api_key` name the
+    app there, `data` is the folder of the accounts file, `origins` says from which origins (scheme,
+    host, port) the pages may call the API; a callable is asked at each request, since a port may be
+    known only after the server has begun to listen. `clock` gives seconds since 1970.
     """
     app = web.Application(middlewares=[guard])
     app[APP_ID] = app_id
@@ -120,9 +127,11 @@ def _page_of(content: bytes, content_type: str) -> Page:
 
 
 async def index(request: web.Request) -> web.Response:
-    """The page; opened at a bare loopback address it moves to an origin of ours, because passkeys need a host name.
+    """The page; opened at a bare loopback address it moves to an origin of ours, because passkeys
+    need a host name.
 
-    WebAuthn L3 §5.1.3 "effective domain": an IP address is no valid domain. The target comes from our origins, never from the request.
+    WebAuthn L3 §5.1.3 "effective domain": an IP address is no valid domain. The target comes from
+    our origins, never from the request.
     """
     origins = sorted(request.app[ORIGINS]())
     host, port = read_host(request)
@@ -144,4 +153,6 @@ def _page(request: web.Request, name: str) -> web.Response:
     headers = {"Cache-Control": "no-cache", "ETag": f'"{page.etag}"'}
     if any(tag.value == page.etag for tag in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    return web.Response(body=page.content, content_type=page.content_type, charset="utf-8", headers=headers)
+    return web.Response(
+        body=page.content, content_type=page.content_type, charset="utf-8", headers=headers
+    )

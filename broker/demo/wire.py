@@ -1,13 +1,15 @@
-"""What travelled between this backend and the broker, for the diagram beside each step. A site of yours needs none of this.
+"""What travelled between this backend and the broker, for the diagram beside each step. A site of
+yours needs none of this.
 
-`TracedClient` is the SDK's client, and notes every request that it really carries into the `Trace` of the request being served
-(a context variable, so that one client and its connections serve all visitors): method, path below
-the app, status, duration, the values that a reader follows from hop to hop, and the bodies. Tokens
-and ids are cut, in bodies too, to what is enough to recognise them by and useless otherwise: 4 of a
-token's 43 random characters and its last 2 leave more than 200 unknown bits. The API key is in a
-header and never noted.
+`TracedClient` is the SDK's client, and notes every request that it really carries into the `Trace`
+of the request being served (a context variable, so that one client and its connections serve all
+visitors): method, path below the app, status, duration, the values that a reader follows from hop
+to hop, and the bodies. Tokens and ids are cut, in bodies too, to what is enough to recognise them
+by and useless otherwise: 4 of a token's 43 random characters and its last 2 leave more than 200
+unknown bits. The API key is in a header and never noted.
 
-`TracedClient.send` overrides the one method through which the client carries requests; it changes nothing of what is sent.
+`TracedClient.send` overrides the one method through which the client carries requests; it changes
+nothing of what is sent.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 
 from broker.sdk.passkey_broker import Answer, AsyncBrokerClient, Request
 
-# Fields of a body that the diagram shows -> the words it has for them. Everything else stays unsaid.
+# Fields of a body that the diagram shows -> the words it has for them. Everything else stays
+# unsaid.
 _SENT = {
     "transaction_id": "transaction",
     "nonce": "nonce",
@@ -29,7 +32,12 @@ _SENT = {
     "purpose": "purpose",
     "identifier": "external id",
 }
-_GOT = {"transaction_id": "transaction", "external_id": "external id", "purpose": "purpose", "code": "code"}
+_GOT = {
+    "transaction_id": "transaction",
+    "external_id": "external id",
+    "purpose": "purpose",
+    "code": "code",
+}
 
 
 _TOKEN = re.compile(
@@ -49,7 +57,9 @@ TRACE: ContextVar[Trace] = ContextVar("demo_trace")
 
 
 def short(text: str) -> str:
-    """Enough of a token to recognise it by. What has up to 14 characters is no token and stays whole."""
+    """Enough of a token to recognise it by. What has up to 14 characters is no token and stays
+    whole.
+    """
     return f"{text[:8]}…{text[-2:]}" if len(text) > 14 else text
 
 

@@ -1,7 +1,8 @@
-"""Vendors' wire formats. A dialect only translates: parse the vendor's body, call one verb, render the vendor's answer.
+"""Vendors' wire formats. A dialect only translates: parse the vendor's body, call one verb, render
+the vendor's answer.
 
-Each module is a `Dialect`, and `broker.app` lists them: a further one is a module here and a line there. README.md holds the glossary, and each
-dialect's folder a page with every deviation.
+Each module is a `Dialect`, and `broker.app` lists them: a further one is a module here and a line
+there. README.md holds the glossary, and each dialect's folder a page with every deviation.
 """
 
 from __future__ import annotations
@@ -25,4 +26,6 @@ class Dialect(Protocol):
         """The routes of a port that serves keyed callers, pages, or both."""
 
     def render(self, refusal: Refusal, request: web.Request | None = None) -> web.Response:
-        """A refusal in its shape; the request is there for shapes that depend on it, None where the bytes were no HTTP."""
+        """A refusal in its shape; the request is there for shapes that depend on it, None where the
+        bytes were no HTTP.
+        """

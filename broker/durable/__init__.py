@@ -1,17 +1,18 @@
 """Relying parties, API keys, users, credentials and events, on Postgres.
 
-**The write decides.** Unique indexes and `UPDATE … WHERE` answer "already there", "counter went back" and "revoked meanwhile";
-no method reads first and trusts what it read; a foreign key answers "deleted meanwhile". Each step of a ceremony is one statement, and so one commit: a credential and the
-event that tells of it stand or fall together.
+**The write decides.** Unique indexes and `UPDATE … WHERE` answer "already there", "counter went
+back" and "revoked meanwhile"; no method reads first and trusts what it read; a foreign key answers
+"deleted meanwhile". Each step of a ceremony is one statement, and so one commit: a credential and
+the event that tells of it stand or fall together.
 
-**Events** are inserted by the statement that makes the change they tell of. Who acts and the request id come from
-`telemetry.context()`.
+**Events** are inserted by the statement that makes the change they tell of. Who acts and the
+request id come from `telemetry.context()`.
 
-**Ceremonies go together.** What every login and every registration asks is one statement for all who ask at the same time:
-`broker.durable.sign_ins`, `broker.durable.registrations`.
+**Ceremonies go together.** What every login and every registration asks is one statement for all
+who ask at the same time: `broker.durable.sign_ins`, `broker.durable.registrations`.
 
-Limits and faults are in `broker.durable.postgres`: whatever the server or the network does wrong is `Unavailable`. Migrations are in
-`broker.durable.migrations`.
+Limits and faults are in `broker.durable.postgres`: whatever the server or the network does wrong is
+`Unavailable`. Migrations are in `broker.durable.migrations`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Durable(SignIns, Registrations):
         SignIns.__init__(self, postgres)
         Registrations.__init__(self, postgres)
 
-    # -- relying parties and keys ---------------------------------------------------------------------------------------------
+    # -- relying parties and keys ------------------------------------------------------------------
 
     async def create_app(self, app: RelyingParty, key: ApiKey, key_hash: bytes) -> None:
         """Insert a relying party with its first key."""
@@ -98,8 +99,8 @@ class Durable(SignIns, Registrations):
         )
 
     async def update_app(self, app: RelyingParty, now: datetime) -> RelyingParty | None:
-        """Replace name, RP ID, origins and policy of the version with this `updated_at` (compare-and-swap), which no two versions
-        share. Returns the new version; None: no such app.
+        """Replace name, RP ID, origins and policy of the version with this `updated_at`
+        (compare-and-swap), which no two versions share. Returns the new version; None: no such app.
 
         Raises:
             Conflict: there is another version meanwhile.
@@ -131,14 +132,17 @@ class Durable(SignIns, Registrations):
         return replace(app, updated_at=row["updated_at"])
 
     async def delete_app(self, app_id: str, now: datetime) -> bool:
-        """Delete a relying party with its keys, users and credentials. Its events stay, and one more. False: no such app."""
+        """Delete a relying party with its keys, users and credentials. Its events stay, and one
+        more. False: no such app.
+        """
 
         async def delete(connection: Connection) -> bool:
             async with connection.transaction():
                 deleted = "DELETE FROM relying_parties WHERE id = $1 RETURNING id"
                 if await connection.fetchrow(deleted, app_id) is None:
                     return False
-                # Last: readers of events wait for a transaction that writes one, and a large app takes its time.
+                # Last: readers of events wait for a transaction that writes one, and a large app
+                # takes its time.
                 told = f"{TELL} VALUES ($1, $2, $3, 'app.deleted', NULL, NULL, 'done', NULL, $4)"
                 await connection.execute(told, now, app_id, *who())
             return True
@@ -209,11 +213,13 @@ class Durable(SignIns, Registrations):
     async def key(self, key_hash: bytes) -> tuple[str, str] | None:
         """The id and the app of the unrevoked key with this hash."""
         row = await self._pg.row(
-            "key", "SELECT id, app_id FROM api_keys WHERE hash = $1 AND revoked_at IS NULL", key_hash
+            "key",
+            "SELECT id, app_id FROM api_keys WHERE hash = $1 AND revoked_at IS NULL",
+            key_hash,
         )
         return (row["id"], row["app_id"]) if row else None
 
-    # -- users ----------------------------------------------------------------------------------------------------------------
+    # -- users -------------------------------------------------------------------------------------
 
     async def user(
         self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
@@ -228,8 +234,8 @@ class Durable(SignIns, Registrations):
         return User(**dict(row)) if row else None
 
     async def delete_user(self, app_id: str, external_id: str, now: datetime) -> bool:
-        """Delete a user with credentials and approvals. Events keep kind, time and our ids; of what a caller chose they hold the
-        request's id, which is erased. False: no such user."""
+        """Delete a user with credentials and approvals. Events keep kind, time and our ids; of what
+        a caller chose they hold the request's id, which is erased. False: no such user."""
 
         async def delete(connection: Connection) -> bool:
             async with connection.transaction():
@@ -237,7 +243,8 @@ class Durable(SignIns, Registrations):
                 gone = await connection.fetchrow(deleted, app_id, external_id)
                 if gone is None:
                     return False
-                # A statement of its own sees what others committed while the first one waited for them.
+                # A statement of its own sees what others committed while the first one waited for
+                # them.
                 await connection.execute(ERASE, [gone["id"]])
                 told = f"{TELL} VALUES ($1, $2, $3, 'user.deleted', $4, NULL, 'done', NULL, $5)"
                 actor, request_id = who()
@@ -246,7 +253,7 @@ class Durable(SignIns, Registrations):
 
         return await self._pg.run("delete_user", delete)
 
-    # -- credentials ----------------------------------------------------------------------------------------------------------
+    # -- credentials -------------------------------------------------------------------------------
 
     async def credentials(self, app_id: str, user_id: str) -> list[Credential]:
         """The user's credentials, oldest first."""
@@ -281,7 +288,9 @@ class Durable(SignIns, Registrations):
         return [owned_of(row) for row in rows]
 
     async def held(self, rp_id: str, credential_id: bytes) -> bool:
-        """Whether any app of this RP ID has a credential with this id: authenticators know RP IDs, not apps."""
+        """Whether any app of this RP ID has a credential with this id: authenticators know RP IDs,
+        not apps.
+        """
         row = await self._pg.row(
             "held",
             "SELECT EXISTS (SELECT FROM relying_parties r JOIN credentials c ON c.app_id = r.id AND c.credential_id = $2"
@@ -318,13 +327,18 @@ class Durable(SignIns, Registrations):
     async def revoke_credentials(
         self, app_id: str, user_id: str, passkey_id: str | None, now: datetime
     ) -> list[str]:
-        """Delete one of the user's credentials, or all of them (`passkey_id` None); returns the ids deleted."""
-        return await self.revoke_these(app_id, user_id, None if passkey_id is None else [passkey_id], now)
+        """Delete one of the user's credentials, or all of them (`passkey_id` None); returns the ids
+        deleted.
+        """
+        return await self.revoke_these(
+            app_id, user_id, None if passkey_id is None else [passkey_id], now
+        )
 
     async def revoke_these(
         self, app_id: str, user_id: str, passkey_ids: Sequence[str] | None, now: datetime
     ) -> list[str]:
-        """Delete those of the user's credentials that have one of these ids, all for None; returns the ids deleted.
+        """Delete those of the user's credentials that have one of these ids, all for None; returns
+        the ids deleted.
 
         A user without an external id was there for its one passkey, and goes with it."""
         rows = await self._pg.rows(
@@ -350,7 +364,7 @@ class Durable(SignIns, Registrations):
         )
         return [row["id"] for row in rows]
 
-    # -- events ---------------------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     async def tell(
         self,
@@ -363,7 +377,9 @@ class Durable(SignIns, Registrations):
         passkey_id: str | None = None,
         now: datetime,
     ) -> None:
-        """Insert an event of its own: for a refusal, which changes nothing else. It names nobody deleted meanwhile."""
+        """Insert an event of its own: for a refusal, which changes nothing else. It names nobody
+        deleted meanwhile.
+        """
         await self._pg.row(
             "tell",
             f"{TELL} SELECT $1, a.id, $3, $5, u.id, CASE WHEN u.id IS NOT NULL THEN $7 END, $8, $9, $4"

@@ -1,7 +1,8 @@
-"""What keyed callers and operators look up and change outside of ceremonies: users, passkeys by page, approvals, the audit
-log (`broker.durable.events`).
+"""What keyed callers and operators look up and change outside of ceremonies: users, passkeys by
+page, approvals, the audit log (`broker.durable.events`).
 
-Users without an external id (nobody owns their passkey yet) are in no list of users; their passkeys are in the lists of passkeys.
+Users without an external id (nobody owns their passkey yet) are in no list of users; their passkeys
+are in the lists of passkeys.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Catalogue(Events):
     def __init__(self, postgres: Postgres) -> None:
         Events.__init__(self, postgres)
 
-    # -- users ----------------------------------------------------------------------------------------------------------------
+    # -- users -------------------------------------------------------------------------------------
 
     async def users(
         self,
@@ -48,7 +49,10 @@ class Catalogue(Events):
         order: UserOrder = "created_at",
     ) -> tuple[list[User], int]:
         """A page of users and how many there are in all."""
-        conditions, values = ["u.app_id = $1", "u.external_id IS NOT NULL"], cast("list[object]", [app_id])
+        conditions, values = (
+            ["u.app_id = $1", "u.external_id IS NOT NULL"],
+            cast("list[object]", [app_id]),
+        )
         for condition, value in (
             ("u.external_id = ", external_id),
             ("u.id = ", user_id),
@@ -73,11 +77,13 @@ class Catalogue(Events):
             offset,
         )
         users = [
-            User(**{k: v for k, v in row.items() if k != "total"}) for row in rows if row["id"] is not None
+            User(**{k: v for k, v in row.items() if k != "total"})
+            for row in rows
+            if row["id"] is not None
         ]
         return users, rows[0]["total"]
 
-    # -- passkeys -------------------------------------------------------------------------------------------------------------
+    # -- passkeys ----------------------------------------------------------------------------------
 
     async def passkey(
         self, app_id: str, *, passkey_id: str | None = None, credential_id: bytes | None = None
@@ -101,7 +107,12 @@ class Catalogue(Events):
         where = "c.app_id = $1" + (
             " AND u.app_id = $1 AND u.external_id = $4" if external_id is not None else ""
         )
-        values: list[object] = [app_id, limit, offset, *([external_id] if external_id is not None else [])]
+        values: list[object] = [
+            app_id,
+            limit,
+            offset,
+            *([external_id] if external_id is not None else []),
+        ]
         rows = await self._pg.rows(
             "passkeys", f"{_OWNED} WHERE {where} ORDER BY {order} LIMIT $2 OFFSET $3", *values
         )
@@ -159,7 +170,9 @@ class Catalogue(Events):
         )
         return row is not None
 
-    async def rename_user(self, app_id: str, external_id: str, user_name: str, now: datetime) -> list[str]:
+    async def rename_user(
+        self, app_id: str, external_id: str, user_name: str, now: datetime
+    ) -> list[str]:
         """Change the user's name on every passkey of theirs; returns the passkeys' ids."""
         rows = await self._pg.rows(
             "rename_user",
@@ -178,7 +191,9 @@ class Catalogue(Events):
         )
         return [row["id"] for row in rows]
 
-    async def rename_user_of(self, app_id: str, passkey_id: str, user_name: str, now: datetime) -> bool:
+    async def rename_user_of(
+        self, app_id: str, passkey_id: str, user_name: str, now: datetime
+    ) -> bool:
         """Change the user's name on one passkey. False: no such passkey."""
         row = await self._pg.row(
             "rename_user_of",
@@ -197,10 +212,17 @@ class Catalogue(Events):
         return row is not None
 
     async def assign(
-        self, app_id: str, passkey_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
+        self,
+        app_id: str,
+        passkey_id: str,
+        external_id: str,
+        *,
+        new_id: str,
+        new_handle: str,
+        now: datetime,
     ) -> None:
-        """Give a passkey that nobody owns to a user, who is made with `new_id` and `new_handle` if there is none. Whoever comes
-        second makes nobody.
+        """Give a passkey that nobody owns to a user, who is made with `new_id` and `new_handle` if
+        there is none. Whoever comes second makes nobody.
 
         Raises:
             UnknownPasskey, OwnedAlready.
@@ -208,8 +230,11 @@ class Catalogue(Events):
 
         async def give(connection: Connection) -> bool | None:
             async with connection.transaction():
-                # The lock makes a second caller wait; the statement after it sees what the first one did.
-                lock = "SELECT user_id, live FROM credentials WHERE app_id = $1 AND id = $2 FOR UPDATE"
+                # The lock makes a second caller wait; the statement after it sees what the first
+                # one did.
+                lock = (
+                    "SELECT user_id, live FROM credentials WHERE app_id = $1 AND id = $2 FOR UPDATE"
+                )
                 old = await connection.fetchrow(lock, app_id, passkey_id)
                 if old is None:
                     return None
@@ -236,9 +261,16 @@ class Catalogue(Events):
 
     @staticmethod
     async def _user(
-        connection: Connection, app_id: str, external_id: str, new_id: str, new_handle: str, now: datetime
+        connection: Connection,
+        app_id: str,
+        external_id: str,
+        new_id: str,
+        new_handle: str,
+        now: datetime,
     ) -> str:
-        """The id of the user, made if there is none, and kept from being deleted until the transaction ends."""
+        """The id of the user, made if there is none, and kept from being deleted until the
+        transaction ends.
+        """
         while True:
             find = "SELECT id FROM users WHERE app_id = $1 AND external_id = $2 FOR UPDATE"
             found: str | None = await connection.fetchval(find, app_id, external_id)
@@ -248,14 +280,17 @@ class Catalogue(Events):
                 "INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)"
                 " VALUES ($1, $2, $3, $4, 'pending', $5, $5) ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id"
             )
-            if await connection.fetchval(make, new_id, app_id, external_id, new_handle, now) is not None:
+            if (
+                await connection.fetchval(make, new_id, app_id, external_id, new_handle, now)
+                is not None
+            ):
                 told = f"{TELL} VALUES ($1, $2, $3, 'user.created', $4, NULL, 'done', NULL, $5)"
                 actor, request_id = who()
                 await connection.execute(told, now, app_id, actor, new_id, request_id)
                 return new_id
             # Somebody was faster: the next look sees that user.
 
-    # -- approvals ------------------------------------------------------------------------------------------------------------
+    # -- approvals ---------------------------------------------------------------------------------
 
     async def approvals(self, app_id: str, user_id: str) -> list[ApprovalRecord]:
         """What a user was asked to approve, oldest first."""

@@ -1,11 +1,14 @@
 """The audit log: its readers, by page, by the newest, and by a cursor that never skips an event.
 
-**The cursor** is an event's id. Ids are drawn before the commit, so a lower id may be committed after a higher one, and a reader who
-remembers the higher one would never see it. Therefore the reader waits for the writers: the newest committed id is read together with
-the transactions that hold ROW EXCLUSIVE on the table right then, and the answer comes when those have ended. A lower id was drawn
-earlier, by a transaction that had the lock already, so it is among them or has ended: what is read afterwards up to that id is all
-that there will ever be. Where a writer stays open for longer than `PATIENCE` the answer is empty and the cursor stays where it was.
-Ids are safe across dump and restore, and need no right on the sequence. What retention deletes is gone for every reader.
+**The cursor** is an event's id. Ids are drawn before the commit, so a lower id may be committed
+after a higher one, and a reader who remembers the higher one would never see it. Therefore the
+reader waits for the writers: the newest committed id is read together with the transactions that
+hold ROW EXCLUSIVE on the table right then, and the answer comes when those have ended. A lower id
+was drawn earlier, by a transaction that had the lock already, so it is among them or has ended:
+what is read afterwards up to that id is all that there will ever be. Where a writer stays open for
+longer than `PATIENCE` the answer is empty and the cursor stays where it was. Ids are safe across
+dump and restore, and need no right on the sequence. What retention deletes is gone for every
+reader.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ PATIENCE = 1.0  # seconds that a reader waits for writers, at most
 _STEP = 0.02  # seconds between two looks
 
 _EVENT = "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason, e.request_id"
-# A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the order would be that of ids, and a plan
-# for any app may walk through everybody's events for the few of a quiet one.
+# A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the
+# order would be that of ids, and a plan for any app may walk through everybody's events for the few
+# of a quiet one.
 _OF_APP = "e.app_id BETWEEN $1 AND $1"
 _WRITERS = """
     SELECT virtualtransaction FROM pg_locks WHERE relation = 'events'::regclass AND mode = 'RowExclusiveLock' AND granted
@@ -50,9 +54,11 @@ class Events:
         )
         return [Event(**dict(row)) for row in reversed(rows)]
 
-    async def events_after(self, app_id: str, cursor: int, *, limit: int) -> tuple[list[AuditRow], int]:
-        """The first `limit` events of an app with an id above `cursor`, oldest first, and the cursor to go on from. An event that
-        is committed later has an id above that cursor."""
+    async def events_after(
+        self, app_id: str, cursor: int, *, limit: int
+    ) -> tuple[list[AuditRow], int]:
+        """The first `limit` events of an app with an id above `cursor`, oldest first, and the
+        cursor to go on from. An event that is committed later has an id above that cursor."""
         newest = await self._settled(app_id, cursor)
         if newest is None:
             return [], cursor
@@ -69,7 +75,9 @@ class Events:
         return found, found[-1].event.id if len(found) == limit else newest
 
     async def _settled(self, app_id: str, cursor: int) -> int | None:
-        """The id up to which every event of the app is committed or never will be; None: nothing new, or a writer stays open."""
+        """The id up to which every event of the app is committed or never will be; None: nothing
+        new, or a writer stays open.
+        """
         row = await self._pg.row(
             "events_newest",
             "SELECT (SELECT max(id) FROM events WHERE app_id = $1 AND id > $2) AS newest,"
@@ -100,8 +108,8 @@ class Events:
         kinds: Sequence[tuple[str, str]] | None,
         user: str | None,
     ) -> tuple[list[AuditRow], int]:
-        """A page of events, newest first, and how many there are in all. `kinds` are pairs of action and result; `user` is a part of
-        the external id; `start` and `end` are exclusive."""
+        """A page of events, newest first, and how many there are in all. `kinds` are pairs of
+        action and result; `user` is a part of the external id; `start` and `end` are exclusive."""
         conditions, values = [_OF_APP], cast("list[object]", [app_id])
         for condition, value in (
             ("e.at > {}", start),
@@ -116,7 +124,9 @@ class Events:
                 values.append(value)
                 conditions.append(condition.format(f"${len(values)}"))
         where = " AND ".join(conditions)
-        source = f"FROM events e LEFT JOIN users u ON u.id = e.user_id AND u.app_id = $1 WHERE {where}"
+        source = (
+            f"FROM events e LEFT JOIN users u ON u.id = e.user_id AND u.app_id = $1 WHERE {where}"
+        )
         counted = await self._pg.row("audit", f"SELECT count(*) AS total {source}", *values)
         assert counted is not None, "an aggregate has one row"
         rows = await self._pg.rows(

@@ -1,9 +1,12 @@
-"""Periodic clean-up: rows that nobody needs any more are deleted in batches, by one instance at a time.
+"""Periodic clean-up: rows that nobody needs any more are deleted in batches, by one instance at a
+time.
 
-Each instance makes a pass every `EVERY` seconds or so. A batch is a transaction of its own that takes an advisory lock first, if it is
-free, so that of many instances one works; the others leave it to that one. A batch has at most `BATCH` rows, keeps within the limit of
-any wait for Postgres, waits for no row that somebody else holds, and a pause of several times its own length follows it: requests go
-first. A batch that failed ends the chore's pass, counts in `broker_housekeeping_failures_total`, and the next one is half as large.
+Each instance makes a pass every `EVERY` seconds or so. A batch is a transaction of its own that
+takes an advisory lock first, if it is free, so that of many instances one works; the others leave
+it to that one. A batch has at most `BATCH` rows, keeps within the limit of any wait for Postgres,
+waits for no row that somebody else holds, and a pause of several times its own length follows it:
+requests go first. A batch that failed ends the chore's pass, counts in
+`broker_housekeeping_failures_total`, and the next one is half as large.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from broker.telemetry import Log, Metrics, fault
 EVERY = 600.0  # seconds between two passes of an instance, give or take half of it
 BATCH = 1000  # rows
 _SMALLEST = 10  # rows
-_PENDING = timedelta(days=1)  # after the last registration was opened for a user who never got a passkey
+_PENDING = timedelta(
+    days=1
+)  # after the last registration was opened for a user who never got a passkey
 _HAS_NOTHING = (
     "u.past_logins = 0 AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)"
     " AND NOT EXISTS (SELECT FROM approvals p WHERE p.user_id = u.id)"
@@ -48,7 +53,9 @@ _Chore: TypeAlias = "Callable[[Connection, datetime, int], Awaitable[_Batch]]"
 
 
 class Housekeeping:
-    """The chores, one after the other. `retention_days` is how long events stay, 0 for ever; `clock` gives seconds since the epoch."""
+    """The chores, one after the other. `retention_days` is how long events stay, 0 for ever;
+    `clock` gives seconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -75,7 +82,9 @@ class Housekeeping:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; needs no server. The first pass comes later, so that a restart has its stores for itself."""
+        """Begin; needs no server. The first pass comes later, so that a restart has its stores for
+        itself.
+        """
         self._task = asyncio.create_task(self._run(), name="housekeeping")
         self._task.add_done_callback(self._ended)
 
@@ -91,7 +100,9 @@ class Housekeeping:
             await self.clean()
 
     async def clean(self) -> dict[str, int]:
-        """One pass: every chore until nothing is left for it, another instance works, or a batch fails. Returns rows by chore."""
+        """One pass: every chore until nothing is left for it, another instance works, or a batch
+        fails. Returns rows by chore.
+        """
         done = {}
         self._seen = 0
         for name, chore in self._chores.items():
@@ -110,8 +121,12 @@ class Housekeeping:
             except (Unavailable, asyncpg.PostgresError) as failure:
                 self._sizes[name] = max(_SMALLEST, size // 2)
                 self._metrics.housekeeping_failures.inc(name)
-                reason = failure.reason if isinstance(failure, Unavailable) else type(failure).__name__
-                self._log("housekeeping_failed", severity=logging.WARNING, chore=name, reason=reason)
+                reason = (
+                    failure.reason if isinstance(failure, Unavailable) else type(failure).__name__
+                )
+                self._log(
+                    "housekeeping_failed", severity=logging.WARNING, chore=name, reason=reason
+                )
                 return rows
             if batch is None:
                 return rows
@@ -134,11 +149,12 @@ class Housekeeping:
 
         return await self._pg.run("housekeeping", work)
 
-    # -- events ---------------------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     async def _old_events(self, connection: Connection, now: datetime, size: int) -> _Batch:
-        """Delete events that are older than the retention, of all apps. A look at events in the order of their ids ends at the first
-        batch without an old one: by more than the instances' clocks differ the time of a later event is not earlier."""
+        """Delete events that are older than the retention, of all apps. A look at events in the
+        order of their ids ends at the first batch without an old one: by more than the instances'
+        clocks differ the time of a later event is not earlier."""
         row = await connection.fetchrow(
             """
             WITH oldest AS MATERIALIZED (SELECT id, at FROM events WHERE id > $1 ORDER BY id LIMIT $2),
@@ -154,11 +170,14 @@ class Housekeeping:
         self._seen = row["last"] or self._seen
         return _Batch(row["gone"], more=row["gone"] > 0 and row["seen"] == size)
 
-    # -- passkeys -------------------------------------------------------------------------------------------------------------
+    # -- passkeys ----------------------------------------------------------------------------------
 
-    async def _unconfirmed_passkeys(self, connection: Connection, now: datetime, size: int) -> _Batch:
-        """Delete passkeys that were to be confirmed and can't be any more. Their users are pending again if they have no other one; a
-        user without an external id was there for its one passkey, and goes with it."""
+    async def _unconfirmed_passkeys(
+        self, connection: Connection, now: datetime, size: int
+    ) -> _Batch:
+        """Delete passkeys that were to be confirmed and can't be any more. Their users are pending
+        again if they have no other one; a user without an external id was there for its one
+        passkey, and goes with it."""
         rows = await connection.fetch(
             "SELECT c.id, c.user_id FROM credentials c JOIN users u ON u.id = c.user_id WHERE NOT c.live AND c.created_at < $1"
             " ORDER BY c.created_at LIMIT $2 FOR UPDATE SKIP LOCKED",
@@ -167,7 +186,8 @@ class Housekeeping:
         )
         if not rows:
             return _Batch(0, more=False)
-        # None of them is live: the locks waited for nobody. Statements of their own see what was committed before the locks.
+        # None of them is live: the locks waited for nobody. Statements of their own see what was
+        # committed before the locks.
         await connection.execute(
             f"""
             WITH gone AS (DELETE FROM credentials WHERE id = ANY ($1::text[]) RETURNING app_id, user_id, id)
@@ -191,11 +211,12 @@ class Housekeeping:
         )
         return _Batch(len(rows), more=len(rows) == size)
 
-    # -- users ----------------------------------------------------------------------------------------------------------------
+    # -- users -------------------------------------------------------------------------------------
 
     async def _pending_users(self, connection: Connection, now: datetime, size: int) -> _Batch:
-        """Delete users who have nothing and for whom no registration was opened during `_PENDING`. Whoever opens one, or adds a passkey,
-        locks the user's row: who is first decides, and the other one sees it."""
+        """Delete users who have nothing and for whom no registration was opened during `_PENDING`.
+        Whoever opens one, or adds a passkey, locks the user's row: who is first decides, and the
+        other one sees it."""
         rows = await connection.fetch(
             f"SELECT u.id FROM users u WHERE u.status = 'pending' AND coalesce(u.opened_at, u.created_at) < $1 AND {_HAS_NOTHING}"
             " ORDER BY coalesce(u.opened_at, u.created_at) LIMIT $2 FOR UPDATE SKIP LOCKED",

@@ -1,18 +1,24 @@
-"""Schema migrations: numbered SQL files, applied in order and forward only, while instances of the service go on signing people in.
+"""Schema migrations: numbered SQL files, applied in order and forward only, while instances of the
+service go on signing people in.
 
-Each file of `sql/` is applied once; `schema_migrations` has a row for it, with the digest of its text. A schema newer than the code
-is fine: migrations keep old code running, so a roll-back is safe. There are two kinds of file.
+Each file of `sql/` is applied once; `schema_migrations` has a row for it, with the digest of its
+text. A schema newer than the code is fine: migrations keep old code running, so a roll-back is
+safe. There are two kinds of file.
 
-**In a transaction**, with its row in `schema_migrations`. Every lock is waited for no longer than `Patience.lock`, for a statement of
-a sign-in queues behind a lock request that waits. After that the whole transaction is rolled back and tried again after a pause. The
-locks that it got are held until the commit, so such a file does no work that grows with the rows of a table; a test measures it.
+**In a transaction**, with its row in `schema_migrations`. Every lock is waited for no longer than
+`Patience.lock`, for a statement of a sign-in queues behind a lock request that waits. After that
+the whole transaction is rolled back and tried again after a pause. The locks that it got are held
+until the commit, so such a file does no work that grows with the rows of a table; a test measures
+it.
 
-**Without a transaction**: a line `-- no transaction` in the header. Such a file builds indexes with CREATE INDEX CONCURRENTLY, which
-Postgres refuses inside a transaction and which locks nobody out. A failed try leaves an INVALID index; the next try drops it, also
-concurrently, and builds it again. A valid index of that name stays.
+**Without a transaction**: a line `-- no transaction` in the header. Such a file builds indexes with
+CREATE INDEX CONCURRENTLY, which Postgres refuses inside a transaction and which locks nobody out. A
+failed try leaves an INVALID index; the next try drops it, also concurrently, and builds it again. A
+valid index of that name stays.
 
-**One session migrates at a time**, by an advisory lock that is tried again and again. A session that waits inside
-`pg_advisory_lock()` holds a snapshot, and CREATE INDEX CONCURRENTLY waits for all older snapshots: the two would wait for each other.
+**One session migrates at a time**, by an advisory lock that is tried again and again. A session
+that waits inside `pg_advisory_lock()` holds a snapshot, and CREATE INDEX CONCURRENTLY waits for all
+older snapshots: the two would wait for each other.
 """
 
 from __future__ import annotations
@@ -60,7 +66,9 @@ class Patience(NamedTuple):
     """How long a migration waits for others, in seconds."""
 
     turn: float = 300.0  # for another session that migrates
-    lock: float = 0.1  # for one lock, in a transaction: far shorter than a sign-in waits for the store
+    lock: float = (
+        0.1  # for one lock, in a transaction: far shorter than a sign-in waits for the store
+    )
     tries: int = 12  # of a transaction that did not get its locks; with the pauses some 45 s
     pause: float = 0.5  # after the first try; doubles, up to `longest_pause`
     longest_pause: float = 5.0
@@ -69,7 +77,9 @@ class Patience(NamedTuple):
 
 
 def sql_files() -> list[tuple[int, str, str]]:
-    """The migrations in order: number, name, text. They stand beside the package in a checkout and inside it in a wheel."""
+    """The migrations in order: number, name, text. They stand beside the package in a checkout and
+    inside it in a wheel.
+    """
     package = Path(__file__).parent.parent
     folder = package / "sql" if (package / "sql").is_dir() else package.parent / "sql"
     files = sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.sql"))
@@ -79,7 +89,8 @@ def sql_files() -> list[tuple[int, str, str]]:
 
 
 def concurrent_steps(text: str) -> list[tuple[str, str]] | None:
-    """The index and the statement of each step of a migration without a transaction; None for one that has a transaction.
+    """The index and the statement of each step of a migration without a transaction; None for one
+    that has a transaction.
 
     Raises:
         MigrationFault: a statement that could not be repeated after a failed try.
@@ -91,7 +102,9 @@ def concurrent_steps(text: str) -> list[tuple[str, str]] | None:
         if statement := " ".join(statement.split()):
             found = _INDEX.match(statement)
             if found is None:
-                raise MigrationFault("A migration without a transaction only builds indexes concurrently.")
+                raise MigrationFault(
+                    "A migration without a transaction only builds indexes concurrently."
+                )
             steps.append((found[1], statement))
     return steps
 
@@ -100,8 +113,8 @@ async def migrate(url: str, now: datetime, patience: Patience) -> list[str]:
     """Apply what is missing and return the names applied. Several instances may call it at once.
 
     Raises:
-        MigrationFault: the server can't be reached or refuses, an applied migration's text has changed since, or another session
-            kept a lock for too long.
+        MigrationFault: the server can't be reached or refuses, an applied migration's text has
+            changed since, or another session kept a lock for too long.
     """
     try:
         connection = await asyncpg.connect(
@@ -129,7 +142,9 @@ class _Migrating:
 
     async def run(self) -> list[str]:
         try:
-            await self._connection.execute("SET statement_timeout = 0")  # building an index takes its time
+            await self._connection.execute(
+                "SET statement_timeout = 0"
+            )  # building an index takes its time
             await self._take_turn()
             missing = await self._missing()
             for version, name, text in missing:
@@ -140,13 +155,17 @@ class _Migrating:
                 "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
             ) from fault
         except _FAULTS as fault:
-            raise MigrationFault(f"{self._step} failed ({type(fault).__name__}: {fault}).") from fault
+            raise MigrationFault(
+                f"{self._step} failed ({type(fault).__name__}: {fault})."
+            ) from fault
 
     async def _take_turn(self) -> None:
         """Take the advisory lock, which ends with the session."""
         time = asyncio.get_running_loop().time
         ends = time() + self._patience.turn
-        while not await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", MIGRATION_LOCK):
+        while not await self._connection.fetchval(
+            "SELECT pg_try_advisory_lock($1)", MIGRATION_LOCK
+        ):
             if time() >= ends:
                 raise MigrationFault(
                     f"Another session has migrated for {self._patience.turn:g} s ({await self._holder()});"
@@ -184,7 +203,9 @@ class _Migrating:
         for left in reversed(range(patience.tries)):
             try:
                 async with self._connection.transaction():
-                    await self._connection.execute(f"SET LOCAL lock_timeout = {_milliseconds(patience.lock)}")
+                    await self._connection.execute(
+                        f"SET LOCAL lock_timeout = {_milliseconds(patience.lock)}"
+                    )
                     await self._connection.execute(text)
                     await self._record(version, name, text)
                 return
@@ -197,7 +218,9 @@ class _Migrating:
             pause = min(2 * pause, patience.longest_pause)
 
     async def _build(self, index: str, statement: str) -> None:
-        """Build one index concurrently; what waits are transactions older than a step of it, and nobody waits for this session."""
+        """Build one index concurrently; what waits are transactions older than a step of it, and
+        nobody waits for this session.
+        """
         # Each statement goes alone: several in one message are one transaction.
         await self._connection.execute(f"SET lock_timeout = {_milliseconds(self._patience.build)}")
         try:

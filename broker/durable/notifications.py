@@ -1,24 +1,30 @@
-"""Changes that other instances, commands or people with psql make, heard of at their commit; and the proof that they are heard of.
+"""Changes that other instances, commands or people with psql make, heard of at their commit; and
+the proof that they are heard of.
 
-One connection, beside the pool's, listens on the channel on which triggers tell of changes (sql/0004_notifications.sql). A connection
-says nothing when it is lost: a network may swallow everything, a server may be frozen, a pooler may lend the session to others. So
-it is asked a question every third of `seconds`, within a limit, and only the answer is a proof.
+One connection, beside the pool's, listens on the channel on which triggers tell of changes
+(sql/0004_notifications.sql). A connection says nothing when it is lost: a network may swallow
+everything, a server may be frozen, a pooler may lend the session to others. So it is asked a
+question every third of `seconds`, within a limit, and only the answer is a proof.
 
-**What an answer proves.** A commit signals the listening sessions before its own client has the answer; a session sends the
-notifications it was signalled before it says that it is ready for the next query, which is what asyncpg waits for; and asyncpg calls
-back in the order of what it reads. So when the answer is here, every change whose maker had *their* answer before the question was
-asked has been heard of here: the proof counts from the question. A look-up may rest on it for `seconds`, so a change is effective
-within `seconds` of its maker's answer, whatever becomes of the connection (`broker.durable.remembered`). LISTEN is committed before
-the first look-up that rests on it is made; the documentation of LISTEN says why that order leaves no gap.
+**What an answer proves.** A commit signals the listening sessions before its own client has the
+answer; a session sends the notifications it was signalled before it says that it is ready for the
+next query, which is what asyncpg waits for; and asyncpg calls back in the order of what it reads.
+So when the answer is here, every change whose maker had *their* answer before the question was
+asked has been heard of here: the proof counts from the question. A look-up may rest on it for
+`seconds`, so a change is effective within `seconds` of its maker's answer, whatever becomes of the
+connection (`broker.durable.remembered`). LISTEN is committed before the first look-up that rests on
+it is made; the documentation of LISTEN says why that order leaves no gap.
 
-**What is asked.** Whether the session is the one that the connection was opened to (behind a pooler it is not: then this reasoning
-ends, even where notifications come), whether it listens, and whether every trigger is there and enabled. Any other answer, none in
-time, or a server that can't LISTEN (a standby, a relative of Postgres): nothing is proven, and look-ups are remembered for `seconds`,
-as without all this. The log says so once, `broker_store_failures_total` counts with operation "listen", and it is tried again, ever
-less often.
+**What is asked.** Whether the session is the one that the connection was opened to (behind a pooler
+it is not: then this reasoning ends, even where notifications come), whether it listens, and whether
+every trigger is there and enabled. Any other answer, none in time, or a server that can't LISTEN (a
+standby, a relative of Postgres): nothing is proven, and look-ups are remembered for `seconds`, as
+without all this. The log says so once, `broker_store_failures_total` counts with operation
+"listen", and it is tried again, ever less often.
 
-**At rest.** Nothing is connected before the first look-up, and nothing asked when none was made for `REST`. As remembered look-ups
-are made again after `LONGEST`, which is less, that is when nobody is there. Rest is no loss: the session listens on.
+**At rest.** Nothing is connected before the first look-up, and nothing asked when none was made for
+`REST`. As remembered look-ups are made again after `LONGEST`, which is less, that is when nobody is
+there. Rest is no loss: the session listens on.
 """
 
 from __future__ import annotations
@@ -49,7 +55,9 @@ SELECT pg_backend_pid() AS pid, $1 IN (SELECT pg_listening_channels()) AS listen
 
 
 class Notifications:
-    """Keeps `news` up to date while it runs. `seconds` is how long a look-up may rest on one proof, `timeout` limits one wait."""
+    """Keeps `news` up to date while it runs. `seconds` is how long a look-up may rest on one proof,
+    `timeout` limits one wait.
+    """
 
     def __init__(
         self,
@@ -63,7 +71,9 @@ class Notifications:
         rest: float = REST,
     ) -> None:
         self.news = News()
-        self._postgres = Postgres(url, timeout=min(timeout, seconds), connections=1, metrics=metrics)
+        self._postgres = Postgres(
+            url, timeout=min(timeout, seconds), connections=1, metrics=metrics
+        )
         self._seconds = seconds
         self._log = log
         self._clock = clock
@@ -73,7 +83,9 @@ class Notifications:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; needs no server. Without `seconds` nothing is remembered, and there is nothing to do."""
+        """Begin; needs no server. Without `seconds` nothing is remembered, and there is nothing to
+        do.
+        """
         if self._seconds > 0:
             self._task = asyncio.create_task(self._run(), name="notifications")
             self._task.add_done_callback(self._ended)

@@ -1,11 +1,14 @@
 """The connection pool to Postgres, its limits and faults.
 
-**Every wait has a limit**: `timeout` for one statement, and never past the request's own deadline. A connection whose statement
-did not end well is cut, not returned: its answer may still be on the way, and asyncpg would otherwise wait for a server that
-does not answer. The pool is a stack of idle connections and a queue of those who wait, no more: sessions here keep no state (no SET, no
-temporary table, no advisory lock), so nothing is reset between two users of one, and a statement costs one round trip. The server has the same limit (`statement_timeout`), for it does not notice a cut while a statement waits for a
-lock: the sessions left behind would use up its `max_connections`. Whatever the network or the server does wrong is `Unavailable`; a defect of ours (a syntax error, say) stays an
-exception. An unknown outcome of a commit is a failure to the caller.
+**Every wait has a limit**: `timeout` for one statement, and never past the request's own deadline.
+A connection whose statement did not end well is cut, not returned: its answer may still be on the
+way, and asyncpg would otherwise wait for a server that does not answer. The pool is a stack of idle
+connections and a queue of those who wait, no more: sessions here keep no state (no SET, no
+temporary table, no advisory lock), so nothing is reset between two users of one, and a statement
+costs one round trip. The server has the same limit (`statement_timeout`), for it does not notice a
+cut while a statement waits for a lock: the sessions left behind would use up its `max_connections`.
+Whatever the network or the server does wrong is `Unavailable`; a defect of ours (a syntax error,
+say) stays an exception. An unknown outcome of a commit is a failure to the caller.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ _NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
 
 
 class Postgres:
-    """At most `connections` connections. `timeout` in seconds limits one wait; they are made when needed, so `open` needs no server."""
+    """At most `connections` connections. `timeout` in seconds limits one wait; they are made when
+    needed, so `open` needs no server.
+    """
 
     def __init__(self, url: str, *, timeout: float, connections: int, metrics: Metrics) -> None:
         self._url = url
@@ -81,7 +86,8 @@ class Postgres:
         """Do `work` on a connection, within the limit.
 
         Raises:
-            Unavailable: the server is down, slow, full, lacks a migration, or denies our role what it needs.
+            Unavailable: the server is down, slow, full, lacks a migration, or denies our role what
+                it needs.
         """
         connection: Connection | None = None
         sound = False
@@ -103,7 +109,9 @@ class Postgres:
         return result
 
     async def _acquire(self) -> Connection:
-        """An idle connection, the one used last, for its server process is warm; a new one where there is room; else wait in line."""
+        """An idle connection, the one used last, for its server process is warm; a new one where
+        there is room; else wait in line.
+        """
         while self._waiting or not (self._idle or self._room):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -171,8 +179,12 @@ class Postgres:
         *,
         name: Callable[[A], Hashable] = id,
     ) -> Callable[[A], Awaitable[T]]:
-        """`work` for one caller, who shares a statement with others that come at the same time, within the caller's limit."""
-        return Together(operation, work, timeout=self._timeout, metrics=self._metrics, name=name).ask
+        """`work` for one caller, who shares a statement with others that come at the same time,
+        within the caller's limit.
+        """
+        return Together(
+            operation, work, timeout=self._timeout, metrics=self._metrics, name=name
+        ).ask
 
     async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
         return await self.run(operation, lambda c: c.fetchrow(sql, *values))
@@ -180,10 +192,12 @@ class Postgres:
     async def rows(self, operation: str, sql: str, *values: object) -> list[asyncpg.Record]:
         return await self.run(operation, lambda c: c.fetch(sql, *values))
 
-    # -- schema ---------------------------------------------------------------------------------------------------------------
+    # -- schema ------------------------------------------------------------------------------------
 
     async def check(self) -> None:
-        """Raise `Unavailable` unless the server takes writes and has every migration this code needs."""
+        """Raise `Unavailable` unless the server takes writes and has every migration this code
+        needs.
+        """
         row = await self.row(
             "check",
             "SELECT max(version) AS version, current_setting('transaction_read_only')::boolean AS read_only FROM schema_migrations",
@@ -213,4 +227,6 @@ class Postgres:
 
 
 async def _init(connection: asyncpg.Connection[asyncpg.Record]) -> None:
-    await connection.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+    await connection.set_type_codec(
+        "jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog"
+    )

@@ -1,11 +1,14 @@
-"""What every registration asks of Postgres: whose it is, what they have, the new passkey, and that its nonce was redeemed.
+"""What every registration asks of Postgres: whose it is, what they have, the new passkey, and that
+its nonce was redeemed.
 
 Each is one statement for all callers who come at the same time (`broker.durable.together`).
 
-For several callers a statement waits for no row: where the app is being deleted, or the user or the passkey is in somebody else's hands, it
-passes over that caller, who then gets a statement alone, which waits. What no statement can pass over is another's insert of the same
-user or the same passkey, not yet committed: these come in the order of their names, so that no two statements wait for each other in a
-circle, and whoever is waited for waits for nothing else. The app is locked before the user, as who deletes an app goes.
+For several callers a statement waits for no row: where the app is being deleted, or the user or the
+passkey is in somebody else's hands, it passes over that caller, who then gets a statement alone,
+which waits. What no statement can pass over is another's insert of the same user or the same
+passkey, not yet committed: these come in the order of their names, so that no two statements wait
+for each other in a circle, and whoever is waited for waits for nothing else. The app is locked
+before the user, as who deletes an app goes.
 """
 
 from __future__ import annotations
@@ -108,18 +111,23 @@ class Registrations:
         )
         self._held = postgres.together("held_by", self._held_by)
         self._add: Callable[[_Passkey], Awaitable[Outcome]] = postgres.together(
-            "add_credential", self._add_credentials, name=lambda new: (new.app_id, new.credential_id)
+            "add_credential",
+            self._add_credentials,
+            name=lambda new: (new.app_id, new.credential_id),
         )
         self._confirm = postgres.together(
-            "confirm_credential", self._confirm_credentials, name=lambda confirmation: confirmation.id
+            "confirm_credential",
+            self._confirm_credentials,
+            name=lambda confirmation: confirmation.id,
         )
 
-    # -- whose it is ----------------------------------------------------------------------------------------------------------
+    # -- whose it is -------------------------------------------------------------------------------
 
     async def ensure_user(
         self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
     ) -> tuple[str, str]:
-        """The id and the handle of the user with this external id, made if there is none. Two at once make one row.
+        """The id and the handle of the user with this external id, made if there is none. Two at
+        once make one row.
 
         Raises:
             UnknownApp: the app was deleted while the caller still remembered it.
@@ -136,10 +144,11 @@ class Registrations:
     async def _ensure_users(
         self, users: Sequence[_User], alone: bool
     ) -> list[tuple[str, str] | Alone | None]:
-        """Each with another name. None: somebody else has made that user, or ended it, after our snapshot, and the next look sees that.
+        """Each with another name. None: somebody else has made that user, or ended it, after our
+        snapshot, and the next look sees that.
 
-        The app is locked for those only who are missing, as their insert would lock it. A user who is pending is told that a registration
-        was opened, or the periodic clean-up would end it."""
+        The app is locked for those only who are missing, as their insert would lock it. A user who
+        is pending is told that a registration was opened, or the periodic clean-up would end it."""
         passing_over = "" if alone else "SKIP LOCKED"
         table, values = _USERS.table(users)
         rows = await self._pg.rows(
@@ -182,7 +191,7 @@ class Registrations:
             found[number] = None if user_id is None else (user_id, handle)
         return found
 
-    # -- what they have -------------------------------------------------------------------------------------------------------
+    # -- what they have ----------------------------------------------------------------------------
 
     async def held_by(self, app_id: str, user_id: str, *, now: datetime) -> list[Held]:
         """The user's passkeys, oldest first, without those that can't be confirmed any more."""
@@ -205,7 +214,7 @@ class Registrations:
             found[number].append(Held(credential_id, tuple(transports), live))
         return found
 
-    # -- the new passkey ------------------------------------------------------------------------------------------------------
+    # -- the new passkey ---------------------------------------------------------------------------
 
     async def add_credential(
         self,
@@ -218,8 +227,9 @@ class Registrations:
         max_passkeys: int = 1000,
         now: datetime,
     ) -> Outcome:
-        """Insert a credential of a user who has fewer than `max_passkeys`; those that can't be confirmed any more don't count. The
-        unique index on (app, credential id) decides who was first."""
+        """Insert a credential of a user who has fewer than `max_passkeys`; those that can't be
+        confirmed any more don't count. The unique index on (app, credential id) decides who was
+        first."""
         passkey = _Passkey(
             new_id,
             pending.app_id,
@@ -255,7 +265,9 @@ class Registrations:
         except asyncpg.ForeignKeyViolationError:
             return "no_user"
 
-    async def _add_credentials(self, passkeys: Sequence[_Passkey], alone: bool) -> list[Outcome | Alone]:
+    async def _add_credentials(
+        self, passkeys: Sequence[_Passkey], alone: bool
+    ) -> list[Outcome | Alone]:
         """Each with another credential id."""
         passing_over = "" if alone else "SKIP LOCKED"
         rows = await self._add_rows(
@@ -277,8 +289,8 @@ class Registrations:
         return found
 
     async def _add_for_nobody(self, passkey: _Passkey) -> Outcome:
-        """Insert a credential whose user has no external id. Such a user has no row before the passkey either: a page alone, which may try
-        for ever, leaves none behind."""
+        """Insert a credential whose user has no external id. Such a user has no row before the
+        passkey either: a page alone, which may try for ever, leaves none behind."""
         rows = await self._add_rows(
             [passkey],
             """
@@ -294,10 +306,12 @@ class Registrations:
         return "added" if rows and rows[0]["added"] else "duplicate"
 
     async def _add_rows(self, passkeys: Sequence[_Passkey], owners: str) -> list[asyncpg.Record]:
-        """Number, whether the owner may have it, and whether it was added, of each passkey that has an owner; `owners` says who that is.
+        """Number, whether the owner may have it, and whether it was added, of each passkey that has
+        an owner; `owners` says who that is.
 
-        The owner's row is locked when passkeys are counted, so no other statement adds one of theirs meanwhile. Several of one owner in
-        one statement count as if all before were added; one that does not fit then gets a statement alone."""
+        The owner's row is locked when passkeys are counted, so no other statement adds one of
+        theirs meanwhile. Several of one owner in one statement count as if all before were added;
+        one that does not fit then gets a statement alone."""
         table, values = _PASSKEYS.table(passkeys)
         return await self._pg.rows(
             "add_credential",
@@ -329,16 +343,20 @@ class Registrations:
             *values,
         )
 
-    # -- redeemed -------------------------------------------------------------------------------------------------------------
+    # -- redeemed ----------------------------------------------------------------------------------
 
     async def confirm_credential(self, app_id: str, passkey_id: str, now: datetime) -> bool:
-        """Record that a registration's nonce was redeemed; makes the credential live. False: revoked meanwhile."""
+        """Record that a registration's nonce was redeemed; makes the credential live. False:
+        revoked meanwhile.
+        """
         return await self._confirm(_Confirmation(passkey_id, app_id, now, *who()))
 
     async def _confirm_credentials(
         self, confirmations: Sequence[_Confirmation], alone: bool
     ) -> list[bool | Alone]:
-        """Each of another credential. With "= 'pending'" the planner may read the whole index of pending users."""
+        """Each of another credential. With "= 'pending'" the planner may read the whole index of
+        pending users.
+        """
         passing_over = "" if alone else "SKIP LOCKED"
         table, values = _CONFIRMATIONS.table(confirmations)
         rows = await self._pg.rows(
@@ -369,6 +387,4 @@ class Registrations:
         return found
 
 
-_APP_IS_FREE = (
-    "CROSS JOIN LATERAL (SELECT FROM relying_parties WHERE id = a.app_id FOR KEY SHARE SKIP LOCKED) app"
-)
+_APP_IS_FREE = "CROSS JOIN LATERAL (SELECT FROM relying_parties WHERE id = a.app_id FOR KEY SHARE SKIP LOCKED) app"

@@ -1,18 +1,22 @@
 """Remembered look-ups, and the news that lets them be remembered for long.
 
-What is remembered may have changed meanwhile. A look-up holds for `seconds` (less than one) from when the store was asked; that
-needs nothing from anybody, so a change is effective on every instance within that time. The store also tells of changes
-(`broker.durable.notifications`), and each telling makes the look-up it names be forgotten. While that is *proven* to work, a look-up
-is as good as one made at the time of the proof: it holds for `seconds` from then. Proofs come several times within `seconds`, so
-it holds on and on, for `LONGEST` at most; when proofs stop coming, for whatever reason, it ends as if no news had ever been. The bound
-is the same in both cases, and it rests on a clock, not on anybody's noticing that a connection is lost.
+What is remembered may have changed meanwhile. A look-up holds for `seconds` (less than one) from
+when the store was asked; that needs nothing from anybody, so a change is effective on every
+instance within that time. The store also tells of changes (`broker.durable.notifications`), and
+each telling makes the look-up it names be forgotten. While that is *proven* to work, a look-up is
+as good as one made at the time of the proof: it holds for `seconds` from then. Proofs come several
+times within `seconds`, so it holds on and on, for `LONGEST` at most; when proofs stop coming, for
+whatever reason, it ends as if no news had ever been. The bound is the same in both cases, and it
+rests on a clock, not on anybody's noticing that a connection is lost.
 
-*A look-up that was under way when something was told of* may have been answered before that change, and be put after it. The
-news are counted: what was asked for at another count than it is put at is not covered by proofs. *Sessions* end with the connection:
-what was asked for in one session is not covered by the proofs of another, between which a change may have gone unheard.
+*A look-up that was under way when something was told of* may have been answered before that change,
+and be put after it. The news are counted: what was asked for at another count than it is put at is
+not covered by proofs. *Sessions* end with the connection: what was asked for in one session is not
+covered by the proofs of another, between which a change may have gone unheard.
 
-Only for what changes by a write: what ends by itself must be judged by whoever uses it. Only what exists is remembered, so nobody fills
-the memory by asking for what does not; and there is a limit, above which everything is asked for again.
+Only for what changes by a write: what ends by itself must be judged by whoever uses it. Only what
+exists is remembered, so nobody fills the memory by asking for what does not; and there is a limit,
+above which everything is asked for again.
 """
 
 from __future__ import annotations
@@ -30,10 +34,11 @@ Asked: TypeAlias = tuple[float, int]  # seconds by the clock, and the count of t
 
 
 class News:
-    """How far changes in the store have been heard of. Written by `Notifications`, read by every `Remembered`.
+    """How far changes in the store have been heard of. Written by `Notifications`, read by every
+    `Remembered`.
 
-    `proven` is a time by the same clock as the memories': of every change committed until then this process has heard. `wanted`
-    is set by every look-up that was not remembered.
+    `proven` is a time by the same clock as the memories': of every change committed until then this
+    process has heard. `wanted` is set by every look-up that was not remembered.
     """
 
     __slots__ = ("_memories", "count", "proven", "session", "wanted")
@@ -51,13 +56,17 @@ class News:
         self._memories[table] = memory
 
     def restart(self) -> None:
-        """From now on changes are heard of, or no longer: either way nothing is known of those up to now."""
+        """From now on changes are heard of, or no longer: either way nothing is known of those up
+        to now.
+        """
         self.session += 1
         self.count += 1
         self.proven = -math.inf
 
     def hear(self, payload: str) -> None:
-        """A change: a table and, behind a space, a name in it; without a name, of everything in it."""
+        """A change: a table and, behind a space, a name in it; without a name, of everything
+        in it.
+        """
         self.count += 1
         table, one, name = payload.partition(" ")
         memory = self._memories.get(table)
@@ -66,10 +75,12 @@ class News:
 
 
 class Remembered(Generic[V]):
-    """Look-ups remembered for at most `seconds`, so that a change is effective everywhere within that time; on proof, for longer.
+    """Look-ups remembered for at most `seconds`, so that a change is effective everywhere within
+    that time; on proof, for longer.
 
-    The time counts from when the store was asked, not from its answer, which may have been long on the way; and a clock that was
-    set back ends the memory instead of lengthening it. `news` of `table` name what changed; `named` makes a key of such a name.
+    The time counts from when the store was asked, not from its answer, which may have been long on
+    the way; and a clock that was set back ends the memory instead of lengthening it. `news` of
+    `table` name what changed; `named` makes a key of such a name.
     """
 
     def __init__(
@@ -97,7 +108,11 @@ class Remembered(Generic[V]):
         if 0 <= age < self._seconds:
             return value
         news = self._news
-        if session == news.session and 0 <= now - news.proven < self._seconds and 0 <= age < LONGEST:
+        if (
+            session == news.session
+            and 0 <= now - news.proven < self._seconds
+            and 0 <= age < LONGEST
+        ):
             return value
         return None
 
@@ -111,7 +126,9 @@ class Remembered(Generic[V]):
             return
         try:
             self.forget(self._named(name))
-        except ValueError:  # no trigger of ours says that, but whoever may connect to the database may notify
+        except (
+            ValueError
+        ):  # no trigger of ours says that, but whoever may connect to the database may notify
             self._values.clear()
 
     def ask(self) -> Asked:

@@ -1,4 +1,6 @@
-"""What the durable store's statements share: columns, the insert of an event, and rows as domain types."""
+"""What the durable store's statements share: columns, the insert of an event, and rows as domain
+types.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,11 @@ OFFERED = (
     "c.attestation_trust, c.aaguid, c.user_id, c.app_id"
 )
 APP = "id, name, rp_id, origins, related_origins, policy, created_at, updated_at"
-# Of users who are gone, all that their events hold and a caller chose. A column that is added to events has its place here, or is ours.
+# Of users who are gone, all that their events hold and a caller chose. A column that is added to
+# events has its place here, or is ours.
 ERASE = "UPDATE events SET request_id = '' WHERE user_id = ANY ($1::text[]) AND request_id <> ''"
-# For how long after its registration a passkey that is not confirmed may still be: its nonce lives no longer, by any instance's clock.
+# For how long after its registration a passkey that is not confirmed may still be: its nonce lives
+# no longer, by any instance's clock.
 UNCONFIRMED = timedelta(seconds=LONGEST_NONCE + 60)
 TELL = "INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)"
 
@@ -53,11 +57,13 @@ _KINDS: dict[object, str] = {
 
 
 class Callers:
-    """What callers ask of one statement, as its table `a`, numbered. Its columns are the fields of `row`, a NamedTuple of what one asks.
+    """What callers ask of one statement, as its table `a`, numbered. Its columns are the fields of
+    `row`, a NamedTuple of what one asks.
 
-    A caller alone is a row of the statement's parameters: Postgres then plans for one row instead of a hundred, and reads no JSON, and a
-    statement takes about a fifth less time. Several are one value, a JSON array of objects: asyncpg asks of each item of an array
-    whether it is one as well. `one` and `several` are the table's two forms, for a FROM.
+    A caller alone is a row of the statement's parameters: Postgres then plans for one row instead
+    of a hundred, and reads no JSON, and a statement takes about a fifth less time. Several are one
+    value, a JSON array of objects: asyncpg asks of each item of an array whether it is one as well.
+    `one` and `several` are the table's two forms, for a FROM.
     """
 
     def __init__(self, row: type[tuple[object, ...]]) -> None:
@@ -69,18 +75,25 @@ class Callers:
         self.several = f"json_to_recordset($1::text::json) a (number integer, {columns})"
 
     def table(self, asked: Sequence[tuple[object, ...]]) -> tuple[str, tuple[object, ...]]:
-        """The table for so many, and the statement's values; each of `asked` has a value for every column."""
+        """The table for so many, and the statement's values; each of `asked` has a value for every
+        column.
+        """
         return (self.one, asked[0]) if len(asked) == 1 else (self.several, (self.array(asked),))
 
     def array(self, asked: Sequence[tuple[object, ...]]) -> str:
         """The value of `several`, for any number."""
-        rows = [dict(zip(self._names, (number, *values), strict=True)) for number, values in enumerate(asked)]
+        rows = [
+            dict(zip(self._names, (number, *values), strict=True))
+            for number, values in enumerate(asked)
+        ]
         return orjson.dumps(rows).decode()
 
 
 def _kind(hint: object) -> str:
     """The type that Postgres has for a field's; what may be None is of the same."""
-    return _KINDS.get(hint) or _KINDS[next(kind for kind in get_args(hint) if kind is not type(None))]
+    return (
+        _KINDS.get(hint) or _KINDS[next(kind for kind in get_args(hint) if kind is not type(None))]
+    )
 
 
 def app_of(row: asyncpg.Record) -> RelyingParty:

@@ -1,10 +1,12 @@
-"""What every login asks of Postgres, and nothing else does: who may answer, and the record of who did.
+"""What every login asks of Postgres, and nothing else does: who may answer, and the record of who
+did.
 
 Both are one statement for all callers who come at the same time (`broker.durable.together`).
 
-The update decides about revocation and counters, against the row as it locked it. For several callers it waits for no row: one that another
-transaction holds is passed over, as are those it may not use, and only a caller who is alone waits and is told that there is none. So
-one row that is held up holds up nobody else, and no two statements can wait for each other in a circle.
+The update decides about revocation and counters, against the row as it locked it. For several
+callers it waits for no row: one that another transaction holds is passed over, as are those it may
+not use, and only a caller who is alone waits and is told that there is none. So one row that is
+held up holds up nobody else, and no two statements can wait for each other in a circle.
 """
 
 from __future__ import annotations
@@ -51,12 +53,16 @@ class SignIns:
     def __init__(self, postgres: Postgres) -> None:
         self._pg = postgres
         self._sign_in = postgres.together("user_to_sign_in", self._users_to_sign_in)
-        self._use = postgres.together("use_credential", self._use_credentials, name=lambda use: use.id)
+        self._use = postgres.together(
+            "use_credential", self._use_credentials, name=lambda use: use.id
+        )
 
     def user_to_sign_in(
         self, app_id: str, external_id: str, *, second_factor: bool = False
     ) -> Awaitable[tuple[str, str, list[Offered]] | None]:
-        """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are among them."""
+        """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are
+        among them.
+        """
         return self._sign_in(_Asked(app_id, external_id, second_factor))
 
     async def _users_to_sign_in(
@@ -66,7 +72,8 @@ class SignIns:
         rows = await self._pg.rows(
             "user_to_sign_in",
             f"SELECT a.number, u.id AS owner, u.handle, {OFFERED} FROM {table}"
-            # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all users: it takes the callers for 100.
+            # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all
+            # users: it takes the callers for 100.
             " JOIN LATERAL (SELECT id, handle FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
             " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND (a.second_factor OR NOT c.second_factor)"
             " ORDER BY a.number, c.created_at, c.id",
@@ -92,9 +99,12 @@ class SignIns:
         approval: str | None = None,
         now: datetime,
     ) -> Awaitable[Used | None]:
-        """Record a sign-in, and what was approved by it. None: revoked meanwhile, or the counter went back (unless `flag_counter`).
+        """Record a sign-in, and what was approved by it. None: revoked meanwhile, or the counter
+        went back (unless `flag_counter`).
 
-        What changed is judged against the locked row: of two clones that answer at once, one is told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or credentialRecord.signCount is nonzero".
+        What changed is judged against the locked row: of two clones that answer at once, one is
+        told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or
+        credentialRecord.signCount is nonzero".
         """
         return self._use(
             _Use(
@@ -110,8 +120,12 @@ class SignIns:
             )
         )
 
-    async def _use_credentials(self, uses: Sequence[_Use], alone: bool) -> list[Used | Alone | None]:
-        """Each of another credential. The array in the update's condition keeps the planner from reading the table, as above."""
+    async def _use_credentials(
+        self, uses: Sequence[_Use], alone: bool
+    ) -> list[Used | Alone | None]:
+        """Each of another credential. The array in the update's condition keeps the planner from
+        reading the table, as above.
+        """
         approve = (
             ", approve AS (UPDATE approvals p SET approved_at = u.at FROM used u WHERE p.app_id = u.app_id AND p.identifier = u.approval)"
             if any(use.approval is not None for use in uses)

@@ -1,9 +1,11 @@
 """Keys that sign tokens, on Postgres: of each app, and of the broker itself.
 
-A *set* is what one app's verifiers trust, or, for wire formats whose key set names no app, what everybody's do (`app_id` None). In
-each set every algorithm has its own line of keys, numbered by `generation`. The write decides: no number occurs twice in a line, so
-of two instances that find no key and make one, one is stored, and the other one reads it. A rotation is one statement: the next key
-comes and the time at which each older key leaves is set in the same commit, and keys whose time has passed are deleted.
+A *set* is what one app's verifiers trust, or, for wire formats whose key set names no app, what
+everybody's do (`app_id` None). In each set every algorithm has its own line of keys, numbered by
+`generation`. The write decides: no number occurs twice in a line, so of two instances that find no
+key and make one, one is stored, and the other one reads it. A rotation is one statement: the next
+key comes and the time at which each older key leaves is set in the same commit, and keys whose time
+has passed are deleted.
 
 Only sealed private keys come here (`broker.tokens.signed`). An app's keys are deleted with it.
 """
@@ -24,7 +26,9 @@ from broker.model import TokenAlgorithm
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """One row. `public` is the JSON Web Key; `retires_at` is when it leaves the set, None while no key follows it."""
+    """One row. `public` is the JSON Web Key; `retires_at` is when it leaves the set, None while no
+    key follows it.
+    """
 
     id: str
     app_id: str | None
@@ -49,7 +53,9 @@ class SigningKeys:
         self._pg = postgres
 
     async def of(self, app_id: str | None) -> list[StoredKey]:
-        """The keys of a set by algorithm, oldest first; also those that have left it and are not deleted yet."""
+        """The keys of a set by algorithm, oldest first; also those that have left it and are not
+        deleted yet.
+        """
         rows = await self._pg.rows(
             "signing_keys",
             "SELECT id, app_id, algorithm, generation, sealed, public, created_at, signs_from, retires_at"
@@ -68,8 +74,8 @@ class SigningKeys:
         return [StoredKey(**dict(row)) for row in rows]
 
     async def add_first(self, key: StoredKey, *, rotated: bool = False) -> None:
-        """Insert a key where its line has none; whoever was first decides, so read the set afterwards. Where somebody asked for it (`rotated`)
-        the event is `signing_key.rotated`.
+        """Insert a key where its line has none; whoever was first decides, so read the set
+        afterwards. Where somebody asked for it (`rotated`) the event is `signing_key.rotated`.
 
         Raises:
             UnknownApp: the app was deleted while the caller still remembered it.
@@ -101,9 +107,10 @@ class SigningKeys:
             raise UnknownApp from None
 
     async def rotate(self, key: StoredKey, *, others_retire_at: datetime) -> None:
-        """Insert the next key of its line. Older ones leave the set at `others_retire_at`, or when they were to leave before that;
-        those of the set that have left it are deleted. `key.generation` is not looked at. The event is `signing_key.rotated`, of the broker's own set
-        under the app id "".
+        """Insert the next key of its line. Older ones leave the set at `others_retire_at`, or when
+        they were to leave before that; those of the set that have left it are deleted.
+        `key.generation` is not looked at. The event is `signing_key.rotated`, of the broker's own
+        set under the app id "".
 
         Raises:
             UnknownApp: there is no such app.

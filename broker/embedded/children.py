@@ -1,16 +1,18 @@
 """Server processes that live as long as the broker, and not a moment longer.
 
-Each server leads a session of its own, so a Ctrl-C in the terminal reaches the broker alone, which lets requests finish before
-it stops its stores. That session would survive the broker, so on Linux the kernel is asked to signal the server when its
-parent ends (prctl(2), PR_SET_PDEATHSIG). The request is made in the child after the change of user, which would cancel it; a
-parent that ended even before is noticed by comparing parent ids. The signal follows the *thread* that started the child:
-servers are started from the main thread only.
+Each server leads a session of its own, so a Ctrl-C in the terminal reaches the broker alone, which
+lets requests finish before it stops its stores. That session would survive the broker, so on Linux
+the kernel is asked to signal the server when its parent ends (prctl(2), PR_SET_PDEATHSIG). The
+request is made in the child after the change of user, which would cancel it; a parent that ended
+even before is noticed by comparing parent ids. The signal follows the *thread* that started the
+child: servers are started from the main thread only.
 
-Elsewhere, and for a server that is slow to go, there is the record: `servers.json` in the place names each process and a path
-that is an argument of its command line. Whoever holds the lock of the data directory owns every process in the record, and
-`reap` ends them before anything is started. The path guards against a number that the system has given to somebody else. As
-root the record is in a directory of the servers' account: it is believed only when root wrote it, and even then no process of
-another account is ever signalled.
+Elsewhere, and for a server that is slow to go, there is the record: `servers.json` in the place
+names each process and a path that is an argument of its command line. Whoever holds the lock of the
+data directory owns every process in the record, and `reap` ends them before anything is started.
+The path guards against a number that the system has given to somebody else. As root the record is
+in a directory of the servers' account: it is believed only when root wrote it, and even then no
+process of another account is ever signalled.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ _TELLING = re.compile(r"\b(FATAL|PANIC|error|ERROR|Fatal|Bad file|Can't)\b")
 
 
 class Log:
-    """A server's log file, appended to by the server itself; above 1 MiB it starts anew and one older file is kept."""
+    """A server's log file, appended to by the server itself; above 1 MiB it starts anew and one
+    older file is kept.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +74,9 @@ class Log:
         written = os.pread(
             self.descriptor, 65536, max(self._start, os.fstat(self.descriptor).st_size - 65536)
         )
-        lines = [line.strip() for line in written.decode("utf-8", "replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in written.decode("utf-8", "replace").splitlines() if line.strip()
+        ]
         telling = [line for line in lines if _TELLING.search(line)]
         return (telling or lines or ["it printed nothing"])[-1][:300]
 
@@ -94,7 +100,9 @@ class Server:
         stop_signal: signal.Signals,
         mark: Path,
     ) -> None:
-        """Start it. `mark` is an absolute path that is one of `argv`, by which `reap` recognises the process. Raises EmbeddedFault."""
+        """Start it. `mark` is an absolute path that is one of `argv`, by which `reap` recognises
+        the process. Raises EmbeddedFault.
+        """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "servers die with the thread that starts them; start them from the main thread"
@@ -126,11 +134,15 @@ class Server:
         status = self.process.returncode
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         words = self.log.last_words().rstrip(".")
-        return EmbeddedFault(f"{self.title} ended at once ({how}): {words}; its log is {self.log.path}.")
+        return EmbeddedFault(
+            f"{self.title} ended at once ({how}): {words}; its log is {self.log.path}."
+        )
 
 
 def stop(servers: list[Server]) -> None:
-    """End the servers together: their own signal and 6 s, then (PostgreSQL's immediate shutdown) SIGQUIT and 2 s, then SIGKILL."""
+    """End the servers together: their own signal and 6 s, then (PostgreSQL's immediate shutdown)
+    SIGQUIT and 2 s, then SIGKILL.
+    """
     for ask, limit in ((None, GRACE), (signal.SIGQUIT, 2.0), (signal.SIGKILL, 5.0)):
         running = [server for server in servers if server.process.poll() is None]
         for server in running:
@@ -143,15 +155,20 @@ def stop(servers: list[Server]) -> None:
 
 def record(path: Path, servers: list[Server]) -> None:
     """Write down which processes are ours."""
-    entries = [[s.process.pid, int(s.stop_signal), str(s.mark)] for s in servers if s.process.poll() is None]
+    entries = [
+        [s.process.pid, int(s.stop_signal), str(s.mark)]
+        for s in servers
+        if s.process.poll() is None
+    ]
     write(path, json.dumps(entries) + "\n")
 
 
 def reap(path: Path, account: Account) -> None:
-    """End what an earlier broker on this data left running as the account. Call with the data directory's lock held.
+    """End what an earlier broker on this data left running as the account. Call with the data
+    directory's lock held.
 
-    On Linux such servers are stopping already and get their time; elsewhere nobody has told them yet. Raises EmbeddedFault
-    where one can't be ended, and for a link in place of the record.
+    On Linux such servers are stopping already and get their time; elsewhere nobody has told them
+    yet. Raises EmbeddedFault where one can't be ended, and for a link in place of the record.
     """
     left = _recorded(path)
     told = sys.platform == "linux"
@@ -172,7 +189,9 @@ def reap(path: Path, account: Account) -> None:
 
 
 def _recorded(path: Path) -> list[tuple[int, int, str]]:
-    """The entries that `record` could have written; none from a file that somebody else put there."""
+    """The entries that `record` could have written; none from a file that somebody else put
+    there.
+    """
     try:
         entries = json.loads(read_ours(path))
     except (FileNotFoundError, NotOurs, ValueError):
@@ -180,7 +199,9 @@ def _recorded(path: Path) -> list[tuple[int, int, str]]:
     found = []
     for entry in entries if isinstance(entries, list) else []:
         match entry:
-            case [int(pid), int(ask), str(mark)] if pid > 1 and ask in _OWN_SIGNALS and _is_mark(mark):
+            case [int(pid), int(ask), str(mark)] if (
+                pid > 1 and ask in _OWN_SIGNALS and _is_mark(mark)
+            ):
                 found.append((pid, ask, mark))
     return found
 
@@ -201,7 +222,9 @@ def exists(pid: int) -> bool:
 
 
 def runs(pid: int, mark: str, account: Account) -> bool:
-    """Whether the process exists, its real user is the account's, and the mark is an argument of its command line."""
+    """Whether the process exists, its real user is the account's, and the mark is an argument of
+    its command line.
+    """
     if sys.platform == "linux":
         try:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")

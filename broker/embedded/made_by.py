@@ -1,9 +1,11 @@
-"""Which server made a data directory: its kind and version, from a record beside the data or from the data's own files.
+"""Which server made a data directory: its kind and version, from a record beside the data or from
+the data's own files.
 
-PostgreSQL writes its major version into `PG_VERSION`. Of Valkey or Redis the broker records what runs, before it runs, in
-`valkey.made-by`. Where that is missing (an older broker made the data) the header of the newest base file says it: an RDB file
-begins with a magic word and, as its first auxiliary field, the version of the server that wrote it (Redis `src/rdb.c`,
-`rdbSaveInfoAuxFields`; Valkey the same with `valkey-ver`).
+PostgreSQL writes its major version into `PG_VERSION`. Of Valkey or Redis the broker records what
+runs, before it runs, in `valkey.made-by`. Where that is missing (an older broker made the data) the
+header of the newest base file says it: an RDB file begins with a magic word and, as its first
+auxiliary field, the version of the server that wrote it (Redis `src/rdb.c`, `rdbSaveInfoAuxFields`;
+Valkey the same with `valkey-ver`).
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ class Maker(NamedTuple):
         return f"{self.product} {'.'.join(map(str, self.version))}"
 
     def is_read_by(self, product: str, version: tuple[int, ...]) -> bool:
-        """Whether a server of that kind and version reads what this one wrote: one of the same kind that is not older, by
-        release and not by patch. Valkey also reads what Redis up to 7.2 wrote, from which it was forked."""
+        """Whether a server of that kind and version reads what this one wrote: one of the same kind
+        that is not older, by release and not by patch. Valkey also reads what Redis up to 7.2
+        wrote, from which it was forked."""
         if product == self.product:
             return version[:2] >= self.version[:2]
         return product == "Valkey" and self.version[:2] <= (7, 2)
@@ -64,7 +67,8 @@ def postgres_major(home: Path, account: Account) -> int | None:
 
 
 def redis_maker(place: Path, account: Account) -> Maker | None:
-    """The server that ran last on the data of Valkey or Redis; None where there is no data, or nothing tells.
+    """The server that ran last on the data of Valkey or Redis; None where there is no data, or
+    nothing tells.
 
     Raises:
         EmbeddedFault: as `has_data`, and for a record that the broker did not write.
@@ -107,7 +111,8 @@ def has_data(home: Path, account: Account, mark: str) -> bool:
     """Whether a server's directory has its data, of which `mark` is one name.
 
     Raises:
-        EmbeddedFault: a file or a link in its place, somebody else's directory, or one that has content but not the mark.
+        EmbeddedFault: a file or a link in its place, somebody else's directory, or one that has
+            content but not the mark.
     """
     try:
         with entered(home, account) as directory:
@@ -124,7 +129,9 @@ def has_data(home: Path, account: Account, mark: str) -> bool:
 
 
 def read(directory: int, name: str) -> str:
-    """The text of one of a server's own small files; empty where there is none, or a link or something else in its place."""
+    """The text of one of a server's own small files; empty where there is none, or a link or
+    something else in its place.
+    """
     return _read(directory, name).decode("utf-8", "replace")
 
 

@@ -2,25 +2,29 @@
 
 Three directories matter, and each is 0700 and belongs to the account that the servers run as:
 
-- the *data directory* (`.broker/`) is what the caller names. Its `lock` is held with flock(2) for as long as the broker
-  runs, so two brokers never share it, and a broker that was killed leaves nothing to clean: the kernel drops the lock. The
-  lock is also the mark of a data directory: a directory with other content and no lock is somebody else's and stays untouched.
-- the *place* holds the servers' files. It is the data directory itself, except as root below a directory that the servers'
-  account can't enter (a 0700 home, for instance). Then it is a folder under the system's state directory, and the file
-  `where` in the data directory names it. No permission of a directory that isn't ours is ever changed.
-- the *socket directory* is `run` in the place, except where the path of a socket would exceed what the kernel takes
-  (`sun_path`: 108 bytes with the NUL on Linux, 104 on macOS and the BSDs). Then it is a short directory elsewhere, with a
-  name derived from the place, so that URLs stay the same between runs.
+- the *data directory* (`.broker/`) is what the caller names. Its `lock` is held with flock(2) for
+  as long as the broker runs, so two brokers never share it, and a broker that was killed leaves
+  nothing to clean: the kernel drops the lock. The lock is also the mark of a data directory: a
+  directory with other content and no lock is somebody else's and stays untouched.
+- the *place* holds the servers' files. It is the data directory itself, except as root below a
+  directory that the servers' account can't enter (a 0700 home, for instance). Then it is a folder
+  under the system's state directory, and the file `where` in the data directory names it. No
+  permission of a directory that isn't ours is ever changed.
+- the *socket directory* is `run` in the place, except where the path of a socket would exceed what
+  the kernel takes (`sun_path`: 108 bytes with the NUL on Linux, 104 on macOS and the BSDs). Then it
+  is a short directory elsewhere, with a name derived from the place, so that URLs stay the same
+  between runs.
 
-As root the servers' account, which other daemons may share, owns directories in which root works, and can put anything in
-place of anything there at any time. Therefore
+As root the servers' account, which other daemons may share, owns directories in which root works,
+and can put anything in place of anything there at any time. Therefore
 
-- no link is followed below the data directory: files are opened with O_NOFOLLOW, directories are entered once (`entered`) and
-  what happens in them happens through that descriptor;
+- no link is followed below the data directory: files are opened with O_NOFOLLOW, directories are
+  entered once (`entered`) and what happens in them happens through that descriptor;
 - files are written anew and renamed, and what is opened to be written has no second name;
-- `where` and the record of processes are believed only when root wrote them, and `where` only when it names a folder that root
-  alone could have made;
-- copies of binaries, which root writes path by path, are beside the places in the system's state directory, where only root can.
+- `where` and the record of processes are believed only when root wrote them, and `where` only when
+  it names a folder that root alone could have made;
+- copies of binaries, which root writes path by path, are beside the places in the system's state
+  directory, where only root can.
 """
 
 from __future__ import annotations
@@ -53,7 +57,9 @@ _PLACE_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 class EmbeddedFault(Fault):
-    """The embedded stores can't run. The message is one sentence that says what to do; the caller shows it and ends."""
+    """The embedded stores can't run. The message is one sentence that says what to do; the caller
+    shows it and ends.
+    """
 
 
 class NotOurs(EmbeddedFault):
@@ -70,7 +76,8 @@ class Account:
     switched: bool
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run a short command as this account in `/`, with a limit of 10 s and the servers' environment.
+        """Run a short command as this account in `/`, with a limit of 10 s and the servers'
+        environment.
 
         Raises OSError where it can't be executed, subprocess.TimeoutExpired.
         """
@@ -101,7 +108,9 @@ class Account:
 
 
 def server_account() -> Account:
-    """The broker's own account, or `nobody` when the broker is root (Postgres refuses to run as root)."""
+    """The broker's own account, or `nobody` when the broker is root (Postgres refuses to run as
+    root).
+    """
     uid = os.geteuid()
     if uid != 0:
         try:
@@ -122,8 +131,14 @@ def server_account() -> Account:
 
 
 def server_environment() -> dict[str, str]:
-    """What servers see of our environment: no secret of ours, no PG* variable that would redirect them, UTC and C."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
+    """What servers see of our environment: no secret of ours, no PG* variable that would redirect
+    them, UTC and C.
+    """
+    kept = {
+        name: os.environ[name]
+        for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+        if name in os.environ
+    }
     return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", **kept}
 
 
@@ -143,7 +158,9 @@ class Claim:
     _descriptors: list[int]
 
     def release(self) -> None:
-        """Give the directory back; idempotent. The lock file stays: unlinking it would let two brokers lock different files."""
+        """Give the directory back; idempotent. The lock file stays: unlinking it would let two
+        brokers lock different files.
+        """
         while self._descriptors:
             descriptor = self._descriptors.pop()
             with contextlib.suppress(OSError):
@@ -156,7 +173,9 @@ class Claim:
 
 
 def is_new(data: Path) -> bool:
-    """Whether there is no data directory of a broker yet; False also for what can't be looked at, which `claim` tells of."""
+    """Whether there is no data directory of a broker yet; False also for what can't be looked at,
+    which `claim` tells of.
+    """
     try:
         return not os.path.lexists(data.expanduser() / "lock")
     except (OSError, RuntimeError):
@@ -166,8 +185,8 @@ def is_new(data: Path) -> bool:
 def claim(data: Path) -> Claim:
     """Make the data directory where it is missing, and hold its lock.
 
-    Raises EmbeddedFault: it can't be made or read, is a file, belongs to somebody else, holds other things, or another broker
-    runs on it.
+    Raises EmbeddedFault: it can't be made or read, is a file, belongs to somebody else, holds other
+    things, or another broker runs on it.
     """
     try:
         path = data.expanduser().resolve()
@@ -224,8 +243,9 @@ def _hold(lock: int, path: Path) -> None:
 
 
 def own(directory: Path, account: Account) -> None:
-    """Make the directory where it is missing, and have it 0700 and the account's. Raises EmbeddedFault for a file, a link, or
-    somebody else's directory; OSError where the file system refuses."""
+    """Make the directory where it is missing, and have it 0700 and the account's. Raises
+    EmbeddedFault for a file, a link, or somebody else's directory; OSError where the file system
+    refuses."""
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     with entered(directory, account) as descriptor:
@@ -236,9 +256,11 @@ def own(directory: Path, account: Account) -> None:
 
 @contextlib.contextmanager
 def entered(directory: Path, account: Account) -> Iterator[int]:
-    """A descriptor of a directory that is the account's or ours; what is done through it stays in it, whatever takes its name.
+    """A descriptor of a directory that is the account's or ours; what is done through it stays in
+    it, whatever takes its name.
 
-    Raises EmbeddedFault for a file, a link, or somebody else's directory; OSError where there is none or it can't be read.
+    Raises EmbeddedFault for a file, a link, or somebody else's directory; OSError where there is
+    none or it can't be read.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -262,7 +284,9 @@ def entered(directory: Path, account: Account) -> Iterator[int]:
 
 
 def sole_file(descriptor: int, path: Path) -> None:
-    """Raise EmbeddedFault unless it is a regular file with one name: what we write must not be another file's content."""
+    """Raise EmbeddedFault unless it is a regular file with one name: what we write must not be
+    another file's content.
+    """
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         raise EmbeddedFault(
@@ -273,7 +297,8 @@ def sole_file(descriptor: int, path: Path) -> None:
 def read_ours(path: Path) -> str:
     """The text of a small file that the broker wrote.
 
-    Raises FileNotFoundError, EmbeddedFault for a link and for what can't be read, NotOurs for what somebody else put there.
+    Raises FileNotFoundError, EmbeddedFault for a link and for what can't be read, NotOurs for what
+    somebody else put there.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -297,8 +322,8 @@ def read_ours(path: Path) -> str:
 def recorded_place(data: Path) -> Path | None:
     """The folder that `where` names, when the data directory has one.
 
-    Raises EmbeddedFault when it is not ours or names anything but a folder that we make: as root we are about to change its
-    owner.
+    Raises EmbeddedFault when it is not ours or names anything but a folder that we make: as root we
+    are about to change its owner.
     """
     try:
         place = Path(read_ours(data / "where").strip())
@@ -312,10 +337,12 @@ def recorded_place(data: Path) -> Path | None:
 
 
 def place_elsewhere(data: Path, account: Account, why: str) -> tuple[Path, tuple[str, ...]]:
-    """A place under the system's state directory, recorded in `where`, and the sentences that say so.
+    """A place under the system's state directory, recorded in `where`, and the sentences that say
+    so.
 
-    The name is derived from the data directory's path. Without `where` a folder of that name is what a deleted data directory
-    left behind: it is set aside, because whoever deletes `.broker/` expects to begin anew.
+    The name is derived from the data directory's path. Without `where` a folder of that name is
+    what a deleted data directory left behind: it is set aside, because whoever deletes `.broker/`
+    expects to begin anew.
     """
     place = _state() / _name_of(data)
     notes = [f"The stores' data is in {place}: {why}."]
@@ -329,9 +356,11 @@ def place_elsewhere(data: Path, account: Account, why: str) -> tuple[Path, tuple
 
 
 def binaries_directory(place: Path) -> Path:
-    """The directory for copies of binaries that the servers' account can't execute where they are. Root only.
+    """The directory for copies of binaries that the servers' account can't execute where they are.
+    Root only.
 
-    It is beside the places and not in one: only root can change what is in it, or put something in its place.
+    It is beside the places and not in one: only root can change what is in it, or put something in
+    its place.
     """
     home = _state() / f"{place.name if place.parent == STATE else _name_of(place)}.binaries"
     home.mkdir(exist_ok=True)
@@ -354,9 +383,11 @@ def _name_of(path: Path) -> str:
 
 
 def socket_directory(place: Path, account: Account) -> Path:
-    """The directory for the servers' sockets: `run` in the place, or a short one elsewhere where that is too long.
+    """The directory for the servers' sockets: `run` in the place, or a short one elsewhere where
+    that is too long.
 
-    Also elsewhere when the path holds characters that a connection URL or Postgres's list of directories would need quoted.
+    Also elsewhere when the path holds characters that a connection URL or Postgres's list of
+    directories would need quoted.
     """
     inside = place / "run"
     if _fits(inside):
@@ -390,13 +421,16 @@ def _fits(directory: Path) -> bool:
 def write(
     path: Path | str, text: str, account: Account | None = None, *, directory: int | None = None
 ) -> None:
-    """Replace a file in one step, mode 0600, owned by the account. With a directory's descriptor the path is a name in it.
+    """Replace a file in one step, mode 0600, owned by the account. With a directory's descriptor
+    the path is a name in it.
 
     Raises OSError.
     """
     path = Path(path)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+    descriptor = os.open(
+        new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory
+    )
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             if account is not None and account.switched:

@@ -1,16 +1,21 @@
 """One-time values with a life, on Redis: put, peek, take.
 
-**Taking is validating.** A value is there or it is not; `take` reads and deletes in one command, so of any number of callers
-on any number of instances one gets it. Nothing here answers "is it valid?".
+**Taking is validating.** A value is there or it is not; `take` reads and deletes in one command, so
+of any number of callers on any number of instances one gets it. Nothing here answers "is it
+valid?".
 
-**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app), the 32 bytes of one as they are. The digest
-of a pending ceremony also takes in its opener and its kind (`tokens.ceremony_digest`): a finish of another dialect, or of another
-kind of ceremony, finds nothing and takes nothing.
+**Names.** Only digests are stored (`tokens.digest`, which hashes in the kind and the app), the 32
+bytes of one as they are. The digest of a pending ceremony also takes in its opener and its kind
+(`tokens.ceremony_digest`): a finish of another dialect, or of another kind of ceremony, finds
+nothing and takes nothing.
 
-    t:T               a transaction and, once begun, its pending ceremony with the digest of the handle that may take it
-    p:N               a pending ceremony of a user whom a keyed caller named; N is the digest of the external id
-    p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of its challenge, which the record
-                      then lacks: whoever reads it here can't make an answer
+    t:T               a transaction and, once begun, its pending ceremony with the digest of the
+                      handle that may take it
+    p:N               a pending ceremony of a user whom a keyed caller named; N is the digest of the
+                      external id
+    p:{app}:H         a pending ceremony without a transaction: H is the digest of its handle, or of
+                      its challenge, which the record then lacks: whoever reads it here can't make
+                      an answer
     d:{app}           the open ones of an app, by end of life: what the cap counts
     f:T               how many finishes of a transaction were refused; it outlives the transaction
     n:H               what a nonce stands for
@@ -18,24 +23,30 @@ kind of ceremony, finds nothing and takes nothing.
     ready             nothing, for a second: what `check` writes
     m:, o:, w:        mail codes: see `broker.ephemeral.mailbox`
 
-A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing over it, and the old handle
-finds nothing. One script reads the transaction and writes the ceremony, so begin costs one round trip; what the ceremony takes from the
-transaction is worked out when both are taken (`Beginning`). A handle carries T behind its secret, which is how finish finds `t:T` from the
-handle alone; the script compares the secret's digest and leaves the ceremony alone if it is another's. The transaction stays until it is
-taken by itself. A server that is full refuses that script as a whole, for it writes what is left: nothing is taken then. `peek` is for transactions only.
+A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing
+over it, and the old handle finds nothing. One script reads the transaction and writes the ceremony,
+so begin costs one round trip; what the ceremony takes from the transaction is worked out when both
+are taken (`Beginning`). A handle carries T behind its secret, which is how finish finds `t:T` from
+the handle alone; the script compares the secret's digest and leaves the ceremony alone if it is
+another's. The transaction stays until it is taken by itself. A server that is full refuses that
+script as a whole, for it writes what is left: nothing is taken then. `peek` is for transactions
+only.
 
-The braces keep what must change together in one slot of a cluster. No cap counts a user's ceremony: a key opened it; it replaces what
-was there. An external id is no secret, but no handle leads to its ceremony, for a transaction's keys begin with another letter.
+The braces keep what must change together in one slot of a cluster. No cap counts a user's ceremony:
+a key opened it; it replaces what was there. An external id is no secret, but no handle leads to its
+ceremony, for a transaction's keys begin with another letter.
 
-**Time.** Every record carries the end of its life by the server's clock and is also given to Redis with a TTL; a record past its
-end is never returned, even if a restored snapshot brings it back.
+**Time.** Every record carries the end of its life by the server's clock and is also given to Redis
+with a TTL; a record past its end is never returned, even if a restored snapshot brings it back.
 
-**Nothing one-time is sent twice.** redis-py retries by default, and a repeated GETDEL answers "nothing there": the value would be
-burnt and its owner told it was never valid. Every client here has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`. A
-connection whose reply was not awaited to its end is closed, so nobody reads another's answer.
+**Nothing one-time is sent twice.** redis-py retries by default, and a repeated GETDEL answers
+"nothing there": the value would be burnt and its owner told it was never valid. Every client here
+has `Retry(NoBackoff(), 0)`. A lost reply is `Unavailable`. A connection whose reply was not awaited
+to its end is closed, so nobody reads another's answer.
 
-An operator can compute: keys = open transactions + pending ceremonies without one + unredeemed nonces and tickets + one set per app with
-open discoverable ceremonies; about half a kB each. A request without a key stores 6 KiB at most, which a test measures on every route.
+An operator can compute: keys = open transactions + pending ceremonies without one + unredeemed
+nonces and tickets + one set per app with open discoverable ceremonies; about half a kB each. A
+request without a key stores 6 KiB at most, which a test measures on every route.
 """
 
 from __future__ import annotations
@@ -86,7 +97,8 @@ _HANDLE = _SECRET + 43
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 _KINDS: tuple[FinishKind, ...] = (*get_args(Proof), "approve_second_factor")
 
-# What a transaction's value (`broker.ephemeral.records`) has behind its mark and its pending ceremony.
+# What a transaction's value (`broker.ephemeral.records`) has behind its mark and its pending
+# ceremony.
 _REST = """
 local function rest(v)
   if string.byte(v) == 43 then
@@ -96,8 +108,8 @@ local function rest(v)
 end
 """
 
-# KEYS: t:T. ARGV: how a transaction begins that this ceremony may belong to; the ceremony with what stands before it. Another transaction
-# is only read.
+# KEYS: t:T. ARGV: how a transaction begins that this ceremony may belong to; the ceremony with what
+# stands before it. Another transaction is only read.
 _BEGIN = Script(
     _REST
     + """
@@ -113,7 +125,8 @@ return opened
 """
 )
 
-# KEYS: t:T. ARGV: digest of the handle. The pending ceremony, if this is the handle that may take it, and the transaction, which stays.
+# KEYS: t:T. ARGV: digest of the handle. The pending ceremony, if this is the handle that may take
+# it, and the transaction, which stays.
 _TAKE_BOUND = Script(
     _REST
     + """
@@ -127,8 +140,9 @@ return false
 """
 )
 
-# KEYS: p:{app}:H, d:{app}. ARGV: record, life in ms, now in ms, end in ms, cap, member.
-# SET is the first write: a full server refuses it, while it lets a script that has begun to write go on past its limit.
+# KEYS: p:{app}:H, d:{app}. ARGV: record, life in ms, now in ms, end in ms, cap, member. SET is the
+# first write: a full server refuses it, while it lets a script that has begun to write go on past
+# its limit.
 _PUT_OPEN = Script("""
 if redis.call('ZCOUNT', KEYS[2], '(' .. ARGV[3], '+inf') >= tonumber(ARGV[5]) then
   return 0
@@ -166,7 +180,9 @@ Ends = TypeVar("Ends", Transaction, Redeemable)
 
 
 class Ephemeral:
-    """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one wait."""
+    """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one
+    wait.
+    """
 
     def __init__(
         self,
@@ -208,8 +224,11 @@ class Ephemeral:
         finally:
             self._metrics.store_seconds.observe(time.perf_counter() - began, "redis", operation)
 
-    async def run(self, operation: str, script: Script, *, keys: list[bytes], args: list[Any]) -> Any:
-        """Run a Lua script whose keys share a hash tag: atomic, and one round trip once the server has it.
+    async def run(
+        self, operation: str, script: Script, *, keys: list[bytes], args: list[Any]
+    ) -> Any:
+        """Run a Lua script whose keys share a hash tag: atomic, and one round trip once the server
+        has it.
 
         Raises:
             Unavailable: see `_ask`.
@@ -220,12 +239,14 @@ class Ephemeral:
             return await self._ask(operation, "EVAL", script.text, len(keys), *keys, *args)
 
     async def check(self) -> None:
-        """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: one that is
-        full, or a replica, answers PING and serves nobody."""
+        """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: one
+        that is full, or a replica, answers PING and serves nobody."""
         await self._watched("check", self._commands.check(limit=remaining(self._timeout)))
 
     async def facts(self) -> dict[str, Any]:
-        """For `broker doctor`: version, seconds since the epoch by the server's clock, eviction policy."""
+        """For `broker doctor`: version, seconds since the epoch by the server's clock, eviction
+        policy.
+        """
         server = _info(await self._ask("facts", "INFO", b"server"))
         memory = _info(await self._ask("facts", "INFO", b"memory"))
         now = await self._ask("facts", "TIME")
@@ -235,7 +256,7 @@ class Ephemeral:
             "eviction": memory.get("maxmemory_policy", "noeviction"),
         }
 
-    # -- transactions ---------------------------------------------------------------------------------------------------------
+    # -- transactions ------------------------------------------------------------------------------
 
     def put_transaction(self, transaction_id: str, transaction: Transaction) -> Awaitable[None]:
         """Store a transaction until `expires_at`."""
@@ -244,7 +265,9 @@ class Ephemeral:
             "put_transaction", b"t:" + name, dump_transaction(transaction), transaction.expires_at
         )
 
-    async def peek_transaction(self, app_id: str, transaction_id: str) -> tuple[bytes, Transaction] | None:
+    async def peek_transaction(
+        self, app_id: str, transaction_id: str
+    ) -> tuple[bytes, Transaction] | None:
         """A transaction and the digest of its id, left where it is."""
         name = digest("transaction", app_id, transaction_id)
         stored = await self._ask("peek_transaction", "GET", b"t:" + name)
@@ -262,9 +285,11 @@ class Ephemeral:
         secret: str,
         beginning: Beginning,
     ) -> tuple[str, bytes, Transaction] | None:
-        """Begin a ceremony of a transaction: replaces its pending one. The new handle, made from `secret` (a minted token), the digest of the
-        transaction's id, and the transaction. A transaction of another purpose is left as it is, as is one whose passkeys are to be
-        looked up (`Transaction.to_look_up`) while `allowed` is None: the caller sees it, and the handle finds nothing."""
+        """Begin a ceremony of a transaction: replaces its pending one. The new handle, made from
+        `secret` (a minted token), the digest of the transaction's id, and the transaction. A
+        transaction of another purpose is left as it is, as is one whose passkeys are to be looked
+        up (`Transaction.to_look_up`) while `allowed` is None: the caller sees it, and the handle
+        finds nothing."""
         name = digest("transaction", app_id, transaction_id)
         handle = secret + text(name)
         opened = await self.run(
@@ -273,46 +298,59 @@ class Ephemeral:
             keys=[b"t:" + name],
             args=[
                 head_of(purpose, beginning),
-                dump_beginning(ceremony_digest("handle", app_id, opener, purpose, handle), beginning),
+                dump_beginning(
+                    ceremony_digest("handle", app_id, opener, purpose, handle), beginning
+                ),
             ],
         )
         found = self._living(load_transaction(app_id, opened)) if opened else None
         return (handle, name, found) if found else None
 
     async def take_transaction(self, name: bytes) -> bool:
-        """Take the transaction whose id has this digest; whether it was there. Who asks has taken its pending ceremony, and so has all
-        that it says, and knows that it has not ended."""
+        """Take the transaction whose id has this digest; whether it was there. Who asks has taken
+        its pending ceremony, and so has all that it says, and knows that it has not ended."""
         return bool(await self._ask("take_transaction", "DEL", b"t:" + name))
 
     async def count_refusal(self, name: bytes) -> int:
-        """Count a refused finish of the transaction whose id has this digest; how many there were."""
+        """Count a refused finish of the transaction whose id has this digest; how many there
+        were.
+        """
         keys = [b"f:" + name]
-        return int(await self.run("count_refusal", _COUNT_REFUSAL, keys=keys, args=[_REFUSALS_LIFE]))
+        return int(
+            await self.run("count_refusal", _COUNT_REFUSAL, keys=keys, args=[_REFUSALS_LIFE])
+        )
 
     async def refusals(self, app_id: str, transaction_id: str) -> int:
         """How many finishes of a transaction were refused, also where it has ended."""
         name = digest("transaction", app_id, transaction_id)
         return int(await self._ask("refusals", "GET", b"f:" + name) or 0)
 
-    # -- pending ceremonies ---------------------------------------------------------------------------------------------------
+    # -- pending ceremonies ------------------------------------------------------------------------
 
     async def put_pending(self, secret: str, pending: Pending, *, opener: Opener, cap: int) -> None:
-        """Store a pending ceremony that has no transaction; `secret`, a minted token, is its handle.
+        """Store a pending ceremony that has no transaction; `secret`, a minted token, is its
+        handle.
 
         Raises:
-            TooManyCeremonies: the app has `cap` open ceremonies without a transaction. Counted in the same round trip.
+            TooManyCeremonies: the app has `cap` open ceremonies without a transaction. Counted in
+                the same round trip.
         """
         name = ceremony_digest("handle", pending.app_id, opener, purpose_of(pending), secret)
         await self._put_open_pending(name, pending, cap)
 
-    async def put_pending_by_challenge(self, pending: Pending, *, opener: Opener, cap: int | None) -> None:
-        """Store a pending ceremony that its challenge finds. `cap` is None for those that no cap counts.
+    async def put_pending_by_challenge(
+        self, pending: Pending, *, opener: Opener, cap: int | None
+    ) -> None:
+        """Store a pending ceremony that its challenge finds. `cap` is None for those that no cap
+        counts.
 
         Raises:
             TooManyCeremonies: see `put_pending`.
         """
         challenge = text(pending.challenge)
-        name = ceremony_digest("challenge", pending.app_id, opener, finish_kind_of(pending), challenge)
+        name = ceremony_digest(
+            "challenge", pending.app_id, opener, finish_kind_of(pending), challenge
+        )
         pending = pending._replace(challenge=b"")
         if cap is not None:
             await self._put_open_pending(name, pending, cap)
@@ -364,7 +402,9 @@ class Ephemeral:
         stored = await self.run("take_pending", _TAKE_OPEN, keys=keys, args=list(names))
         return self._living_pending(load_pending(app_id, stored)) if stored else None
 
-    def put_pending_of(self, external_id: str, pending: Pending, *, opener: Opener) -> Awaitable[None]:
+    def put_pending_of(
+        self, external_id: str, pending: Pending, *, opener: Opener
+    ) -> Awaitable[None]:
         """Store a user's pending ceremony; the opener's earlier one of this purpose is gone."""
         name = ceremony_digest("user", pending.app_id, opener, purpose_of(pending), external_id)
         return self._put("put_pending", b"p:" + name, dump_pending(pending), pending.expires_at)
@@ -377,10 +417,13 @@ class Ephemeral:
         stored = await self._ask("take_pending", "GETDEL", b"p:" + name)
         return self._living_pending(load_pending(app_id, stored)) if stored else None
 
-    # Asked after a take found nothing, for the reason that the operator reads. The caller's answer stays the same.
+    # Asked after a take found nothing, for the reason that the operator reads. The caller's answer
+    # stays the same.
 
     async def other_finish_of_handle(self, app_id: str, handle: str) -> bool:
-        """Whether this handle's ceremony waits for another finish than the one that asked for it."""
+        """Whether this handle's ceremony waits for another finish than the one that asked for
+        it.
+        """
         names = _names("handle", app_id, _PURPOSES, handle)
         if len(handle) == _HANDLE:
             key = b"t:" + _transaction_in(handle)
@@ -388,12 +431,16 @@ class Ephemeral:
         return await self._is_there([_open_key(app_id, name) for name in names])
 
     async def other_finish_of_challenge(self, app_id: str, challenge: bytes) -> bool:
-        """Whether this challenge's ceremony waits for another finish than the one that asked for it."""
+        """Whether this challenge's ceremony waits for another finish than the one that asked for
+        it.
+        """
         names = _names("challenge", app_id, _KINDS, text(challenge))
         return await self._is_there([_open_key(app_id, name) for name in names])
 
     async def other_finish_of_user(self, app_id: str, external_id: str, purpose: Purpose) -> bool:
-        """Whether the user has a ceremony of this purpose that waits for another opener's finish."""
+        """Whether the user has a ceremony of this purpose that waits for another opener's
+        finish.
+        """
         names = _names("user", app_id, (purpose,), external_id)
         # Each name lies in a slot of its own.
         return any(await asyncio.gather(*[self._is_there([b"p:" + name]) for name in names]))
@@ -401,7 +448,7 @@ class Ephemeral:
     async def _is_there(self, keys: list[bytes]) -> bool:
         return bool(await self._ask("find_pending", "EXISTS", *keys))
 
-    # -- nonces ---------------------------------------------------------------------------------------------------------------
+    # -- nonces ------------------------------------------------------------------------------------
 
     def put_nonce(self, app_id: str, nonce: str, redeemable: Redeemable) -> Awaitable[None]:
         """Store what a nonce stands for until `expires_at`."""
@@ -413,7 +460,7 @@ class Ephemeral:
         stored = await self._ask("take_nonce", "GETDEL", b"n:" + digest("nonce", app_id, nonce))
         return self._living(load_redeemable(stored)) if stored else None
 
-    # -- tickets --------------------------------------------------------------------------------------------------------------
+    # -- tickets -----------------------------------------------------------------------------------
 
     async def put_ticket(self, app_id: str, ticket: str, value: object, ends: float) -> None:
         """Store what a ticket stands for, a JSON value, until `ends`."""
@@ -430,7 +477,7 @@ class Ephemeral:
         ends, value = orjson.loads(stored)
         return value if ends > self._clock() else None
 
-    # -- records --------------------------------------------------------------------------------------------------------------
+    # -- records -----------------------------------------------------------------------------------
 
     def _put(self, operation: str, key: bytes, record: bytes, ends: float) -> Awaitable[None]:
         life = max(1, int((ends - self._clock()) * 1000))
@@ -459,7 +506,11 @@ def _transaction_in(handle: str) -> bytes:
 
 def _names(by: FoundBy, app_id: str, kinds: tuple[FinishKind, ...], token: str) -> list[bytes]:
     """The names under which any opener may have begun this ceremony."""
-    return [ceremony_digest(by, app_id, opener, kind, token) for opener in get_args(Opener) for kind in kinds]
+    return [
+        ceremony_digest(by, app_id, opener, kind, token)
+        for opener in get_args(Opener)
+        for kind in kinds
+    ]
 
 
 def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""How commands reach Redis: one server through a `Sender`, a cluster through a `ClusterRouter`, which
-has a `Sender` for each node.
+"""How commands reach Redis: one server through a `Sender`, a cluster through a `ClusterRouter`,
+which has a `Sender` for each node.
 
-Both answer the same way: `ask` gives the raw reply within a limit or raises what `DOWN` names, and no
-command is run twice. TLS and credentials are matters of the connection, which is redis-py's either way.
+Both answer the same way: `ask` gives the raw reply within a limit or raises what `DOWN` names, and
+no command is run twice. TLS and credentials are matters of the connection, which is redis-py's
+either way.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ class Commands(Protocol):
     """One server, or a cluster."""
 
     def ask(self, *command: Any, limit: float) -> Awaitable[Any]:
-        """The reply to one command within `limit` seconds; bytes, integers, None and lists of these.
+        """The reply to one command within `limit` seconds; bytes, integers, None and lists of
+        these.
 
         Raises:
-            DOWN: no reply, or one that refuses. Unless it is a refusal, it is not known whether the server acted.
+            DOWN: no reply, or one that refuses. Unless it is a refusal, it is not known whether the
+                server acted.
         """
         ...
 
@@ -79,12 +82,14 @@ def connect(url: str, *, timeout: float) -> Commands:
     """Commands to the server that `url` names, or to the cluster (`redis+cluster://`,
     `rediss+cluster://`; one or more of its nodes). Nothing is connected yet."""
     limits: dict[str, Any] = {
-        # `ask` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a cancelled asyncio.wait_for
-        # returns what happens to be there, and the wait goes on past the request's deadline.
+        # `ask` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a
+        # cancelled asyncio.wait_for returns what happens to be there, and the wait goes on past the
+        # request's deadline.
         "socket_timeout": None,
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
-        # With RESP3 the server may push between answers, so redis-py takes a connection with unread data for sound.
+        # With RESP3 the server may push between answers, so redis-py takes a connection with unread
+        # data for sound.
         "protocol": 2,
     }
     if "+cluster://" not in url:

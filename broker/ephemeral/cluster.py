@@ -1,23 +1,23 @@
 """Redis Cluster router: sends each command to the node that owns the slot of its key.
 
 **Connections.** Each node that owns slots has one multiplexed connection
-(`broker.ephemeral.sender`), made when the first command needs it. The connection of a node that owns
-nothing any more is closed when no caller waits on it.
+(`broker.ephemeral.sender`), made when the first command needs it. The connection of a node that
+owns nothing any more is closed when no caller waits on it.
 
-**Topology.** The first commands wait for one read of the topology. A read asks all known nodes and all
-seeds at once. An answer says which node owns which slots, and at which config epoch. The newest claim to
-a slot counts, so an outdated node misleads no caller. Once one node has answered, the others have
-`_ROUND` seconds, so a node that hangs delays no caller further. The topology is read again when an
-owner's connection ends by a fault, a reply that is overdue among them, and on MOVED and CLUSTERDOWN; from
-then on every `_PAUSE` seconds until each owner of slots has answered. So after a replica's promotion its
-slots are served within `_PAUSE` and one read.
+**Topology.** The first commands wait for one read of the topology. A read asks all known nodes and
+all seeds at once. An answer says which node owns which slots, and at which config epoch. The newest
+claim to a slot counts, so an outdated node misleads no caller. Once one node has answered, the
+others have `_ROUND` seconds, so a node that hangs delays no caller further. The topology is read
+again when an owner's connection ends by a fault, a reply that is overdue among them, and on MOVED
+and CLUSTERDOWN; from then on every `_PAUSE` seconds until each owner of slots has answered. So
+after a replica's promotion its slots are served within `_PAUSE` and one read.
 
-A node is reached at the host that the cluster announces (`cluster-preferred-endpoint-type`). Where the
-cluster announces none, it is reached at the host through which it was asked.
+A node is reached at the host that the cluster announces (`cluster-preferred-endpoint-type`). Where
+the cluster announces none, it is reached at the host through which it was asked.
 
-**Nothing one-time is sent twice.** MOVED, ASK and TRYAGAIN say that the node did not run the command, so
-it is sent again within the caller's limit. After any other failure it is unknown whether the node acted,
-so the caller is told.
+**Nothing one-time is sent twice.** MOVED, ASK and TRYAGAIN say that the node did not run the
+command, so it is sent again within the caller's limit. After any other failure it is unknown
+whether the node acted, so the caller is told.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _KEYLESS = frozenset(("INFO", "TIME"))
 
 
 class _Claim(NamedTuple):
-    """Ownership of a range of slots. The largest claim counts: the newest; of equals the owner's own."""
+    """Ownership of a range of slots. The largest claim counts: the newest; of equals the owner's
+    own.
+    """
 
     epoch: int
     own: bool
@@ -61,8 +63,8 @@ class _Answer(NamedTuple):
 
 
 class ClusterRouter:
-    """Commands to a cluster. `node` makes the connection to an address, which calls back when it ends by
-    a fault. `timeout` in seconds limits a read of the topology."""
+    """Commands to a cluster. `node` makes the connection to an address, which calls back when it
+    ends by a fault. `timeout` in seconds limits a read of the topology."""
 
     def __init__(
         self,
@@ -85,12 +87,12 @@ class ClusterRouter:
         self._fault: BaseException | None = None  # why a node did not tell the topology
 
     async def ask(self, *command: Any, limit: float) -> Any:
-        """The reply to a command, within `limit` seconds. Its keys share a slot. Without a key any node
-        answers.
+        """The reply to a command, within `limit` seconds. Its keys share a slot. Without a key any
+        node answers.
 
         Raises:
-            TimeoutError, OSError, RedisError: no reply, or one that refuses. It is not known whether the
-                server acted.
+            TimeoutError, OSError, RedisError: no reply, or one that refuses. It is not known
+                whether the server acted.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
@@ -215,7 +217,9 @@ class ClusterRouter:
         pending, answers, end = set(tasks), dict[Address, _Answer](), loop.time() + self._timeout
         try:
             while pending and (left := end - loop.time()) > 0:
-                done, pending = await asyncio.wait(pending, timeout=left, return_when=FIRST_COMPLETED)
+                done, pending = await asyncio.wait(
+                    pending, timeout=left, return_when=FIRST_COMPLETED
+                )
                 answers |= {tasks[task]: answer for task in done if (answer := task.result())}
                 if answers:
                     end = min(end, loop.time() + _ROUND)
@@ -257,8 +261,8 @@ def _key(command: tuple[Any, ...]) -> bytes | None:
 
 
 def _parsed(host: str, nodes: bytes, slots: list[Any]) -> _Answer:
-    """The topology from a node's replies to CLUSTER NODES, which has the epochs, and to CLUSTER SLOTS,
-    which has the addresses for clients. The node was asked at `host`."""
+    """The topology from a node's replies to CLUSTER NODES, which has the epochs, and to CLUSTER
+    SLOTS, which has the addresses for clients. The node was asked at `host`."""
     epochs, me = dict[str, int](), ""
     for line in nodes.decode().splitlines():
         name, _, flags, _, _, _, epoch, *_ = line.split(" ")

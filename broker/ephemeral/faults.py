@@ -1,8 +1,9 @@
 """Error classification: names the cause of a failed Redis command for the metric and the log.
 
-`broker_redis_failures_total` counts by `cause`, one of `CAUSES`. The log has one line a second for each cause at most, which
-says how many failures it stands for. The text of an error may quote a key or an argument, so only the exception's type and
-the server's error code (its first word, like `OOM`) are logged.
+`broker_redis_failures_total` counts by `cause`, one of `CAUSES`. The log has one line a second for
+each cause at most, which says how many failures it stands for. The text of an error may quote a key
+or an argument, so only the exception's type and the server's error code (its first word, like
+`OOM`) are logged.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ CAUSES: tuple[Cause, ...] = get_args(Cause)
 _PAUSE = 1.0  # seconds between two lines of one cause
 _CODE = re.compile(r"[A-Z]{2,20}(?= |$)")
 
-# The first that fits: redis-py derives some of these from others. It drops the codes of errors that it has a type for.
+# The first that fits: redis-py derives some of these from others. It drops the codes of errors that
+# it has a type for.
 _BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
     (exceptions.OutOfMemoryError, "oom"),
     (exceptions.NoPermissionError, "noperm"),
@@ -56,7 +58,9 @@ _BY_CODE: dict[str, Cause] = {"BUSY": "busy", "MISCONF": "misconf", "NOREPLICAS"
 
 
 def cause_of(fault: BaseException) -> tuple[Cause, BaseException]:
-    """The cause of a failure and the exception that shows it: where a connection ended, what ended it."""
+    """The cause of a failure and the exception that shows it: where a connection ended, what ended
+    it.
+    """
     seen: BaseException | None = fault
     while seen is not None:
         found = _cause_of_one(seen)

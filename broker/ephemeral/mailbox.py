@@ -1,26 +1,34 @@
-"""Mail codes at rest: put, peek, judge, drop. Each is one Lua script, so one round trip, and atomic.
+"""Mail codes at rest: put, peek, judge, drop. Each is one Lua script, so one round trip, and
+atomic.
 
-**Names.** All keys of an app share its hash tag, so that one script may change them together in a cluster too:
+**Names.** All keys of an app share its hash tag, so that one script may change them together in a
+cluster too:
 
     m:{app}:C         a mail code; C is the digest of its id
-    o:{app}:G         those of one purpose and mailbox, or of one purpose and user, by end of life: what a new one may replace
-    w:{app}:L         when codes were made for one purpose and mailbox, or for one user: what the rate is counted by
+    o:{app}:G         those of one purpose and mailbox, or of one purpose and user, by end of life:
+                      what a new one may replace
+    w:{app}:L         when codes were made for one purpose and mailbox, or for one user: what the
+                      rate is counted by
 
-**What a dump is worth.** Ids, secrets and codes are stored as SHA-256 only. Six digits are guessed in a blink, so the digest of the
-code takes in the secret, which has more than 256 bits of chance and stands nowhere: whoever has only the dump can't try a
-single code against it. Address, purpose and metadata are there in the clear, for the backend reads them back.
+**What a dump is worth.** Ids, secrets and codes are stored as SHA-256 only. Six digits are guessed
+in a blink, so the digest of the code takes in the secret, which has more than 256 bits of chance
+and stands nowhere: whoever has only the dump can't try a single code against it. Address, purpose
+and metadata are there in the clear, for the backend reads them back.
 
-**Judging is counting.** A guess with the right secret is counted before it is compared, by a write; so a server that refuses writes
-judges nothing, and of N parallel guesses no more are compared than the code allows. The right one deletes the record in the same script: of N
-parallel right ones one succeeds. A guess without the right secret is nobody's attempt: it counts nothing and learns nothing.
+**Judging is counting.** A guess with the right secret is counted before it is compared, by a write;
+so a server that refuses writes judges nothing, and of N parallel guesses no more are compared than
+the code allows. The right one deletes the record in the same script: of N parallel right ones one
+succeeds. A guess without the right secret is nobody's attempt: it counts nothing and learns
+nothing.
 
-**Time.** Every record carries its end by the broker's clock. It stays for `GRACE` seconds beyond, in which it answers nothing but
-that it has expired.
+**Time.** Every record carries its end by the broker's clock. It stays for `GRACE` seconds beyond,
+in which it answers nothing but that it has expired.
 
-**Bounds.** One purpose and mailbox, or purpose and user, has at most `PENDING` codes; a newer one pushes out the oldest, also where
-no rate is asked for. An operator can compute: keys = codes of the last 20 minutes + two for each mailbox and two for each user that
-they are for; a code takes about 0.5 kB and its metadata. The keys that a script deletes by name it finds in `o:{app}:G`; they begin with
-the same tag, so they are in the slot that the script runs in.
+**Bounds.** One purpose and mailbox, or purpose and user, has at most `PENDING` codes; a newer one
+pushes out the oldest, also where no rate is asked for. An operator can compute: keys = codes of the
+last 20 minutes + two for each mailbox and two for each user that they are for; a code takes about
+0.5 kB and its metadata. The keys that a script deletes by name it finds in `o:{app}:G`; they begin
+with the same tag, so they are in the slot that the script runs in.
 """
 
 from __future__ import annotations
@@ -44,11 +52,13 @@ PER_USER = 10  # codes for one user in a window, of whatever purpose
 
 Verdict = Literal["right", "wrong", "exhausted", "spent", "expired", "unknown"]
 
-# KEYS: m, then pairs of o and w: the mailbox's and, where there is a user, the user's.
-# ARGV: 1 record, 2 digest of the secret, 3 digest of the code, 4 end in ms, 5 attempts, 6 name of the code, 7 what names begin with,
-#       8 now in ms, 9 life in ms, 10 grace in ms, 11 window in ms, 12 codes of a group, 13 whether to replace the others,
-#       14 whether the rate counts, 15 and 16 the rates of mailbox and user.
-# Answers the ms to wait for; 0: stored. HSET is the first write: a full server refuses it, and lets later ones of the script go on.
+# KEYS: m, then pairs of o and w: the mailbox's and, where there is a user, the user's. ARGV: 1
+# record, 2 digest of the secret, 3 digest of the code, 4 end in ms, 5 attempts, 6 name of the code,
+# 7 what names begin with,
+#       8 now in ms, 9 life in ms, 10 grace in ms, 11 window in ms, 12 codes of a group, 13 whether
+#       to replace the others, 14 whether the rate counts, 15 and 16 the rates of mailbox and user.
+# Answers the ms to wait for; 0: stored. HSET is the first write: a full server refuses it, and lets
+# later ones of the script go on.
 _PUT = Script("""
 local now, window = tonumber(ARGV[8]), tonumber(ARGV[11])
 local since = '(' .. string.format('%.0f', now - window)
@@ -94,7 +104,8 @@ end
 return 0
 """)
 
-# KEYS: m. ARGV: digest of the secret, digest of the code, now in ms. Answers a verdict, and the record where a guess was counted.
+# KEYS: m. ARGV: digest of the secret, digest of the code, now in ms. Answers a verdict, and the
+# record where a guess was counted.
 _JUDGE = Script("""
 local f = redis.call('HMGET', KEYS[1], 's', 'c', 'e', 'n', 'r')
 if not f[1] or f[1] ~= ARGV[1] then
@@ -120,9 +131,11 @@ _DROP = Script("return redis.call('DEL', KEYS[1])")
 
 @dataclass(frozen=True, slots=True)
 class MailCode:
-    """A 6-digit code that proves that somebody reads a mailbox, without the code and its secret. Times in seconds since the epoch.
+    """A 6-digit code that proves that somebody reads a mailbox, without the code and its secret.
+    Times in seconds since the epoch.
 
-    `external_id` is the caller's user, whom the app need not know (yet); `attempts_left` counts the guesses that will be judged.
+    `external_id` is the caller's user, whom the app need not know (yet); `attempts_left` counts the
+    guesses that will be judged.
     """
 
     id: str
@@ -137,7 +150,9 @@ class MailCode:
 
 
 class MailCodes:
-    """The store of mail codes, on the ephemeral store's connections. Every method raises `Unavailable`."""
+    """The store of mail codes, on the ephemeral store's connections. Every method raises
+    `Unavailable`.
+    """
 
     def __init__(self, ephemeral: Ephemeral) -> None:
         self._ephemeral = ephemeral
@@ -145,14 +160,15 @@ class MailCodes:
     async def put(
         self, code: MailCode, secret: str, digits: str, *, counted: bool, replace_others: bool
     ) -> int:
-        """Store a code that `secret` and `digits` redeem. Returns 0, or the whole seconds after which the rate allows one; then
-        nothing was stored.
+        """Store a code that `secret` and `digits` redeem. Returns 0, or the whole seconds after
+        which the rate allows one; then nothing was stored.
 
-        `counted`: the rate is asked for, and this one counts. `replace_others`: the other codes of the same purpose are deleted, the user's
-        where the code has one, else the mailbox's.
+        `counted`: the rate is asked for, and this one counts. `replace_others`: the other codes of
+        the same purpose are deleted, the user's where the code has one, else the mailbox's.
         """
         app, name = code.app_id, _name(code.app_id, code.id)
-        # Addresses are compared byte for byte, but spelt in another case they are mostly one mailbox: the rate can't be dodged so.
+        # Addresses are compared byte for byte, but spelt in another case they are mostly one
+        # mailbox: the rate can't be dodged so.
         places: list[tuple[str, ...]] = [
             ("mailbox", code.purpose, code.email),
             ("mailbox", code.purpose, code.email.lower()),
@@ -160,7 +176,8 @@ class MailCodes:
         if code.external_id is not None:
             places += [("user", code.purpose, code.external_id), ("user", code.external_id)]
         groups = [
-            b"%s:{%s}:%s" % (b"ow"[n % 2 : n % 2 + 1], app.encode(), text(_digest(app, *place)).encode())
+            b"%s:{%s}:%s"
+            % (b"ow"[n % 2 : n % 2 + 1], app.encode(), text(_digest(app, *place)).encode())
             for n, place in enumerate(places)
         ]
         wait: int = await self._ephemeral.run(
@@ -276,5 +293,13 @@ def _load(app_id: str, code_id: str, record: bytes, left: int) -> MailCode | Non
         return None
     purpose, email, external_id, metadata, created_at, expires_at = values
     return MailCode(
-        code_id, app_id, purpose, email, external_id, metadata, created_at, expires_at, attempts_left=left
+        code_id,
+        app_id,
+        purpose,
+        email,
+        external_id,
+        metadata,
+        created_at,
+        expires_at,
+        attempts_left=left,
     )

@@ -1,15 +1,18 @@
 """One-time values as bytes: a line of JSON, a NUL, then the byte strings as they are.
 
-The JSON is an array, a tag with the format's number and then what the value has, in an order of its kind; a byte string stands there as
-its length and follows behind the NUL, which JSON can't hold. A third smaller than base64 in JSON, and as quick. The app is left out: it is
-part of every key's digest, so who finds a record knows it. So is the owner of an offered passkey, the record's user.
+The JSON is an array, a tag with the format's number and then what the value has, in an order of its
+kind; a byte string stands there as its length and follows behind the NUL, which JSON can't hold. A
+third smaller than base64 in JSON, and as quick. The app is left out: it is part of every key's
+digest, so who finds a record knows it. So is the owner of an offered passkey, the record's user.
 
-A tag that this code doesn't know is of newer code, in a roll-back say: the value is as unknown, and its owner starts over. Each kind has
-its own two functions, for a login runs through eight of them; a new field is a new tag.
+A tag that this code doesn't know is of newer code, in a roll-back say: the value is as unknown, and
+its owner starts over. Each kind has its own two functions, for a login runs through eight of them;
+a new field is a new tag.
 
-A transaction stands with its pending ceremony in one value (`Beginning` in `broker.model`): a plus sign, the digest of the only handle
-that may take the ceremony, its length in two bytes, the ceremony, then the transaction; or a minus sign and the transaction. Scripts of
-`broker.ephemeral` read that much of it, and the transaction's tag.
+A transaction stands with its pending ceremony in one value (`Beginning` in `broker.model`): a plus
+sign, the digest of the only handle that may take the ceremony, its length in two bytes, the
+ceremony, then the transaction; or a minus sign and the transaction. Scripts of `broker.ephemeral`
+read that much of it, and the transaction's tag.
 """
 
 from __future__ import annotations
@@ -52,12 +55,16 @@ def _split(stored: bytes) -> tuple[Any, bytes]:
     return orjson.loads(head), blobs
 
 
-# -- what is inside of others -----------------------------------------------------------------------------------------------------
+# -- what is inside of others ----------------------------------------------------------------------
 
 
 def _asked(asked: Asked) -> list[Any] | None:
     """Nothing asked is stored as null: most ceremonies."""
-    return None if asked is NOTHING_ASKED or asked == NOTHING_ASKED else list(fields_of(asked).values())
+    return (
+        None
+        if asked is NOTHING_ASKED or asked == NOTHING_ASKED
+        else list(fields_of(asked).values())
+    )
 
 
 def _asked_of(stored: list[Any] | None) -> Asked:
@@ -127,12 +134,12 @@ def _offered_of(stored: list[Any], blobs: bytes, app_id: str, user_id: str) -> t
     return tuple(found)
 
 
-# -- transactions and their pending ceremonies ------------------------------------------------------------------------------------
+# -- transactions and their pending ceremonies -----------------------------------------------------
 
 
 def head_of(purpose: Purpose, beginning: Beginning) -> bytes:
-    """How the record of a transaction begins which this may begin: what a script compares before it writes. One whose passkeys are to be
-    looked up begins when it is known who is allowed."""
+    """How the record of a transaction begins which this may begin: what a script compares before it
+    writes. One whose passkeys are to be looked up begins when it is known who is allowed."""
     if purpose == "register":
         return _HEADS[_REGISTER]
     return _HEADS[_AUTHENTICATE if beginning.allowed is None else _LOOK_UP]
@@ -178,7 +185,17 @@ def load_transaction(app_id: str, stored: bytes) -> Transaction | None:
         _, user_id, external_id, offered, asked, ends = head
         held = _offered_of(offered, blobs, app_id, user_id) if offered else ()
         return Transaction(
-            app_id, "authenticate", user_id, external_id, "", "", "", "", held, _asked_of(asked), ends
+            app_id,
+            "authenticate",
+            user_id,
+            external_id,
+            "",
+            "",
+            "",
+            "",
+            held,
+            _asked_of(asked),
+            ends,
         )
     if head[0] == _REGISTER:
         _, user_id, external_id, handle, user_name, display_name, nickname, asked, ends = head
@@ -199,7 +216,9 @@ def load_transaction(app_id: str, stored: bytes) -> Transaction | None:
 
 
 def dump_beginning(handle: bytes, beginning: Beginning) -> bytes:
-    """What stands before a transaction once a ceremony was begun; `handle` is the digest of the only handle that may take it."""
+    """What stands before a transaction once a ceremony was begun; `handle` is the digest of the
+    only handle that may take it.
+    """
     challenge, begun_at, life, (user, second, weaker), algorithms, allowed, attachment = beginning
     head = orjson.dumps(
         (_BEGINNING, begun_at, life, user[0] + second[0], weaker, algorithms, allowed, attachment)
@@ -208,7 +227,9 @@ def dump_beginning(handle: bytes, beginning: Beginning) -> bytes:
 
 
 def load_beginning(record: bytes) -> Beginning | None:
-    """A beginning, without what stands before it; None for a format that this code does not know."""
+    """A beginning, without what stands before it; None for a format that this code does not
+    know.
+    """
     tag, *values = orjson.loads(record[_CHALLENGE:])
     if tag != _BEGINNING:
         return None
@@ -224,7 +245,7 @@ def load_beginning(record: bytes) -> Beginning | None:
     )
 
 
-# -- pending ceremonies without a transaction -------------------------------------------------------------------------------------
+# -- pending ceremonies without a transaction ------------------------------------------------------
 
 
 def dump_pending(p: PendingRegistration | PendingAuthentication) -> bytes:
@@ -273,7 +294,19 @@ def load_pending(app_id: str, stored: bytes) -> PendingRegistration | PendingAut
         return None
     head, blobs = _split(stored)
     if head[0] == _AUTHENTICATION:
-        _, length, user_id, external_id, allowed, offered, approval, asked, verification, begun, ends = head
+        (
+            _,
+            length,
+            user_id,
+            external_id,
+            allowed,
+            offered,
+            approval,
+            asked,
+            verification,
+            begun,
+            ends,
+        ) = head
         held = _offered_of(offered, blobs[length:], app_id, user_id) if offered else ()
         return PendingAuthentication(
             app_id,
@@ -312,7 +345,7 @@ def load_pending(app_id: str, stored: bytes) -> PendingRegistration | PendingAut
     return None
 
 
-# -- nonces -----------------------------------------------------------------------------------------------------------------------
+# -- nonces ----------------------------------------------------------------------------------------
 
 
 def dump_redeemable(r: Redeemable) -> bytes:

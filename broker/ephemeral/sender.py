@@ -1,23 +1,28 @@
 """One connection to one Redis server, shared by every caller of the process.
 
-**Why.** redis-py takes a connection from a pool for each command, packs, writes, waits, reads and gives it back: 30 to 50 microseconds of
-our CPU, several times what the server needs. Here callers queue. What gathers in a few turns of the event loop (`broker.gathering`) goes
-out in one write, the replies come back in the order of the commands, and each is handed to the caller whose turn it is as soon as its bytes
-are here. The connection is redis-py's: making it, TLS, AUTH and SELECT stay there. Once it stands, its transport speaks to us; hiredis
-packs and parses, as it does for redis-py, and redis-py names the errors.
+**Why.** redis-py takes a connection from a pool for each command, packs, writes, waits, reads and
+gives it back: 30 to 50 microseconds of our CPU, several times what the server needs. Here callers
+queue. What gathers in a few turns of the event loop (`broker.gathering`) goes out in one write, the
+replies come back in the order of the commands, and each is handed to the caller whose turn it is as
+soon as its bytes are here. The connection is redis-py's: making it, TLS, AUTH and SELECT stay
+there. Once it stands, its transport speaks to us; hiredis packs and parses, as it does for
+redis-py, and redis-py names the errors.
 
-**Nothing is sent twice.** A command is written once or not at all. Whoever gave up before the write is left out of it; whoever gave up
-after it leaves a place in the queue, so their reply is dropped and never given to another. When the connection ends, everybody who
-waits gets a `ConnectionError`: whether the server acted is unknown, and a one-time command that is repeated would burn what it took.
-The next command opens a new connection.
+**Nothing is sent twice.** A command is written once or not at all. Whoever gave up before the write
+is left out of it; whoever gave up after it leaves a place in the queue, so their reply is dropped
+and never given to another. When the connection ends, everybody who waits gets a `ConnectionError`:
+whether the server acted is unknown, and a one-time command that is repeated would burn what it
+took. The next command opens a new connection.
 
-**Every wait has an end.** One clock tick for all callers, every 50 ms while somebody waits: it fails the callers whose own limit has
-passed. It ends the connection when the reply that is due next has been out for the whole limit, for then the server hangs or the network
-swallows, and everybody behind that reply would wait in vain. A server that answers others answers us: replies have one order, so a slow
-script delays all callers of this process by its own time, as it does all clients of a server with one thread.
+**Every wait has an end.** One clock tick for all callers, every 50 ms while somebody waits: it
+fails the callers whose own limit has passed. It ends the connection when the reply that is due next
+has been out for the whole limit, for then the server hangs or the network swallows, and everybody
+behind that reply would wait in vain. A server that answers others answers us: replies have one
+order, so a slow script delays all callers of this process by its own time, as it does all clients
+of a server with one thread.
 
-A replica refuses writes with READONLY. After a failover that is what the old address may be, so such a reply ends the connection too, and
-the next one asks the name service again.
+A replica refuses writes with READONLY. After a failover that is what the old address may be, so
+such a reply ends the connection too, and the next one asks the name service again.
 """
 
 from __future__ import annotations
@@ -42,8 +47,8 @@ PROBE = b"ready"  # the key that `check` writes
 
 
 class _Waiting:
-    """A caller: its reply's future, the loop's time by which it must be here, and when it was written.
-    `whole`: it got the whole limit. `asking`: ASKING is sent right before the command."""
+    """A caller: its reply's future, the loop's time by which it must be here, and when it was
+    written. `whole`: it got the whole limit. `asking`: ASKING is sent right before the command."""
 
     __slots__ = ("asking", "deadline", "packed", "reply", "sent", "whole")
 
@@ -59,11 +64,15 @@ class _Waiting:
 
 
 class _Link(asyncio.Protocol):
-    """A connection and its queue, from connecting to its end. An ended one is never used again. `on_end`
-    is called when it ends by a fault."""
+    """A connection and its queue, from connecting to its end. An ended one is never used again.
+    `on_end` is called when it ends by a fault."""
 
     def __init__(
-        self, connection: AbstractConnection, timeout: float, batch: Batch, on_end: Callable[[], None]
+        self,
+        connection: AbstractConnection,
+        timeout: float,
+        batch: Batch,
+        on_end: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._batch = batch
@@ -72,7 +81,9 @@ class _Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
         self._replies = hiredis.Reader(
-            protocolError=InvalidResponse, replyError=DefaultParser.parse_error, notEnoughData=_NOT_YET
+            protocolError=InvalidResponse,
+            replyError=DefaultParser.parse_error,
+            notEnoughData=_NOT_YET,
         )
         self._unsent: list[_Waiting] = []
         self.due: deque[_Waiting] = deque()
@@ -170,7 +181,8 @@ class _Link(asyncio.Protocol):
         now = self._loop.time()
         assert self._tick is not None
         if now - self._tick.when() > _TICK and not self.ended and not self._postponed:
-            # We were late ourselves, so replies may lie unread: they come first. Once, for a loop may be late at every tick.
+            # We were late ourselves, so replies may lie unread: they come first. Once, for a loop
+            # may be late at every tick.
             self._postponed = True
             self._tick = self._loop.call_later(_TICK, self._look_at_the_clock)
             return
@@ -178,9 +190,11 @@ class _Link(asyncio.Protocol):
         for waiting in (*self.due, *self._unsent):
             if waiting.deadline <= now and not waiting.reply.done():
                 waiting.reply.set_exception(TimeoutError())
-        # Who was given the whole limit has waited it out since before the write; nobody new shall queue behind that reply.
+        # Who was given the whole limit has waited it out since before the write; nobody new shall
+        # queue behind that reply.
         if self.due and (
-            self.due[0].sent + self._timeout <= now or (self.due[0].whole and self.due[0].deadline <= now)
+            self.due[0].sent + self._timeout <= now
+            or (self.due[0].whole and self.due[0].deadline <= now)
         ):
             self.end(TimeoutError())
         self._tick = (
@@ -214,9 +228,10 @@ class _Link(asyncio.Protocol):
 
 
 class Batch:
-    """Micro-batch of several connections: their commands are flushed together. The nodes of a cluster
-    share one. With a batch for each of three nodes, whose sizes vary, queues wait far longer to gather:
-    a login cost 1.47 times a single server's CPU then, and 1.08 times with one batch (16 in flight)."""
+    """Micro-batch of several connections: their commands are flushed together. The nodes of a
+    cluster share one. With a batch for each of three nodes, whose sizes vary, queues wait far
+    longer to gather: a login cost 1.47 times a single server's CPU then, and 1.08 times with one
+    batch (16 in flight)."""
 
     def __init__(self) -> None:
         self.links: set[_Link] = set()
@@ -245,8 +260,8 @@ class Batch:
 
 
 class Sender:
-    """Commands to one server. `timeout` in seconds limits a wait for the server, and the making of a
-    connection. `on_end` is called when a connection ends by a fault."""
+    """Commands to one server. `timeout` in seconds limits a wait for the server, and the making of
+    a connection. `on_end` is called when a connection ends by a fault."""
 
     def __init__(
         self,
@@ -271,11 +286,12 @@ class Sender:
         return cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py
 
     def ask(self, *command: Any, limit: float, asking: bool = False) -> asyncio.Future[Any]:
-        """The reply to a command, within `limit` seconds. `asking`: the server is the node of a cluster to
-        which the command's slot is being moved.
+        """The reply to a command, within `limit` seconds. `asking`: the server is the node of a
+        cluster to which the command's slot is being moved.
 
         Raises (by the future):
-            TimeoutError, OSError, RedisError: no reply, or one that refuses. It is not known whether the server acted.
+            TimeoutError, OSError, RedisError: no reply, or one that refuses. It is not known
+            whether the server acted.
         """
         link = self._link
         if link is None or link.ended:

@@ -1,9 +1,11 @@
 """The words of the domain, as types that don't change. No I/O, no clock, no third-party library.
 
-What every login makes several of is a NamedTuple, the rest are frozen dataclasses: those cost eight times as much to make.
+What every login makes several of is a NamedTuple, the rest are frozen dataclasses: those cost eight
+times as much to make.
 
-Times are seconds since the epoch (float) in one-time values and timezone-aware `datetime` in durable ones; lives are whole
-seconds. Ids (`RelyingParty.id`, `User.id`, `Credential.id`) are 24 ASCII alphanumerics. Byte strings are raw, never base64.
+Times are seconds since the epoch (float) in one-time values and timezone-aware `datetime` in
+durable ones; lives are whole seconds. Ids (`RelyingParty.id`, `User.id`, `Credential.id`) are 24
+ASCII alphanumerics. Byte strings are raw, never base64.
 """
 
 from __future__ import annotations
@@ -130,8 +132,9 @@ ID = re.compile(r"[A-Za-z0-9]{24}\Z")
 class RelyingParty:
     """One RP ID with its origins and its policy: "app" in URLs and on the command line.
 
-    `origins` are matched exactly against clientDataJSON: web origins (`https://example.com`) and app origins
-    (`android:apk-key-hash:…`). `related_origins` are web origins outside the RP ID (WebAuthn L3 §5.11), accepted alike.
+    `origins` are matched exactly against clientDataJSON: web origins (`https://example.com`) and
+    app origins (`android:apk-key-hash:…`). `related_origins` are web origins outside the RP ID
+    (WebAuthn L3 §5.11), accepted alike.
     """
 
     id: str
@@ -141,7 +144,9 @@ class RelyingParty:
     related_origins: tuple[str, ...] = ()
     policy: Policy = Policy()  # noqa: RUF009 - frozen, so one instance may be everybody's
     created_at: datetime | None = None  # None until it is stored
-    updated_at: datetime | None = None  # the version that an update replaces; None until it is stored
+    updated_at: datetime | None = (
+        None  # the version that an update replaces; None until it is stored
+    )
 
     @property
     def accepted_origins(self) -> tuple[str, ...]:
@@ -157,9 +162,10 @@ class RelyingParty:
         """Return itself, its origins in canonical form.
 
         Raises:
-            InvalidSetting: no name, an RP ID that is no domain, no origin, an origin that is not on the RP ID or below it,
-                plain http except on localhost; policy keys that contradict each other. Source: WebAuthn L3 §5.1.3 step "RP ID is a
-                registrable domain suffix of or is equal to the effective domain".
+            InvalidSetting: no name, an RP ID that is no domain, no origin, an origin that is not on
+                the RP ID or below it, plain http except on localhost; policy keys that contradict
+                each other. Source: WebAuthn L3 §5.1.3 step "RP ID is a registrable domain suffix of
+                or is equal to the effective domain".
         """
         if not 1 <= len(self.name) <= 128:
             raise InvalidSetting("The name has 1 to 128 characters.")
@@ -169,7 +175,9 @@ class RelyingParty:
         if not self.accepted_origins:
             raise InvalidSetting("An app needs at least one origin, like https://example.com.")
         related = tuple(dict.fromkeys(web_origin(origin) for origin in self.related_origins))
-        origins = tuple(dict.fromkeys(self._origin(o, rp_id) for o in self.origins if not _is(o, related)))
+        origins = tuple(
+            dict.fromkeys(self._origin(o, rp_id) for o in self.origins if not _is(o, related))
+        )
         policy = self.policy.checked()
         return replace(self, rp_id=rp_id, origins=origins, related_origins=related, policy=policy)
 
@@ -177,7 +185,9 @@ class RelyingParty:
     def _origin(origin: str, rp_id: str) -> str:
         if origin.startswith("android:"):
             if not re.fullmatch(r"android:apk-key-hash(-sha256)?:[A-Za-z0-9_-]{43}", origin):
-                raise InvalidSetting(f"{origin!r} is not android:apk-key-hash:<43 characters of base64url>.")
+                raise InvalidSetting(
+                    f"{origin!r} is not android:apk-key-hash:<43 characters of base64url>."
+                )
             return origin
         canonical = web_origin(origin)
         host = urlsplit(canonical).hostname or ""
@@ -236,7 +246,8 @@ class AuditRow:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """One of the app's users: the caller's `external_id` (compared byte for byte) and our random `handle` (43 ASCII characters).
+    """One of the app's users: the caller's `external_id` (compared byte for byte) and our random
+    `handle` (43 ASCII characters).
 
     `login_count` and `last_login_at` include passkeys revoked since.
     """
@@ -256,9 +267,10 @@ class User:
 class Credential:
     """A public key and what we know of it: a "passkey" to people.
 
-    `public_key` is a COSE_Key (CBOR); `user_handle` the handle it was registered with, which the authenticator returns;
-    `backup_eligible` is fixed at registration; `live` is false until redemption where the policy says so. A `second_factor` signs in
-    only in ceremonies that ask for one.
+    `public_key` is a COSE_Key (CBOR); `user_handle` the handle it was registered with, which the
+    authenticator returns; `backup_eligible` is fixed at registration; `live` is false until
+    redemption where the policy says so. A `second_factor` signs in only in ceremonies that ask for
+    one.
     """
 
     id: str
@@ -298,8 +310,8 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """Something that a user approves by signing it: `digest` is part of the challenge, `identifier` is the caller's and unique in
-    the app, `data` is JSON text for lists."""
+    """Something that a user approves by signing it: `digest` is part of the challenge, `identifier`
+    is the caller's and unique in the app, `data` is JSON text for lists."""
 
     identifier: str
     data: str
@@ -321,7 +333,8 @@ class ApprovalRecord:
 class RegistrationAnswer(NamedTuple):
     """What `navigator.credentials.create()` returned, decoded from base64url and not yet judged.
 
-    `attachment` and `resident_key` (`credProps.rk`) are None where the page does not say them, as many do not.
+    `attachment` and `resident_key` (`credProps.rk`) are None where the page does not say them, as
+    many do not.
     """
 
     credential_id: bytes
@@ -333,7 +346,9 @@ class RegistrationAnswer(NamedTuple):
 
 
 class AuthenticationAnswer(NamedTuple):
-    """What `navigator.credentials.get()` returned, decoded and not yet judged. `user_handle` stays text: see `ceremony`."""
+    """What `navigator.credentials.get()` returned, decoded and not yet judged. `user_handle` stays
+    text: see `ceremony`.
+    """
 
     credential_id: bytes
     client_data_json: bytes
@@ -362,7 +377,9 @@ class VerifiedRegistration(NamedTuple):
 
 
 class VerifiedAuthentication(NamedTuple):
-    """An authentication that satisfies WebAuthn L3 §7.2. `counter_regressed` is true only where the policy flags it."""
+    """An authentication that satisfies WebAuthn L3 §7.2. `counter_regressed` is true only where the
+    policy flags it.
+    """
 
     sign_count: int
     counter_regressed: bool
@@ -382,10 +399,12 @@ class Used(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What redemption tells the backend: who, and how it was proved. `at` is when the ceremony finished.
+    """What redemption tells the backend: who, and how it was proved. `at` is when the ceremony
+    finished.
 
-    `second_factor`: the ceremony was about second factors; it asked for no more than that, whichever passkey answered. `ownerless`:
-    nobody owned the passkey, and `external_id` is its own id.
+    `second_factor`: the ceremony was about second factors; it asked for no more than that,
+    whichever passkey answered. `ownerless`: nobody owned the passkey, and `external_id` is its own
+    id.
     """
 
     external_id: str
@@ -413,12 +432,18 @@ class Receipt(NamedTuple):
         if self.approval is not None:
             return "approve"
         if self.second_factor:
-            return "register_second_factor" if self.purpose == "register" else "authenticate_second_factor"
+            return (
+                "register_second_factor"
+                if self.purpose == "register"
+                else "authenticate_second_factor"
+            )
         return self.purpose
 
 
 class Redeemable(NamedTuple):
-    """What a nonce stands for: the receipt, and the transaction (digest of its id) that the caller may expect."""
+    """What a nonce stands for: the receipt, and the transaction (digest of its id) that the caller
+    may expect.
+    """
 
     receipt: Receipt
     transaction: bytes | None
@@ -431,7 +456,9 @@ def fields_of(value: object) -> dict[str, Any]:
 
 
 def base64url(raw: bytes) -> str:
-    """Unpadded base64url (RFC 4648 §5). The standard library's takes four calls more, and a login has a dozen."""
+    """Unpadded base64url (RFC 4648 §5). The standard library's takes four calls more, and a login
+    has a dozen.
+    """
     return b2a_base64(raw, newline=False).rstrip(b"=").translate(_URL_SAFE).decode("ascii")
 
 

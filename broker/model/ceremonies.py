@@ -1,32 +1,45 @@
-"""Ceremonies in progress: the transaction that permits one, the pending ceremony, and who may finish it.
+"""Ceremonies in progress: the transaction that permits one, the pending ceremony, and who may
+finish it.
 
-A ceremony is finished by its opener. `Opener` and `FinishKind` are part of the name under which a pending ceremony is stored, so the
-finish of another dialect, or of another kind of ceremony, finds nothing.
+A ceremony is finished by its opener. `Opener` and `FinishKind` are part of the name under which a
+pending ceremony is stored, so the finish of another dialect, or of another kind of ceremony, finds
+nothing.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from broker.model.policy import Asked, Attachment, Trust, UserVerification, Verifications, verification
+from broker.model.policy import (
+    Asked,
+    Attachment,
+    Trust,
+    UserVerification,
+    Verifications,
+    verification,
+)
 
 Purpose = Literal["register", "authenticate"]
 # What a finished ceremony proves: a login is "authenticate" and nothing else.
-Proof = Literal["register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"]
-# Which finish ends a ceremony that its challenge finds; of one that a handle or a user finds, the purpose says it.
+Proof = Literal[
+    "register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"
+]
+# Which finish ends a ceremony that its challenge finds; of one that a handle or a user finds, the
+# purpose says it.
 FinishKind = Proof | Literal["approve_second_factor"]
-# Who begins a ceremony: a dialect, and whether with a key. Part of the name under which a ceremony is
-# stored, so that no other dialect's finish finds it.
+# Who begins a ceremony: a dialect, and whether with a key. Part of the name under which a ceremony
+# is stored, so that no other dialect's finish finds it.
 Opener = Literal["page", "keyed", "hanko", "hanko_keyless", "passlock", "propelauth"]
 
 MAX_REFUSALS = 10  # refused finishes of one transaction; the last of them ends it
 
 
 class Offered(NamedTuple):
-    """A passkey that a ceremony offers, with what judging its answer needs: what was read when it was offered isn't read again.
+    """A passkey that a ceremony offers, with what judging its answer needs: what was read when it
+    was offered isn't read again.
 
-    All but `sign_count` and `backed_up` never change; those two are judged by the write that records the sign-in, which also decides
-    whether the passkey is still there and live.
+    All but `sign_count` and `backed_up` never change; those two are judged by the write that
+    records the sign-in, which also decides whether the passkey is still there and live.
     """
 
     id: str
@@ -45,10 +58,11 @@ class Offered(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """Permission for one ceremony. Lives in the ephemeral store until finish takes it or `expires_at` passes.
+    """Permission for one ceremony. Lives in the ephemeral store until finish takes it or
+    `expires_at` passes.
 
-    `user_id` is None for an authentication of whoever owns the passkey that answers, and for a registration whose passkey nobody
-    owns yet.
+    `user_id` is None for an authentication of whoever owns the passkey that answers, and for a
+    registration whose passkey nobody owns yet.
     """
 
     app_id: str
@@ -59,7 +73,9 @@ class Transaction(NamedTuple):
     user_name: str  # for purpose "register"; else "", as the next two
     user_display_name: str
     nickname: str
-    offered: tuple[Offered, ...]  # the user's passkeys for purpose "authenticate", unless they are very many
+    offered: tuple[
+        Offered, ...
+    ]  # the user's passkeys for purpose "authenticate", unless they are very many
     asked: Asked
     expires_at: float
 
@@ -71,7 +87,9 @@ class Transaction(NamedTuple):
 
 
 def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
-    """What finishing a ceremony is called in events: a second factor and an approval have words of their own."""
+    """What finishing a ceremony is called in events: a second factor and an approval have words of
+    their own.
+    """
     if isinstance(pending, PendingRegistration):
         return "second_factor.registered" if pending.asked.second_factor else "passkey.registered"
     if pending.approval is not None:
@@ -80,10 +98,12 @@ def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
 
 
 class Beginning(NamedTuple):
-    """What a begin adds to its transaction: the pending ceremony, but for what the transaction says.
+    """What a begin adds to its transaction: the pending ceremony, but for what the transaction
+    says.
 
-    `life` (seconds), `verifications` and `algorithms` (of a registration) are the policy's at that moment. `allowed` is None where the
-    transaction's `offered` say who may answer. `attachment` is what the options of a registration ask for, None where any will do.
+    `life` (seconds), `verifications` and `algorithms` (of a registration) are the policy's at that
+    moment. `allowed` is None where the transaction's `offered` say who may answer. `attachment` is
+    what the options of a registration ask for, None where any will do.
     """
 
     challenge: bytes
@@ -94,14 +114,18 @@ class Beginning(NamedTuple):
     allowed: tuple[str, ...] | None = None
     attachment: Attachment | None = None
 
-    def pending(self, name: bytes, transaction: Transaction) -> PendingRegistration | PendingAuthentication:
+    def pending(
+        self, name: bytes, transaction: Transaction
+    ) -> PendingRegistration | PendingAuthentication:
         """The whole pending ceremony. `name` is the digest of the transaction's id."""
         asked = transaction.asked
         user_verification = verification(self.verifications, asked)
         life = self.life if asked.life is None else min(asked.life, self.life)
         ends = min(self.begun_at + life, transaction.expires_at)
         if transaction.purpose == "register":
-            assert transaction.user_id is not None, "a registration has a user, also where nobody owns it"
+            assert transaction.user_id is not None, (
+                "a registration has a user, also where nobody owns it"
+            )
             return PendingRegistration(
                 transaction.app_id,
                 self.challenge,
@@ -137,7 +161,8 @@ class Beginning(NamedTuple):
 
 
 class PendingRegistration(NamedTuple):
-    """A begun registration: what was offered, to compare the answer with. Only `finish_registration` takes one.
+    """A begun registration: what was offered, to compare the answer with. Only
+    `finish_registration` takes one.
 
     `transaction` (digest of its id) is None where a keyed caller named the user.
     """
@@ -160,16 +185,19 @@ class PendingRegistration(NamedTuple):
 
     @property
     def discoverable(self) -> bool:
-        """Whether the options ask for a discoverable credential: for a passkey, not for a second factor."""
+        """Whether the options ask for a discoverable credential: for a passkey, not for a second
+        factor.
+        """
         return not self.asked.second_factor
 
 
 class PendingAuthentication(NamedTuple):
-    """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may answer; `offered` those of them that
-    need not be read again.
+    """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may
+    answer; `offered` those of them that need not be read again.
 
-    Without a user (`user_id` is None) it is discoverable: whoever owns the answering passkey signs in, and an empty `allowed` means
-    any. `approval` is the identifier of what the user approves by answering.
+    Without a user (`user_id` is None) it is discoverable: whoever owns the answering passkey signs
+    in, and an empty `allowed` means any. `approval` is the identifier of what the user approves by
+    answering.
     """
 
     app_id: str
@@ -197,11 +225,15 @@ def purpose_of(pending: Pending) -> Purpose:
 def finish_kind_of(pending: Pending) -> FinishKind:
     """The finish of a begun ceremony that its challenge finds."""
     approved = isinstance(pending, PendingAuthentication) and pending.approval is not None
-    return finish_kind(purpose_of(pending), second_factor=pending.asked.second_factor, approved=approved)
+    return finish_kind(
+        purpose_of(pending), second_factor=pending.asked.second_factor, approved=approved
+    )
 
 
 def finish_kind(purpose: Purpose, *, second_factor: bool, approved: bool = False) -> FinishKind:
-    """The finish that ends a ceremony of this purpose, about a second factor or an approval or neither."""
+    """The finish that ends a ceremony of this purpose, about a second factor or an approval or
+    neither.
+    """
     if approved:
         return "approve_second_factor" if second_factor else "approve"
     if second_factor:

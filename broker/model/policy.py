@@ -38,9 +38,10 @@ ALGORITHMS: dict[int, str] = {
 class Asked:
     """What the caller asks of one ceremony, beyond the app's policy and within it.
 
-    `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to exclude besides the user's own, and the
-    only ones that may answer. With `second_factor` the ceremony is about second factors: a registration makes one, an authentication
-    takes them too. With `ownerless` a passkey that nobody owns yet may answer.
+    `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to
+    exclude besides the user's own, and the only ones that may answer. With `second_factor` the
+    ceremony is about second factors: a registration makes one, an authentication takes them too.
+    With `ownerless` a passkey that nobody owns yet may answer.
     """
 
     user_verification: UserVerification | None = None
@@ -64,7 +65,9 @@ class Verifications(NamedTuple):
 
 
 def verification(of: Policy | Verifications, asked: Asked) -> UserVerification:
-    """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the policy allows that."""
+    """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the
+    policy allows that.
+    """
     base = of.second_factor_user_verification if asked.second_factor else of.user_verification
     wish = asked.user_verification
     return base if wish is None or (not of.allow_weaker and is_weaker(wish, base)) else wish
@@ -80,7 +83,9 @@ def _key(meaning: str, values: str = "") -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a relying party asks of ceremonies. Every key can be set with `broker app update --set key=value`; `broker policy` lists them."""
+    """What a relying party asks of ceremonies. Every key can be set with `broker app update --set
+    key=value`; `broker policy` lists them.
+    """
 
     user_verification: UserVerification = field(
         default="required", metadata=_key("whether the authenticator must verify the person")
@@ -91,7 +96,8 @@ class Policy:
     attestation_roots: tuple[str, ...] = field(
         default=(),
         metadata=_key(
-            "a chain to one of them is reported as verified", "PEM certificates, one after the other"
+            "a chain to one of them is reported as verified",
+            "PEM certificates, one after the other",
         ),
     )
     attestation_required: AttestationRequired = field(
@@ -105,7 +111,9 @@ class Policy:
     )
     hints: tuple[Hint, ...] = field(
         default=(),
-        metadata=_key("which authenticators browsers offer first", f"a list of {','.join(get_args(Hint))}"),
+        metadata=_key(
+            "which authenticators browsers offer first", f"a list of {','.join(get_args(Hint))}"
+        ),
     )
     authenticator_attachment: AttachmentPolicy = field(
         default="any", metadata=_key("where the page names none")
@@ -122,7 +130,8 @@ class Policy:
     live_at: LiveAt = field(default="finish", metadata=_key("when a new passkey starts to sign in"))
     transaction_life: int = field(default=600, metadata=_key("seconds that a transaction lives"))
     ceremony_life: int = field(
-        default=300, metadata=_key("seconds that a begun ceremony lives, never past its transaction's end")
+        default=300,
+        metadata=_key("seconds that a begun ceremony lives, never past its transaction's end"),
     )
     nonce_life: int = field(default=60, metadata=_key("seconds that a nonce lives"))
     discoverable_limit: int = field(
@@ -133,7 +142,9 @@ class Policy:
     )
     allow_weaker: bool = field(
         default=False,
-        metadata=_key("whether a keyed call may ask for less user verification than user_verification"),
+        metadata=_key(
+            "whether a keyed call may ask for less user verification than user_verification"
+        ),
     )
     second_factor_user_verification: UserVerification = field(
         default="preferred", metadata=_key("the same of a passkey that is only a second factor")
@@ -146,13 +157,17 @@ class Policy:
     )
     passlock_open_registration: bool = field(
         default=False,
-        metadata=_key("whether pages of old Passlock clients may register passkeys that nobody owns yet"),
+        metadata=_key(
+            "whether pages of old Passlock clients may register passkeys that nobody owns yet"
+        ),
     )
 
     @property
     def verifications(self) -> Verifications:
         """What decides about the user verification of one ceremony."""
-        return Verifications(self.user_verification, self.second_factor_user_verification, self.allow_weaker)
+        return Verifications(
+            self.user_verification, self.second_factor_user_verification, self.allow_weaker
+        )
 
     def verification(self, asked: Asked) -> UserVerification:
         """The user verification of one ceremony."""
@@ -160,7 +175,9 @@ class Policy:
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Policy:
-        """Build from the JSON that `dump` made. Unknown keys (of newer code) are ignored, missing ones take the default."""
+        """Build from the JSON that `dump` made. Unknown keys (of newer code) are ignored, missing
+        ones take the default.
+        """
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known
@@ -170,10 +187,13 @@ class Policy:
     def dump(self) -> dict[str, Any]:
         """Only what differs from the defaults, so that a default can change without a migration."""
         mine, default = asdict(self), asdict(Policy())
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in mine.items() if v != default[k]}
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in mine.items() if v != default[k]
+        }
 
     def set(self, key: str, text: str) -> Policy:
-        """Return a copy with `key` set from command-line `text`; lists are comma separated (PEM certificates concatenated).
+        """Return a copy with `key` set from command-line `text`; lists are comma separated (PEM
+        certificates concatenated).
 
         Raises:
             InvalidSetting: unknown key, or a value that the key can't take.
@@ -254,7 +274,9 @@ def _policy_value(key: str, text: str) -> object:
         return text
     if limits := _LIMITS.get(key):
         if not re.fullmatch(r"[0-9]{1,9}", text) or not limits[0] <= int(text) <= limits[1]:
-            raise InvalidSetting(f"{key} is a whole number from {limits[0]} to {limits[1]}, not {text!r}.")
+            raise InvalidSetting(
+                f"{key} is a whole number from {limits[0]} to {limits[1]}, not {text!r}."
+            )
         return int(text)
     if key in _SWITCHES:
         if text not in ("true", "false"):
@@ -287,7 +309,9 @@ def _policy_value(key: str, text: str) -> object:
 
 
 def _is_certificate(pem: str) -> bool:
-    """Whether OpenSSL reads it: a root that can't be read would fail every registration, not this command."""
+    """Whether OpenSSL reads it: a root that can't be read would fail every registration, not this
+    command.
+    """
     if not pem.isascii():
         return False
     try:

@@ -4,7 +4,8 @@ log       JSON lines, and libraries' records without anything that a caller sent
 metrics   what is counted and timed, with bounded labels; adds up over processes
 shared    where the processes of one service put their figures
 
-`Context` is who acts (an API key's id, "browser", "cli") and under which request id; the durable store writes both into events.
+`Context` is who acts (an API key's id, "browser", "cli") and under which request id; the durable
+store writes both into events.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ __all__ = [
 
 @dataclass(slots=True)
 class Context:
-    """Who acts (`actor` is "key:<id>", "browser" or "cli") and how long the request may still take."""
+    """Who acts (`actor` is "key:<id>", "browser" or "cli") and how long the request may still
+    take.
+    """
 
     request_id: str
     actor: str
@@ -52,7 +55,9 @@ def context() -> Context:
 
 
 def remaining(limit: float) -> float:
-    """Seconds that one wait may take: `limit`, or what is left of the running request if that is less."""
+    """Seconds that one wait may take: `limit`, or what is left of the running request if that is
+    less.
+    """
     deadline = CONTEXT.get(_NOBODY).deadline
     if deadline is None:
         return limit
@@ -61,7 +66,9 @@ def remaining(limit: float) -> float:
 
 
 class Stopwatch:
-    """Times one wait for a store: `with Stopwatch(metrics, "redis", "take"):`. A failure counts in `store_failures` as well."""
+    """Times one wait for a store: `with Stopwatch(metrics, "redis", "take"):`. A failure counts in
+    `store_failures` as well.
+    """
 
     __slots__ = ("_began", "_metrics", "_names")
 

@@ -1,18 +1,23 @@
 """Logs: JSON, one object a line, on standard error.
 
-A request makes one line, with the route's template (never the path), status, duration, app and request id. Nothing that came from a
-caller is logged except a well-formed request id, the app id of a route that matched, and a refused origin in the form that browsers
-write (`broker.web.refused_origins`); so no token, key, body, query or other header can reach a log. Of a library's record only what its source code says is kept: the logger, the place, the template of a message that has
-arguments, and an exception's type and trace. Arguments, finished messages and the texts of exceptions are dropped: aiohttp reports
-malformed requests with the bytes it could not parse, asyncio reports callbacks with their arguments, and either may hold an
-Authorization header. A log that can't be written to stops no request.
+A request makes one line, with the route's template (never the path), status, duration, app and
+request id. Nothing that came from a caller is logged except a well-formed request id, the app id of
+a route that matched, and a refused origin in the form that browsers write
+(`broker.web.refused_origins`); so no token, key, body, query or other header can reach a log. Of a
+library's record only what its source code says is kept: the logger, the place, the template of a
+message that has arguments, and an exception's type and trace. Arguments, finished messages and the
+texts of exceptions are dropped: aiohttp reports malformed requests with the bytes it could not
+parse, asyncio reports callbacks with their arguments, and either may hold an Authorization header.
+A log that can't be written to stops no request.
 
-**Lines may be held** for a moment (`hold`, in seconds) and then be made and written together: a line by itself costs a request as much
-as its look-ups. Nothing overtakes: a warning or an error takes what is held along and is written at once. A process that is killed loses
-what it held, so those who end by themselves call `flush`.
+**Lines may be held** for a moment (`hold`, in seconds) and then be made and written together: a
+line by itself costs a request as much as its look-ups. Nothing overtakes: a warning or an error
+takes what is held along and is written at once. A process that is killed loses what it held, so
+those who end by themselves call `flush`.
 
-**Lines of several processes stay whole** on one standard error: what is written at once is whole lines of at most 4096 bytes together,
-which a pipe takes in one piece (pipe(7), PIPE_BUF on Linux), and so do files and sockets. Nothing logged makes a longer line.
+**Lines of several processes stay whole** on one standard error: what is written at once is whole
+lines of at most 4096 bytes together, which a pipe takes in one piece (pipe(7), PIPE_BUF on Linux),
+and so do files and sockets. Nothing logged makes a longer line.
 """
 
 from __future__ import annotations
@@ -31,11 +36,16 @@ import orjson
 
 _MOST_HELD = 256
 _AT_ONCE = 4096  # bytes
-_LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+_LEVELS = {
+    logging.DEBUG: "debug",
+    logging.INFO: "info",
+    logging.WARNING: "warning",
+    logging.ERROR: "error",
+}
 
 
-# What a line tells: its time and severity, and of an event its word and its values, of a request what `Log.request` is given. Plain tuples,
-# for they are made with every request.
+# What a line tells: its time and severity, and of an event its word and its values, of a request
+# what `Log.request` is given. Plain tuples, for they are made with every request.
 _Event: TypeAlias = tuple[float, int, str, dict[str, Any]]
 _Request: TypeAlias = tuple[
     float, int, str, str, int, float, str | None, str, tuple[str, str, str | None] | None
@@ -43,8 +53,8 @@ _Request: TypeAlias = tuple[
 
 
 class Log:
-    """Writes one JSON line per call; `always` is in each. Lines below a warning may be held for `hold` seconds, while an event loop
-    runs; 0 holds none."""
+    """Writes one JSON line per call; `always` is in each. Lines below a warning may be held for
+    `hold` seconds, while an event loop runs; 0 holds none."""
 
     def __init__(
         self, stream: TextIO | None = None, *, level: str = "info", hold: float = 0.0, **always: Any
@@ -71,12 +81,15 @@ class Log:
         request_id: str,
         refusal: tuple[str, str, str | None] | None,
     ) -> None:
-        """The line of a request. `refusal` is its code, its reason and its hint. Every other text is one of ours or was checked, so none needs escaping in
-        JSON: a method of a closed list, a route's template, an app's id, a request id, a refusal's words."""
+        """The line of a request. `refusal` is its code, its reason and its hint. Every other text
+        is one of ours or was checked, so none needs escaping in JSON: a method of a closed list, a
+        route's template, an app's id, a request id, a refusal's words."""
         severity = logging.WARNING if status >= 500 else logging.INFO
         if severity >= self.level:
             held = self._held
-            held.append((time.time(), severity, method, route, status, seconds, app, request_id, refusal))
+            held.append(
+                (time.time(), severity, method, route, status, seconds, app, request_id, refusal)
+            )
             if len(held) == 1 or len(held) >= _MOST_HELD or severity >= logging.WARNING:
                 self._see_to(severity)
 
@@ -165,7 +178,9 @@ class _LibraryRecords(logging.Handler):
 
 
 def fault(error: BaseException | None) -> dict[str, str]:
-    """An exception as log fields: its type and where it was raised. Its text may quote a caller's bytes, so it is left out."""
+    """An exception as log fields: its type and where it was raised. Its text may quote a caller's
+    bytes, so it is left out.
+    """
     places = []
     trace = error.__traceback__ if error else None
     while trace is not None:

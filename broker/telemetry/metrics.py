@@ -1,12 +1,13 @@
-"""What is counted and timed, in plain lists. Labels are bounded: kinds, results, refusal codes, stores, route templates; never an app, a
-user or an origin.
+"""What is counted and timed, in plain lists. Labels are bounded: kinds, results, refusal codes,
+stores, route templates; never an app, a user or an origin.
 
-prometheus_client's own counters take a lock, look children up under a lock and walk the buckets: 2 to 4 microseconds an observation,
-and a login has some twenty. One event loop runs all that counts here, so no lock is needed, and a binary search finds the bucket. The
-library still writes the text: `Tally` is a collector like any other.
+prometheus_client's own counters take a lock, look children up under a lock and walk the buckets: 2
+to 4 microseconds an observation, and a login has some twenty. One event loop runs all that counts
+here, so no lock is needed, and a binary search finds the bucket. The library still writes the text:
+`Tally` is a collector like any other.
 
-`Tally.dump` and `Tally.others` let the figures of several processes add up (`broker.telemetry.shared`): a dump is JSON, and what the
-reader doesn't know of it is left out.
+`Tally.dump` and `Tally.others` let the figures of several processes add up
+(`broker.telemetry.shared`): a dump is JSON, and what the reader doesn't know of it is left out.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class Counts:
 
 
 class Times:
-    """How values spread, by labels: a count for each bucket and one for what is above, then the sum.
+    """How values spread, by labels: a count for each bucket and one for what is above, then the
+    sum.
 
-    What is observed is put aside and sorted in by the hundred: what is done often in a row costs a fraction of what is done now and then.
+    What is observed is put aside and sorted in by the hundred: what is done often in a row costs a
+    fraction of what is done now and then.
     """
 
     def __init__(self, name: str, help_: str, *labels: str, buckets: tuple[float, ...]) -> None:
@@ -95,7 +98,9 @@ class Times:
         family = HistogramMetricFamily(self.name, self._help, labels=self._labels)
         bounds = [*map(str, self._buckets), "+Inf"]
         for labels, numbers in values.items():
-            family.add_metric(labels, list(zip(bounds, accumulate(numbers[:-1]), strict=True)), numbers[-1])
+            family.add_metric(
+                labels, list(zip(bounds, accumulate(numbers[:-1]), strict=True)), numbers[-1]
+            )
         return family
 
 
@@ -121,7 +126,9 @@ class Tally(Collector):
         """Every metric, also those that nothing happened to yet."""
         others = list(self.others())
         for name, metric in self._metrics.items():
-            yield metric.family(added([metric.values, *(_values(dump.get(name, ())) for dump in others)]))
+            yield metric.family(
+                added([metric.values, *(_values(dump.get(name, ())) for dump in others)])
+            )
 
 
 def _values(dumped: Sequence[tuple[Sequence[str], Sequence[float]]]) -> Values:
@@ -145,10 +152,14 @@ _STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 
 class Metrics:
-    """Every metric, in a registry of its own so that two brokers in one process (as in tests) do not add up."""
+    """Every metric, in a registry of its own so that two brokers in one process (as in tests) do
+    not add up.
+    """
 
     def __init__(self) -> None:
-        self.ceremonies = Counts("broker_ceremonies", "Steps of ceremonies.", "kind", "step", "result")
+        self.ceremonies = Counts(
+            "broker_ceremonies", "Steps of ceremonies.", "kind", "step", "result"
+        )
         self.refusals = Counts("broker_refusals", "Refused requests.", "code", "reason")
         self.redemptions = Counts("broker_redemptions", "Redemptions of nonces.", "result")
         self.redemption_age = Times(
@@ -156,23 +167,33 @@ class Metrics:
             "Age of a nonce at its redemption, as a fraction of its life.",
             buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0),
         )
-        self.mail_codes = Counts("broker_mail_codes", "Mail codes: made, judged, refused.", "result")
+        self.mail_codes = Counts(
+            "broker_mail_codes", "Mail codes: made, judged, refused.", "result"
+        )
         self.store_seconds = Times(
             "broker_store_seconds", "Time a store took.", "store", "operation", buckets=_STEPS
         )
-        self.store_failures = Counts("broker_store_failures", "Failures of a store.", "store", "operation")
+        self.store_failures = Counts(
+            "broker_store_failures", "Failures of a store.", "store", "operation"
+        )
         self.redis_failures = Counts("broker_redis_failures", "Failed commands to Redis.", "cause")
         self.requests = Times(
             "broker_request_seconds", "Time of a request.", "route", "status", buckets=_STEPS
         )
-        self.events_lost = Counts("broker_events_lost", "Events of refusals that could not be written.")
+        self.events_lost = Counts(
+            "broker_events_lost", "Events of refusals that could not be written."
+        )
         self.housekeeping_rows = Counts(
             "broker_housekeeping_rows", "Rows that the periodic clean-up deleted.", "chore"
         )
         self.housekeeping_failures = Counts(
             "broker_housekeeping_failures", "Batches of the periodic clean-up that failed.", "chore"
         )
-        self.worker_restarts = Counts("broker_worker_restarts", "Workers that were replaced.", "cause")
-        self.tally = Tally([metric for metric in vars(self).values() if isinstance(metric, Counts | Times)])
+        self.worker_restarts = Counts(
+            "broker_worker_restarts", "Workers that were replaced.", "cause"
+        )
+        self.tally = Tally(
+            [metric for metric in vars(self).values() if isinstance(metric, Counts | Times)]
+        )
         self.registry = CollectorRegistry()
         self.registry.register(self.tally)

@@ -1,13 +1,16 @@
-"""The figures of several processes that are one service, in a folder of theirs; any of them can tell the sums.
+"""The figures of several processes that are one service, in a folder of theirs; any of them can
+tell the sums.
 
-Each process publishes its dump under its name: a file with another name first, then renamed, so that a reader finds an old one or a
-new one. A process publishes about once a second, and `others` publishes before it reads. So whoever asks any process at any time
-gets figures that never go down: what one answer told of a process, the process's file has held since, and the next answer reads that
+Each process publishes its dump under its name: a file with another name first, then renamed, so
+that a reader finds an old one or a new one. A process publishes about once a second, and `others`
+publishes before it reads. So whoever asks any process at any time gets figures that never go down:
+what one answer told of a process, the process's file has held since, and the next answer reads that
 file or a later one. What a process counted after it published last is lost when it is killed.
 
-When a process has ended, the keeper of the folder `inherit`s its file: adds the figures to its own, publishes those together with the
-name, and only then removes the file. A reader looks at the keeper's file last: a file that was gone is in it, and one that was still
-there and is in it already is left out. The folder is private (0700), and its files hold counts and bounded labels only.
+When a process has ended, the keeper of the folder `inherit`s its file: adds the figures to its own,
+publishes those together with the name, and only then removes the file. A reader looks at the
+keeper's file last: a file that was gone is in it, and one that was still there and is in it already
+is left out. The folder is private (0700), and its files hold counts and bounded labels only.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ _REMEMBERED = 64  # names; a reader looks at files and keeper within a moment
 
 
 class Shared:
-    """One process's place among several. `name` is never used again in the folder; `KEEPER` is who inherits."""
+    """One process's place among several. `name` is never used again in the folder; `KEEPER` is who
+    inherits.
+    """
 
     def __init__(self, folder: Path, name: str, tally: Tally) -> None:
         self._folder = folder
@@ -35,7 +40,9 @@ class Shared:
         self._inherited: deque[str] = deque(maxlen=_REMEMBERED)
 
     def publish(self) -> None:
-        """Let the others see this process's figures. Without the folder, whose end is the service's, nothing happens."""
+        """Let the others see this process's figures. Without the folder, whose end is the
+        service's, nothing happens.
+        """
         fresh = self._folder / f"{self._name}.new"
         with suppress(OSError):
             fresh.write_bytes(orjson.dumps([list(self._inherited), self._tally.dump()]))

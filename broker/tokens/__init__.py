@@ -1,10 +1,11 @@
 """Minting and hashing one-time tokens, API keys and ids.
 
-Every token is a prefix and 43 characters of base64url: 32 bytes (256 bits) from the operating system's generator. The prefix
-lets a secret scanner recognise a leaked token and a person tell them apart; it carries no right. A store sees only
-`Mint.digest`: SHA-256 over the kind, the app and the token. Since the token has 256 bits of chance, a fast hash is enough, and
-since kind and app are hashed in, a token of another kind or of another app is not found at all: it is as unknown as a made-up
-one, without a comparison that could be forgotten.
+Every token is a prefix and 43 characters of base64url: 32 bytes (256 bits) from the operating
+system's generator. The prefix lets a secret scanner recognise a leaked token and a person tell them
+apart; it carries no right. A store sees only `Mint.digest`: SHA-256 over the kind, the app and the
+token. Since the token has 256 bits of chance, a fast hash is enough, and since kind and app are
+hashed in, a token of another kind or of another app is not found at all: it is as unknown as a
+made-up one, without a comparison that could be forgotten.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ PREFIX: dict[Kind, str] = {
     "key": "pbk_",
 }
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-# A byte as a digit of base 62. The last eight values would make some digits likelier than others, so they are left out.
+# A byte as a digit of base 62. The last eight values would make some digits likelier than others,
+# so they are left out.
 _DIGITS = bytes(ord(_ALPHABET[byte % 62]) for byte in range(256))
 _UNEVEN = bytes(range(248, 256))
 _TOKEN = re.compile(r"pb[thnsk]_[A-Za-z0-9_-]{43,86}\Z")
@@ -78,17 +80,22 @@ def digest(kind: OneTime, app_id: str, token: str) -> bytes:
     return hashlib.sha256(f"{kind}:{app_id}:{token}".encode()).digest()
 
 
-def ceremony_digest(by: FoundBy, app_id: str, opener: Opener, kind: FinishKind, token: str) -> bytes:
-    """SHA-256 (32 bytes) that names a pending ceremony. `token` is the handle, the challenge or the user.
+def ceremony_digest(
+    by: FoundBy, app_id: str, opener: Opener, kind: FinishKind, token: str
+) -> bytes:
+    """SHA-256 (32 bytes) that names a pending ceremony. `token` is the handle, the challenge or the
+    user.
 
-    Opener and kind are hashed in, so only the ceremony's own finish finds it. To any other finish the
-    ceremony is unknown and stays where it is.
+    Opener and kind are hashed in, so only the ceremony's own finish finds it. To any other finish
+    the ceremony is unknown and stays where it is.
     """
     return digest(by, app_id, f"{opener}:{kind}:{token}")
 
 
 def key_digest(key: str) -> bytes:
-    """SHA-256 (32 bytes) that stands for an API key. Without the app: a wire format may name the app by the key alone."""
+    """SHA-256 (32 bytes) that stands for an API key. Without the app: a wire format may name the
+    app by the key alone.
+    """
     return hashlib.sha256(f"key:{key}".encode()).digest()
 
 

@@ -1,4 +1,5 @@
-"""Shared aiohttp plumbing of every dialect: guards, bodies, the edge that turns refusals into answers, the HTTP server.
+"""Shared aiohttp plumbing of every dialect: guards, bodies, the edge that turns refusals into
+answers, the HTTP server.
 
 body     bytes -> an object every JSON parser agrees on; limits of size and time
 guards   who may call a route: API key, registered origin, anybody; CORS

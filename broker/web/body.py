@@ -1,9 +1,11 @@
 """Request bodies: bounded, and read in the one way that every JSON parser agrees on.
 
-Two parsers that read one body differently are a hole: the proxy in front sees one user, the broker another. So what RFC 8259
-leaves open is refused here: duplicate keys (§4), lone surrogates (§8.2), numbers beyond a double (§6), NaN, invalid UTF-8, NUL in
-strings, deep nesting. orjson refuses most of it. Duplicate keys it merges silently; they are found without a second parse where the body is
-exactly what orjson would write (as browsers' `JSON.stringify` bodies are), because a merged key would be missing there.
+Two parsers that read one body differently are a hole: the proxy in front sees one user, the broker
+another. So what RFC 8259 leaves open is refused here: duplicate keys (§4), lone surrogates (§8.2),
+numbers beyond a double (§6), NaN, invalid UTF-8, NUL in strings, deep nesting. orjson refuses most
+of it. Duplicate keys it merges silently; they are found without a second parse where the body is
+exactly what orjson would write (as browsers' `JSON.stringify` bodies are), because a merged key
+would be missing there.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a caller may take, in seconds: for a whole head, for a whole body, between two requests of a connection."""
+    """How long a caller may take, in seconds: for a whole head, for a whole body, between two
+    requests of a connection.
+    """
 
     head: float = 10.0
     body: float = 10.0
@@ -43,8 +47,8 @@ _DEFAULT = Limits()
 
 
 class Incoming(web.Request):
-    """A request with what was found out about it: the body, where it came whole with the head, and once it was read and judged; the CORS
-    headers of its answer."""
+    """A request with what was found out about it: the body, where it came whole with the head, and
+    once it was read and judged; the CORS headers of its answer."""
 
     ATTRS = web.Request.ATTRS | {"came", "kept_body", "cors"}
     came: bytes | None = None
@@ -53,7 +57,9 @@ class Incoming(web.Request):
 
     @property
     def app(self) -> web.Application:
-        """The application whose route matched: aiohttp's answer, which asks the match for what it has at hand."""
+        """The application whose route matched: aiohttp's answer, which asks the match for what it
+        has at hand.
+        """
         return self._match_info._current_app  # type: ignore[union-attr, return-value]  # the router, or the edge, has set both
 
 
@@ -63,7 +69,8 @@ def kept(request: web.Request) -> Incoming:
 
 
 def only_header(request: web.Request, name: str) -> str | None:
-    """A header that decides something: who may do what, how a body is read. Sent twice it is refused: a proxy may have read the other one.
+    """A header that decides something: who may do what, how a body is read. Sent twice it is
+    refused: a proxy may have read the other one.
 
     Raises:
         InvalidRequest: it is sent twice.
@@ -75,10 +82,12 @@ def only_header(request: web.Request, name: str) -> str | None:
 
 
 async def read_bytes(request: web.Request) -> bytes:
-    """The body, at most 64 KiB, complete in time and not compressed. The deadline of the answer starts when it is here.
+    """The body, at most 64 KiB, complete in time and not compressed. The deadline of the answer
+    starts when it is here.
 
     Raises:
-        RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, two encodings, caller gone).
+        RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, two
+        encodings, caller gone).
     """
     body = _at_hand(kept(request))
     if body is None:
@@ -120,10 +129,12 @@ async def _read(request: web.Request) -> bytes:
 
 
 async def read_object(request: web.Request, *, empty: bool = False) -> dict[str, Any]:
-    """The body as a JSON object, whatever its content type says. With `empty`, no body at all is `{}`.
+    """The body as a JSON object, whatever its content type says. With `empty`, no body at all is
+    `{}`.
 
     Raises:
-        InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what `read_bytes` raises.
+        InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what
+            `read_bytes` raises.
     """
     body = _at_hand(kept(request))
     if body is None:
@@ -186,7 +197,8 @@ def _judge(value: object, depth: int) -> None:
 
 
 def read_query(request: web.Request) -> MultiDict[str]:
-    """The query, decoded as a form: `+` is a space (URL Standard, application/x-www-form-urlencoded).
+    """The query, decoded as a form: `+` is a space (URL Standard,
+    application/x-www-form-urlencoded).
 
     Raises:
         InvalidRequest: not UTF-8, or more than 32 fields.
@@ -194,7 +206,9 @@ def read_query(request: web.Request) -> MultiDict[str]:
     raw = request.raw_path.partition("?")[2]
     try:
         return MultiDict(
-            parse_qsl(raw, keep_blank_values=True, encoding="utf-8", errors="strict", max_num_fields=32)
+            parse_qsl(
+                raw, keep_blank_values=True, encoding="utf-8", errors="strict", max_num_fields=32
+            )
         )
     except ValueError:
         raise InvalidRequest("The query is not form-encoded UTF-8.", reason="query") from None

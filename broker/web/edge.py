@@ -1,12 +1,13 @@
 """The edge: the one place between HTTP and everything else.
 
-Each request gets an id (the caller's `X-Request-Id` where well-formed), a deadline, one log line and one observation in the
-metrics. Each `Refusal` becomes an answer in the shape of the dialect whose path was asked, on every path: also 404, 405, 413, 415,
-500 and 503; its headers, and whether the connection ends with it, are the edge's. What is not a refusal is a defect of ours: it is
-logged by type and place, and answered with 500 and nothing else.
+Each request gets an id (the caller's `X-Request-Id` where well-formed), a deadline, one log line
+and one observation in the metrics. Each `Refusal` becomes an answer in the shape of the dialect
+whose path was asked, on every path: also 404, 405, 413, 415, 500 and 503; its headers, and whether
+the connection ends with it, are the edge's. What is not a refusal is a defect of ours: it is logged
+by type and place, and answered with 500 and nothing else.
 
-The edge stands outside aiohttp's router and middlewares, so what those raise by themselves (no route, wrong method, an odd Expect
-header, whose bytes aiohttp would echo) passes here as well.
+The edge stands outside aiohttp's router and middlewares, so what those raise by themselves (no
+route, wrong method, an odd Expect header, whose bytes aiohttp would echo) passes here as well.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
 from broker.web.body import ANSWER_SECONDS, Incoming
 from broker.web.shortcuts import Shortcuts, Way
 
-# A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the bytes were no HTTP.
+# A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the
+# bytes were no HTTP.
 Renderer = Callable[[Refusal, web.Request | None], web.Response]
 
-# Refusals whose status depends on no vendor (RFC 9110 §15). Each dialect's table has these rows, and its own.
+# Refusals whose status depends on no vendor (RFC 9110 §15). Each dialect's table has these rows,
+# and its own.
 STATUS: Mapping[type[Refusal], int] = {
     InvalidRequest: 400,
     InvalidSetting: 400,
@@ -68,20 +71,27 @@ STATUS: Mapping[type[Refusal], int] = {
     Unavailable: 503,
 }
 
-# Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs and events.
+# Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs
+# and events.
 _REQUEST_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
 _X_REQUEST_ID = istr("X-Request-Id")
 _CHANCE = random.Random()  # noqa: S311 - ids tell requests apart, no more
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "passkey-broker"}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Server": "passkey-broker",
+}
 _JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json", **_HEADERS})
 _NO_HEADERS: Mapping[str, str] = {}
 REASON_PHRASES = {status: phrase for status, (phrase, _) in RESPONSES.items()}
 
 
 class Answer(web.Response):
-    """A whole JSON answer. As long as nobody asks for its headers there is no dictionary of them, and `whole` is what goes over the wire.
+    """A whole JSON answer. As long as nobody asks for its headers there is no dictionary of them,
+    and `whole` is what goes over the wire.
 
-    It sets what its parents' `__init__` set, which ask many questions that a JSON answer has no doubts about; a test compares."""
+    It sets what its parents' `__init__` set, which ask many questions that a JSON answer has no
+    doubts about; a test compares."""
 
     def __init__(self, body: bytes, status: int) -> None:
         self._state = {}
@@ -111,13 +121,18 @@ class Answer(web.Response):
                 self._own["X-Request-Id"] = request_id
 
     def whole(self, date: str) -> bytes | None:
-        """Head and body; None where the answer has headers of its own. `more` are names and values that we wrote, or judged (`page_origin`),
-        and a request id has no line break (`_REQUEST_ID`)."""
+        """Head and body; None where the answer has headers of its own. `more` are names and values
+        that we wrote, or judged (`page_origin`), and a request id has no line break
+        (`_REQUEST_ID`)."""
         body = self._body
         if self._own is not None or not isinstance(body, bytes):
             return None
         first = _FIRST.get(self._status) or _first(self._status)
-        more = "".join([f"{name}: {value}\r\n" for name, value in self._more.items()]) if self._more else ""
+        more = (
+            "".join([f"{name}: {value}\r\n" for name, value in self._more.items()])
+            if self._more
+            else ""
+        )
         last = f"X-Request-Id: {self._request_id}\r\nContent-Length: {len(body)}\r\nDate: {date}\r\n\r\n"
         return f"{first}{more}{last}".encode() + body
 
@@ -147,8 +162,8 @@ def json_answer(
 
 
 def _headers_of(refusal: Refusal) -> dict[str, str]:
-    """Headers that a refusal carries in every dialect, unless that has said otherwise: Retry-After in seconds (RFC 9110 §10.2.3), the
-    scheme of the key (RFC 6750 §3)."""
+    """Headers that a refusal carries in every dialect, unless that has said otherwise: Retry-After
+    in seconds (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
     if isinstance(refusal, Unavailable | TooManyCeremonies | MailCodeRate):
         return {"Retry-After": str(refusal.retry_after)}
     if isinstance(refusal, InvalidKey):
@@ -157,8 +172,9 @@ def _headers_of(refusal: Refusal) -> dict[str, str]:
 
 
 class Edge:
-    """Wraps an aiohttp application. `renderers` pairs the paths that are a dialect's own with its shape; no path is two
-    dialects'. `default` is the shape of paths that nobody owns, and of bytes that are no HTTP. `docs_url` is the page of refusal codes."""
+    """Wraps an aiohttp application. `renderers` pairs the paths that are a dialect's own with its
+    shape; no path is two dialects'. `default` is the shape of paths that nobody owns, and of bytes
+    that are no HTTP. `docs_url` is the page of refusal codes."""
 
     def __init__(
         self,
@@ -170,7 +186,9 @@ class Edge:
         log: Log,
         docs_url: str = "",
     ) -> None:
-        self._router = app._handle  # what aiohttp's own server calls; the edge has to stand outside of it
+        self._router = (
+            app._handle
+        )  # what aiohttp's own server calls; the edge has to stand outside of it
         self._shortcuts = Shortcuts(app)
         self._renderers = tuple(renderers)
         self._default = default
@@ -189,7 +207,9 @@ class Edge:
     async def __call__(self, request: Incoming) -> web.StreamResponse:
         began = time.monotonic()
         headers = request.headers
-        now = Context(_request_id(headers.get(_X_REQUEST_ID)), "browser", None, began + ANSWER_SECONDS)
+        now = Context(
+            _request_id(headers.get(_X_REQUEST_ID)), "browser", None, began + ANSWER_SECONDS
+        )
         CONTEXT.set(now)
         refusal: Refusal | None = None
         response: web.StreamResponse
@@ -206,7 +226,11 @@ class Edge:
             refusal = raised
         except web.HTTPException as raised:
             refusal = _of_aiohttp(raised)
-            more = {name: raised.headers[name] for name in ("Allow", "Location") if name in raised.headers}
+            more = {
+                name: raised.headers[name]
+                for name in ("Allow", "Location")
+                if name in raised.headers
+            }
             response = web.Response(status=raised.status, headers=more)
         except Exception as error:  # noqa: BLE001 - the last line: a defect is logged and answered, never shown
             self._log(
@@ -246,7 +270,9 @@ class Edge:
         return response
 
     def malformed(self, kind: str) -> web.Response:
-        """The answer to bytes that are not HTTP. Nothing of them is in it, nor in the log: `kind` is the parser's word."""
+        """The answer to bytes that are not HTTP. Nothing of them is in it, nor in the log: `kind`
+        is the parser's word.
+        """
         refusal = InvalidRequest("The request is not well-formed HTTP/1.1.", reason="http")
         self._metrics.refusals.inc(refusal.code, refusal.reason)
         response = self._render(refusal, None)
@@ -256,7 +282,9 @@ class Edge:
         return response
 
     def late_head(self) -> None:
-        """Count and log a request whose head was not complete in time. Its connection ends without an answer."""
+        """Count and log a request whose head was not complete in time. Its connection ends without
+        an answer.
+        """
         self._metrics.refusals.inc(RequestTimeout.code, "head")
         self._log("late_head", request_id=_request_id(None))
 
@@ -295,7 +323,9 @@ def _finish(response: web.StreamResponse, request_id: str, cors: Mapping[str, st
 
 
 def _route(request: web.Request) -> str:
-    """The route's template; "unmatched" where there is none, so labels stay bounded and no path is logged."""
+    """The route's template; "unmatched" where there is none, so labels stay bounded and no path is
+    logged.
+    """
     match = request._match_info
     if match is None:
         return "unmatched"

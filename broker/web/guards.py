@@ -1,17 +1,22 @@
-"""Who may call a route. Every handler says so by its decorator, and a test walks the router to see that none forgot.
+"""Who may call a route. Every handler says so by its decorator, and a test walks the router to see
+that none forgot.
 
-    keyed        an API key of the app in the path, checked before the body, the app or the user is looked at
+    keyed        an API key of the app in the path, checked before the body, the app or the user is
+                 looked at
     keyed_alone  the same for a path that names no app: the key says whose it is
-    browser      a page: an `Origin`, if sent, must be registered for the app; answers carry CORS headers
+    browser      a page: an `Origin`, if sent, must be registered for the app; answers carry CORS
+                 headers
     public       anybody (health, metrics, static files)
     public_app   anybody, and any origin: the app's public subset
 
-A handler behind any of them but `public` is called with the relying party, so it can't forget to look it up either.
+A handler behind any of them but `public` is called with the relying party, so it can't forget to
+look it up either.
 
-CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with credentials. An unregistered one is
-refused, and that refusal alone is readable by its page, so that a developer sees the reason: browsers show a page only what a
-preflight has permitted, so the preflight before it is granted. "null", which is no origin of a page, and what browsers don't write gets
-no CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
+CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with
+credentials. An unregistered one is refused, and that refusal alone is readable by its page, so that
+a developer sees the reason: browsers show a page only what a preflight has permitted, so the
+preflight before it is granted. "null", which is no origin of a page, and what browsers don't write
+gets no CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
 """
 
 from __future__ import annotations
@@ -66,7 +71,9 @@ def access_of(handler: object) -> Access | None:
 
 
 async def _slow_body(request: web.Request) -> bool:
-    """Read the body, if there is one; whether it took so long that what was looked up before it may have changed."""
+    """Read the body, if there is one; whether it took so long that what was looked up before it may
+    have changed.
+    """
     if kept(request).came is not None or not request.can_read_body:
         return False
     began = time.monotonic()
@@ -75,7 +82,9 @@ async def _slow_body(request: web.Request) -> bool:
 
 
 def bearer(request: web.Request) -> str:
-    """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is case-insensitive."""
+    """The bearer token (RFC 6750 §2.1), "" if there is none. The scheme's name is
+    case-insensitive.
+    """
     scheme, _, token = (only_header(request, hdrs.AUTHORIZATION) or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
 
@@ -143,8 +152,12 @@ def keyed_alone(handler: Handler) -> AnyHandler:
     return _by_key(handler, authorise_alone)
 
 
-def _by_key(handler: Handler, app_of: Callable[[web.Request], Awaitable[RelyingParty]]) -> AnyHandler:
-    """The guard of every keyed route: the key is looked at before the body, and again after a slow one."""
+def _by_key(
+    handler: Handler, app_of: Callable[[web.Request], Awaitable[RelyingParty]]
+) -> AnyHandler:
+    """The guard of every keyed route: the key is looked at before the body, and again after a slow
+    one.
+    """
 
     async def guarded(request: web.Request) -> web.StreamResponse:
         app = await app_of(request)
@@ -164,7 +177,8 @@ async def _app_of(request: web.Request) -> RelyingParty:
 async def _admitted(request: web.Request) -> RelyingParty:
     """The relying party of the path, if the request comes from one of its pages, or from none.
 
-    A preflight from any page is granted: the request after it is refused where the page can read why.
+    A preflight from any page is granted: the request after it is refused where the page can read
+    why.
     """
     try:
         app = await _app_of(request)
@@ -214,9 +228,14 @@ def _preflight(headers: str) -> Handler:
 
 
 def browser_routes(
-    posts: Mapping[str, Handler], *, headers: str, gets: Mapping[str, Handler] = MappingProxyType({})
+    posts: Mapping[str, Handler],
+    *,
+    headers: str,
+    gets: Mapping[str, Handler] = MappingProxyType({}),
 ) -> list[web.RouteDef]:
-    """POST and GET routes for pages, each with its preflight. `headers` are those a page may send."""
+    """POST and GET routes for pages, each with its preflight. `headers` are those a page may
+    send.
+    """
     routes = [web.post(path, _browser(handler)) for path, handler in posts.items()]
     routes += [web.get(path, _browser(handler), allow_head=False) for path, handler in gets.items()]
     routes += [web.options(path, _browser(_preflight(headers))) for path in (*posts, *gets)]

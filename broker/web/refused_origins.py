@@ -1,12 +1,14 @@
 """Rate-limited notices of refused origins: an event, and a line for the operator.
 
-A page whose origin the app doesn't list is refused. The metric of refusals counts each of these. What names the origin is a notice:
-one event `origin.refused`, and one line of the log (`serve`) or of the terminal (`dev`).
+A page whose origin the app doesn't list is refused. The metric of refusals counts each of these.
+What names the origin is a notice: one event `origin.refused`, and one line of the log (`serve`) or
+of the terminal (`dev`).
 
-An `Origin` header is a stranger's text. A notice names it only in the form that browsers write (`page_origin`), else as "null" or
-"malformed". An app gets one notice a minute for an origin, and ten a minute in all; notices are kept apart for a thousand apps, and
-further apps get none meanwhile. So ten rows a minute of each app are the most that strangers can write through one process, and a
-few megabytes the most that they can fill.
+An `Origin` header is a stranger's text. A notice names it only in the form that browsers write
+(`page_origin`), else as "null" or "malformed". An app gets one notice a minute for an origin, and
+ten a minute in all; notices are kept apart for a thousand apps, and further apps get none
+meanwhile. So ten rows a minute of each app are the most that strangers can write through one
+process, and a few megabytes the most that they can fill.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Notify = Callable[[RelyingParty, str], None]
 
 
 class RefusedOrigins:
-    """Passes notices on, few enough. `notify` is given the app and the judged origin; `clock` is monotonic."""
+    """Passes notices on, few enough. `notify` is given the app and the judged origin; `clock` is
+    monotonic.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,9 @@ class RefusedOrigins:
         self._told: dict[str, dict[str, float]] = {}  # by app: when each origin was told of
 
     async def tell(self, app: RelyingParty, origin: str) -> None:
-        """A page of `origin`, as its browser sent it, was refused. The refusal stands also when the event can't be written."""
+        """A page of `origin`, as its browser sent it, was refused. The refusal stands also when the
+        event can't be written.
+        """
         shown = origin if origin == "null" or page_origin(origin) else "malformed"
         if not self._is_due(app.id, shown):
             return
@@ -68,4 +74,6 @@ class RefusedOrigins:
         return True
 
     def _recent(self, app_id: str, now: float) -> dict[str, float]:
-        return {origin: at for origin, at in self._told.get(app_id, {}).items() if now - at < MINUTE}
+        return {
+            origin: at for origin, at in self._told.get(app_id, {}).items() if now - at < MINUTE
+        }

@@ -1,19 +1,25 @@
 """aiohttp's HTTP server, bounded and discreet.
 
-aiohttp has no limit on how long a request's head may take, keeps idle connections for an hour, unpacks compressed bodies, and
-answers and logs malformed requests with the bytes it could not parse (a control byte in a header makes it print the Authorization
-header). Here: a head is complete within 10 s of its first byte, an idle connection ends after 75 s (`Limits`), compressed bodies stay compressed (and
-are refused), and a malformed request gets one fixed JSON sentence and a log line without a byte of it. Three more things aiohttp does
-otherwise: a body whose chunks break leaves its reader waiting, at shut-down the rest of a body that is under way is dropped, and a peer that
-half-closes the connection (RFC 9293 §3.6, "CLOSE is an operation meaning 'I have no more data to send'") gets no answer to what it asked before.
+aiohttp has no limit on how long a request's head may take, keeps idle connections for an hour,
+unpacks compressed bodies, and answers and logs malformed requests with the bytes it could not parse
+(a control byte in a header makes it print the Authorization header). Here: a head is complete
+within 10 s of its first byte, an idle connection ends after 75 s (`Limits`), compressed bodies stay
+compressed (and are refused), and a malformed request gets one fixed JSON sentence and a log line
+without a byte of it. Three more things aiohttp does otherwise: a body whose chunks break leaves its
+reader waiting, at shut-down the rest of a body that is under way is dropped, and a peer that
+half-closes the connection (RFC 9293 §3.6, "CLOSE is an operation meaning 'I have no more data to
+send'") gets no answer to what it asked before.
 
-**The fast lane.** aiohttp hands each request from its connection's task to a task of its own and back, and writes answers in steps that
-any response might need: two thirds of what a small request costs. A request that is whole when its head is (as nearly all are), on a
-connection that waits for one, is answered here by one task of the connection, and an `Answer` goes out in one write. Everything else, and every request
-that comes while one is being answered, takes aiohttp's own way: while the lane is in use, aiohttp's task waits and its queue fills.
+**The fast lane.** aiohttp hands each request from its connection's task to a task of its own and
+back, and writes answers in steps that any response might need: two thirds of what a small request
+costs. A request that is whole when its head is (as nearly all are), on a connection that waits for
+one, is answered here by one task of the connection, and an `Answer` goes out in one write.
+Everything else, and every request that comes while one is being answered, takes aiohttp's own way:
+while the lane is in use, aiohttp's task waits and its queue fills.
 
-aiohttp offers no public way to choose the protocol class; `_Runner` therefore overrides `AppRunner._make_server` and hands our
-`_Protocol` out. tests/test_server.py sends what would reveal a change of those internals.
+aiohttp offers no public way to choose the protocol class; `_Runner` therefore overrides
+`AppRunner._make_server` and hands our `_Protocol` out. tests/test_server.py sends what would reveal
+a change of those internals.
 """
 
 from __future__ import annotations
@@ -39,7 +45,9 @@ from broker.web.share import Acceptor, Share
 
 LINGER_SECONDS = 1.0
 _BACKLOG = 1024
-_NO_WRITER = cast("AbstractStreamWriter", None)  # of requests whose answers need none, as nearly all
+_NO_WRITER = cast(
+    "AbstractStreamWriter", None
+)  # of requests whose answers need none, as nearly all
 
 
 class _Protocol(RequestHandler):
@@ -96,8 +104,13 @@ class _Protocol(RequestHandler):
                 return
             self._give_back(waiter)
             return
-        if (self._close or self._force_close) and self._request_in_progress and self.transport is not None:
-            # Shutting down: aiohttp would drop these bytes, and with them the body of a request that may still end well.
+        if (
+            (self._close or self._force_close)
+            and self._request_in_progress
+            and self.transport is not None
+        ):
+            # Shutting down: aiohttp would drop these bytes, and with them the body of a request
+            # that may still end well.
             closing = self._close, self._force_close
             self._close = self._force_close = False
             self._parse(data)
@@ -108,8 +121,9 @@ class _Protocol(RequestHandler):
     def _parse(self, data: bytes) -> None:
         """Parse `data`. A head that it leaves incomplete has `Limits.head` seconds from here on.
 
-        The parser does not say whether it holds an incomplete head. It does where no body is awaited and the last byte has completed no
-        request, so that byte is parsed by itself. Data that ends with an empty line leaves no incomplete head, and is parsed at once.
+        The parser does not say whether it holds an incomplete head. It does where no body is
+        awaited and the last byte has completed no request, so that byte is parsed by itself. Data
+        that ends with an empty line leaves no incomplete head, and is parsed at once.
         """
         before, begun = self._request_count, False
         data, self._held = self._held + data, b""
@@ -139,7 +153,9 @@ class _Protocol(RequestHandler):
         return self._close or bool(self._messages and isinstance(self._messages[-1][0], _ErrInfo))
 
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's answers nothing, which closes the transport
-        """The peer sends no more (a half-close, or the end of its process). It gets the answers to whole requests, then the connection ends."""
+        """The peer sends no more (a half-close, or the end of its process). It gets the answers to
+        whole requests, then the connection ends.
+        """
         left = self._request_count - self._answered
         if left and not self._last_body.is_eof():  # the last one will never be whole
             left -= 1
@@ -165,7 +181,9 @@ class _Protocol(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Write an answer on aiohttp's own way. It offers nothing to upgrade to: what came behind the offer is HTTP."""
+        """Write an answer on aiohttp's own way. It offers nothing to upgrade to: what came behind
+        the offer is HTTP.
+        """
         if self._upgraded and not self._messages and self._parser is not None:
             self._parser.set_upgraded(False)
             self._upgraded = False
@@ -179,7 +197,9 @@ class _Protocol(RequestHandler):
             self._is_answered()
 
     def _enter_lane(self, waiter: asyncio.Future[None]) -> bool:
-        """Whether what came is one whole request, which is being answered now; aiohttp's task, which waits for `waiter`, goes on waiting."""
+        """Whether what came is one whole request, which is being answered now; aiohttp's task,
+        which waits for `waiter`, goes on waiting.
+        """
         if len(self._messages) != 1 or self._close or self._force_close or self._parser is None:
             return False
         message, body = self._messages[0]
@@ -205,13 +225,17 @@ class _Protocol(RequestHandler):
         return True
 
     async def _answer_each(self) -> None:
-        """Answer what enters the lane, one after the other, until the connection ends. One task for all: a task costs as much as a look-up."""
+        """Answer what enters the lane, one after the other, until the connection ends. One task for
+        all: a task costs as much as a look-up.
+        """
         handle, lane, loop = self._server.edge, self._lane, self._loop
         assert lane is not None
         while self._taken is not None:
             message, body, waiter = self._taken
             try:
-                request = Incoming(message, body, self, _NO_WRITER, lane, loop, client_max_size=MAX_BODY)
+                request = Incoming(
+                    message, body, self, _NO_WRITER, lane, loop, client_max_size=MAX_BODY
+                )
                 chunks: Sequence[bytes] = body._buffer if body is not EMPTY_PAYLOAD else ()
                 request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)
                 response = await handle(request)
@@ -260,7 +284,9 @@ class _Protocol(RequestHandler):
             self.transport.write(whole)
 
     def _give_back(self, waiter: asyncio.Future[None]) -> None:
-        """Let aiohttp's task have its future again: to wait for, to look at what was queued, or to end."""
+        """Let aiohttp's task have its future again: to wait for, to look at what was queued, or to
+        end.
+        """
         self._waiter = waiter
         if self._close or self._force_close:
             waiter.cancel()
@@ -283,7 +309,9 @@ class _Protocol(RequestHandler):
             super().resume_reading(resume_parser)
 
     def _judge_framing(self) -> None:
-        """A body whose framing breaks fails at once; aiohttp would let its reader wait for more until the time is over."""
+        """A body whose framing breaks fails at once; aiohttp would let its reader wait for more
+        until the time is over.
+        """
         if not self._messages:
             return
         message, body = self._messages[-1]
@@ -366,7 +394,9 @@ def _incoming(
     *,
     client_max_size: int,
 ) -> Incoming:
-    return Incoming(message, body, protocol, writer, task, protocol._loop, client_max_size=client_max_size)
+    return Incoming(
+        message, body, protocol, writer, task, protocol._loop, client_max_size=client_max_size
+    )
 
 
 class _Runner(web.AppRunner):
@@ -419,7 +449,9 @@ class _SharedSite(web.SockSite):
 class Listener:
     """A running server. `ports` are those it listens on (useful where 0 was asked)."""
 
-    def __init__(self, runner: _Runner, sockets: Sequence[socket.socket], drain_seconds: float) -> None:
+    def __init__(
+        self, runner: _Runner, sockets: Sequence[socket.socket], drain_seconds: float
+    ) -> None:
         self._runner = runner
         self._drain_seconds = drain_seconds
         self.ports = tuple(dict.fromkeys(s.getsockname()[1] for s in sockets))
@@ -441,14 +473,17 @@ class Listener:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets for `host`, or for several separated by commas; "localhost" means 127.0.0.1 and ::1, as browsers try both.
+    """Sockets for `host`, or for several separated by commas; "localhost" means 127.0.0.1 and ::1,
+    as browsers try both.
 
     Raises:
         OSError: the address is in use or not ours.
     """
     sockets: list[socket.socket] = []
     names = host.split(",")
-    hosts = dict.fromkeys(h for n in names for h in (("127.0.0.1", "::1") if n == "localhost" else (n,)))
+    hosts = dict.fromkeys(
+        h for n in names for h in (("127.0.0.1", "::1") if n == "localhost" else (n,))
+    )
     try:
         for name in hosts:
             family, kind, protocol, _, address = socket.getaddrinfo(
@@ -492,8 +527,8 @@ async def listen(
     drain_seconds: float,
     share: Share | None = None,
 ) -> Listener:
-    """Serve `app` behind `edge` on bound sockets, with a `share` of what they accept where other processes have them too. How long callers
-    may take is `app[LIMITS]`, where it is set."""
+    """Serve `app` behind `edge` on bound sockets, with a `share` of what they accept where other
+    processes have them too. How long callers may take is `app[LIMITS]`, where it is set."""
     runner = _Runner(app, edge=edge, drain_seconds=drain_seconds, share=share)
     await runner.setup()
     for listening in sockets:

@@ -1,14 +1,18 @@
 """Processes that accept from one queue leave the next connection to whoever has fewer.
 
-**Why.** The kernel gives a connection to the first process that asks, and the one that is awake asks first: of 64 connections that a
-backend's pool opens at a time, one of two workers took nearly all. They are kept for minutes, so one core worked and the other one
-waited. A queue for each (SO_REUSEPORT) shares by chance, and leaves what it gave to a process that died or hangs without an answer.
+**Why.** The kernel gives a connection to the first process that asks, and the one that is awake
+asks first: of 64 connections that a backend's pool opens at a time, one of two workers took nearly
+all. They are kept for minutes, so one core worked and the other one waited. A queue for each
+(SO_REUSEPORT) shares by chance, and leaves what it gave to a process that died or hangs without an
+answer.
 
-**The rule.** Processes write into memory that they share how many connections each has. One that has over one more than another stays away from the
-queue for `PATIENCE`, in which the others are awake and take theirs. Then it takes `CHUNK` whatever the others have, for they may hang, or
-be too busy to come.
+**The rule.** Processes write into memory that they share how many connections each has. One that
+has over one more than another stays away from the queue for `PATIENCE`, in which the others are
+awake and take theirs. Then it takes `CHUNK` whatever the others have, for they may hang, or be too
+busy to come.
 
-Each process writes a number of its own, so nothing is locked; a number read a moment too early makes shares a little less equal.
+Each process writes a number of its own, so nothing is locked; a number read a moment too early
+makes shares a little less equal.
 """
 
 from __future__ import annotations
@@ -25,11 +29,19 @@ CHUNK = 8
 ABSENT = 2**32 - 1  # of a process that takes no connections
 _AT_ONCE = 64  # then requests have their turn
 _RETRY = 1.0  # seconds, where the process or the machine has no descriptors left
-_PEER_LEFT = (errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
+_PEER_LEFT = (
+    errno.ECONNABORTED,
+    errno.EPROTO,
+    errno.ENETDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
 
 
 class Shares:
-    """How many connections each process has, in a file that they map. Each has a seat, whose number outlives it: `vacate` it."""
+    """How many connections each process has, in a file that they map. Each has a seat, whose number
+    outlives it: `vacate` it.
+    """
 
     def __init__(self, path: Path, seats: int | None = None) -> None:
         """With `seats` the file is made, for so many processes. Raises OSError."""
@@ -81,7 +93,9 @@ class Share:
 
     @property
     def ahead(self) -> bool:
-        """Whether somebody has fewer by more than one. The more there are, the less exact shares need to be."""
+        """Whether somebody has fewer by more than one. The more there are, the less exact shares
+        need to be.
+        """
         least = min(self._counts)
         return self._mine > least + 1 + least // 8
 
@@ -114,7 +128,9 @@ class Acceptor:
             except OSError as fault:
                 if fault.errno in _PEER_LEFT:
                     continue
-                self._loop.call_exception_handler({"message": "can't accept connections", "exception": fault})
+                self._loop.call_exception_handler(
+                    {"message": "can't accept connections", "exception": fault}
+                )
                 self._stay_away(_RETRY)
                 return
             connection.setblocking(False)
@@ -140,7 +156,9 @@ class Acceptor:
         self._take(CHUNK)
 
     async def close(self) -> None:
-        """Accept no more. Connections that there are go on; those just accepted have their protocols when this returns."""
+        """Accept no more. Connections that there are go on; those just accepted have their
+        protocols when this returns.
+        """
         self._share.leave()
         if self._away is not None:
             self._away.cancel()

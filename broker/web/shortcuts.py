@@ -1,13 +1,15 @@
 """Finding a route without asking the router.
 
-aiohttp's router tries the resources of a path one after the other, each with a regular expression: some ten microseconds where an API has
-dozens of routes. Most templates here are fixed but for an app's id, which has one form. What such a path leads to is remembered whole, as
-the match that the router would have made: one look-up in a dictionary finds it again.
+aiohttp's router tries the resources of a path one after the other, each with a regular expression:
+some ten microseconds where an API has dozens of routes. Most templates here are fixed but for an
+app's id, which has one form. What such a path leads to is remembered whole, as the match that the
+router would have made: one look-up in a dictionary finds it again.
 
-The router stays the judge. A path is looked at only where its template has no variable besides the app's id, and each such template is
-tried against every resource: at the start with a sample, and with each new path against those that may take one id and not another. Where
-another one may answer, there is no shortcut. Paths that are written in another way (percent-encoded, with a query), ids of another form,
-and methods that a template doesn't have go to the router.
+The router stays the judge. A path is looked at only where its template has no variable besides the
+app's id, and each such template is tried against every resource: at the start with a sample, and
+with each new path against those that may take one id and not another. Where another one may answer,
+there is no shortcut. Paths that are written in another way (percent-encoded, with a query), ids of
+another form, and methods that a template doesn't have go to the router.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from aiohttp.web_urldispatcher import AbstractResource, UrlMappingMatchInfo
 
 _ID = 24  # ASCII alphanumerics
 _ONE_VARIABLE = re.compile(r"([^{}]*/)\{(\w+)\}(/[^{}]*)?\Z")
-_CHOOSY = re.compile(r"\{\w+:|/[A-Za-z0-9]{24}(?:/|\Z)")  # a template that may take one id and not another
+_CHOOSY = re.compile(
+    r"\{\w+:|/[A-Za-z0-9]{24}(?:/|\Z)"
+)  # a template that may take one id and not another
 _OPEN = re.compile(r"\{\w+\}|(?<=/)[A-Za-z0-9]{24}(?=/|\Z)")  # where an id may stand in it
 _REMEMBERED = 4096  # paths; each is one of ours with an id in it, so of bounded length
 
@@ -39,7 +43,9 @@ class Shortcuts:
 
     def __init__(self, app: web.Application) -> None:
         self._app = app
-        self._routes: dict[tuple[str, str, str], tuple[web.AbstractRoute, str, list[AbstractResource]]] = {}
+        self._routes: dict[
+            tuple[str, str, str], tuple[web.AbstractRoute, str, list[AbstractResource]]
+        ] = {}
         self._plain: dict[tuple[str, str], Way] = {}
         resources = list(app.router.resources())
         choosy = [resource for resource in resources if _CHOOSY.search(_written(resource))]
@@ -51,14 +57,22 @@ class Shortcuts:
                     continue
                 if found:
                     may_rival = [other for other in choosy if _takes_some(other, sample)]
-                    self._routes[route.method, found[1], found[3] or ""] = route, found[2], may_rival
+                    self._routes[route.method, found[1], found[3] or ""] = (
+                        route,
+                        found[2],
+                        may_rival,
+                    )
                 else:
                     self._plain[route.method, sample] = self._way({}, route)
-        self._prefixes = tuple(sorted({prefix for _, prefix, _ in self._routes}, key=len, reverse=True))
+        self._prefixes = tuple(
+            sorted({prefix for _, prefix, _ in self._routes}, key=len, reverse=True)
+        )
         self._known = self._plain.copy()
 
     def find(self, method: str, path: str) -> Way | None:
-        """What the request's path, as it was sent, leads to; None where only the router can tell. It is shared: change nothing of it."""
+        """What the request's path, as it was sent, leads to; None where only the router can tell.
+        It is shared: change nothing of it.
+        """
         return self._known.get((method, path)) or self._look(method, path)
 
     def _look(self, method: str, path: str) -> Way | None:
@@ -102,4 +116,6 @@ def _rivals(resource: AbstractResource, route: web.AbstractRoute, path: str) -> 
         return not isinstance(resource, web.Resource) or resource._match(path) is None
     if not isinstance(resource, web.Resource):
         return path.startswith(resource.canonical)
-    return resource._match(path) is not None and any(r.method in (route.method, "*") for r in resource)
+    return resource._match(path) is not None and any(
+        r.method in (route.method, "*") for r in resource
+    )

@@ -1,15 +1,19 @@
 """Cases and their repetitions: what is run, in which order, and which repetitions count.
 
-Cases take turns: one repetition of each, then the next round, so that a slow minute of the machine falls on all of them alike, and
-cases that are compared (a peer, two workers, a larger database) are compared within the same minutes. The core is calibrated right
-before and right after each repetition. A repetition does not count in whose course other processes took more than `MOST_OTHER` of a
-core, or the two calibrations differ by more than `MOST_DRIFT`; further rounds make up for it. Repetitions are short and many: where
-neighbours come and go within seconds, a calibration tells little about three seconds and much about one.
+Cases take turns: one repetition of each, then the next round, so that a slow minute of the machine
+falls on all of them alike, and cases that are compared (a peer, two workers, a larger database) are
+compared within the same minutes. The core is calibrated right before and right after each
+repetition. A repetition does not count in whose course other processes took more than `MOST_OTHER`
+of a core, or the two calibrations differ by more than `MOST_DRIFT`; further rounds make up for it.
+Repetitions are short and many: where neighbours come and go within seconds, a calibration tells
+little about three seconds and much about one.
 
-Other virtual machines' processes count as other processes. Nothing here shows them but the core's speed: one that computes on the core's
-other thread makes a verification a third slower, and a login more than that, for it takes half of the caches as well, which a
-verification hardly uses. So a repetition does not count either when one of its calibrations took longer by more than `MOST_OTHER` than
-the run's fastest. A core that is shared from the first to the last repetition is what the machine is, and counts.
+Other virtual machines' processes count as other processes. Nothing here shows them but the core's
+speed: one that computes on the core's other thread makes a verification a third slower, and a login
+more than that, for it takes half of the caches as well, which a verification hardly uses. So a
+repetition does not count either when one of its calibrations took longer by more than `MOST_OTHER`
+than the run's fastest. A core that is shared from the first to the last repetition is what the
+machine is, and counts.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ class Unfit(Exception):
 
 
 class _Reading(NamedTuple):
-    """Seconds: CPU of what is measured, of each process with its descendants, of all processes; and the time."""
+    """Seconds: CPU of what is measured, of each process with its descendants, of all processes; and
+    the time.
+    """
 
     measured: float
     server: float
@@ -46,7 +52,9 @@ class _Reading(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """A server under load; `name` is what tables call it. `counts` says whether its metrics tell of every request to the stores: not where several processes serve."""
+    """A server under load; `name` is what tables call it. `counts` says whether its metrics tell of
+    every request to the stores: not where several processes serve.
+    """
 
     name: str
     server: Server
@@ -66,7 +74,9 @@ class Bench:
     def _repetition(
         self, what: str, in_flight: int, count: int, rate: int | None, of: int | None
     ) -> Repetition:
-        """What is measured is the server's CPU for all logins; with `of` a worker's, with its part of the supervisor's, for those that it served."""
+        """What is measured is the server's CPU for all logins; with `of` a worker's, with its part
+        of the supervisor's, for those that it served.
+        """
         self.driver("connect", in_flight=in_flight)
         settled()
         unit = self.calibrate()
@@ -78,7 +88,9 @@ class Bench:
         sent_after = self._sent()
         used = _Reading(*(b - a for a, b in zip(before, after, strict=True)))
         requests, statements = (
-            (b - a for a, b in zip(sent, sent_after, strict=True)) if sent and sent_after else (None, None)
+            (b - a for a, b in zip(sent, sent_after, strict=True))
+            if sent and sent_after
+            else (None, None)
         )
         served = told["logins"]
         if of is not None:
@@ -90,7 +102,8 @@ class Bench:
             server=used.measured,
             redis=used.redis * part,
             postgres=used.postgres * part,
-            others=(used.machine - used.server - used.redis - used.postgres - used.driver) / used.clock,
+            others=(used.machine - used.server - used.redis - used.postgres - used.driver)
+            / used.clock,
             verifies=(unit.verify, unit_after.verify),
             alone=(unit.alone + unit_after.alone) / 2,
             sign=(unit.sign + unit_after.sign) / 2,
@@ -127,8 +140,9 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Apart(Bench):
-    """Workers of one server, of which one has the server's core to itself while it is measured, in `turns`; the others serve on the
-    rest's cores meanwhile, which they share with stores and driver."""
+    """Workers of one server, of which one has the server's core to itself while it is measured, in
+    `turns`; the others serve on the rest's cores meanwhile, which they share with stores and
+    driver."""
 
     cores: Cores = field(kw_only=True)
     turns: Iterator[int] = field(kw_only=True)
@@ -147,7 +161,9 @@ class Apart(Bench):
 
 @dataclass(slots=True)
 class Case:
-    """`count` logins a repetition, `in_flight` at a time; at this rate, or for None each as soon as one is done."""
+    """`count` logins a repetition, `in_flight` at a time; at this rate, or for None each as soon as
+    one is done.
+    """
 
     name: str
     bench: Bench
@@ -167,7 +183,9 @@ class Case:
         self.ran.append(self.bench.repetition(self.what, self.in_flight, self.count, self.rate))
 
     def judge(self, best: float) -> None:
-        """Find what counts, where a verification takes `best` seconds when the core is ours alone."""
+        """Find what counts, where a verification takes `best` seconds when the core is ours
+        alone.
+        """
         self.good = [r for r in self.ran if r.discarded(best) is None]
 
     def unfit(self, best: float) -> str:
@@ -207,9 +225,11 @@ class Case:
 def measured(
     cases: Sequence[Case], repetitions: int, say: Callable[[str], None]
 ) -> tuple[list[Case], list[str]]:
-    """Run every case in turns until each has its repetitions: those that may be reported, and a sentence about each other one.
+    """Run every case in turns until each has its repetitions: those that may be reported, and a
+    sentence about each other one.
 
-    When the rounds are used up, a case with more than half of its repetitions is reported, with as many as there are.
+    When the rounds are used up, a case with more than half of its repetitions is reported, with as
+    many as there are.
 
     Raises:
         Unfit: a login failed, or no case may be reported.

@@ -1,7 +1,9 @@
-"""The load: a process that registers passkeys and runs logins, so many in flight, over kept connections.
+"""The load: a process that registers passkeys and runs logins, so many in flight, over kept
+connections.
 
-It reads one JSON command a line and answers one JSON line: how long each request and each whole login took, in seconds, and how many
-failed. Its authenticators hold one P-256 key each and do no more than sign, so that it needs less CPU than what it measures.
+It reads one JSON command a line and answers one JSON line: how long each request and each whole
+login took, in seconds, and how many failed. Its authenticators hold one P-256 key each and do no
+more than sign, so that it needs less CPU than what it measures.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Passkey:
     """A user and the key that their authenticator holds."""
 
     external_id: str
-    key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    key: ec.EllipticCurvePrivateKey = field(
+        default_factory=lambda: ec.generate_private_key(ec.SECP256R1())
+    )
     credential_id: bytes = field(default_factory=lambda: os.urandom(32))
     handle: str = ""
     counter: int = 0
@@ -57,7 +61,13 @@ class Passkey:
         """The answer to creation options, without attestation."""
         self.handle = options["user"]["id"]
         numbers = self.key.public_key().public_numbers()
-        cose = {1: 2, 3: -7, -1: 1, -2: numbers.x.to_bytes(32, "big"), -3: numbers.y.to_bytes(32, "big")}
+        cose = {
+            1: 2,
+            3: -7,
+            -1: 1,
+            -2: numbers.x.to_bytes(32, "big"),
+            -3: numbers.y.to_bytes(32, "big"),
+        }
         data = (
             self._data(_UP_UV | _AT)
             + bytes(16)
@@ -68,7 +78,11 @@ class Passkey:
         attestation = cbor2.dumps({"fmt": "none", "attStmt": {}, "authData": data})
         client = _client_data("webauthn.create", options["challenge"])
         return self._answer(
-            {"clientDataJSON": b64(client), "attestationObject": b64(attestation), "transports": ["internal"]}
+            {
+                "clientDataJSON": b64(client),
+                "attestationObject": b64(attestation),
+                "transports": ["internal"],
+            }
         )
 
     def get(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +115,9 @@ class Passkey:
 
 
 def _client_data(kind: str, challenge: str) -> bytes:
-    return orjson.dumps({"type": kind, "challenge": challenge, "origin": ORIGIN, "crossOrigin": False})
+    return orjson.dumps(
+        {"type": kind, "challenge": challenge, "origin": ORIGIN, "crossOrigin": False}
+    )
 
 
 class Failed(Exception):
@@ -109,8 +125,8 @@ class Failed(Exception):
 
 
 class Connection(asyncio.Protocol):
-    """One kept connection; one request at a time. An answer is taken apart where it arrives: what the driver takes for itself stands in
-    every latency."""
+    """One kept connection; one request at a time. An answer is taken apart where it arrives: what
+    the driver takes for itself stands in every latency."""
 
     def __init__(self, url: str, headers: dict[str, str]) -> None:
         parts = urlsplit(url)
@@ -176,7 +192,9 @@ class Connection(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Run:
-    """What a repetition took: seconds by step, and by whole login; and how many logins a connection had, by its port."""
+    """What a repetition took: seconds by step, and by whole login; and how many logins a connection
+    had, by its port.
+    """
 
     steps: dict[str, list[float]] = field(default_factory=dict)
     whole: list[float] = field(default_factory=list)
@@ -218,14 +236,16 @@ class Driver:
         self._idle: list[Connection] = []
         self.passkeys: list[Passkey] = []
         self._made = 0
-        self._turn = 0  # every run goes on where the last one ended, so that all users have their turn
+        self._turn = (
+            0  # every run goes on where the last one ended, so that all users have their turn
+        )
 
     def _free(self) -> Connection:
         return self._idle.pop() if self._idle else Connection(self._url, {})
 
     async def connect(self, in_flight: int) -> None:
-        """New connections for the next run: servers close those that rest for a minute or so. Workers share them by how many each has, so
-        those that there were are gone first."""
+        """New connections for the next run: servers close those that rest for a minute or so.
+        Workers share them by how many each has, so those that there were are gone first."""
         for connection in self._idle:
             connection.close()
         await asyncio.sleep(0.1)  # nothing tells when the server has noticed
@@ -233,10 +253,13 @@ class Driver:
         for connection in self._idle:
             await connection.open()
 
-    async def run(self, case: str, count: int, in_flight: int, rate: int | None = None) -> dict[str, Any]:
-        """Run `count` logins (or registrations), `in_flight` at a time, each user once at a time. With a `rate` as many begin a second, and
-        up to `in_flight` are under way: each connection begins one in each of its equal shares of time, at a random moment of it, or when
-        its last one is done."""
+    async def run(
+        self, case: str, count: int, in_flight: int, rate: int | None = None
+    ) -> dict[str, Any]:
+        """Run `count` logins (or registrations), `in_flight` at a time, each user once at a time.
+        With a `rate` as many begin a second, and up to `in_flight` are under way: each connection
+        begins one in each of its equal shares of time, at a random moment of it, or when its last
+        one is done."""
         what: Callable[[Run, Connection, Passkey], Awaitable[None]] = getattr(self, f"_{case}")
         run = Run()
         left = iter(range(count))
@@ -280,7 +303,10 @@ class Driver:
             ),
         )
         begun = await run.step(
-            "begin", connection.post(f"{self._base}/register/transactions/webauthn/start", opened, self._page)
+            "begin",
+            connection.post(
+                f"{self._base}/register/transactions/webauthn/start", opened, self._page
+            ),
         )
         handshake = begun["handshake"]
         finished = await run.step(
@@ -295,14 +321,18 @@ class Driver:
                 self._page,
             ),
         )
-        await run.step("redeem", connection.post(f"{self._base}/authenticate/verify", finished, self._bearer))
+        await run.step(
+            "redeem", connection.post(f"{self._base}/authenticate/verify", finished, self._bearer)
+        )
         self.passkeys.append(passkey)
 
     async def _flex(self, run: Run, connection: Connection, passkey: Passkey) -> None:
         opened = await run.step(
             "open",
             connection.post(
-                f"{self._base}/transactions/authenticate", {"external_id": passkey.external_id}, self._bearer
+                f"{self._base}/transactions/authenticate",
+                {"external_id": passkey.external_id},
+                self._bearer,
             ),
         )
         handshake = await self._begin(run, connection, opened)
@@ -327,14 +357,18 @@ class Driver:
     async def _begin(self, run: Run, connection: Connection, opened: dict[str, Any]) -> Any:
         begun = await run.step(
             "begin",
-            connection.post(f"{self._base}/authenticate/transactions/webauthn/start", opened, self._page),
+            connection.post(
+                f"{self._base}/authenticate/transactions/webauthn/start", opened, self._page
+            ),
         )
         return begun["handshake"]
 
     async def _begun(self, run: Run, connection: Connection, passkey: Passkey) -> None:
         """Half a login: a transaction and its pending ceremony, for the bytes that they take."""
         opened = await connection.post(
-            f"{self._base}/transactions/authenticate", {"external_id": passkey.external_id}, self._bearer
+            f"{self._base}/transactions/authenticate",
+            {"external_id": passkey.external_id},
+            self._bearer,
         )
         await self._begin(run, connection, opened)
 
@@ -368,25 +402,36 @@ class Driver:
             "options", connection.post(f"{base}/initialize", {"user_id": passkey.external_id}, key)
         )
         finished = await run.step(
-            "verify", connection.post(f"{base}/finalize", passkey.get(begun["publicKey"]), self._page)
+            "verify",
+            connection.post(f"{base}/finalize", passkey.get(begun["publicKey"]), self._page),
         )
         if finished["token"].count(".") != 2:
             raise Failed("no token")
 
     async def _peer(self, run: Run, connection: Connection, passkey: Passkey) -> None:
-        begun = await run.step("options", connection.post("/options", {"userId": passkey.external_id}))
+        begun = await run.step(
+            "options", connection.post("/options", {"userId": passkey.external_id})
+        )
         answer = {"userId": passkey.external_id, "response": passkey.get(begun)}
         told = await run.step("verify", connection.post("/verify", answer))
         if told != {"verified": True}:
             raise Failed("the peer refuses")
 
     async def peer_register(self, count: int) -> None:
-        """Give the peer its users: it keeps credentials as we do, registration is not what is measured there."""
+        """Give the peer its users: it keeps credentials as we do, registration is not what is
+        measured there.
+        """
         connection = self._free()
         for _ in range(count):
             passkey = self._new()
             numbers = passkey.key.public_key().public_numbers()
-            cose = {1: 2, 3: -7, -1: 1, -2: numbers.x.to_bytes(32, "big"), -3: numbers.y.to_bytes(32, "big")}
+            cose = {
+                1: 2,
+                3: -7,
+                -1: 1,
+                -2: numbers.x.to_bytes(32, "big"),
+                -3: numbers.y.to_bytes(32, "big"),
+            }
             await connection.post(
                 "/seed",
                 {
@@ -398,8 +443,9 @@ class Driver:
             self.passkeys.append(passkey)
 
     def adopt(self, keys: list[str], users: list[tuple[str, str, str, int]]) -> None:
-        """Be other users from now on: external id, credential id, user handle, and which key is theirs, of the registered passkeys
-        whose credential ids `keys` has. The database holds copies of those with other ids."""
+        """Be other users from now on: external id, credential id, user handle, and which key is
+        theirs, of the registered passkeys whose credential ids `keys` has. The database holds
+        copies of those with other ids."""
         registered = {b64(passkey.credential_id): passkey.key for passkey in self.passkeys}
         self.passkeys = [
             Passkey(external_id, registered[keys[key]], unb64(credential_id), handle)

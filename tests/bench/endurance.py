@@ -1,8 +1,10 @@
-"""`--endurance`: does a serving process stay as large as it was? Logins of every kind in turn, and its memory after each step.
+"""`--endurance`: does a serving process stay as large as it was? Logins of every kind in turn, and
+its memory after each step.
 
-A process grows at first: connections, compiled statements, arenas of its allocator. What is looked at is the second half, in which
-nothing new comes: `flat` means that it grew there by at most `MOST_GROWTH`, so by no more than a few dozen bytes a login, less than
-the smallest object that a login could leave behind.
+A process grows at first: connections, compiled statements, arenas of its allocator. What is looked
+at is the second half, in which nothing new comes: `flat` means that it grew there by at most
+`MOST_GROWTH`, so by no more than a few dozen bytes a login, less than the smallest object that a
+login could leave behind.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def run(logins: int, say: Callable[[str], None]) -> dict[str, Any]:
         found.append((done, measure.resident_bytes(server.pid)[0]))
         for _ in range(STEPS):
             for what, part in MIX:
-                done += sound(driver(what, count=round(logins / STEPS * part), in_flight=64))["logins"]
+                done += sound(driver(what, count=round(logins / STEPS * part), in_flight=64))[
+                    "logins"
+                ]
             found.append((done, measure.resident_bytes(server.pid)[0]))
             say(f"{done} logins: {found[-1][1] / 1e6:.1f} MB")
     half, end = found[STEPS // 2], found[-1]

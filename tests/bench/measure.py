@@ -1,4 +1,6 @@
-"""Readings: how much CPU and memory processes took, what the machine is, what one signature costs on it."""
+"""Readings: how much CPU and memory processes took, what the machine is, what one signature costs
+on it.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,26 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.tokens.signed import generate, sign
 
-PACKAGES = ("aiohttp", "webauthn", "redis", "hiredis", "asyncpg", "pyjwt", "uvloop", "orjson", "cryptography")
+PACKAGES = (
+    "aiohttp",
+    "webauthn",
+    "redis",
+    "hiredis",
+    "asyncpg",
+    "pyjwt",
+    "uvloop",
+    "orjson",
+    "cryptography",
+)
 _ECDSA = ec.ECDSA(hashes.SHA256())
 ROOT = Path(__file__).parent.parent.parent
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU that a process and its living descendants have taken, in seconds, to the nanosecond (`schedstat` of every thread)."""
+    """CPU that a process and its living descendants have taken, in seconds, to the nanosecond
+    (`schedstat` of every thread).
+    """
     return sum(own_cpu_seconds(found) for found in (pid, *_children(pid)))
 
 
@@ -46,7 +60,9 @@ def own_cpu_seconds(pid: int) -> float:
 
 
 def touched(pid: int) -> int:
-    """How many pages in memory a process and its living descendants have touched, each counted when a process touches it first (minor faults)."""
+    """How many pages in memory a process and its living descendants have touched, each counted when
+    a process touches it first (minor faults).
+    """
     found = 0
     for each in (pid, *_children(pid)):
         try:
@@ -67,8 +83,8 @@ def _children(pid: int) -> list[int]:
 
 
 def busy_seconds() -> float:
-    """CPU that all processes of the machine have taken, in seconds. Interrupts are nobody's: those of a run's own sockets and disk would
-    count as others' work."""
+    """CPU that all processes of the machine have taken, in seconds. Interrupts are nobody's: those
+    of a run's own sockets and disk would count as others' work."""
     user, nice, system = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:4])
     return (user + nice + system) / _TICK
 
@@ -87,8 +103,8 @@ def _resident(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Seconds of CPU on the core: for one P-256 verification and for one RS256 token while the other cores work, as they do during
-    logins; and for a verification while they rest."""
+    """Seconds of CPU on the core: for one P-256 verification and for one RS256 token while the
+    other cores work, as they do during logins; and for a verification while they rest."""
 
     verify: float
     sign: float
@@ -96,12 +112,14 @@ class Unit:
 
 
 class Calibration:
-    """Raw cryptography on the server's core, short enough to go before and after every repetition: a neighbour of the virtual
-    machine may make the core a third slower from one minute to the next, and one figure at the start of a run would say nothing
-    about its end. For the same reason the other cores sign meanwhile, as the driver does during logins: two cores of a virtual machine may
-    share one of the real machine, and then a verification beside a busy core costs a third more, like everything else that is measured
-    there. What it costs beside idle cores is reported as well. A token is signed as the broker signs it, with its own function: that is the signature's part of a login whose
-    dialect hands out tokens."""
+    """Raw cryptography on the server's core, short enough to go before and after every repetition:
+    a neighbour of the virtual machine may make the core a third slower from one minute to the next,
+    and one figure at the start of a run would say nothing about its end. For the same reason the
+    other cores sign meanwhile, as the driver does during logins: two cores of a virtual machine may
+    share one of the real machine, and then a verification beside a busy core costs a third more,
+    like everything else that is measured there. What it costs beside idle cores is reported as
+    well. A token is signed as the broker signs it, with its own function: that is the signature's
+    part of a login whose dialect hands out tokens."""
 
     def __init__(self, core: int, others: Iterable[int] = ()) -> None:
         self._core = core
@@ -120,14 +138,20 @@ class Calibration:
         }
 
     def __call__(self, *, rounds: int = 3, verifies: int = 300, tokens: int = 40) -> Unit:
-        """Medians of some rounds. The calling thread is on the core meanwhile, and where it was afterwards."""
+        """Medians of some rounds. The calling thread is on the core meanwhile, and where it was
+        afterwards.
+        """
         here = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {self._core})
         try:
             alone = _seconds(self._verify, rounds, verifies)
             for other in self._others:
                 other.send_signal(signal.SIGCONT)
-            return Unit(_seconds(self._verify, rounds, verifies), _seconds(self._sign, rounds, tokens), alone)
+            return Unit(
+                _seconds(self._verify, rounds, verifies),
+                _seconds(self._sign, rounds, tokens),
+                alone,
+            )
         finally:
             for other in self._others:
                 other.send_signal(signal.SIGSTOP)

@@ -18,8 +18,9 @@ _TOKENS = ("hanko",)  # what hands out a token signed with RS256
 class Repetition:
     """One measured repetition; CPU and wall in seconds for all its logins.
 
-    `verifies` are seconds of CPU for one verification, before and after it; `sign` for one token. Requests to Redis and statements
-    are None where the server does not count them. `behind` is how much longer than planned logins took that begin at a rate, as a part.
+    `verifies` are seconds of CPU for one verification, before and after it; `sign` for one token.
+    Requests to Redis and statements are None where the server does not count them. `behind` is how
+    much longer than planned logins took that begin at a rate, as a part.
     """
 
     logins: int
@@ -43,8 +44,8 @@ class Repetition:
         return sum(self.verifies) / 2
 
     def discarded(self, best: float) -> Discarded | None:
-        """Why it does not count, None if it does. `best` is what a verification took when it was fastest, in seconds: where it takes
-        longer, somebody else has a part of the core."""
+        """Why it does not count, None if it does. `best` is what a verification took when it was
+        fastest, in seconds: where it takes longer, somebody else has a part of the core."""
         if self.others > MOST_OTHER:
             return "busy"
         if abs(self.verifies[0] - self.verifies[1]) / self.verify > MOST_DRIFT:
@@ -55,8 +56,9 @@ class Repetition:
 
 
 def figures(what: str, repetitions: Sequence[Repetition]) -> dict[str, Any]:
-    """What a case comes to: medians over its repetitions; CPU in microseconds per login. `ratio` is the median of each repetition's
-    CPU per login over the verification that was measured around it."""
+    """What a case comes to: medians over its repetitions; CPU in microseconds per login. `ratio` is
+    the median of each repetition's CPU per login over the verification that was measured around it.
+    """
 
     def us(values: Iterable[float]) -> float:
         return round(statistics.median(values) * 1e6, 1)
@@ -66,7 +68,9 @@ def figures(what: str, repetitions: Sequence[Repetition]) -> dict[str, Any]:
         return round(statistics.median(known), 2) if known else None
 
     def ms(quantiles: Sequence[dict[str, float]]) -> dict[str, float]:
-        return {q: round(statistics.median([f[q] for f in quantiles]) * 1e3, 2) for q in ("p50", "p99")}
+        return {
+            q: round(statistics.median([f[q] for f in quantiles]) * 1e3, 2) for q in ("p50", "p99")
+        }
 
     cpu = statistics.median([r.server / r.logins for r in repetitions])
     found = {
@@ -82,23 +86,30 @@ def figures(what: str, repetitions: Sequence[Repetition]) -> dict[str, Any]:
         "redis_cpu_us": us(r.redis / r.logins for r in repetitions),
         "postgres_cpu_us": us(r.postgres / r.logins for r in repetitions),
         "whole_ratio": round(
-            statistics.median([(r.server + r.postgres) / r.logins / r.verify for r in repetitions]), 2
+            statistics.median([(r.server + r.postgres) / r.logins / r.verify for r in repetitions]),
+            2,
         ),
         "logins_per_core_second": round(1 / cpu),
         "logins_per_second": round(statistics.median([r.logins / r.seconds for r in repetitions])),
         "redis_requests": per_login([r.redis_requests for r in repetitions]),
         "statements": per_login([r.statements for r in repetitions]),
         "login_ms": ms([{"p50": r.p50, "p99": r.p99} for r in repetitions]),
-        "request_ms": {step: ms([r.steps[step] for r in repetitions]) for step in repetitions[0].steps},
+        "request_ms": {
+            step: ms([r.steps[step] for r in repetitions]) for step in repetitions[0].steps
+        },
     }
     if what in _TOKENS:
         found["signing_us"] = us(r.sign for r in repetitions)
-        found["signing_ratio"] = round(statistics.median([r.sign / r.verify for r in repetitions]), 2)
+        found["signing_ratio"] = round(
+            statistics.median([r.sign / r.verify for r in repetitions]), 2
+        )
     return found
 
 
 def table(result: dict[str, Any]) -> str:
-    """A run as text: the machine, a line for each case, the requests of each case, and what else was found."""
+    """A run as text: the machine, a line for each case, the requests of each case, and what else
+    was found.
+    """
     cases = result["cases"]
     verifies = [v for f in cases.values() for v in f["verify_us_all"]]
     lines = [

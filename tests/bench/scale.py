@@ -1,19 +1,23 @@
 """`make bench-scale`: does a login cost more beside five million passkeys than beside ten thousand?
 
-Two databases on one Postgres, the small one and the large one, each with its broker, its driver and one app that has everything, as
-an operator with one product has it. Users have five passkeys in both, so that a login reads as many rows and only the tables differ.
-Drivers register some users; all other rows are copies of those with ids, handles and times of their own (`seed`), and the logins are
-of users all over the table, so that their pages are cold. The two take turns repetition by repetition. What is compared is the CPU
-of the broker and of Postgres together, in verifications.
+Two databases on one Postgres, the small one and the large one, each with its broker, its driver and
+one app that has everything, as an operator with one product has it. Users have five passkeys in
+both, so that a login reads as many rows and only the tables differ. Drivers register some users;
+all other rows are copies of those with ids, handles and times of their own (`seed`), and the logins
+are of users all over the table, so that their pages are cold. The two take turns repetition by
+repetition. What is compared is the CPU of the broker and of Postgres together, in verifications.
 
-Autovacuum is off on the seeded tables, for it would come to the small one every minute, and never to the large one; and no checkpoint
-comes while logins run, for the disk's pauses then would be one repetition's alone. Postgres has the buffers that its manual recommends, a
-quarter of the machine's memory, and they hold what logins read, as those of a server do that has run for a while. For the same reason
-logins run before the measured ones until Postgres' processes have touched those buffers: the first touch of a page costs a process some
-ten microseconds, and beside few rows none is left after a second. (Where huge pages are reserved there are few to touch.) What remains
-is that indexes are deeper, that no two logins share a page, and that most write whole pages to the log, being the first since the
-checkpoint to change them. With `--buffers 32` nothing large fits, as in the embedded store: rows are read through the kernel's cache, and
-pages are written back to make room.
+Autovacuum is off on the seeded tables, for it would come to the small one every minute, and never
+to the large one; and no checkpoint comes while logins run, for the disk's pauses then would be one
+repetition's alone. Postgres has the buffers that its manual recommends, a quarter of the machine's
+memory, and they hold what logins read, as those of a server do that has run for a while. For the
+same reason logins run before the measured ones until Postgres' processes have touched those
+buffers: the first touch of a page costs a process some ten microseconds, and beside few rows none
+is left after a second. (Where huge pages are reserved there are few to touch.) What remains is that
+indexes are deeper, that no two logins share a page, and that most write whole pages to the log,
+being the first since the checkpoint to change them. With `--buffers 32` nothing large fits, as in
+the embedded store: rows are read through the kernel's cache, and pages are written back to make
+room.
 """
 
 from __future__ import annotations
@@ -61,11 +65,17 @@ _SPARE = 9 << 30  # for the write-ahead log, sorting, and what else the disk is 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes."""
     parser.add_argument(
-        "--credentials", type=int, default=5_000_000, help="of --scale's large database (%(default)s)"
+        "--credentials",
+        type=int,
+        default=5_000_000,
+        help="of --scale's large database (%(default)s)",
     )
     parser.add_argument("--events", type=int, default=10_000_000, help="likewise (%(default)s)")
     parser.add_argument(
-        "--buffers", type=int, default=_quarter(), help="of Postgres, in MB, with --scale (%(default)s)"
+        "--buffers",
+        type=int,
+        default=_quarter(),
+        help="of Postgres, in MB, with --scale (%(default)s)",
     )
 
 
@@ -123,14 +133,22 @@ def run(
             ratios[name] = round(
                 found[f"{name} large"]["whole_ratio"] / found[f"{name} small"]["whole_ratio"], 3
             )
-    return {"machine": measure.machine(), "cases": found, "ratios": ratios, "also": also, "unfit": unfit}
+    return {
+        "machine": measure.machine(),
+        "cases": found,
+        "ratios": ratios,
+        "also": also,
+        "unfit": unfit,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """Both databases' cases, and the ratios."""
     lines = [report.table(result), ""]
     for name, ratio in result["ratios"].items():
-        small, large = (result["cases"][f"{name} {size}"]["whole_ratio"] for size in ("small", "large"))
+        small, large = (
+            result["cases"][f"{name} {size}"]["whole_ratio"] for size in ("small", "large")
+        )
         lines.append(
             f"{name}: CPU of broker and Postgres per login {small:.2f} verifications in the small database, {large:.2f} in the large"
             f" one: {ratio:.2f} times ({'within' if ratio <= MOST else 'ABOVE'} {MOST})"
@@ -183,7 +201,9 @@ async def _seeded(made: Stores, server: Server, driver: Driver, size: Size) -> s
 
 
 def _lived_in(bench: Bench) -> str:
-    """Run logins until Postgres' processes have touched the pages that logins read; how it went, in words."""
+    """Run logins until Postgres' processes have touched the pages that logins read; how it went, in
+    words.
+    """
     bench.driver("connect", in_flight=16)
     done, each = 0, math.inf
     while each > AT_HOME and done < MOST_BEFORE:
@@ -205,7 +225,9 @@ async def _checkpoint(made: Stores) -> None:
 
 
 async def _warm(session: seed.Session) -> None:
-    """Read what logins read, in the order of the indexes by which they find it: a sequential scan of a large table leaves nothing behind."""
+    """Read what logins read, in the order of the indexes by which they find it: a sequential scan
+    of a large table leaves nothing behind.
+    """
     for way in ("seqscan", "bitmapscan", "sort"):
         await session.execute(f"SET enable_{way} = off")
     await session.execute("SET max_parallel_workers_per_gather = 0")
@@ -217,10 +239,14 @@ async def _warm(session: seed.Session) -> None:
 
 
 async def _some(session: seed.Session, size: Size) -> Sequence[tuple[str, str, str, int]]:
-    """One passkey each of users from everywhere in the table. Each user occurs once: some dialects have one ceremony a user."""
+    """One passkey each of users from everywhere in the table. Each user occurs once: some dialects
+    have one ceremony a user.
+    """
     chance = random.Random(0)
     users = chance.sample(range(size.users), min(size.users, WHO_SIGN_IN))
-    numbers = [user + size.users * chance.randrange(size.credentials // size.users) for user in users]
+    numbers = [
+        user + size.users * chance.randrange(size.credentials // size.users) for user in users
+    ]
     return [
         (external_id, b64(credential_id), b64(handle.encode()), key)
         for external_id, credential_id, handle, key in await seed.passkeys(session, size, numbers)

@@ -1,13 +1,15 @@
-"""Many rows: users, passkeys, events, as years of use leave them, made by the server out of a few that came by real registrations.
+"""Many rows: users, passkeys, events, as years of use leave them, made by the server out of a few
+that came by real registrations.
 
-Everything about row number n follows from n, so nothing has to be read back: ids, handles and credential ids are cut from digests of
-n, and look as chance does to an index. What is not made anew is copied from a *template*, one of the passkeys that were really
-registered: their public keys above all. So whoever holds the templates' private keys can sign in as any user of the table, and a
-column that a later migration adds is filled as registration fills it. A user's passkeys lie apart in the table, for they came at
-different times.
+Everything about row number n follows from n, so nothing has to be read back: ids, handles and
+credential ids are cut from digests of n, and look as chance does to an index. What is not made anew
+is copied from a *template*, one of the passkeys that were really registered: their public keys
+above all. So whoever holds the templates' private keys can sign in as any user of the table, and a
+column that a later migration adds is filled as registration fills it. A user's passkeys lie apart
+in the table, for they came at different times.
 
-Foreign keys are not checked while rows are made, and indexes that no foreign key needs are made anew afterwards: minutes instead of
-an hour for five million.
+Foreign keys are not checked while rows are made, and indexes that no foreign key needs are made
+anew afterwards: minutes instead of an hour for five million.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ async def templates(session: Session) -> list[bytes]:
 
 
 async def grow(session: Session, apps: Sequence[str], size: Size) -> None:
-    """Add rows, users dealt out to these apps in turn, in the session that has the templates. Some template has signed in before."""
+    """Add rows, users dealt out to these apps in turn, in the session that has the templates. Some
+    template has signed in before.
+    """
     await session.execute("SET session_replication_role = replica")
     await session.execute("SET maintenance_work_mem = '256MB'")
     await session.execute("SET synchronous_commit = off")
@@ -109,8 +113,12 @@ async def grow(session: Session, apps: Sequence[str], size: Size) -> None:
     await session.execute("SET session_replication_role = origin")
 
 
-async def passkeys(session: Session, size: Size, numbers: Sequence[int]) -> list[tuple[str, bytes, str, int]]:
-    """Of passkeys by number: external id, credential id, user handle, and which template's key signs for it."""
+async def passkeys(
+    session: Session, size: Size, numbers: Sequence[int]
+) -> list[tuple[str, bytes, str, int]]:
+    """Of passkeys by number: external id, credential id, user handle, and which template's key
+    signs for it.
+    """
     user = f"(n % {size.users})"
     rows = await session.fetch(
         f"SELECT {_EXTERNAL.format(user)}, {_CREDENTIAL.format('n')}, {_HANDLE.format(user)},"
@@ -123,13 +131,17 @@ async def passkeys(session: Session, size: Size, numbers: Sequence[int]) -> list
 async def _add(
     session: Session, apps: Sequence[str], table: str, source: str, made: Mapping[str, str]
 ) -> None:
-    """Insert what `source` yields: columns as `made` says ($1 are the apps), all others as the template `t` has them."""
+    """Insert what `source` yields: columns as `made` says ($1 are the apps), all others as the
+    template `t` has them.
+    """
     rows = await session.fetch(
         "SELECT column_name FROM information_schema.columns WHERE table_schema = current_schema() AND table_name = $1"
         " AND is_generated = 'NEVER' AND is_identity = 'NO' ORDER BY ordinal_position",
         table,
     )
-    columns = {row["column_name"]: made.get(row["column_name"], f"t.{row['column_name']}") for row in rows}
+    columns = {
+        row["column_name"]: made.get(row["column_name"], f"t.{row['column_name']}") for row in rows
+    }
     async with _without_indexes(session, table):
         await session.execute(
             f"INSERT INTO {table} ({', '.join(columns)}) SELECT {', '.join(columns.values())} FROM {source}",

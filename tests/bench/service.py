@@ -1,4 +1,6 @@
-"""The servers under measurement, each where it belongs: the measured one on one core; stores and driver on the others."""
+"""The servers under measurement, each where it belongs: the measured one on one core; stores and
+driver on the others.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,9 @@ class Stores:
 def stores(
     cores: Cores, *, tcp: bool = False, postgres: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Stores]:
-    """Both, on the rest's cores and on sockets of the machine, as `broker dev` runs them; with `tcp` Valkey is spoken to through loopback.
-    `postgres` are settings of it instead of the embedded store's."""
+    """Both, on the rest's cores and on sockets of the machine, as `broker dev` runs them; with
+    `tcp` Valkey is spoken to through loopback. `postgres` are settings of it instead of the
+    embedded store's."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores.rest)
     try:
@@ -82,7 +85,9 @@ def stores(
                 try:
                     yield Stores(
                         embedded.database_url,
-                        f"redis://127.0.0.1:{valkey.port}/0" if tcp else f"unix://{home / 'valkey.sock'}",
+                        f"redis://127.0.0.1:{valkey.port}/0"
+                        if tcp
+                        else f"unix://{home / 'valkey.sock'}",
                         _postmaster(),
                         valkey.process.pid,
                     )
@@ -147,7 +152,12 @@ class Server:
 
 @contextmanager
 def _listening(
-    argv: list[str], environment: dict[str, str], core: frozenset[int], port: int, path: str, log: Path | None
+    argv: list[str],
+    environment: dict[str, str],
+    core: frozenset[int],
+    port: int,
+    path: str,
+    log: Path | None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     with open(log or os.devnull, "wb") as lines:
         process = subprocess.Popen(
@@ -170,11 +180,17 @@ def _listening(
 
 @contextmanager
 def broker(
-    made: Stores, cores: Cores, *, workers: int = 1, log: Path | None = None, python: Path | None = None
+    made: Stores,
+    cores: Cores,
+    *,
+    workers: int = 1,
+    log: Path | None = None,
+    python: Path | None = None,
 ) -> Iterator[Server]:
-    """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production; events and metrics are on. It waits
-    for stores as long as settings let it: a pause of the machine's disk is no failed login. `python` is the interpreter of an environment
-    that the broker is installed in, ours for None."""
+    """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production;
+    events and metrics are on. It waits for stores as long as settings let it: a pause of the
+    machine's disk is no failed login. `python` is the interpreter of an environment that the broker
+    is installed in, ours for None."""
     port = free_port()
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
@@ -269,4 +285,6 @@ def placed(pid: int, cores: frozenset[int]) -> None:
 
 def settled(seconds: float = 0.3) -> None:
     """Let what the last repetition left running end: Postgres' writers, freed connections."""
-    time.sleep(seconds)  # nothing tells when writers are done, and what is left is counted as others' work
+    time.sleep(
+        seconds
+    )  # nothing tells when writers are done, and what is left is counted as others' work

@@ -1,18 +1,22 @@
-"""A real Chromium over a pipe: pages, input, requests and virtual authenticators, with the standard library only.
+"""A real Chromium over a pipe: pages, input, requests and virtual authenticators, with the standard
+library only.
 
-Theory of operation. `Chromium` starts one browser whose DevTools protocol runs over two inherited pipes (descriptors 3 and 4;
-messages are JSON ended by a NUL byte), so there is no port to guess and the browser ends when this process does. One thread
-reads; a call waits for the answer with its number, an event goes to the page whose session it names. Every wait has a
-deadline, and a wait that ends without success raises with what the page showed, so a failure explains itself.
+Theory of operation. `Chromium` starts one browser whose DevTools protocol runs over two inherited
+pipes (descriptors 3 and 4; messages are JSON ended by a NUL byte), so there is no port to guess and
+the browser ends when this process does. One thread reads; a call waits for the answer with its
+number, an event goes to the page whose session it names. Every wait has a deadline, and a wait that
+ends without success raises with what the page showed, so a failure explains itself.
 
-Nothing leaves loopback: a resolver rule makes every name but `localhost` unknown. WebAuthn needs a page on
-`http://localhost:PORT`; an IP address is no valid RP ID.
+Nothing leaves loopback: a resolver rule makes every name but `localhost` unknown. WebAuthn needs a
+page on `http://localhost:PORT`; an IP address is no valid RP ID.
 
-A `Page` lives in a browser context of its own: cookies, storage and virtual authenticators of one test are not another's.
-Elements are named as people name them: `button("Sign in")`, `textbox("Name")` ask the browser's accessibility tree, a plain
-string is a CSS selector. Clicks and keys are real input events, sent only when the element is visible, enabled and uncovered.
+A `Page` lives in a browser context of its own: cookies, storage and virtual authenticators of one
+test are not another's. Elements are named as people name them: `button("Sign in")`,
+`textbox("Name")` ask the browser's accessibility tree, a plain string is a CSS selector. Clicks and
+keys are real input events, sent only when the element is visible, enabled and uncovered.
 
-All calls block. An asyncio test that also runs a server in its event loop calls them through `asyncio.to_thread`.
+All calls block. An asyncio test that also runs a server in its event loop calls them through
+`asyncio.to_thread`.
 
     with Chromium() as browser, browser.page() as page:
         device = page.authenticator()
@@ -22,9 +26,10 @@ All calls block. An asyncio test that also runs a server in its event loop calls
         page.wait_for_text("Welcome")
         assert len(device.credentials()) == 1
 
-Facts of the virtual authenticator that surprise: it keeps at most three discoverable passkeys that pages made (clear it, or
-take a fresh page); a conditional get resolves at once when a passkey matches and is refused at once when none does, so switch
-presence off to keep one pending; switching presence on does not release a request that already waits.
+Facts of the virtual authenticator that surprise: it keeps at most three discoverable passkeys that
+pages made (clear it, or take a fresh page); a conditional get resolves at once when a passkey
+matches and is refused at once when none does, so switch presence off to keep one pending; switching
+presence on does not release a request that already waits.
 """
 
 from __future__ import annotations
@@ -73,7 +78,9 @@ class ProtocolError(Exception):
 
 
 class ScriptError(Exception):
-    """A script of ours threw in the page; the message is the browser's description of what it threw."""
+    """A script of ours threw in the page; the message is the browser's description of what it
+    threw.
+    """
 
 
 class TooLate(AssertionError):
@@ -82,7 +89,9 @@ class TooLate(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An element by ARIA role and accessible name, both as the browser computes them. The name matches whole."""
+    """An element by ARIA role and accessible name, both as the browser computes them. The name
+    matches whole.
+    """
 
     role: str
     name: str
@@ -105,7 +114,9 @@ def textbox(name: str) -> Named:
 
 @dataclass(slots=True)
 class Request:
-    """One request that a page sent. Filled in as the answer arrives; `failure` is the browser's word, like "net::ERR_FAILED"."""
+    """One request that a page sent. Filled in as the answer arrives; `failure` is the browser's
+    word, like "net::ERR_FAILED".
+    """
 
     id: str
     method: str
@@ -150,7 +161,9 @@ class Chromium:
     """One browser process. Close it, or use it as a context manager."""
 
     def __init__(self, flags: Sequence[str] = ()) -> None:
-        """Start the browser with `FLAGS` and `flags` (for an option given twice, the later one counts)."""
+        """Start the browser with `FLAGS` and `flags` (for an option given twice, the later one
+        counts).
+        """
         binary = parts.chromium()
         self.news = threading.Condition()  # notified at every event
         self._profile = tempfile.mkdtemp(prefix="chromium-")
@@ -161,7 +174,13 @@ class Chromium:
         self._gone = False
         commands, self._commands = _pipe("wb")
         answers, self._answers = _pipe("rb")
-        argv = [binary, *FLAGS, *flags, "--user-data-dir=" + self._profile, "--remote-debugging-pipe"]
+        argv = [
+            binary,
+            *FLAGS,
+            *flags,
+            "--user-data-dir=" + self._profile,
+            "--remote-debugging-pipe",
+        ]
         self._pid = os.posix_spawn(
             argv[0],
             [*argv, "about:blank"],
@@ -170,7 +189,13 @@ class Chromium:
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 2, self._profile + "/stderr", os.O_WRONLY | os.O_CREAT, 0o600),
+                (
+                    os.POSIX_SPAWN_OPEN,
+                    2,
+                    self._profile + "/stderr",
+                    os.O_WRONLY | os.O_CREAT,
+                    0o600,
+                ),
                 (os.POSIX_SPAWN_DUP2, commands, 3),
                 (os.POSIX_SPAWN_DUP2, answers, 4),
             ],
@@ -187,7 +212,9 @@ class Chromium:
             raise ProtocolError(f"{argv[0]} did not start: {stderr.strip() or error}") from None
 
     def page(self) -> Page:
-        """A new page in a browser context of its own, with WebAuthn under the test's control (no authenticator yet)."""
+        """A new page in a browser context of its own, with WebAuthn under the test's control (no
+        authenticator yet).
+        """
         context = self.send("Target.createBrowserContext")["browserContextId"]
         return Page(self, context, owner=True)
 
@@ -239,7 +266,9 @@ class Chromium:
             return self._count
 
     def listen(self, session: str, handler: Callable[[str, dict[str, Any]], None] | None) -> None:
-        """Send the session's events to `handler` (in the reading thread, `news` held); None ends that."""
+        """Send the session's events to `handler` (in the reading thread, `news` held); None ends
+        that.
+        """
         if handler:
             self._sessions[session] = handler
         else:
@@ -285,29 +314,40 @@ class Chromium:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
 class Page:
-    """One tab. Its lists (`console`, `errors`, `requests`, `dialogs`) grow while it lives and are never cleared by it."""
+    """One tab. Its lists (`console`, `errors`, `requests`, `dialogs`) grow while it lives and are
+    never cleared by it.
+    """
 
     def __init__(self, browser: Chromium, context: str, *, owner: bool) -> None:
         self.browser = browser
         self.console: list[str] = []  # "level: text", console calls and the browser's own log
         self.errors: list[str] = []  # uncaught exceptions and unhandled rejections
         self.requests: list[Request] = []
-        self.dialogs: list[str] = []  # texts of alert, confirm and prompt; `accept_dialogs` answers them
+        self.dialogs: list[
+            str
+        ] = []  # texts of alert, confirm and prompt; `accept_dialogs` answers them
         self.accept_dialogs = True
         self.context = context
         self._owner = owner
         self._loads: list[str] = []
         self._authenticators: dict[str, Authenticator] = {}
         self._interceptors: list[tuple[str, Interceptor]] = []
-        target = browser.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        target = browser.send("Target.createTarget", url="about:blank", browserContextId=context)[
+            "targetId"
+        ]
         self._target: str = target
-        self._session: str = browser.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session: str = browser.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         browser.listen(self._session, self._event)
         for domain in ("Page", "Runtime", "Network", "Log", "DOM", "Accessibility"):
             self.send(domain + ".enable")
@@ -316,7 +356,9 @@ class Page:
         self.send("WebAuthn.enable", enableUI=False)
 
     def another(self) -> Page:
-        """A second tab in the same browser context: same cookies and storage, its own authenticators."""
+        """A second tab in the same browser context: same cookies and storage, its own
+        authenticators.
+        """
         return Page(self.browser, self.context, owner=False)
 
     def send(self, method: str, timeout: float = DEADLINE, **params: Any) -> dict[str, Any]:
@@ -335,7 +377,10 @@ class Page:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -355,7 +400,9 @@ class Page:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Wait, at the end of the block, for the load of a document that the block caused (a link, a form, a script)."""
+        """Wait, at the end of the block, for the load of a document that the block caused (a link,
+        a form, a script).
+        """
         before = len(self._loads)
         yield
         self._await(lambda: len(self._loads) > before, "load of a new document")
@@ -373,7 +420,8 @@ class Page:
         return str(self.js("location.href"))
 
     def js(self, expression: str, *, gesture: bool = True, timeout: float = DEADLINE) -> Any:
-        """Evaluate an expression; a promise is awaited. The value must survive JSON. `gesture`: count as user activation.
+        """Evaluate an expression; a promise is awaited. The value must survive JSON. `gesture`:
+        count as user activation.
 
         Raises:
             ScriptError: it threw or rejected.
@@ -419,7 +467,9 @@ class Page:
     def wait_for_text(
         self, text: str | re.Pattern[str], within: Locator = "body", deadline: float = DEADLINE
     ) -> str:
-        """Wait until the element's visible text contains `text` (or the pattern matches in it); return the whole text."""
+        """Wait until the element's visible text contains `text` (or the pattern matches in it);
+        return the whole text.
+        """
 
         def look() -> str | None:
             if not self.count(within):
@@ -432,14 +482,20 @@ class Page:
 
     def focused(self) -> Named:
         """Role and accessible name of what has the keyboard focus."""
-        found = self.send("Runtime.evaluate", expression="document.activeElement")["result"]["objectId"]
-        node = self.send("Accessibility.getPartialAXTree", objectId=found, fetchRelatives=False)["nodes"][0]
+        found = self.send("Runtime.evaluate", expression="document.activeElement")["result"][
+            "objectId"
+        ]
+        node = self.send("Accessibility.getPartialAXTree", objectId=found, fetchRelatives=False)[
+            "nodes"
+        ][0]
         return Named(*(str(node.get(key, {}).get("value", "")) for key in ("role", "name")))
 
     # Input
 
     def click(self, locator: Locator, deadline: float = DEADLINE) -> None:
-        """Press and release the left mouse button on the element, once it is visible, enabled and uncovered."""
+        """Press and release the left mouse button on the element, once it is visible, enabled and
+        uncovered.
+        """
         said = "absent"
 
         def look() -> tuple[float, float] | None:
@@ -488,8 +544,12 @@ class Page:
 
     # Looks
 
-    def view(self, width: int = 1280, height: int = 800, *, dark: bool = False, **media: str) -> None:
-        """Set the viewport in CSS pixels, the colour scheme, and further media features (`prefers_reduced_motion="reduce"`)."""
+    def view(
+        self, width: int = 1280, height: int = 800, *, dark: bool = False, **media: str
+    ) -> None:
+        """Set the viewport in CSS pixels, the colour scheme, and further media features
+        (`prefers_reduced_motion="reduce"`).
+        """
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -498,14 +558,18 @@ class Page:
             mobile=False,
         )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        features += [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+        features += [
+            {"name": name.replace("_", "-"), "value": value} for name, value in media.items()
+        ]
         self.send("Emulation.setEmulatedMedia", features=features)
 
     # Network
 
     def sent(self, path: str, method: str = "POST") -> list[Request]:
         """The requests so far with this method whose URL's path ends with `path`."""
-        return [r for r in self.requests if r.method == method and r.url.split("?")[0].endswith(path)]
+        return [
+            r for r in self.requests if r.method == method and r.url.split("?")[0].endswith(path)
+        ]
 
     def wait_sent(
         self, path: str, count: int = 1, method: str = "POST", deadline: float = DEADLINE
@@ -519,13 +583,15 @@ class Page:
         return done()[count - 1]
 
     def cookies(self) -> list[dict[str, Any]]:
-        """The cookies that the page's URL gets, HttpOnly ones included, with the protocol's keys."""
+        """The cookies that the page's URL gets, HttpOnly ones included, with the protocol's
+        keys.
+        """
         cookies: list[dict[str, Any]] = self.send("Network.getCookies")["cookies"]
         return cookies
 
     def offline(self, offline: bool = True) -> None:
-        """Cut the page from the network (each fetch fails), or join it again. Chromium answers before its network does as told, so a
-        fetch is waited for that sees it."""
+        """Cut the page from the network (each fetch fails), or join it again. Chromium answers
+        before its network does as told, so a fetch is waited for that sees it."""
         self.send(
             "Network.emulateNetworkConditions",
             offline=offline,
@@ -537,9 +603,11 @@ class Page:
         self.wait_until(f"{tried}.then((failed) => failed === {json.dumps(offline)})")
 
     def intercept(self, pattern: str, interceptor: Interceptor) -> None:
-        """Ask `interceptor` about requests whose URL matches `pattern` (`*` and `?`); None lets one pass.
+        """Ask `interceptor` about requests whose URL matches `pattern` (`*` and `?`); None lets one
+        pass.
 
-        It runs in the reading thread: it must not call this page. The last one added for a URL wins.
+        It runs in the reading thread: it must not call this page. The last one added for a URL
+        wins.
         """
         self._interceptors.insert(0, (pattern, interceptor))
         self.send("Fetch.enable", patterns=[{"urlPattern": p} for p, _ in self._interceptors])
@@ -547,10 +615,12 @@ class Page:
     # Authenticators
 
     def authenticator(self, **options: Any) -> Authenticator:
-        """Plug in a virtual authenticator: by default a platform one that keeps passkeys, verifies the user and says yes.
+        """Plug in a virtual authenticator: by default a platform one that keeps passkeys, verifies
+        the user and says yes.
 
-        `options` are those of `WebAuthn.addVirtualAuthenticator`, like `transport="usb"`, `hasUserVerification=False`,
-        `defaultBackupEligibility=True`. It belongs to the tab and survives navigation.
+        `options` are those of `WebAuthn.addVirtualAuthenticator`, like `transport="usb"`,
+        `hasUserVerification=False`, `defaultBackupEligibility=True`. It belongs to the tab and
+        survives navigation.
         """
         chosen: dict[str, Any] = {
             "protocol": "ctap2",
@@ -578,7 +648,9 @@ class Page:
             try:
                 return look()
             except ProtocolError as error:
-                if re.search(r"context|node|object", str(error), re.I):  # the document changed under us
+                if re.search(
+                    r"context|node|object", str(error), re.I
+                ):  # the document changed under us
                     return None
                 raise
 
@@ -611,7 +683,9 @@ class Page:
                 accessibleName=locator.name,
             )["nodes"]
             found = [
-                self.send("DOM.resolveNode", backendNodeId=node["backendDOMNodeId"])["object"]["objectId"]
+                self.send("DOM.resolveNode", backendNodeId=node["backendDOMNodeId"])["object"][
+                    "objectId"
+                ]
                 for node in nodes
                 if not node["ignored"] and "backendDOMNodeId" in node
             ]
@@ -621,12 +695,16 @@ class Page:
             if "exceptionDetails" in answer:
                 _value(answer)
             handle = answer["result"]["objectId"]
-            properties = self.send("Runtime.getProperties", objectId=handle, ownProperties=True)["result"]
+            properties = self.send("Runtime.getProperties", objectId=handle, ownProperties=True)[
+                "result"
+            ]
             found = [p["value"]["objectId"] for p in properties if p["name"].isdigit()]
         return [
             handle
             for handle in found
-            if self._call(handle, "function () { return this.checkVisibility({visibilityProperty: true}) }")
+            if self._call(
+                handle, "function () { return this.checkVisibility({visibilityProperty: true}) }"
+            )
         ]
 
     def _call(self, handle: str, function: str) -> Any:
@@ -653,13 +731,17 @@ class Page:
                 self._loads.append(params["loaderId"])
         elif method == "Page.javascriptDialogOpening":
             self.dialogs.append(params["message"])
-            self.browser.post("Page.handleJavaScriptDialog", self._session, accept=self.accept_dialogs)
+            self.browser.post(
+                "Page.handleJavaScriptDialog", self._session, accept=self.accept_dialogs
+            )
         elif method == "Runtime.consoleAPICalled":
             said = " ".join(str(a.get("value", a.get("description", ""))) for a in params["args"])
             self.console.append(f"{params['type']}: {said}")
         elif method == "Log.entryAdded":
             entry = params["entry"]
-            self.console.append(f"{entry['level']}: {entry['text']} {entry.get('url', '')}".rstrip())
+            self.console.append(
+                f"{entry['level']}: {entry['text']} {entry.get('url', '')}".rstrip()
+            )
         elif method == "Runtime.exceptionThrown":
             self.errors.append(_described(params["exceptionDetails"]))
         elif method == "Fetch.requestPaused":
@@ -685,13 +767,17 @@ class Page:
             request.status, request.answer_headers = response["status"], response["headers"]
 
     def _last(self, number: str) -> list[Request]:
-        """The newest request with this id (redirects keep theirs), or nothing where it began before us."""
+        """The newest request with this id (redirects keep theirs), or nothing where it began before
+        us.
+        """
         return [request for request in self.requests if request.id == number][-1:]
 
     def _paused(self, params: dict[str, Any]) -> None:
         request = _request(params["requestId"], params["request"], params["resourceType"])
         for pattern, interceptor in self._interceptors:
-            if not re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), request.url):
+            if not re.fullmatch(
+                re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), request.url
+            ):
                 continue
             if answer := interceptor(request):
                 self.browser.post(
@@ -708,7 +794,9 @@ class Page:
 
 
 class Authenticator:
-    """A virtual authenticator in a page. `events` holds ("added" | "asserted" | "updated" | "deleted", details) in order."""
+    """A virtual authenticator in a page. `events` holds ("added" | "asserted" | "updated" |
+    "deleted", details) in order.
+    """
 
     def __init__(self, page: Page, number: str) -> None:
         self._page = page
@@ -720,19 +808,34 @@ class Authenticator:
         return self._page.send("WebAuthn." + method, authenticatorId=self._number, **params)
 
     def present(self, present: bool) -> None:
-        """Whether somebody touches it. With nobody there, a ceremony stays pending until its timeout or abort."""
+        """Whether somebody touches it. With nobody there, a ceremony stays pending until its
+        timeout or abort.
+        """
         self.send("setAutomaticPresenceSimulation", enabled=present)
 
     def verified(self, verified: bool) -> None:
-        """Whether its user verification succeeds. Where it fails, the page gets NotAllowedError, as from a cancelled prompt."""
+        """Whether its user verification succeeds. Where it fails, the page gets NotAllowedError, as
+        from a cancelled prompt.
+        """
         self.send("setUserVerified", isUserVerified=verified)
 
-    def misbehave(self, *, bogus_signature: bool = False, bad_uv: bool = False, bad_up: bool = False) -> None:
-        """Answer with a wrong signature, or with the UV or UP flag cleared; without arguments, behave again."""
-        self.send("setResponseOverrideBits", isBogusSignature=bogus_signature, isBadUV=bad_uv, isBadUP=bad_up)
+    def misbehave(
+        self, *, bogus_signature: bool = False, bad_uv: bool = False, bad_up: bool = False
+    ) -> None:
+        """Answer with a wrong signature, or with the UV or UP flag cleared; without arguments,
+        behave again.
+        """
+        self.send(
+            "setResponseOverrideBits",
+            isBogusSignature=bogus_signature,
+            isBadUV=bad_uv,
+            isBadUP=bad_up,
+        )
 
     def credentials(self) -> list[dict[str, Any]]:
-        """Its passkeys: credentialId (standard base64), rpId, userHandle, userName, userDisplayName, signCount, privateKey, …"""
+        """Its passkeys: credentialId (standard base64), rpId, userHandle, userName,
+        userDisplayName, signCount, privateKey, …
+        """
         credentials: list[dict[str, Any]] = self.send("getCredentials")["credentials"]
         return credentials
 
@@ -741,7 +844,9 @@ class Authenticator:
         self.send("addCredential", credential=dict(credential))
 
     def set(self, credential_id: str, **properties: Any) -> None:
-        """Change a passkey: signCount, backupEligibility, backupState. `signCount=1` makes it look like a clone."""
+        """Change a passkey: signCount, backupEligibility, backupState. `signCount=1` makes it look
+        like a clone.
+        """
         self.send("setCredentialProperties", credentialId=credential_id, **properties)
 
     def forget(self, credential_id: str | None = None) -> None:
@@ -763,7 +868,9 @@ class Authenticator:
         news = self._page.browser.news
         with news:
             if not news.wait_for(lambda: len(of_kind()) >= count, deadline):
-                raise TooLate(f"{count} x credential {kind}: not within {deadline} s; came {self.events}")
+                raise TooLate(
+                    f"{count} x credential {kind}: not within {deadline} s; came {self.events}"
+                )
         return of_kind()[count - 1]
 
 
@@ -796,7 +903,9 @@ _POINT = """function () {
 
 
 def _pipe(mode: str) -> tuple[int, Any]:
-    """The child's end (above the descriptors 3 and 4 that it will be copied to) and a file of ours."""
+    """The child's end (above the descriptors 3 and 4 that it will be copied to) and a file of
+    ours.
+    """
     read, write = os.pipe()
     theirs, ours = (read, write) if mode == "wb" else (write, read)
     high = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 10)

@@ -1,4 +1,6 @@
-"""A site on loopback that serves a fixture page and the modules it imports, and calls into that page."""
+"""A site on loopback that serves a fixture page and the modules it imports, and calls into that
+page.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The sample site in a real Chromium, with virtual authenticators, on a real broker and its stores.
 
-Every test ends with the same look at what the browser said: no script error, no breach of the content security policy, and no
-request to anywhere but the site. The virtual authenticator answers a conditional get at once, so tests that are not about
-autofill run in a browser that reports no support for it.
+Every test ends with the same look at what the browser said: no script error, no breach of the
+content security policy, and no request to anywhere but the site. The virtual authenticator answers
+a conditional get at once, so tests that are not about autofill run in a browser that reports no
+support for it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ HOLD_LIST = """(() => {
 })()"""
 
 CREATE, SIGN_IN, WITHOUT, ADD, OUT = map(
-    button, ("Create account", "Sign in", "Sign in without a name", "Add another passkey", "Sign out")
+    button,
+    ("Create account", "Sign in", "Sign in without a name", "Add another passkey", "Sign out"),
 )
 CANCEL, AGAIN, COPY_CURL = button("Cancel"), button("Redeem it again"), button("Copy as curl")
 NEW_NAME, NAME = textbox("New name"), textbox("Your name")
@@ -127,7 +129,9 @@ class Demo:
 
 @pytest.fixture(scope="module")
 def demo(stores: EmbeddedStores, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """The broker with the demo, in an event loop on a thread of its own: the browser's client blocks."""
+    """The broker with the demo, in an event loop on a thread of its own: the browser's client
+    blocks.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="demo server")
     thread.start()
@@ -145,7 +149,8 @@ def demo(stores: EmbeddedStores, tmp_path_factory: pytest.TempPathFactory) -> It
 
 async def _serve(stores: EmbeddedStores, data: Path) -> tuple[Service, str]:
     broker = await assemble(
-        settings_for(stores, host="localhost", store_timeout=1.5), log=Log(io.StringIO(), level="warning")
+        settings_for(stores, host="localhost", store_timeout=1.5),
+        log=Log(io.StringIO(), level="warning"),
     )
     app, key = await broker.directory.create_app("Demo", "localhost", ["http://localhost:1"])
 
@@ -182,7 +187,9 @@ def page(browser: Chromium, demo: Demo) -> Iterator[Page]:
             if not re.search(r"the server responded with|ERR_INTERNET_DISCONNECTED", line)
         ]
         assert said == []
-        elsewhere = [r.url for r in opened.requests if not r.url.startswith((demo.origin + "/", "about:"))]
+        elsewhere = [
+            r.url for r in opened.requests if not r.url.startswith((demo.origin + "/", "about:"))
+        ]
         assert elsewhere == []
 
 
@@ -311,9 +318,14 @@ def test_sign_in_from_autofill(page: Page, demo: Demo, device: Authenticator) ->
     assert page.count("#sign-in-notice") == 0, "nobody asked, so nobody is told"
     name = sign_up(page)
     page.click(OUT)
-    page.wait_for_text("You signed in from the field\u2019s autofill.")  # and this one chooses by itself
+    page.wait_for_text(
+        "You signed in from the field\u2019s autofill."
+    )  # and this one chooses by itself
     assert page.text("#account-title") == f"Hello, {name}"
-    assert page.js("document.querySelector('#flow details[open] h3').textContent") == "Sign in from autofill"
+    assert (
+        page.js("document.querySelector('#flow details[open] h3').textContent")
+        == "Sign in from autofill"
+    )
     assert steps_done(page) == ["sign-up", "autofill"]
 
 
@@ -347,7 +359,11 @@ def test_a_second_passkey_on_another_device(site: Page, device: Authenticator) -
     site.click(ADD)
     site.wait_for_text("You can sign in with either passkey now.")
     assert (len(device.credentials()), len(stick.credentials())) == (1, 1)
-    assert site.count(button("Revoke Device passkey")) == site.count(button("Revoke Security key")) == 1
+    assert (
+        site.count(button("Revoke Device passkey"))
+        == site.count(button("Revoke Security key"))
+        == 1
+    )
     stick.unplug()
     site.authenticator(transport="nfc")
     site.click(ADD)
@@ -373,7 +389,9 @@ def test_a_new_step_takes_away_what_the_last_one_said(site: Page, device: Authen
 
 
 def test_the_add_button_stays_where_it_appeared(site: Page, device: Authenticator) -> None:
-    """The list is held back; the button's place is noted at every frame in which a person could click it."""
+    """The list is held back; the button's place is noted at every frame in which a person could
+    click it.
+    """
     name = sign_up(site)
     device.present(False)
     site.authenticator(transport="usb")
@@ -414,7 +432,9 @@ def test_passkeys_can_be_named(site: Page) -> None:
     site.wait_for(button("Revoke Work laptop"))
 
 
-def test_a_revoked_passkey_no_longer_signs_in_and_the_page_says_so(site: Page, device: Authenticator) -> None:
+def test_a_revoked_passkey_no_longer_signs_in_and_the_page_says_so(
+    site: Page, device: Authenticator
+) -> None:
     sign_up(site)
     device.present(False)  # the person touches the stick; otherwise the two race to answer
     stick = site.authenticator(transport="usb")
@@ -462,7 +482,9 @@ def test_the_last_passkey_is_revoked_after_a_warning(site: Page) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to a ceremony: the card, its button, where its sentence stands, and that sentence after Cancel."""
+    """A way to a ceremony: the card, its button, where its sentence stands, and that sentence after
+    Cancel.
+    """
 
     card: str
     press: Named
@@ -473,7 +495,9 @@ class Way:
 WAYS = {
     "sign-up": Way("#sign-up", CREATE, "#sign-up-notice", "Cancelled, no passkey was made."),
     "by-name": Way("#sign-in", SIGN_IN, "#sign-in-notice", "Cancelled, no passkey was used."),
-    "without-name": Way("#sign-in", WITHOUT, "#without-name-notice", "Cancelled, no passkey was used."),
+    "without-name": Way(
+        "#sign-in", WITHOUT, "#without-name-notice", "Cancelled, no passkey was used."
+    ),
     "second": Way("#passkeys", ADD, "#passkeys-notice", "Cancelled, no passkey was added."),
 }
 
@@ -522,7 +546,9 @@ def test_a_ceremony_that_waits_says_so_and_can_be_cancelled(
         page.click(way.press)
         page.wait_until("prompted.length === 3")
         assert page.js("prompted[2]") == "answered"
-        page.wait_until(f"document.querySelectorAll('.key').length === {1 if step == 'sign-up' else 2}")
+        page.wait_until(
+            f"document.querySelectorAll('.key').length === {1 if step == 'sign-up' else 2}"
+        )
 
 
 def test_what_the_device_answered_can_no_longer_be_cancelled(
@@ -540,7 +566,9 @@ def test_what_the_device_answered_can_no_longer_be_cancelled(
     page.wait_for_text(f"Hello, {name}")
 
 
-def test_the_card_that_waits_is_the_one_whose_prompt_runs(site: Page, device: Authenticator) -> None:
+def test_the_card_that_waits_is_the_one_whose_prompt_runs(
+    site: Page, device: Authenticator
+) -> None:
     name = sign_up(site)
     device.present(False)
     sign_out(site)
@@ -552,13 +580,17 @@ def test_the_card_that_waits_is_the_one_whose_prompt_runs(site: Page, device: Au
     site.wait_gone("#sign-up .waiting")
     site.wait_for(CREATE)
     assert site.count(SIGN_IN) == 0
-    assert site.count("#sign-up-notice") == 0, "who began another prompt needs no sentence about the first"
+    assert site.count("#sign-up-notice") == 0, (
+        "who began another prompt needs no sentence about the first"
+    )
 
 
 # What goes wrong
 
 
-def test_a_refused_prompt_is_a_sentence_and_can_be_tried_again(site: Page, device: Authenticator) -> None:
+def test_a_refused_prompt_is_a_sentence_and_can_be_tried_again(
+    site: Page, device: Authenticator
+) -> None:
     name = fresh_name()
     device.verified(False)
     site.fill(NEW_NAME, name)
@@ -635,7 +667,9 @@ def test_this_device_already_has_one(site: Page, device: Authenticator) -> None:
     """Nothing is wrong, so nothing looks like an alarm."""
     sign_up(site)
     site.click(ADD)
-    site.wait_for_text("This device already has a passkey for this account.", within="#passkeys-notice")
+    site.wait_for_text(
+        "This device already has a passkey for this account.", within="#passkeys-notice"
+    )
     assert (site.attribute("#passkeys-notice", "class") or "").split() == ["notice"]
     assert site.count("#flow .exchange.bad") == site.count("#flow .bad") == 0
     site.wait_for_text("3 calls, stopped", within="#flow .exchange[open] .sum")
@@ -660,7 +694,9 @@ def test_an_unknown_name_is_refused_at_its_field(site: Page) -> None:
     site.wait_for_text("There's no account called “Nobody at all” here.", within="#sign-in-notice")
     assert site.focused() == NAME
     assert site.attribute("#sign-in-name", "aria-invalid") == "true"
-    assert (site.attribute("#sign-in-name", "aria-describedby") or "").split()[0] == "sign-in-notice"
+    assert (site.attribute("#sign-in-name", "aria-describedby") or "").split()[
+        0
+    ] == "sign-in-notice"
     field, notice, other = (
         site.js(f"document.querySelector('{part}').getBoundingClientRect().top")
         for part in ("#sign-in-name", "#sign-in-notice", "#without-name")
@@ -671,7 +707,9 @@ def test_an_unknown_name_is_refused_at_its_field(site: Page) -> None:
 def test_autofill_in_the_background_takes_no_sentence_away(
     page: Page, demo: Demo, device: Authenticator
 ) -> None:
-    """The broker is down for the autofill that nobody asked for, before and after the visitor's own step."""
+    """The broker is down for the autofill that nobody asked for, before and after the visitor's own
+    step.
+    """
 
     def down(request: Request) -> Answer | None:
         if "transaction_id" in (request.body or ""):
@@ -706,7 +744,10 @@ def test_a_passkey_chosen_from_autofill_and_refused_is_a_sentence_at_the_field(
     device.misbehave(bogus_signature=True)
     page.click(OUT)
     page.wait_for_text("This passkey isn't accepted here", within="#sign-in-notice")
-    assert page.js("document.querySelector('#flow details[open] h3').textContent") == "Sign in from autofill"
+    assert (
+        page.js("document.querySelector('#flow details[open] h3').textContent")
+        == "Sign in from autofill"
+    )
     page.wait_for_text("failed", within="#flow .exchange[open] .sum")
 
 
@@ -778,7 +819,9 @@ def test_a_broker_that_is_down_is_a_sentence(site: Page) -> None:
 
     site.intercept("*/v1/apps/*", down)
     site.click(WITHOUT)
-    site.wait_for_text("The passkey service can't be reached right now.", within="#without-name-notice")
+    site.wait_for_text(
+        "The passkey service can't be reached right now.", within="#without-name-notice"
+    )
     assert "secret words" not in site.text()
     assert "503" in site.text("#flow")
 
@@ -831,8 +874,12 @@ def test_the_whole_visit_by_keyboard(site: Page) -> None:
     tab_to(site, SIGN_IN)
     site.press("Space")
     site.wait_for_text("You signed in by name.")
-    site.wait_until("document.activeElement.id === 'account-title' && !!document.querySelector('.key')")
-    tab_to(site, button(site.js("document.querySelector('#keys .tools button:last-child').ariaLabel")))
+    site.wait_until(
+        "document.activeElement.id === 'account-title' && !!document.querySelector('.key')"
+    )
+    tab_to(
+        site, button(site.js("document.querySelector('#keys .tools button:last-child').ariaLabel"))
+    )
     site.press("Enter")
     site.wait_for(Named("dialog", "Revoke this passkey?"))
     site.press("Escape")
@@ -945,7 +992,8 @@ def test_structure_is_there_for_those_who_do_not_see_the_page(site: Page) -> Non
     assert site.js(AUDIT) == []
 
 
-# WCAG 2.2, 1.4.3 (text 4.5:1) and 1.4.11 (edges of controls 3:1); colours as computed, backgrounds composed from the ancestors.
+# WCAG 2.2, 1.4.3 (text 4.5:1) and 1.4.11 (edges of controls 3:1); colours as computed, backgrounds
+# composed from the ancestors.
 CONTRAST = r"""(() => {
   const parse = (text) => {
     const n = text.match(/[\d.]+/g).map(Number);
@@ -1018,7 +1066,9 @@ def axe_finds_nothing(page: Page) -> None:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_axe_finds_nothing_in_any_state(site: Page, device: Authenticator, width: int, dark: bool) -> None:
+def test_axe_finds_nothing_in_any_state(
+    site: Page, device: Authenticator, width: int, dark: bool
+) -> None:
     site.view(width, 640 if width == 360 else 900, dark=dark, prefers_reduced_motion="reduce")
     axe_finds_nothing(site)  # start
 
@@ -1042,7 +1092,9 @@ def test_axe_finds_nothing_in_any_state(site: Page, device: Authenticator, width
     site.wait_for_text("already has a passkey", within="#passkeys-notice")
     site.click(AGAIN)
     site.wait_for_text("Refused, as it should be", within="#again-notice")
-    site.js("document.querySelectorAll('#wire details').forEach((details) => (details.open = true))")
+    site.js(
+        "document.querySelectorAll('#wire details').forEach((details) => (details.open = true))"
+    )
     site.click(button("Node"))
     site.js("document.querySelector('details.codes').open = true")
     axe_finds_nothing(site)  # all of the wire and of the code opened
@@ -1103,7 +1155,9 @@ def test_each_call_opens_to_its_json_and_can_be_copied_as_curl(
     nonce = finished(site, "/api/sign-up/finish")["nonce"]
     (session,) = (cookie["value"] for cookie in site.cookies() if cookie["name"] == "demo_session")
     assert site.count("#flow .raw") == 0, "folded until somebody wants it"
-    for answer in site.js("[...document.querySelectorAll('#flow .back .what')].map((e) => e.textContent)"):
+    for answer in site.js(
+        "[...document.querySelectorAll('#flow .back .what')].map((e) => e.textContent)"
+    ):
         assert re.search(r"\b20[01] [\d.]+ ms$", answer), answer
     assert re.fullmatch(r"\d\d:\d\d:\d\d", site.text("#flow time"))
 
@@ -1127,11 +1181,15 @@ def test_each_call_opens_to_its_json_and_can_be_copied_as_curl(
     )
     assert json.loads(ran.stdout)["transaction_id"].startswith("pbt_"), "with a key it works"
 
-    site.js("document.querySelectorAll('#wire details').forEach((details) => (details.open = true))")
+    site.js(
+        "document.querySelectorAll('#wire details').forEach((details) => (details.open = true))"
+    )
     copied = []
     for number in range(site.js("document.querySelectorAll('#flow .copy').length")):
         site.js(f"document.querySelectorAll('#flow .copy')[{number}].click()")
-        site.wait_until(f"document.querySelectorAll('#flow .copy')[{number}].textContent === 'Copied'")
+        site.wait_until(
+            f"document.querySelectorAll('#flow .copy')[{number}].textContent === 'Copied'"
+        )
         copied.append(clipboard())
     assert len(copied) == 9
     assert '--data \'{"nonce":"<nonce>"' in copied[4]
@@ -1140,12 +1198,16 @@ def test_each_call_opens_to_its_json_and_can_be_copied_as_curl(
         assert secret not in shown + "".join(copied)
 
 
-def test_a_name_with_a_quote_stays_one_word_of_the_command(site: Page, clipboard: Callable[[], str]) -> None:
+def test_a_name_with_a_quote_stays_one_word_of_the_command(
+    site: Page, clipboard: Callable[[], str]
+) -> None:
     name = f"O'Neil & (co) {fresh_name()}"
     site.fill(NEW_NAME, name)
     site.click(CREATE)
     site.wait_for_text(f"Hello, {name}")
-    site.js("document.querySelectorAll('#flow .hop details').forEach((details) => (details.open = true))")
+    site.js(
+        "document.querySelectorAll('#flow .hop details').forEach((details) => (details.open = true))"
+    )
     site.click("#flow .hop:nth-child(1) .copy")
     site.wait_for_text("Copied", within="#flow .hop:nth-child(1) .copy")
     words = shlex.split(clipboard().replace("\\\n", ""))
@@ -1166,7 +1228,9 @@ def test_look_ups_are_folded(site: Page) -> None:
 def test_the_title_of_the_wire_stays_in_sight(site: Page, width: int) -> None:
     site.view(width, 640)
     sign_up(site)
-    site.js("document.querySelectorAll('#flow .hop details').forEach((details) => (details.open = true))")
+    site.js(
+        "document.querySelectorAll('#flow .hop details').forEach((details) => (details.open = true))"
+    )
     site.js("document.querySelector('#flow .verdict').scrollIntoView({ block: 'end' })")
     site.js("document.getElementById('flow').scrollTop = 1e6")
     for title in ("#wire-title", "#wire .lanes"):
@@ -1181,7 +1245,9 @@ def test_the_code_is_shown_in_the_language_of_the_backend(
     site: Page, clipboard: Callable[[], str], language: str
 ) -> None:
     site.click(button(language))
-    pressed = "[...document.querySelectorAll('#language [aria-pressed=true]')].map((e) => e.textContent)"
+    pressed = (
+        "[...document.querySelectorAll('#language [aria-pressed=true]')].map((e) => e.textContent)"
+    )
     assert site.js(pressed) == [language]
     assert site.count("#code > .codes figure:not(:nth-child(2)) pre") == 2
     for number in (1, 2, 3):
@@ -1196,7 +1262,9 @@ def test_the_code_is_shown_in_the_language_of_the_backend(
 
 
 def test_a_clipboard_that_is_forbidden_is_said(site: Page, demo: Demo) -> None:
-    site.js("navigator.clipboard.writeText = () => Promise.reject(new DOMException('no', 'NotAllowedError'))")
+    site.js(
+        "navigator.clipboard.writeText = () => Promise.reject(new DOMException('no', 'NotAllowedError'))"
+    )
     site.click("#code figure:nth-child(1) .copy")
     site.wait_for_text("Not allowed", within="#code figure:nth-child(1) .copy")
 
@@ -1233,7 +1301,9 @@ def test_the_diagram_can_be_cleared(site: Page) -> None:
 
 
 def test_a_name_is_shown_as_text_wherever_it_comes_from(site: Page) -> None:
-    """Were a hostile name to pass the backend, the page still shows it as text (and the policy forbids it to act)."""
+    """Were a hostile name to pass the backend, the page still shows it as text (and the policy
+    forbids it to act).
+    """
 
     markup = "<img src=x onerror=document.title='owned'>"
 

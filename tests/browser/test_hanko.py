@@ -1,8 +1,9 @@
-"""The vendor's documented page flows in a real Chromium, with `@github/webauthn-json` in the page and the vendor's SDK as the backend.
+"""The vendor's documented page flows in a real Chromium, with `@github/webauthn-json` in the page
+and the vendor's SDK as the backend.
 
-Registration and second factor go through the backend, which relays what the page has; a login goes from the page to the broker
-directly, from an origin that is not the broker's, so the browser asks for permission first (CORS) and refuses what the broker
-doesn't allow.
+Registration and second factor go through the backend, which relays what the page has; a login goes
+from the page to the broker directly, from an origin that is not the broker's, so the browser asks
+for permission first (CORS) and refuses what the broker doesn't allow.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ async def test_registers_and_signs_in_from_the_page(
 ) -> None:
     device = page.authenticator()
     await visit(page, origin)
-    options = await sdk.ok("registration.initialize", {"userId": "ann", "username": "ann@example.org"})
+    options = await sdk.ok(
+        "registration.initialize", {"userId": "ann", "username": "ann@example.org"}
+    )
     made = (await in_page(page, "register", options))["answer"]
     token = (await sdk.ok("registration.finalize", made))["token"]
     assert (await sdk.verified(token, "localhost"))["payload"]["cred"] == made["id"]
@@ -73,7 +76,10 @@ async def test_registers_and_signs_in_from_the_page(
     assert kept["userName"] == "ann@example.org"
 
     tenant = f"{wire.url}/hanko/{wire.app_id}"
-    for more in ({}, {"mediation": "conditional"}):  # by a click, and by the autofill of the name field
+    for more in (
+        {},
+        {"mediation": "conditional"},
+    ):  # by a click, and by the autofill of the name field
         token = (await in_page(page, "login", {"tenant": tenant, **more}))["answer"]["token"]
         claims = (await sdk.verified(token, "localhost"))["payload"]
         assert (claims["sub"], claims["purpose"]) == ("ann", "authenticate")
@@ -81,9 +87,13 @@ async def test_registers_and_signs_in_from_the_page(
         assert lines(broker, route=f"/hanko/{{app_id}}/{path}", method="OPTIONS", status=204)
         assert len(lines(broker, route=f"/hanko/{{app_id}}/{path}", method="POST", status=200)) == 2
 
-    options = await sdk.ok("registration.initialize", {"userId": "ann", "username": "ann@example.org"})
+    options = await sdk.ok(
+        "registration.initialize", {"userId": "ann", "username": "ann@example.org"}
+    )
     told = await in_page(page, "register", options)
-    assert told["name"] == "InvalidStateError"  # this device has a passkey, and excludeCredentials says so
+    assert (
+        told["name"] == "InvalidStateError"
+    )  # this device has a passkey, and excludeCredentials says so
 
 
 async def test_a_second_factor_in_the_page(page: Page, origin: str, wire: Wire, sdk: Sdk) -> None:
@@ -93,8 +103,12 @@ async def test_a_second_factor_in_the_page(page: Page, origin: str, wire: Wire, 
     options = await sdk.ok("user(ann).mfa.registration.initialize", {"username": "ann@example.org"})
     made = (await in_page(page, "register", options))["answer"]
     token = (await sdk.ok("user(ann).mfa.registration.finalize", made))["token"]
-    assert (await sdk.verified(token, "localhost"))["payload"]["purpose"] == "register_second_factor"
-    answer = (await in_page(page, "confirm", await sdk.ok("user(ann).mfa.login.initialize")))["answer"]
+    assert (await sdk.verified(token, "localhost"))["payload"][
+        "purpose"
+    ] == "register_second_factor"
+    answer = (await in_page(page, "confirm", await sdk.ok("user(ann).mfa.login.initialize")))[
+        "answer"
+    ]
     assert answer["response"]["userHandle"] is None
     token = (await sdk.ok("user(ann).mfa.login.finalize", answer))["token"]
     assert (await sdk.verified(token, "localhost"))["payload"]["sub"] == "ann"
@@ -105,7 +119,9 @@ async def test_a_second_factor_in_the_page(page: Page, origin: str, wire: Wire, 
 async def test_a_page_of_another_origin(
     broker: Started, chromium: Chromium, page: Page, origin: str, open_app: OpenApp
 ) -> None:
-    """The broker refuses, in the vendor's shape, and the page can say why; it offers the device nothing."""
+    """The broker refuses, in the vendor's shape, and the page can say why; it offers the device
+    nothing.
+    """
     wire = await open_app(rp_id="localhost", origins=("http://localhost:1",))
     await visit(page, origin)
     told = await in_page(page, "login", {"tenant": f"{wire.url}/hanko/{wire.app_id}"})

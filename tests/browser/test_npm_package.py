@@ -1,4 +1,6 @@
-"""`passkey-broker-browser`, the npm package of the page SDK: what it holds, its types, and its bundles in a real Chromium."""
+"""`passkey-broker-browser`, the npm package of the page SDK: what it holds, its types, and its
+bundles in a real Chromium.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ INDEX = """<!doctype html>
 <label>Name <input autocomplete="username webauthn"></label>
 <script type="module" src="./ENTRY"></script>
 """
-# Uses every name of the package. What must not compile stands below @ts-expect-error, which fails where it does compile.
+# Uses every name of the package. What must not compile stands below @ts-expect-error, which fails
+# where it does compile.
 CONSUMER = """
 import {
   Passkeys,
@@ -140,7 +143,9 @@ def test_a_strict_consumer_compiles(project: Project, resolution: str) -> None:
 
 def test_a_bundler_leaves_out_what_is_not_used(project: Project) -> None:
     project.write(idle__js=f'import "{NAME}"; import * as all from "{NAME}"; console.log("idle");')
-    assert project.esbuild("idle.js", "idle.out.js").decode().splitlines()[1:] == ['console.log("idle");']
+    assert project.esbuild("idle.js", "idle.out.js").decode().splitlines()[1:] == [
+        'console.log("idle");'
+    ]
 
 
 def built(project: Project, bundler: str) -> Path:
@@ -174,7 +179,9 @@ async def redeemed(wire: Wire, told: dict[str, Any], **expected: str) -> None:
 async def test_the_bundle_registers_and_signs_in(
     broker: Started, page: Page, origin: str, open_app: OpenApp
 ) -> None:
-    """Each way to sign in, a refusal with its codes, and that nothing but the broker is spoken to."""
+    """Each way to sign in, a refusal with its codes, and that nothing but the broker is
+    spoken to.
+    """
     device: Authenticator = await asyncio.to_thread(page.authenticator)
     wire = await open_app(rp_id="localhost", origins=(origin,))
     await asyncio.to_thread(page.goto, f"{origin}/index.html?broker={wire.url}&app={wire.app_id}")

@@ -1,4 +1,6 @@
-"""A page whose origin is not registered, in a real Chromium: it can tell its developer why, and reads nothing else."""
+"""A page whose origin is not registered, in a real Chromium: it can tell its developer why, and
+reads nothing else.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ CALLS: list[list[Any]] = [
 
 
 async def test_the_sdk_says_why(broker: Started, page: Page, origin: str, wire: Wire) -> None:
-    """`refused` with the sentence, for each verb; and as soon as the origin is registered the same page signs in."""
+    """`refused` with the sentence, for each verb; and as soon as the origin is registered the same
+    page signs in.
+    """
     device = page.authenticator()
     await visit(page, origin)
     place = {"url": wire.url, "app": wire.app_id}
@@ -95,10 +99,15 @@ async def test_the_sdk_says_why(broker: Started, page: Page, origin: str, wire: 
 async def test_a_page_reads_that_refusal_and_nothing_else(
     broker: Started, page: Page, origin: str, wire: Wire
 ) -> None:
-    """A request that needs a preflight, and one that needs none; and no page without an origin reads anything."""
+    """A request that needs a preflight, and one that needs none; and no page without an origin
+    reads anything.
+    """
     await visit(page, origin)
     paths = [f"/v1/apps/{wire.app_id}/authenticate/transactions/webauthn/start"]
-    paths += [f"/hanko/{wire.app_id}/login/initialize", f"/v2/{wire.app_id}/passkey/authentication/options"]
+    paths += [
+        f"/hanko/{wire.app_id}/login/initialize",
+        f"/v2/{wire.app_id}/passkey/authentication/options",
+    ]
     for path in paths:
         for headers in (JSON, {}):
             request = {"url": wire.url + path, "method": "POST", "headers": headers, "body": "{}"}
@@ -115,6 +124,8 @@ async def test_a_page_reads_that_refusal_and_nothing_else(
         "/health/ready",
         "/nowhere",
     ):
-        told = await in_page(page, "asked", {"url": wire.url + path, "method": "POST", "body": "{}"})
+        told = await in_page(
+            page, "asked", {"url": wire.url + path, "method": "POST", "body": "{}"}
+        )
         assert told == {"failed": "TypeError"}
     page.errors.clear()

@@ -1,4 +1,6 @@
-"""The vendor's own browser SDK, unmodified, in a real Chromium against a running broker: what works, and what it shows when not."""
+"""The vendor's own browser SDK, unmodified, in a real Chromium against a running broker: what
+works, and what it shows when not.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +57,17 @@ async def site(page: Page, broker: Started, open_app: OpenApp, name: Name) -> As
         yield opened
 
 
-# -- what works ----------------------------------------------------------------------------------------------------------------------
+# -- what works ------------------------------------------------------------------------------------
 
 
 @both_versions
 @both_ways
-async def test_registers_and_signs_in(site: Site, device: Authenticator, version: str, way: Way) -> None:
-    """Register, sign in by transaction and without one; each nonce buys once, and only what it was made for."""
+async def test_registers_and_signs_in(
+    site: Site, device: Authenticator, version: str, way: Way
+) -> None:
+    """Register, sign in by transaction and without one; each nonce buys once, and only what it was
+    made for.
+    """
     await site.open(version, way)
     transaction = await site.wire.open_registration("ann@example.org", "Ann's key")
     outcome = await site.register(transaction)
@@ -69,13 +75,17 @@ async def test_registers_and_signs_in(site: Site, device: Authenticator, version
     assert receipt["external_id"] == "ann@example.org"
     [kept] = device.credentials()
     assert kept["userName"] == "Ann's key"
-    assert base64.urlsafe_b64decode(receipt["credential_id"] + "==") == base64.b64decode(kept["credentialId"])
+    assert base64.urlsafe_b64decode(receipt["credential_id"] + "==") == base64.b64decode(
+        kept["credentialId"]
+    )
 
     transaction = await site.wire.open_authentication("ann@example.org")
     for named in (transaction, None):
         outcome = await site.authenticate(named)
         expected = {"transaction_id": named} if named else {}
-        used = await site.redeemed(outcome, purpose="authenticate", external_id="ann@example.org", **expected)
+        used = await site.redeemed(
+            outcome, purpose="authenticate", external_id="ann@example.org", **expected
+        )
         assert used["passkey_id"] == receipt["passkey_id"]
 
     assert await site.broker.events(site.wire.app_id) == [
@@ -87,12 +97,16 @@ async def test_registers_and_signs_in(site: Site, device: Authenticator, version
         ("passkey.used", "done", None),
     ]
     steps = [verb + step for verb in (REGISTER, AUTHENTICATE) for step in ("start", "finish")]
-    assert site.served("OPTIONS") == [(step, 204) for step in steps]  # the browser asked before each new URL
+    assert site.served("OPTIONS") == [
+        (step, 204) for step in steps
+    ]  # the browser asked before each new URL
     assert site.served("POST") == [(step, 200) for step in steps + steps[2:]]
 
 
 async def test_what_1_0_2_sends(site: Site, device: Authenticator) -> None:
-    """JSON with its own header; `transports` beside `response`; no transaction where none was given."""
+    """JSON with its own header; `transports` beside `response`; no transaction where none was
+    given.
+    """
     await site.open()
     transaction = await site.wire.open_registration("ann")
     receipt = await site.redeemed(await site.register(transaction))
@@ -115,11 +129,15 @@ async def test_what_1_0_2_sends(site: Site, device: Authenticator) -> None:
 
 
 async def test_what_0_1_3_sends(site: Site, device: Authenticator) -> None:
-    """A GET of the app at construction, text/plain, and no body at all at the start of a sign-in without a transaction."""
+    """A GET of the app at construction, text/plain, and no body at all at the start of a sign-in
+    without a transaction.
+    """
     await site.open("0.1.3")
     asked = await asyncio.to_thread(site.page.wait_sent, f"/v1/apps/{site.wire.app_id}", 1, "GET")
     assert (asked.url.split("/v1/")[0], asked.status) == (f"https://{HOST}", 200)
-    await asyncio.to_thread(site.page.wait_until, "pf.isWebauthnSupported")  # auth_origin is the page's
+    await asyncio.to_thread(
+        site.page.wait_until, "pf.isWebauthnSupported"
+    )  # auth_origin is the page's
     transaction = await site.wire.open_registration("ann")
     await site.redeemed(await site.register(transaction))
     await site.redeemed(await site.authenticate())
@@ -136,8 +154,9 @@ async def test_what_0_1_3_sends(site: Site, device: Authenticator) -> None:
 
 
 async def test_0_1_3_on_any_registered_origin(site: Site, device: Authenticator) -> None:
-    """Its constructor compares `auth_origin` with the page's and rejects where they differ (711), which nobody can catch. It is told the
-    page's own origin where that is registered, be it the first or not."""
+    """Its constructor compares `auth_origin` with the page's and rejects where they differ (711),
+    which nobody can catch. It is told the page's own origin where that is registered, be it the
+    first or not."""
     app = await site.broker.parts.directory.app(site.wire.app_id)
     await site.broker.parts.directory.update_app(replace(app, origins=(site.stranger, site.origin)))
     for origin in (site.stranger, site.origin):
@@ -162,7 +181,9 @@ async def test_0_1_3_on_any_registered_origin(site: Site, device: Authenticator)
         ("any", ("usb",), "usb"),
     ],
 )
-async def test_attachment(site: Site, asked: str | None, plugged: tuple[str, ...], chosen: str) -> None:
+async def test_attachment(
+    site: Site, asked: str | None, plugged: tuple[str, ...], chosen: str
+) -> None:
     """The SDK applies no attachment of its own: the options say which authenticator may answer."""
     devices = {transport: site.page.authenticator(transport=transport) for transport in plugged}
     await site.open()
@@ -170,7 +191,9 @@ async def test_attachment(site: Site, asked: str | None, plugged: tuple[str, ...
     await site.redeemed(outcome, purpose="register")
     sent = body(site.posted(REGISTER + "start")[0])["authenticator_attachment"]
     assert sent == (asked or "platform")
-    assert {t: len(d.credentials()) for t, d in devices.items()} == {t: int(t == chosen) for t in plugged}
+    assert {t: len(d.credentials()) for t, d in devices.items()} == {
+        t: int(t == chosen) for t in plugged
+    }
     [kept] = await site.devices("ann")
     assert kept["transports"] == [chosen]
     await site.redeemed(await site.authenticate(await site.wire.open_authentication("ann")))
@@ -187,7 +210,9 @@ async def test_autofill(site: Site, device: Authenticator, version: str) -> None
 
 
 async def test_autofill_drops_the_transaction(site: Site, device: Authenticator) -> None:
-    """1.0.2 leaves out the transaction it was given, so the nonce is of no transaction and the backend sees that."""
+    """1.0.2 leaves out the transaction it was given, so the nonce is of no transaction and the
+    backend sees that.
+    """
     await site.open()
     await site.enrol("ann")
     await site.open()
@@ -200,14 +225,20 @@ async def test_autofill_drops_the_transaction(site: Site, device: Authenticator)
 
 
 @both_versions
-async def test_a_modal_call_ends_autofill_for_good(site: Site, device: Authenticator, version: str) -> None:
-    """The SDK has one AbortController a document. What that leaves behind here is a start without a finish, which harms nothing."""
+async def test_a_modal_call_ends_autofill_for_good(
+    site: Site, device: Authenticator, version: str
+) -> None:
+    """The SDK has one AbortController a document. What that leaves behind here is a start without a
+    finish, which harms nothing.
+    """
     site.page.before_scripts(ASKED)
     await site.open(version)
     await site.enrol("ann")
     await site.open(version)
     device.present(False)
-    await site.js("void (window.waiting = told(pf.passkey.authenticate({isConditionalMediation: true})))")
+    await site.js(
+        "void (window.waiting = told(pf.passkey.authenticate({isConditionalMediation: true})))"
+    )
     await asyncio.to_thread(site.page.wait_until, "window.asked === 1")
     device.present(True)
     transaction = await site.wire.open_authentication("ann")
@@ -232,7 +263,9 @@ ASKED = """
 
 
 async def test_second_device(site: Site, device: Authenticator) -> None:
-    """The device that has the passkey refuses another; the transaction it was refused for makes one on the next device."""
+    """The device that has the passkey refuses another; the transaction it was refused for makes one
+    on the next device.
+    """
     await site.open()
     first = await site.enrol("ann")
     transaction = await site.wire.open_registration("ann", "Ann's stick")
@@ -246,7 +279,10 @@ async def test_second_device(site: Site, device: Authenticator) -> None:
     outcome = await site.register(transaction, "cross-platform")
     second = await site.redeemed(outcome, purpose="register", transaction_id=transaction)
     assert second["user_id"] == first["user_id"]
-    assert {kept["id"] for kept in await site.devices("ann")} == {first["passkey_id"], second["passkey_id"]}
+    assert {kept["id"] for kept in await site.devices("ann")} == {
+        first["passkey_id"],
+        second["passkey_id"],
+    }
     assert device.credentials()[0]["userHandle"] == stick.credentials()[0]["userHandle"]
 
 
@@ -257,7 +293,7 @@ async def test_support_is_known_without_a_request(site: Site) -> None:
     assert [request for request in site.page.requests if HOST in request.url] == []
 
 
-# -- beside our own SDK --------------------------------------------------------------------------------------------------------------
+# -- beside our own SDK ----------------------------------------------------------------------------
 
 
 async def ours(site: Site, call: str) -> Outcome:
@@ -268,7 +304,9 @@ async def ours(site: Site, call: str) -> Outcome:
 
 
 @both_versions
-async def test_a_passkey_of_the_sdk_works_in_ours(site: Site, device: Authenticator, version: str) -> None:
+async def test_a_passkey_of_the_sdk_works_in_ours(
+    site: Site, device: Authenticator, version: str
+) -> None:
     await site.open(version)
     receipt = await site.enrol("ann")
     transaction = await site.wire.open_authentication("ann")
@@ -278,7 +316,9 @@ async def test_a_passkey_of_the_sdk_works_in_ours(site: Site, device: Authentica
 
 
 @both_versions
-async def test_a_passkey_of_ours_works_in_the_sdk(site: Site, device: Authenticator, version: str) -> None:
+async def test_a_passkey_of_ours_works_in_the_sdk(
+    site: Site, device: Authenticator, version: str
+) -> None:
     await site.open(version)
     transaction = await site.wire.open_registration("ann")
     receipt = await site.redeemed(await ours(site, f"register({json.dumps(transaction)})"))
@@ -292,7 +332,7 @@ async def test_a_passkey_of_ours_works_in_the_sdk(site: Site, device: Authentica
         assert used["passkey_id"] == receipt["passkey_id"]
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 Made = Callable[[Site, Wire], Awaitable[str]]  # a transaction id; the second app is another one
 
@@ -349,7 +389,9 @@ async def _vendors(_: Site, __: Wire) -> str:
 async def test_a_transaction_that_is_none(
     site: Site, open_app: OpenApp, device: Authenticator, verb: str, made: Made
 ) -> None:
-    """Unknown, used, of the other kind, of another app: the page sees one answer, and the person no prompt."""
+    """Unknown, used, of the other kind, of another app: the page sees one answer, and the person no
+    prompt.
+    """
     other = await open_app(rp_id="localhost", origins=(site.origin,))
     await site.open()
     transaction = await made(site, other)
@@ -383,18 +425,25 @@ async def test_an_empty_transaction(site: Site, device: Authenticator) -> None:
 async def test_an_origin_that_is_not_registered(
     site: Site, device: Authenticator, verb: str, way: Way
 ) -> None:
-    """The preflight is granted, so the browser shows the SDK the refusal, and the page can say which origin is not registered."""
+    """The preflight is granted, so the browser shows the SDK the refusal, and the page can say
+    which origin is not registered.
+    """
     await site.open()
     await site.enrol("ann")
     await site.open(way=way, origin=site.stranger)
     already, refusals = len(site.served("POST")), _refusals(site, "operation_not_allowed", "origin")
     opened = site.wire.open_registration if verb == "register" else site.wire.open_authentication
-    outcome = await (site.register if verb == "register" else site.authenticate)(await opened("ann"))
+    outcome = await (site.register if verb == "register" else site.authenticate)(
+        await opened("ann")
+    )
     sentence = f"This page's origin {site.stranger} is not registered for the app;"
     assert (outcome["name"], outcome["statusCode"]) == ("PassageError", 403)
     assert outcome["message"].startswith(sentence)
     start = f"/{verb}/transactions/webauthn/start"
-    assert (site.served("OPTIONS")[-1], site.served("POST")[already:]) == ((start, 204), [(start, 403)])
+    assert (site.served("OPTIONS")[-1], site.served("POST")[already:]) == (
+        (start, 204),
+        [(start, 403)],
+    )
     assert _refusals(site, "operation_not_allowed", "origin") == refusals + 1
 
 
@@ -414,7 +463,9 @@ def _refusals(site: Site, code: str, reason: str) -> float:
 async def test_an_answer_that_does_not_verify(
     site: Site, device: Authenticator, fault: str, reason: str, sentence: str, named: bool
 ) -> None:
-    """401 with a sentence, an event for the operator; the same transaction then serves an honest answer."""
+    """401 with a sentence, an event for the operator; the same transaction then serves an honest
+    answer.
+    """
     await site.open()
     await site.enrol("ann")
     transaction = await site.wire.open_authentication("ann") if named else None
@@ -425,7 +476,10 @@ async def test_an_answer_that_does_not_verify(
     assert site.served("POST")[-1] == (AUTHENTICATE + "finish", 401)
     told = ("passkey.used", "refused", reason) in await site.broker.events(site.wire.app_id)
     assert told == (transaction is not None), "an event tells of somebody whom the backend named"
-    assert _refusals(site, "webauthn_login_failed" if named else "discoverable_login_failed", reason) == 1
+    assert (
+        _refusals(site, "webauthn_login_failed" if named else "discoverable_login_failed", reason)
+        == 1
+    )
     device.misbehave()
     expected = {"transaction_id": transaction} if transaction else {}
     await site.redeemed(await site.authenticate(transaction), external_id="ann", **expected)
@@ -449,7 +503,9 @@ async def test_a_registration_that_does_not_verify(site: Site, device: Authentic
 
 
 @both_versions
-async def test_user_verification_that_fails(site: Site, device: Authenticator, version: str) -> None:
+async def test_user_verification_that_fails(
+    site: Site, device: Authenticator, version: str
+) -> None:
     """The authenticator refuses, so nothing is sent; the transactions are as they were."""
     await site.open(version)
     await site.enrol("ann")
@@ -470,7 +526,9 @@ async def test_a_revoked_passkey(site: Site, device: Authenticator) -> None:
     """The device still offers it; the broker no longer takes it."""
     await site.open()
     receipt = await site.enrol("ann")
-    revoked = await site.wire.keyed("DELETE", f"/users/{receipt['user_id']}/devices/{receipt['passkey_id']}")
+    revoked = await site.wire.keyed(
+        "DELETE", f"/users/{receipt['user_id']}/devices/{receipt['passkey_id']}"
+    )
     assert revoked.status == 200
     outcome = await site.authenticate()
     assert outcome == outcome | UNVERIFIED | {"message": DiscoverableRefused.default}

@@ -1,8 +1,9 @@
-"""`passkey.js` in a real Chromium with a virtual authenticator, against a scripted server of the wire contract.
+"""`passkey.js` in a real Chromium with a virtual authenticator, against a scripted server of the
+wire contract.
 
-The server stands in for the broker, never for the page's code or the browser. It answers start with real options and keeps what
-arrives; `webauthn` judges the answers, so the wire form is right when a test is green. Where a test needs time to pass, the page's
-long timers are held and rung by hand.
+The server stands in for the broker, never for the page's code or the browser. It answers start with
+real options and keeps what arrives; `webauthn` judges the answers, so the wire form is right when a
+test is green. Where a test needs time to pass, the page's long timers are held and rung by hand.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Post:
 class ScriptedBroker:
     """Serves the fixture page, the SDK and the four browser routes of app "APP".
 
-    `replies[path]` holds what to say next there; without any, start gives options and finish a nonce. After `hold(step)`, answers
-    to that step wait for `release`.
+    `replies[path]` holds what to say next there; without any, start gives options and finish a
+    nonce. After `hold(step)`, answers to that step wait for `release`.
     """
 
     origin: str = ""
@@ -107,7 +108,10 @@ class ScriptedBroker:
                 "user": {"id": "dXNlci1oYW5kbGU", "name": "ada", "displayName": "Ada L."},
                 "challenge": challenge,
                 "pubKeyCredParams": [{"type": "public-key", "alg": -7}],
-                "authenticatorSelection": {"residentKey": "required", "userVerification": "required"},
+                "authenticatorSelection": {
+                    "residentKey": "required",
+                    "userVerification": "required",
+                },
                 "hints": ["client-device"],
                 **self.creation,
             }
@@ -211,7 +215,10 @@ def verify_registration(broker: ScriptedBroker, post: Post) -> bytes:
 
 
 def verify_authentication(broker: ScriptedBroker, post: Post, public_key: bytes) -> None:
-    assert base64url_to_bytes(post.body["handshake_response"]["response"]["userHandle"]) == b"user-handle"
+    assert (
+        base64url_to_bytes(post.body["handshake_response"]["response"]["userHandle"])
+        == b"user-handle"
+    )
     verify_authentication_response(
         credential=post.body["handshake_response"],
         expected_challenge=base64url_to_bytes(broker.options[-1]["challenge"]),
@@ -243,12 +250,19 @@ WITHOUT_PLATFORM_JSON = {
 def test_register_and_authenticate(
     page: Page, broker: ScriptedBroker, device: Authenticator, script: str
 ) -> None:
-    """Both verbs, their four requests, and answers that a relying party verifies; with and without the platform's JSON."""
-    broker.creation = {"excludeCredentials": [{"type": "public-key", "id": "AQIDBA", "transports": ["usb"]}]}
+    """Both verbs, their four requests, and answers that a relying party verifies; with and without
+    the platform's JSON.
+    """
+    broker.creation = {
+        "excludeCredentials": [{"type": "public-key", "id": "AQIDBA", "transports": ["usb"]}]
+    }
     visit(page, broker, script)
     assert told(page, "register('pbt_r')") == {"nonce": "pbn_2"}
     start, finish = broker.posts
-    assert (start.path, start.body) == (f"/v1/apps/APP/{REGISTER}start", {"transaction_id": "pbt_r"})
+    assert (start.path, start.body) == (
+        f"/v1/apps/APP/{REGISTER}start",
+        {"transaction_id": "pbt_r"},
+    )
     assert start.headers["Content-Type"] == "application/json"
     assert finish.path == f"/v1/apps/APP/{REGISTER}finish"
     assert {k: v for k, v in finish.body.items() if k != "handshake_response"} == {
@@ -266,7 +280,10 @@ def test_register_and_authenticate(
     }
     assert told(page, "authenticate({transactionId: 'pbt_a'})") == {"nonce": "pbn_4"}
     start, finish = broker.posts[2:]
-    assert (start.path, start.body) == (f"/v1/apps/APP/{AUTHENTICATE}start", {"transaction_id": "pbt_a"})
+    assert (start.path, start.body) == (
+        f"/v1/apps/APP/{AUTHENTICATE}start",
+        {"transaction_id": "pbt_a"},
+    )
     assert finish.path == f"/v1/apps/APP/{AUTHENTICATE}finish"
     assert (finish.body["handshake_id"], finish.body["transaction_id"]) == ("pbh_3", "pbt_a")
     assert finish.body["handshake_response"]["id"] == sent["id"]
@@ -287,11 +304,16 @@ def test_attachment_is_the_servers_to_apply(
 ) -> None:
     visit(page, broker)
     assert "nonce" in told(page, f"register('pbt_r', {{authenticatorAttachment: '{attachment}'}})")
-    assert broker.posts[0].body == {"transaction_id": "pbt_r", "authenticator_attachment": attachment}
+    assert broker.posts[0].body == {
+        "transaction_id": "pbt_r",
+        "authenticator_attachment": attachment,
+    }
 
 
 @pytest.mark.parametrize("base", ["location.origin + '/'", "''", "'/'"])
-def test_base_url_and_app_id(page: Page, broker: ScriptedBroker, device: Authenticator, base: str) -> None:
+def test_base_url_and_app_id(
+    page: Page, broker: ScriptedBroker, device: Authenticator, base: str
+) -> None:
     visit(page, broker)
     page.js("document.cookie = 'session=secret'")
     assert "nonce" in page.js(f"told(new sdk.Passkeys({base}, 'APP').register('pbt_r'))")
@@ -318,11 +340,20 @@ SERVER_ERRORS: list[tuple[int, Any, dict[str, Any]]] = [
     (
         503,
         {"code": "service_unavailable", "error": "Briefly.", "retry": "backend"},
-        {"code": "unavailable", "refusal": "service_unavailable", "status": 503, "retry": "backend"},
+        {
+            "code": "unavailable",
+            "refusal": "service_unavailable",
+            "status": 503,
+            "retry": "backend",
+        },
     ),
     (503, {"code": "service_unavailable", "error": "Briefly.", "retry": "page"}, {"retry": "page"}),
     (502, b"<html>Bad Gateway", {"code": "unavailable", "status": 502}),
-    (404, b"<html>Not Found", {"code": "refused", "status": 404, "message": "The request was refused."}),
+    (
+        404,
+        b"<html>Not Found",
+        {"code": "refused", "status": 404, "message": "The request was refused."},
+    ),
     (200, b"<html>Welcome", {"code": "unavailable", "status": 200}),
     (200, {}, {"code": "unavailable"}),
 ]
@@ -359,11 +390,15 @@ def test_offline_is_network(page: Page, broker: ScriptedBroker, device: Authenti
     assert "nonce" in told(page, "register('pbt_r')")
 
 
-def test_a_redirect_is_not_followed(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+def test_a_redirect_is_not_followed(
+    page: Page, broker: ScriptedBroker, device: Authenticator
+) -> None:
     """An answer of the authenticator goes to the broker and nowhere else."""
     visit(page, broker)
     elsewhere = broker.origin + "/elsewhere"
-    page.intercept("*/webauthn/finish", lambda request: Answer(307, headers={"Location": elsewhere}))
+    page.intercept(
+        "*/webauthn/finish", lambda request: Answer(307, headers={"Location": elsewhere})
+    )
     assert told(page, "register('pbt_r')")["code"] == "network"
     assert [post.path.rpartition("/")[2] for post in broker.posts] == ["start"]
 
@@ -442,7 +477,9 @@ PLATFORM_ERRORS = [
 
 
 @pytest.mark.parametrize(("verb", "name", "code"), PLATFORM_ERRORS)
-def test_platform_errors(page: Page, broker: ScriptedBroker, verb: str, name: str, code: str) -> None:
+def test_platform_errors(
+    page: Page, broker: ScriptedBroker, verb: str, name: str, code: str
+) -> None:
     visit(
         page,
         broker,
@@ -462,7 +499,9 @@ def test_platform_that_answers_without_a_credential(
 
 
 def test_our_own_json_of_a_stand_ins_credential(page: Page, broker: ScriptedBroker) -> None:
-    """No toJSON, every kind of byte, no user handle: base64url without padding, and what is absent stays absent."""
+    """No toJSON, every kind of byte, no user handle: base64url without padding, and what is absent
+    stays absent.
+    """
     stand_in = """
       const bytes = (...values) => new Uint8Array(values).buffer;
       const response = {clientDataJSON: bytes(251, 255, 254, 255), authenticatorData: bytes(0), signature: bytes(1, 2, 3),
@@ -481,12 +520,17 @@ def test_our_own_json_of_a_stand_ins_credential(page: Page, broker: ScriptedBrok
     }
 
 
-@pytest.mark.parametrize("call", ["register('pbt_r')", "authenticate()", "authenticate({conditional: true})"])
+@pytest.mark.parametrize(
+    "call", ["register('pbt_r')", "authenticate()", "authenticate({conditional: true})"]
+)
 def test_without_webauthn(page: Page, broker: ScriptedBroker, call: str) -> None:
     """Said before anything is asked of the server."""
     visit(page, broker, "delete window.PublicKeyCredential;")
     assert told(page, call)["code"] == "unsupported"
-    assert page.js("Promise.all([passkeys.canRegister(), passkeys.canAutofill()])") == [False, False]
+    assert page.js("Promise.all([passkeys.canRegister(), passkeys.canAutofill()])") == [
+        False,
+        False,
+    ]
     assert broker.posts == []
 
 
@@ -512,7 +556,9 @@ MEANT_BUT_MISSING += [
 def test_a_transaction_that_was_meant_and_is_missing_signs_nobody_in(
     page: Page, broker: ScriptedBroker, device: Authenticator
 ) -> None:
-    """With a passkey at hand, so that a nameless sign-in would succeed. A running ceremony is none of its business."""
+    """With a passkey at hand, so that a nameless sign-in would succeed. A running ceremony is none
+    of its business.
+    """
     visit(page, broker, HELD_TIMERS)
     told(page, "register('pbt_r')")
     device.present(False)
@@ -526,12 +572,19 @@ def test_a_transaction_that_was_meant_and_is_missing_signs_nobody_in(
         assert "status" not in seen, call
         assert "pbt_x" not in seen["message"], call
     assert len(broker.posts) == before
-    assert page.js("Promise.race([autofill.then(() => 'ended'), Promise.resolve('runs')])") == "runs"
+    assert (
+        page.js("Promise.race([autofill.then(() => 'ended'), Promise.resolve('runs')])") == "runs"
+    )
 
 
 @pytest.mark.parametrize(
     "call",
-    ["authenticate()", "authenticate(undefined)", "authenticate({})", "authenticate({signal: undefined})"],
+    [
+        "authenticate()",
+        "authenticate(undefined)",
+        "authenticate({})",
+        "authenticate({signal: undefined})",
+    ],
 )
 def test_a_nameless_sign_in_is_asked_for_by_leaving_the_transaction_out(
     page: Page, broker: ScriptedBroker, device: Authenticator, call: str
@@ -544,7 +597,12 @@ def test_a_nameless_sign_in_is_asked_for_by_leaving_the_transaction_out(
 
 @pytest.mark.parametrize(
     "call",
-    ["applySignals()", "applySignals('delete')", "applySignals('delete', '')", "applySignals('remove', 'x')"],
+    [
+        "applySignals()",
+        "applySignals('delete')",
+        "applySignals('delete', '')",
+        "applySignals('remove', 'x')",
+    ],
 )
 def test_signals_without_a_kind_or_a_ticket(page: Page, broker: ScriptedBroker, call: str) -> None:
     visit(page, broker)
@@ -555,8 +613,14 @@ def test_signals_without_a_kind_or_a_ticket(page: Page, broker: ScriptedBroker, 
 CAPABILITIES = [
     ("getClientCapabilities = async () => ({conditionalGet: true})", True),
     ("getClientCapabilities = async () => ({conditionalGet: false})", False),
-    ("getClientCapabilities = async () => ({}); isConditionalMediationAvailable = async () => true", True),
-    ("getClientCapabilities = async () => ({}); isConditionalMediationAvailable = async () => false", False),
+    (
+        "getClientCapabilities = async () => ({}); isConditionalMediationAvailable = async () => true",
+        True,
+    ),
+    (
+        "getClientCapabilities = async () => ({}); isConditionalMediationAvailable = async () => false",
+        False,
+    ),
     ("getClientCapabilities = undefined; isConditionalMediationAvailable = async () => true", True),
     ("getClientCapabilities = undefined; isConditionalMediationAvailable = undefined", False),
     ("getClientCapabilities = async () => { throw new Error('no') }", False),
@@ -645,8 +709,8 @@ def test_a_page_without_https_is_at_the_wrong_domain(broker: ScriptedBroker) -> 
 # Conditional create, immediate mediation, the field of autofill
 
 
-# What the page hands to the platform, and the platform's answer to a create without its mediation: the virtual authenticator
-# has no password manager that would make a passkey without a prompt.
+# What the page hands to the platform, and the platform's answer to a create without its mediation:
+# the virtual authenticator has no password manager that would make a passkey without a prompt.
 HANDED = """
   window.handed = [];
   for (const verb of ["create", "get"]) {
@@ -660,7 +724,9 @@ HANDED = """
 """
 
 
-def test_register_without_a_prompt(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+def test_register_without_a_prompt(
+    page: Page, broker: ScriptedBroker, device: Authenticator
+) -> None:
     """The browser is asked for a conditional create; what it makes goes to the broker as always."""
     visit(page, broker, HANDED)
     page.js("window.prompting = true")
@@ -684,7 +750,9 @@ def test_register_without_a_prompt_where_the_browser_decides_against_it(
 
 
 def test_an_immediate_sign_in(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
-    """A passkey at hand signs in. Without one the browser says so at once, where a prompt would wait for another device."""
+    """A passkey at hand signs in. Without one the browser says so at once, where a prompt would
+    wait for another device.
+    """
     visit(page, broker, HANDED)
     told(page, "register('pbt_r')")
     public_key = verify_registration(broker, broker.to("finish")[0])
@@ -710,7 +778,9 @@ def test_an_immediate_sign_in(page: Page, broker: ScriptedBroker, device: Authen
 def test_what_no_browser_does_immediately(
     page: Page, broker: ScriptedBroker, device: Authenticator, call: str, gesture: bool
 ) -> None:
-    """Refused by us, with its reason and before any request: a browser says only that the prompt was cancelled."""
+    """Refused by us, with its reason and before any request: a browser says only that the prompt
+    was cancelled.
+    """
     page.goto(broker.origin + "/passkeys.html")
     wait_until(lambda: page.js("window.ready", gesture=False), "the page")  # no activation
     seen = page.js(f"told(passkeys.{call})", gesture=gesture)
@@ -726,7 +796,9 @@ LACKING = [
 
 
 @pytest.mark.parametrize(("call", "capability"), LACKING)
-@pytest.mark.parametrize("can", ["undefined", "async () => ({CAPABILITY: false})", "async () => ({})"])
+@pytest.mark.parametrize(
+    "can", ["undefined", "async () => ({CAPABILITY: false})", "async () => ({})"]
+)
 def test_a_browser_that_lacks_the_capability_is_not_asked(
     page: Page, broker: ScriptedBroker, device: Authenticator, call: str, capability: str, can: str
 ) -> None:
@@ -741,7 +813,12 @@ def test_a_browser_that_lacks_the_capability_is_not_asked(
 
 @pytest.mark.parametrize(
     ("autocomplete", "warnings"),
-    [("username webauthn", 0), ("section-a username WebAuthn", 0), ("username", 1), ("webauthn-x", 1)],
+    [
+        ("username webauthn", 0),
+        ("section-a username WebAuthn", 0),
+        ("username", 1),
+        ("webauthn-x", 1),
+    ],
 )
 def test_autofill_without_a_field_is_warned_of_once(
     page: Page, broker: ScriptedBroker, device: Authenticator, autocomplete: str, warnings: int
@@ -778,8 +855,11 @@ def pending_autofill(
     page.wait_until(f"waiting({RENEWAL}) === 1")
 
 
-def somebody_comes(broker: ScriptedBroker, device: Authenticator, act: Callable[[], object]) -> None:
-    """Do `act`, which ends the waiting prompt and asks the server for another; from that one on, somebody touches the device.
+def somebody_comes(
+    broker: ScriptedBroker, device: Authenticator, act: Callable[[], object]
+) -> None:
+    """Do `act`, which ends the waiting prompt and asks the server for another; from that one on,
+    somebody touches the device.
 
     The server holds its answer meanwhile, so the old prompt can't profit.
     """
@@ -796,11 +876,15 @@ def test_starting_one_ends_the_last_and_autofill_works_again(
 ) -> None:
     visit(page, broker, HELD_TIMERS)
     pending_autofill(page, broker, device)
-    somebody_comes(broker, device, lambda: begin(page, "modal", "authenticate({transactionId: 'pbt_a'})"))
+    somebody_comes(
+        broker, device, lambda: begin(page, "modal", "authenticate({transactionId: 'pbt_a'})")
+    )
     assert "nonce" in outcome(page, "modal")
     assert outcome(page, "autofill")["code"] == "aborted"
     pending_autofill(page, broker, device, "again")
-    page.js("void (window.passkeys = new sdk.Passkeys('', 'APP'))")  # another instance, the same page
+    page.js(
+        "void (window.passkeys = new sdk.Passkeys('', 'APP'))"
+    )  # another instance, the same page
     somebody_comes(broker, device, lambda: begin(page, "register", "register('pbt_2')"))
     assert "nonce" in outcome(page, "register")
     seen = outcome(page, "again")
@@ -842,9 +926,15 @@ def test_ending_a_ceremony_that_waits_for_the_server(
     assert [post.body["transaction_id"] for post in broker.to(step)] == ["pbt_1", "pbt_2"]
 
 
-def test_a_stand_in_that_ignores_the_signal_is_left_behind(page: Page, broker: ScriptedBroker) -> None:
+def test_a_stand_in_that_ignores_the_signal_is_left_behind(
+    page: Page, broker: ScriptedBroker
+) -> None:
     """Password managers replace navigator.credentials; the ended ceremony still ends."""
-    visit(page, broker, "navigator.credentials.get = () => (window.asked = true, new Promise(() => {}));")
+    visit(
+        page,
+        broker,
+        "navigator.credentials.get = () => (window.asked = true, new Promise(() => {}));",
+    )
     begin(page, "stuck", "authenticate()")
     page.wait_until("window.asked")
     begin(page, "next", "authenticate()")
@@ -858,7 +948,9 @@ def test_a_stand_in_that_ignores_the_signal_is_left_behind(page: Page, broker: S
 def test_autofill_gets_a_fresh_challenge_before_the_old_one_dies(
     page: Page, broker: ScriptedBroker, device: Authenticator
 ) -> None:
-    """Two renewals, then a choice: the newest challenge is answered under its own handshake, and the page noticed nothing."""
+    """Two renewals, then a choice: the newest challenge is answered under its own handshake, and
+    the page noticed nothing.
+    """
     visit(page, broker, HELD_TIMERS)
     told(page, "register('pbt_r')")
     public_key = verify_registration(broker, broker.to("finish")[0])
@@ -887,7 +979,9 @@ def test_renewal_waits_until_somebody_sees_the_page(
     )
     page.js(show.format("hidden"))
     page.js(f"ring({RENEWAL})")
-    page.js("fetch('/nothing')")  # had a renewal been under way, its request would have gone before this one
+    page.js(
+        "fetch('/nothing')"
+    )  # had a renewal been under way, its request would have gone before this one
     assert len(broker.to(AUTHENTICATE + "start")) == 1
     somebody_comes(broker, device, lambda: page.js(show.format("visible")))
     assert "nonce" in outcome(page, "autofill")
@@ -916,7 +1010,9 @@ def test_renewal_ends_where_the_server_says_no(
     """The transaction has ended, so there is nothing to renew."""
     visit(page, broker, HELD_TIMERS)
     pending_autofill(page, broker, device)
-    broker.replies[AUTHENTICATE + "start"].append((404, {"code": "transaction_not_found", "error": "Gone."}))
+    broker.replies[AUTHENTICATE + "start"].append(
+        (404, {"code": "transaction_not_found", "error": "Gone."})
+    )
     page.js(f"ring({RENEWAL})")
     seen = outcome(page, "autofill")
     assert (seen["code"], seen["refusal"]) == ("refused", "transaction_not_found")
@@ -927,7 +1023,9 @@ def test_autofill_that_cannot_begin_says_so(
     page: Page, broker: ScriptedBroker, device: Authenticator
 ) -> None:
     visit(page, broker)
-    broker.replies[AUTHENTICATE + "start"].append((503, {"code": "service_unavailable", "error": "Briefly."}))
+    broker.replies[AUTHENTICATE + "start"].append(
+        (503, {"code": "service_unavailable", "error": "Briefly."})
+    )
     assert told(page, "authenticate({conditional: true})")["code"] == "unavailable"
     assert len(broker.posts) == 1
 
@@ -958,7 +1056,11 @@ def test_signal_of_an_unknown_passkey_reaches_the_authenticator(
     made = broker.to("finish")[0].body["handshake_response"]["id"]
     broker.replies[AUTHENTICATE + "finish"].append(refused_with_signal(made))
     seen = told(page, "authenticate()")
-    assert (seen["code"], seen["refusal"], seen["status"]) == ("refused", "discoverable_login_failed", 401)
+    assert (seen["code"], seen["refusal"], seen["status"]) == (
+        "refused",
+        "discoverable_login_failed",
+        401,
+    )
     device.wait_event("deleted")
     assert device.credentials() == []
 
@@ -967,7 +1069,10 @@ def test_signal_of_an_unknown_passkey_reaches_the_authenticator(
     ("script", "rp_id"),
     [
         ("delete PublicKeyCredential.signalUnknownCredential;", "localhost"),
-        ("PublicKeyCredential.signalUnknownCredential = () => { throw new Error('no') };", "localhost"),
+        (
+            "PublicKeyCredential.signalUnknownCredential = () => { throw new Error('no') };",
+            "localhost",
+        ),
         ("", "example.com"),
     ],
     ids=["missing", "throwing", "foreign RP ID"],
@@ -1000,8 +1105,12 @@ SEEN = """
 """
 
 
-def test_signals_that_the_backend_prepared(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
-    """Each kind reaches its method, the authenticator does as it is told, and what it doesn't take is counted."""
+def test_signals_that_the_backend_prepared(
+    page: Page, broker: ScriptedBroker, device: Authenticator
+) -> None:
+    """Each kind reaches its method, the authenticator does as it is told, and what it doesn't take
+    is counted.
+    """
     visit(page, broker, SEEN)
     told(page, "register('pbt_r')")
     made = broker.to("finish")[0].body["handshake_response"]["id"]
@@ -1025,23 +1134,34 @@ def test_signals_that_the_backend_prepared(page: Page, broker: ScriptedBroker, d
     assert device.credentials() == []
 
 
-def test_signals_that_can_not_be_exchanged(page: Page, broker: ScriptedBroker, device: Authenticator) -> None:
+def test_signals_that_can_not_be_exchanged(
+    page: Page, broker: ScriptedBroker, device: Authenticator
+) -> None:
     """The codes are those of ceremonies, and a ceremony that runs goes on."""
     visit(page, broker)
     broker.replies[EXCHANGE].append((404, {"code": "ticket_not_found", "error": "Unknown."}))
     seen = told(page, "applySignals('prune', 'pbs_x')")
     assert (seen["code"], seen["refusal"], seen["status"]) == ("refused", "ticket_not_found", 404)
-    broker.replies[EXCHANGE] += [(503, {"code": "service_unavailable", "error": "Briefly."}), (200, {})]
+    broker.replies[EXCHANGE] += [
+        (503, {"code": "service_unavailable", "error": "Briefly."}),
+        (200, {}),
+    ]
     for _ in range(2):
         assert told(page, "applySignals('prune', 'pbs_x')")["code"] == "unavailable"
-    assert told(page, "applySignals('prune', 'pbs_x', {signal: AbortSignal.abort()})")["code"] == "aborted"
+    assert (
+        told(page, "applySignals('prune', 'pbs_x', {signal: AbortSignal.abort()})")["code"]
+        == "aborted"
+    )
     page.js("window.fetch = () => Promise.reject(new TypeError('offline'))")
     assert told(page, "applySignals('prune', 'pbs_x')")["code"] == "network"
     assert len(broker.to(EXCHANGE)) == 3
 
 
 def test_a_browser_without_the_method_spends_no_ticket(page: Page, broker: ScriptedBroker) -> None:
-    for script in (f"delete PublicKeyCredential.{METHODS['update']};", "delete window.PublicKeyCredential;"):
+    for script in (
+        f"delete PublicKeyCredential.{METHODS['update']};",
+        "delete window.PublicKeyCredential;",
+    ):
         visit(page, broker, script)
         assert told(page, "applySignals('update', 'pbs_x')") == {
             "nonce": {"supported": False, "applied": 0, "failed": 0}

@@ -1,5 +1,6 @@
-"""Passlock's flow in a real Chromium: a backend with the key, and a page that does over `@simplewebauthn/browser` and the Signal API what
-the vendor's browser SDK does. Both generations of paths."""
+"""Passlock's flow in a real Chromium: a backend with the key, and a page that does over
+`@simplewebauthn/browser` and the Signal API what the vendor's browser SDK does. Both generations of
+paths."""
 
 from __future__ import annotations
 
@@ -45,14 +46,18 @@ async def origin() -> AsyncIterator[str]:
 @pytest.fixture
 async def wire(open_app: OpenApp, origin: str) -> Wire:
     """An app of this page, whose pages may register by themselves too."""
-    return await open_app(Policy(passlock_open_registration=True), rp_id="localhost", origins=(origin,))
+    return await open_app(
+        Policy(passlock_open_registration=True), rp_id="localhost", origins=(origin,)
+    )
 
 
 async def opened(page: Page, origin: str, wire: Wire, version: str = "v2/") -> None:
     """The page, with a client of the app."""
     await visit(page, origin)
     options = {"tenancyId": wire.app_id, "endpoint": wire.url, "version": version}
-    await asyncio.to_thread(page.js, f"void (window.passlock = new Passlock({json.dumps(options)}))")
+    await asyncio.to_thread(
+        page.js, f"void (window.passlock = new Passlock({json.dumps(options)}))"
+    )
 
 
 async def call(page: Page, method: str, argument: object) -> Any:
@@ -72,7 +77,9 @@ def registration(user: str) -> dict[str, object]:
 
 async def register(backend: Passlock, page: Page, user: str) -> Any:
     authorized = await backend.ok("POST", "/passkey/registration/authorize", registration(user))
-    return await done(page, "registerPasskey", {"registrationToken": authorized["registrationToken"]})
+    return await done(
+        page, "registerPasskey", {"registrationToken": authorized["registrationToken"]}
+    )
 
 
 async def authorized(backend: Passlock, **wishes: object) -> dict[str, str]:
@@ -111,11 +118,15 @@ async def test_registers_and_signs_in(broker: Started, page: Page, origin: str, 
 
 
 async def test_an_orphaned_passkey(page: Page, origin: str, wire: Wire) -> None:
-    """The broker has forgotten a passkey that the device still offers: the page learns which, and the device forgets it too."""
+    """The broker has forgotten a passkey that the device still offers: the page learns which, and
+    the device forgets it too.
+    """
     backend, device = Passlock(wire), page.authenticator()
     await opened(page, origin, wire)
     made = await register(backend, page, "ann")
-    await backend.ok("POST", "/passkeys/delete", {"passkeyIds": [made["principal"]["authenticatorId"]]})
+    await backend.ok(
+        "POST", "/passkeys/delete", {"passkeyIds": [made["principal"]["authenticatorId"]]}
+    )
     told = await call(page, "authenticatePasskey", await authorized(backend, discoverable=True))
     assert (told["_tag"], told["rpId"]) == ("@error/PasskeyNotFound", "localhost")
     await done(page, "deleteOrphanedPasskey", told)
@@ -153,7 +164,9 @@ async def test_update_prune_and_delete(page: Page, origin: str, wire: Wire) -> N
 
 
 async def test_the_page_begins(page: Page, origin: str, wire: Wire) -> None:
-    """Clients 2.0 to 2.4: register with a name, give the owner while exchanging, sign in, delete by the passkey's id."""
+    """Clients 2.0 to 2.4: register with a name, give the owner while exchanging, sign in, delete by
+    the passkey's id.
+    """
     backend, device = Passlock(wire, prefix=""), page.authenticator()
     await opened(page, origin, wire, version="")
     made = await done(page, "registerPasskey", {"username": "ann@example.org"})

@@ -1,4 +1,6 @@
-"""The vendor's documented flow in a real Chromium: its Python client as the backend, `@simplewebauthn/browser` in the page."""
+"""The vendor's documented flow in a real Chromium: its Python client as the backend,
+`@simplewebauthn/browser` in the page.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ async def test_registers_and_signs_in(broker: Started, page: Page, origin: str, 
     await visit(page, origin)
 
     begun = await client.call(
-        "startRegistration", userId="ann", emailOrUsername="ann@example.org", passkeyDisplayName="phone"
+        "startRegistration",
+        userId="ann",
+        emailOrUsername="ann@example.org",
+        passkeyDisplayName="phone",
     )
     made = (await in_page(page, "create", begun.data["registrationOptions"]))["answer"]
     done = await client.call("finishRegistration", userId="ann", publicKey=made)
@@ -60,7 +65,9 @@ async def test_registers_and_signs_in(broker: Started, page: Page, origin: str, 
 
     begun = await client.call("startRegistration", userId="ann", emailOrUsername="ann@example.org")
     told = await in_page(page, "create", begun.data["registrationOptions"])
-    assert told["name"] == "InvalidStateError"  # this device has a passkey, and excludeCredentials says so
+    assert (
+        told["name"] == "InvalidStateError"
+    )  # this device has a passkey, and excludeCredentials says so
 
     listed = (await client.call("fetchAllPasskeysForUser", userId="ann")).data["passkeys"]
     assert listed == [{"credentialId": made["id"], "displayName": "phone"}]

@@ -1,4 +1,6 @@
-"""The documentation of the page SDK: every block is run, in a real Chromium against a running broker, and every table is whole."""
+"""The documentation of the page SDK: every block is run, in a real Chromium against a running
+broker, and every table is whole.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ class Shop:
 
     def sample(self, language: str) -> str:
         """A block, for this broker and this app."""
-        place = {EXAMPLE_BROKER: self.broker, EXAMPLE_ORIGIN: self.broker, "APP_ID": self.wire.app_id}
+        place = {
+            EXAMPLE_BROKER: self.broker,
+            EXAMPLE_ORIGIN: self.broker,
+            "APP_ID": self.wire.app_id,
+        }
         block = BLOCK[language]
         for example, value in place.items():
             block = block.replace(example, value)
@@ -66,7 +72,9 @@ class Shop:
     async def begin(self, request: web.Request) -> web.Response:
         kind = {"begin-sign-up": "register", "begin-sign-in": "authenticate"}[request.path[1:]]
         name = (await request.json())["name"]
-        body = {"external_id": name} | ({"passkey_display_name": name} if kind == "register" else {})
+        body = {"external_id": name} | (
+            {"passkey_display_name": name} if kind == "register" else {}
+        )
         opened = await self.wire.keyed("POST", f"/transactions/{kind}", body)
         if opened.status != 201:
             return web.Response(status=400, text="No such name.")
@@ -139,7 +147,9 @@ def test_every_block_is_run() -> None:
 def first_column(heading: str) -> list[str]:
     """The words in code of the first column of the table that begins with `heading`."""
     table = TEXT.partition(f"\n| {heading} |")[2].partition("\n\n")[0]
-    return [word for row in table.splitlines()[2:] for word in re.findall(r"`(.*?)`", row.split("|")[1])]
+    return [
+        word for row in table.splitlines()[2:] for word in re.findall(r"`(.*?)`", row.split("|")[1])
+    ]
 
 
 def test_the_tables_are_whole() -> None:
@@ -157,7 +167,9 @@ def test_the_tables_are_whole() -> None:
         for name in re.findall(r"^  (\w+)\?:", body(f"interface {interface}"), re.M)
     }
     assert sorted(first_column("Option")) == sorted(options)
-    calls = {call.removeprefix("new ").partition("(")[0] for call in first_column("Call") if "(" in call}
+    calls = {
+        call.removeprefix("new ").partition("(")[0] for call in first_column("Call") if "(" in call
+    }
     methods = re.findall(r"^  (\w+)\(", body("class Passkeys"), re.M)
     assert calls == {"Passkeys" if name == "constructor" else name for name in methods}
 
@@ -194,7 +206,9 @@ async def test_the_module(
         return js(f"page.{call}.then(() => null, page.sentenceFor)")
 
     failed = "That didn't work. Try again."
-    assert await said("signUp('Ann')") == ("This device has a passkey for this account. Sign in with it.")
+    assert await said("signUp('Ann')") == (
+        "This device has a passkey for this account. Sign in with it."
+    )
     assert await said("signInFromAutofill(AbortSignal.abort())") == ""
     assert await said("signIn('nobody')") == failed
     device.verified(False)
@@ -236,9 +250,15 @@ WATCH = """
 """
 
 
-async def test_react(page: Page, device: Authenticator, shop: Shop, project: Project, js: Js) -> None:
+async def test_react(
+    page: Page, device: Authenticator, shop: Shop, project: Project, js: Js
+) -> None:
     """In development and StrictMode, which mounts every component twice."""
-    files = {"sign-in.jsx": shop.sample("jsx"), "passkeys.js": shop.sample("js"), "mount.jsx": MOUNT}
+    files = {
+        "sign-in.jsx": shop.sample("jsx"),
+        "passkeys.js": shop.sample("js"),
+        "mount.jsx": MOUNT,
+    }
     project.write(**files)
     define = '--define:process.env.NODE_ENV="development"'
     options = ("--jsx=automatic", define)
@@ -305,7 +325,9 @@ def without(policy: str, directive: str, source: str) -> str:
 def blocked(page: Page) -> list[str]:
     """The directives that the browser says blocked something."""
     said = "\n".join(page.console)
-    return re.findall(r'violates the following Content Security Policy directive:? [\'"]([a-z-]+)', said)
+    return re.findall(
+        r'violates the following Content Security Policy directive:? [\'"]([a-z-]+)', said
+    )
 
 
 def from_the_broker(shop: Shop) -> str:
@@ -370,7 +392,9 @@ async def test_a_pinned_module_that_is_not_as_expected_does_not_run(
 ) -> None:
     html = pinned(shop, "c2FtcGxl" if fault == "another hash" else "b3RoZXI")
     if fault == "another hash":
-        html = re.sub(r"sha384-.", lambda found: f"sha384-{'B' if found[0][-1] == 'A' else 'A'}", html)
+        html = re.sub(
+            r"sha384-.", lambda found: f"sha384-{'B' if found[0][-1] == 'A' else 'A'}", html
+        )
     shop.files |= {"index.html": html, "page.js": shop.sample("js") + SHOWN}
     await asyncio.to_thread(page.goto, shop.origin + "/")
     assert await asyncio.to_thread(page.js, "window.page === undefined")

@@ -1,10 +1,13 @@
-"""What each vendor's clients take for an answer: a module a vendor, written from the vendor's contract and not from our code.
+"""What each vendor's clients take for an answer: a module a vendor, written from the vendor's
+contract and not from our code.
 
-    ANSWERS      by call (method and path, or PropelAuth's command) and status: the shape of the body
+    ANSWERS      by call (method and path, or PropelAuth's command) and status: the shape of the
+                 body
     EVERYWHERE   by status: what any call may be answered with
     call         a request of a golden file in the words of `ANSWERS`
 
-`tests/test_contracts.py` reads every golden file by them; the vendors' stand-ins (`tests.passlock` and its siblings) read running answers.
+`tests/test_contracts.py` reads every golden file by them; the vendors' stand-ins (`tests.passlock`
+and its siblings) read running answers.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ _EVERYWHERE = ""
 
 
 def place(contract: ModuleType, request: Mapping[str, Any], status: int) -> tuple[str, int] | None:
-    """Where `contract` has the shape of an answer to this request: a call that has the status, the one with the fewest parameters
-    first; else `EVERYWHERE`, whose call is "". None where it has none."""
+    """Where `contract` has the shape of an answer to this request: a call that has the status, the
+    one with the fewest parameters first; else `EVERYWHERE`, whose call is "". None where it has
+    none."""
     asked = contract.call(request["method"], request["path"].partition("?")[0], request["body"])
-    fitting = [call for call in contract.ANSWERS if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", call), asked)]
+    fitting = [
+        call for call in contract.ANSWERS if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", call), asked)
+    ]
     for call in sorted(fitting, key=lambda call: call.count("{"))[:1]:
         if status in contract.ANSWERS[call]:
             return call, status

@@ -1,5 +1,6 @@
-"""The native dialect's answers, by route and status: Passage Flex's, whose strictest client (Rust) fails where a field is missing or null,
-and what the broker adds. Objects of the vendor's are written as it has them; `WITH_…` are the same with our fields behind.
+"""The native dialect's answers, by route and status: Passage Flex's, whose strictest client (Rust)
+fails where a field is missing or null, and what the broker adds. Objects of the vendor's are
+written as it has them; `WITH_…` are the same with our fields behind.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.contracts.webauthn import CREATION, P256, REQUEST, TRANSPORT, jwks
 Shape = dict[str, object]
 _INT, _LONG = Whole(32), Whole(64)
 
-# -- the vendor's objects ---------------------------------------------------------------------------------------------------------
+# -- the vendor's objects --------------------------------------------------------------------------
 
 DEVICE: Shape = {
     "id": ID,
@@ -149,7 +150,7 @@ def _handshake(options: Shape, **more: object) -> Shape:
 REGISTER_START = _handshake(CREATION)
 AUTHENTICATE_START = _handshake(REQUEST, **{"mediation?": word("required", "conditional")})
 
-# -- what we add ------------------------------------------------------------------------------------------------------------------
+# -- what we add -----------------------------------------------------------------------------------
 
 _PASSKEY_FACTS: Shape = {
     "backup_eligible": bool,
@@ -193,7 +194,11 @@ RECEIPT: Shape = {
     "external_id": str,
     "user_id": ID,
     "purpose": word(
-        "register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"
+        "register",
+        "authenticate",
+        "register_second_factor",
+        "authenticate_second_factor",
+        "approve",
     ),
     "passkey_id": ID,
     "credential_id": BYTES,
@@ -210,7 +215,15 @@ RECEIPT: Shape = {
     "approval": Maybe(str),
     "at": TIME,
 }
-CLAIMS: Shape = {**RECEIPT, "iss": str, "sub": str, "aud": [ID], "iat": EPOCH, "exp": EPOCH, "jti": BYTES}
+CLAIMS: Shape = {
+    **RECEIPT,
+    "iss": str,
+    "sub": str,
+    "aud": [ID],
+    "iat": EPOCH,
+    "exp": EPOCH,
+    "jti": BYTES,
+}
 SIGNED_RECEIPT: Shape = {**RECEIPT, "token?": signed(CLAIMS, "ES256")}
 _MAIL_CODE: Shape = {
     "id": ID,
@@ -292,7 +305,10 @@ ANSWERS: dict[str, dict[int, object]] = {
     "POST /authenticate/finish": _FINISHED,
     "POST /ceremonies/register/start": {200: {"options": CREATION}},
     "POST /ceremonies/register/finish": _FINISHED,
-    "POST /ceremonies/authenticate/start": {200: {"options": REQUEST}, 409: error("approval_exists")},
+    "POST /ceremonies/authenticate/start": {
+        200: {"options": REQUEST},
+        409: error("approval_exists"),
+    },
     "POST /ceremonies/authenticate/finish": {200: RECEIPT},
     "GET /passkeys": {200: {"passkeys": [PASSKEY], **_PAGE}},
     "GET /passkeys/{id}": {200: {"passkey": PASSKEY}, 404: _NO_DEVICE},
@@ -331,10 +347,16 @@ EVERYWHERE: dict[int, object] = {
 
 
 def strict(value: Any, kind: object) -> None:
-    """Fail unless the vendor's strictest client takes `value` for `kind`. Unknown keys it ignores."""
+    """Fail unless the vendor's strictest client takes `value` for `kind`. Unknown keys it
+    ignores.
+    """
     fits(value, kind, closed=False)
 
 
 def call(method: str, path: str, _: Any) -> str:
     """Method and path below the app; the app itself with or without a slash behind."""
-    return method if method == "OPTIONS" else f"{method} {path.removeprefix('/v1/apps/<id>').rstrip('/')}"
+    return (
+        method
+        if method == "OPTIONS"
+        else f"{method} {path.removeprefix('/v1/apps/<id>').rstrip('/')}"
+    )

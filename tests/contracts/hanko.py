@@ -1,12 +1,25 @@
-"""Hanko's answers below the tenant, by route and status. Its SDK's types come from the vendor's OpenAPI file; the titles of errors are the
-vendor's, where it has one. Beyond both: `extensions`, `excludeCredentials` and `transports` in options; `jti` and `purpose` in a token.
+"""Hanko's answers below the tenant, by route and status. Its SDK's types come from the vendor's
+OpenAPI file; the titles of errors are the vendor's, where it has one. Beyond both: `extensions`,
+`excludeCredentials` and `transports` in options; `jti` and `purpose` in a token.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.contracts.shapes import BYTES, EPOCH, ID, NOTHING, TIME, UUID, Maybe, either, signed, text, word
+from tests.contracts.shapes import (
+    BYTES,
+    EPOCH,
+    ID,
+    NOTHING,
+    TIME,
+    UUID,
+    Maybe,
+    either,
+    signed,
+    text,
+    word,
+)
 from tests.contracts.webauthn import CREATION, REQUEST, RSA, TRANSPORT, USER, jwks
 
 Shape = dict[str, object]
@@ -32,7 +45,11 @@ CLAIMS: Shape = {
     "trans?": str,
     "jti": text("<nonce>"),
     "purpose": word(
-        "register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"
+        "register",
+        "authenticate",
+        "register_second_factor",
+        "authenticate_second_factor",
+        "approve",
     ),
 }
 TOKEN: Shape = {"token": signed(CLAIMS, "RS256")}
@@ -93,7 +110,9 @@ ANSWERS: dict[str, dict[int, object]] = {
     "POST /registration/finalize": {
         200: TOKEN,
         400: error(
-            "unable to parse credential creation response", _NO_CHALLENGE, "failed to validate attestation"
+            "unable to parse credential creation response",
+            _NO_CHALLENGE,
+            "failed to validate attestation",
         ),
         404: error("user not found"),
         422: error(
@@ -126,7 +145,11 @@ ANSWERS: dict[str, dict[int, object]] = {
     "POST /transaction/finalize": {
         200: TOKEN,
         400: error("unable to finish transaction"),
-        401: error("failed to get session data", "failed to get user handle", "failed to validate assertion"),
+        401: error(
+            "failed to get session data",
+            "failed to get user handle",
+            "failed to validate assertion",
+        ),
     },
     "GET /transaction/{user_id}": {200: [TRANSACTION], 400: error("invalid user id")},
     "GET /credentials": {200: [CREDENTIAL], 400: BAD_FIELDS, 401: BAD_KEY},

@@ -1,8 +1,10 @@
-"""Passlock's answers, by call and status: the vendor's server SDK decodes them by schema, its browser SDK reads their tags.
+"""Passlock's answers, by call and status: the vendor's server SDK decodes them by schema, its
+browser SDK reads their tags.
 
-What that SDK merely calls optional may be absent and may not be null; only `cursor` and a challenge's `metadata` may. Of the errors
-each call knows a few tags and throws on any other, so every call lists its own. Both generations of paths have the same answers: `/v2` is
-left out. Beyond the contract: `purpose` in a principal and an id_token.
+What that SDK merely calls optional may be absent and may not be null; only `cursor` and a
+challenge's `metadata` may. Of the errors each call knows a few tags and throws on any other, so
+every call lists its own. Both generations of paths have the same answers: `/v2` is left out. Beyond
+the contract: `purpose` in a principal and an id_token.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def error(tag: str, **more: object) -> Shape:
 BAD_REQUEST, FORBIDDEN, NOT_FOUND = error("BadRequest"), error("Forbidden"), error("NotFound")
 PASSKEY_NOT_FOUND = error("PasskeyNotFound", credentialId=BYTES, rpId=str)
 
-# -- passkeys ---------------------------------------------------------------------------------------------------------------------
+# -- passkeys --------------------------------------------------------------------------------------
 
 PASSKEY: Shape = {
     "_tag": word("Passkey"),
@@ -85,7 +87,12 @@ WARNING: Shape = {
 
 
 def prepared(tag: str, token: str) -> Shape:
-    return {"_tag": word(tag), token: text("<ticket>"), "expiresAt": EPOCH_MS, "warnings": [WARNING]}
+    return {
+        "_tag": word(tag),
+        token: text("<ticket>"),
+        "expiresAt": EPOCH_MS,
+        "warnings": [WARNING],
+    }
 
 
 def instructions(tag: str, **fields: object) -> Shape:
@@ -97,7 +104,7 @@ def instructions(tag: str, **fields: object) -> Shape:
 CREDENTIAL: Shape = {"rpId": str, "userId": HANDLE, "credentialId": BYTES}
 CREDENTIALS: Shape = {"rpId": str, "userId": HANDLE, "allAcceptedCredentialIds": [BYTES]}
 
-# -- ceremonies -------------------------------------------------------------------------------------------------------------------
+# -- ceremonies ------------------------------------------------------------------------------------
 
 
 def authorized(tag: str, token: str) -> Shape:
@@ -147,7 +154,7 @@ PRINCIPAL: Shape = {
     "purpose": word("register", "authenticate"),
 }
 
-# -- mailbox challenges -----------------------------------------------------------------------------------------------------------
+# -- mailbox challenges ----------------------------------------------------------------------------
 
 _FACTS: Shape = {
     "challengeId": ID,
@@ -171,15 +178,20 @@ CHALLENGE_CREATED: Shape = {
 CHALLENGE_VERIFIED: Shape = {"_tag": word("ChallengeVerified"), "challenge": CHALLENGE}
 RATE_LIMITED = error("ChallengeRateLimited", retryAfterSeconds=int)
 
-# -- by call ----------------------------------------------------------------------------------------------------------------------
+# -- by call ---------------------------------------------------------------------------------------
 
-_REGISTRATION, _AUTHENTICATION = "POST /{t}/passkey/registration", "POST /{t}/passkey/authentication"
+_REGISTRATION, _AUTHENTICATION = (
+    "POST /{t}/passkey/registration",
+    "POST /{t}/passkey/authentication",
+)
 ANSWERS: dict[str, dict[int, object]] = {
     f"{_REGISTRATION}/authorize": {
         200: authorized("AuthorizedPasskeyRegistration", "registrationToken"),
         400: BAD_REQUEST,
     },
-    f"{_REGISTRATION}/prepare": {200: authorized("PreparedPasskeyRegistration", "registrationToken")},
+    f"{_REGISTRATION}/prepare": {
+        200: authorized("PreparedPasskeyRegistration", "registrationToken")
+    },
     f"{_REGISTRATION}/options": {200: REGISTRATION_OPTIONS, 400: BAD_REQUEST, 403: FORBIDDEN},
     f"{_REGISTRATION}/verification": {200: verified("RegistrationSuccess"), 400: BAD_REQUEST},
     f"{_AUTHENTICATION}/authorize": {
@@ -187,7 +199,9 @@ ANSWERS: dict[str, dict[int, object]] = {
         400: BAD_REQUEST,
         409: BAD_REQUEST,
     },
-    f"{_AUTHENTICATION}/prepare": {200: authorized("PreparedPasskeyAuthentication", "authenticationToken")},
+    f"{_AUTHENTICATION}/prepare": {
+        200: authorized("PreparedPasskeyAuthentication", "authenticationToken")
+    },
     f"{_AUTHENTICATION}/options": {200: AUTHENTICATION_OPTIONS, 400: BAD_REQUEST, 429: BAD_REQUEST},
     f"{_AUTHENTICATION}/verification": {
         200: verified("AuthenticationSuccess"),

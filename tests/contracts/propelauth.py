@@ -1,5 +1,6 @@
-"""PropelAuth BYO's answers, by command and status. The vendor's Java client fails on any field more, its Python client on any less, so
-every shape is exact. The statuses are ours: the clients tell errors apart by `type`, from a list of each command's own.
+"""PropelAuth BYO's answers, by command and status. The vendor's Java client fails on any field
+more, its Python client on any less, so every shape is exact. The statuses are ours: the clients
+tell errors apart by `type`, from a list of each command's own.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """JSON shapes: what a client's decoder takes for a value, written as data.
 
     str, int, bool           exactly this type; a boolean is no integer
-    {"name": …, "more?": …}  an object with these fields; one with `?` may be absent, and is not null where it is there
+    {"name": …, "more?": …}  an object with these fields; one with `?` may be absent, and is not
+                             null where it is there
     [kind]                   a list of one kind
     Word, Whole, Maybe       one of a few words; an integer of so many bits; null or a kind
     Either                   the first kind that fits
     Masked                   a kind that golden files replace by a placeholder
     TIME, OBJECT, NOTHING    RFC 3339 with an offset; any object; no body
 
-`fits` raises AssertionError with the place of the first fault. A closed shape has no field besides its own, an open one is read
-by a client that ignores what it does not know.
+`fits` raises AssertionError with the place of the first fault. A closed shape has no field besides
+its own, an open one is read by a client that ignores what it does not know.
 """
 
 from __future__ import annotations
@@ -84,8 +85,12 @@ def signed(claims: dict[str, object], *algorithms: str) -> Masked:
     return Masked(str, {"header": header, "claims": claims})
 
 
-def fits(value: Any, kind: object, at: str = "$", *, masked: bool = False, closed: bool = True) -> None:
-    """Fail unless `value` has this shape. `masked`: it is of a golden file. `closed`: no object has more fields than its shape."""
+def fits(
+    value: Any, kind: object, at: str = "$", *, masked: bool = False, closed: bool = True
+) -> None:
+    """Fail unless `value` has this shape. `masked`: it is of a golden file. `closed`: no object has
+    more fields than its shape.
+    """
     how = {"masked": masked, "closed": closed}
     match kind:
         case Masked(kind=inner, mask=mask):
@@ -103,7 +108,9 @@ def fits(value: Any, kind: object, at: str = "$", *, masked: bool = False, close
             raise AssertionError(" and ".join(faults))
         case Whole(bits=bits):
             assert type(value) is int, f"{at}: {value!r} is no integer"
-            assert -(2 ** (bits - 1)) <= value < 2 ** (bits - 1), f"{at}: {value} has more than {bits} bits"
+            assert -(2 ** (bits - 1)) <= value < 2 ** (bits - 1), (
+                f"{at}: {value} has more than {bits} bits"
+            )
         case Word(words=words):
             assert isinstance(value, str), f"{at}: {value!r} is no text"
             assert value in words, f"{at}: {value!r} is none of {words}"
@@ -115,7 +122,9 @@ def fits(value: Any, kind: object, at: str = "$", *, masked: bool = False, close
         case dict():
             assert isinstance(value, dict), f"{at}: {value!r} is no object"
             names = {name.removesuffix("?"): name for name in kind}
-            assert not closed or set(value) <= set(names), f"{at}: {set(value) - set(names)} is no field"
+            assert not closed or set(value) <= set(names), (
+                f"{at}: {set(value) - set(names)} is no field"
+            )
             for bare, name in names.items():
                 assert bare in value or bare != name, f"{at}: {bare} is missing"
                 if bare in value:

@@ -1,5 +1,6 @@
-"""The options of a ceremony as JSON (WebAuthn L3 §5.1.8, `PublicKeyCredentialCreationOptionsJSON` and its sibling), which every vendor
-hands to the browser in an envelope of its own. Without nulls: browsers refuse a null where a member may be absent."""
+"""The options of a ceremony as JSON (WebAuthn L3 §5.1.8, `PublicKeyCredentialCreationOptionsJSON`
+and its sibling), which every vendor hands to the browser in an envelope of its own. Without nulls:
+browsers refuse a null where a member may be absent."""
 
 from __future__ import annotations
 

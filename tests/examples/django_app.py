@@ -55,7 +55,8 @@ def begin_sign_in(request: HttpRequest) -> HttpResponse:
 
 def expect(request: HttpRequest, purpose: str, transaction: str, account: str) -> None:
     request.session.flush()  # a new session each time, so that nobody can plant one
-    request.session["expected"] = {"purpose": purpose, "transaction_id": transaction, "external_id": account}
+    expected = {"purpose": purpose, "transaction_id": transaction, "external_id": account}
+    request.session["expected"] = expected
 
 
 def finish(request: HttpRequest) -> HttpResponse:

@@ -45,7 +45,8 @@ def where() -> dict[str, str]:
 
 @app.post("/begin-sign-up")
 async def begin_sign_up(asked: Named) -> Response:
-    if not asked.name or asked.name in accounts:  # nobody adds a passkey by typing an account's name
+    # nobody adds a passkey by typing an account's name
+    if not asked.name or asked.name in accounts:
         return PlainTextResponse("Choose another name.", 409)
     account = f"user-{secrets.token_hex(8)}"
     transaction = await broker.create_register_transaction(account, asked.name)
@@ -66,7 +67,8 @@ async def begin_sign_in(asked: Named) -> Response:
 @app.post("/finish")
 async def finish(asked: Finished, session: Annotated[str, Cookie()] = "") -> Response:
     mine = sessions.pop(session, {})
-    receipt = await broker.verify_nonce(asked.nonce, **mine.get("expected", {"purpose": "authenticate"}))
+    expected = mine.get("expected", {"purpose": "authenticate"})
+    receipt = await broker.verify_nonce(asked.nonce, **expected)
     if receipt.purpose == "register":
         accounts[mine["name"]] = receipt.external_id
     return answer({"account": receipt.external_id}, account=receipt.external_id)

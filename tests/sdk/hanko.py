@@ -1,10 +1,12 @@
-"""The vendor's own Node SDK for Hanko's Passkey API, unmodified, in a process of its own; and the library that its pages use.
+"""The vendor's own Node SDK for Hanko's Passkey API, unmodified, in a process of its own; and the
+library that its pages use.
 
 async with Sdk.open(url, tenant_id, key) as sdk:
     options = await sdk.ok("login.initialize")
     error = await sdk.fails("login.finalize", answer)              # what the SDK throws
     listed = await sdk.ok("user(ann).credentials")
-    claims = await sdk.verified(token, "example.org")              # jose, with the keys that the broker publishes
+    claims = await sdk.verified(token, "example.org")              # jose, with the keys that the
+                                                                   broker publishes
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Sdk:
             yield cls(script)
 
     async def call(self, method: str, *arguments: object) -> dict[str, Any]:
-        """`{ok, data}` or `{ok, error: {message, originalError}}`. The SDK resolves to undefined where an error has no body."""
+        """`{ok, data}` or `{ok, error: {message, originalError}}`. The SDK resolves to undefined
+        where an error has no body.
+        """
         path = [_step(step) for step in re.split(r"\.(?![^(]*\))", method)]
         result = await self.script.ask({"path": path, "arguments": arguments})
         assert not result.get("undefined"), "the SDK took an error for success"
@@ -70,7 +74,9 @@ class Sdk:
     async def verified(self, token: str, audience: str) -> dict[str, Any]:
         """`{payload, protectedHeader}`, or `{code}` of jose's error."""
         result = await self.script.ask({"verify": token, "audience": audience})
-        found: dict[str, Any] = result["data"] if result["ok"] else {"code": result["error"]["code"]}
+        found: dict[str, Any] = (
+            result["data"] if result["ok"] else {"code": result["error"]["code"]}
+        )
         return found
 
 

@@ -1,6 +1,8 @@
-"""Node behind a test: a script of this folder that answers each line of JSON with a line of JSON, and packages bundled for a page.
+"""Node behind a test: a script of this folder that answers each line of JSON with a line of JSON,
+and packages bundled for a page.
 
-The packages are those that package.json pins; a script that needs one says which version it was written for.
+The packages are those that package.json pins; a script that needs one says which version it was
+written for.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Script:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, name: str, *arguments: str, packages: Mapping[str, str]) -> AsyncIterator[Script]:
+    async def open(
+        cls, name: str, *arguments: str, packages: Mapping[str, str]
+    ) -> AsyncIterator[Script]:
         """Start a script, end it afterwards. `packages` has the versions that it must find.
 
         Raises:
@@ -33,7 +37,9 @@ class Script:
         """
         node, modules = parts.node(), parts.npm_packages()
         for package, version in packages.items():
-            assert json.loads((modules / package / "package.json").read_text())["version"] == version
+            assert (
+                json.loads((modules / package / "package.json").read_text())["version"] == version
+            )
         process = await asyncio.create_subprocess_exec(
             *node.node,
             str(parts.SDK / name),

@@ -1,4 +1,6 @@
-"""The page SDK as its npm package: packed, installed without network, bundled and type-checked in a folder of its own."""
+"""The page SDK as its npm package: packed, installed without network, bundled and type-checked in a
+folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +60,15 @@ class Project:
     def run(self, *argv: str) -> str:
         """Run a program in the folder; what it printed. A failure fails the test."""
         found = parts.node().environment()
-        environment = {key: value for key, value in found.items() if not key.lower().startswith("npm_")}
+        environment = {
+            key: value for key, value in found.items() if not key.lower().startswith("npm_")
+        }
         cache = str(self.folder / ".npm")
-        environment |= {"npm_config_offline": "true", "npm_config_cache": cache, "NODE_ENV": "production"}
+        environment |= {
+            "npm_config_offline": "true",
+            "npm_config_cache": cache,
+            "NODE_ENV": "production",
+        }
         environment |= {"npm_config_audit": "false", "npm_config_fund": "false"}
         done = subprocess.run(
             argv, cwd=self.folder, env=environment, capture_output=True, text=True, check=False

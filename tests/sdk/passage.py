@@ -1,12 +1,15 @@
-"""The vendor's browser SDK, unmodified, in a page of ours: its bundles, the host that it talks to, and a site that uses it.
+"""The vendor's browser SDK, unmodified, in a page of ours: its bundles, the host that it talks to,
+and a site that uses it.
 
-Both published versions are bundled as they come from the registry; nothing of them is patched. They reach the broker in two ways.
-*Redirected*: the browser resolves auth.passage.id to a TLS listener on loopback that passes each byte on to the broker, so the
-SDK runs with no word of ours in the page, and the preflights and CORS answers are real. *Overridden*: the page sets the address
-on the SDK's instance, as an app that moves would, and talks to the broker with nothing between.
+Both published versions are bundled as they come from the registry; nothing of them is patched. They
+reach the broker in two ways. *Redirected*: the browser resolves auth.passage.id to a TLS listener
+on loopback that passes each byte on to the broker, so the SDK runs with no word of ours in the
+page, and the preflights and CORS answers are real. *Overridden*: the page sets the address on the
+SDK's instance, as an app that moves would, and talks to the broker with nothing between.
 
-The listener's address has to be known when the browser starts, and a broker is made per test: so `Name` holds one port for the
-browser's life, and each test's `Doorway` listens there for its own broker.
+The listener's address has to be known when the browser starts, and a broker is made per test: so
+`Name` holds one port for the browser's life, and each test's `Doorway` listens there for its own
+broker.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def bundle(version: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """The host's name: a certificate for it (and the hash of its key, as the browser wants it) and an address that stays."""
+    """The host's name: a certificate for it (and the hash of its key, as the browser wants it) and
+    an address that stays.
+    """
 
     listening: socket.socket
     context: ssl.SSLContext
@@ -74,8 +79,13 @@ class Name:
 
 @contextlib.contextmanager
 def held_name(directory: Path) -> Iterator[Name]:
-    """A name with a certificate by a throwaway authority, its files in `directory`; the address is free again at the end."""
-    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    """A name with a certificate by a throwaway authority, its files in `directory`; the address is
+    free again at the end.
+    """
+    authority, key = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Throwaway CA")])
     leaf = (
         x509.CertificateBuilder()
@@ -105,14 +115,18 @@ def held_name(directory: Path) -> Iterator[Name]:
 
 @dataclass(slots=True)
 class Doorway:
-    """Ends TLS and passes the bytes on to `port`; a broker that is gone is a connection that closes without an answer."""
+    """Ends TLS and passes the bytes on to `port`; a broker that is gone is a connection that closes
+    without an answer.
+    """
 
     port: int
     open: set[asyncio.Task[None]] = field(default_factory=set)
 
     @contextlib.asynccontextmanager
     async def serving(self, name: Name) -> AsyncIterator[None]:
-        server = await asyncio.start_server(self._accept, sock=name.listening.dup(), ssl=name.context)
+        server = await asyncio.start_server(
+            self._accept, sock=name.listening.dup(), ssl=name.context
+        )
         try:
             yield
         finally:
@@ -146,7 +160,9 @@ async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 @dataclass(slots=True)
 class Site:
-    """A site that uses the SDK: its page, its backend (`wire`), and its broker. `stranger` is an origin without registration."""
+    """A site that uses the SDK: its page, its backend (`wire`), and its broker. `stranger` is an
+    origin without registration.
+    """
 
     page: Page
     broker: Started
@@ -181,7 +197,9 @@ class Site:
         options = f", {{authenticatorAttachment: {json.dumps(attachment)}}}" if attachment else ""
         return await self.told(f"pf.passkey.register({json.dumps(transaction)}{options})")
 
-    async def authenticate(self, transaction: str | None = None, *, autofill: bool = False) -> Outcome:
+    async def authenticate(
+        self, transaction: str | None = None, *, autofill: bool = False
+    ) -> Outcome:
         options: dict[str, Any] = {"transactionId": transaction} if transaction is not None else {}
         if autofill:
             options["isConditionalMediation"] = True
@@ -206,7 +224,9 @@ class Site:
 
     async def devices(self, external_id: str) -> list[dict[str, Any]]:
         """The user's passkeys, as the management API lists them."""
-        found = (await self.wire.keyed("GET", f"/users?identifier={external_id}&limit=1")).json["users"]
+        found = (await self.wire.keyed("GET", f"/users?identifier={external_id}&limit=1")).json[
+            "users"
+        ]
         listed: list[dict[str, Any]] = (
             await self.wire.keyed("GET", f"/users/{found[0]['id']}/devices")
         ).json["devices"]
@@ -231,8 +251,12 @@ def body(request: Request) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def opened_site(page: Page, broker: Started, open_app: OpenApp, name: Name) -> AsyncIterator[Site]:
-    """A site whose app has one registered origin; a second port serves the same pages from an origin that is not registered."""
+async def opened_site(
+    page: Page, broker: Started, open_app: OpenApp, name: Name
+) -> AsyncIterator[Site]:
+    """A site whose app has one registered origin; a second port serves the same pages from an
+    origin that is not registered.
+    """
     app = web.Application()
     app.router.add_get("/{version}/", _page)
     app.router.add_get("/{version}/flex.js", _sdk)

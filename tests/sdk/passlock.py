@@ -1,7 +1,9 @@
-"""What stands in for Passlock's SDKs, which can't be installed for a test: `jose` in Node, which verifies its id_tokens, and the page's part.
+"""What stands in for Passlock's SDKs, which can't be installed for a test: `jose` in Node, which
+verifies its id_tokens, and the page's part.
 
-The page's part is `BROWSER_SDK`, one ES module that does over `@simplewebauthn/browser` and the Signal API what the vendor's browser SDK
-does, and reads answers as strictly: an error's body only where the content type is exactly `application/json`.
+The page's part is `BROWSER_SDK`, one ES module that does over `@simplewebauthn/browser` and the
+Signal API what the vendor's browser SDK does, and reads answers as strictly: an error's body only
+where the content type is exactly `application/json`.
 """
 
 from __future__ import annotations
@@ -96,5 +98,7 @@ class Jose:
             yield cls(script)
 
     async def verify(self, url: str, token: str, audience: str) -> dict[str, Any]:
-        """`{claims, algorithm}` or `{code, claim?}`; keys from `url`, issuer and audience as the vendor's SDK compares them."""
+        """`{claims, algorithm}` or `{code, claim?}`; keys from `url`, issuer and audience as the
+        vendor's SDK compares them.
+        """
         return await self.script.ask({"url": url, "token": token, "audience": audience})

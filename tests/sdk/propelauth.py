@@ -1,12 +1,14 @@
-"""The vendor's own clients for PropelAuth BYO, unmodified: the Python one in this process, the Node one in a process of its own.
+"""The vendor's own clients for PropelAuth BYO, unmodified: the Python one in this process, the Node
+one in a process of its own.
 
 Both are called alike, by the wire's names, so that one test runs through both:
 
-    outcome = await client.call("startRegistration", userId="ann", emailOrUsername="ann@example.org")
-    outcome.data["registrationOptions"]; outcome.error["type"]
+    outcome = await client.call("startRegistration", userId="ann",
+    emailOrUsername="ann@example.org") outcome.data["registrationOptions"]; outcome.error["type"]
 
-What the Python client gives back as dataclasses is checked to be of the class that its method declares for that type, and shown as
-the JSON it stands for. `browser_library` bundles what the vendor's documentation has pages use.
+What the Python client gives back as dataclasses is checked to be of the class that its method
+declares for that type, and shown as the JSON it stands for. `browser_library` bundles what the
+vendor's documentation has pages use.
 """
 
 from __future__ import annotations
@@ -57,7 +59,11 @@ def _camel(name: str) -> str:
 def _plain(value: Any) -> Any:
     """Dataclasses as JSON: camelCase names, nothing for None."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {_camel(k): _plain(getattr(value, k)) for k in asdict(value) if getattr(value, k) is not None}
+        return {
+            _camel(k): _plain(getattr(value, k))
+            for k in asdict(value)
+            if getattr(value, k) is not None
+        }
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value
@@ -96,7 +102,9 @@ class NodeClient:
         Raises:
             MissingPart: Node, or a package of tests/sdk, is not there.
         """
-        async with Script.open("byo.mjs", url, key, packages={"@propelauth/byo-node": "1.0.4"}) as script:
+        async with Script.open(
+            "byo.mjs", url, key, packages={"@propelauth/byo-node": "1.0.4"}
+        ) as script:
             yield cls(script)
 
     async def call(self, method: str, **arguments: object) -> Outcome:

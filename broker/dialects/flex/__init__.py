@@ -1,8 +1,9 @@
 """The native dialect: the two HTTP APIs of Passage Flex, under `/v1/apps/{app_id}` on one origin.
 
-The contract's routes are here: management (M1 to M8) needs an API key, browser routes (A1 to A5) need none and answer CORS. Facts and
-numbering are those of the wire contract summarised in README.md, with every decision where the contract is open in DECISIONS.md.
-Everything beyond the contract is added and changes nothing of it:
+The contract's routes are here: management (M1 to M8) needs an API key, browser routes (A1 to A5)
+need none and answer CORS. Facts and numbering are those of the wire contract summarised in
+README.md, with every decision where the contract is open in DECISIONS.md. Everything beyond the
+contract is added and changes nothing of it:
 
     ceremonies   keyed ceremonies: a backend carries the page's messages
     management   passkeys, names, owners, approvals, events
@@ -105,12 +106,12 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
     return json_answer(body, status=STATUS[type(refusal)])
 
 
-# -- management -------------------------------------------------------------------------------------------------------------------
+# -- management ------------------------------------------------------------------------------------
 
 
 async def open_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and what `fields` takes, to 201
-    `{transaction_id}`."""
+    """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and what
+    `fields` takes, to 201 `{transaction_id}`."""
     body = await read_object(request)
     transaction_id = await request.app[BROKER].open_registration(
         app,
@@ -123,20 +124,25 @@ async def open_registration(request: web.Request, app: RelyingParty) -> web.Stre
 
 
 async def open_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M2. `{external_id}`, and beyond the contract what `fields` takes, to 201 `{transaction_id}`."""
+    """M2. `{external_id}`, and beyond the contract what `fields` takes, to 201
+    `{transaction_id}`.
+    """
     external_id, asked = asked_of_authentication(await read_object(request))
     transaction_id = await request.app[BROKER].open_authentication(app, external_id, asked=asked)
     return json_answer({"transaction_id": transaction_id}, status=201)
 
 
 async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, to 200 with the receipt; with
-    `signed` also as a token."""
+    """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, to
+    200 with the receipt; with `signed` also as a token."""
     body = await read_object(request)
     nonce = text_field(body, "nonce")
-    # A stated expectation is never empty: a check that was meant must not vanish because a variable was unset.
+    # A stated expectation is never empty: a check that was meant must not vanish because a variable
+    # was unset.
     expected = {
-        name: text_field(body, name) for name in ("purpose", "transaction_id", "external_id") if name in body
+        name: text_field(body, name)
+        for name in ("purpose", "transaction_id", "external_id")
+        if name in body
     }
     purpose = expected.get("purpose")
     if purpose is not None and purpose not in _PROOFS:
@@ -161,7 +167,9 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
 
 
 async def list_users(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """M4. A page of users; `identifier` is an external id, literal and exact. An unknown one is an empty list."""
+    """M4. A page of users; `identifier` is an external id, literal and exact. An unknown one is an
+    empty list.
+    """
     query = read_query(request)
     for name in query:
         if name in _NO_FILTERS:
@@ -190,7 +198,9 @@ async def list_users(request: web.Request, app: RelyingParty) -> web.StreamRespo
     shared = {k: v for k, v in query.items() if k not in ("page", "limit")}
 
     def link(number: int) -> dict[str, str]:
-        parts = urlsplit(base + "?" + urlencode({**shared, "page": number, "limit": limit}, quote_via=quote))
+        parts = urlsplit(
+            base + "?" + urlencode({**shared, "page": number, "limit": limit}, quote_via=quote)
+        )
         return {"href": f"{parts.netloc}{parts.path}?{parts.query}"}
 
     last = max(1, -(-total // limit))
@@ -203,7 +213,8 @@ async def list_users(request: web.Request, app: RelyingParty) -> web.StreamRespo
                 "previous": link(min(page - 1, last)) if page > 1 else {"href": ""},
                 "self": link(page),
             },
-            # Rounded up, so that a later page asked for with it leaves out nobody whom this one counts.
+            # Rounded up, so that a later page asked for with it leaves out nobody whom this one
+            # counts.
             "created_before": created_before
             if created_before is not None
             else math.ceil(directory.now().timestamp()),
@@ -226,7 +237,9 @@ async def list_devices(request: web.Request, app: RelyingParty) -> web.StreamRes
     """M6. The user's passkeys."""
     directory = request.app[DIRECTORY]
     user = await directory.user(app, user_id=request.match_info["user_id"])
-    return json_answer({"devices": [device_object(c) for c in await directory.credentials(app, user)]})
+    return json_answer(
+        {"devices": [device_object(c) for c in await directory.credentials(app, user)]}
+    )
 
 
 async def revoke_device(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -243,7 +256,9 @@ async def get_app(_: web.Request, app: RelyingParty) -> web.StreamResponse:
 
 
 async def get_app_public(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A5. The public subset; old browser clients compare `auth_origin` with the page's, so a registered origin reads itself there."""
+    """A5. The public subset; old browser clients compare `auth_origin` with the page's, so a
+    registered origin reads itself there.
+    """
     shown = public_app_object(app, request.headers.get(hdrs.ORIGIN))
     return json_answer({"app": shown}, headers={"Vary": "Origin"})
 
@@ -258,7 +273,7 @@ async def either_app(request: web.Request) -> web.StreamResponse:
     return await (_keyed_app if bearer(request) else _public_app)(request)
 
 
-# -- browser ----------------------------------------------------------------------------------------------------------------------
+# -- browser ---------------------------------------------------------------------------------------
 
 
 async def begin_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -281,13 +296,15 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
     body = await read_object(request)
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     answer = ceremony.parse_registration(body.get("handshake_response"))
-    nonce = await request.app[BROKER].finish_registration(app, handle, transaction_id, answer, opener="page")
+    nonce = await request.app[BROKER].finish_registration(
+        app, handle, transaction_id, answer, opener="page"
+    )
     return json_answer({"nonce": nonce})
 
 
 async def begin_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A3. `{transaction_id?}`, `{}` or nothing to `{handshake, transaction_id?}`. Beside `publicKey` stands `mediation`, where the
-    transaction asks for a conditional one."""
+    """A3. `{transaction_id?}`, `{}` or nothing to `{handshake, transaction_id?}`. Beside
+    `publicKey` stands `mediation`, where the transaction asks for a conditional one."""
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
     begun = await request.app[BROKER].begin_authentication(app, transaction_id, opener="page")
@@ -349,7 +366,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     return found
 
 
-# -- fields -----------------------------------------------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------------------
 
 
 def _plain(value: str | None, name: str) -> str | None:

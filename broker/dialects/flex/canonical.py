@@ -1,17 +1,22 @@
-"""One text for one JSON value: the canonical form of RFC 8785, which what a user approves is hashed as.
+"""One text for one JSON value: the canonical form of RFC 8785, which what a user approves is hashed
+as.
 
-A passkey signs a challenge of 64 bytes for an approval: 32 of chance and then SHA-256 of the canonical form of
+A passkey signs a challenge of 64 bytes for an approval: 32 of chance and then SHA-256 of the
+canonical form of
 
     {"data": …, "id": …}
 
-the two members of `approval` as they were asked for. Whoever keeps the authenticator's answer can prove later what was approved:
-take the challenge out of the client data, compute the digest of what it should have been, compare the last 32 bytes.
+the two members of `approval` as they were asked for. Whoever keeps the authenticator's answer can
+prove later what was approved: take the challenge out of the client data, compute the digest of what
+it should have been, compare the last 32 bytes.
 
-The form is what ECMAScript's `JSON.stringify` writes of a value whose members are sorted by their names' UTF-16 code units: no white
-space, short escapes, numbers as the shortest digits that give the double again. For text, lists, objects with names in ASCII and
-whole numbers, Python's `json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` is the same.
+The form is what ECMAScript's `JSON.stringify` writes of a value whose members are sorted by their
+names' UTF-16 code units: no white space, short escapes, numbers as the shortest digits that give
+the double again. For text, lists, objects with names in ASCII and whole numbers, Python's
+`json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` is the same.
 
-A number that a double can't hold is refused: two parsers would read two numbers, and a person approved one.
+A number that a double can't hold is refused: two parsers would read two numbers, and a person
+approved one.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ def canonical(value: object) -> str:
         case None | bool():
             return json.dumps(value)
         case str():
-            # §3.2.2.2: the two escapes that must be, five short ones, \u00xx in lower case for the other control characters.
+            # §3.2.2.2: the two escapes that must be, five short ones, \u00xx in lower case for the
+            # other control characters.
             return json.dumps(value, ensure_ascii=False)
         case int():
             if abs(value) > _EXACT:
@@ -55,13 +61,19 @@ def canonical(value: object) -> str:
             return "[" + ",".join(map(canonical, value)) + "]"
         case dict():
             members = sorted(value, key=lambda name: name.encode("utf-16-be"))
-            return "{" + ",".join(f"{canonical(name)}:{canonical(value[name])}" for name in members) + "}"
+            return (
+                "{"
+                + ",".join(f"{canonical(name)}:{canonical(value[name])}" for name in members)
+                + "}"
+            )
         case _:
             raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _number(value: float) -> str:
-    """ECMA-262, Number::toString with radix 10. Python's `repr` has the same shortest digits, written otherwise."""
+    """ECMA-262, Number::toString with radix 10. Python's `repr` has the same shortest digits,
+    written otherwise.
+    """
     assert math.isfinite(value), "bodies with other numbers are refused before"
     if value == 0:
         return "0"
@@ -69,7 +81,9 @@ def _number(value: float) -> str:
     before, _, after = mantissa.partition(".")
     after = after.rstrip("0")
     # |value| = 0.digits * 10^point
-    point = len(before) + int(exponent or 0) - (len(before + after) - len((before + after).lstrip("0")))
+    point = (
+        len(before) + int(exponent or 0) - (len(before + after) - len((before + after).lstrip("0")))
+    )
     digits = (before + after).strip("0")
     if 0 < point <= 21:
         whole = digits[:point].ljust(point, "0")

@@ -1,20 +1,25 @@
-"""Keyed ceremonies in the native dialect, beyond the contract: a backend carries the page's messages itself. No transaction, no nonce.
+"""Keyed ceremonies in the native dialect, beyond the contract: a backend carries the page's
+messages itself. No transaction, no nonce.
 
     POST /register/start                  {external_id, user_name, …} -> {options}
     POST /register/finish                 {external_id, credential} -> the receipt
     POST /authenticate/start              {external_id, …} -> {options}
     POST /authenticate/finish             {external_id, credential} -> the receipt
 
-are joined by the user: each has one pending ceremony of each purpose, and finish says again whose it is.
+are joined by the user: each has one pending ceremony of each purpose, and finish says again whose
+it is.
 
     POST /ceremonies/register/start       the same and `second_factor`
     POST /ceremonies/register/finish      {credential, second_factor?} -> the receipt
-    POST /ceremonies/authenticate/start   {external_id}, {passkeys} or {discoverable: true}; `second_factor`, `approval` {id, data}
-    POST /ceremonies/authenticate/finish  {credential, second_factor?, approval?: true} -> the receipt
+    POST /ceremonies/authenticate/start   {external_id}, {passkeys} or {discoverable: true};
+                                          `second_factor`, `approval` {id, data}
+    POST /ceremonies/authenticate/finish  {credential, second_factor?, approval?: true} -> the
+                                          receipt
 
-are joined by the challenge: any number may be open for a user, and the receipt says who it was. Finish says what kind of ceremony it
-is for, so that a second factor never passes for a sign-in and what was signed as an approval is nothing else. The optional fields of
-`broker.dialects.flex.fields` hold for every start.
+are joined by the challenge: any number may be open for a user, and the receipt says who it was.
+Finish says what kind of ceremony it is for, so that a second factor never passes for a sign-in and
+what was signed as an approval is nothing else. The optional fields of `broker.dialects.flex.fields`
+hold for every start.
 
 The finish is the redemption: a new passkey is confirmed, and live under any policy.
 """
@@ -38,21 +43,28 @@ from broker.model import Approval, Asked, RelyingParty, checked
 from broker.web import BROKER, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
-# -- joined by the user -------------------------------------------------------------------------------------------------------------
+# -- joined by the user ----------------------------------------------------------------------------
 
 
 async def begin_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{external_id, user_name, user_display_name?, passkey_display_name?, authenticator_attachment?, …}` to `{options}`."""
+    """`{external_id, user_name, user_display_name?, passkey_display_name?,
+    authenticator_attachment?, …}` to `{options}`.
+    """
     return await _begin_registration(request, app, by_user=True)
 
 
 async def finish_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{external_id, credential}` to the receipt."""
     body = await read_object(request)
-    external_id, answer = text_field(body, "external_id"), ceremony.parse_registration(body.get("credential"))
+    external_id, answer = (
+        text_field(body, "external_id"),
+        ceremony.parse_registration(body.get("credential")),
+    )
     return json_answer(
         receipt_object(
-            await request.app[BROKER].finish_registration_of(app, external_id, answer, opener="keyed")
+            await request.app[BROKER].finish_registration_of(
+                app, external_id, answer, opener="keyed"
+            )
         )
     )
 
@@ -62,7 +74,9 @@ async def begin_authentication_of(request: web.Request, app: RelyingParty) -> we
     body = await read_object(request)
     external_id, asked = text_field(body, "external_id"), asked_of_authentication(body)[1]
     _judge_by_user(asked)
-    options = await request.app[BROKER].begin_authentication_of(app, external_id, opener="keyed", asked=asked)
+    options = await request.app[BROKER].begin_authentication_of(
+        app, external_id, opener="keyed", asked=asked
+    )
     return json_answer({"options": options})
 
 
@@ -76,13 +90,15 @@ async def finish_authentication_of(request: web.Request, app: RelyingParty) -> w
     return json_answer(
         receipt_object(
             (
-                await request.app[BROKER].finish_authentication_of(app, external_id, answer, opener="keyed")
+                await request.app[BROKER].finish_authentication_of(
+                    app, external_id, answer, opener="keyed"
+                )
             ).receipt()
         )
     )
 
 
-# -- joined by the challenge --------------------------------------------------------------------------------------------------------
+# -- joined by the challenge -----------------------------------------------------------------------
 
 
 async def begin_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -93,7 +109,10 @@ async def begin_registration(request: web.Request, app: RelyingParty) -> web.Str
 async def finish_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{credential, second_factor?}` to the receipt."""
     body = await read_object(request)
-    second_factor, answer = switch(body, "second_factor"), ceremony.parse_registration(body.get("credential"))
+    second_factor, answer = (
+        switch(body, "second_factor"),
+        ceremony.parse_registration(body.get("credential")),
+    )
     receipt = await request.app[BROKER].finish_registration_by(
         app, answer, openers=("keyed",), second_factor=second_factor, confirmed=True
     )
@@ -106,7 +125,9 @@ async def begin_authentication(request: web.Request, app: RelyingParty) -> web.S
     external_id, asked = asked_of_authentication(body)
     approval = _approval(body["approval"]) if "approval" in body else None
     if approval is not None and external_id is None:
-        raise InvalidRequest("approval needs external_id: somebody is asked to approve.", reason="scope")
+        raise InvalidRequest(
+            "approval needs external_id: somebody is asked to approve.", reason="scope"
+        )
     options = await request.app[BROKER].begin_authentication_of(
         app, external_id, opener="keyed", asked=asked, by="challenge", approval=approval
     )
@@ -114,7 +135,9 @@ async def begin_authentication(request: web.Request, app: RelyingParty) -> web.S
 
 
 async def finish_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{credential, second_factor?, approval?}` to the receipt, whose `approval` says what was approved."""
+    """`{credential, second_factor?, approval?}` to the receipt, whose `approval` says what was
+    approved.
+    """
     body = await read_object(request)
     second_factor, approved = switch(body, "second_factor"), switch(body, "approval")
     answer = ceremony.parse_authentication(body.get("credential"))
@@ -146,10 +169,13 @@ async def _begin_registration(
 
 
 def _judge_by_user(asked: Asked) -> None:
-    """One pending ceremony of each purpose: a second factor's would be the sign-in's, and finish could not tell them apart."""
+    """One pending ceremony of each purpose: a second factor's would be the sign-in's, and finish
+    could not tell them apart.
+    """
     if asked.second_factor:
         raise InvalidRequest(
-            "second_factor is for transactions and for the routes below ceremonies/.", reason="scope"
+            "second_factor is for transactions and for the routes below ceremonies/.",
+            reason="scope",
         )
 
 

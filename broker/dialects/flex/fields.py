@@ -1,15 +1,20 @@
-"""What a request of the native dialect asks for, read strictly: a field is missing, or it is exactly what its name says.
+"""What a request of the native dialect asks for, read strictly: a field is missing, or it is
+exactly what its name says.
 
 What a caller asks of one ceremony (`Asked`) has one set of names on every route that begins one:
 
     user_verification   "required", "preferred" or "discouraged"
-    timeout             milliseconds, as in WebAuthn's options; the app's `ceremony_life` is the most it gets
-    passkeys            ids of the only passkeys that may answer; never empty, for an empty list would ask for any
-    exclude_passkeys    ids of passkeys whose authenticator shall make no other one, besides the user's own
+    timeout             milliseconds, as in WebAuthn's options; the app's `ceremony_life` is the
+                        most it gets
+    passkeys            ids of the only passkeys that may answer; never empty, for an empty list
+                        would ask for any
+    exclude_passkeys    ids of passkeys whose authenticator shall make no other one, besides the
+                        user's own
     second_factor       true: the ceremony is about second factors
     mediation           "required" or "conditional", for the page
 
-Null counts as missing, but for `passkeys`: a list that was meant to narrow must not vanish because a variable was unset.
+Null counts as missing, but for `passkeys`: a list that was meant to narrow must not vanish because
+a variable was unset.
 """
 
 from __future__ import annotations
@@ -19,7 +24,15 @@ from typing import Any, cast, get_args
 from aiohttp import web
 
 from broker.errors import InvalidRequest
-from broker.model import ID, NOTHING_ASKED, Asked, Attachment, Mediation, RelyingParty, UserVerification
+from broker.model import (
+    ID,
+    NOTHING_ASKED,
+    Asked,
+    Attachment,
+    Mediation,
+    RelyingParty,
+    UserVerification,
+)
 from broker.web.body import read_query, text_field
 
 Body = dict[str, Any]
@@ -29,9 +42,11 @@ _LIST = 1000  # a user has no more
 
 
 def attachment(body: Body, app: RelyingParty, *, second_factor: bool = False) -> Attachment | None:
-    """The authenticator attachment asked for, the policy's where the caller names none; None means any.
+    """The authenticator attachment asked for, the policy's where the caller names none; None means
+    any.
 
-    For a second factor that nobody said anything about, None as well: that policy is the core's to apply.
+    For a second factor that nobody said anything about, None as well: that policy is the core's to
+    apply.
     """
     wanted = body.get("authenticator_attachment")
     if wanted is None:
@@ -52,11 +67,14 @@ def switch(body: Body, name: str) -> bool:
 def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
     """A list of 1 to 1000 ids of passkeys, as lists and receipts show them."""
     value = body.get(name)
-    if not isinstance(value, list) or not all(isinstance(item, str) and ID.match(item) for item in value):
+    if not isinstance(value, list) or not all(
+        isinstance(item, str) and ID.match(item) for item in value
+    ):
         raise InvalidRequest(f"{name} is a list of ids of passkeys.", reason="field_type")
     if not 1 <= len(value) <= _LIST:
         raise InvalidRequest(
-            f"{name} has {len(value)} ids; it has 1 to {_LIST}, or is left out.", reason="empty_field"
+            f"{name} has {len(value)} ids; it has 1 to {_LIST}, or is left out.",
+            reason="empty_field",
         )
     return tuple(dict.fromkeys(value))
 
@@ -65,11 +83,15 @@ _PLAIN = {"external_id"}  # most ask for nothing more
 
 
 def asked_of_registration(body: Body, *, at_a_page: bool = False) -> Asked:
-    """What the caller asks of a registration; of one at a page also whether conditional create is permitted."""
+    """What the caller asks of a registration; of one at a page also whether conditional create is
+    permitted.
+    """
     return Asked(
         user_verification=_user_verification(body),
         life=_life(body),
-        exclude=None if body.get("exclude_passkeys") is None else passkey_ids(body, "exclude_passkeys"),
+        exclude=None
+        if body.get("exclude_passkeys") is None
+        else passkey_ids(body, "exclude_passkeys"),
         second_factor=switch(body, "second_factor"),
         mediation=_mediation(body) if at_a_page else "required",
     )
@@ -78,8 +100,8 @@ def asked_of_registration(body: Body, *, at_a_page: bool = False) -> Asked:
 def asked_of_authentication(body: Body) -> tuple[str | None, Asked]:
     """The external id, None for whoever answers, and what the caller asks of an authentication.
 
-    Whom it is about is said: by `external_id`, `passkeys` or both, or else by `discoverable: true`. A request that says none of it
-    lacks its external id: it never means anybody.
+    Whom it is about is said: by `external_id`, `passkeys` or both, or else by `discoverable: true`.
+    A request that says none of it lacks its external id: it never means anybody.
     """
     if body.keys() == _PLAIN:
         return text_field(body, "external_id"), NOTHING_ASKED
@@ -99,7 +121,8 @@ def asked_of_authentication(body: Body) -> tuple[str | None, Asked]:
         return text_field(body, "external_id"), asked
     if not discoverable and asked.allow is None:
         raise InvalidRequest(
-            "external_id is missing; for whoever answers, say discoverable: true.", reason="missing_field"
+            "external_id is missing; for whoever answers, say discoverable: true.",
+            reason="missing_field",
         )
     if asked.second_factor:
         raise InvalidRequest(
@@ -137,15 +160,19 @@ def _life(body: Body) -> float | None:
     return value / 1000
 
 
-# -- queries ----------------------------------------------------------------------------------------------------------------------
+# -- queries ---------------------------------------------------------------------------------------
 
 
 def query_of(request: web.Request, *names: str) -> dict[str, str]:
-    """The query's fields. One that is not offered is refused: an answer as if it had not been asked would be a wrong one."""
+    """The query's fields. One that is not offered is refused: an answer as if it had not been asked
+    would be a wrong one.
+    """
     query = read_query(request)
     for name in query:
         if name not in names:
-            raise InvalidRequest(f"{name[:64]} is no field of this list; there are {', '.join(names)}.")
+            raise InvalidRequest(
+                f"{name[:64]} is no field of this list; there are {', '.join(names)}."
+            )
         if len(query.getall(name)) > 1:
             raise InvalidRequest(f"{name[:64]} is given twice.")
         if "\0" in query[name]:
@@ -157,7 +184,12 @@ def whole(value: str | None, name: str, default: int, low: int, high: int) -> in
     """A whole number in decimal digits, `default` where there is none."""
     if value is None or value == "":
         return default
-    if not value.isascii() or not value.isdigit() or len(value) > 12 or not low <= int(value) <= high:
+    if (
+        not value.isascii()
+        or not value.isdigit()
+        or len(value) > 12
+        or not low <= int(value) <= high
+    ):
         raise InvalidRequest(f"{name} is a whole number from {low} to {high}.")
     return int(value)
 

@@ -1,11 +1,13 @@
 """Mail codes in the native dialect: keyed routes under `/v1/apps/{app_id}/mail_codes`.
 
-    POST   /mail_codes          {email, purpose, external_id?, metadata?, invalidate_others?, skip_rate_limit?} -> 201 {mail_code}
+    POST   /mail_codes          {email, purpose, external_id?, metadata?, invalidate_others?,
+           skip_rate_limit?} -> 201 {mail_code}
     POST   /mail_codes/verify   {id, secret, code} -> {mail_code}
     GET    /mail_codes/{id}     -> {mail_code}
     DELETE /mail_codes/{id}     -> 200, empty, also where there is none
 
-Only the first answer has `secret`, `code` and `message`. `external_id` and `metadata` are null where none was given.
+Only the first answer has `secret`, `code` and `message`. `external_id` and `metadata` are null
+where none was given.
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ async def verify(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     body = await read_object(request)
     code_id, secret, digits = (text_field(body, name) for name in ("id", "secret", "code"))
     return json_answer(
-        {"mail_code": mail_code_object(await request.app[MAILBOX].verify(app, code_id, secret, digits))}
+        {
+            "mail_code": mail_code_object(
+                await request.app[MAILBOX].verify(app, code_id, secret, digits)
+            )
+        }
     )
 
 

@@ -1,17 +1,23 @@
-"""Management in the native dialect, beyond the contract: passkeys whoever owns them, names, owners, approvals, events. All keyed.
+"""Management in the native dialect, beyond the contract: passkeys whoever owns them, names, owners,
+approvals, events. All keyed.
 
-    GET    /passkeys                       a page: external_id?, order_by?, page?, limit? -> {passkeys, page, limit, total}
+    GET    /passkeys                       a page: external_id?, order_by?, page?, limit? ->
+           {passkeys, page, limit, total}
     GET    /passkeys/{passkey_id}          -> {passkey}
     PATCH  /passkeys/{passkey_id}          {nickname} -> {passkey}
     DELETE /passkeys/{passkey_id}          -> 200, empty
-    POST   /passkeys/{passkey_id}/owner    {external_id} -> {passkey}, once: nobody's passkey gets its owner
-    PATCH  /users/{user_id}                {user_name} -> {passkeys}: the name that authenticators show, on each of the user's
+    POST   /passkeys/{passkey_id}/owner    {external_id} -> {passkey}, once: nobody's passkey gets
+           its owner
+    PATCH  /users/{user_id}                {user_name} -> {passkeys}: the name that authenticators
+           show, on each of the user's
     GET    /users/{user_id}/approvals      -> {approvals}
-    GET    /events                         a page: after?, before?, user?, action?, page?, limit? -> {events, page, limit, total}
+    GET    /events                         a page: after?, before?, user?, action?, page?, limit? ->
+           {events, page, limit, total}
                                            or what follows: cursor, limit? -> {events, next_cursor}
 
-Each handler reads, calls one verb and renders. A list's unknown field is refused, so that a filter that is misspelt does not answer
-with everything. Renames here change lists; authenticators hear of them through signals.
+Each handler reads, calls one verb and renders. A list's unknown field is refused, so that a filter
+that is misspelt does not answer with everything. Renames here change lists; authenticators hear of
+them through signals.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ _RESULTS = ("done", "refused")
 _ORDERS = {"created_at": False, "created_at:ASC": False, "created_at:DESC": True}
 
 
-# -- passkeys -----------------------------------------------------------------------------------------------------------------------
+# -- passkeys --------------------------------------------------------------------------------------
 
 
 async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -78,7 +84,7 @@ async def give_owner(request: web.Request, app: RelyingParty) -> web.StreamRespo
     return json_answer({"passkey": passkey_object(owned)})
 
 
-# -- users --------------------------------------------------------------------------------------------------------------------------
+# -- users -----------------------------------------------------------------------------------------
 
 
 async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -87,7 +93,9 @@ async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResp
     directory = request.app[DIRECTORY]
     user = await directory.user(app, user_id=request.match_info["user_id"])
     await directory.rename_user(app, user.external_id, user_name)
-    owned, _ = await directory.passkeys(app, external_id=user.external_id, limit=_ALL, newest_first=False)
+    owned, _ = await directory.passkeys(
+        app, external_id=user.external_id, limit=_ALL, newest_first=False
+    )
     return json_answer({"passkeys": [passkey_object(o) for o in owned]})
 
 
@@ -95,15 +103,18 @@ async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamR
     """What the user was asked to approve, the oldest first, approved or not."""
     directory = request.app[DIRECTORY]
     user = await directory.user(app, user_id=request.match_info["user_id"])
-    return json_answer({"approvals": [approval_object(a) for a in await directory.approvals(app, user.id)]})
+    return json_answer(
+        {"approvals": [approval_object(a) for a in await directory.approvals(app, user.id)]}
+    )
 
 
-# -- events -------------------------------------------------------------------------------------------------------------------------
+# -- events ----------------------------------------------------------------------------------------
 
 
 async def list_events(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A page of what happened in the app, the newest first. `after` and `before` are exclusive; `user` is a part of the external id.
-    With `cursor` what follows it, the oldest first, none skipped; it stands alone with `limit`."""
+    """A page of what happened in the app, the newest first. `after` and `before` are exclusive;
+    `user` is a part of the external id. With `cursor` what follows it, the oldest first, none
+    skipped; it stands alone with `limit`."""
     query = query_of(request, "page", "limit", "after", "before", "user", "action", "cursor")
     place = page_and_limit(query)
     if "cursor" in query:
@@ -124,10 +135,14 @@ async def _events_after(
     request: web.Request, app: RelyingParty, query: dict[str, str], limit: int
 ) -> web.StreamResponse:
     if others := query.keys() - {"cursor", "limit"}:
-        raise InvalidRequest(f"cursor stands alone with limit, without {', '.join(sorted(others))}.")
+        raise InvalidRequest(
+            f"cursor stands alone with limit, without {', '.join(sorted(others))}."
+        )
     cursor = whole(query["cursor"], "cursor", 0, 0, 10**12 - 1)
     rows, following = await request.app[DIRECTORY].events_after(app.id, cursor, limit=limit)
-    return json_answer({"events": [event_object(row) for row in rows], "next_cursor": str(following)})
+    return json_answer(
+        {"events": [event_object(row) for row in rows], "next_cursor": str(following)}
+    )
 
 
 def _moment(query: dict[str, str], name: str) -> datetime | None:
@@ -141,7 +156,9 @@ def _moment(query: dict[str, str], name: str) -> datetime | None:
             return moment.astimezone(UTC)
     except (ValueError, OverflowError):
         pass
-    raise InvalidRequest(f"{name} is a time like 2026-01-16T12:00:00Z (with an offset, write + as %2B).")
+    raise InvalidRequest(
+        f"{name} is a time like 2026-01-16T12:00:00Z (with an offset, write + as %2B)."
+    )
 
 
 def routes(base: str) -> list[web.RouteDef]:

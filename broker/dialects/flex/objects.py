@@ -1,7 +1,9 @@
-"""The native dialect's objects: receipts, users, devices and apps as JSON; passkeys, approvals and events, beyond the contract.
+"""The native dialect's objects: receipts, users, devices and apps as JSON; passkeys, approvals and
+events, beyond the contract.
 
-Strict clients fail on a missing or null field, so every object is whole, also where it tells of things that the broker has none of;
-it may carry more than the contract names, never less. What differs from the contract is in DECISIONS.md.
+Strict clients fail on a missing or null field, so every object is whole, also where it tells of
+things that the broker has none of; it may carry more than the contract names, never less. What
+differs from the contract is in DECISIONS.md.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ _INT32 = 2**31 - 1
 
 
 def rfc3339(value: datetime) -> str:
-    """RFC 3339 in UTC, with microseconds. orjson writes it in a fifth of `isoformat`'s time; a whole second without a fraction."""
+    """RFC 3339 in UTC, with microseconds. orjson writes it in a fifth of `isoformat`'s time; a
+    whole second without a fraction.
+    """
     moment = orjson.dumps(value.astimezone(UTC), option=orjson.OPT_UTC_Z).decode()
     return moment[1:-1] if value.microsecond else f"{moment[1:-2]}.000000Z"
 
 
 def receipt_object(receipt: Receipt) -> dict[str, Any]:
-    """The receipt of a redemption. `purpose` is what it proves: a second factor or an approval is no login, and has its own word."""
+    """The receipt of a redemption. `purpose` is what it proves: a second factor or an approval is
+    no login, and has its own word.
+    """
     return {
         "external_id": receipt.external_id,
         "user_id": receipt.user_id,
@@ -50,7 +56,9 @@ def receipt_object(receipt: Receipt) -> dict[str, Any]:
 
 
 def listed_user_object(user: User) -> dict[str, Any]:
-    """A user as lists show it. A user who never signed in shows the time of creation: strict clients need a string."""
+    """A user as lists show it. A user who never signed in shows the time of creation: strict
+    clients need a string.
+    """
     return {
         "id": user.id,
         "external_id": user.external_id,
@@ -105,7 +113,9 @@ def device_object(credential: Credential) -> dict[str, Any]:
 
 
 def passkey_object(owned: Owned) -> dict[str, Any]:
-    """A passkey in the broker's own words, whoever owns it. Without an owner `external_id` and `user_id` are null."""
+    """A passkey in the broker's own words, whoever owns it. Without an owner `external_id` and
+    `user_id` are null.
+    """
     credential = owned.credential
     return {
         "id": credential.id,
@@ -133,7 +143,9 @@ def passkey_object(owned: Owned) -> dict[str, Any]:
 
 
 def approval_object(record: ApprovalRecord) -> dict[str, Any]:
-    """What a user was asked to approve, under the caller's own id; `approved_at` is null until somebody signed it."""
+    """What a user was asked to approve, under the caller's own id; `approved_at` is null until
+    somebody signed it.
+    """
     return {
         "id": record.identifier,
         "data": json.loads(record.data),
@@ -143,7 +155,9 @@ def approval_object(record: ApprovalRecord) -> dict[str, Any]:
 
 
 def event_object(row: AuditRow) -> dict[str, Any]:
-    """Something that happened. `external_id` is null where it concerns no user, or one who was deleted since."""
+    """Something that happened. `external_id` is null where it concerns no user, or one who was
+    deleted since.
+    """
     event = row.event
     return {
         "id": event.id,
@@ -168,7 +182,9 @@ def _device_type(credential: Credential) -> Literal["passkey", "security_key", "
 
 
 def public_app_object(app: RelyingParty, origin: str | None = None) -> dict[str, Any]:
-    """What anybody may know of an app. `auth_origin` is `origin` where that is one of the app's for pages, else the first of those."""
+    """What anybody may know of an app. `auth_origin` is `origin` where that is one of the app's for
+    pages, else the first of those.
+    """
     known = app.web_origins or ("",)
     first = origin if origin in known else known[0]
     return {
@@ -182,7 +198,9 @@ def public_app_object(app: RelyingParty, origin: str | None = None) -> dict[str,
 
 
 def app_object(app: RelyingParty) -> dict[str, Any]:
-    """The whole app: every field a strict old client needs, most of them about things the broker has none of."""
+    """The whole app: every field a strict old client needs, most of them about things the broker
+    has none of.
+    """
     off = {"enabled": False, "ttl": 300, "ttl_display_unit": "s"}
     return {
         **public_app_object(app),

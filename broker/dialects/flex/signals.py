@@ -1,13 +1,17 @@
-"""Signals in the native dialect, beyond the contract: what an authenticator should hear of its passkeys (WebAuthn's Signal API).
+"""Signals in the native dialect, beyond the contract: what an authenticator should hear of its
+passkeys (WebAuthn's Signal API).
 
-    POST /signals/update    keyed     {external_id, user_name, user_display_name?} -> 201 {ticket, expires_at, missing, empty}
-    POST /signals/delete    keyed     {passkeys} or {external_id} -> the same; they never sign in again
+    POST /signals/update    keyed     {external_id, user_name, user_display_name?} -> 201 {ticket,
+                            expires_at, missing, empty}
+    POST /signals/delete    keyed     {passkeys} or {external_id} -> the same; they never sign in
+                            again
     POST /signals/prune     keyed     {external_id} -> the same; changes nothing here
     POST /signals/exchange  page      {kind, ticket} -> {calls}
 
-The backend prepares, which makes the change at once, and gives the ticket to the page; the page exchanges it, once, and hands each of
-`calls` to the method of `PublicKeyCredential` for the kind: `signalCurrentUserDetails`, `signalUnknownCredential` or
-`signalAllAcceptedCredentials`. `missing` are the ids that are no passkeys of the app; `empty` says that there is nothing to tell.
+The backend prepares, which makes the change at once, and gives the ticket to the page; the page
+exchanges it, once, and hands each of `calls` to the method of `PublicKeyCredential` for the kind:
+`signalCurrentUserDetails`, `signalUnknownCredential` or `signalAllAcceptedCredentials`. `missing`
+are the ids that are no passkeys of the app; `empty` says that there is nothing to tell.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from broker.signals import Prepared, SignalKind
 from broker.web import SIGNALS, Handler, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
-# The members of each call: the argument of the Signal API's method (WebAuthn L3 §5.1.10), and nothing besides.
+# The members of each call: the argument of the Signal API's method (WebAuthn L3 §5.1.10), and
+# nothing besides.
 _MEMBERS: dict[SignalKind, tuple[str, ...]] = {
     "update": ("rpId", "userId", "name", "displayName"),
     "delete": ("rpId", "credentialId"),
@@ -34,7 +39,9 @@ _MEMBERS: dict[SignalKind, tuple[str, ...]] = {
 
 
 async def prepare_update(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """The name is stored on all the user's passkeys; the display name travels behind the ticket only."""
+    """The name is stored on all the user's passkeys; the display name travels behind the ticket
+    only.
+    """
     body = await read_object(request)
     return _prepared(
         await request.app[SIGNALS].prepare_update(
@@ -52,9 +59,13 @@ async def prepare_delete(request: web.Request, app: RelyingParty) -> web.StreamR
     if ("passkeys" in body) == ("external_id" in body):
         raise InvalidRequest("Give either passkeys or external_id.", reason="scope")
     if "passkeys" in body:
-        prepared = await request.app[SIGNALS].prepare_delete(app, passkey_ids=passkey_ids(body, "passkeys"))
+        prepared = await request.app[SIGNALS].prepare_delete(
+            app, passkey_ids=passkey_ids(body, "passkeys")
+        )
     else:
-        prepared = await request.app[SIGNALS].prepare_delete(app, external_id=text_field(body, "external_id"))
+        prepared = await request.app[SIGNALS].prepare_delete(
+            app, external_id=text_field(body, "external_id")
+        )
     return _prepared(prepared)
 
 
@@ -77,12 +88,16 @@ def _prepared(prepared: Prepared) -> web.Response:
 
 
 async def exchange(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """For the page. A ticket of another kind is spent, too: its page is not the one it was made for."""
+    """For the page. A ticket of another kind is spent, too: its page is not the one it was made
+    for.
+    """
     body = await read_object(request)
     kind = text_field(body, "kind")
     if kind not in get_args(SignalKind):
         raise InvalidRequest('kind is "update", "delete" or "prune".', reason="field_type")
-    told = await request.app[SIGNALS].exchange(app, cast("SignalKind", kind), text_field(body, "ticket"))
+    told = await request.app[SIGNALS].exchange(
+        app, cast("SignalKind", kind), text_field(body, "ticket")
+    )
     members = _MEMBERS[cast("SignalKind", kind)]
     return json_answer({"calls": [{name: call[name] for name in members} for call in told.calls]})
 

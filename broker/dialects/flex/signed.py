@@ -1,15 +1,18 @@
-"""Signed receipts in the native dialect, beyond the contract: what a redemption proved, for others to check offline.
+"""Signed receipts in the native dialect, beyond the contract: what a redemption proved, for others
+to check offline.
 
-A backend that redeems a nonce with `"signed": true` gets the receipt and, as `token`, the same receipt as a JSON Web Token (RFC 7519),
-signed with ES256 by the app's own key. It gives the token to services that must know who signed in and that have no API key; they
-verify it with the app's key set, `GET /.well-known/jwks.json` below the app, which anybody may read.
+A backend that redeems a nonce with `"signed": true` gets the receipt and, as `token`, the same
+receipt as a JSON Web Token (RFC 7519), signed with ES256 by the app's own key. It gives the token
+to services that must know who signed in and that have no API key; they verify it with the app's key
+set, `GET /.well-known/jwks.json` below the app, which anybody may read.
 
-Of the token's claims `iss` is the app's address (`BROKER_PUBLIC_URL` and the path; the path alone without that setting), `sub` the
-external id, `aud` a list of one, the app's id. `jti` is the digest of the nonce: a nonce buys one token, so a `jti` is never repeated,
-and nobody gets from it to the nonce. The others are the receipt's, `purpose` among them: a registration is no login.
+Of the token's claims `iss` is the app's address (`BROKER_PUBLIC_URL` and the path; the path alone
+without that setting), `sub` the external id, `aud` a list of one, the app's id. `jti` is the digest
+of the nonce: a nonce buys one token, so a `jti` is never repeated, and nobody gets from it to the
+nonce. The others are the receipt's, `purpose` among them: a registration is no login.
 
-A token that is checked offline can be replayed until `exp`, `BROKER_RECEIPT_TOKEN_LIFE` seconds after `iat`. Whoever must act on it once keeps its `jti`
-until then, or redeems a nonce instead.
+A token that is checked offline can be replayed until `exp`, `BROKER_RECEIPT_TOKEN_LIFE` seconds
+after `iat`. Whoever must act on it once keeps its `jti` until then, or redeems a nonce instead.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce
 
 
 async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """The public keys of the app, for any page and any service. Without a secret key: those that are left, which may be none."""
+    """The public keys of the app, for any page and any service. Without a secret key: those that
+    are left, which may be none.
+    """
     signing = request.app[SIGNING]
     if request.app[SETTINGS].secret_key:
         keys = (await signing.key_set(app, ALGORITHM))["keys"]

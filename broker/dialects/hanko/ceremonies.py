@@ -1,7 +1,9 @@
-"""Hanko's ceremonies: initialize and finalize of registration, login, second factor and transaction, and the token they end with.
+"""Hanko's ceremonies: initialize and finalize of registration, login, second factor and
+transaction, and the token they end with.
 
-The options are WebAuthn's JSON inside `{"publicKey": …}`. Finalize takes the bare answer of the browser; the challenge in it finds
-the pending ceremony, which is taken before anything is verified. Nothing here looks at a signature or at a time.
+The options are WebAuthn's JSON inside `{"publicKey": …}`. Finalize takes the bare answer of the
+browser; the challenge in it finds the pending ceremony, which is taken before anything is verified.
+Nothing here looks at a signature or at a time.
 """
 
 from __future__ import annotations
@@ -27,19 +29,25 @@ _NAME = 128  # characters
 _SECOND_FACTOR = Asked(second_factor=True)
 
 
-# -- registration -----------------------------------------------------------------------------------------------------------------
+# -- registration ----------------------------------------------------------------------------------
 
 
 async def begin_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{user_id, username, display_name?, icon?}` to the creation options. The user is made if there is none."""
+    """`{user_id, username, display_name?, icon?}` to the creation options. The user is made if
+    there is none.
+    """
     attachment = app.policy.authenticator_attachment
     return await _begin_registration(
         request, app, NOTHING_ASKED, attachment=None if attachment == "any" else attachment
     )
 
 
-async def begin_second_factor_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """As `begin_registration`, for a credential that is only a second factor; the app's policy for those holds."""
+async def begin_second_factor_registration(
+    request: web.Request, app: RelyingParty
+) -> web.StreamResponse:
+    """As `begin_registration`, for a credential that is only a second factor; the app's policy for
+    those holds.
+    """
     return await _begin_registration(request, app, _SECOND_FACTOR)
 
 
@@ -80,7 +88,9 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
     return await _token(request, app, receipt)
 
 
-async def finish_second_factor_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_second_factor_registration(
+    request: web.Request, app: RelyingParty
+) -> web.StreamResponse:
     """The same, keyed: so the passkey is confirmed."""
     answer = ceremony.parse_registration(await read_object(request))
     await _ready(request, app)
@@ -90,11 +100,13 @@ async def finish_second_factor_registration(request: web.Request, app: RelyingPa
     return await _token(request, app, receipt)
 
 
-# -- login ------------------------------------------------------------------------------------------------------------------------
+# -- login -----------------------------------------------------------------------------------------
 
 
 async def begin_login(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{user_id?}` or nothing to the request options; without a user it is discoverable. For callers whose key was seen."""
+    """`{user_id?}` or nothing to the request options; without a user it is discoverable. For
+    callers whose key was seen.
+    """
     return await _begin_login(request, app, await _user_of_login(request))
 
 
@@ -173,12 +185,13 @@ async def finish_second_factor_login(request: web.Request, app: RelyingParty) ->
     return await _token(request, app, receipt)
 
 
-# -- transaction: a payload that the user approves ----------------------------------------------------------------------------------
+# -- transaction: a payload that the user approves -------------------------------------------------
 
 
 async def begin_approval(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{user_id, transaction_id, transaction_data}` to the request options, whose challenge ends with the payload's hash:
-    SHA-256(UTF-8 of the transaction id, then the data as `serialised` writes it)."""
+    """`{user_id, transaction_id, transaction_data}` to the request options, whose challenge ends
+    with the payload's hash: SHA-256(UTF-8 of the transaction id, then the data as `serialised`
+    writes it)."""
     body = await bound(request)
     faults: list[str] = []
     user_id = required(body, "user_id", faults)
@@ -195,7 +208,9 @@ async def begin_approval(request: web.Request, app: RelyingParty) -> web.StreamR
 
 
 def _is_given(data: object) -> bool:
-    """The vendor takes null, false, zero and "" for missing, and empty objects and lists for given."""
+    """The vendor takes null, false, zero and "" for missing, and empty objects and lists for
+    given.
+    """
     return isinstance(data, dict | list) or bool(data)
 
 
@@ -209,7 +224,7 @@ async def finish_approval(request: web.Request, app: RelyingParty) -> web.Stream
     return await _token(request, app, receipt)
 
 
-# -- token ------------------------------------------------------------------------------------------------------------------------
+# -- token -----------------------------------------------------------------------------------------
 
 
 async def _ready(request: web.Request, app: RelyingParty) -> None:
@@ -240,11 +255,12 @@ async def _token(request: web.Request, app: RelyingParty, receipt: Receipt) -> w
     return json_answer({"token": token})
 
 
-# -- fields -----------------------------------------------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------------------
 
 
 async def bound(request: web.Request) -> dict[str, Any]:
-    """The body of a route that is not a finalize: none at all is `{}`, and any other is labelled as JSON.
+    """The body of a route that is not a finalize: none at all is `{}`, and any other is labelled as
+    JSON.
 
     Raises:
         InvalidRequest: another label, or as `read_object`.
@@ -257,8 +273,12 @@ async def bound(request: web.Request) -> dict[str, Any]:
     return parse_object(body)
 
 
-def required(body: Mapping[str, Any], name: str, faults: list[str], *, limit: int | None = None) -> str:
-    """A field that must be a non-empty string; what is wrong with it joins `faults`, but for a wrong type."""
+def required(
+    body: Mapping[str, Any], name: str, faults: list[str], *, limit: int | None = None
+) -> str:
+    """A field that must be a non-empty string; what is wrong with it joins `faults`, but for a
+    wrong type.
+    """
     value = _optional(body, name, faults, limit=limit)
     if not value:
         faults.append(f"{name} is a required field")
@@ -271,7 +291,9 @@ def judge(faults: list[str]) -> None:
         raise InvalidRequest(" and ".join(faults), reason=FIELDS)
 
 
-def _optional(body: Mapping[str, Any], name: str, faults: list[str], *, limit: int | None = None) -> str:
+def _optional(
+    body: Mapping[str, Any], name: str, faults: list[str], *, limit: int | None = None
+) -> str:
     """A field that may be missing or null (both "")."""
     value = body.get(name)
     if value is None:

@@ -1,7 +1,8 @@
-"""What a Hanko tenant's backend reads and changes by key: credentials, transactions, the audit log; and the public key set.
+"""What a Hanko tenant's backend reads and changes by key: credentials, transactions, the audit log;
+and the public key set.
 
-Lists are bare arrays, newest first, 20 a page; `Link` and `X-Total-Count` lead on. A credential is found by its credential id, and
-only within the tenant.
+Lists are bare arrays, newest first, 20 a page; `Link` and `X-Total-Count` lead on. A credential is
+found by its credential id, and only within the tenant.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from broker.web.body import read_query
 _PAGE = 20
 _LONGEST_PAGE = 1000
 _MAX_AGE = f"max-age={JWKS_MAX_AGE}"
-_TRANSACTIONS = UUID("b34c2af2-d2e6-4efa-b12b-8983ca954943")  # a namespace (RFC 9562 §6.6), drawn once
+_TRANSACTIONS = UUID(
+    "b34c2af2-d2e6-4efa-b12b-8983ca954943"
+)  # a namespace (RFC 9562 §6.6), drawn once
 
 
-# -- credentials ------------------------------------------------------------------------------------------------------------------
+# -- credentials -----------------------------------------------------------------------------------
 
 
 async def list_credentials(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -44,7 +47,11 @@ async def list_credentials(request: web.Request, app: RelyingParty) -> web.Strea
     if order not in ("asc", "desc"):
         raise InvalidRequest("Order must be one of 'asc desc'", reason=FIELDS)
     found, total = await request.app[DIRECTORY].passkeys(
-        app, external_id=_one(query, "user_id"), limit=limit, page=page, newest_first=order == "desc"
+        app,
+        external_id=_one(query, "user_id"),
+        limit=limit,
+        page=page,
+        newest_first=order == "desc",
     )
     return _listed(request, query, [credential_object(owned) for owned in found], total)
 
@@ -73,8 +80,9 @@ async def revoke_credential(request: web.Request, app: RelyingParty) -> web.Stre
 
 
 async def _credential(request: web.Request, app: RelyingParty) -> Owned:
-    """The credential of the path, whose id is base64url without padding and compared as text. With `user_id` in the query it is that
-    user's: a backend that was told the id by a page need not look it up first."""
+    """The credential of the path, whose id is base64url without padding and compared as text. With
+    `user_id` in the query it is that user's: a backend that was told the id by a page need not look
+    it up first."""
     wanted = request.match_info["credential_id"]
     try:
         credential_id = urlsafe_b64decode(wanted.encode("ascii") + b"=" * (-len(wanted) % 4))
@@ -89,7 +97,9 @@ async def _credential(request: web.Request, app: RelyingParty) -> Owned:
 
 
 def credential_object(owned: Owned) -> dict[str, Any]:
-    """A credential. One that nobody owns yet has no `user_id`; one that was never used shows the time of its creation."""
+    """A credential. One that nobody owns yet has no `user_id`; one that was never used shows the
+    time of its creation.
+    """
     credential = owned.credential
     credential_id = text(credential.credential_id)
     shown = {
@@ -110,7 +120,7 @@ def credential_object(owned: Owned) -> dict[str, Any]:
     return shown if owned.external_id is None else {**shown, "user_id": owned.external_id}
 
 
-# -- transactions -----------------------------------------------------------------------------------------------------------------
+# -- transactions ----------------------------------------------------------------------------------
 
 
 async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -123,8 +133,8 @@ async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamR
 
 
 def approval_object(record: ApprovalRecord) -> dict[str, Any]:
-    """A transaction; it changed last when it was approved, if it was. The vendor's ids are UUIDs (its schema: 36 characters) and nobody
-    looks one up by it, so this is made of ours."""
+    """A transaction; it changed last when it was approved, if it was. The vendor's ids are UUIDs
+    (its schema: 36 characters) and nobody looks one up by it, so this is made of ours."""
     return {
         "id": str(uuid5(_TRANSACTIONS, record.id)),
         "identifier": record.identifier,
@@ -134,10 +144,10 @@ def approval_object(record: ApprovalRecord) -> dict[str, Any]:
     }
 
 
-# -- audit log --------------------------------------------------------------------------------------------------------------------
+# -- audit log -------------------------------------------------------------------------------------
 
-# The vendor's types by action and result. Other events of ours have no counterpart, and the vendor's "init" types none of ours:
-# what was only begun has changed nothing.
+# The vendor's types by action and result. Other events of ours have no counterpart, and the
+# vendor's "init" types none of ours: what was only begun has changed nothing.
 _TYPES: Mapping[tuple[str, str], str] = {
     ("passkey.registered", "done"): "webauthn_registration_final_succeeded",
     ("passkey.registered", "refused"): "webauthn_registration_final_failed",
@@ -155,14 +165,17 @@ _TYPES: Mapping[tuple[str, str], str] = {
 
 
 async def list_audit_logs(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """A page of events, filtered by `type` (may be repeated), `start_time` and `end_time` (exclusive), and by parts of the user's id
-    (`actor_user_id`, `q`). No address is kept, so none has a given `meta_source_ip` in it."""
+    """A page of events, filtered by `type` (may be repeated), `start_time` and `end_time`
+    (exclusive), and by parts of the user's id (`actor_user_id`, `q`). No address is kept, so none
+    has a given `meta_source_ip` in it."""
     query = read_query(request)
     page, limit = _page(query)
     start, end = _instant(query, "start_time"), _instant(query, "end_time")
     user, part = _one(query, "actor_user_id"), _one(query, "q")
     if user and part:
-        raise InvalidRequest("actor_user_id and q both look for a user's id; send one.", reason=FIELDS)
+        raise InvalidRequest(
+            "actor_user_id and q both look for a user's id; send one.", reason=FIELDS
+        )
     wanted = query.getall("type", [])
     kinds = [kind for kind, name in _TYPES.items() if not wanted or name in wanted]
     found, total = await request.app[DIRECTORY].audit(
@@ -209,10 +222,12 @@ def _instant(query: MultiDict[str], name: str) -> datetime | None:
             raise ValueError
         return found.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise InvalidRequest(f"{name} is a time like 2026-01-31T12:00:00Z.", reason=FIELDS) from None
+        raise InvalidRequest(
+            f"{name} is a time like 2026-01-31T12:00:00Z.", reason=FIELDS
+        ) from None
 
 
-# -- keys -------------------------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------
 
 
 async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -221,7 +236,7 @@ async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse
     return json_answer(keys, headers={"Cache-Control": _MAX_AGE})
 
 
-# -- pages ------------------------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------
 
 
 def _page(query: MultiDict[str]) -> tuple[int, int]:

@@ -1,8 +1,10 @@
-"""Refusals in Hanko's shape: `{title, details, status}`, all three always there, for its SDK throws only where an error has a body.
+"""Refusals in Hanko's shape: `{title, details, status}`, all three always there, for its SDK throws
+only where an error has a body.
 
-A title is the vendor's word for the step that failed, so it depends on the operation as well as on the refusal: `TITLES` has the
-rows of each operation, `_ANYWHERE` those of all, and what has no row is told by the status' own name (RFC 7231 §6). `details` is
-our sentence, but where the vendor has a second word. A caller without a key gets one title for every refused sign-in.
+A title is the vendor's word for the step that failed, so it depends on the operation as well as on
+the refusal: `TITLES` has the rows of each operation, `_ANYWHERE` those of all, and what has no row
+is told by the status' own name (RFC 7231 §6). `details` is our sentence, but where the vendor has a
+second word. A caller without a key gets one title for every refused sign-in.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ STATUS: Mapping[type[Refusal], int] = {
 
 
 class _Told(NamedTuple):
-    """How a refusal is told. None: the title of the status, our sentence, the status of `STATUS`."""
+    """How a refusal is told. None: the title of the status, our sentence, the status of
+    `STATUS`.
+    """
 
     title: str | None = None
     details: str | None = None
@@ -69,7 +73,8 @@ _REGISTRATION: Mapping[_Row, _Told] = {
     (errors.UnknownTransaction, None): _Told(_NO_CHALLENGE, status=400),
     (errors.CeremonyRefused, None): _Told("failed to validate attestation", status=400),
     (errors.CeremonyRefused, "user_verification"): _Told(
-        "failed to validate attestation: the user was not verified: user verification is required", status=422
+        "failed to validate attestation: the user was not verified: user verification is required",
+        status=422,
     ),
     (errors.CeremonyRefused, "no_user"): _Told("user not found", status=404),
 }
@@ -78,7 +83,9 @@ _LOGIN: Mapping[_Row, _Told] = {(errors.InvalidRequest, None): _Told("unable to 
 TITLES: Mapping[str, Mapping[_Row, _Told]] = {
     "registration/finalize": _REGISTRATION,
     "mfa/registration/finalize": _REGISTRATION,
-    "login/initialize": {(errors.InvalidKey, "key_missing"): _Told("api key is missing", _SEND_A_KEY)},
+    "login/initialize": {
+        (errors.InvalidKey, "key_missing"): _Told("api key is missing", _SEND_A_KEY)
+    },
     "login/finalize": _LOGIN,
     "mfa/login/finalize": _LOGIN,
     "transaction/initialize": {
@@ -90,7 +97,9 @@ TITLES: Mapping[str, Mapping[_Row, _Told]] = {
         (errors.UnknownTransaction, None): _Told(
             "failed to get session data", "no transaction found for this challenge"
         ),
-        (errors.CeremonyRefused, "user_handle"): _Told("failed to get user handle", "user not found"),
+        (errors.CeremonyRefused, "user_handle"): _Told(
+            "failed to get user handle", "user not found"
+        ),
     },
     "transaction/{user_id}": {(errors.InvalidRequest, "user_id"): _Told("invalid user id")},
 }
@@ -122,7 +131,9 @@ def render(refusal: Refusal, request: web.Request | None = None) -> web.Response
 
 
 def _told(refusal: Refusal, operation: str) -> _Told:
-    """The first row that fits: the operation's before anybody's, a class before its base, a reason before any reason."""
+    """The first row that fits: the operation's before anybody's, a class before its base, a reason
+    before any reason.
+    """
     kinds = [kind for kind in type(refusal).__mro__ if issubclass(kind, Refusal)]
     for rows in (TITLES.get(operation, {}), _ANYWHERE):
         for kind in kinds:
@@ -133,7 +144,9 @@ def _told(refusal: Refusal, operation: str) -> _Told:
 
 
 def _operation(request: web.Request | None) -> str:
-    """The path below the tenant that the request was routed by, as a template; "" where there is none."""
+    """The path below the tenant that the request was routed by, as a template; "" where there is
+    none.
+    """
     match = getattr(request, "_match_info", None)
     resource = match.route.resource if match is not None else None
     return resource.canonical.partition("{app_id}/")[2] if resource is not None else ""

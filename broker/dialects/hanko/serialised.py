@@ -1,14 +1,17 @@
-"""The bytes that an approved payload is hashed as: JSON as Go's encoding/json writes a value that it has read.
+"""The bytes that an approved payload is hashed as: JSON as Go's encoding/json writes a value that
+it has read.
 
-The vendor's server decodes `transaction_data` into Go's own types, writes it again, and puts SHA-256 of the transaction id and that
-text into the challenge. Whoever verifies the payload later computes the same text, so it is reproduced here byte for byte: object
-keys sorted by their UTF-8 bytes, no white space, strings with the escapes that Go's HTML-safe encoder writes, and every number
-through a double in its shortest form. Go 1.22 and newer write `\\b` and `\\f` for U+0008 and U+000C, as here; older ones wrote
-`\\u0008` and `\\u000c`.
+The vendor's server decodes `transaction_data` into Go's own types, writes it again, and puts
+SHA-256 of the transaction id and that text into the challenge. Whoever verifies the payload later
+computes the same text, so it is reproduced here byte for byte: object keys sorted by their UTF-8
+bytes, no white space, strings with the escapes that Go's HTML-safe encoder writes, and every number
+through a double in its shortest form. Go 1.22 and newer write `\\b` and `\\f` for U+0008 and
+U+000C, as here; older ones wrote `\\u0008` and `\\u000c`.
 
-What follows from that for a payload: numbers keep 53 bits (9007199254740993 is hashed as 9007199254740992, 1.0 as 1), and `-0` keeps
-its sign. What JSON parsers disagree on never gets here: `broker.web.body` refuses duplicate keys, lone surrogates, invalid UTF-8,
-NUL, numbers beyond 64 bits that are written as integers, and nesting below 32 levels.
+What follows from that for a payload: numbers keep 53 bits (9007199254740993 is hashed as
+9007199254740992, 1.0 as 1), and `-0` keeps its sign. What JSON parsers disagree on never gets here:
+`broker.web.body` refuses duplicate keys, lone surrogates, invalid UTF-8, NUL, numbers beyond 64
+bits that are written as integers, and nesting below 32 levels.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from __future__ import annotations
 import json
 import re
 
-# Python's `json` writes none of these as Go does: Go escapes what HTML and JavaScript would read, and U+007F not at all.
+# Python's `json` writes none of these as Go does: Go escapes what HTML and JavaScript would read,
+# and U+007F not at all.
 _ESCAPED = re.compile('[\\x00-\\x1f"\\\\<>&\u2028\u2029]')
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def go_json(value: object) -> str:
-    """`value` (of `json.loads` with `parse_int=float`, or with integers, which become doubles) as Go's `json.Marshal` writes it.
+    """`value` (of `json.loads` with `parse_int=float`, or with integers, which become doubles) as
+    Go's `json.Marshal` writes it.
 
     Raises:
         ValueError: not a JSON value: NaN, an infinity, or an object of another kind.
@@ -47,16 +52,24 @@ def go_json(value: object) -> str:
 
 
 def go_json_again(body: bytes, name: str) -> str:
-    """The member `name` of a JSON object that was judged before, read with Go's numbers and written again."""
+    """The member `name` of a JSON object that was judged before, read with Go's numbers and written
+    again.
+    """
     return go_json(json.loads(body, parse_int=float)[name])
 
 
 def _text(value: str) -> str:
-    return '"' + _ESCAPED.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", value) + '"'
+    return (
+        '"'
+        + _ESCAPED.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", value)
+        + '"'
+    )
 
 
 def _number(value: float) -> str:
-    """The shortest digits that give the double again: plain between 1e-6 and 1e21, else with an exponent, as ECMAScript does."""
+    """The shortest digits that give the double again: plain between 1e-6 and 1e21, else with an
+    exponent, as ECMAScript does.
+    """
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("no JSON number")
     mantissa, _, exponent = repr(value).lstrip("-").partition("e")

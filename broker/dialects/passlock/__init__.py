@@ -1,18 +1,23 @@
-"""Passlock's API, at the root of the origin, since its server SDK drops the path of the address it is given.
+"""Passlock's API, at the root of the origin, since its server SDK drops the path of the address it
+is given.
 
-    /v2/{tenancy}/…                              clients from 2.5 on: a backend authorises every ceremony
+    /v2/{tenancy}/…                              clients from 2.5 on: a backend authorises every
+                                                 ceremony
     /{tenancy}/…                                 clients 2.0 to 2.4: the page begins
     /v2/.well-known/jwks.json, /.well-known/…    the key set of id_tokens, which names no tenancy
     /aaguid/{aaguid}/icon.svg                    no icons, said in the vendor's words
 
-A tenancy is an app, and its id is the app's. A path of these with an id that can't be an app's is answered too, by 403: an SDK that was
-given a wrong tenancy reads that and nothing else. The root has other owners (`_OTHERS`), whose paths are never the dialect's. The vendor's words are translated in `ceremonies`, `management` and `mailbox`; here is where
-they are mounted, and how refusals look. Facts are those of the wire contract summarised in README.md, with every
-decision where the contract is open.
+A tenancy is an app, and its id is the app's. A path of these with an id that can't be an app's is
+answered too, by 403: an SDK that was given a wrong tenancy reads that and nothing else. The root
+has other owners (`_OTHERS`), whose paths are never the dialect's. The vendor's words are translated
+in `ceremonies`, `management` and `mailbox`; here is where they are mounted, and how refusals look.
+Facts are those of the wire contract summarised in README.md, with every decision where the contract
+is open.
 
-Every answer is JSON with a `_tag`, every error `{_tag, message}`. The vendor's server SDK throws on a tag that its call does not declare, so a
-wrong key, an unknown tenancy and an origin that is not registered are `@error/Forbidden`, and most of what is wrong is `@error/BadRequest`
-with a status that says more.
+Every answer is JSON with a `_tag`, every error `{_tag, message}`. The vendor's server SDK throws on
+a tag that its call does not declare, so a wrong key, an unknown tenancy and an origin that is not
+registered are `@error/Forbidden`, and most of what is wrong is `@error/BadRequest` with a status
+that says more.
 """
 
 from __future__ import annotations
@@ -90,22 +95,31 @@ _ORPHANS = frozenset({"unknown_credential", "revoked_or_counter"})
 
 
 def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
-    """`{_tag, message}`; with `credentialId` and `rpId` where it is proved that nobody has the passkey that was to sign in."""
-    body: dict[str, Any] = {"_tag": TAGS[type(refusal)], "message": refusal.sentence} | mailbox.details(
-        refusal
-    )
+    """`{_tag, message}`; with `credentialId` and `rpId` where it is proved that nobody has the
+    passkey that was to sign in.
+    """
+    body: dict[str, Any] = {
+        "_tag": TAGS[type(refusal)],
+        "message": refusal.sentence,
+    } | mailbox.details(refusal)
     signal = refusal.signal if isinstance(refusal, errors.CeremonyRefused) else None
     if signal is not None and refusal.reason in _ORPHANS:
-        body |= {"_tag": _ORPHANED, "credentialId": text(signal.credential_id), "rpId": signal.rp_id}
+        body |= {
+            "_tag": _ORPHANED,
+            "credentialId": text(signal.credential_id),
+            "rpId": signal.rp_id,
+        }
     return json_answer(body, status=STATUS[type(refusal)])
 
 
-# -- public -------------------------------------------------------------------------------------------------------------------------
+# -- public ----------------------------------------------------------------------------------------
 
 
 @public
 async def key_set(request: web.Request) -> web.StreamResponse:
-    """The broker's own key set. A verifier must compare `aud` with its tenancy: the set signs for all of them."""
+    """The broker's own key set. A verifier must compare `aud` with its tenancy: the set signs for
+    all of them.
+    """
     keys = await request.app[SIGNING].key_set(None)
     kept(request).cors = {"Access-Control-Allow-Origin": "*"}
     return json_answer(keys, headers={"Cache-Control": f"public, max-age={JWKS_MAX_AGE}"})
@@ -120,15 +134,22 @@ async def icon(_: web.Request) -> web.StreamResponse:
 @public
 async def no_tenancy(_: web.Request) -> web.StreamResponse:
     """Never: the id in the path can't be an app's."""
-    raise UnknownApp("There is no such tenancy; its id has 24 letters and digits.", reason="tenancy")
+    raise UnknownApp(
+        "There is no such tenancy; its id has 24 letters and digits.", reason="tenancy"
+    )
 
 
-# -- routes -------------------------------------------------------------------------------------------------------------------------
+# -- routes ----------------------------------------------------------------------------------------
 
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
-    """The routes of a port that serves keyed callers, pages, or both. Verifiers reach the key set on either."""
-    found = [web.get(f"{place}/.well-known/jwks.json", key_set, allow_head=False) for place in ("/v2", "")]
+    """The routes of a port that serves keyed callers, pages, or both. Verifiers reach the key set
+    on either.
+    """
+    found = [
+        web.get(f"{place}/.well-known/jwks.json", key_set, allow_head=False)
+        for place in ("/v2", "")
+    ]
     if management:
         found += _keyed_routes() + mailbox.routes(keyed)
     if browser:
@@ -138,9 +159,14 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 
 def _without_tenancy(routes: list[web.RouteDef]) -> list[web.RouteDef]:
-    """The paths of `routes` that have a tenancy, for any method, where the id is none. They match nothing that `routes` match."""
+    """The paths of `routes` that have a tenancy, for any method, where the id is none. They match
+    nothing that `routes` match.
+    """
     paths = dict.fromkeys(route.path for route in routes if _TENANCY in route.path)
-    places = ((_V2, f"/v2/{{app_id:{_NO_TENANCY}}}"), (_V1, f"/{{app_id:(?!{_OTHERS}){_NO_TENANCY}}}"))
+    places = (
+        (_V2, f"/v2/{{app_id:{_NO_TENANCY}}}"),
+        (_V1, f"/{{app_id:(?!{_OTHERS}){_NO_TENANCY}}}"),
+    )
     return [
         web.route("*", other + path.removeprefix(place), no_tenancy)
         for path in paths
@@ -152,10 +178,16 @@ def _without_tenancy(routes: list[web.RouteDef]) -> list[web.RouteDef]:
 def _keyed_routes() -> list[web.RouteDef]:
     registration, authentication = f"{_V2}/passkey/registration", f"{_V2}/passkey/authentication"
     authorized = {
-        f"{registration}/authorize": ceremonies.authorize_registration("AuthorizedPasskeyRegistration"),
+        f"{registration}/authorize": ceremonies.authorize_registration(
+            "AuthorizedPasskeyRegistration"
+        ),
         f"{registration}/prepare": ceremonies.authorize_registration("PreparedPasskeyRegistration"),
-        f"{authentication}/authorize": ceremonies.authorize_authentication("AuthorizedPasskeyAuthentication"),
-        f"{authentication}/prepare": ceremonies.authorize_authentication("PreparedPasskeyAuthentication"),
+        f"{authentication}/authorize": ceremonies.authorize_authentication(
+            "AuthorizedPasskeyAuthentication"
+        ),
+        f"{authentication}/prepare": ceremonies.authorize_authentication(
+            "PreparedPasskeyAuthentication"
+        ),
     }
     changed = {
         f"{_V2}/passkeys/update": management.update_passkeys,

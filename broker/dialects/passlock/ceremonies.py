@@ -1,15 +1,18 @@
-"""Passlock's ceremonies: a backend authorises one, the page runs it, the backend exchanges the code or checks the id_token.
+"""Passlock's ceremonies: a backend authorises one, the page runs it, the backend exchanges the code
+or checks the id_token.
 
     authorize      keyed     -> registrationToken, authenticationToken: a transaction's id
     options        page      -> sessionToken: the handle of the pending ceremony
     verification   page      -> code: a nonce; id_token: a signed token
     principal      keyed     code -> who, once
 
-Clients before the backend's part (2.0 to 2.4) send the ceremony's wishes from the page instead of a token. As a page has no key, such an
-authentication is a discoverable one, and `allowCredentials` narrows whom it takes without being read back. Such a registration makes a
-passkey that nobody owns; it needs the policy `passlock_open_registration`.
+Clients before the backend's part (2.0 to 2.4) send the ceremony's wishes from the page instead of a
+token. As a page has no key, such an authentication is a discoverable one, and `allowCredentials`
+narrows whom it takes without being read back. Such a registration makes a passkey that nobody owns;
+it needs the policy `passlock_open_registration`.
 
-Code and id_token are two proofs of one ceremony, and `id` of the one is `jti` of the other: a backend that may be shown both can tell.
+Code and id_token are two proofs of one ceremony, and `id` of the one is `jti` of the other: a
+backend that may be shown both can tell.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ from broker.web.body import text_field
 
 _ISSUER = "passlock.dev"  # whoever signs: the vendor's verifier takes no other
 
-# -- authorize ----------------------------------------------------------------------------------------------------------------------
+# -- authorize -------------------------------------------------------------------------------------
 
 
 def authorize_registration(tag: str) -> Handler:
-    """`{rpId, rpName?, userId, username, displayName?, excludeCredentials?, userVerification?, timeout?}` to
-    `{registrationToken, expiresAt}`."""
+    """`{rpId, rpName?, userId, username, displayName?, excludeCredentials?, userVerification?,
+    timeout?}` to `{registrationToken, expiresAt}`."""
 
     async def handle(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         body = await read_object(request)
@@ -64,14 +67,18 @@ def authorize_registration(tag: str) -> Handler:
 
 
 def authorize_authentication(tag: str) -> Handler:
-    """`{rpId, userId?, allowCredentials?, discoverable?, mediation?, userVerification?, timeout?}` to
-    `{authenticationToken, expiresAt}`. Whom it is about is said once: by `userId`, `allowCredentials` or both, or by `discoverable`."""
+    """`{rpId, userId?, allowCredentials?, discoverable?, mediation?, userVerification?, timeout?}`
+    to `{authenticationToken, expiresAt}`. Whom it is about is said once: by `userId`,
+    `allowCredentials` or both, or by `discoverable`."""
 
     async def handle(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         body = await read_object(request)
         judge_rp_id(body, app)
         user_id, asked = optional_short_text(body, "userId"), asked_of_authentication(body, app)
-        discoverable, scoped = switch(body, "discoverable"), user_id is not None or asked.allow is not None
+        discoverable, scoped = (
+            switch(body, "discoverable"),
+            user_id is not None or asked.allow is not None,
+        )
         if discoverable == scoped:
             raise InvalidRequest(
                 "Give userId, allowCredentials or both, or else discoverable: true.", reason="scope"
@@ -90,12 +97,12 @@ def _transaction_ends(request: web.Request, app: RelyingParty) -> int:
     return milliseconds(request.app[DIRECTORY].now()) + app.policy.transaction_life * 1000
 
 
-# -- options ------------------------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 async def registration_options(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{registrationToken}`, or `{username, displayName?, excludeCredentials?, userVerification?, timeout?}` where pages may register,
-    to `{sessionToken, optionsJSON}`."""
+    """`{registrationToken}`, or `{username, displayName?, excludeCredentials?, userVerification?,
+    timeout?}` where pages may register, to `{sessionToken, optionsJSON}`."""
     body, broker = await read_object(request), request.app[BROKER]
     attachment = app.policy.authenticator_attachment
     wanted: Attachment | None = None if attachment == "any" else attachment
@@ -115,8 +122,8 @@ async def registration_options(request: web.Request, app: RelyingParty) -> web.S
 
 
 async def authentication_options(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{authenticationToken}`, or `{allowCredentials?, userVerification?, rpId?, timeout?}` for a discoverable authentication, to
-    `{sessionToken, optionsJSON, mediation}`."""
+    """`{authenticationToken}`, or `{allowCredentials?, userVerification?, rpId?, timeout?}` for a
+    discoverable authentication, to `{sessionToken, optionsJSON, mediation}`."""
     body = await read_object(request)
     broker = request.app[BROKER]
     if "authenticationToken" in body:
@@ -134,7 +141,8 @@ async def authentication_options(request: web.Request, app: RelyingParty) -> web
 def _begun(begun: Begun) -> Body:
     """
     Raises:
-        UnknownTransaction: a native transaction of a second factor, for which this wire has no word.
+        UnknownTransaction: a native transaction of a second factor, for which this wire has no
+            word.
     """
     if begun.second_factor:
         raise UnknownTransaction(reason="second_factor")
@@ -151,17 +159,21 @@ def judge_open(app: RelyingParty) -> None:
         raise OperationNotAllowed(
             "This page can't do that by itself; tell whoever runs this site.",
             reason="not_open",
-            hint="Have the backend authorise it. " + policy_hint("passlock_open_registration", "true"),
+            hint="Have the backend authorise it. "
+            + policy_hint("passlock_open_registration", "true"),
         )
 
 
-# -- verification -------------------------------------------------------------------------------------------------------------------
+# -- verification ----------------------------------------------------------------------------------
 
 
 async def verify_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{sessionToken, response}` to `{principal, id_token, code}`."""
     body = await read_object(request)
-    handle, answer = text_field(body, "sessionToken"), ceremony.parse_registration(body.get("response"))
+    handle, answer = (
+        text_field(body, "sessionToken"),
+        ceremony.parse_registration(body.get("response")),
+    )
     await _judge_signing(request)
     code, receipt = await request.app[BROKER].finish_registration_with_receipt(
         app,
@@ -177,7 +189,10 @@ async def verify_registration(request: web.Request, app: RelyingParty) -> web.St
 async def verify_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{sessionToken, response}` to `{principal, id_token, code}`."""
     body = await read_object(request)
-    handle, answer = text_field(body, "sessionToken"), ceremony.parse_authentication(body.get("response"))
+    handle, answer = (
+        text_field(body, "sessionToken"),
+        ceremony.parse_authentication(body.get("response")),
+    )
     await _judge_signing(request)
     code, receipt = await request.app[BROKER].finish_authentication_with_receipt(
         app,
@@ -214,7 +229,9 @@ async def _verified(
 
 
 def _claims(app: RelyingParty, receipt: Receipt, code: str, life: int) -> dict[str, Any]:
-    """Those that the vendor's verifier requires, each of exactly this type, and the ceremony's purpose."""
+    """Those that the vendor's verifier requires, each of exactly this type, and the ceremony's
+    purpose.
+    """
     issued = int(receipt.at)
     return {
         "iss": _ISSUER,
@@ -235,7 +252,7 @@ def _principal_id(code: str) -> str:
     return text(hashlib.sha256(f"principal:{code}".encode()).digest())
 
 
-# -- exchange -----------------------------------------------------------------------------------------------------------------------
+# -- exchange --------------------------------------------------------------------------------------
 
 
 async def exchange_code(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -245,7 +262,9 @@ async def exchange_code(request: web.Request, app: RelyingParty) -> web.StreamRe
 
 
 async def exchange_code_for(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{userId}`: the same, of this user's passkey; one that nobody owned is this user's from now on."""
+    """`{userId}`: the same, of this user's passkey; one that nobody owned is this user's from now
+    on.
+    """
     body = await read_object(request)
     code, user_id = request.match_info["code"], short_text(body, "userId")
     receipt = await _redeem(request, app, code)
@@ -256,7 +275,9 @@ async def exchange_code_for(request: web.Request, app: RelyingParty) -> web.Stre
 
 async def _redeem(request: web.Request, app: RelyingParty, code: str) -> Receipt:
     """What nobody owns signs in here, while the policy stands."""
-    return await request.app[BROKER].redeem(app, code, ownerless=app.policy.passlock_open_registration)
+    return await request.app[BROKER].redeem(
+        app, code, ownerless=app.policy.passlock_open_registration
+    )
 
 
 def _principal(request: web.Request, code: str, receipt: Receipt) -> web.StreamResponse:

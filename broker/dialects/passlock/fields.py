@@ -1,7 +1,9 @@
-"""What Passlock's bodies and answers have in common: fields that several calls take, and passkeys as its clients read them.
+"""What Passlock's bodies and answers have in common: fields that several calls take, and passkeys
+as its clients read them.
 
-The vendor's server SDK decodes by schema: a required field that is missing, or a null where a field is merely optional, breaks it.
-So what is absent is left out, always. All times are whole milliseconds since the epoch. Binary values are base64url without padding.
+The vendor's server SDK decodes by schema: a required field that is missing, or a null where a field
+is merely optional, breaks it. So what is absent is left out, always. All times are whole
+milliseconds since the epoch. Binary values are base64url without padding.
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ def milliseconds(at: datetime) -> int:
     return int(at.timestamp() * 1000)
 
 
-# -- fields of requests -----------------------------------------------------------------------------------------------------------
+# -- fields of requests ----------------------------------------------------------------------------
 
 
 def judge_rp_id(body: Body, app: RelyingParty) -> None:
-    """The RP ID is the app's setting and never the caller's: another one is a mistake that the caller wants to hear of.
+    """The RP ID is the app's setting and never the caller's: another one is a mistake that the
+    caller wants to hear of.
 
     Raises:
         InvalidRequest: missing, or another one. Case makes no difference, as in host names.
@@ -74,10 +77,14 @@ def optional_short_text(body: Body, name: str) -> str | None:
 
 
 def user_verification(body: Body) -> UserVerification | None:
-    """`required`, `preferred` or `discouraged`; absent, as every optional field, also where it is null."""
+    """`required`, `preferred` or `discouraged`; absent, as every optional field, also where it is
+    null.
+    """
     value = body.get("userVerification")
     if value is not None and value not in get_args(UserVerification):
-        raise InvalidRequest("userVerification is required, preferred or discouraged.", reason="field_type")
+        raise InvalidRequest(
+            "userVerification is required, preferred or discouraged.", reason="field_type"
+        )
     return cast("UserVerification | None", value)
 
 
@@ -86,7 +93,12 @@ def life(body: Body) -> float | None:
     value = body.get("timeout")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value < 1
+    ):
         raise InvalidRequest("timeout is a number of milliseconds, 1 or more.", reason="field_type")
     return value / 1000
 
@@ -97,9 +109,13 @@ def passkey_ids(body: Body, name: str, *, most: int = 100) -> tuple[str, ...] | 
     if value is None:
         return None
     if not isinstance(value, list) or len(value) > most:
-        raise InvalidRequest(f"{name} is a list of at most {most} passkey ids.", reason="field_type")
+        raise InvalidRequest(
+            f"{name} is a list of at most {most} passkey ids.", reason="field_type"
+        )
     if not all(isinstance(item, str) and 0 < len(item) <= _LONGEST_ID for item in value):
-        raise InvalidRequest(f"{name} holds something that can't be a passkey id.", reason="field_type")
+        raise InvalidRequest(
+            f"{name} holds something that can't be a passkey id.", reason="field_type"
+        )
     return tuple(dict.fromkeys(value)) or None
 
 
@@ -121,8 +137,8 @@ def asked_of_registration(body: Body) -> Asked:
 
 
 def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
-    """What `userVerification`, `timeout`, `allowCredentials` and `mediation` ask of an authentication. A passkey that nobody owns yet
-    may answer where pages may register one."""
+    """What `userVerification`, `timeout`, `allowCredentials` and `mediation` ask of an
+    authentication. A passkey that nobody owns yet may answer where pages may register one."""
     mediation = "required" if body.get("mediation") is None else body["mediation"]
     if mediation not in get_args(Mediation):
         raise InvalidRequest("mediation is required or conditional.", reason="field_type")
@@ -136,8 +152,9 @@ def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
 
 
 def as_a_page_may(asked: Asked, app: RelyingParty) -> Asked:
-    """What a caller without a key may ask: few passkeys, by their ids alone, for the store keeps them while the ceremony lasts; no less
-    user verification than the policy, also where keyed callers may.
+    """What a caller without a key may ask: few passkeys, by their ids alone, for the store keeps
+    them while the ceremony lasts; no less user verification than the policy, also where keyed
+    callers may.
 
     Raises:
         InvalidRequest: too many passkeys, or text that is no passkey's id.
@@ -155,7 +172,7 @@ def as_a_page_may(asked: Asked, app: RelyingParty) -> Asked:
     return asked
 
 
-# -- passkeys in answers ----------------------------------------------------------------------------------------------------------
+# -- passkeys in answers ---------------------------------------------------------------------------
 
 
 def user_id_of(owned: Owned) -> str:
@@ -183,7 +200,9 @@ def summary_object(owned: Owned) -> Body:
 
 
 def passkey_object(owned: Owned, app: RelyingParty) -> Body:
-    """A whole passkey. `platform.name` is what the authenticator says of itself; there is no `platform.icon`, for we have no icons."""
+    """A whole passkey. `platform.name` is what the authenticator says of itself; there is no
+    `platform.icon`, for we have no icons.
+    """
     credential = owned.credential
     name = ceremony.authenticator_name(credential.aaguid)
     found: Body = {
@@ -206,7 +225,9 @@ def passkey_object(owned: Owned, app: RelyingParty) -> Body:
         "createdAt": milliseconds(credential.created_at),
         "updatedAt": milliseconds(credential.updated_at),
     }
-    return found | ({"platform": {"name": name}} if name is not None else {}) | _last_used(credential)
+    return (
+        found | ({"platform": {"name": name}} if name is not None else {}) | _last_used(credential)
+    )
 
 
 def _last_used(credential: Credential) -> Body:

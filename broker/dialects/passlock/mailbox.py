@@ -1,15 +1,19 @@
-"""Passlock's mailbox challenges: the broker's mail codes under the vendor's names. What "challenge" means here stays in this module.
+"""Passlock's mailbox challenges: the broker's mail codes under the vendor's names. What "challenge"
+means here stays in this module.
 
     POST   …/challenges          -> 201 ChallengeCreated: facts, secret, code, message
     GET    …/challenges/{id}     -> Challenge
     POST   …/challenges/verify   -> ChallengeVerified: a whole Challenge, its tag too
-    DELETE …/challenges/{id}     -> ChallengeDeleted, also where there is none: no client expects a refusal
+    DELETE …/challenges/{id}     -> ChallengeDeleted, also where there is none: no client expects a
+                                 refusal
 
-The vendor's server SDK decodes by schema. So an absent optional field is left out, `metadata` alone is null; times are milliseconds
-since the epoch; and verify answers what a person can cause by typing with an error that its schema names, never with BadRequest.
+The vendor's server SDK decodes by schema. So an absent optional field is left out, `metadata` alone
+is null; times are milliseconds since the epoch; and verify answers what a person can cause by
+typing with an error that its schema names, never with BadRequest.
 
-Mailing is the application's. `sendEmail: true` is refused: a caller who believes it would wait for a mail that nobody sends.
-`name` is ignored. The two paths are those of the client's generations, with and without `/v2`.
+Mailing is the application's. `sendEmail: true` is refused: a caller who believes it would wait for
+a mail that nobody sends. `name` is ignored. The two paths are those of the client's generations,
+with and without `/v2`.
 """
 
 from __future__ import annotations
@@ -67,7 +71,9 @@ async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidRequest("metadata is not an object.", reason="field_type")
     if switch(body, "sendEmail"):
-        raise InvalidRequest("sendEmail is not offered: send the message of the answer.", reason="send_email")
+        raise InvalidRequest(
+            "sendEmail is not offered: send the message of the answer.", reason="send_email"
+        )
     made = await request.app[MAILBOX].create(
         app,
         text_field(body, "email"),
@@ -98,7 +104,9 @@ async def get(request: web.Request, app: RelyingParty) -> web.StreamResponse:
 async def verify(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     """`{challengeId, secret, code}`."""
     body = await read_object(request)
-    challenge_id, secret, digits = (_string(body, name) for name in ("challengeId", "secret", "code"))
+    challenge_id, secret, digits = (
+        _string(body, name) for name in ("challengeId", "secret", "code")
+    )
     code = await request.app[MAILBOX].verify(app, challenge_id, secret, digits)
     return json_answer({"_tag": "ChallengeVerified", "challenge": challenge_object(code)})
 
@@ -123,7 +131,9 @@ def routes(guard: Callable[[Handler], AnyHandler]) -> list[web.RouteDef]:
 
 
 def challenge_object(code: MailCode) -> dict[str, Any]:
-    """A challenge as it may be read again, by itself or within another answer. The one that was just created has no tag."""
+    """A challenge as it may be read again, by itself or within another answer. The one that was
+    just created has no tag.
+    """
     return {"_tag": "Challenge", **_facts(code)}
 
 

@@ -1,11 +1,14 @@
-"""Passlock's management of passkeys: keyed lists and changes, and what pages tell authenticators of them.
+"""Passlock's management of passkeys: keyed lists and changes, and what pages tell authenticators of
+them.
 
-Passkeys change in the broker and authenticators don't know. So a change gives a one-time token besides, which the page exchanges for what
-the WebAuthn Signal API wants to hear (update: names; delete: credentials that are gone; prune: all that are left). A name or an id that
-nobody has is a warning, not an error: the change is done as far as it can be.
+Passkeys change in the broker and authenticators don't know. So a change gives a one-time token
+besides, which the page exchanges for what the WebAuthn Signal API wants to hear (update: names;
+delete: credentials that are gone; prune: all that are left). A name or an id that nobody has is a
+warning, not an error: the change is done as far as it can be.
 
-Clients before that (2.0 to 2.8) change single passkeys, or all of a user, and get the changed passkeys back. Those before 2.5 have pages
-read a passkey's ids without a key, which the app's policy has to allow.
+Clients before that (2.0 to 2.8) change single passkeys, or all of a user, and get the changed
+passkeys back. Those before 2.5 have pages read a passkey's ids without a key, which the app's
+policy has to allow.
 """
 
 from __future__ import annotations
@@ -41,11 +44,13 @@ _MICROSECONDS = 1_000_000
 _ALL = 1000  # passkeys; a user has no more
 
 
-# -- lists --------------------------------------------------------------------------------------------------------------------------
+# -- lists -----------------------------------------------------------------------------------------
 
 
 async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`?cursor=` to `{cursor, records}`: up to 50 of the app's passkeys, oldest first; `cursor` is null behind the last."""
+    """`?cursor=` to `{cursor, records}`: up to 50 of the app's passkeys, oldest first; `cursor` is
+    null behind the last.
+    """
     query = read_query(request)
     cursor = query.get("cursor") or None
     found = await request.app[DIRECTORY].passkeys_after(
@@ -86,12 +91,12 @@ async def get_passkey(request: web.Request, app: RelyingParty) -> web.StreamResp
     return json_answer(passkey_object(owned, app))
 
 
-# -- changes with a token for the page ----------------------------------------------------------------------------------------------
+# -- changes with a token for the page -------------------------------------------------------------
 
 
 async def update_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{userId, username, displayName?}` to 202 `{updatePasskeysToken, expiresAt, warnings}`. The username is stored on every passkey of
-    the user; the display name travels in the token only."""
+    """`{userId, username, displayName?}` to 202 `{updatePasskeysToken, expiresAt, warnings}`. The
+    username is stored on every passkey of the user; the display name travels in the token only."""
     body = await read_object(request)
     user_id, user_name = short_text(body, "userId"), short_text(body, "username")
     prepared = await request.app[SIGNALS].prepare_update(
@@ -101,7 +106,9 @@ async def update_passkeys(request: web.Request, app: RelyingParty) -> web.Stream
 
 
 async def delete_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{passkeyIds}` or `{userId}` to 202 `{deletePasskeysToken, expiresAt, warnings}`. They never sign in again."""
+    """`{passkeyIds}` or `{userId}` to 202 `{deletePasskeysToken, expiresAt, warnings}`. They never
+    sign in again.
+    """
     body = await read_object(request)
     user_id = optional_short_text(body, "userId")
     if (user_id is None) == (body.get("passkeyIds") is None):
@@ -137,7 +144,11 @@ def _warnings(told: Prepared | Instructions) -> list[Body]:
     if told.empty and not told.missing:
         return [{"code": "NO_PASSKEYS_FOUND", "message": "This user has no passkeys."}]
     return [
-        {"code": "PASSKEY_NOT_FOUND", "message": "There is no such passkey.", "passkeyId": passkey_id}
+        {
+            "code": "PASSKEY_NOT_FOUND",
+            "message": "There is no such passkey.",
+            "passkeyId": passkey_id,
+        }
         for passkey_id in told.missing
     ]
 
@@ -168,11 +179,13 @@ exchange_deletion = _exchange("delete", "deletePasskeysToken", "PasskeyDeletionI
 exchange_pruning = _exchange("prune", "prunePasskeysToken", "PasskeyPruningInstructions", dict)
 
 
-# -- changes of clients before 2.9 --------------------------------------------------------------------------------------------------
+# -- changes of clients before 2.9 -----------------------------------------------------------------
 
 
 async def change_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{userId}`, `{username}` or both to the passkey: gives it its owner, once, and the name that authenticators show."""
+    """`{userId}`, `{username}` or both to the passkey: gives it its owner, once, and the name that
+    authenticators show.
+    """
     body = await read_object(request)
     user_id, user_name = optional_short_text(body, "userId"), optional_short_text(body, "username")
     if user_id is None and user_name is None:
@@ -203,7 +216,9 @@ async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResp
 
 
 async def delete_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{userId?}`, or nothing, to 202 `{deleted}`: all passkeys of the user in the path, as they were; nobody has none."""
+    """`{userId?}`, or nothing, to 202 `{deleted}`: all passkeys of the user in the path, as they
+    were; nobody has none.
+    """
     user_id = _user_in(request, await read_object(request, empty=True))
     deleted = await _passkeys_of(request, app, user_id)
     await request.app[DIRECTORY].revoke_of(app, user_id, None)
@@ -211,7 +226,9 @@ async def delete_user(request: web.Request, app: RelyingParty) -> web.StreamResp
 
 
 async def _passkeys_of(request: web.Request, app: RelyingParty, user_id: str) -> list[Body]:
-    owned, _ = await request.app[DIRECTORY].passkeys(app, external_id=user_id, limit=_ALL, newest_first=False)
+    owned, _ = await request.app[DIRECTORY].passkeys(
+        app, external_id=user_id, limit=_ALL, newest_first=False
+    )
     return [passkey_object(o, app) for o in owned]
 
 
@@ -224,7 +241,7 @@ def _user_in(request: web.Request, body: Body) -> str:
     return user_id
 
 
-# -- pages --------------------------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------
 
 
 async def read_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
@@ -242,7 +259,9 @@ async def read_credential(request: web.Request, app: RelyingParty) -> web.Stream
 
 
 async def read_credentials(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """What a page needs to prune: of the passkeys in the path, which must be one user's, `{rpId, userId, allAcceptedCredentialIds}`."""
+    """What a page needs to prune: of the passkeys in the path, which must be one user's, `{rpId,
+    userId, allAcceptedCredentialIds}`.
+    """
     judge_open(app)
     wanted = request.match_info["passkey_ids"].split(",")
     owned = await request.app[DIRECTORY].passkeys_by_ids(app, wanted)

@@ -1,12 +1,14 @@
 """PropelAuth BYO's passkey commands, all at `POST /propelauth/run-command`.
 
-One address takes `{command, data}` with an API key, which alone says whose app it is. Start and finish are joined by the user id:
-each user has one pending registration and one pending authentication, which a new start replaces. Facts are those of the wire
-contract summarised in README.md, with every decision where the contract is open.
+One address takes `{command, data}` with an API key, which alone says whose app it is. Start and
+finish are joined by the user id: each user has one pending registration and one pending
+authentication, which a new start replaces. Facts are those of the wire contract summarised in
+README.md, with every decision where the contract is open.
 
-The vendor's clients disagree about what they forgive, so an answer is what the strictest takes: success is 200 and never another
-2xx, a body is always JSON with no field more than the contract's, an error is `{type}` or `{type, details}`, whichever its type
-declares, and its type is one that the command declares. What has no type of its own is `UnexpectedError` with a sentence.
+The vendor's clients disagree about what they forgive, so an answer is what the strictest takes:
+success is 200 and never another 2xx, a body is always JSON with no field more than the contract's,
+an error is `{type}` or `{type, details}`, whichever its type declares, and its type is one that the
+command declares. What has no type of its own is `UnexpectedError` with a sentence.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.DuplicateApproval: 409,
 }
 
-# Types by refusal and its reason; what has no row is UnexpectedError. First those that any command may answer:
+# Types by refusal and its reason; what has no row is UnexpectedError. First those that any command
+# may answer:
 _KEY_TYPES: Mapping[tuple[type[Refusal], str], str] = {
     (errors.InvalidKey, "key_missing"): "NoIntegrationKeyFoundInHeader",
     (errors.InvalidKey, "key_malformed"): "InvalidPrefix",
@@ -95,7 +98,9 @@ _TYPE_STATUS = {"OriginNotAllowed": 403, "PasskeyForUserAlreadyExists": 409}
 
 
 def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
-    """`{type}` or `{type, details}`: the word that the request's command declares for this refusal, else UnexpectedError."""
+    """`{type}` or `{type, details}`: the word that the request's command declares for this refusal,
+    else UnexpectedError.
+    """
     command = request.get(_COMMAND, "") if request is not None else ""
     row = (type(refusal), refusal.reason)
     kind = _KEY_TYPES.get(row) or TYPES.get(command, {}).get(row, _UNEXPECTED)
@@ -117,20 +122,24 @@ def render(refusal: Refusal, request: web.Request | None = None) -> web.Response
 
 
 def _limit_details(refusal: errors.TooManyPasskeys, agent: str) -> dict[str, int]:
-    """The vendor's Python client reads other names than its others, and its Java client takes no name that it doesn't know."""
+    """The vendor's Python client reads other names than its others, and its Java client takes no
+    name that it doesn't know.
+    """
     details = {"max_passkeys": refusal.limit, "current_count": refusal.count}
     if not agent.startswith("Java-http-client/"):
         details |= {"maxPasskeys": refusal.limit, "currentCount": refusal.count}
     return details
 
 
-# -- commands ---------------------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 Data = dict[str, Any]
 
 
 async def start_registration(request: web.Request, app: RelyingParty, data: Data) -> Data:
-    """`{userId, emailOrUsername, userDisplayName?, passkeyDisplayName?, additionalAllowedOrigin?}` to `{registrationOptions}`."""
+    """`{userId, emailOrUsername, userDisplayName?, passkeyDisplayName?, additionalAllowedOrigin?}`
+    to `{registrationOptions}`.
+    """
     user_id, user_name = _text(data, "userId"), _text(data, "emailOrUsername")
     display_name, nickname = (
         _optional(data, "userDisplayName"),
@@ -151,7 +160,9 @@ async def start_registration(request: web.Request, app: RelyingParty, data: Data
 
 
 async def finish_registration(request: web.Request, app: RelyingParty, data: Data) -> Data:
-    """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`; `publicKey` is the whole answer of the browser."""
+    """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`; `publicKey` is the whole answer of
+    the browser.
+    """
     user_id, answer = _text(data, "userId"), ceremony.parse_registration(_credential(data))
     _judge_registered(_additional_origin(data), app)
     await request.app[BROKER].finish_registration_of(app, user_id, answer, opener="propelauth")
@@ -179,7 +190,8 @@ async def fetch_all(request: web.Request, app: RelyingParty, data: Data) -> Data
     passkeys = await request.app[DIRECTORY].credentials_of(app, _text(data, "userId"))
     return {
         "passkeys": [
-            {"credentialId": text(c.credential_id)} | ({"displayName": c.nickname} if c.nickname else {})
+            {"credentialId": text(c.credential_id)}
+            | ({"displayName": c.nickname} if c.nickname else {})
             for c in passkeys
         ]
     }
@@ -216,7 +228,9 @@ _COMMANDS = {
 
 
 async def run(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-    """`{command, data?}` to the command's answer. Missing and null `data` are `{}`; fields that a command doesn't know are ignored."""
+    """`{command, data?}` to the command's answer. Missing and null `data` are `{}`; fields that a
+    command doesn't know are ignored.
+    """
     body = await read_object(request)
     command = text_field(body, "command")
     if command not in _COMMANDS:
@@ -233,7 +247,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     return [web.post(f"{PREFIX}/run-command", keyed_alone(run))] if management else []
 
 
-# -- fields -----------------------------------------------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------------------
 
 
 def _text(data: Data, name: str) -> str:
@@ -268,12 +282,16 @@ def _additional_origin(data: Data) -> str | None:
     if not isinstance(value, str):
         raise InvalidRequest("additionalAllowedOrigin is not a string.", reason="field_type")
     if not is_origin(value) and not value.startswith("android:"):
-        raise InvalidRequest("additionalAllowedOrigin is not an origin.", reason="additional_origin")
+        raise InvalidRequest(
+            "additionalAllowedOrigin is not an origin.", reason="additional_origin"
+        )
     return value
 
 
 def _judge_registered(origin: str | None, app: RelyingParty) -> None:
-    """A call can't add an origin to the app's: one that is registered changes nothing, any other is refused, and spends nothing."""
+    """A call can't add an origin to the app's: one that is registered changes nothing, any other is
+    refused, and spends nothing.
+    """
     if origin is None or origin in app.accepted_origins:
         return
     try:

@@ -47,11 +47,17 @@ class Request:
             if self.body is None:
                 return None
             text = json.dumps(
-                self.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_mapping
+                self.body,
+                ensure_ascii=False,
+                allow_nan=False,
+                separators=(",", ":"),
+                default=_mapping,
             )
             return text.encode()
         except UnicodeEncodeError:
-            raise InvalidRequest("invalid_request", "An argument is not valid Unicode text.") from None
+            raise InvalidRequest(
+                "invalid_request", "An argument is not valid Unicode text."
+            ) from None
         except (TypeError, ValueError, RecursionError):
             raise InvalidRequest("invalid_request", "An argument is not a JSON value.") from None
 
@@ -82,7 +88,9 @@ def ids(name: str, values: Sequence[str] | None) -> dict[str, Any]:
     for a list that was meant to narrow must not mean "any"."""
     if values is None:
         return {}
-    if isinstance(values, str) or not isinstance(values, Sequence):  # a text is one of its characters
+    if isinstance(values, str) or not isinstance(
+        values, Sequence
+    ):  # a text is one of its characters
         raise InvalidRequest("invalid_request", f"{name} is a list of texts.")
     for value in values:
         judge_texts(**{name: value})

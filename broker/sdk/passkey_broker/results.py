@@ -10,7 +10,9 @@ from datetime import datetime
 from typing import Any, Literal
 
 Purpose = Literal["register", "authenticate"]
-Proof = Literal["register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"]
+Proof = Literal[
+    "register", "authenticate", "register_second_factor", "authenticate_second_factor", "approve"
+]
 UserVerification = Literal["required", "preferred", "discouraged"]
 Mediation = Literal["required", "conditional"]
 Attachment = Literal["platform", "cross-platform", "any"]

@@ -71,16 +71,27 @@ class Address:
     Keeps the API key only in headers of httpx, which hide it in their repr.
     """
 
-    def __init__(self, url: str, app_id: str, api_key: str, *, timeout: float, read_retries: int) -> None:
+    def __init__(
+        self, url: str, app_id: str, api_key: str, *, timeout: float, read_retries: int
+    ) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+        ):
             raise ValueError("url is the broker's, like https://broker.example")
         if "@" in parts.netloc:
-            raise ValueError("url has a user name or a password; the API key is all that the broker asks for")
+            raise ValueError(
+                "url has a user name or a password; the API key is all that the broker asks for"
+            )
         if not app_id:
             raise ValueError("app_id is empty")
         if not api_key or not api_key.isascii() or not api_key.isprintable() or " " in api_key:
-            raise ValueError("api_key is not an API key: it is empty or has characters that no key has")
+            raise ValueError(
+                "api_key is not an API key: it is empty or has characters that no key has"
+            )
         if type(read_retries) is not int or not 0 <= read_retries <= MOST_RETRIES:
             raise ValueError(f"read_retries is a whole number from 0 to {MOST_RETRIES}")
         self.name = f"{url!r}, {app_id!r}"
@@ -97,7 +108,9 @@ class Address:
             }
         )
 
-    def options(self, verify: ssl.SSLContext | None, proxy: str | httpx.Proxy | None) -> dict[str, Any]:
+    def options(
+        self, verify: ssl.SSLContext | None, proxy: str | httpx.Proxy | None
+    ) -> dict[str, Any]:
         """The arguments of the httpx client that we make ourselves."""
         if verify is not None and not isinstance(verify, ssl.SSLContext):
             raise ValueError("verify is an ssl.SSLContext")
@@ -130,7 +143,9 @@ class Address:
         except httpx.TimeoutException as error:
             raise BrokerUnreachable("unreachable", "The broker did not answer in time.") from error
         except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise BrokerUnreachable("unreachable", f"The broker can't be reached: {error}") from error
+            raise BrokerUnreachable(
+                "unreachable", f"The broker can't be reached: {error}"
+            ) from error
 
     def pause_after(
         self, request: Request, attempt: int, outcome: Answer | BrokerUnreachable
@@ -149,7 +164,9 @@ class Address:
         return wanted if wanted <= LONGEST_PAUSE else None
 
 
-def given(http: object, kind: type[httpx.Client] | type[httpx.AsyncClient], **others: object) -> None:
+def given(
+    http: object, kind: type[httpx.Client] | type[httpx.AsyncClient], **others: object
+) -> None:
     """Refuse a given httpx client of the other kind, or together with what only a new one takes."""
     if not isinstance(http, kind):
         raise ValueError(f"http is an httpx.{kind.__name__}")

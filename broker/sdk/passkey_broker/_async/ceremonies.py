@@ -62,7 +62,9 @@ class AsyncCeremonies(AsyncConnection):
             "external_id": external_id,
             "passkey_display_name": passkey_display_name,
             **arguments.texts(user_name=user_name, mediation=mediation),
-            **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys, second_factor),
+            **arguments.registration(
+                user_verification, ceremony_timeout, exclude_passkeys, second_factor
+            ),
         }
         answer = await self._answer(Request("POST", "/transactions/register", body))
         return answers.Fields(answer).text("transaction_id")
@@ -139,7 +141,9 @@ class AsyncCeremonies(AsyncConnection):
         arguments.judge_texts(nonce=nonce)
         body = {
             "nonce": nonce,
-            **arguments.texts(purpose=purpose, transaction_id=transaction_id, external_id=external_id),
+            **arguments.texts(
+                purpose=purpose, transaction_id=transaction_id, external_id=external_id
+            ),
             **arguments.flags(signed=signed),
         }
         answer = await self._answer(Request("POST", "/authenticate/verify", body))
@@ -186,7 +190,9 @@ class AsyncCeremonies(AsyncConnection):
                 passkey_display_name=passkey_display_name,
                 authenticator_attachment=authenticator_attachment,
             ),
-            **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys, second_factor),
+            **arguments.registration(
+                user_verification, ceremony_timeout, exclude_passkeys, second_factor
+            ),
         }
         answer = await self._answer(Request("POST", "/ceremonies/register/start", body))
         return answers.Fields(answer).object("options")
@@ -208,7 +214,9 @@ class AsyncCeremonies(AsyncConnection):
             **arguments.flags(second_factor=second_factor),
         }
         answer = await self._answer(Request("POST", "/ceremonies/register/finish", body))
-        return answers.finished_receipt(answer, "register_second_factor" if second_factor else "register")
+        return answers.finished_receipt(
+            answer, "register_second_factor" if second_factor else "register"
+        )
 
     async def start_authentication(
         self,
@@ -296,7 +304,9 @@ class AsyncCeremonies(AsyncConnection):
         answer = await self._answer(Request("POST", "/register/start", body))
         return answers.Fields(answer).object("options")
 
-    async def finish_user_registration(self, external_id: str, credential: Mapping[str, Any]) -> Receipt:
+    async def finish_user_registration(
+        self, external_id: str, credential: Mapping[str, Any]
+    ) -> Receipt:
         """Finish what `start_user_registration` began for this user, right or wrong.
 
         Take `external_id` from your own session. Raises as `finish_registration`.
@@ -320,7 +330,9 @@ class AsyncCeremonies(AsyncConnection):
         answer = await self._answer(Request("POST", "/authenticate/start", body))
         return answers.Fields(answer).object("options")
 
-    async def finish_user_authentication(self, external_id: str, credential: Mapping[str, Any]) -> Receipt:
+    async def finish_user_authentication(
+        self, external_id: str, credential: Mapping[str, Any]
+    ) -> Receipt:
         """Finish what `start_user_authentication` began for this user, right or wrong.
 
         Take `external_id` from your own session. Raises as `finish_authentication`.

@@ -1,4 +1,4 @@
-# Generated from ../_async/__init__.py by `python tests/sync_client.py`: change that file, not this one.
+# Generated from _async/__init__.py by `python tests/sync_client.py`: change that one.
 """The synchronous client, generated from the asynchronous one in `_async`.
 
 `ceremonies` has transactions, nonces and keyed

@@ -1,4 +1,4 @@
-# Generated from ../_async/ceremonies.py by `python tests/sync_client.py`: change that file, not this one.
+# Generated from _async/ceremonies.py by `python tests/sync_client.py`: change that one.
 """Transactions, nonces, and ceremonies that a backend carries for the page."""
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Ceremonies(Connection):
             "external_id": external_id,
             "passkey_display_name": passkey_display_name,
             **arguments.texts(user_name=user_name, mediation=mediation),
-            **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys, second_factor),
+            **arguments.registration(
+                user_verification, ceremony_timeout, exclude_passkeys, second_factor
+            ),
         }
         answer = self._answer(Request("POST", "/transactions/register", body))
         return answers.Fields(answer).text("transaction_id")
@@ -140,7 +142,9 @@ class Ceremonies(Connection):
         arguments.judge_texts(nonce=nonce)
         body = {
             "nonce": nonce,
-            **arguments.texts(purpose=purpose, transaction_id=transaction_id, external_id=external_id),
+            **arguments.texts(
+                purpose=purpose, transaction_id=transaction_id, external_id=external_id
+            ),
             **arguments.flags(signed=signed),
         }
         answer = self._answer(Request("POST", "/authenticate/verify", body))
@@ -187,12 +191,16 @@ class Ceremonies(Connection):
                 passkey_display_name=passkey_display_name,
                 authenticator_attachment=authenticator_attachment,
             ),
-            **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys, second_factor),
+            **arguments.registration(
+                user_verification, ceremony_timeout, exclude_passkeys, second_factor
+            ),
         }
         answer = self._answer(Request("POST", "/ceremonies/register/start", body))
         return answers.Fields(answer).object("options")
 
-    def finish_registration(self, credential: Mapping[str, Any], *, second_factor: bool = False) -> Receipt:
+    def finish_registration(
+        self, credential: Mapping[str, Any], *, second_factor: bool = False
+    ) -> Receipt:
         """Finish what `start_registration` began. The new passkey is confirmed and live.
 
         Args:
@@ -207,7 +215,9 @@ class Ceremonies(Connection):
             **arguments.flags(second_factor=second_factor),
         }
         answer = self._answer(Request("POST", "/ceremonies/register/finish", body))
-        return answers.finished_receipt(answer, "register_second_factor" if second_factor else "register")
+        return answers.finished_receipt(
+            answer, "register_second_factor" if second_factor else "register"
+        )
 
     def start_authentication(
         self,
@@ -319,7 +329,9 @@ class Ceremonies(Connection):
         answer = self._answer(Request("POST", "/authenticate/start", body))
         return answers.Fields(answer).object("options")
 
-    def finish_user_authentication(self, external_id: str, credential: Mapping[str, Any]) -> Receipt:
+    def finish_user_authentication(
+        self, external_id: str, credential: Mapping[str, Any]
+    ) -> Receipt:
         """Finish what `start_user_authentication` began for this user, right or wrong.
 
         Take `external_id` from your own session. Raises as `finish_authentication`.

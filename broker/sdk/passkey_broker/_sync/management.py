@@ -1,4 +1,4 @@
-# Generated from ../_async/management.py by `python tests/sync_client.py`: change that file, not this one.
+# Generated from _async/management.py by `python tests/sync_client.py`: change that one.
 """Users, passkeys, approvals, events, signals, and what the app says of itself."""
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class Management(Connection):
             query["order_by"] = "created_at:DESC"
         return answers.passkey_page(self._answer(Request("GET", "/passkeys", query=query)))
 
-    def iter_passkeys(self, external_id: str | None = None, *, limit: int = 100) -> Iterator[OwnedPasskey]:
+    def iter_passkeys(
+        self, external_id: str | None = None, *, limit: int = 100
+    ) -> Iterator[OwnedPasskey]:
         """All passkeys of the app, or of one user, oldest first, `limit` of them a request.
 
         A passkey that is revoked meanwhile moves the later ones, so that one of them may be left
