@@ -29,9 +29,10 @@ from broker.model import (
     Policy,
     RelyingParty,
     User,
-    checked,
+    base64url,
+    validate_text,
 )
-from broker.tokens import Mint, SystemMint, key_digest, key_hint, text, well_formed
+from broker.tokens import Mint, SystemMint, key_digest, key_hint, well_formed
 
 
 class Directory:
@@ -220,7 +221,7 @@ class Directory:
             await self.revoke(app, user, None)
             return
         for credential in await self._durable.credentials(app.id, user.id):
-            if text(credential.credential_id) == credential_id:
+            if base64url(credential.credential_id) == credential_id:
                 await self.revoke(app, user, credential.id)
                 return
         raise UnknownPasskey
@@ -287,7 +288,7 @@ class Directory:
         Raises:
             InvalidRequest, UnknownPasskey, Unavailable.
         """
-        checked(nickname, "nickname")
+        validate_text(nickname, "nickname")
         if not ID.match(passkey_id) or not await self._catalogue.rename(
             app.id, passkey_id, nickname, self.now()
         ):
@@ -300,7 +301,7 @@ class Directory:
         Raises:
             InvalidRequest, Unavailable.
         """
-        checked(user_name, "user_name")
+        validate_text(user_name, "user_name")
         return await self._catalogue.rename_user(app.id, external_id, user_name, self.now())
 
     async def rename_user_of(self, app: RelyingParty, passkey_id: str, user_name: str) -> None:
@@ -309,7 +310,7 @@ class Directory:
         Raises:
             InvalidRequest, UnknownPasskey, Unavailable.
         """
-        checked(user_name, "user_name")
+        validate_text(user_name, "user_name")
         if not ID.match(passkey_id) or not await self._catalogue.rename_user_of(
             app.id, passkey_id, user_name, self.now()
         ):
@@ -335,7 +336,7 @@ class Directory:
         Raises:
             InvalidRequest, UnknownPasskey, OwnedAlready, Unavailable.
         """
-        checked(external_id, "external_id")
+        validate_text(external_id, "external_id")
         if not ID.match(passkey_id):
             raise UnknownPasskey
         await self._catalogue.assign(

@@ -21,8 +21,8 @@ from typing import Any, Literal
 from broker.durable import Catalogue, Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import UnknownTicket
-from broker.model import ID, Credential, Owned, RelyingParty, checked
-from broker.tokens import Mint, text, well_formed
+from broker.model import ID, Credential, Owned, RelyingParty, base64url, validate_text
+from broker.tokens import Mint, well_formed
 
 TICKET_LIFE = 300  # seconds
 
@@ -80,10 +80,10 @@ class Signals:
         Raises:
             InvalidRequest, Unavailable.
         """
-        checked(external_id, "external_id")
-        checked(user_name, "user_name")
+        validate_text(external_id, "external_id")
+        validate_text(user_name, "user_name")
         if display_name is not None:
-            checked(display_name, "user_display_name")
+            validate_text(display_name, "user_display_name")
         await self._catalogue.rename_user(app.id, external_id, user_name, instant(self._clock()))
         names = {"name": user_name, "displayName": display_name or user_name}
         held = await self._of_user(app, external_id)
@@ -108,7 +108,7 @@ class Signals:
             )
         else:
             assert external_id is not None, "one of the two selects"
-            checked(external_id, "external_id")
+            validate_text(external_id, "external_id")
             owned = await self._catalogue.owned_by(app.id, external_id)
         found = {o.credential.id for o in owned}
         missing = tuple(dict.fromkeys(i for i in passkey_ids or () if i not in found))
@@ -116,7 +116,7 @@ class Signals:
             {
                 "rpId": app.rp_id,
                 "userId": _user_id(o.credential),
-                "credentialId": text(o.credential.credential_id),
+                "credentialId": base64url(o.credential.credential_id),
             }
             for o in owned
         ]
@@ -144,13 +144,13 @@ class Signals:
         Raises:
             InvalidRequest, Unavailable.
         """
-        checked(external_id, "external_id")
+        validate_text(external_id, "external_id")
         held = _by_handle(await self._of_user(app, external_id))
         calls = [
             {
                 "rpId": app.rp_id,
                 "userId": handle,
-                "allAcceptedCredentialIds": [text(c.credential_id) for c in credentials],
+                "allAcceptedCredentialIds": [base64url(c.credential_id) for c in credentials],
             }
             for handle, credentials in held.items()
         ]
@@ -189,7 +189,7 @@ class Signals:
 
 def _user_id(credential: Credential) -> str:
     """The user handle as `user.id` stood in the options: the base64url of its ASCII bytes."""
-    return text(credential.user_handle.encode())
+    return base64url(credential.user_handle.encode())
 
 
 def _by_handle(credentials: Sequence[Credential]) -> dict[str, list[Credential]]:

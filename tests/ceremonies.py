@@ -27,7 +27,7 @@ from broker.ceremony import (
     parse_registration,
 )
 from broker.model import (
-    Asked,
+    CeremonyOptions,
     Credential,
     PendingAuthentication,
     PendingRegistration,
@@ -61,7 +61,7 @@ def pending_registration(rp: RelyingParty, *, challenge: bytes = CHALLENGE) -> P
         user_name="Alice",
         user_display_name="Alice",
         nickname="Alice",
-        asked=Asked(),
+        asked=CeremonyOptions(),
         user_verification=rp.policy.user_verification,
         algorithms=rp.policy.algorithms,
         begun_at=NOW,
@@ -82,7 +82,7 @@ def pending_authentication(
         allowed=(credential.id,) if credential else (),
         offered=(),
         approval=None,
-        asked=Asked(),
+        asked=CeremonyOptions(),
         user_verification=rp.policy.user_verification,
         begun_at=NOW,
         expires_at=NOW + 300,

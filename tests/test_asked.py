@@ -21,12 +21,12 @@ from broker.errors import (
     UnknownNonce,
     UnknownTransaction,
 )
-from broker.model import Asked, Policy, Proof, Receipt, RelyingParty, UserVerification
+from broker.model import CeremonyOptions, Policy, Proof, Receipt, RelyingParty, UserVerification
 from tests.authenticator import Authenticator, unb64
 from tests.conftest import Started
 from tests.wire import ORIGIN, RP_ID
 
-ORDINARY, SECOND = Asked(), Asked(second_factor=True)
+ORDINARY, SECOND = CeremonyOptions(), CeremonyOptions(second_factor=True)
 AppWith = Callable[..., Any]
 
 
@@ -48,7 +48,7 @@ async def register(
     app: RelyingParty,
     user: str,
     device: Authenticator,
-    asked: Asked = ORDINARY,
+    asked: CeremonyOptions = ORDINARY,
     **how: Any,
 ) -> Receipt:
     options = await broker.parts.broker.begin_registration_of(
@@ -65,7 +65,7 @@ async def sign_in(
     app: RelyingParty,
     user: str | None,
     device: Authenticator,
-    asked: Asked = ORDINARY,
+    asked: CeremonyOptions = ORDINARY,
     *,
     shown: dict[str, Any] | None = None,
     **how: Any,
@@ -109,7 +109,7 @@ async def test_user_verification_is_raised_and_lowered_only_where_that_is_allowe
     required.
     """
     app = await app_with(user_verification=policy, allow_weaker=weaker)
-    asked, device = Asked(user_verification=wish), Authenticator()
+    asked, device = CeremonyOptions(user_verification=wish), Authenticator()
     options = await broker.parts.broker.begin_registration_of(
         app, "ann", user_name="ann", asked=asked, opener="keyed"
     )
@@ -130,9 +130,11 @@ async def test_user_verification_is_raised_and_lowered_only_where_that_is_allowe
         await register(broker, app, "ann", Authenticator(), asked, uv=False)
 
 
-@pytest.mark.parametrize("asked", [Asked(), Asked(user_verification="discouraged"), SECOND])
+@pytest.mark.parametrize(
+    "asked", [CeremonyOptions(), CeremonyOptions(user_verification="discouraged"), SECOND]
+)
 async def test_a_policy_made_stricter_applies_to_what_is_open(
-    broker: Started, app_with: AppWith, asked: Asked
+    broker: Started, app_with: AppWith, asked: CeremonyOptions
 ) -> None:
     loose: dict[str, Any] = dict.fromkeys(
         ("user_verification", "second_factor_user_verification"), "preferred"
@@ -181,7 +183,11 @@ async def test_a_life_is_capped_by_the_policy(
     """Of either ceremony, with a transaction and without one: `timeout` says it, and the server
     keeps to it.
     """
-    app, device, asked = await app_with(ceremony_life=60), Authenticator(), Asked(life=wish)
+    app, device, asked = (
+        await app_with(ceremony_life=60),
+        Authenticator(),
+        CeremonyOptions(life=wish),
+    )
     await register(broker, app, "ann", device)
     verbs = broker.parts.broker
     registration = await verbs.begin_registration_of(
@@ -215,7 +221,7 @@ async def test_exclusions_are_added_to_the_users_own(broker: Started, app_with: 
         ((foreign.passkey_id, "x" * 24), []),
     ):
         options = await broker.parts.broker.begin_registration_of(
-            app, "ann", user_name="ann", asked=Asked(exclude=wish), opener="keyed"
+            app, "ann", user_name="ann", asked=CeremonyOptions(exclude=wish), opener="keyed"
         )
         excluded = [unb64(c["id"]) for c in options["excludeCredentials"]]
         assert sorted(excluded) == sorted(r.credential_id for r in (own, *more))
@@ -229,7 +235,7 @@ async def test_an_allow_list_narrows(broker: Started, app_with: AppWith) -> None
     mine = await register(broker, app, "ann", first)
     await register(broker, app, "ann", second)
     bobs = await register(broker, app, "bob", Authenticator())
-    asked = Asked(allow=(mine.passkey_id, bobs.passkey_id))
+    asked = CeremonyOptions(allow=(mine.passkey_id, bobs.passkey_id))
     verbs = broker.parts.broker
     for user, offered in (("ann", [mine]), (None, [mine, bobs])):
         options = await verbs.begin_authentication_of(
@@ -274,7 +280,7 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
         (fob.passkey_id,),
     ]
     for allow in empty:
-        asked = Asked(allow=allow)
+        asked = CeremonyOptions(allow=allow)
         for user in ("ann", None):
             with pytest.raises(NoPasskeys):
                 await verbs.open_authentication(app, user, asked=asked)
@@ -291,11 +297,11 @@ async def test_an_emptied_allow_list_never_means_any(broker: Started, app_with: 
             with pytest.raises(InvalidRequest):
                 await verbs.begin_authentication(app, None, asked=asked, opener="page")
     with pytest.raises(NoPasskeys):
-        await verbs.open_authentication(app, "ann", asked=Asked(allow=(bobs.passkey_id,)))
+        await verbs.open_authentication(app, "ann", asked=CeremonyOptions(allow=(bobs.passkey_id,)))
 
     for user in ("ann", None):
         transaction = await verbs.open_authentication(
-            app, user, asked=Asked(allow=(mine.passkey_id,))
+            app, user, asked=CeremonyOptions(allow=(mine.passkey_id,))
         )
         begun = await verbs.begin_authentication(app, transaction, opener="page")
         await directory.revoke_passkey(app, mine.passkey_id)
@@ -408,7 +414,7 @@ async def test_finish_says_which_kind_it_is_for(broker: Started, app_with: AppWi
     app, device = await app_with(), Authenticator()
     await register(broker, app, "ann", device)
     verbs = broker.parts.broker
-    for asked in (Asked(), SECOND):
+    for asked in (CeremonyOptions(), SECOND):
         options = await verbs.begin_authentication_of(
             app, "ann", asked=asked, by="challenge", opener="keyed"
         )

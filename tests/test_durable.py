@@ -23,12 +23,12 @@ from broker.errors import Conflict, Unavailable, UnknownApp
 from broker.model import (
     ApiKey,
     Approval,
-    Asked,
+    CeremonyOptions,
     Credential,
     PendingRegistration,
     Policy,
     RelyingParty,
-    Used,
+    SignInOutcome,
     VerifiedAuthentication,
     VerifiedRegistration,
 )
@@ -91,7 +91,7 @@ def pending(app: RelyingParty, user_id: str, **changes: Any) -> PendingRegistrat
         user_name="ann",
         user_display_name="Ann",
         nickname="Ann's key",
-        asked=Asked(),
+        asked=CeremonyOptions(),
         user_verification="required",
         algorithms=(-7,),
         begun_at=0.0,
@@ -758,7 +758,7 @@ async def test_the_counter_rule(
     regressed = flagging and answered <= before and (answered, before) != (0, 0)
     verdict = signed_in(answered, counter_regressed=regressed)
     used = await durable.use_credential(key, verdict, flag_counter=flagging, now=LATER)
-    assert used == (Used(regressed, not key.backed_up) if recorded else None)
+    assert used == (SignInOutcome(regressed, not key.backed_up) if recorded else None)
     now = await stored(durable, app)
     if recorded:
         assert now == replace(

@@ -24,10 +24,10 @@ from broker.ephemeral import Ephemeral
 from broker.ephemeral.client import ByClient, Commands, Script
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
-    Asked,
-    Beginning,
+    AllowedCredential,
+    BegunCeremony,
+    CeremonyOptions,
     FinishKind,
-    Offered,
     Opener,
     Pending,
     PendingAuthentication,
@@ -37,11 +37,12 @@ from broker.model import (
     Redeemable,
     Transaction,
     Verifications,
+    base64url,
     finish_kind_of,
     purpose_of,
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics
-from broker.tokens import SystemMint, ceremony_digest, digest, text
+from broker.tokens import SystemMint, ceremony_digest, digest
 from tests.conftest import Clock
 from tests.proxy import Fate, RedisProxy, of_command, redis_proxy
 from tests.servers import Cluster, Valkey, eventually, reached
@@ -174,7 +175,7 @@ async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
 STRANGE = "Åsa\u0301 \u202e<ne:x> 'quoted\" %s 🔑 " + "\N{GREEK SMALL LETTER ALPHA}" * 200
 
 
-ASKED = Asked(
+ASKED = CeremonyOptions(
     user_verification="discouraged",
     life=12.5,
     exclude=("a" * 24,),
@@ -215,7 +216,7 @@ def registration(place: Place, **changes: Any) -> PendingRegistration:
         user_name=STRANGE,
         user_display_name=STRANGE + "!",
         nickname="",
-        asked=Asked(),
+        asked=CeremonyOptions(),
         user_verification="preferred",
         algorithms=(-7, -8),
         begun_at=now,
@@ -243,8 +244,8 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
     return made._replace(**changes)
 
 
-def offered(user_id: str, credential_id: bytes) -> Offered:
-    return Offered(
+def offered(user_id: str, credential_id: bytes) -> AllowedCredential:
+    return AllowedCredential(
         id=MINT.id(),
         credential_id=credential_id,
         transports=("usb", "nfc"),
@@ -292,8 +293,8 @@ async def open_one(store: Ephemeral, place: Place, **changes: Any) -> tuple[str,
     return made, digest("transaction", APP, made)
 
 
-def beginning(place: Place, **changes: Any) -> Beginning:
-    made = Beginning(
+def beginning(place: Place, **changes: Any) -> BegunCeremony:
+    made = BegunCeremony(
         bytes(range(32)),
         place.clock(),
         300,
@@ -328,7 +329,7 @@ async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: A
     "changes",
     [
         {},
-        {"external_id": None, "user_id": None, "asked": Asked()},
+        {"external_id": None, "user_id": None, "asked": CeremonyOptions()},
         {"purpose": "authenticate", "user_handle": "", "user_name": "", "user_display_name": ""},
     ],
 )
@@ -388,7 +389,7 @@ def test_a_begun_ceremony_is_what_transaction_and_policy_make_of_it(place: Place
     assert made.offered == opened.offered
     assert made.expires_at == now + 12.5, "what was asked"
     assert made.user_verification == "discouraged", "of second factors, and weaker is allowed"
-    plain = opened._replace(asked=Asked(), expires_at=now + 100)
+    plain = opened._replace(asked=CeremonyOptions(), expires_at=now + 100)
     made = begun.pending(name, plain)
     assert (made.expires_at, made.user_verification) == (now + 100, "preferred")
     made = begun.pending(name, plain._replace(expires_at=now + 600))
@@ -479,7 +480,7 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
         (key,) = client.keys("p:*")
         stored = key + client.get(key)
     assert put.challenge not in stored
-    assert text(put.challenge).encode() not in stored
+    assert base64url(put.challenge).encode() not in stored
     assert await store.take_pending_by_challenge(OTHER, put.challenge, *wanted) is None
     assert await store.take_pending_by_challenge(APP, put.challenge[:-1] + b"?", *wanted) is None
     assert await store.take_pending_by_challenge(APP, put.challenge, *wanted) == put
@@ -545,7 +546,7 @@ async def test_a_handle_made_up_from_a_name_takes_nothing(place: Place) -> None:
     store, put = place.store(), NAMED["authentication"](place)
     await store.put_pending_of("ann", put, opener="keyed")
     name = ceremony_digest("user", APP, "keyed", "authenticate", "ann")
-    assert await store.take_pending(APP, MINT.token("handle") + text(name), *SIGN_IN) is None
+    assert await store.take_pending(APP, MINT.token("handle") + base64url(name), *SIGN_IN) is None
     assert await store.take_pending_of(APP, "ann", "keyed", "authenticate") == put
 
 
@@ -694,7 +695,7 @@ async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
     store = place.store()
     token, name = await open_one(store, place)
     handle = await begin_one(store, place, token)
-    forged = MINT.token("handle") + text(name)[:end]
+    forged = MINT.token("handle") + base64url(name)[:end]
     assert await store.take_pending(APP, forged, *REGISTER) is None
     assert await store.take_pending(APP, handle, *REGISTER) is not None
 

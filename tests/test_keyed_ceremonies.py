@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from broker.model import Policy
-from broker.tokens import digest, text
+from broker.model import Policy, base64url
+from broker.tokens import digest
 from tests.authenticator import Authenticator, Misbehaviour, b64
 from tests.byo import Byo
 from tests.conftest import OpenApp, Started, Starter
@@ -381,7 +381,7 @@ async def test_a_page_can_not_reach_a_keyed_ceremony(
     await run(wire, "register", "ann", device)
     credential = await answered(wire, "authenticate", "ann", device)
     name = digest("handle", wire.app_id, "authenticate:ann")
-    for handle in ("pbh_" + "a" * 43 + text(name), "pbh_" + text(name)):
+    for handle in ("pbh_" + "a" * 43 + base64url(name), "pbh_" + base64url(name)):
         with refused(broker, "transaction_not_found", "handle_unknown"):
             assert (await wire.finish("authenticate", handle, credential)).status == 404
     assert (await finish(wire, "authenticate", "ann", credential)).status == 200

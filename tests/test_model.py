@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.errors import InvalidSetting
-from broker.model import ALGORITHMS, Policy, RelyingParty, fields_of, web_origin
+from broker.model import ALGORITHMS, Policy, RelyingParty, as_dict, web_origin
 
 ANDROID = "android:apk-key-hash:" + "Ab-_" * 10 + "xyz"
 
@@ -439,5 +439,5 @@ def test_checked_takes(changes: dict[str, object]) -> None:
 
 def test_fields_of_is_shallow() -> None:
     app = party()
-    assert fields_of(app)["policy"] is app.policy
-    assert list(fields_of(app))[:3] == ["id", "name", "rp_id"]
+    assert as_dict(app)["policy"] is app.policy
+    assert list(as_dict(app))[:3] == ["id", "name", "rp_id"]

@@ -19,7 +19,7 @@ from broker.errors import (
     UnknownNonce,
     UnknownPasskey,
 )
-from broker.model import Asked, Policy, RelyingParty
+from broker.model import CeremonyOptions, Policy, RelyingParty
 from tests.authenticator import Authenticator
 from tests.conftest import OpenApp, Started, Starter
 from tests.golden import golden
@@ -214,9 +214,9 @@ async def test_where_it_is_asked_for_it_stands_for_itself(
     app, passkey = await ownerless(broker, wire, device)
     verbs = broker.parts.broker
     for asked, may in (
-        (Asked(ownerless=True), True),
-        (Asked(ownerless=True), False),
-        (Asked(), False),
+        (CeremonyOptions(ownerless=True), True),
+        (CeremonyOptions(ownerless=True), False),
+        (CeremonyOptions(), False),
     ):
         begun = await verbs.begin_authentication(app, None, asked=asked, opener="page")
         answer = parse_authentication(device.authenticate(begun.options, ORIGIN))

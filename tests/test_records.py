@@ -25,10 +25,10 @@ from broker.ephemeral.records import (
 )
 from broker.errors import InvalidRequest
 from broker.model import (
-    Asked,
+    AllowedCredential,
     Attachment,
-    Beginning,
-    Offered,
+    BegunCeremony,
+    CeremonyOptions,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
@@ -123,8 +123,8 @@ AAGUIDS = st.sampled_from(
 ATTACHMENTS = st.none() | st.sampled_from(get_args(Attachment))
 MANY = st.lists(IDS, max_size=3).map(tuple)
 ALGORITHMS = st.lists(st.sampled_from([-7, -8, -35, -53, -257]), max_size=4).map(tuple)
-ASKED = st.just(Asked()) | st.builds(
-    Asked,
+ASKED = st.just(CeremonyOptions()) | st.builds(
+    CeremonyOptions,
     user_verification=st.none() | VERIFICATIONS,
     life=st.none() | TIMES,
     exclude=st.none() | MANY,
@@ -136,10 +136,10 @@ ASKED = st.just(Asked()) | st.builds(
 USERS = st.none() | IDS
 
 
-def offered(user_id: str | None) -> st.SearchStrategy[tuple[Offered, ...]]:
+def offered(user_id: str | None) -> st.SearchStrategy[tuple[AllowedCredential, ...]]:
     """Passkeys of this user, as all that are offered are; none without one."""
     one = st.builds(
-        Offered,
+        AllowedCredential,
         id=IDS,
         credential_id=BLOBS,
         transports=st.lists(WORDS, max_size=2).map(tuple),
@@ -179,7 +179,7 @@ def transactions(draw: st.DrawFn) -> Transaction:
 
 
 BEGINNINGS = st.builds(
-    Beginning,
+    BegunCeremony,
     challenge=DIGESTS,
     begun_at=TIMES,
     life=st.integers(1, 3600),
@@ -256,7 +256,7 @@ RECEIPTS = st.builds(
 def test_a_transaction_comes_back(made: Transaction) -> None:
     stored = dump_transaction(made)
     assert stored[:1] == b"-"
-    begins = Beginning(
+    begins = BegunCeremony(
         b"\0" * 32,
         0.0,
         1,
@@ -272,17 +272,17 @@ def test_a_transaction_comes_back(made: Transaction) -> None:
 @given(DIGESTS, BEGINNINGS, transactions())
 @example(
     b"\0" * 32,
-    Beginning(
+    BegunCeremony(
         b"\0" * 32,
         0.0,
         1,
         Verifications("required", "preferred", False),
         allowed=tuple("a" * 24 for _ in range(64)),
     ),
-    Transaction(APP, "register", None, None, "", "", "", "", (), Asked(), 0.0),
+    Transaction(APP, "register", None, None, "", "", "", "", (), CeremonyOptions(), 0.0),
 )
 def test_a_beginning_comes_back_with_its_transaction(
-    handle: bytes, made: Beginning, of: Transaction
+    handle: bytes, made: BegunCeremony, of: Transaction
 ) -> None:
     """Taken apart as the scripts do: two bytes say where the transaction begins."""
     opened = dump_transaction(of)[1:]

@@ -16,7 +16,7 @@ import pytest
 
 from broker.ceremony import finish_registration, parse_registration
 from broker.errors import CeremonyRefused
-from broker.model import Asked, Policy
+from broker.model import CeremonyOptions, Policy
 from tests.authenticator import Attestation, Authenticator, Authority
 from tests.byo import Byo
 from tests.ceremonies import ORIGIN as COM
@@ -304,7 +304,7 @@ def test_attachment_by_what_was_asked(wanted: Any, said: object, good: bool) -> 
 @pytest.mark.parametrize(("second_factor", "said", "good"), EXTENSIONS)
 def test_discoverability_by_what_was_asked(second_factor: bool, said: object, good: bool) -> None:
     pending = pending_registration(relying_party())._replace(
-        asked=Asked(second_factor=second_factor)
+        asked=CeremonyOptions(second_factor=second_factor)
     )
     judged(pending, "resident_key", {"clientExtensionResults": said}, good=good)
 

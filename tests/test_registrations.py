@@ -18,7 +18,7 @@ from broker.durable import Catalogue, Durable, Postgres
 from broker.durable.registrations import Outcome
 from broker.embedded import EmbeddedStores
 from broker.errors import UnknownApp
-from broker.model import Asked, RelyingParty
+from broker.model import CeremonyOptions, RelyingParty
 from broker.telemetry import CONTEXT, Context
 from tests.servers import session_of, statements
 from tests.test_durable import (
@@ -74,7 +74,7 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
                 app,
                 user_id,
                 nickname=f"🗝 {number}",
-                asked=Asked(second_factor=number % 5 == 0),
+                asked=CeremonyOptions(second_factor=number % 5 == 0),
             ),
             verified(
                 b"\0passkey-%d" % number,

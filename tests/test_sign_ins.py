@@ -18,7 +18,7 @@ import pytest
 from broker.durable import Catalogue, Durable, Postgres
 from broker.embedded import EmbeddedStores
 from broker.errors import Unavailable
-from broker.model import Approval, Credential, RelyingParty, Used
+from broker.model import Approval, Credential, RelyingParty, SignInOutcome
 from broker.telemetry import CONTEXT, Context
 from tests.servers import session_of, statements
 from tests.test_durable import (
@@ -61,7 +61,7 @@ async def use(
     *,
     flag: bool = False,
     approval: str | None = None,
-) -> Used | None:
+) -> SignInOutcome | None:
     return await durable.use_credential(
         key, signed_in(sign_count), flag_counter=flag, approval=approval, now=LATER
     )
@@ -78,7 +78,7 @@ async def test_many_share_statements_and_each_is_told_of(
     """
     keys = await passkeys(durable, app, MANY)
 
-    async def sign_in(number: int) -> Used | None:
+    async def sign_in(number: int) -> SignInOutcome | None:
         CONTEXT.set(Context(f"request-{number:03}", f"key:{number}"))
         verdict = signed_in(6 + number, backed_up=number % 3 == 0)
         return await durable.use_credential(
@@ -90,7 +90,7 @@ async def test_many_share_statements_and_each_is_told_of(
         )
 
     used = await asyncio.gather(*map(sign_in, range(MANY)))
-    assert used == [Used(False, number % 3 == 0) for number in range(MANY)]
+    assert used == [SignInOutcome(False, number % 3 == 0) for number in range(MANY)]
     assert 0 < statements(postgres, "use_credential") < MANY / 4
     events = {
         e.request_id: e
@@ -208,14 +208,14 @@ async def test_a_locked_row_among_good_ones(
             await session.execute("SELECT FROM credentials WHERE id = $1 FOR UPDATE", keys[3].id)
             signing_in = [asyncio.create_task(use(durable, key)) for key in keys]
             held = signing_in.pop(3)
-            assert await asyncio.gather(*signing_in) == [Used(False, True)] * 7
+            assert await asyncio.gather(*signing_in) == [SignInOutcome(False, True)] * 7
             again = [
                 asyncio.create_task(use(durable, key, 7)) for key in keys if key is not keys[3]
             ]
-            assert await asyncio.gather(*again) == [Used(False, False)] * 7
+            assert await asyncio.gather(*again) == [SignInOutcome(False, False)] * 7
             await blocked(stores, session)
             assert not held.done()
-        assert await held == Used(False, True)
+        assert await held == SignInOutcome(False, True)
 
 
 @pytest.mark.parametrize("revoked", [True, False])
@@ -325,7 +325,7 @@ async def test_a_value_that_the_server_refuses_harms_only_its_caller(
         return_exceptions=True,
     )
     assert isinstance(used.pop(1), asyncpg.PostgresError)
-    assert used == [Used(False, True)] * 5
+    assert used == [SignInOutcome(False, True)] * 5
     found = await asyncio.gather(
         *(durable.user_to_sign_in(app.id, name) for name in ("user-0", "nul\0", "user-2")),
         return_exceptions=True,
@@ -363,7 +363,7 @@ async def test_a_lost_connection_is_everybodys(
     assert [type(one) for one in found] == [Unavailable] * 3
     assert statements(postgres, "use_credential") == 1
     assert [await stored(durable, app, key.credential_id) for key in keys] == keys
-    assert await use(durable, keys[0]) == Used(False, True)
+    assert await use(durable, keys[0]) == SignInOutcome(False, True)
 
 
 # -- who may sign in -------------------------------------------------------------------------------

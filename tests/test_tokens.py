@@ -16,7 +16,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from broker.model import ID, TokenAlgorithm
+from broker.model import ID, TokenAlgorithm, base64url
 from broker.tokens import (
     PREFIX,
     Kind,
@@ -26,7 +26,6 @@ from broker.tokens import (
     key_digest,
     key_hint,
     signed,
-    text,
     well_formed,
 )
 from tests import jws
@@ -101,8 +100,8 @@ def test_a_digest_is_of_one_kind_one_app_and_one_token() -> None:
     assert digest("nonce", APP, token) != digest("nonce", APP, token[:-1])
     for value in digests:
         assert token[4:].encode() not in value
-        assert re.fullmatch(r"[A-Za-z0-9_-]{43}", text(value))
-        assert urlsafe_b64decode(text(value) + "=") == value
+        assert re.fullmatch(r"[A-Za-z0-9_-]{43}", base64url(value))
+        assert urlsafe_b64decode(base64url(value) + "=") == value
 
 
 MALFORMED = [
@@ -130,7 +129,7 @@ def test_what_could_not_have_been_minted_is_malformed(token: str) -> None:
 
 
 def test_a_handle_carries_its_transactions_digest() -> None:
-    handle = MINT.token("handle") + text(b"\xff" * 32)
+    handle = MINT.token("handle") + base64url(b"\xff" * 32)
     assert len(handle) == 4 + 86
     assert well_formed(handle, "handle")
     assert not well_formed(handle, "nonce")

@@ -47,20 +47,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from broker import ceremony
-from broker.broker.begins import Begins, carried
+from broker.broker.begins import Begins, inlined
 from broker.broker.finishes import Finishes, SignedIn, kind_of, retry_from
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import InvalidRequest, UnknownNonce
 from broker.model import (
-    NOTHING_ASKED,
+    NO_OPTIONS,
+    AllowedCredential,
     Approval,
-    Asked,
     Attachment,
     AuthenticationAnswer,
+    CeremonyOptions,
     Credential,
     Mediation,
-    Offered,
     Opener,
     PendingAuthentication,
     PendingRegistration,
@@ -70,8 +70,8 @@ from broker.model import (
     RegistrationAnswer,
     RelyingParty,
     Transaction,
-    checked,
     finish_kind,
+    validate_text,
 )
 from broker.telemetry import Metrics
 from broker.tokens import Mint, SystemMint, digest, well_formed
@@ -124,7 +124,7 @@ class Broker:
         display_name: str,
         *,
         user_name: str | None = None,
-        asked: Asked = NOTHING_ASKED,
+        asked: CeremonyOptions = NO_OPTIONS,
     ) -> str:
         """Permit one registration for a user, who is made if the app has none with this external
         id. Returns a transaction id.
@@ -137,19 +137,19 @@ class Broker:
         Raises:
             InvalidRequest, Unavailable.
         """
-        checked(display_name, "passkey_display_name")
+        validate_text(display_name, "passkey_display_name")
         user_name = display_name if user_name is None else user_name
-        checked(user_name, "user_name")
+        validate_text(user_name, "user_name")
         if external_id is None:
             user_id, handle = self._begins.nobody()
         else:
-            checked(external_id, "external_id")
+            validate_text(external_id, "external_id")
             user_id, handle = await self._begins.ensure_user(app, external_id)
         names = (user_name, display_name, display_name)
         return await self._open(app, "register", (user_id, external_id, handle), names, (), asked)
 
     async def open_authentication(
-        self, app: RelyingParty, external_id: str | None, *, asked: Asked = NOTHING_ASKED
+        self, app: RelyingParty, external_id: str | None, *, asked: CeremonyOptions = NO_OPTIONS
     ) -> str:
         """Permit one authentication: of a user, or without an external id of whoever has a passkey
         that answers (one of `asked.allow`, if given). Returns a transaction id.
@@ -159,13 +159,13 @@ class Broker:
                 is among those allowed.
         """
         user_id = None
-        offered: list[Offered] = []
+        offered: list[AllowedCredential] = []
         if external_id is not None:
             user_id, offered = await self._begins.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:
             await self._begins.offered(app, asked)
         user = (user_id, external_id, "")
-        return await self._open(app, "authenticate", user, ("", "", ""), carried(offered), asked)
+        return await self._open(app, "authenticate", user, ("", "", ""), inlined(offered), asked)
 
     async def _open(
         self,
@@ -173,8 +173,8 @@ class Broker:
         purpose: Purpose,
         user: tuple[str | None, str | None, str],
         names: tuple[str, str, str],
-        offered: tuple[Offered, ...],
-        asked: Asked,
+        offered: tuple[AllowedCredential, ...],
+        asked: CeremonyOptions,
     ) -> str:
         transaction_id = self._mint.token("transaction")
         ends = self._clock() + app.policy.transaction_life
@@ -212,7 +212,7 @@ class Broker:
         attachment: Attachment | None,
         *,
         opener: Opener,
-        asked: Asked = NOTHING_ASKED,
+        asked: CeremonyOptions = NO_OPTIONS,
     ) -> Begun:
         """Begin a registration that a page asks for by itself, without a transaction, so the cap of
         open ceremonies counts it. The passkey has no owner and signs in only where ownerless ones
@@ -221,8 +221,8 @@ class Broker:
         Raises:
             InvalidRequest, TooManyCeremonies, Unavailable.
         """
-        checked(user_name, "user_name")
-        checked(display_name, "user_display_name")
+        validate_text(user_name, "user_name")
+        validate_text(display_name, "user_display_name")
         user_id, user_handle = self._begins.nobody()
         pending, options = await self._begins.new_registration(
             app,
@@ -249,7 +249,7 @@ class Broker:
         user_display_name: str | None = None,
         nickname: str | None = None,
         attachment: Attachment | None = None,
-        asked: Asked = NOTHING_ASKED,
+        asked: CeremonyOptions = NO_OPTIONS,
         by: FoundBy = "user",
     ) -> dict[str, Any]:
         """Begin a registration of a user whom a keyed caller names, who is made if there is none.
@@ -262,12 +262,12 @@ class Broker:
         Raises:
             InvalidRequest, TooManyPasskeys, Unavailable.
         """
-        checked(external_id, "external_id")
-        checked(user_name, "user_name")
+        validate_text(external_id, "external_id")
+        validate_text(user_name, "user_name")
         user_display_name = user_name if user_display_name is None else user_display_name
-        checked(user_display_name, "user_display_name")
+        validate_text(user_display_name, "user_display_name")
         if nickname is not None:
-            checked(nickname, "nickname")
+            validate_text(nickname, "nickname")
         user_id, user_handle = await self._begins.ensure_user(app, external_id)
         pending, options = await self._begins.new_registration(
             app,
@@ -376,7 +376,7 @@ class Broker:
         transaction_id: str | None,
         *,
         opener: Opener,
-        asked: Asked = NOTHING_ASKED,
+        asked: CeremonyOptions = NO_OPTIONS,
     ) -> Begun:
         """Begin an authentication: as the transaction says, or discoverable (`transaction_id`
         None), where `asked` is the page's: it narrows, and what it allows is not listed in the
@@ -415,7 +415,7 @@ class Broker:
         external_id: str | None,
         *,
         opener: Opener,
-        asked: Asked = NOTHING_ASKED,
+        asked: CeremonyOptions = NO_OPTIONS,
         by: FoundBy = "user",
         approval: Approval | None = None,
         keyless: bool = False,
@@ -432,7 +432,7 @@ class Broker:
                 Unavailable.
         """
         user_id: str | None = None
-        offered: Sequence[Credential] | Sequence[Offered] = ()
+        offered: Sequence[Credential] | Sequence[AllowedCredential] = ()
         if external_id is not None:
             user_id, offered = await self._begins.user_to_sign_in(app, external_id, asked)
         elif asked.allow is not None:

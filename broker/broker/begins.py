@@ -24,19 +24,19 @@ from broker.errors import (
 )
 from broker.model import (
     MAX_REFUSALS,
+    AllowedCredential,
     Approval,
-    Asked,
     Attachment,
-    Beginning,
+    BegunCeremony,
+    CeremonyOptions,
     Credential,
-    Offered,
     Opener,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
     RelyingParty,
     Transaction,
-    checked,
+    validate_text,
 )
 from broker.tokens import Mint, well_formed
 
@@ -76,12 +76,12 @@ class Begins:
         return self._mint.id(), self._mint.user_handle()
 
     async def user_to_sign_in(
-        self, app: RelyingParty, external_id: str, asked: Asked
-    ) -> tuple[str, list[Offered]]:
+        self, app: RelyingParty, external_id: str, asked: CeremonyOptions
+    ) -> tuple[str, list[AllowedCredential]]:
         """Id and live passkeys of a user who has one that may answer; second factors are among them
         if asked for.
         """
-        checked(external_id, "external_id")
+        validate_text(external_id, "external_id")
         found = await self._durable.user_to_sign_in(
             app.id, external_id, second_factor=asked.second_factor
         )
@@ -93,7 +93,7 @@ class Begins:
             raise NoPasskeys
         return user_id, offered
 
-    async def offered(self, app: RelyingParty, asked: Asked) -> list[Credential]:
+    async def offered(self, app: RelyingParty, asked: CeremonyOptions) -> list[Credential]:
         """The live passkeys asked for, whoever owns them.
 
         Raises:
@@ -113,7 +113,7 @@ class Begins:
 
     async def offered_again(
         self, app: RelyingParty, transaction: Transaction
-    ) -> Sequence[Credential] | Sequence[Offered]:
+    ) -> Sequence[Credential] | Sequence[AllowedCredential]:
         """What a transaction offers that doesn't carry it: its user's passkeys, those asked for, or
         any (an empty list).
 
@@ -155,7 +155,7 @@ class Begins:
             attachment=attachment,
             asked=transaction.asked,
         )
-        beginning = Beginning(
+        beginning = BegunCeremony(
             pending.challenge,
             pending.begun_at,
             app.policy.ceremony_life,
@@ -172,13 +172,13 @@ class Begins:
         """Begin the authentication of a transaction: the handle, the transaction, the options. One
         round trip, unless the transaction does not carry who may answer."""
         now = self._clock()
-        beginning = Beginning(
+        beginning = BegunCeremony(
             self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications
         )
         handle, name, transaction = await self._begin(
             app, transaction_id, opener, "authenticate", beginning
         )
-        offered: Sequence[Credential] | Sequence[Offered] = transaction.offered
+        offered: Sequence[Credential] | Sequence[AllowedCredential] = transaction.offered
         if transaction.to_look_up:
             offered = await self.offered_again(app, transaction)
             beginning = beginning._replace(allowed=tuple(c.id for c in offered))
@@ -204,7 +204,7 @@ class Begins:
         transaction_id: str,
         opener: Opener,
         purpose: Purpose,
-        beginning: Beginning,
+        beginning: BegunCeremony,
     ) -> tuple[str, bytes, Transaction]:
         _judge_form(transaction_id)
         secret = self._mint.token("handle")
@@ -231,7 +231,7 @@ class Begins:
         names: tuple[str, str, str],
         bound: tuple[bytes, float] | None,
         attachment: Attachment | None,
-        asked: Asked,
+        asked: CeremonyOptions,
     ) -> tuple[PendingRegistration, dict[str, Any]]:
         """A pending ceremony and its options. `bound`: the transaction and its end, which the
         ceremony doesn't outlive.
@@ -293,8 +293,8 @@ class Begins:
         self,
         app: RelyingParty,
         user: tuple[str | None, str | None],
-        offered: Sequence[Credential] | Sequence[Offered],
-        asked: Asked,
+        offered: Sequence[Credential] | Sequence[AllowedCredential],
+        asked: CeremonyOptions,
         approval: Approval | None = None,
     ) -> tuple[PendingAuthentication, dict[str, Any]]:
         """A pending ceremony without a transaction, and its options."""
@@ -307,7 +307,7 @@ class Begins:
             user_id=user[0],
             external_id=user[1],
             allowed=tuple([c.id for c in offered]),
-            offered=carried(offered),
+            offered=inlined(offered),
             approval=approval.identifier if approval else None,
             asked=without_lists(asked),
             user_verification=app.policy.verification(asked),
@@ -340,15 +340,17 @@ def _judge_purpose(transaction: Transaction, purpose: Purpose) -> None:
         raise UnknownTransaction(reason="transaction_wrong_kind")
 
 
-def carried(offered: Sequence[Credential] | Sequence[Offered]) -> tuple[Offered, ...]:
+def inlined(
+    offered: Sequence[Credential] | Sequence[AllowedCredential],
+) -> tuple[AllowedCredential, ...]:
     """The passkeys that a one-time value carries: of a named user, and few enough for their bytes
     to be worth the look-up they save.
     """
-    few = [o for o in offered if isinstance(o, Offered)]
+    few = [o for o in offered if isinstance(o, AllowedCredential)]
     return tuple(few) if len(few) <= _CARRIED else ()
 
 
-def without_lists(asked: Asked) -> Asked:
+def without_lists(asked: CeremonyOptions) -> CeremonyOptions:
     """What was asked, for a pending ceremony: its lists are done with, and long."""
     return (
         asked

@@ -30,10 +30,10 @@ from broker.errors import (
 from broker.model import (
     LONGEST_NONCE,
     MAX_REFUSALS,
+    AllowedCredential,
     AuthenticationAnswer,
     Credential,
     FinishKind,
-    Offered,
     Opener,
     Pending,
     PendingAuthentication,
@@ -43,11 +43,11 @@ from broker.model import (
     Redeemable,
     RegistrationAnswer,
     RelyingParty,
-    Used,
+    SignInOutcome,
     VerifiedAuthentication,
     action_of,
-    checked,
     is_weaker,
+    validate_text,
 )
 from broker.telemetry import Metrics
 from broker.tokens import Mint, digest, well_formed
@@ -74,10 +74,10 @@ class SignedIn(NamedTuple):
     """
 
     pending: PendingAuthentication
-    credential: Credential | Offered
+    credential: Credential | AllowedCredential
     external_id: str | None
     verified: VerifiedAuthentication
-    recorded: Used
+    recorded: SignInOutcome
     at: float
 
     def receipt(self) -> Receipt:
@@ -147,13 +147,13 @@ class Finishes:
         ):
             await self._count_refusal(pending)
             raise UnknownTransaction(reason="other_transaction")
-        return as_strict_as(app, pending)
+        return reapply_policy(app, pending)
 
     async def take_pending_of(
         self, app: RelyingParty, external_id: str, opener: Opener, kind: type[P]
     ) -> P:
         """Take the user's pending ceremony, before any cryptography."""
-        checked(external_id, "external_id")
+        validate_text(external_id, "external_id")
         purpose = _PURPOSES[kind]
         pending = await self._ephemeral.take_pending_of(app.id, external_id, opener, purpose)
         if not isinstance(pending, kind):
@@ -162,7 +162,7 @@ class Finishes:
                 "There is no begun ceremony of this user, or it is expired or already used; begin again.",
                 reason=_OTHER_FINISH if elsewhere else "user_has_no_ceremony",
             )
-        return as_strict_as(app, pending)
+        return reapply_policy(app, pending)
 
     async def take_pending_by_challenge(
         self,
@@ -180,7 +180,7 @@ class Finishes:
                 hint="There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
                 reason=_OTHER_FINISH if elsewhere else "challenge_unknown",
             )
-        return as_strict_as(app, pending)
+        return reapply_policy(app, pending)
 
     async def registered(
         self,
@@ -255,7 +255,7 @@ class Finishes:
         """Judge the answer to a pending ceremony that was taken, take its transaction if it has
         one, record the sign-in.
         """
-        credential: Credential | Offered | None = None
+        credential: Credential | AllowedCredential | None = None
         for offered in pending.offered:
             if offered.credential_id == answer.credential_id:
                 credential = offered
@@ -370,7 +370,7 @@ class Finishes:
         self,
         app: RelyingParty,
         pending: PendingAuthentication,
-        credential: Credential | Offered | None,
+        credential: Credential | AllowedCredential | None,
         refusal: CeremonyRefused,
         *,
         told: bool,
@@ -490,7 +490,7 @@ def kind_of(pending: PendingAuthentication) -> str:
     return "discoverable" if pending.user_id is None else "authenticate"
 
 
-def as_strict_as(app: RelyingParty, pending: P) -> P:
+def reapply_policy(app: RelyingParty, pending: P) -> P:
     """A pending ceremony that asks for as much user verification as it would if it began now, and
     lets what nobody owns in only if it still would: a policy made stricter applies at once."""
     if not app.policy.passlock_open_registration:

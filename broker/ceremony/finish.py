@@ -37,9 +37,9 @@ from broker.ceremony.identity import user_handle_matches
 from broker.ceremony.tpm import MANUFACTURERS, tpm
 from broker.ceremony.verdict import PARSER_FAULTS, refuse
 from broker.model import (
+    AllowedCredential,
     AuthenticationAnswer,
     Credential,
-    Offered,
     PendingAuthentication,
     PendingRegistration,
     Policy,
@@ -230,7 +230,7 @@ def _ask_py_webauthn_registration(
 def finish_authentication(
     pending: PendingAuthentication,
     rp: RelyingParty,
-    credential: Credential | Offered,
+    credential: Credential | AllowedCredential,
     answer: AuthenticationAnswer,
 ) -> VerifiedAuthentication:
     """Judge an authentication with the stored `credential` that the answer names (WebAuthn L3
@@ -278,7 +278,9 @@ def finish_authentication(
 
 
 def _judge_owner(
-    pending: PendingAuthentication, credential: Credential | Offered, answer: AuthenticationAnswer
+    pending: PendingAuthentication,
+    credential: Credential | AllowedCredential,
+    answer: AuthenticationAnswer,
 ) -> None:
     if answer.credential_id != credential.credential_id:
         raise refuse("credential_id", "The answer is about another passkey.")
@@ -309,7 +311,7 @@ def _ask_py_webauthn_authentication(
     pending: PendingAuthentication,
     rp: RelyingParty,
     origin: str,
-    credential: Credential | Offered,
+    credential: Credential | AllowedCredential,
     answer: AuthenticationAnswer,
 ) -> None:
     """The verdict on the signature, and the second opinion on the rest. `origin` is the one that
@@ -340,7 +342,7 @@ def _ask_py_webauthn_authentication(
 
 
 def _judge_counter(
-    data: AuthenticatorData, credential: Credential | Offered, policy: Policy
+    data: AuthenticatorData, credential: Credential | AllowedCredential, policy: Policy
 ) -> bool:
     """Whether the counter went back, where the policy lets that pass.
 

@@ -17,7 +17,7 @@ from broker.model import (
     ApiKey,
     Policy,
     RelyingParty,
-    fields_of,
+    as_dict,
     policy_keys,
     web_origin,
 )
@@ -317,7 +317,7 @@ def _app_row(app: RelyingParty) -> Row:
 
 def _policy_row(policy: Policy) -> dict[str, object]:
     return {
-        **fields_of(policy),
+        **as_dict(policy),
         "algorithms": [ALGORITHMS[number] for number in policy.algorithms],
         "attestation_roots": len(policy.attestation_roots),  # how many; they are long
     }

@@ -20,7 +20,7 @@ from broker.cli.output import as_json_text, has_colour, table
 from broker.cli.parsing import Commands, add_app_option, whole
 from broker.cli.records import Records, add, chosen_app
 from broker.errors import InvalidSetting, UnknownApp
-from broker.model import ID, AuditRow, fields_of
+from broker.model import ID, AuditRow, as_dict
 
 PAGE = 1000  # events read at once
 PAUSE = 0.5  # seconds between two looks for new events
@@ -79,7 +79,7 @@ async def list_events(records: Records, options: argparse.Namespace) -> list[dic
         found = await _newest(records, app_id, options)
     else:
         found = await _first(records, app_id, options)
-    return [fields_of(row.event) for row in found]
+    return [as_dict(row.event) for row in found]
 
 
 async def _newest(records: Records, app_id: str, options: argparse.Namespace) -> list[AuditRow]:
@@ -152,7 +152,7 @@ async def _follow(records: Records, app_id: str, cursor: int, options: argparse.
     """Print events as they come, until the process is told to end."""
     widths: list[int] = []
     async for rows in _pages(records, app_id, cursor):
-        found = [fields_of(row.event) for row in _wanted(rows, options)]
+        found = [as_dict(row.event) for row in _wanted(rows, options)]
         if options.json:
             lines = [as_json_text(event) for event in found]
         else:

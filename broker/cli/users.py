@@ -8,8 +8,7 @@ from broker.cli.output import Row, counted, harmless, say
 from broker.cli.parsing import Commands, add_group, whole
 from broker.cli.records import Records, add, shown_app
 from broker.errors import InvalidSetting
-from broker.model import Credential, User
-from broker.tokens import text
+from broker.model import Credential, User, base64url
 
 
 def add_commands(commands: Commands) -> None:
@@ -172,7 +171,7 @@ def _passkey_row(credential: Credential) -> Row:
     return {
         "passkey_id": credential.id,
         "name": credential.nickname or credential.user_name,
-        "credential_id": text(credential.credential_id),
+        "credential_id": base64url(credential.credential_id),
         "sign_count": credential.sign_count,
         "use_count": credential.use_count,
         "backup_eligible": credential.backup_eligible,

@@ -93,7 +93,7 @@ class _Owner(NamedTuple):
 _USERS, _OWNERS, _PASSKEYS, _CONFIRMATIONS = map(Callers, (_User, _Owner, _Passkey, _Confirmation))
 
 
-class Held(NamedTuple):
+class ExcludedCredential(NamedTuple):
     """What a new registration must know of a passkey that its user has."""
 
     credential_id: bytes
@@ -193,11 +193,13 @@ class Registrations:
 
     # -- what they have ----------------------------------------------------------------------------
 
-    async def held_by(self, app_id: str, user_id: str, *, now: datetime) -> list[Held]:
+    async def held_by(
+        self, app_id: str, user_id: str, *, now: datetime
+    ) -> list[ExcludedCredential]:
         """The user's passkeys, oldest first, without those that can't be confirmed any more."""
         return await self._held(_Owner(app_id, user_id, now - UNCONFIRMED))
 
-    async def _held_by(self, asked: Sequence[_Owner], _: bool) -> list[list[Held]]:
+    async def _held_by(self, asked: Sequence[_Owner], _: bool) -> list[list[ExcludedCredential]]:
         table, values = _OWNERS.table(asked)
         rows = await self._pg.rows(
             "held_by",
@@ -209,9 +211,9 @@ class Registrations:
             " ORDER BY a.number, c.created_at, c.id",
             *values,
         )
-        found: list[list[Held]] = [[] for _ in asked]
+        found: list[list[ExcludedCredential]] = [[] for _ in asked]
         for number, credential_id, transports, live in rows:
-            found[number].append(Held(credential_id, tuple(transports), live))
+            found[number].append(ExcludedCredential(credential_id, tuple(transports), live))
         return found
 
     # -- the new passkey ---------------------------------------------------------------------------

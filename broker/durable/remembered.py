@@ -30,7 +30,7 @@ _REMEMBERED = 10_000
 LONGEST = 60.0  # seconds; so long a change made behind the triggers' back (by whoever disabled them) can go unnoticed
 
 V = TypeVar("V")
-Asked: TypeAlias = tuple[float, int]  # seconds by the clock, and the count of the news
+LookUpStart: TypeAlias = tuple[float, int]  # seconds by the clock, and the count of the news
 
 
 class News:
@@ -131,12 +131,12 @@ class Remembered(Generic[V]):
         ):  # no trigger of ours says that, but whoever may connect to the database may notify
             self._values.clear()
 
-    def ask(self) -> Asked:
+    def ask(self) -> LookUpStart:
         """To be called before the store is asked; `put` wants it back."""
         self._news.wanted.set()
         return self._clock(), self._news.count
 
-    def put(self, key: object, value: V, asked: Asked) -> None:
+    def put(self, key: object, value: V, asked: LookUpStart) -> None:
         if len(self._values) >= _REMEMBERED:
             self._values.clear()
         at, count = asked

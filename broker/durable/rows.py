@@ -11,7 +11,7 @@ from typing import Any, cast, get_args, get_type_hints
 import asyncpg
 import orjson
 
-from broker.model import LONGEST_NONCE, Credential, Offered, Owned, Policy, RelyingParty
+from broker.model import LONGEST_NONCE, AllowedCredential, Credential, Owned, Policy, RelyingParty
 from broker.telemetry import context
 
 CREDENTIAL = (
@@ -120,9 +120,9 @@ def owned_of(row: asyncpg.Record) -> Owned:
     return Owned(credential_of(row), row["external_id"])
 
 
-def offered_of(row: asyncpg.Record) -> Offered:
+def offered_of(row: asyncpg.Record) -> AllowedCredential:
     """The columns of `OFFERED`, besides others."""
-    return Offered(
+    return AllowedCredential(
         row["id"],
         row["credential_id"],
         tuple(row["transports"]),

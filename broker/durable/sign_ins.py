@@ -18,7 +18,7 @@ from typing import NamedTuple
 from broker.durable.postgres import Postgres
 from broker.durable.rows import OFFERED, TELL, Callers, offered_of, who
 from broker.durable.together import ALONE, Alone
-from broker.model import Credential, Offered, Used, VerifiedAuthentication
+from broker.model import AllowedCredential, Credential, SignInOutcome, VerifiedAuthentication
 
 
 class _Use(NamedTuple):
@@ -59,7 +59,7 @@ class SignIns:
 
     def user_to_sign_in(
         self, app_id: str, external_id: str, *, second_factor: bool = False
-    ) -> Awaitable[tuple[str, str, list[Offered]] | None]:
+    ) -> Awaitable[tuple[str, str, list[AllowedCredential]] | None]:
         """Id, handle and the live passkeys, oldest first; with `second_factor` second factors are
         among them.
         """
@@ -67,7 +67,7 @@ class SignIns:
 
     async def _users_to_sign_in(
         self, asked: Sequence[_Asked], _: bool
-    ) -> list[tuple[str, str, list[Offered]] | None]:
+    ) -> list[tuple[str, str, list[AllowedCredential]] | None]:
         table, values = _ASKED.table(asked)
         rows = await self._pg.rows(
             "user_to_sign_in",
@@ -79,7 +79,7 @@ class SignIns:
             " ORDER BY a.number, c.created_at, c.id",
             *values,
         )
-        found: list[tuple[str, str, list[Offered]] | None] = [None] * len(asked)
+        found: list[tuple[str, str, list[AllowedCredential]] | None] = [None] * len(asked)
         for row in rows:
             number = row["number"]
             user = found[number]
@@ -91,14 +91,14 @@ class SignIns:
 
     def use_credential(
         self,
-        credential: Credential | Offered,
+        credential: Credential | AllowedCredential,
         verified: VerifiedAuthentication,
         *,
         flag_counter: bool,
         action: str = "passkey.used",
         approval: str | None = None,
         now: datetime,
-    ) -> Awaitable[Used | None]:
+    ) -> Awaitable[SignInOutcome | None]:
         """Record a sign-in, and what was approved by it. None: revoked meanwhile, or the counter
         went back (unless `flag_counter`).
 
@@ -122,7 +122,7 @@ class SignIns:
 
     async def _use_credentials(
         self, uses: Sequence[_Use], alone: bool
-    ) -> list[Used | Alone | None]:
+    ) -> list[SignInOutcome | Alone | None]:
         """Each of another credential. The array in the update's condition keeps the planner from
         reading the table, as above.
         """
@@ -156,7 +156,7 @@ class SignIns:
             """,
             *values,
         )
-        found: list[Used | Alone | None] = [None if alone else ALONE] * len(uses)
+        found: list[SignInOutcome | Alone | None] = [None if alone else ALONE] * len(uses)
         for number, regressed, backup_changed in rows:
-            found[number] = Used(regressed, backup_changed)
+            found[number] = SignInOutcome(regressed, backup_changed)
         return found

@@ -26,9 +26,9 @@ nothing and takes nothing.
 A transaction has one place for a pending ceremony, so a new begin replaces the old one by writing
 over it, and the old handle finds nothing. One script reads the transaction and writes the ceremony,
 so begin costs one round trip; what the ceremony takes from the transaction is worked out when both
-are taken (`Beginning`). A handle carries T behind its secret, which is how finish finds `t:T` from
-the handle alone; the script compares the secret's digest and leaves the ceremony alone if it is
-another's. The transaction stays until it is taken by itself. A server that is full refuses that
+are taken (`BegunCeremony`). A handle carries T behind its secret, which is how finish finds `t:T`
+from the handle alone; the script compares the secret's digest and leaves the ceremony alone if it
+is another's. The transaction stays until it is taken by itself. A server that is full refuses that
 script as a whole, for it writes what is left: nothing is taken then. `peek` is for transactions
 only.
 
@@ -75,7 +75,7 @@ from broker.ephemeral.records import (
 )
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
-    Beginning,
+    BegunCeremony,
     FinishKind,
     Opener,
     Pending,
@@ -83,11 +83,12 @@ from broker.model import (
     Purpose,
     Redeemable,
     Transaction,
+    base64url,
     finish_kind_of,
     purpose_of,
 )
 from broker.telemetry import Log, Metrics, remaining
-from broker.tokens import FoundBy, ceremony_digest, digest, text
+from broker.tokens import FoundBy, ceremony_digest, digest
 
 __all__ = ["Ephemeral", "connect"]
 
@@ -283,7 +284,7 @@ class Ephemeral:
         opener: Opener,
         purpose: Purpose,
         secret: str,
-        beginning: Beginning,
+        beginning: BegunCeremony,
     ) -> tuple[str, bytes, Transaction] | None:
         """Begin a ceremony of a transaction: replaces its pending one. The new handle, made from
         `secret` (a minted token), the digest of the transaction's id, and the transaction. A
@@ -291,7 +292,7 @@ class Ephemeral:
         up (`Transaction.to_look_up`) while `allowed` is None: the caller sees it, and the handle
         finds nothing."""
         name = digest("transaction", app_id, transaction_id)
-        handle = secret + text(name)
+        handle = secret + base64url(name)
         opened = await self.run(
             "begin",
             _BEGIN,
@@ -347,7 +348,7 @@ class Ephemeral:
         Raises:
             TooManyCeremonies: see `put_pending`.
         """
-        challenge = text(pending.challenge)
+        challenge = base64url(pending.challenge)
         name = ceremony_digest(
             "challenge", pending.app_id, opener, finish_kind_of(pending), challenge
         )
@@ -392,7 +393,7 @@ class Ephemeral:
         self, app_id: str, challenge: bytes, openers: tuple[Opener, ...], kind: FinishKind
     ) -> Pending | None:
         """Take the pending ceremony with this challenge, whichever of `openers` began it."""
-        token = text(challenge)
+        token = base64url(challenge)
         names = [ceremony_digest("challenge", app_id, opener, kind, token) for opener in openers]
         found = await self._take_open_pending(app_id, *names)
         return found._replace(challenge=challenge) if found else None
@@ -434,7 +435,7 @@ class Ephemeral:
         """Whether this challenge's ceremony waits for another finish than the one that asked for
         it.
         """
-        names = _names("challenge", app_id, _KINDS, text(challenge))
+        names = _names("challenge", app_id, _KINDS, base64url(challenge))
         return await self._is_there([_open_key(app_id, name) for name in names])
 
     async def other_finish_of_user(self, app_id: str, external_id: str, purpose: Purpose) -> bool:

@@ -42,7 +42,7 @@ import orjson
 
 from broker.ephemeral import Ephemeral
 from broker.ephemeral.client import Script
-from broker.tokens import text
+from broker.model import base64url
 
 GRACE = 600  # seconds in which an expired code is known to have expired
 PENDING = 10
@@ -177,7 +177,7 @@ class MailCodes:
             places += [("user", code.purpose, code.external_id), ("user", code.external_id)]
         groups = [
             b"%s:{%s}:%s"
-            % (b"ow"[n % 2 : n % 2 + 1], app.encode(), text(_digest(app, *place)).encode())
+            % (b"ow"[n % 2 : n % 2 + 1], app.encode(), base64url(_digest(app, *place)).encode())
             for n, place in enumerate(places)
         ]
         wait: int = await self._ephemeral.run(
@@ -257,7 +257,7 @@ def _digest(app_id: str, *parts: str) -> bytes:
 
 
 def _name(app_id: str, code_id: str) -> bytes:
-    return text(_digest(app_id, "id", code_id)).encode()
+    return base64url(_digest(app_id, "id", code_id)).encode()
 
 
 def _key(app_id: str, name: bytes) -> bytes:

@@ -9,8 +9,8 @@ A tag that this code doesn't know is of newer code, in a roll-back say: the valu
 its owner starts over. Each kind has its own two functions, for a login runs through eight of them;
 a new field is a new tag.
 
-A transaction stands with its pending ceremony in one value (`Beginning` in `broker.model`): a plus
-sign, the digest of the only handle that may take the ceremony, its length in two bytes, the
+A transaction stands with its pending ceremony in one value (`BegunCeremony` in `broker.model`): a
+plus sign, the digest of the only handle that may take the ceremony, its length in two bytes, the
 ceremony, then the transaction; or a minus sign and the transaction. Scripts of `broker.ephemeral`
 read that much of it, and the transaction's tag.
 """
@@ -23,10 +23,10 @@ from typing import Any, cast
 import orjson
 
 from broker.model import (
-    NOTHING_ASKED,
-    Asked,
-    Beginning,
-    Offered,
+    NO_OPTIONS,
+    AllowedCredential,
+    BegunCeremony,
+    CeremonyOptions,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
@@ -35,7 +35,7 @@ from broker.model import (
     Transaction,
     UserVerification,
     Verifications,
-    fields_of,
+    as_dict,
 )
 
 _REGISTER, _AUTHENTICATE, _LOOK_UP = "tr4", "ta4", "tl4"
@@ -58,23 +58,19 @@ def _split(stored: bytes) -> tuple[Any, bytes]:
 # -- what is inside of others ----------------------------------------------------------------------
 
 
-def _asked(asked: Asked) -> list[Any] | None:
+def _asked(asked: CeremonyOptions) -> list[Any] | None:
     """Nothing asked is stored as null: most ceremonies."""
-    return (
-        None
-        if asked is NOTHING_ASKED or asked == NOTHING_ASKED
-        else list(fields_of(asked).values())
-    )
+    return None if asked is NO_OPTIONS or asked == NO_OPTIONS else list(as_dict(asked).values())
 
 
-def _asked_of(stored: list[Any] | None) -> Asked:
+def _asked_of(stored: list[Any] | None) -> CeremonyOptions:
     if stored is None:
-        return NOTHING_ASKED
+        return NO_OPTIONS
     values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in stored]
-    return Asked(*values)
+    return CeremonyOptions(*values)
 
 
-def _offered(offered: tuple[Offered, ...], blobs: list[bytes]) -> list[tuple[Any, ...]]:
+def _offered(offered: tuple[AllowedCredential, ...], blobs: list[bytes]) -> list[tuple[Any, ...]]:
     found = []
     for o in offered:
         blobs += (o.credential_id, o.public_key)
@@ -96,7 +92,9 @@ def _offered(offered: tuple[Offered, ...], blobs: list[bytes]) -> list[tuple[Any
     return found
 
 
-def _offered_of(stored: list[Any], blobs: bytes, app_id: str, user_id: str) -> tuple[Offered, ...]:
+def _offered_of(
+    stored: list[Any], blobs: bytes, app_id: str, user_id: str
+) -> tuple[AllowedCredential, ...]:
     found, at = [], 0
     for (
         identifier,
@@ -114,7 +112,7 @@ def _offered_of(stored: list[Any], blobs: bytes, app_id: str, user_id: str) -> t
         middle = at + name
         end = middle + key
         found.append(
-            Offered(
+            AllowedCredential(
                 identifier,
                 blobs[at:middle],
                 tuple(transports),
@@ -137,7 +135,7 @@ def _offered_of(stored: list[Any], blobs: bytes, app_id: str, user_id: str) -> t
 # -- transactions and their pending ceremonies -----------------------------------------------------
 
 
-def head_of(purpose: Purpose, beginning: Beginning) -> bytes:
+def head_of(purpose: Purpose, beginning: BegunCeremony) -> bytes:
     """How the record of a transaction begins which this may begin: what a script compares before it
     writes. One whose passkeys are to be looked up begins when it is known who is allowed."""
     if purpose == "register":
@@ -215,7 +213,7 @@ def load_transaction(app_id: str, stored: bytes) -> Transaction | None:
     return None
 
 
-def dump_beginning(handle: bytes, beginning: Beginning) -> bytes:
+def dump_beginning(handle: bytes, beginning: BegunCeremony) -> bytes:
     """What stands before a transaction once a ceremony was begun; `handle` is the digest of the
     only handle that may take it.
     """
@@ -226,7 +224,7 @@ def dump_beginning(handle: bytes, beginning: Beginning) -> bytes:
     return b"+%b%b%b%b" % (handle, (len(challenge) + len(head)).to_bytes(2, "big"), challenge, head)
 
 
-def load_beginning(record: bytes) -> Beginning | None:
+def load_beginning(record: bytes) -> BegunCeremony | None:
     """A beginning, without what stands before it; None for a format that this code does not
     know.
     """
@@ -234,7 +232,7 @@ def load_beginning(record: bytes) -> Beginning | None:
     if tag != _BEGINNING:
         return None
     begun_at, life, initials, weaker, algorithms, allowed, attachment = values
-    return Beginning(
+    return BegunCeremony(
         record[:_CHALLENGE],
         begun_at,
         life,

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 from broker.errors import InvalidRequest, InvalidSetting
 from broker.model.ceremonies import (
     MAX_REFUSALS,
-    Beginning,
+    AllowedCredential,
+    BegunCeremony,
     FinishKind,
-    Offered,
     Opener,
     Pending,
     PendingAuthentication,
@@ -41,11 +41,11 @@ from broker.model.origins import domain, is_origin, page_origin, web_origin
 from broker.model.policy import (
     ALGORITHMS,
     LONGEST_NONCE,
-    NOTHING_ASKED,
-    Asked,
+    NO_OPTIONS,
     Attachment,
     AttachmentPolicy,
     AttestationPreference,
+    CeremonyOptions,
     CounterPolicy,
     Hint,
     LiveAt,
@@ -67,17 +67,18 @@ __all__ = [
     "LONGEST_NONCE",
     "MAX_REFUSALS",
     "MAX_TEXT",
-    "NOTHING_ASKED",
+    "NO_OPTIONS",
+    "AllowedCredential",
     "ApiKey",
     "Approval",
     "ApprovalRecord",
-    "Asked",
     "Attachment",
     "AttachmentPolicy",
     "AttestationPreference",
     "AuditRow",
     "AuthenticationAnswer",
-    "Beginning",
+    "BegunCeremony",
+    "CeremonyOptions",
     "CounterPolicy",
     "Credential",
     "Event",
@@ -85,7 +86,6 @@ __all__ = [
     "Hint",
     "LiveAt",
     "Mediation",
-    "Offered",
     "Opener",
     "Owned",
     "Pending",
@@ -99,19 +99,18 @@ __all__ = [
     "Redeemable",
     "RegistrationAnswer",
     "RelyingParty",
+    "SignInOutcome",
     "TokenAlgorithm",
     "Transaction",
     "Trust",
-    "Used",
     "User",
     "UserVerification",
     "Verifications",
     "VerifiedAuthentication",
     "VerifiedRegistration",
     "action_of",
+    "as_dict",
     "base64url",
-    "checked",
-    "fields_of",
     "finish_kind",
     "finish_kind_of",
     "is_origin",
@@ -119,6 +118,7 @@ __all__ = [
     "page_origin",
     "policy_keys",
     "purpose_of",
+    "validate_text",
     "verification",
     "web_origin",
 ]
@@ -391,7 +391,7 @@ class VerifiedAuthentication(NamedTuple):
     origin: str
 
 
-class Used(NamedTuple):
+class SignInOutcome(NamedTuple):
     """What a recorded sign-in changed."""
 
     counter_regressed: bool
@@ -450,7 +450,7 @@ class Redeemable(NamedTuple):
     expires_at: float
 
 
-def fields_of(value: object) -> dict[str, Any]:
+def as_dict(value: object) -> dict[str, Any]:
     """`asdict` for a flat slotted dataclass, without the deep copy."""
     return {f.name: getattr(value, f.name) for f in fields(cast("Any", value))}
 
@@ -465,7 +465,7 @@ def base64url(raw: bytes) -> str:
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 
-def checked(value: str, name: str) -> None:
+def validate_text(value: str, name: str) -> None:
     """1 to 256 characters, none of them NUL (Postgres can't hold it, and C readers end there)."""
     if not value:
         raise InvalidRequest(f"{name} is empty; it has 1 to {MAX_TEXT} characters.")

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from broker.model.policy import (
-    Asked,
     Attachment,
+    CeremonyOptions,
     Trust,
     UserVerification,
     Verifications,
@@ -34,7 +34,7 @@ Opener = Literal["page", "keyed", "hanko", "hanko_keyless", "passlock", "propela
 MAX_REFUSALS = 10  # refused finishes of one transaction; the last of them ends it
 
 
-class Offered(NamedTuple):
+class AllowedCredential(NamedTuple):
     """A passkey that a ceremony offers, with what judging its answer needs: what was read when it
     was offered isn't read again.
 
@@ -74,9 +74,9 @@ class Transaction(NamedTuple):
     user_display_name: str
     nickname: str
     offered: tuple[
-        Offered, ...
+        AllowedCredential, ...
     ]  # the user's passkeys for purpose "authenticate", unless they are very many
-    asked: Asked
+    asked: CeremonyOptions
     expires_at: float
 
     @property
@@ -97,7 +97,7 @@ def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
     return "second_factor.used" if pending.asked.second_factor else "passkey.used"
 
 
-class Beginning(NamedTuple):
+class BegunCeremony(NamedTuple):
     """What a begin adds to its transaction: the pending ceremony, but for what the transaction
     says.
 
@@ -176,7 +176,7 @@ class PendingRegistration(NamedTuple):
     user_name: str
     user_display_name: str
     nickname: str
-    asked: Asked
+    asked: CeremonyOptions
     user_verification: UserVerification
     algorithms: tuple[int, ...]
     begun_at: float
@@ -206,9 +206,9 @@ class PendingAuthentication(NamedTuple):
     user_id: str | None
     external_id: str | None
     allowed: tuple[str, ...]
-    offered: tuple[Offered, ...]
+    offered: tuple[AllowedCredential, ...]
     approval: str | None
-    asked: Asked
+    asked: CeremonyOptions
     user_verification: UserVerification
     begun_at: float
     expires_at: float

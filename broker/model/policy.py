@@ -35,7 +35,7 @@ ALGORITHMS: dict[int, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CeremonyOptions:
     """What the caller asks of one ceremony, beyond the app's policy and within it.
 
     `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to
@@ -53,7 +53,7 @@ class Asked:
     mediation: Mediation = "required"
 
 
-NOTHING_ASKED = Asked()
+NO_OPTIONS = CeremonyOptions()
 
 
 class Verifications(NamedTuple):
@@ -64,7 +64,7 @@ class Verifications(NamedTuple):
     allow_weaker: bool
 
 
-def verification(of: Policy | Verifications, asked: Asked) -> UserVerification:
+def verification(of: Policy | Verifications, asked: CeremonyOptions) -> UserVerification:
     """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the
     policy allows that.
     """
@@ -169,7 +169,7 @@ class Policy:
             self.user_verification, self.second_factor_user_verification, self.allow_weaker
         )
 
-    def verification(self, asked: Asked) -> UserVerification:
+    def verification(self, asked: CeremonyOptions) -> UserVerification:
         """The user verification of one ceremony."""
         return verification(self, asked)
 

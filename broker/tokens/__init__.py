@@ -99,9 +99,6 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(f"key:{key}".encode()).digest()
 
 
-text = base64url
-
-
 def well_formed(token: str, kind: Kind) -> bool:
     """Whether `token` could have been minted here. A cheap refusal before any store is asked."""
     return token.startswith(PREFIX[kind]) and _TOKEN.match(token) is not None

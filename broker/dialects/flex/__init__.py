@@ -45,8 +45,7 @@ from broker.dialects.flex.objects import (
 )
 from broker.durable import UserOrder, instant
 from broker.errors import InvalidRequest, Refusal
-from broker.model import Proof, RelyingParty
-from broker.tokens import text
+from broker.model import Proof, RelyingParty, base64url
 from broker.web import (
     BROKER,
     DIRECTORY,
@@ -101,7 +100,7 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
         body["signal"] = {
             "type": "unknown_credential",
             "rp_id": refusal.signal.rp_id,
-            "credential_id": text(refusal.signal.credential_id),
+            "credential_id": base64url(refusal.signal.credential_id),
         }
     return json_answer(body, status=STATUS[type(refusal)])
 

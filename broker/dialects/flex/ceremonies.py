@@ -39,7 +39,7 @@ from broker.dialects.flex.fields import (
 )
 from broker.dialects.flex.objects import receipt_object
 from broker.errors import InvalidRequest
-from broker.model import Approval, Asked, RelyingParty, checked
+from broker.model import Approval, CeremonyOptions, RelyingParty, validate_text
 from broker.web import BROKER, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
@@ -168,7 +168,7 @@ async def _begin_registration(
     return json_answer({"options": options})
 
 
-def _judge_by_user(asked: Asked) -> None:
+def _judge_by_user(asked: CeremonyOptions) -> None:
     """One pending ceremony of each purpose: a second factor's would be the sign-in's, and finish
     could not tell them apart.
     """
@@ -187,7 +187,7 @@ def _approval(value: object) -> Approval:
     identifier = approval.get("id")
     if not isinstance(identifier, str):
         raise InvalidRequest("approval.id is not a string.", reason="field_type")
-    checked(identifier, "approval.id")
+    validate_text(identifier, "approval.id")
     data = canonical(approval["data"])
     return Approval(identifier, data, approval_digest(identifier, approval["data"]))
 

@@ -1,7 +1,8 @@
 """What a request of the native dialect asks for, read strictly: a field is missing, or it is
 exactly what its name says.
 
-What a caller asks of one ceremony (`Asked`) has one set of names on every route that begins one:
+What a caller asks of one ceremony (`CeremonyOptions`) has one set of names on every route that
+begins one:
 
     user_verification   "required", "preferred" or "discouraged"
     timeout             milliseconds, as in WebAuthn's options; the app's `ceremony_life` is the
@@ -26,9 +27,9 @@ from aiohttp import web
 from broker.errors import InvalidRequest
 from broker.model import (
     ID,
-    NOTHING_ASKED,
-    Asked,
+    NO_OPTIONS,
     Attachment,
+    CeremonyOptions,
     Mediation,
     RelyingParty,
     UserVerification,
@@ -82,11 +83,11 @@ def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
 _PLAIN = {"external_id"}  # most ask for nothing more
 
 
-def asked_of_registration(body: Body, *, at_a_page: bool = False) -> Asked:
+def asked_of_registration(body: Body, *, at_a_page: bool = False) -> CeremonyOptions:
     """What the caller asks of a registration; of one at a page also whether conditional create is
     permitted.
     """
-    return Asked(
+    return CeremonyOptions(
         user_verification=_user_verification(body),
         life=_life(body),
         exclude=None
@@ -97,15 +98,15 @@ def asked_of_registration(body: Body, *, at_a_page: bool = False) -> Asked:
     )
 
 
-def asked_of_authentication(body: Body) -> tuple[str | None, Asked]:
+def asked_of_authentication(body: Body) -> tuple[str | None, CeremonyOptions]:
     """The external id, None for whoever answers, and what the caller asks of an authentication.
 
     Whom it is about is said: by `external_id`, `passkeys` or both, or else by `discoverable: true`.
     A request that says none of it lacks its external id: it never means anybody.
     """
     if body.keys() == _PLAIN:
-        return text_field(body, "external_id"), NOTHING_ASKED
-    asked = Asked(
+        return text_field(body, "external_id"), NO_OPTIONS
+    asked = CeremonyOptions(
         user_verification=_user_verification(body),
         life=_life(body),
         allow=passkey_ids(body, "passkeys") if "passkeys" in body else None,

@@ -16,8 +16,16 @@ import orjson
 
 from broker import ceremony
 from broker.durable import instant
-from broker.model import ApprovalRecord, AuditRow, Credential, Owned, Receipt, RelyingParty, User
-from broker.tokens import text
+from broker.model import (
+    ApprovalRecord,
+    AuditRow,
+    Credential,
+    Owned,
+    Receipt,
+    RelyingParty,
+    User,
+    base64url,
+)
 
 _INT32 = 2**31 - 1
 
@@ -39,7 +47,7 @@ def receipt_object(receipt: Receipt) -> dict[str, Any]:
         "user_id": receipt.user_id,
         "purpose": receipt.proof,
         "passkey_id": receipt.passkey_id,
-        "credential_id": text(receipt.credential_id),
+        "credential_id": base64url(receipt.credential_id),
         "origin": receipt.origin,
         "user_present": receipt.user_present,
         "user_verified": receipt.user_verified,
@@ -91,7 +99,7 @@ def device_object(credential: Credential) -> dict[str, Any]:
     """A passkey, as the contract's device; what the contract lacks stands behind."""
     return {
         "id": credential.id,
-        "cred_id": text(credential.credential_id),
+        "cred_id": base64url(credential.credential_id),
         "friendly_name": credential.nickname or credential.user_name,
         "type": _device_type(credential),
         "usage_count": min(credential.use_count, _INT32),
@@ -121,7 +129,7 @@ def passkey_object(owned: Owned) -> dict[str, Any]:
         "id": credential.id,
         "external_id": owned.external_id,
         "user_id": credential.user_id if owned.external_id is not None else None,
-        "credential_id": text(credential.credential_id),
+        "credential_id": base64url(credential.credential_id),
         "nickname": credential.nickname or None,
         "user_name": credential.user_name,
         "user_display_name": credential.user_display_name,

@@ -23,9 +23,9 @@ from aiohttp import web
 
 from broker.dialects.flex.objects import receipt_object
 from broker.errors import InvalidRequest, Unavailable
-from broker.model import Receipt, RelyingParty, TokenAlgorithm
+from broker.model import Receipt, RelyingParty, TokenAlgorithm, base64url
 from broker.signing import JWKS_MAX_AGE
-from broker.tokens import digest, text
+from broker.tokens import digest
 from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, public_app
 
 ALGORITHM: TokenAlgorithm = "ES256"
@@ -60,7 +60,7 @@ async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce
         "aud": [app.id],
         "iat": issued,
         "exp": issued + request.app[SETTINGS].receipt_token_life,
-        "jti": text(digest("nonce", app.id, nonce)),
+        "jti": base64url(digest("nonce", app.id, nonce)),
     }
     try:
         return await request.app[SIGNING].sign(app, ALGORITHM, claims | receipt_object(receipt))

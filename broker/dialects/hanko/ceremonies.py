@@ -19,14 +19,13 @@ from broker import ceremony
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
 from broker.errors import InvalidKey, InvalidRequest
-from broker.model import NOTHING_ASKED, Approval, Asked, Receipt, RelyingParty
-from broker.tokens import text
+from broker.model import NO_OPTIONS, Approval, CeremonyOptions, Receipt, RelyingParty, base64url
 from broker.web import BROKER, SETTINGS, SIGNING, authorise, header, json_answer, read_object
 from broker.web.body import parse_object, read_bytes
 
 KEY = header("apiKey")
 _NAME = 128  # characters
-_SECOND_FACTOR = Asked(second_factor=True)
+_SECOND_FACTOR = CeremonyOptions(second_factor=True)
 
 
 # -- registration ----------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ async def begin_registration(request: web.Request, app: RelyingParty) -> web.Str
     """
     attachment = app.policy.authenticator_attachment
     return await _begin_registration(
-        request, app, NOTHING_ASKED, attachment=None if attachment == "any" else attachment
+        request, app, NO_OPTIONS, attachment=None if attachment == "any" else attachment
     )
 
 
@@ -52,7 +51,7 @@ async def begin_second_factor_registration(
 
 
 async def _begin_registration(
-    request: web.Request, app: RelyingParty, asked: Asked, **more: Any
+    request: web.Request, app: RelyingParty, asked: CeremonyOptions, **more: Any
 ) -> web.StreamResponse:
     body = await bound(request)
     faults: list[str] = []
@@ -141,7 +140,7 @@ async def _begin_login(
     request: web.Request,
     app: RelyingParty,
     user_id: str | None,
-    asked: Asked | None = None,
+    asked: CeremonyOptions | None = None,
     *,
     keyless: bool = False,
 ) -> web.StreamResponse:
@@ -149,7 +148,7 @@ async def _begin_login(
         app,
         user_id,
         opener="hanko_keyless" if keyless else "hanko",
-        asked=asked or NOTHING_ASKED,
+        asked=asked or NO_OPTIONS,
         by="challenge",
         keyless=keyless,
     )
@@ -242,7 +241,7 @@ async def _token(request: web.Request, app: RelyingParty, receipt: Receipt) -> w
     issued = int(receipt.at)
     claims: dict[str, Any] = {
         "aud": [app.rp_id],
-        "cred": text(receipt.credential_id),
+        "cred": base64url(receipt.credential_id),
         "exp": issued + life,
         "iat": issued,
         "jti": await request.app[BROKER].hand_out(app, receipt, life),

@@ -22,9 +22,8 @@ from broker import ceremony
 from broker.dialects.hanko.ceremonies import bound, judge, required
 from broker.dialects.hanko.refusals import FIELDS
 from broker.errors import InvalidRequest, UnknownPasskey
-from broker.model import ID, ApprovalRecord, AuditRow, Owned, RelyingParty
+from broker.model import ID, ApprovalRecord, AuditRow, Owned, RelyingParty, base64url
 from broker.signing import JWKS_MAX_AGE
-from broker.tokens import text
 from broker.web import DIRECTORY, PUBLIC_URL, SIGNING, json_answer
 from broker.web.body import read_query
 
@@ -101,13 +100,13 @@ def credential_object(owned: Owned) -> dict[str, Any]:
     time of its creation.
     """
     credential = owned.credential
-    credential_id = text(credential.credential_id)
+    credential_id = base64url(credential.credential_id)
     shown = {
         "id": credential_id,
         "name": credential.nickname
         or ceremony.authenticator_name(credential.aaguid)
         or f"cred-{credential_id}",
-        "public_key": text(credential.public_key),
+        "public_key": base64url(credential.public_key),
         "attestation_type": credential.attestation_format,
         "aaguid": credential.aaguid,
         "last_used_at": _time(credential.last_used_at or credential.created_at),

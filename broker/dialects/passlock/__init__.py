@@ -31,8 +31,8 @@ from aiohttp import web
 from broker import errors
 from broker.dialects.passlock import ceremonies, mailbox, management
 from broker.errors import NotFound, Refusal, UnknownApp
+from broker.model import base64url
 from broker.signing import JWKS_MAX_AGE
-from broker.tokens import text
 from broker.web import SIGNING, browser_routes, edge, json_answer, keyed, public
 from broker.web.body import kept
 
@@ -106,7 +106,7 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
     if signal is not None and refusal.reason in _ORPHANS:
         body |= {
             "_tag": _ORPHANED,
-            "credentialId": text(signal.credential_id),
+            "credentialId": base64url(signal.credential_id),
             "rpId": signal.rp_id,
         }
     return json_answer(body, status=STATUS[type(refusal)])

@@ -37,8 +37,7 @@ from broker.dialects.passlock.fields import (
     switch,
 )
 from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction, policy_hint
-from broker.model import Attachment, Receipt, RelyingParty
-from broker.tokens import text
+from broker.model import Attachment, Receipt, RelyingParty, base64url
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
 from broker.web.body import text_field
 
@@ -249,7 +248,7 @@ def _claims(app: RelyingParty, receipt: Receipt, code: str, life: int) -> dict[s
 
 def _principal_id(code: str) -> str:
     """What code and id_token have in common: 256 bits from which nobody gets to the code."""
-    return text(hashlib.sha256(f"principal:{code}".encode()).digest())
+    return base64url(hashlib.sha256(f"principal:{code}".encode()).digest())
 
 
 # -- exchange --------------------------------------------------------------------------------------

@@ -17,16 +17,16 @@ from broker import ceremony
 from broker.errors import InvalidRequest
 from broker.model import (
     ID,
-    Asked,
+    CeremonyOptions,
     Credential,
     Mediation,
     Owned,
     RelyingParty,
     UserVerification,
-    checked,
+    base64url,
     is_weaker,
+    validate_text,
 )
-from broker.tokens import text
 from broker.web.body import optional_text, text_field
 
 _LONGEST_ID = 64
@@ -67,7 +67,7 @@ def judge_rp_name(body: Body) -> None:
 def short_text(body: Body, name: str) -> str:
     """1 to 256 characters; judged here, so that the sentence has the caller's name of the field."""
     value = text_field(body, name)
-    checked(value, name)
+    validate_text(value, name)
     return value
 
 
@@ -127,22 +127,22 @@ def switch(body: Body, name: str) -> bool:
     return value
 
 
-def asked_of_registration(body: Body) -> Asked:
+def asked_of_registration(body: Body) -> CeremonyOptions:
     """What `userVerification`, `timeout` and `excludeCredentials` ask of a registration."""
-    return Asked(
+    return CeremonyOptions(
         user_verification=user_verification(body),
         life=life(body),
         exclude=passkey_ids(body, "excludeCredentials"),
     )
 
 
-def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
+def asked_of_authentication(body: Body, app: RelyingParty) -> CeremonyOptions:
     """What `userVerification`, `timeout`, `allowCredentials` and `mediation` ask of an
     authentication. A passkey that nobody owns yet may answer where pages may register one."""
     mediation = "required" if body.get("mediation") is None else body["mediation"]
     if mediation not in get_args(Mediation):
         raise InvalidRequest("mediation is required or conditional.", reason="field_type")
-    return Asked(
+    return CeremonyOptions(
         user_verification=user_verification(body),
         life=life(body),
         allow=passkey_ids(body, "allowCredentials"),
@@ -151,7 +151,7 @@ def asked_of_authentication(body: Body, app: RelyingParty) -> Asked:
     )
 
 
-def as_a_page_may(asked: Asked, app: RelyingParty) -> Asked:
+def as_a_page_may(asked: CeremonyOptions, app: RelyingParty) -> CeremonyOptions:
     """What a caller without a key may ask: few passkeys, by their ids alone, for the store keeps
     them while the ceremony lasts; no less user verification than the policy, also where keyed
     callers may.
@@ -182,7 +182,7 @@ def user_id_of(owned: Owned) -> str:
 
 def handle_of(credential: Credential) -> str:
     """The user handle as WebAuthn's JSON has it, base64url of its bytes."""
-    return text(credential.user_handle.encode())
+    return base64url(credential.user_handle.encode())
 
 
 def summary_object(owned: Owned) -> Body:
@@ -193,7 +193,7 @@ def summary_object(owned: Owned) -> Body:
         "id": credential.id,
         "userId": user_id_of(owned),
         "enabled": credential.live,
-        "credential": {"id": text(credential.credential_id), "userId": handle_of(credential)},
+        "credential": {"id": base64url(credential.credential_id), "userId": handle_of(credential)},
         "createdAt": milliseconds(credential.created_at),
     }
     return found | _last_used(credential)
@@ -211,7 +211,7 @@ def passkey_object(owned: Owned, app: RelyingParty) -> Body:
         "userId": user_id_of(owned),
         "enabled": credential.live,
         "credential": {
-            "id": text(credential.credential_id),
+            "id": base64url(credential.credential_id),
             "userId": handle_of(credential),
             "username": credential.user_name,
             "aaguid": credential.aaguid,
@@ -219,7 +219,7 @@ def passkey_object(owned: Owned, app: RelyingParty) -> Body:
             "counter": credential.sign_count,
             "deviceType": "multiDevice" if credential.backup_eligible else "singleDevice",
             "transports": list(credential.transports),
-            "publicKey": text(credential.public_key),
+            "publicKey": base64url(credential.public_key),
             "rpId": app.rp_id,
         },
         "createdAt": milliseconds(credential.created_at),

@@ -32,9 +32,8 @@ from broker.dialects.passlock.fields import (
 )
 from broker.durable import instant
 from broker.errors import InvalidRequest, UnknownPasskey
-from broker.model import Owned, RelyingParty, checked
+from broker.model import Owned, RelyingParty, base64url, validate_text
 from broker.signals import Instructions, Prepared, SignalKind
-from broker.tokens import text
 from broker.web import DIRECTORY, SIGNALS, Handler, json_answer, read_object
 from broker.web.body import optional_text, read_query, text_field
 
@@ -71,7 +70,7 @@ def _cursor(last: Owned) -> str:
     """Where the next page begins: behind this passkey, whatever is added or deleted meanwhile."""
     made = last.credential.created_at
     micros = int(made.timestamp()) * _MICROSECONDS + made.microsecond
-    return text(f"{micros}.{last.credential.id}".encode())
+    return base64url(f"{micros}.{last.credential.id}".encode())
 
 
 def _place(cursor: str) -> tuple[datetime, str]:
@@ -235,7 +234,7 @@ async def _passkeys_of(request: web.Request, app: RelyingParty, user_id: str) ->
 def _user_in(request: web.Request, body: Body) -> str:
     """The user in the path; the body may say it again, and can't say otherwise."""
     user_id = request.match_info["user_id"]
-    checked(user_id, "userId")
+    validate_text(user_id, "userId")
     if optional_text(body, "userId") not in (None, user_id):
         raise InvalidRequest("userId is not the user in the path.", reason="scope")
     return user_id
@@ -251,7 +250,7 @@ async def read_credential(request: web.Request, app: RelyingParty) -> web.Stream
     credential = owned.credential
     return json_answer(
         {
-            "credentialId": text(credential.credential_id),
+            "credentialId": base64url(credential.credential_id),
             "userId": handle_of(credential),
             "rpId": app.rp_id,
         }
@@ -274,6 +273,6 @@ async def read_credentials(request: web.Request, app: RelyingParty) -> web.Strea
         {
             "rpId": app.rp_id,
             "userId": handle,
-            "allAcceptedCredentialIds": [text(o.credential.credential_id) for o in owned],
+            "allAcceptedCredentialIds": [base64url(o.credential.credential_id) for o in owned],
         }
     )

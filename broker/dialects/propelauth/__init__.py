@@ -21,9 +21,8 @@ from aiohttp import hdrs, web
 
 from broker import ceremony, errors
 from broker.errors import InvalidRequest, InvalidSetting, OperationNotAllowed, Refusal
-from broker.model import MAX_TEXT, RelyingParty, is_origin, web_origin
+from broker.model import MAX_TEXT, RelyingParty, base64url, is_origin, web_origin
 from broker.tokens import PREFIX as KEY_PREFIXES
-from broker.tokens import text
 from broker.web import BROKER, DIRECTORY, bearer, edge, json_answer, keyed_alone, read_object
 from broker.web.body import optional_text, parse_object, text_field
 
@@ -190,7 +189,7 @@ async def fetch_all(request: web.Request, app: RelyingParty, data: Data) -> Data
     passkeys = await request.app[DIRECTORY].credentials_of(app, _text(data, "userId"))
     return {
         "passkeys": [
-            {"credentialId": text(c.credential_id)}
+            {"credentialId": base64url(c.credential_id)}
             | ({"displayName": c.nickname} if c.nickname else {})
             for c in passkeys
         ]
