@@ -59,7 +59,7 @@ bench-scale: $(TEST) ## a login beside 5 million passkeys against one beside 10 
 
 parts: $(TEST)
 	@$(BIN)/python -m compileall -q broker tests
-	@$(BIN)/python tests/parts.py
+	@$(BIN)/python tests/support/parts.py
 
 lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UPGRADE=--upgrade for newer versions
 	@set -eu; tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \

@@ -1,1 +1,1 @@
-"""Tests: one file per module, real parts; `browser/` drives a real Chromium."""
+"""Tests by seam, with real parts: a folder for each layer of the broker. `support` has helpers."""

@@ -32,10 +32,10 @@ from broker.embedded import EmbeddedStores
 from broker.model import Policy
 from broker.settings import Settings
 from broker.telemetry import Log
-from tests.authenticator import Authenticator
-from tests.commands import CLEAN, Cli, Done
-from tests.servers import Cluster, pool
-from tests.wire import Wire
+from tests.support.authenticator import Authenticator
+from tests.support.commands import CLEAN, Cli, Done
+from tests.support.servers import Cluster, pool
+from tests.support.wire import Wire
 
 SECRET_KEY = (
     "tests-only-" + "0123456789abcdefghijklmnopqrstuvwxyz"

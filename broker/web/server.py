@@ -18,8 +18,8 @@ Everything else, and every request that comes while one is being answered, takes
 while the lane is in use, aiohttp's task waits and its queue fills.
 
 aiohttp offers no public way to choose the protocol class; `_Runner` therefore overrides
-`AppRunner._make_server` and hands our `_Protocol` out. tests/test_server.py sends what would reveal
-a change of those internals.
+`AppRunner._make_server` and hands our `_Protocol` out. tests/web/test_server.py sends what would
+reveal a change of those internals.
 """
 
 from __future__ import annotations

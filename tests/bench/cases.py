@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from tests.bench import measure
 from tests.bench.report import MOST_DRIFT, MOST_OTHER, Discarded, Repetition
 from tests.bench.service import Cores, Driver, Server, Stores, placed, settled
-from tests.processes import accepted
+from tests.support.processes import accepted
 
 _MOST_ROUNDS = 6  # times as many as repetitions were asked for
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import parts
 from tests.bench.service import Cores, Server, Stores, _listening
-from tests.processes import free_port
+from tests.support import parts
+from tests.support.processes import free_port
 
 HERE = Path(__file__).parent / "peer"
 

@@ -25,8 +25,8 @@ import redis
 
 from broker.embedded import EmbeddedStores
 from tests.bench.driver import ORIGIN
-from tests.processes import descendants, free_port, get, until
-from tests.servers import Valkey
+from tests.support.processes import descendants, free_port, get, until
+from tests.support.servers import Valkey
 
 ROOT = Path(__file__).parent.parent.parent
 _SECRET = os.urandom(24).hex()  # of every broker of a run, for they share stores

@@ -53,7 +53,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tests import parts
+from tests.support import parts
 
 DEADLINE = 30.0  # seconds; for a wait that a page should end within milliseconds
 POLL = 0.02  # seconds between two looks at the page

@@ -29,7 +29,6 @@ from broker.app import Service, assemble, serve
 from broker.demo import demo_app
 from broker.embedded import EmbeddedStores
 from broker.telemetry import Log
-from tests import parts
 from tests.browser.chromium import (
     Answer,
     Authenticator,
@@ -42,6 +41,7 @@ from tests.browser.chromium import (
     textbox,
 )
 from tests.conftest import settings_for
+from tests.support import parts
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from tests.browser.chromium import Chromium, Page
 from tests.browser.site import in_page, site, visit
 from tests.conftest import OpenApp, Started
 from tests.sdk.hanko import Sdk, browser_library
-from tests.signals import lines
-from tests.wire import Wire
+from tests.support.signals import lines
+from tests.support.wire import Wire
 
 PAGE = b"""<!doctype html>
 <title>Fixture: @github/webauthn-json</title>

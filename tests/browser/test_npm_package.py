@@ -18,8 +18,8 @@ from broker import __version__
 from tests.browser.chromium import Authenticator, Page
 from tests.conftest import OpenApp, Started
 from tests.sdk.npm import NAME, SDK, Project
-from tests.signals import lines
-from tests.wire import Wire
+from tests.support.signals import lines
+from tests.support.wire import Wire
 
 INDEX = """<!doctype html>
 <title>Consumer</title>

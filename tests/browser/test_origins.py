@@ -14,8 +14,8 @@ import pytest
 from tests.browser.chromium import Page
 from tests.browser.site import in_page, site, visit
 from tests.conftest import OpenApp, Started
-from tests.signals import refused
-from tests.wire import Wire
+from tests.support.signals import refused
+from tests.support.wire import Wire
 
 SDK = Path(__file__).parents[2] / "broker" / "sdk" / "passkey.js"
 PAGE = b"""<!doctype html>

@@ -17,7 +17,7 @@ from broker.errors import CeremonyRefused, DiscoverableRefused, UnknownTransacti
 from tests.browser.chromium import Authenticator, Chromium, Page, wait_until
 from tests.conftest import OpenApp, Started, Starter
 from tests.sdk.passage import HOST, PACKAGES, Name, Outcome, Site, Way, body, held_name, opened_site
-from tests.wire import Wire
+from tests.support.wire import Wire
 
 REGISTER = "/register/transactions/webauthn/"
 AUTHENTICATE = "/authenticate/transactions/webauthn/"

@@ -15,11 +15,11 @@ from broker.model import Policy
 from tests.browser.chromium import Page
 from tests.browser.site import site, visit
 from tests.conftest import OpenApp, Started
-from tests.passlock import Passlock
 from tests.sdk.passlock import BROWSER_SDK
 from tests.sdk.propelauth import browser_library
-from tests.signals import lines
-from tests.wire import Wire
+from tests.support.passlock import Passlock
+from tests.support.signals import lines
+from tests.support.wire import Wire
 
 PAGE = b"""<!doctype html>
 <title>Fixture: Passlock</title>

@@ -13,8 +13,8 @@ from tests.browser.chromium import Page
 from tests.browser.site import in_page, site, visit
 from tests.conftest import OpenApp, Started
 from tests.sdk.propelauth import PythonClient, browser_library
-from tests.signals import lines
-from tests.wire import Wire
+from tests.support.signals import lines
+from tests.support.wire import Wire
 
 PAGE = b"""<!doctype html>
 <title>Fixture: @simplewebauthn/browser</title>

@@ -22,8 +22,8 @@ from broker import __version__
 from tests.browser.chromium import Authenticator, Page, button, textbox
 from tests.conftest import OpenApp, Started
 from tests.sdk.npm import NAME, SDK, Project, link_packages
-from tests.signals import lines
-from tests.wire import Wire
+from tests.support.signals import lines
+from tests.support.wire import Wire
 
 DOCUMENT = Path(__file__).parents[2] / "broker" / "sdk" / "README.md"
 TEXT = DOCUMENT.read_text().partition("## Pages\n")[2]

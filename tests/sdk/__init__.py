@@ -1,3 +1,3 @@
-"""What the tests of the vendors' own SDKs need: their npm packages, pages, and the sites that use
-them.
+"""Tests of the backend's client; and for tests of the vendors' own SDKs their npm packages, pages
+and sites.
 """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tests import parts
+from tests.support import parts
 
 
 @dataclass(slots=True)

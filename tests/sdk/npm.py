@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import parts
+from tests.support import parts
 
 SDK = parts.ROOT / "broker" / "sdk"
 NAME = "passkey-broker-browser"

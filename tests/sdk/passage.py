@@ -33,11 +33,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests import parts
 from tests.browser.chromium import Page, Request
 from tests.conftest import OpenApp, Started
 from tests.sdk.node import bundled
-from tests.wire import Wire
+from tests.support import parts
+from tests.support.wire import Wire
 
 HOST = "auth.passage.id"
 PACKAGES = {"1.0.2": "@passageidentity/passage-flex-js", "0.1.3": "passage-flex-js-0.1"}

@@ -1,7 +1,7 @@
 """The asynchronous client, source of the synchronous one: `_sync` is generated from this folder.
 
-After a change run `python tests/sync_client.py`. `ceremonies` has transactions, nonces and keyed
-ceremonies, `management` has users, passkeys, events and the app, `mail` has mail codes;
+After a change run `python tests/support/sync_client.py`. `ceremonies` has transactions, nonces and
+keyed ceremonies, `management` has users, passkeys, events and the app, `mail` has mail codes;
 `connection` carries the requests of all.
 """
 

@@ -1,8 +1,8 @@
-# Generated from _async/__init__.py by `python tests/sync_client.py`: change that one.
+# Generated from _async/__init__.py by `python tests/support/sync_client.py`: change that one.
 """The synchronous client, generated from the asynchronous one in `_async`.
 
-`ceremonies` has transactions, nonces and keyed
-ceremonies, `management` has users, passkeys, events and the app, `mail` has mail codes;
+`ceremonies` has transactions, nonces and
+keyed ceremonies, `management` has users, passkeys, events and the app, `mail` has mail codes;
 `connection` carries the requests of all.
 """
 

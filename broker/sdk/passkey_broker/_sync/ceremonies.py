@@ -1,4 +1,4 @@
-# Generated from _async/ceremonies.py by `python tests/sync_client.py`: change that one.
+# Generated from _async/ceremonies.py by `python tests/support/sync_client.py`: change that one.
 """Transactions, nonces, and ceremonies that a backend carries for the page."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/connection.py by `python tests/sync_client.py`: change that one.
+# Generated from _async/connection.py by `python tests/support/sync_client.py`: change that one.
 """Connection of a client: an httpx client, the app's address, and the loop that repeats reads."""
 
 from __future__ import annotations

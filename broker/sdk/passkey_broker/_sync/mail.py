@@ -1,4 +1,4 @@
-# Generated from _async/mail.py by `python tests/sync_client.py`: change that one.
+# Generated from _async/mail.py by `python tests/support/sync_client.py`: change that one.
 """Mail codes: 6 digits that prove that somebody reads a mailbox."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Generated from _async/management.py by `python tests/sync_client.py`: change that one.
+# Generated from _async/management.py by `python tests/support/sync_client.py`: change that one.
 """Users, passkeys, approvals, events, signals, and what the app says of itself."""
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Tests of what knows no HTTP: model, ceremonies, tokens, and the verbs."""

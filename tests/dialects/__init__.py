@@ -1,0 +1,1 @@
+"""Tests of each dialect: its contract, its golden files, and what all dialects share."""

@@ -1,0 +1,284 @@
+"""One app, every dialect at once: a passkey made through one signs in through every other, as the
+same user, by name and without one.
+
+What stays apart: second factors, and passkeys that nobody owns yet. And what one more dialect
+takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from broker import app as composition
+from broker.errors import Refusal
+from broker.model import Policy, RelyingParty
+from broker.web import DIRECTORY, json_answer, keyed, read_object
+from tests.conftest import ON_BOTH, OpenApp, Started, Starter
+from tests.support.authenticator import Authenticator
+from tests.support.byo import Byo
+from tests.support.hanko import SECOND_LOGIN, SECOND_REGISTRATION, Hanko
+from tests.support.passlock import Passlock
+from tests.support.signals import refused
+from tests.support.wire import ORIGIN, Wire
+
+Register = Callable[[Wire, str, Authenticator], Awaitable[object]]
+# The external id that a sign-in proves; without a user, whoever has the passkey.
+SignIn = Callable[[Wire, str | None, Authenticator], Awaitable[str]]
+
+
+async def _native_registers(wire: Wire, user: str, device: Authenticator) -> None:
+    nonce = await wire.register(await wire.open_registration(user), device)
+    assert (await wire.redeem(nonce, purpose="register")).status == 200
+
+
+async def _native_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
+    transaction = await wire.open_authentication(user) if user else None
+    receipt = await wire.redeem(
+        await wire.authenticate(transaction, device), purpose="authenticate"
+    )
+    return str(receipt.json["external_id"])
+
+
+async def _hanko_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
+    claims = await Hanko(wire).login(device, user=user)
+    assert claims["purpose"] == "authenticate"
+    return str(claims["sub"])
+
+
+async def _passlock_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
+    passlock = Passlock(wire)
+    done = await passlock.authenticate(user, device)
+    principal = await passlock.exchange(done["code"])
+    assert principal["userId"] == done["principal"]["userId"]
+    return str(principal["userId"])
+
+
+async def _passlocks_page_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
+    """Its older clients, which begin without a backend."""
+    assert user is None
+    done = await Passlock(wire, "").run("authentication", {}, device)
+    return str(done["principal"]["userId"])
+
+
+async def _propelauth_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
+    assert user is not None
+    await Byo(wire).authenticate(user, device)
+    return user
+
+
+REGISTER: dict[str, Register] = {
+    "native": _native_registers,
+    "hanko": lambda wire, user, device: Hanko(wire).register(user, device),
+    "passlock": lambda wire, user, device: Passlock(wire).register(user, device),
+    "propelauth": lambda wire, user, device: Byo(wire).register(user, device),
+}
+BY_NAME: dict[str, SignIn] = {
+    "native": _native_signs_in,
+    "hanko": _hanko_signs_in,
+    "passlock": _passlock_signs_in,
+    "propelauth": _propelauth_signs_in,
+}
+WITHOUT: dict[str, SignIn] = {
+    "native": _native_signs_in,
+    "hanko": _hanko_signs_in,
+    "passlock": _passlock_signs_in,
+    "passlock-page": _passlocks_page_signs_in,
+}
+
+
+@ON_BOTH
+@pytest.mark.parametrize("made", REGISTER)
+async def test_every_pair(wire: Wire, device: Authenticator, made: str) -> None:
+    await REGISTER[made](wire, "ann", device)
+    await REGISTER[made](wire, "bob", Authenticator())
+    for name, sign_in in BY_NAME.items():
+        assert await sign_in(wire, "ann", device) == "ann", name
+    for name, sign_in in WITHOUT.items():
+        assert await sign_in(wire, None, device) == "ann", name
+    (theirs,) = await Hanko(wire).credentials("ann")
+    assert [p["credentialId"] for p in await Byo(wire).passkeys("ann")] == [theirs["id"]]
+    first, _ = (await Passlock(wire).ok("GET", "/passkeys/"))["records"]
+    assert first["credential"]["id"] == theirs["id"]
+
+
+@ON_BOTH
+@pytest.mark.parametrize(("first", "second"), list(product(REGISTER, repeat=2)))
+async def test_a_passkey_is_not_made_twice(
+    wire: Wire, device: Authenticator, first: str, second: str
+) -> None:
+    """What one dialect registered the others exclude: the authenticator itself says that it has a
+    passkey already.
+    """
+    await REGISTER[first](wire, "ann", device)
+    with pytest.raises(Exception, match="InvalidStateError"):
+        await REGISTER[second](wire, "ann", device)
+
+
+@ON_BOTH
+async def test_a_second_factor_is_one_in_every_dialect(broker: Started, wire: Wire) -> None:
+    hanko, key, device = Hanko(wire), Authenticator(), Authenticator()
+    await REGISTER["native"](wire, "ann", device)
+    await hanko.register("ann", key, at=SECOND_REGISTRATION)
+    claims = await hanko.login(key, at=SECOND_LOGIN, user="ann")
+    assert claims["purpose"] == "authenticate_second_factor"
+    for sign_in in WITHOUT.values():
+        with (
+            refused(broker, "discoverable_login_failed", "second_factor"),
+            pytest.raises(AssertionError),
+        ):
+            await sign_in(wire, None, key)
+    options = await Byo(wire).begin_authentication("ann")
+    assert len(options["allowCredentials"]) == 1, "the second factor is not offered"
+    nonce = claims["jti"]
+    assert (await wire.redeem(nonce, purpose="authenticate")).code == "invalid_nonce", (
+        "no login, however it is asked"
+    )
+
+
+@ON_BOTH
+async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
+    broker: Started, open_app: OpenApp, device: Authenticator
+) -> None:
+    wire = await open_app(replace(Policy(), passlock_open_registration=True))
+    page, backend = Passlock(wire, ""), Passlock(wire)
+    made = await page.run("registration", {"username": "ann"}, device)
+    passkey = made["principal"]["authenticatorId"]
+    assert await _passlocks_page_signs_in(wire, None, device) == passkey
+    for elsewhere in (_native_signs_in, _hanko_signs_in):
+        with (
+            refused(broker, "discoverable_login_failed", "ownerless"),
+            pytest.raises(AssertionError),
+        ):
+            await elsewhere(wire, None, device)
+    await backend.ok("PATCH", f"/passkeys/{passkey}", {"userId": "ann"})
+    for sign_in in WITHOUT.values():
+        assert await sign_in(wire, None, device) == "ann"
+
+
+@ON_BOTH
+async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(
+    wire: Wire, device: Authenticator
+) -> None:
+    """Hanko's jti and Passlock's code are nonces: the second redemption is refused everywhere, and
+    so is another app's.
+    """
+    await REGISTER["native"](wire, "ann", device)
+    jti = (await Hanko(wire).login(device))["jti"]
+    assert (await wire.redeem(jti, purpose="authenticate", external_id="ann")).status == 200
+    code = (await Passlock(wire).authenticate("ann", device))["code"]
+    assert (await Passlock(wire).exchange(code))["userId"] == "ann"
+    for spent in (jti, code):
+        assert (await wire.redeem(spent)).code == "invalid_nonce"
+        answer = await Passlock(wire).keyed("GET", f"/principal/{spent}")
+        assert (answer.status, answer.json["_tag"]) == (404, "@error/InvalidCode")
+
+
+@ON_BOTH
+async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(
+    wire: Wire, device: Authenticator
+) -> None:
+    """The challenge of one dialect is no handle in another, so nothing that one checks is passed
+    by.
+    """
+    await REGISTER["native"](wire, "ann", device)
+    handle, options = await wire.begin("authenticate", await wire.open_authentication("ann"))
+    answer: Any = device.authenticate(options, ORIGIN)
+    refusal = await Hanko(wire).page("/login/finalize", answer)
+    assert refusal.status == 401
+    begun = await Hanko(wire).begin(user_id="ann")
+    answer = device.authenticate(begun, ORIGIN)
+    assert (
+        await wire.finish("authenticate", begun["challenge"], answer)
+    ).code == "transaction_not_found"
+    await Byo(wire).begin_authentication("ann")
+    assert (await Hanko(wire).page("/login/finalize", answer)).status == 200
+    assert (
+        await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
+    ).status == 200
+
+
+# -- one more --------------------------------------------------------------------------------------
+
+
+def _one_more() -> ModuleType:
+    """A dialect as they are: a module. It says how many passkeys a user has, and tells refusals by
+    their code alone.
+    """
+
+    async def count(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+        await read_object(request, empty=True)
+        passkeys = await request.app[DIRECTORY].credentials_of(app, request.match_info["user"])
+        return json_answer(len(passkeys))
+
+    def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
+        return (
+            [web.get("/more/{app_id}/{user}", keyed(count), allow_head=False)] if management else []
+        )
+
+    def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
+        return json_answer([refusal.code], status=418)
+
+    module = ModuleType("tests.more")
+    vars(module).update(PATHS=re.compile("/more/"), SIGNS=False, routes=routes, render=render)
+    return module
+
+
+async def test_one_more_dialect_is_one_module_and_one_line(
+    start_broker: Starter, session: Any, device: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its routes answer beside the others', what goes wrong below its paths has its shape, and the
+    setting knows its name.
+    """
+    monkeypatch.setattr(composition, "DIALECTS", (*composition.DIALECTS, _one_more()))
+    started = await start_broker()
+    wire = await Wire.open(started.service, session)
+    await REGISTER["hanko"](wire, "ann", device)
+    assert (await wire.keyed("GET", f"{wire.url}/more/{wire.app_id}/ann")).json == 1
+    for method, path, code in (
+        ("GET", f"/more/{wire.app_id}/ann", "invalid_access_token"),
+        ("POST", f"/more/{wire.app_id}/ann", "method_not_allowed"),
+        ("GET", "/more/x", "not_found"),
+    ):
+        with refused(started, code, "key_missing" if code == "invalid_access_token" else code):
+            answer = await wire.send(method, wire.url + path)
+        assert (answer.status, answer.json) == (418, [code])
+    answer = await wire.keyed("GET", f"{wire.url}/more/{wire.app_id}/ann", data=b" " * 70_000)
+    assert (answer.json, answer.headers["Connection"]) == (["request_too_large"], "close")
+    assert (await wire.send("GET", f"{wire.url}/nowhere")).code == "not_found"
+    alone = await start_broker(dialects=("more",))
+    assert (await wire.keyed("GET", f"{alone.url}/more/{wire.app_id}/ann")).json == 1
+    assert (await wire.keyed("GET", f"{alone.url}/v1/apps/{wire.app_id}/users")).code == "not_found"
+
+
+async def test_a_second_factors_transaction_begins_nothing_at_passlock(
+    broker: Started, wire: Wire
+) -> None:
+    """Its wire has no word for one. What was begun natively, and a page brings there, is unknown
+    and stays.
+    """
+    opened = await wire.keyed(
+        "POST",
+        "/transactions/register",
+        {"external_id": "ann", "passkey_display_name": "Ann", "second_factor": True},
+    )
+    transaction = opened.json["transaction_id"]
+    passlock, key = Passlock(wire), Authenticator()
+    with refused(broker, "transaction_not_found", "second_factor"):
+        answer = await passlock.page(
+            "/passkey/registration/options", {"registrationToken": transaction}
+        )
+    assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
+    handle, options = await wire.begin("register", transaction)
+    made = key.register(options, ORIGIN)
+    with refused(broker, "transaction_not_found", "other_finish"):
+        answer = await passlock.finish("registration", handle, made)
+    assert (answer.status, answer.json["_tag"]) == (400, "@error/BadRequest")
+    assert (await wire.finish("register", handle, made)).status == 200

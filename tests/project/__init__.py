@@ -1,0 +1,1 @@
+"""Tests of the repository: imports, documentation, examples, `make`, the wheel, the benchmark."""

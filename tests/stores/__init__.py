@@ -1,0 +1,1 @@
+"""Tests of the ephemeral and the durable store, on real servers."""

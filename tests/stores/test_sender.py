@@ -1,0 +1,260 @@
+"""The shared connection to Redis (`broker.ephemeral.sender`) on a real Valkey, plain and through
+TLS: large values, and ends of all kinds.
+
+What the stores make of it, and what a lost reply means, is in tests/test_ephemeral.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from redis.exceptions import ConnectionError as Lost
+from redis.exceptions import ResponseError
+
+from broker.cli import serving
+from broker.ephemeral import connect
+from broker.ephemeral.client import Commands
+from broker.ephemeral.sender import Sender
+from broker.gathering import LONE
+from tests.support.servers import Valkey, eventually
+
+LIMIT = 5.0
+LARGE = 3_000_000  # bytes, more than sockets and transports hold
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    server = Valkey.start(tmp_path_factory.mktemp("sender"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that signs itself, for the loopback address, with its key in the same file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder(
+            name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1)
+        )
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+@dataclass(slots=True)
+class Door:
+    """In front of the server: forwards bytes, and closes what is open when told to."""
+
+    url: str = ""
+    open: set[asyncio.StreamWriter] = field(default_factory=set)
+    connections: int = 0
+
+    def close(self) -> None:
+        for writer in self.open:
+            writer.close()
+
+
+@pytest.fixture(params=["plain", "TLS"])
+async def door(
+    request: pytest.FixtureRequest, valkey: Valkey, certificate: Path
+) -> AsyncIterator[Door]:
+    made, tasks = Door(), set[asyncio.Task[None]]()
+    context = None
+    if request.param == "TLS":
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        made.connections += 1
+        made.open.add(writer)
+        upstream = await valkey.connect()
+        await asyncio.gather(pump(reader, upstream[1]), pump(upstream[0], writer))
+        made.open.discard(writer)
+        tasks.discard(task)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    made.url = (
+        f"rediss://127.0.0.1:{port}/?ssl_ca_certs={certificate}" if context else valkey.url_at(port)
+    )
+    yield made
+    server.close()
+    made.close()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+@pytest.fixture
+async def commands(door: Door) -> AsyncIterator[Commands]:
+    made = connect(door.url, timeout=LIMIT)
+    yield made
+    await made.close()
+
+
+async def test_each_caller_gets_their_own_reply(commands: Commands, door: Door) -> None:
+    """A thousand at once on one connection; who gives up takes nobody's."""
+    asking = [
+        asyncio.ensure_future(commands.ask("ECHO", b"%d" % number, limit=LIMIT))
+        for number in range(1000)
+    ]
+    for number in range(0, 500, 7):  # before anything is written
+        asking[number].cancel()
+    await asyncio.wait([asking[1]])
+    for number in range(500, 1000, 7):  # some of them after
+        asking[number].cancel()
+    replies = await asyncio.gather(*asking, return_exceptions=True)
+    for number, reply in enumerate(replies):
+        assert reply == b"%d" % number or isinstance(reply, asyncio.CancelledError)
+    assert sum(isinstance(reply, bytes) for reply in replies) >= 850
+    assert await commands.ask("ECHO", b"next", limit=LIMIT) == b"next"
+    assert door.connections == 1
+
+
+async def test_large_values(commands: Commands, door: Door) -> None:
+    """More than a transport takes at once, in both directions, among small ones."""
+    value = bytes(range(256)) * (LARGE // 256)
+    replies = tuple(
+        await asyncio.gather(
+            commands.ask("SET", "large", value, limit=LIMIT),
+            commands.ask("ECHO", b"between", limit=LIMIT),
+            commands.ask("GET", "large", limit=LIMIT),
+            commands.ask("GET", "large", limit=LIMIT),
+            commands.ask("ECHO", b"", limit=LIMIT),
+            commands.ask("DEL", "large", limit=LIMIT),
+        )
+    )
+    assert replies == (b"OK", b"between", value, value, b"", 1)
+    assert door.connections == 1
+
+
+async def test_a_refusal_is_its_callers(commands: Commands, door: Door) -> None:
+    replies = await asyncio.gather(
+        commands.ask("ECHO", b"a", limit=LIMIT),
+        commands.ask("NONSENSE", limit=LIMIT),
+        commands.ask("EVAL", "return redis.call('GET')", 0, limit=LIMIT),
+        commands.ask("ECHO", b"b", limit=LIMIT),
+        return_exceptions=True,
+    )
+    assert (replies[0], replies[3]) == (b"a", b"b")
+    assert isinstance(replies[1], ResponseError)
+    assert isinstance(replies[2], ResponseError)
+    assert door.connections == 1
+
+
+async def test_the_server_closes_while_callers_wait(commands: Commands, door: Door) -> None:
+    """All of them are told, each by an exception of their own; the next has a new connection."""
+    assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
+    waiting = [
+        asyncio.ensure_future(commands.ask("BLPOP", "nothing", 0, limit=LIMIT)) for _ in range(3)
+    ]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    door.close()
+    told = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(one, Lost) for one in told), told
+    assert len({id(one) for one in told}) == 3
+    assert await commands.ask("ECHO", b"b", limit=LIMIT) == b"b"
+    assert door.connections == 2
+
+
+async def test_the_server_closes_an_idle_connection(
+    commands: Commands, door: Door, valkey: Valkey
+) -> None:
+    """As one with a `timeout` does: nobody is refused for it."""
+    for number in range(1, 4):
+        assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
+        assert door.connections == number
+        assert isinstance(commands, Sender)
+        link = commands._link
+        assert link is not None
+        with valkey.client() as client:
+            client.execute_command("CLIENT KILL TYPE normal SKIPME yes")
+        await eventually(partial(getattr, link, "ended"), "the connection is closed")
+
+
+async def test_an_end_leaves_no_task(door: Door) -> None:
+    """Closed before it was used, while it connects, in use, idle, and twice."""
+    before = asyncio.all_tasks()
+    own = connect(door.url, timeout=LIMIT)
+    await own.close()
+    connecting = asyncio.ensure_future(own.ask("ECHO", b"a", limit=LIMIT))
+    await asyncio.sleep(0)
+    await own.close()
+    assert isinstance((await asyncio.gather(connecting, return_exceptions=True))[0], Lost)
+    assert await own.ask("ECHO", b"a", limit=LIMIT) == b"a"
+    using = asyncio.ensure_future(own.ask("BLPOP", "nothing", 0, limit=LIMIT))
+    await asyncio.sleep(0)
+    await own.close()
+    assert isinstance((await asyncio.gather(using, return_exceptions=True))[0], Lost)
+    await own.close()
+    await eventually(lambda: not door.open, "the door sees it")
+    await eventually(lambda: asyncio.all_tasks() <= before, "no task is left")
+
+
+def test_one_loop_after_the_other(valkey: Valkey) -> None:
+    """A store that was closed may be used again, also in another event loop."""
+    commands = connect(valkey.url, timeout=LIMIT)
+
+    async def use() -> object:
+        try:
+            return await commands.ask("ECHO", b"a", limit=LIMIT)
+        finally:
+            await commands.close()
+
+    assert [asyncio.run(use()) for _ in range(2)] == [b"a", b"a"]
+
+
+def test_who_asks_as_the_connection_ends_is_told_so(valkey: Valkey) -> None:
+    """A transport is closed a turn before it says that the connection is lost, and takes a write in
+    between for nothing. Who is alone writes at once.
+    """
+
+    async def main() -> None:
+        commands = connect(valkey.url, timeout=LIMIT)
+        assert isinstance(commands, Sender)
+        try:
+            for _ in range(LONE + 1):
+                assert await commands.ask("PING", limit=LIMIT) == b"PONG"
+            assert commands._link is not None
+            assert commands._link._transport is not None
+            commands._link._transport.close()
+            with pytest.raises(Lost):
+                await commands.ask("PING", limit=LIMIT)
+            assert await commands.ask("PING", limit=LIMIT) == b"PONG"
+        finally:
+            await commands.close()
+
+    serving.run(main())

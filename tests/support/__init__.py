@@ -1,0 +1,1 @@
+"""Helpers of tests: the software authenticator, clients of each dialect, servers and processes."""

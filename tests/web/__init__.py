@@ -1,0 +1,1 @@
+"""Tests of the HTTP server: bytes, routes, keys, origins; and of the demo."""
