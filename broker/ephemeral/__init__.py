@@ -59,9 +59,7 @@ from typing import Any, TypeVar, get_args
 
 import orjson
 
-from broker.ephemeral.client import DOWN, Commands, NoScriptError, Script, connect
-from broker.ephemeral.faults import Faults
-from broker.ephemeral.records import (
+from broker.ephemeral.codec import (
     dump_beginning,
     dump_pending,
     dump_redeemable,
@@ -73,6 +71,8 @@ from broker.ephemeral.records import (
     load_transaction,
     without_ceremony,
 )
+from broker.ephemeral.faults import Faults
+from broker.ephemeral.transport import DOWN, Commands, NoScriptError, Script, connect
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
     BegunCeremony,
@@ -98,7 +98,7 @@ _HANDLE = _SECRET + 43
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 _KINDS: tuple[FinishKind, ...] = (*get_args(Proof), "approve_second_factor")
 
-# What a transaction's value (`broker.ephemeral.records`) has behind its mark and its pending
+# What a transaction's value (`broker.ephemeral.codec`) has behind its mark and its pending
 # ceremony.
 _REST = """
 local function rest(v)

@@ -1,8 +1,8 @@
 """Redis Cluster router: sends each command to the node that owns the slot of its key.
 
-**Connections.** Each node that owns slots has one multiplexed connection
-(`broker.ephemeral.sender`), made when the first command needs it. The connection of a node that
-owns nothing any more is closed when no caller waits on it.
+**Connections.** Each node that owns slots has one multiplexed connection, made when the first
+command needs it. The connection of a node that owns nothing any more is closed when no caller waits
+on it.
 
 **Topology.** The first commands wait for one read of the topology. A read asks all known nodes and
 all seeds at once. An answer says which node owns which slots, and at which config epoch. The newest
@@ -32,7 +32,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
 from redis.exceptions import ConnectionError as Lost
 
-from broker.ephemeral.sender import PROBE, Sender
+from broker.ephemeral.connection import PROBE, MultiplexedConnection
 
 Address = tuple[str, int]
 
@@ -69,14 +69,14 @@ class ClusterRouter:
     def __init__(
         self,
         seeds: Collection[Address],
-        node: Callable[[Address, Callable[[], None]], Sender],
+        node: Callable[[Address, Callable[[], None]], MultiplexedConnection],
         *,
         timeout: float,
     ) -> None:
         self._seeds = frozenset(seeds)
         self._connect = node
         self._timeout = timeout
-        self._nodes: dict[Address, Sender] = {}
+        self._nodes: dict[Address, MultiplexedConnection] = {}
         self._known = self._seeds  # masters and replicas
         self._owners: list[Address | None] = []  # by slot; empty until the topology is known
         self._masters: frozenset[Address] = frozenset()  # that own slots
@@ -157,11 +157,11 @@ class ClusterRouter:
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.wait([self._reading])
-        for sender in (*nodes.values(), *self._nodes.values()):
-            await sender.close()
+        for node in (*nodes.values(), *self._nodes.values()):
+            await node.close()
         self._nodes = {}
 
-    def _node(self, address: Address) -> Sender:
+    def _node(self, address: Address) -> MultiplexedConnection:
         found = self._nodes.get(address)
         if found is None:
             found = self._nodes[address] = self._connect(address, lambda: self._ended(address))
@@ -229,11 +229,11 @@ class ClusterRouter:
         return answers
 
     async def _told_by(self, address: Address) -> _Answer | None:
-        sender = self._node(address)
+        node = self._node(address)
         try:
             nodes, slots = await asyncio.gather(
-                sender.ask("CLUSTER", "NODES", limit=self._timeout),
-                sender.ask("CLUSTER", "SLOTS", limit=self._timeout),
+                node.ask("CLUSTER", "NODES", limit=self._timeout),
+                node.ask("CLUSTER", "SLOTS", limit=self._timeout),
             )
             return _parsed(address[0], nodes, slots)
         except (RedisError, OSError, TimeoutError) as fault:

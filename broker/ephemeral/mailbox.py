@@ -41,7 +41,7 @@ from typing import Any, Literal
 import orjson
 
 from broker.ephemeral import Ephemeral
-from broker.ephemeral.client import Script
+from broker.ephemeral.transport import Script
 from broker.model import base64url
 
 GRACE = 600  # seconds in which an expired code is known to have expired

@@ -26,8 +26,8 @@ from redis.exceptions import ClusterDownError, MovedError, RedisError, ResponseE
 from redis.exceptions import ConnectionError as Lost
 
 from broker.ephemeral import Ephemeral, connect
-from broker.ephemeral.client import DOWN
 from broker.ephemeral.cluster import Address, ClusterRouter, _Answer, _Claim, _parsed
+from broker.ephemeral.transport import DOWN
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics
 from broker.tokens import SystemMint, digest
@@ -162,7 +162,8 @@ async def test_each_node_is_reached_as_the_url_says(url: str) -> None:
     assert isinstance(router, ClusterRouter)
     assert router._seeds == {("h1", 6379), ("h2", 2)}
     for address in (("h2", 2), ("node-7.example", 7000)):
-        made: Any = router._node(address)._connection()
+        pool: Any = router._node(address)._pool
+        made = pool.make_connection()
         assert (made.host, made.port, made.username, made.password) == (*address, "u", "p")
         assert isinstance(made, SSLConnection) == url.startswith("rediss")
     await router.close()

@@ -21,7 +21,7 @@ import pytest
 
 from broker import ephemeral
 from broker.ephemeral import Ephemeral
-from broker.ephemeral.client import ByClient, Commands, Script
+from broker.ephemeral.transport import ByClient, Commands, Script
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
     AllowedCredential,
@@ -1012,10 +1012,10 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
         with single.client() as client:
             stale = next(v for v in map(client.get, client.keys("n:*")) if b"1" * 32 in v)
         assert len(proxy.clients) == 1
-        sender: Any = store._commands
-        link = sender._link
+        connection: Any = store._commands
+        stream = connection._stream
         await proxy.push(b"$%d\r\n%s\r\n" % (len(stale), stale))
-        await eventually(lambda: link.ended, "the bytes have arrived")
+        await eventually(lambda: stream.ended, "the bytes have arrived")
         taken = await store.take_nonce(APP, nonce)
         assert taken is not None
         assert taken.transaction == b"2" * 32

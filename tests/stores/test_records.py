@@ -1,4 +1,4 @@
-"""One-time values as bytes (`broker.ephemeral.records`), and the base64url of answers
+"""One-time values as bytes (`broker.ephemeral.codec`), and the base64url of answers
 (`broker.ceremony.form`): whatever the values are.
 """
 
@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from broker.ceremony.form import _bytes
-from broker.ephemeral.records import (
+from broker.ephemeral.codec import (
     dump_beginning,
     dump_pending,
     dump_redeemable,

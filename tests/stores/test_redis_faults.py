@@ -17,8 +17,8 @@ import redis
 from redis.asyncio.connection import DefaultParser
 
 from broker.ephemeral import Ephemeral, connect
-from broker.ephemeral.client import Script
 from broker.ephemeral.faults import CAUSES, Faults, cause_of
+from broker.ephemeral.transport import Script
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics
 from tests.support.processes import free_port

@@ -1,5 +1,5 @@
-"""The shared connection to Redis (`broker.ephemeral.sender`) on a real Valkey, plain and through
-TLS: large values, and ends of all kinds.
+"""The multiplexed connection to Redis (`broker.ephemeral.connection`) on a real Valkey, plain and
+through TLS: large values, and ends of all kinds.
 
 What the stores make of it, and what a lost reply means, is in tests/test_ephemeral.py.
 """
@@ -25,8 +25,8 @@ from redis.exceptions import ResponseError
 
 from broker.cli import serving
 from broker.ephemeral import connect
-from broker.ephemeral.client import Commands
-from broker.ephemeral.sender import Sender
+from broker.ephemeral.connection import MultiplexedConnection
+from broker.ephemeral.transport import Commands
 from broker.gathering import LONE
 from tests.support.servers import Valkey, eventually
 
@@ -197,12 +197,12 @@ async def test_the_server_closes_an_idle_connection(
     for number in range(1, 4):
         assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
         assert door.connections == number
-        assert isinstance(commands, Sender)
-        link = commands._link
-        assert link is not None
+        assert isinstance(commands, MultiplexedConnection)
+        stream = commands._stream
+        assert stream is not None
         with valkey.client() as client:
             client.execute_command("CLIENT KILL TYPE normal SKIPME yes")
-        await eventually(partial(getattr, link, "ended"), "the connection is closed")
+        await eventually(partial(getattr, stream, "ended"), "the connection is closed")
 
 
 async def test_an_end_leaves_no_task(door: Door) -> None:
@@ -244,13 +244,13 @@ def test_who_asks_as_the_connection_ends_is_told_so(valkey: Valkey) -> None:
 
     async def main() -> None:
         commands = connect(valkey.url, timeout=LIMIT)
-        assert isinstance(commands, Sender)
+        assert isinstance(commands, MultiplexedConnection)
         try:
             for _ in range(LONE + 1):
                 assert await commands.ask("PING", limit=LIMIT) == b"PONG"
-            assert commands._link is not None
-            assert commands._link._transport is not None
-            commands._link._transport.close()
+            assert commands._stream is not None
+            assert commands._stream._transport is not None
+            commands._stream._transport.close()
             with pytest.raises(Lost):
                 await commands.ask("PING", limit=LIMIT)
             assert await commands.ask("PING", limit=LIMIT) == b"PONG"

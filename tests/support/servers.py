@@ -29,8 +29,8 @@ from broker.embedded.binaries import find_redis
 from broker.embedded.children import Server
 from broker.embedded.place import server_account
 from broker.ephemeral import connect
-from broker.ephemeral.client import Commands
 from broker.ephemeral.cluster import ClusterRouter
+from broker.ephemeral.transport import Commands
 from broker.errors import Unavailable
 from broker.telemetry import Metrics
 from broker.tokens import SystemMint

@@ -1,9 +1,8 @@
-"""How commands reach Redis: one server through a `Sender`, a cluster through a `ClusterRouter`,
-which has a `Sender` for each node.
+"""Redis transport: one server over a multiplexed connection, or a cluster through a router with one
+such connection for each node.
 
-Both answer the same way: `ask` gives the raw reply within a limit or raises what `DOWN` names, and
-no command is run twice. TLS and credentials are matters of the connection, which is redis-py's
-either way.
+Both answer alike: `ask` gives the raw reply within a limit or raises one of `DOWN`, and no command
+runs twice. TLS and credentials are redis-py's part.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from broker.ephemeral.cluster import Address, ClusterRouter
-from broker.ephemeral.sender import PROBE, Batch, Sender
+from broker.ephemeral.connection import PROBE, Batch, MultiplexedConnection
 
 __all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "Script", "connect"]
 
-# What is raised for a server that is down, slow, full or refuses.
+# The errors of a server that is down, slow or full, or that refuses.
 DOWN = (RedisError, OSError, TimeoutError)
 
 
 class Script:
-    """A Lua script and the digest by which a server that has it knows it."""
+    """A Lua script and its SHA-1, by which EVALSHA runs it."""
 
     __slots__ = ("sha1", "text")
 
@@ -93,7 +92,7 @@ def connect(url: str, *, timeout: float) -> Commands:
         "protocol": 2,
     }
     if "+cluster://" not in url:
-        return Sender(ConnectionPool.from_url(url, **limits), timeout=timeout)
+        return MultiplexedConnection(ConnectionPool.from_url(url, **limits), timeout=timeout)
     parts = urlsplit(url.replace("+cluster://", "://"))
     credentials, at, hosts = parts.netloc.rpartition("@")
     pools = [
@@ -104,9 +103,9 @@ def connect(url: str, *, timeout: float) -> Commands:
 
     batch = Batch()
 
-    def node(address: Address, on_end: Callable[[], None]) -> Sender:
+    def node(address: Address, on_end: Callable[[], None]) -> MultiplexedConnection:
         pool = ConnectionPool(kind, **{**options, "host": address[0], "port": address[1]})
-        return Sender(pool, timeout=timeout, batch=batch, on_end=on_end)
+        return MultiplexedConnection(pool, timeout=timeout, batch=batch, on_end=on_end)
 
     given = [pool.connection_kwargs for pool in pools]
     seeds = [(one.get("host", "localhost"), one.get("port", 6379)) for one in given]
