@@ -50,8 +50,8 @@ class Incoming(web.Request):
     """A request with what was found out about it: the body, where it came whole with the head, and
     once it was read and judged; the CORS headers of its answer."""
 
-    ATTRS = web.Request.ATTRS | {"came", "kept_body", "cors"}
-    came: bytes | None = None
+    ATTRS = web.Request.ATTRS | {"whole_body", "kept_body", "cors"}
+    whole_body: bytes | None = None
     kept_body: bytes | None = None
     cors: Mapping[str, str] | None = None
 
@@ -63,7 +63,7 @@ class Incoming(web.Request):
         return self._match_info._current_app  # type: ignore[union-attr, return-value]  # the router, or the edge, has set both
 
 
-def kept(request: web.Request) -> Incoming:
+def as_incoming(request: web.Request) -> Incoming:
     """The request as our server makes them."""
     return request  # type: ignore[return-value]  # and a cast is a call
 
@@ -89,11 +89,11 @@ async def read_bytes(request: web.Request) -> bytes:
         RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, two
         encodings, caller gone).
     """
-    body = _at_hand(kept(request))
+    body = _at_hand(as_incoming(request))
     if body is None:
         body = await _read(request)
         context().deadline = time.monotonic() + ANSWER_SECONDS
-        kept(request).kept_body = body
+        as_incoming(request).kept_body = body
     return body
 
 
@@ -104,7 +104,7 @@ def _at_hand(incoming: Incoming) -> bytes | None:
     encoding = only_header(incoming, hdrs.CONTENT_ENCODING)
     if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedEncoding
-    body = incoming.came
+    body = incoming.whole_body
     if body is not None:
         if len(body) > MAX_BODY:
             raise RequestTooLarge
@@ -136,7 +136,7 @@ async def read_object(request: web.Request, *, empty: bool = False) -> dict[str,
         InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what
             `read_bytes` raises.
     """
-    body = _at_hand(kept(request))
+    body = _at_hand(as_incoming(request))
     if body is None:
         body = await read_bytes(request)
     if empty and not body.strip():

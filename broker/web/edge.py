@@ -88,7 +88,7 @@ REASON_PHRASES = {status: phrase for status, (phrase, _) in RESPONSES.items()}
 
 class Answer(web.Response):
     """A whole JSON answer. As long as nobody asks for its headers there is no dictionary of them,
-    and `whole` is what goes over the wire.
+    and `serialize` is what goes over the wire.
 
     It sets what its parents' `__init__` set, which ask many questions that a JSON answer has no
     doubts about; a test compares."""
@@ -120,7 +120,7 @@ class Answer(web.Response):
             if request_id:
                 self._own["X-Request-Id"] = request_id
 
-    def whole(self, date: str) -> bytes | None:
+    def serialize(self, date: str) -> bytes | None:
         """Head and body; None where the answer has headers of its own. `more` are names and values
         that we wrote, or judged (`page_origin`), and a request id has no line break
         (`_REQUEST_ID`)."""

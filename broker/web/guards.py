@@ -38,7 +38,7 @@ from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import CONTEXT, Metrics, context
-from broker.web.body import kept, only_header, read_bytes
+from broker.web.body import as_incoming, only_header, read_bytes
 from broker.web.refused_origins import RefusedOrigins
 
 Access = Literal["key", "browser", "public"]
@@ -74,7 +74,7 @@ async def _slow_body(request: web.Request) -> bool:
     """Read the body, if there is one; whether it took so long that what was looked up before it may
     have changed.
     """
-    if kept(request).came is not None or not request.can_read_body:
+    if as_incoming(request).whole_body is not None or not request.can_read_body:
         return False
     began = time.monotonic()
     await read_bytes(request)
@@ -192,7 +192,7 @@ async def _admitted(request: web.Request) -> RelyingParty:
         if not admitted:
             await request.app[REFUSED_ORIGINS].tell(app, origin)
         allowed = {"Access-Control-Allow-Origin": origin} if registered or readable else {}
-        kept(request).cors = {**allowed, "Vary": "Origin"}
+        as_incoming(request).cors = {**allowed, "Vary": "Origin"}
         if not admitted:
             raise OperationNotAllowed(
                 f"This page's origin {origin} is not registered for the app; tell whoever runs this site."
@@ -216,8 +216,8 @@ def _browser(handler: Handler) -> AnyHandler:
 
 def _preflight(headers: str) -> Handler:
     async def answer(request: web.Request, _: RelyingParty) -> web.StreamResponse:
-        kept(request).cors = {
-            **(kept(request).cors or {}),
+        as_incoming(request).cors = {
+            **(as_incoming(request).cors or {}),
             "Access-Control-Allow-Methods": "GET, POST",
             "Access-Control-Allow-Headers": headers,
             "Access-Control-Max-Age": _PREFLIGHT_SECONDS,
@@ -251,7 +251,7 @@ def public_app(handler: Handler) -> AnyHandler:
     """Call `handler` with the relying party of the path; anybody may ask, from any origin."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        kept(request).cors = {"Access-Control-Allow-Origin": "*"}
+        as_incoming(request).cors = {"Access-Control-Allow-Origin": "*"}
         return await handler(request, await _app_of(request))
 
     return _marked(guarded, "public")

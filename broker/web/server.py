@@ -237,7 +237,7 @@ class _Protocol(RequestHandler):
                     message, body, self, _NO_WRITER, lane, loop, client_max_size=MAX_BODY
                 )
                 chunks: Sequence[bytes] = body._buffer if body is not EMPTY_PAYLOAD else ()
-                request.came = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                request.whole_body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
                 response = await handle(request)
                 if type(response) is Answer and response._keep_alive is None:
                     self._write_whole(response)
@@ -273,7 +273,7 @@ class _Protocol(RequestHandler):
     def _write_whole(self, answer: Answer) -> None:
         if self.transport is not None:
             date = rfc822_formatted_time()
-            whole = answer.whole(date)
+            whole = answer.serialize(date)
             if whole is None:
                 content, headers = answer._body, answer._headers
                 assert isinstance(content, bytes)

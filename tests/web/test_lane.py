@@ -535,11 +535,11 @@ async def test_an_answer_goes_out_the_same_with_and_without_a_dictionary() -> No
         for answer in (whole, before, after):
             answer.finish("request-1", more)
         assert before.headers == after.headers
-        assert before.whole("today") is after.whole("today") is None
+        assert before.serialize("today") is after.serialize("today") is None
         head = _serialize_headers(
             f"HTTP/1.1 {status} {whole.reason}", CIMultiDict(after.headers, **date)
         )
-        told = whole.whole("today")
+        told = whole.serialize("today")
         assert told is not None
         assert sorted(told.split(b"\r\n")) == sorted((head + b'{"a":1}').split(b"\r\n"))
 

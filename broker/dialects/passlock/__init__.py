@@ -34,7 +34,7 @@ from broker.errors import NotFound, Refusal, UnknownApp
 from broker.model import base64url
 from broker.signing import JWKS_MAX_AGE
 from broker.web import SIGNING, browser_routes, edge, json_answer, keyed, public
-from broker.web.body import kept
+from broker.web.body import as_incoming
 
 # First segments of the root that are no tenancy. A test compares them with the router.
 _OTHERS = r"(?:v1|v2|hanko|propelauth|health|metrics|sdk|demo|aaguid|\.well-known)/"
@@ -121,7 +121,7 @@ async def key_set(request: web.Request) -> web.StreamResponse:
     all of them.
     """
     keys = await request.app[SIGNING].key_set(None)
-    kept(request).cors = {"Access-Control-Allow-Origin": "*"}
+    as_incoming(request).cors = {"Access-Control-Allow-Origin": "*"}
     return json_answer(keys, headers={"Cache-Control": f"public, max-age={JWKS_MAX_AGE}"})
 
 
