@@ -1,5 +1,5 @@
-"""Authenticator data: what the authenticator says it did. WebAuthn L3 §6.1, judged as §7.1 and §7.2
-say alike.
+"""Authenticator data: the signed bytes in which an authenticator reports a ceremony. WebAuthn L3
+§6.1; rules that §7.1 and §7.2 share.
 
     offset  0  32 bytes  SHA-256 of the RP ID
            32   1        flags: UP 0x01, UV 0x04, BE 0x08, BS 0x10, AT 0x40, ED 0x80
@@ -7,8 +7,8 @@ say alike.
            37   …        AT: AAGUID (16), length of the credential id (2), credential id, COSE key;
                 ED: a CBOR map
 
-The flags AT and ED alone say what follows; every byte must be accounted for. Reserved bits are
-ignored, as §6.1 has them for future use.
+The flags AT and ED alone decide which parts follow. No byte may be left over. Reserved bits are
+ignored: §6.1 keeps them for future use.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from broker.ceremony import cbor
-from broker.ceremony.verdict import refuse
+from broker.ceremony.reasons import refuse, require
 from broker.model import UserVerification
 
 UP, UV, BE, BS, AT, ED = 0x01, 0x04, 0x08, 0x10, 0x40, 0x80
-MAX_CREDENTIAL_ID = 1023
+MAX_CREDENTIAL_ID = 1023  # bytes; §7.1 "Verify that the credentialId is ≤ 1023 bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class AttestedCredential:
-    """WebAuthn L3 §6.5.1. `public_key` is the COSE key as bytes, `members` the same as a map."""
+    """Attested credential data (WebAuthn L3 §6.5.1).
+
+    `public_key` holds the COSE key as bytes, `members` the same key as a map.
+    """
 
     aaguid: bytes
     credential_id: bytes
@@ -43,6 +46,8 @@ class AttestedCredential:
 
 
 class AuthenticatorData(NamedTuple):
+    """Parsed authenticator data; `raw` are its bytes, which the signature covers."""
+
     raw: bytes
     flags: int
     sign_count: int
@@ -57,38 +62,34 @@ class AuthenticatorData(NamedTuple):
 
 
 def read_authenticator_data(raw: bytes) -> AuthenticatorData:
-    """Read all of `raw`.
+    """Read `raw` to its last byte.
 
     Raises:
-        CeremonyRefused: "malformed"; "credential_id" for an empty or over-long one; "public_key"
-            when it is no map.
+        CeremonyRefused: "malformed"; "credential_id" if the id is empty or too long; "public_key"
+            if the key is not a map.
     """
-    if len(raw) < 37:
-        raise refuse("malformed", "The authenticator data is shorter than 37 bytes.")
+    require(len(raw) >= 37, "malformed", "The authenticator data is shorter than 37 bytes.")
     flags, at, attested = raw[32], 37, None
     if flags & AT:
         attested, at = _read_attested(raw, at)
     if flags & ED:
         extensions, at = cbor.read(raw, at)
-        if not isinstance(extensions, dict):
-            raise refuse("malformed", "The extension data is not a CBOR map.")
-    if at != len(raw):
-        raise refuse("malformed", "Bytes are left over behind the authenticator data.")
+        require(isinstance(extensions, dict), "malformed", "The extension data is not a CBOR map.")
+    require(at == len(raw), "malformed", "Bytes are left over behind the authenticator data.")
     return AuthenticatorData(raw, flags, int.from_bytes(raw[33:37], "big"), attested)
 
 
 def _read_attested(raw: bytes, at: int) -> tuple[AttestedCredential, int]:
-    if len(raw) < at + 18:
-        raise refuse("malformed", "The attested credential data ends too early.")
+    early = "The attested credential data ends too early."
+    require(len(raw) >= at + 18, "malformed", early)
     length = int.from_bytes(raw[at + 16 : at + 18], "big")
-    # §7.1 "Verify that the credentialId is ≤ 1023 bytes"
-    if not 1 <= length <= MAX_CREDENTIAL_ID:
-        raise refuse(
-            "credential_id", f"The credential id is empty or longer than {MAX_CREDENTIAL_ID} bytes."
-        )
+    require(
+        1 <= length <= MAX_CREDENTIAL_ID,
+        "credential_id",
+        f"The credential id is empty or longer than {MAX_CREDENTIAL_ID} bytes.",
+    )
     begin = at + 18 + length
-    if len(raw) < begin:
-        raise refuse("malformed", "The attested credential data ends too early.")
+    require(len(raw) >= begin, "malformed", early)
     members, end = cbor.read(raw, begin)
     if not isinstance(members, dict):
         raise refuse("public_key", "The public key is not a CBOR map.")
@@ -103,26 +104,33 @@ def _hash(rp_id: str) -> bytes:
 def judge_authenticator_data(
     data: AuthenticatorData, *, rp_id: str, verification: UserVerification, presence: bool = True
 ) -> None:
-    """Judge what both ceremonies have in common. `presence`: the user must have been present.
+    """Verify the rules that both ceremonies share. `presence` demands the flag UP.
 
     Raises:
         CeremonyRefused: "rp_id", "user_presence", "user_verification", "backup_flags".
     """
-    flags = data.flags
     # WebAuthn L3 §7.1, §7.2 "Verify that the rpIdHash in authData is the SHA-256 hash of the RP ID
     # expected"
-    if data.rp_id_hash != _hash(rp_id):
-        raise refuse("rp_id", "The passkey was made for another RP ID than the app's.")
+    require(
+        data.rp_id_hash == _hash(rp_id),
+        "rp_id",
+        "The passkey was made for another RP ID than the app's.",
+    )
     # §7.2 "Verify that the UP bit of the flags in authData is set"; §7.1 the same "If
     # options.mediation is not set to conditional"
-    if presence and not flags & UP:
-        raise refuse("user_presence", "The authenticator did not see the user.")
+    require(
+        data.has(UP) or not presence, "user_presence", "The authenticator did not see the user."
+    )
     # §7.1, §7.2 "If the Relying Party requires user verification … verify that the UV bit … is set"
-    if verification == "required" and not flags & UV:
-        raise refuse("user_verification", "The authenticator did not verify the user.")
+    require(
+        data.has(UV) or verification != "required",
+        "user_verification",
+        "The authenticator did not verify the user.",
+    )
     # §7.1, §7.2 "If the BE bit of the flags in authData is not set, verify that the BS bit is not
     # set"
-    if flags & BS and not flags & BE:
-        raise refuse(
-            "backup_flags", "The passkey claims to be backed up without being eligible for it."
-        )
+    require(
+        data.has(BE) or not data.has(BS),
+        "backup_flags",
+        "The passkey claims to be backed up without being eligible for it.",
+    )

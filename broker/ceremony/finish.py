@@ -1,15 +1,15 @@
-"""Finish of both ceremonies: all rules of WebAuthn L3 §7.1 and §7.2, in an order that asks the
-cheap questions first.
+"""Finish of a registration and of an authentication: the rules of WebAuthn L3 §7.1 and §7.2.
 
-Neither function knows stores or clocks; both take the pending ceremony as its own type, so a
-registration can't be finished as a login. The verdict on the signature comes last, so that every
-earlier refusal says the true reason.
+The functions are pure: the pending ceremony, the relying party and the stored credential are
+arguments. Each kind of pending ceremony has a type of its own, so a registration can't be finished
+as an authentication. The signature is verified last: an earlier rule that fails names its own
+reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from webauthn import verify_authentication_response, verify_registration_response
 from webauthn.helpers.cose import COSEAlgorithmIdentifier
@@ -21,7 +21,8 @@ from webauthn.helpers.structs import (
     RegistrationCredential,
 )
 
-from broker.ceremony import attestation, cbor, keys
+from broker.ceremony import attestation, cbor, cose
+from broker.ceremony.attestation import Chain, VerificationInputs
 from broker.ceremony.authenticator_data import (
     AT,
     BE,
@@ -34,8 +35,8 @@ from broker.ceremony.authenticator_data import (
 )
 from broker.ceremony.client_data import CREATE, GET, judge_client_data
 from broker.ceremony.identity import user_handle_matches
+from broker.ceremony.reasons import PARSER_FAULTS, refuse, require
 from broker.ceremony.tpm import MANUFACTURERS, tpm
-from broker.ceremony.verdict import PARSER_FAULTS, refuse
 from broker.model import (
     AllowedCredential,
     AuthenticationAnswer,
@@ -59,11 +60,10 @@ def finish_registration(
     *,
     tpm_manufacturers: Set[str] = MANUFACTURERS,
 ) -> VerifiedRegistration:
-    """Judge a registration (WebAuthn L3 §7.1). `tpm_manufacturers` is there for test data with
-    made-up TPMs.
+    """Verify a registration (WebAuthn L3 §7.1). Tests with made-up TPMs pass `tpm_manufacturers`.
 
     Raises:
-        CeremonyRefused: with one of `REASONS`; nothing else, whatever the answer holds.
+        CeremonyRefused: with one of `REASONS`; no other exception, whatever the answer holds.
     """
     origin = judge_client_data(
         answer.client_data_json, kind=CREATE, challenge=pending.challenge, rp=rp
@@ -76,34 +76,39 @@ def finish_registration(
     if not isinstance(form, str) or not isinstance(statement, dict) or not isinstance(raw, bytes):
         raise refuse("malformed", "The attestation object lacks fmt, attStmt or authData.")
     data = read_authenticator_data(raw)
-    presence = pending.asked.mediation != "conditional"
     judge_authenticator_data(
-        data, rp_id=rp.rp_id, verification=pending.user_verification, presence=presence
+        data,
+        rp_id=rp.rp_id,
+        verification=pending.user_verification,
+        presence=_needs_presence(pending),
     )
     credential = data.attested
     if credential is None:
         raise refuse("malformed", "The authenticator data holds no credential.")
-    if credential.credential_id != answer.credential_id:
-        raise refuse("credential_id", "The credential id is not the one in the authenticator data.")
+    require(
+        credential.credential_id == answer.credential_id,
+        "credential_id",
+        "The credential id is not the one in the authenticator data.",
+    )
     algorithm = credential.members.get(3)
     # §7.1 "Verify that the alg parameter in the credential public key in authData matches the alg
     # attribute of one of the items"
     if type(algorithm) is not int or algorithm not in pending.algorithms:
         raise refuse("algorithm", "The public key is of an algorithm that was not offered.")
     _judge_selection(pending, answer)
-    evidence = attestation.Evidence(
+    inputs = VerificationInputs(
+        statement,
         data,
         credential,
-        keys.load(credential.members),
+        cose.load(credential.members),
         hashlib.sha256(answer.client_data_json).digest(),
+        tpm_manufacturers,
     )
-    trust = _judge_statement(
-        form, statement, evidence, rp.policy, pending.begun_at, tpm_manufacturers
-    )
-    if algorithm in keys.PY_WEBAUTHN_ALGORITHMS and (
+    trust = _judge_statement(form, inputs, rp.policy, pending.begun_at)
+    if algorithm in cose.PY_WEBAUTHN_ALGORITHMS and (
         form == "none" or set(statement) == {"alg", "sig"}
     ):
-        _ask_py_webauthn_registration(pending, rp, answer)
+        _verify_registration_again(pending, rp, answer)
     return VerifiedRegistration(
         credential_id=credential.credential_id,
         public_key=credential.public_key,
@@ -122,86 +127,84 @@ def finish_registration(
     )
 
 
+def _needs_presence(pending: PendingRegistration) -> bool:
+    """True unless the caller permitted conditional create, which has no prompt."""
+    return pending.asked.mediation != "conditional"
+
+
 def _judge_selection(pending: PendingRegistration, answer: RegistrationAnswer) -> None:
-    """What the page says of the authenticator against `authenticatorSelection` of the options. What
-    it doesn't say is not judged: no signature covers either, and SDKs and browsers leave them out.
+    """Compare the answer with `authenticatorSelection` of the options.
+
+    A member that the answer lacks passes: no signature covers it, and many SDKs leave it out.
     """
     # WebAuthn L3 §5.4.4 "authenticatorAttachment: If this member is present, eligible
     # authenticators are filtered to be only those"
-    if pending.attachment is not None and answer.attachment not in (None, pending.attachment):
-        raise refuse(
-            "attachment",
-            f"The options ask for a {pending.attachment} authenticator; this one is another.",
-        )
+    require(
+        pending.attachment is None or answer.attachment in (None, pending.attachment),
+        "attachment",
+        f"The options ask for a {pending.attachment} authenticator; this one is another.",
+    )
     # §5.4.6 "required: The Relying Party requires a client-side discoverable credential", §10.1.3
     # "rk"
-    if pending.discoverable and answer.resident_key is False:
-        raise refuse(
-            "resident_key",
-            "The authenticator made no discoverable credential; use another authenticator.",
-        )
+    require(
+        not pending.discoverable or answer.resident_key is not False,
+        "resident_key",
+        "The authenticator made no discoverable credential; use another authenticator.",
+    )
 
 
 def _judge_statement(
-    form: str,
-    statement: dict[object, object],
-    about: attestation.Evidence,
-    policy: Policy,
-    at: float,
-    manufacturers: Set[str],
+    form: str, inputs: VerificationInputs, policy: Policy, begun_at: float
 ) -> Trust:
-    """§7.1 "Verify that attStmt is a correct attestation statement, conveying a valid attestation
-    signature", and "assess the attestation trustworthiness" by the policy."""
-    trust = _trust_of_statement(form, statement, about, policy, at, manufacturers)
-    if policy.attestation_required != "none" and trust == "none":
-        raise refuse(
-            "attestation_missing",
-            "The authenticator does not say what it is, and the app requires that.",
-        )
-    if policy.attestation_required == "verified" and trust != "verified":
-        raise refuse(
-            "attestation_unverified",
-            "Nobody that the app trusts vouches for this authenticator; use another one.",
-        )
+    """Verify the attestation statement, then apply the policy's `attestation_required`.
+
+    §7.1 "Verify that attStmt is a correct attestation statement, conveying a valid attestation
+    signature"; "assess the attestation trustworthiness".
+    """
+    trust = _trust_of_statement(form, inputs, policy, begun_at)
+    require(
+        policy.attestation_required == "none" or trust != "none",
+        "attestation_missing",
+        "The authenticator does not say what it is, and the app requires that.",
+    )
+    require(
+        policy.attestation_required != "verified" or trust == "verified",
+        "attestation_unverified",
+        "The attestation leads to no root, and the app requires one; use another authenticator.",
+    )
     return trust
 
 
+_VERIFIERS: dict[str, Callable[[VerificationInputs], Chain | None]] = {
+    "packed": attestation.packed,
+    "fido-u2f": attestation.fido_u2f,
+    "android-key": attestation.android_key,
+    "apple": attestation.apple,
+    "tpm": tpm,
+}
+
+
 def _trust_of_statement(
-    form: str,
-    statement: dict[object, object],
-    about: attestation.Evidence,
-    policy: Policy,
-    at: float,
-    manufacturers: Set[str],
+    form: str, inputs: VerificationInputs, policy: Policy, begun_at: float
 ) -> Trust:
     if form == "none":
-        if statement:
-            raise refuse("attestation", 'An attestation of format "none" has a statement.')
+        require(
+            not inputs.statement, "attestation", 'An attestation of format "none" has a statement.'
+        )
         return "none"
-    if form == "packed":
-        chain = attestation.packed(statement, about)
-        if chain is None:
-            return "claimed"
-    elif form == "fido-u2f":
-        chain = attestation.fido_u2f(statement, about)
-    elif form == "android-key":
-        chain = attestation.android_key(statement, about)
-    elif form == "apple":
-        chain = attestation.apple(statement, about)
-    elif form == "tpm":
-        chain = tpm(statement, about, manufacturers)
-    else:
+    if form not in _VERIFIERS:
         raise refuse("attestation", "The attestation is of a format that is not supported.")
-    trust = attestation.chain_trust(*chain, policy, at)
-    return "claimed" if statement.get("alg") == keys.RS1 else trust
+    chain = _VERIFIERS[form](inputs)
+    if chain is None:
+        return "claimed"
+    trust = attestation.chain_trust(*chain, policy, begun_at)
+    return "claimed" if inputs.statement.get("alg") == cose.RS1 else trust
 
 
-def _ask_py_webauthn_registration(
+def _verify_registration_again(
     pending: PendingRegistration, rp: RelyingParty, answer: RegistrationAnswer
 ) -> None:
-    """The second opinion, on formats that it judges without certificates: "none" and self
-    attestation.
-    """
+    """Verify again, by py_webauthn, what needs no certificate: "none" and self attestation."""
     try:
         verify_registration_response(
             credential=RegistrationCredential(
@@ -215,12 +218,12 @@ def _ask_py_webauthn_registration(
             expected_challenge=pending.challenge,
             expected_rp_id=rp.rp_id,
             expected_origin=list(rp.accepted_origins),
-            require_user_presence=pending.asked.mediation != "conditional",
+            require_user_presence=_needs_presence(pending),
             require_user_verification=pending.user_verification == "required",
             supported_pub_key_algs=[
                 COSEAlgorithmIdentifier(a)
                 for a in pending.algorithms
-                if a in keys.PY_WEBAUTHN_ALGORITHMS
+                if a in cose.PY_WEBAUTHN_ALGORITHMS
             ],
         )
     except PARSER_FAULTS:
@@ -233,46 +236,51 @@ def finish_authentication(
     credential: Credential | AllowedCredential,
     answer: AuthenticationAnswer,
 ) -> VerifiedAuthentication:
-    """Judge an authentication with the stored `credential` that the answer names (WebAuthn L3
+    """Verify an authentication with the stored `credential` that the answer names (WebAuthn L3
     §7.2).
 
     Raises:
-        CeremonyRefused: with one of `REASONS`; nothing else, whatever the answer or the stored key
-            holds.
+        CeremonyRefused: with one of `REASONS`; no other exception, whatever the answer or the
+            stored key holds.
     """
     _judge_owner(pending, credential, answer)
     origin = judge_client_data(
         answer.client_data_json, kind=GET, challenge=pending.challenge, rp=rp
     )
     data = read_authenticator_data(answer.authenticator_data)
-    flags = data.flags
     # WebAuthn L3 §6.1 "For assertion signatures, the AT flag MUST NOT be set and the
     # attestedCredentialData MUST NOT be included"
-    if flags & AT:
-        raise refuse("malformed", "The authenticator data of a sign-in holds a credential.")
+    require(
+        not data.has(AT), "malformed", "The authenticator data of a sign-in holds a credential."
+    )
     judge_authenticator_data(data, rp_id=rp.rp_id, verification=pending.user_verification)
     # §7.2 "Compare currentBe and currentBs with credentialRecord.backupEligible … verify that
     # currentBe is set / is not set"
-    eligible, backed_up = bool(flags & BE), bool(flags & BS)
-    if eligible != credential.backup_eligible:
-        raise refuse("backup_eligibility", "The passkey's eligibility for backup has changed.")
-    if credential.algorithm in keys.PY_WEBAUTHN_ALGORITHMS:
-        _ask_py_webauthn_authentication(pending, rp, origin, credential, answer)
+    require(
+        data.has(BE) == credential.backup_eligible,
+        "backup_eligibility",
+        "The passkey's eligibility for backup has changed.",
+    )
+    if credential.algorithm in cose.PY_WEBAUTHN_ALGORITHMS:
+        _verify_assertion(pending, rp, origin, credential, answer)
     else:
-        key = keys.load_stored(credential.public_key)
+        key = cose.load_stored(credential.public_key)
         signed = answer.authenticator_data + hashlib.sha256(answer.client_data_json).digest()
         # §7.2 "Using credentialRecord.publicKey, verify that sig is a valid signature over the
         # binary concatenation of authData and hash"
-        if not keys.verify(key, credential.algorithm, answer.signature, signed):
-            raise refuse("signature", "The signature does not verify.")
+        require(
+            cose.verify(key, credential.algorithm, answer.signature, signed),
+            "signature",
+            "The signature does not verify.",
+        )
     return VerifiedAuthentication(
         sign_count=data.sign_count,
-        counter_regressed=_judge_counter(data, credential, rp.policy),
-        user_present=bool(flags & UP),
-        user_verified=bool(flags & UV),
-        backup_eligible=eligible,
-        backed_up=backed_up,
-        backup_changed=backed_up != credential.backed_up,
+        counter_regressed=_has_counter_regressed(data, credential, rp.policy),
+        user_present=data.has(UP),
+        user_verified=data.has(UV),
+        backup_eligible=data.has(BE),
+        backed_up=data.has(BS),
+        backup_changed=data.has(BS) != credential.backed_up,
         origin=origin,
     )
 
@@ -282,40 +290,48 @@ def _judge_owner(
     credential: Credential | AllowedCredential,
     answer: AuthenticationAnswer,
 ) -> None:
-    if answer.credential_id != credential.credential_id:
-        raise refuse("credential_id", "The answer is about another passkey.")
-    if pending.user_id is None and not pending.allowed:
-        # §7.2 "If the user was not identified before the authentication ceremony was initiated,
-        # verify that response.userHandle is present"
-        if answer.user_handle is None:
-            raise refuse(
-                "user_handle",
-                "The passkey says no user handle, so it can't sign in without a name.",
-            )
+    require(
+        answer.credential_id == credential.credential_id,
+        "credential_id",
+        "The answer is about another passkey.",
+    )
+    discoverable = pending.user_id is None and not pending.allowed
+    # §7.2 "If the user was not identified before the authentication ceremony was initiated,
+    # verify that response.userHandle is present"
+    require(
+        not discoverable or answer.user_handle is not None,
+        "user_handle",
+        "The passkey says no user handle, so it can't sign in without a name.",
+    )
     # §7.2 "If pkOptions.allowCredentials is not empty, verify that credential.id identifies one of
-    # the public key credentials listed"
-    elif credential.id not in pending.allowed:
-        raise refuse("not_offered", "The passkey is not one of those that this sign-in allows.")
-    # §7.2 "If the user was identified before … verify that the identified user account contains a
-    # credential record whose id equals"
-    if credential.app_id != pending.app_id or pending.user_id not in (None, credential.user_id):
-        raise refuse("not_offered", "The passkey is not one of those that this sign-in allows.")
+    # the public key credentials listed"; "If the user was identified before … verify that the
+    # identified user account contains a credential record whose id equals"
+    require(
+        (discoverable or credential.id in pending.allowed)
+        and credential.app_id == pending.app_id
+        and pending.user_id in (None, credential.user_id),
+        "not_offered",
+        "The passkey is not one of those that this sign-in allows.",
+    )
     # §7.2 "verify that response.userHandle equals the user handle of the user account"
-    if answer.user_handle is not None and not user_handle_matches(
-        answer.user_handle, credential.user_handle
-    ):
-        raise refuse("user_handle", "The passkey was made for another user.")
+    require(
+        answer.user_handle is None
+        or user_handle_matches(answer.user_handle, credential.user_handle),
+        "user_handle",
+        "The passkey was made for another user.",
+    )
 
 
-def _ask_py_webauthn_authentication(
+def _verify_assertion(
     pending: PendingAuthentication,
     rp: RelyingParty,
     origin: str,
     credential: Credential | AllowedCredential,
     answer: AuthenticationAnswer,
 ) -> None:
-    """The verdict on the signature, and the second opinion on the rest. `origin` is the one that
-    the app's list was found to have.
+    """Verify the signature by py_webauthn, which also applies its own rules once more.
+
+    `origin` is the one that the app's list was found to have.
     """
     try:
         verify_authentication_response(
@@ -331,7 +347,7 @@ def _ask_py_webauthn_authentication(
             expected_challenge=pending.challenge,
             expected_rp_id=rp.rp_id,
             expected_origin=origin,
-            credential_public_key=keys.for_py_webauthn(credential.public_key),
+            credential_public_key=cose.for_py_webauthn(credential.public_key),
             credential_current_sign_count=0,
             require_user_verification=pending.user_verification == "required",
         )
@@ -341,19 +357,19 @@ def _ask_py_webauthn_authentication(
         raise refuse("public_key", "The stored public key can't verify the signature.") from None
 
 
-def _judge_counter(
+def _has_counter_regressed(
     data: AuthenticatorData, credential: Credential | AllowedCredential, policy: Policy
 ) -> bool:
-    """Whether the counter went back, where the policy lets that pass.
+    """True if the counter did not rise and the policy permits that.
 
     §7.2 "If authData.signCount is nonzero or credentialRecord.signCount is nonzero … less than or
     equal to: this is a signal that the authenticator may be cloned".
     """
     new, stored = data.sign_count, credential.sign_count
-    if (new == 0 and stored == 0) or new > stored:
-        return False
-    if policy.counter == "refuse":
-        raise refuse(
-            "counter", "The passkey's signature counter did not rise; it may have been copied."
-        )
-    return True
+    regressed = (new, stored) != (0, 0) and new <= stored
+    require(
+        not regressed or policy.counter != "refuse",
+        "counter",
+        "The passkey's signature counter did not rise; it may have been copied.",
+    )
+    return regressed

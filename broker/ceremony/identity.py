@@ -1,14 +1,18 @@
-"""Who a passkey says it is for, and what it says it is made by.
+"""User handles and AAGUIDs: the two identities that an authenticator claims.
 
-The user handle comes back in one of three encodings. With B the handle's text and S = base64url(B)
-as it stood in `user.id`: browsers and Android give S; iOS gives B where the passkey was made on the
-web, and S where it was made on iOS; a browser gives base64url(S) for a passkey made on iOS, because
-iOS takes `user.id` for plain text (Passage Flex contract, authenticate finish). Accepting all three
-is safe: no two of our handles (43 characters of base64url) have an encoding in common, since the
-three forms have 43, 58 and 78 characters, and each form is one-to-one.
+A user handle returns in one of three encodings. B is the handle's text, and S = base64url(B) the
+text of `user.id` in the options.
 
-An AAGUID names a make of authenticator and is a claim: anybody can send any, and only a chain to a
-root proves it.
+    S              browsers and Android; iOS for a passkey made on iOS
+    B              iOS for a passkey made on the web
+    base64url(S)   browsers for a passkey made on iOS, because iOS takes `user.id` for plain text
+
+Source: Passage Flex contract, authenticate finish. All three are accepted. That is safe: each
+encoding is one-to-one, and no two of our handles (43 characters of base64url) share an encoding,
+because the three have 43, 58 and 78 characters.
+
+An AAGUID names a model of authenticator. It is a claim: any client can send any AAGUID, and only a
+chain to a root proves it.
 """
 
 from __future__ import annotations
@@ -17,11 +21,11 @@ from broker.model import base64url
 
 
 def user_handle_matches(returned: str, handle: str) -> bool:
-    """Whether `userHandle` of an answer (as received) means `handle`, the text whose UTF-8 bytes
-    were registered.
+    """True if `userHandle` of an answer, as received, stands for `handle`, the text whose UTF-8
+    bytes were registered.
 
     WebAuthn L3 §7.2 "verify that response.userHandle equals the user handle of the user account".
-    Neither is a secret.
+    Neither is a secret, so the time of the comparison tells nothing.
     """
     if returned == handle:
         return True
@@ -63,7 +67,8 @@ _NAMES = {
 
 
 def authenticator_name(aaguid: str) -> str | None:
-    """The common name of a make of authenticator, by its AAGUID (8-4-4-4-12 hexadecimal); None
-    where it is not in our short list.
+    """The common name of a model of authenticator, by its AAGUID (8-4-4-4-12 hexadecimal).
+
+    None if our short list lacks it.
     """
     return _NAMES.get(aaguid.lower())

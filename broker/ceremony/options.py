@@ -1,9 +1,9 @@
-"""Begin of both ceremonies: the JSON that a page hands to `parseCreationOptionsFromJSON` and
-`parseRequestOptionsFromJSON`.
+"""Ceremony options: PublicKeyCredentialCreationOptionsJSON and
+PublicKeyCredentialRequestOptionsJSON.
 
-WebAuthn L3 §5.4 and §5.5, in the JSON form of §5.1.8 and §5.1.9. The options promise exactly what
-`finish` judges with the same pending ceremony and policy: algorithms, user verification, challenge,
-credentials offered.
+WebAuthn L3 §5.4 and §5.5, in the JSON form of §5.1.8 and §5.1.9, for `parseCreationOptionsFromJSON`
+and `parseRequestOptionsFromJSON`. `finish` verifies the answer against the same values, from the
+pending ceremony and the policy: algorithms, user verification, challenge, allowed credentials.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def begin_registration(
 ) -> dict[str, Any]:
     """The object under `publicKey` for `navigator.credentials.create()`.
 
-    `exclude` has the credential ids and transports of the user's passkeys; `life` is in seconds.
-    `user.id` is the base64url of the handle's ASCII bytes, so that platforms which treat it as text
-    lose nothing. A passkey is discoverable; what is not is a second factor.
+    `exclude` holds the credential ids and transports of the user's passkeys. `life` is in seconds.
+    `user.id` is the base64url of the handle's ASCII bytes, because some platforms treat it as text.
+    A passkey is discoverable; a credential that is not `discoverable` is a second factor.
     """
     policy = rp.policy
     selection: dict[str, Any] = {
@@ -73,8 +73,9 @@ def begin_authentication(
     life: float,
     user_verification: UserVerification,
 ) -> dict[str, Any]:
-    """The object under `publicKey` for `navigator.credentials.get()`. An empty `allow` makes it
-    discoverable; `life` in seconds.
+    """The object under `publicKey` for `navigator.credentials.get()`.
+
+    An empty `allow` permits any discoverable credential. `life` is in seconds.
     """
     options: dict[str, Any] = {
         "challenge": base64url(challenge),
@@ -95,8 +96,8 @@ def _milliseconds(life: float) -> int:
 
 
 def _descriptors(credentials: Sequence[Descriptor]) -> list[dict[str, Any]]:
-    """WebAuthn L3 §5.8.3; `transports` is left out where none is known, for an empty list means
-    "none" to some browsers.
+    """PublicKeyCredentialDescriptor, WebAuthn L3 §5.8.3. `transports` is left out if none is known:
+    some browsers read an empty list as "none".
     """
     return [
         {"type": "public-key", "id": base64url(credential_id)}

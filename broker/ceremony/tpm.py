@@ -1,32 +1,35 @@
-"""The "tpm" attestation statement, WebAuthn L3 §8.3 and §8.3.1.
+"""The "tpm" attestation statement format, WebAuthn L3 §8.3 and §8.3.1.
 
-`pubArea` (TPMT_PUBLIC, TPM 2.0 Part 2 §12.2.4) describes the credential's key; `certInfo`
-(TPMS_ATTEST, §10.12.8) names it and carries the hash of what is attested; the attestation identity
-key signs `certInfo`. Both structures are read to their last byte. The manufacturers are those that
-py_webauthn knows from the TCG's registry.
+`pubArea` (TPMT_PUBLIC, TPM 2.0 Part 2 §12.2.4) describes the credential's key. `certInfo`
+(TPMS_ATTEST, §10.12.8) names that key and carries the hash of the attested data. The attestation
+identity key signs `certInfo`.
+
+The reader is home-made. py_webauthn's parsers pass over a structure that ends early or late, and
+expect fixed sizes of its parameters; this reader accounts for every byte. The manufacturers are
+py_webauthn's list of the TCG's registry.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Set
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from webauthn.helpers.tpm.structs import TPM_MANUFACTURERS
 
-from broker.ceremony import keys
+from broker.ceremony import cose
 from broker.ceremony.attestation import (
     Certificate,
-    Evidence,
-    demand_aaguid,
-    demand_end_entity,
-    member,
+    Chain,
+    VerificationInputs,
     read_chain,
-    wrong,
+    require_aaguid,
+    require_attested,
+    require_end_entity,
 )
+from broker.ceremony.reasons import refuse
 
 MANUFACTURERS: frozenset[str] = frozenset(TPM_MANUFACTURERS)
 
@@ -44,16 +47,13 @@ _AIK = x509.ObjectIdentifier("2.23.133.8.3")
 
 
 class _Reader:
-    """Takes big-endian fields off the front of a TPM structure; a structure that ends early or late
-    is refused.
-    """
+    """Reads big-endian fields of a TPM structure, in order."""
 
     def __init__(self, raw: bytes) -> None:
         self.rest = raw
 
     def take(self, count: int) -> bytes:
-        if len(self.rest) < count:
-            raise wrong("A TPM structure ends too early.")
+        require_attested(len(self.rest) >= count, "A TPM structure ends too early.")
         taken, self.rest = self.rest[:count], self.rest[count:]
         return taken
 
@@ -65,35 +65,35 @@ class _Reader:
         return self.take(self.number())
 
     def end(self) -> None:
-        if self.rest:
-            raise wrong("Bytes are left over behind a TPM structure.")
+        require_attested(not self.rest, "Bytes are left over behind a TPM structure.")
 
 
-def tpm(
-    statement: Mapping[Any, Any], about: Evidence, manufacturers: Set[str]
-) -> tuple[Certificate, list[x509.Certificate]]:
-    """§8.3. `manufacturers` holds the accepted TPM manufacturer ids, as `id:494E5443`.
+def tpm(inputs: VerificationInputs) -> Chain:
+    """The "tpm" format, §8.3.
 
     Raises:
         CeremonyRefused: "attestation".
     """
-    if statement.get("ver") != "2.0":
-        raise wrong("The TPM statement is not of version 2.0.")
-    algorithm, signature = member(statement, "alg", int), member(statement, "sig", bytes)
-    area, info = member(statement, "pubArea", bytes), member(statement, "certInfo", bytes)
-    leaf, rest = read_chain(statement)
-    name_algorithm = _judge_public_area(area, about.key)
-    digest = keys.digest_for(algorithm)
+    require_attested(
+        inputs.statement.get("ver") == "2.0", "The TPM statement is not of version 2.0."
+    )
+    algorithm, signature = inputs.member("alg", int), inputs.member("sig", bytes)
+    area, info = inputs.member("pubArea", bytes), inputs.member("certInfo", bytes)
+    leaf, rest = read_chain(inputs.statement)
+    name_algorithm = _judge_public_area(area, inputs.key)
+    digest = cose.digest_for(algorithm)
     if digest is None:
-        raise wrong("The TPM statement's algorithm has no hash.")
+        raise refuse("attestation", "The TPM statement's algorithm has no hash.")
     name = name_algorithm.to_bytes(2, "big") + _hash(_NAME_HASHES[name_algorithm], area)
-    _judge_certificate_info(info, extra=_hash(digest, about.signed), name=name)
+    _judge_certificate_info(info, extra=_hash(digest, inputs.signed), name=name)
     # §8.3 "Verify the sig is a valid signature over certInfo using the attestation public key in
     # aikCert"
-    if not keys.verify(leaf.key, algorithm, signature, info):
-        raise wrong("The attestation's signature does not verify.")
-    _judge_certificate(leaf, manufacturers)
-    demand_aaguid(leaf, about.credential.aaguid)
+    require_attested(
+        cose.verify(leaf.key, algorithm, signature, info),
+        "The attestation's signature does not verify.",
+    )
+    _judge_certificate(leaf, inputs.tpm_manufacturers)
+    require_aaguid(leaf, inputs.credential.aaguid)
     return leaf, rest
 
 
@@ -103,13 +103,17 @@ def _hash(algorithm: hashes.HashAlgorithm, data: bytes) -> bytes:
     return digest.finalize()
 
 
-def _judge_public_area(raw: bytes, key: keys.PublicKey) -> int:
-    """§8.3 "Verify that the public key specified by the parameters and unique fields of pubArea is
-    identical to the credentialPublicKey". Returns nameAlg."""
+def _judge_public_area(raw: bytes, key: cose.PublicKey) -> int:
+    """Verify `pubArea`; return its nameAlg.
+
+    §8.3 "Verify that the public key specified by the parameters and unique fields of pubArea is
+    identical to the credentialPublicKey".
+    """
     area = _Reader(raw)
     kind, name_algorithm = area.number(), area.number()
-    if name_algorithm not in _NAME_HASHES:
-        raise wrong("The TPM key's name algorithm is not supported.")
+    require_attested(
+        name_algorithm in _NAME_HASHES, "The TPM key's name algorithm is not supported."
+    )
     area.take(4)  # objectAttributes
     area.sized()  # authPolicy
     if area.number() != _NULL:
@@ -129,47 +133,52 @@ def _judge_public_area(raw: bytes, key: keys.PublicKey) -> int:
         same &= int.from_bytes(area.sized(), "big") == point.x
         same &= int.from_bytes(area.sized(), "big") == point.y
     else:
-        raise wrong("The TPM's key is of another type than the credential's.")
+        raise refuse("attestation", "The TPM's key is of another type than the credential's.")
     area.end()
-    if not same:
-        raise wrong("The TPM's key is another than the credential's.")
+    require_attested(same, "The TPM's key is another than the credential's.")
     return name_algorithm
 
 
 def _judge_certificate_info(raw: bytes, *, extra: bytes, name: bytes) -> None:
-    """§8.3 "Verify that magic is set to TPM_GENERATED_VALUE … that extraData is set to the hash of
+    """Verify `certInfo`.
+
+    §8.3 "Verify that magic is set to TPM_GENERATED_VALUE … that extraData is set to the hash of
     attToBeSigned …".
     """
     info = _Reader(raw)
-    if info.take(4) != _GENERATED or info.take(2) != _CERTIFY:
-        raise wrong("The TPM statement is no certification made by a TPM.")
+    require_attested(
+        info.take(4) == _GENERATED and info.take(2) == _CERTIFY,
+        "The TPM statement is no certification made by a TPM.",
+    )
     info.sized()  # qualifiedSigner
-    if not hmac.compare_digest(info.sized(), extra):
-        raise wrong("The TPM statement is for another ceremony.")
+    require_attested(
+        hmac.compare_digest(info.sized(), extra), "The TPM statement is for another ceremony."
+    )
     info.take(17 + 8)  # clockInfo, firmwareVersion
-    if not hmac.compare_digest(info.sized(), name):
-        raise wrong("The TPM statement names another key.")
+    require_attested(
+        hmac.compare_digest(info.sized(), name), "The TPM statement names another key."
+    )
     info.sized()  # qualifiedName
     info.end()
 
 
 def _judge_certificate(leaf: Certificate, manufacturers: Set[str]) -> None:
     """§8.3.1 "TPM Attestation Statement Certificate Requirements"."""
-    demand_end_entity(leaf)
-    if len(leaf.subject) > 0:
-        raise wrong("The TPM's certificate has a subject.")
+    require_end_entity(leaf)
+    require_attested(len(leaf.subject) == 0, "The TPM's certificate has a subject.")
     usage = leaf.extension(x509.ExtendedKeyUsage.oid)
-    if usage is None or _AIK not in usage.value:
-        raise wrong("The TPM's certificate is not one of an attestation identity key.")
+    require_attested(
+        usage is not None and _AIK in usage.value,
+        "The TPM's certificate is not one of an attestation identity key.",
+    )
     names = leaf.extension(x509.SubjectAlternativeName.oid)
     directory = names.value.get_values_for_type(x509.DirectoryName) if names else []
     named = {
         a.oid.dotted_string: a.value for name in directory for a in name if isinstance(a.value, str)
     }
-    maker = named.get(_MANUFACTURER, "")
-    if (
-        f"id:{maker[3:].upper()}" not in manufacturers
-        or not named.get(_MODEL)
-        or not named.get(_VERSION)
-    ):
-        raise wrong("The TPM's certificate names no known TPM.")
+    require_attested(
+        f"id:{named.get(_MANUFACTURER, '')[3:].upper()}" in manufacturers
+        and bool(named.get(_MODEL))
+        and bool(named.get(_VERSION)),
+        "The TPM's certificate names no known TPM.",
+    )

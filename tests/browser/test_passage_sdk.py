@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from broker.ceremony.verdict import refuse
+from broker.ceremony.reasons import refuse
 from broker.errors import CeremonyRefused, DiscoverableRefused, UnknownTransaction
 from tests.browser.chromium import Authenticator, Chromium, Page, wait_until
 from tests.conftest import OpenApp, Started, Starter

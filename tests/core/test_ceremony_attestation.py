@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from broker.ceremony import Reason, keys
+from broker.ceremony import Reason, cose
 from broker.ceremony.attestation import read_chain, read_der
-from broker.ceremony.verdict import REASONS
+from broker.ceremony.reasons import REASONS
 from broker.errors import CeremonyRefused
 from tests.support.authenticator import (
     ALL_APPLICATIONS,
@@ -538,7 +538,7 @@ def test_a_public_key_that_is_no_map() -> None:
 )
 def test_a_stored_key_that_is_none(raw: bytes) -> None:
     with pytest.raises(CeremonyRefused) as refused:
-        keys.load_stored(raw)
+        cose.load_stored(raw)
     assert refused.value.reason in ("malformed", "public_key", "algorithm")
 
 
@@ -549,17 +549,17 @@ PRIVATE: dict[int, PrivateKey] = {a: new_key(a) for a in (ES256, EDDSA, RS256, E
 def test_verify_binds_key_to_algorithm(algorithm: int) -> None:
     private = PRIVATE[algorithm]
     signature = sign(private, algorithm, b"data")
-    assert keys.verify(private.public_key(), algorithm, signature, b"data")
-    assert not keys.verify(private.public_key(), algorithm, signature, b"other")
+    assert cose.verify(private.public_key(), algorithm, signature, b"data")
+    assert not cose.verify(private.public_key(), algorithm, signature, b"other")
     for other in {*PRIVATE, -258, -259, -65535, -999} - {algorithm}:
-        assert not keys.verify(private.public_key(), other, signature, b"data")
+        assert not cose.verify(private.public_key(), other, signature, b"data")
 
 
 def test_registered_keys_are_kept_byte_for_byte() -> None:
     rp = relying_party()
     made, device = registered(rp)
     held = device.credentials("example.com")[0]
-    assert keys.load_stored(made.public_key) == held.key.public_key()
+    assert cose.load_stored(made.public_key) == held.key.public_key()
 
 
 def test_a_chain_that_would_keep_us_busy_is_refused() -> None:

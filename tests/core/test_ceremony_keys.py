@@ -9,7 +9,7 @@ from typing import Any
 import cbor2
 import pytest
 
-from broker.ceremony import keys
+from broker.ceremony import cose
 from broker.errors import CeremonyRefused
 from tests.support.authenticator import EDDSA, ES512, RS256
 from tests.support.ceremonies import (
@@ -27,10 +27,10 @@ def test_a_key_is_the_same_however_its_members_are_ordered() -> None:
     made, device = registered(rp)
     members = cbor2.loads(made.public_key)
     point = b"\x04" + members[-2] + members[-3]
-    assert keys.for_py_webauthn(made.public_key) == point
+    assert cose.for_py_webauthn(made.public_key) == point
     for order in permutations(members):
         raw = cbor2.dumps({name: members[name] for name in order})
-        assert keys.for_py_webauthn(raw) == (point if raw == made.public_key else raw)
+        assert cose.for_py_webauthn(raw) == (point if raw == made.public_key else raw)
         authenticate(
             rp,
             replace(made, public_key=raw),
@@ -68,4 +68,4 @@ def test_a_stored_key_that_is_none_is_a_refusal(change: dict[int, Any]) -> None:
 def test_other_keys_are_handed_on_as_they_are(algorithm: int) -> None:
     rp = relying_party(algorithms=(algorithm,))
     made, _ = registered(rp)
-    assert keys.for_py_webauthn(made.public_key) == made.public_key
+    assert cose.for_py_webauthn(made.public_key) == made.public_key

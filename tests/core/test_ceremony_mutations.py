@@ -27,7 +27,7 @@ from broker.ceremony import (
     parse_authentication,
     parse_registration,
 )
-from broker.ceremony.verdict import REASONS
+from broker.ceremony.reasons import REASONS
 from broker.errors import CeremonyRefused, InvalidRequest, Refusal
 from broker.model import (
     AuthenticationAnswer,

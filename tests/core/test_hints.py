@@ -19,7 +19,7 @@ import pytest
 import broker as package
 from broker import errors
 from broker.app import application
-from broker.ceremony.verdict import CAUSES, REASONS, Reason, refuse
+from broker.ceremony.reasons import REASONS, REMEDIES, Reason, refuse
 from broker.errors import Refusal, TooManyCeremonies
 from broker.model import Policy
 from tests.conftest import OpenApp, Started, Starter
@@ -302,14 +302,14 @@ def test_every_hint_about_a_policy_names_a_key() -> None:
         "allow_weaker",
         "hanko_algorithm",
     }
-    named = {key for key in KEYS if any(f"{key};" in hint for hint in CAUSES.values())}
+    named = {key for key in KEYS if any(f"{key};" in hint for hint in REMEDIES.values())}
     assert hinted | named | silent == KEYS
     assert not hinted & silent
 
 
 def test_reasons_that_a_policy_gives_have_a_cause() -> None:
-    assert set(CAUSES) <= set(REASONS)
-    assert {reason for reason, about in REASONS.items() if "policy" in about} <= set(CAUSES)
+    assert set(REMEDIES) <= set(REASONS)
+    assert {reason for reason, about in REASONS.items() if "policy" in about} <= set(REMEDIES)
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -1,5 +1,5 @@
 """One-time values as bytes (`broker.ephemeral.codec`), and the base64url of answers
-(`broker.ceremony.form`): whatever the values are.
+(`broker.ceremony.response_json`): whatever the values are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import get_args
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from broker.ceremony.form import _bytes
+from broker.ceremony.response_json import _bytes
 from broker.ephemeral.codec import (
     dump_beginning,
     dump_pending,

@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from broker.app import application
-from broker.ceremony.verdict import REASONS
+from broker.ceremony.reasons import REASONS
 from broker.errors import Refusal
 from broker.telemetry import (
     CONTEXT,

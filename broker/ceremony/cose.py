@@ -1,21 +1,27 @@
-"""Public keys as COSE (RFC 9052, RFC 9053, RFC 8230), and signatures. WebAuthn L3 §5.8.5, §6.5.1.1,
-§6.5.6.
+"""COSE public keys (RFC 9052, RFC 9053, RFC 8230) and their signatures. WebAuthn L3 §5.8.5,
+§6.5.1.1, §6.5.6.
 
 A key has exactly the members of its type: §6.5.1.1 "MUST contain the alg parameter and MUST NOT
 contain any other OPTIONAL parameters". Type, curve and algorithm must fit each other as §5.8.5
-says, so ES256 is P-256 and nothing else; points are uncompressed and on the curve.
+says: ES256 is P-256 and nothing else. Points are uncompressed and on the curve.
 
 A key for which a signature can be made without its private key is refused, new or stored:
+
 - Ed25519, Ed448: a point of small order. With S = 0 and an R of small order the equation of RFC
-  8032 §5.1.7 holds for some messages, for the neutral point for all. So is an encoding that RFC
-  8032 §5.1.3 and §5.2.3 do not decode: y not below p, and "-0" for x, which only such points have.
+  8032 §5.1.7 holds for some messages, and for the neutral point for all. Refused as well is an
+  encoding that RFC 8032 §5.1.3 and §5.2.3 do not decode: y not below p, and "-0" for x, which only
+  such points have.
 - P-256, P-384, P-521: a point off the curve. Their cofactor is 1, and coordinates can't express the
   point at infinity.
-- RSA: what the partial validation of NIST SP 800-89 §5.3.3 finds without much work: an exponent
-  that is even or below 3, a modulus that is even, a square or has a factor below 752. It is not
-  proved that a modulus is composite: that is 30 ms for 2048 bits.
-Cost: at a registration 0.2 ms (Ed25519) or 0.6 ms (Ed448), nearly all for one power; at a sign-in
-that of reading the key once more, 8 to 30 us, and nothing for ES256.
+- RSA: a key that fails the cheap part of the partial validation of NIST SP 800-89 §5.3.3. The
+  exponent is even or below 3, or the modulus is even, a square or has a factor below 752. Whether
+  a modulus is composite is not tested: that takes 30 ms for 2048 bits.
+
+The checks are home-made. py_webauthn's decoder ignores unknown members and raises KeyError on
+missing ones, and neither it nor cryptography refuses Edwards points of small order.
+
+Cost of these checks: 0.2 ms (Ed25519) or 0.6 ms (Ed448) at a registration. At a sign-in 8 to 30 us,
+to read the key again, and nothing for ES256.
 """
 
 from __future__ import annotations
@@ -29,12 +35,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
 
 from broker.ceremony import cbor
-from broker.ceremony.verdict import refuse
+from broker.ceremony.reasons import refuse, require
 
 ES256, EDDSA, RS256, ES384, ES512, ED448 = -7, -8, -257, -35, -36, -53
 RS1 = -65535  # attestation signatures of old TPMs only
 
-# Those for which py_webauthn gives the verdict.
+# Algorithms whose assertions py_webauthn verifies.
 PY_WEBAUTHN_ALGORITHMS = frozenset({ES256, EDDSA, RS256, ES512})
 
 PublicKey = (
@@ -59,11 +65,11 @@ _RSA: dict[int, hashes.HashAlgorithm] = {
     RS256: hashes.SHA256(),
     -258: hashes.SHA384(),
     -259: hashes.SHA512(),
-    RS1: hashes.SHA1(),  # noqa: S303 - judged by who calls: see tpm
+    RS1: hashes.SHA1(),  # noqa: S303 - only `tpm` accepts it
 }
 
-# What stands round the coordinates of a P-256 key, as CTAP2's canonical CBOR writes it: {1: 2, 3:
-# -7, -1: 1, -2: x, -3: y}.
+# The bytes around the coordinates of a P-256 key in CTAP2's canonical CBOR:
+# {1: 2, 3: -7, -1: 1, -2: x, -3: y}.
 _P256_BEGINS, _P256_BETWEEN = bytes.fromhex("a5010203262001215820"), bytes.fromhex("225820")
 _P256_SIZE = 77
 
@@ -74,8 +80,8 @@ _EDWARDS: dict[int, type[ed25519.Ed25519PublicKey] | type[ed448.Ed448PublicKey]]
 
 
 class _Edwards(NamedTuple):
-    """ax² + y² = 1 + dx²y² modulo p. `small` has y of all points whose order divides the
-    cofactor.
+    """A curve ax² + y² = 1 + dx²y² modulo p. `small` holds y of all points of small order, whose
+    order divides the cofactor.
     """
 
     curve: int  # COSE
@@ -105,22 +111,26 @@ _EDWARDS_CURVES = {
 
 
 def digest_for(algorithm: int) -> hashes.HashAlgorithm | None:
-    """The hash that a COSE signature algorithm employs, where it is a separate step; None for EdDSA
-    and unknown ones.
+    """The hash of a COSE signature algorithm. None: EdDSA, which has no separate hash, or an
+    unknown algorithm.
     """
     return _ECDSA.get(algorithm) or _RSA.get(algorithm)
 
 
 def load(members: Mapping[Any, Any]) -> PublicKey:
-    """The public key that the COSE_Key map of a new credential holds.
+    """The public key in the COSE_Key map of a new credential.
 
     Raises:
-        CeremonyRefused: "public_key" when it is malformed, off its curve, weak, too small or too
-            large; "algorithm" when it is of no known one.
+        CeremonyRefused: "public_key" if the key is malformed, off its curve, weak, too small or too
+            large; "algorithm" if the algorithm is unknown.
     """
     key = _load(members)
-    if (edwards := _EDWARDS_CURVES.get(members[3])) and not _on_curve(members[-2], edwards):
-        raise refuse("public_key", "The public key is no point of its curve.")
+    edwards = _EDWARDS_CURVES.get(members[3])
+    require(
+        edwards is None or _is_on_curve(members[-2], edwards),
+        "public_key",
+        "The public key is no point of its curve.",
+    )
     return key
 
 
@@ -143,26 +153,27 @@ def _load(members: Mapping[Any, Any]) -> PublicKey:
 
 
 def load_stored(raw: bytes) -> PublicKey:
-    """As `load`, from the bytes that a registration recorded. A point that is off an Edwards curve
-    is found when it shall verify.
+    """The public key in the bytes that a registration recorded; raises as `load`.
+
+    A point off an Edwards curve is found only when a signature is verified with it.
     """
     return _load(_members(raw))
 
 
 def for_py_webauthn(raw: bytes) -> bytes:
-    """A stored key as py_webauthn reads it soonest: of P-256 the uncompressed point (SEC 1 §2.3.3,
-    which it takes for ES256), else as it is.
+    """A stored key in the form that py_webauthn reads fastest.
 
-    py_webauthn judges whether an elliptic point is on its curve, and nothing else: other keys are
-    judged here.
+    For P-256 that is the uncompressed point (SEC 1 §2.3.3), which py_webauthn takes for ES256; any
+    other key is returned as stored. py_webauthn verifies that an elliptic point is on its curve.
+    All other rules of a key are verified here.
 
     Raises:
-        CeremonyRefused: "public_key", also for a key that a registration would not accept any more.
+        CeremonyRefused: "public_key", also for a stored key that a registration no longer accepts.
     """
     if len(raw) == _P256_SIZE and raw.startswith(_P256_BEGINS) and raw[42:45] == _P256_BETWEEN:
         return b"\x04" + raw[10:42] + raw[45:]
     members = _members(raw)
-    if not _is(members.get(1), 2):
+    if not _is_integer(members.get(1), 2):
         _load(members)
     return raw
 
@@ -174,92 +185,104 @@ def _members(raw: bytes) -> dict[Any, Any]:
     return members
 
 
-def _is(value: object, number: int) -> bool:
-    """Whether a CBOR value is this integer; `true` and 1.0 equal 1 in Python, not in COSE."""
+def _is_integer(value: object, number: int) -> bool:
+    """True if a CBOR value is this integer. `true` and 1.0 equal 1 in Python, not in COSE."""
     return type(value) is int and value == number
 
 
-def _expect(members: Mapping[Any, Any], kty: int, keys: set[int]) -> None:
-    if set(members) != keys or not _is(members[1], kty):
-        raise refuse("public_key", "The public key's members do not fit its algorithm.")
+def _require_members(members: Mapping[Any, Any], kty: int, keys: set[int]) -> None:
+    require(
+        set(members) == keys and _is_integer(members[1], kty),
+        "public_key",
+        "The public key's members do not fit its algorithm.",
+    )
 
 
 def _load_ec(members: Mapping[Any, Any], algorithm: int) -> ec.EllipticCurvePublicKey:
     curve, kind, size = _CURVES[algorithm]
-    _expect(members, 2, {1, 3, -1, -2, -3})
+    _require_members(members, 2, {1, 3, -1, -2, -3})
     x, y = members[-2], members[-3]
     # §5.8.5 "Keys with algorithm ES256 (-7) MUST specify P-256 (1) as the crv parameter and MUST
     # NOT use the compressed point form"
-    if not _is(members[-1], curve) or not isinstance(x, bytes) or not isinstance(y, bytes):
-        raise refuse(
-            "public_key",
-            "The public key's curve does not fit its algorithm, or its point is compressed.",
-        )
-    if len(x) != size or len(y) != size:
-        raise refuse("public_key", "The public key's coordinates have a wrong length.")
+    require(
+        _is_integer(members[-1], curve) and isinstance(x, bytes) and isinstance(y, bytes),
+        "public_key",
+        "The public key's curve does not fit its algorithm, or its point is compressed.",
+    )
+    require(
+        len(x) == len(y) == size, "public_key", "The public key's coordinates have a wrong length."
+    )
     numbers = ec.EllipticCurvePublicNumbers(
         int.from_bytes(x, "big"), int.from_bytes(y, "big"), kind
     )
     key = numbers.public_key()
     # SEC 1 §2.3.5: a coordinate is below the field's prime; OpenSSL reduces one that is not.
-    if key.public_numbers() != numbers:
-        raise refuse("public_key", "The public key's coordinates are not reduced.")
+    require(
+        key.public_numbers() == numbers,
+        "public_key",
+        "The public key's coordinates are not reduced.",
+    )
     return key
 
 
 def _load_rsa(members: Mapping[Any, Any]) -> rsa.RSAPublicKey:
-    _expect(members, 3, {1, 3, -1, -2})
+    _require_members(members, 3, {1, 3, -1, -2})
     n, e = members[-1], members[-2]
     # RFC 8230 §4 "… the octet sequence MUST utilize the minimum number of octets needed"
-    if (
-        not isinstance(n, bytes)
-        or not isinstance(e, bytes)
-        or n[:1] in (b"", b"\0")
-        or e[:1] in (b"", b"\0")
-    ):
-        raise refuse("public_key", "The RSA key's numbers are not minimal byte strings.")
+    require(
+        all(isinstance(number, bytes) and number[:1] not in (b"", b"\0") for number in (n, e)),
+        "public_key",
+        "The RSA key's numbers are not minimal byte strings.",
+    )
     modulus = int.from_bytes(n, "big")
-    if modulus.bit_length() not in RSA_BITS or modulus % 2 == 0 or len(e) > 4:
-        raise refuse("public_key", "The RSA key is too small, too large or no RSA key.")
-    if gcd(modulus, _SMALL_PRIMES) != 1 or isqrt(modulus) ** 2 == modulus:
-        raise refuse("public_key", "The RSA key's modulus is no product of two large primes.")
+    require(
+        modulus.bit_length() in RSA_BITS and modulus % 2 == 1 and len(e) <= 4,
+        "public_key",
+        "The RSA key is too small, too large or no RSA key.",
+    )
+    require(
+        gcd(modulus, _SMALL_PRIMES) == 1 and isqrt(modulus) ** 2 != modulus,
+        "public_key",
+        "The RSA key's modulus is no product of two large primes.",
+    )
     return rsa.RSAPublicNumbers(int.from_bytes(e, "big"), modulus).public_key()
 
 
-def _load_okp(members: Mapping[Any, Any], of: _Edwards) -> bytes:
-    _expect(members, 1, {1, 3, -1, -2})
-    x = members[-2]
-    if not _is(members[-1], of.curve) or not isinstance(x, bytes) or len(x) != of.size:
-        raise refuse("public_key", "The public key's curve or length does not fit its algorithm.")
+def _load_okp(members: Mapping[Any, Any], curve: _Edwards) -> bytes:
+    _require_members(members, 1, {1, 3, -1, -2})
+    x: bytes = members[-2]
+    require(
+        _is_integer(members[-1], curve.curve) and isinstance(x, bytes) and len(x) == curve.size,
+        "public_key",
+        "The public key's curve or length does not fit its algorithm.",
+    )
     y = _y(x)
     # RFC 8032 §5.1.3, §5.2.3 "If the resulting value is >= p, decoding fails."
-    if y >= of.p:
-        raise refuse("public_key", "The public key's encoding is not canonical.")
-    if y in of.small:
-        raise refuse("public_key", "The public key is of small order: anybody could sign for it.")
+    require(y < curve.p, "public_key", "The public key's encoding is not canonical.")
+    require(
+        y not in curve.small,
+        "public_key",
+        "The public key is of small order: anybody could sign for it.",
+    )
     return x
 
 
 def _y(encoded: bytes) -> int:
-    """RFC 8032 §5.1.2, §5.2.2: the y of an encoded point, without the bit that says the sign
-    of x.
-    """
+    """The y of an encoded point, without the sign bit of x. RFC 8032 §5.1.2, §5.2.2."""
     return int.from_bytes(encoded, "little") & ~(1 << (8 * len(encoded) - 1))
 
 
-def _on_curve(encoded: bytes, of: _Edwards) -> bool:
-    """Whether an encoded point that is not of small order has an x: x² = (1 - y²) / (a - dy²) is a
+def _is_on_curve(encoded: bytes, curve: _Edwards) -> bool:
+    """True if an encoded point that is not of small order has an x: x² = (1 - y²) / (a - dy²) is a
     square, by Euler's criterion.
     """
     square = _y(encoded) ** 2
     # The quotient and the product of two numbers differ by a square; neither is 0.
-    return pow((1 - square) * (of.a - of.d * square), (of.p - 1) // 2, of.p) == 1
+    return pow((1 - square) * (curve.a - curve.d * square), (curve.p - 1) // 2, curve.p) == 1
 
 
 def verify(key: object, algorithm: int, signature: bytes, data: bytes) -> bool:
-    """Whether `signature` over `data` is right for a COSE signature algorithm; False also when key
-    and algorithm do not fit.
-    """
+    """True if `signature` over `data` verifies. False also if key and algorithm do not fit."""
     try:
         if isinstance(key, ec.EllipticCurvePublicKey) and algorithm in _ECDSA:
             key.verify(signature, data, ec.ECDSA(_ECDSA[algorithm]))
@@ -269,10 +292,7 @@ def verify(key: object, algorithm: int, signature: bytes, data: bytes) -> bool:
             key.verify(signature, data)
         else:
             return False
-    except (
-        InvalidSignature,
-        UnsupportedAlgorithm,
-        ValueError,
-    ):  # ValueError: a key too small for the hash
+    # ValueError: a key too small for the hash
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
         return False
     return True

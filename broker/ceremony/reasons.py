@@ -1,9 +1,14 @@
-"""Why a ceremony is refused: the bounded words that logs, metrics and events carry, and the
-exceptions that third-party parsers raise.
+"""Refusal reasons of a ceremony: the closed list that logs, metrics and events carry.
 
-`refuse` makes the refusal; the type of its first argument keeps the list closed. `PARSER_FAULTS` is
-the one place that names what py_webauthn and cryptography can raise on bytes of a stranger: found
-by reading their sources and by the mutation tests, which fail on any other exception.
+`refuse` makes the refusal, and `require` raises it unless a condition holds. Each reason has up to
+three texts:
+
+- `REASONS`: its meaning, for operators and for the documentation;
+- `REMEDIES`: the policy key or command that lets the ceremony pass, for the log and keyed callers;
+- `_SENTENCES`: what the person at the page can do.
+
+`PARSER_FAULTS` lists the exceptions that py_webauthn and cryptography raise on malformed input. The
+list comes from their sources and from the mutation tests, which fail on any other exception.
 """
 
 from __future__ import annotations
@@ -43,8 +48,6 @@ Reason = Literal[
     "counter",
 ]
 
-# Every reason that `finish_registration` and `finish_authentication` give, and what it tells an
-# operator.
 REASONS: dict[Reason, str] = {
     "malformed": "client data, authenticator data or attestation object can't be read",
     "type": "client data is of the other ceremony",
@@ -73,8 +76,8 @@ REASONS: dict[Reason, str] = {
     "counter": "the signature counter did not rise: the authenticator may be cloned",
 }
 
-# LookupError, TypeError and ValueError come from webauthn's unguarded reads of COSE keys and from
-# cryptography's number and certificate checks; the x509 three are not ValueErrors.
+# py_webauthn reads COSE keys unguarded, and cryptography checks numbers and certificates: both
+# raise LookupError, TypeError and ValueError. The three of x509 are no ValueErrors.
 PARSER_FAULTS = (
     WebAuthnException,
     InvalidSignature,
@@ -87,13 +90,12 @@ PARSER_FAULTS = (
     x509.UnsupportedGeneralNameType,
 )
 
-
 _ELSEWHERE = (
     "Passkeys don't work on this page; open the site at its own address, in a tab of its own."
 )
 _UNUSABLE = "This device or security key can't be used here; use another one."
-# Sentences for a person at a page; other reasons have the refusal's default.
-_TOLD: dict[Reason, str] = {
+# Reasons that are not listed have the sentence of `CeremonyRefused`.
+_SENTENCES: dict[Reason, str] = {
     "origin": _ELSEWHERE,
     "cross_origin": _ELSEWHERE,
     "top_origin": _ELSEWHERE,
@@ -112,8 +114,7 @@ _TOLD: dict[Reason, str] = {
     "backup_eligibility": "This passkey can't be used any more; sign in another way and add a new one.",
     "counter": "This passkey can't be used any more; sign in another way and add a new one.",
 }
-# The policy key or the command behind a reason, with a value that lets the ceremony pass.
-CAUSES: dict[Reason, str] = {
+REMEDIES: dict[Reason, str] = {
     "origin": "`broker app update --app A --add-origin ORIGIN` registers an origin.",
     "cross_origin": policy_hint("allow_cross_origin", "true"),
     "top_origin": policy_hint("top_origins", "ORIGIN"),
@@ -130,7 +131,16 @@ CAUSES: dict[Reason, str] = {
 
 
 def refuse(reason: Reason, detail: str) -> CeremonyRefused:
-    """The refusal to raise: `reason` and `detail`, a sentence of ours, are for the operator and the
-    developer; a person at a page is told what to do."""
-    hint = f"{detail} {CAUSES[reason]}" if reason in CAUSES else detail
-    return CeremonyRefused(_TOLD.get(reason), reason=reason, hint=hint)
+    """The refusal to raise. `detail` is a sentence of ours, for the log and keyed callers."""
+    hint = f"{detail} {REMEDIES[reason]}" if reason in REMEDIES else detail
+    return CeremonyRefused(_SENTENCES.get(reason), reason=reason, hint=hint)
+
+
+def require(condition: bool, reason: Reason, detail: str) -> None:
+    """Verify that a rule's condition holds.
+
+    Raises:
+        CeremonyRefused: with `reason` and `detail`, as `refuse`.
+    """
+    if not condition:
+        raise refuse(reason, detail)

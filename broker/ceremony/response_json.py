@@ -1,9 +1,9 @@
-"""The JSON of an answer, WebAuthn L3 §5.1 (RegistrationResponseJSON, AuthenticationResponseJSON):
-faults of form.
+"""Parsing of RegistrationResponseJSON and AuthenticationResponseJSON (WebAuthn L3 §5.1): faults of
+form.
 
-What is found here is found before anything is spent: a missing field, a wrong type, text that is
-not base64url, a size no authenticator makes. Unknown keys are ignored, as browsers add some
-(`authenticatorData`, `publicKey`, extension results). What the bytes mean is judged by `finish`.
+A fault of form is found before anything is spent: a missing member, a wrong type, text that is not
+base64url, a size that no authenticator makes. Unknown members are ignored, because browsers add
+some (`authenticatorData`, `publicKey`, extension results). `finish` verifies what the bytes mean.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Mapping
 from typing import Any
 
+from broker.ceremony.authenticator_data import MAX_CREDENTIAL_ID
 from broker.errors import InvalidRequest
 from broker.model import Attachment, AuthenticationAnswer, RegistrationAnswer
 
 # WebAuthn L3 §5.8.4 and the older "cable", which platforms still send.
 TRANSPORTS = frozenset({"usb", "nfc", "ble", "smart-card", "hybrid", "internal", "cable"})
 
-# Bytes after decoding. 1023: §7.1 "Verify that the credentialId is ≤ 1023 bytes"; the others are
-# several times what occurs.
-MAX_CREDENTIAL_ID = 1023
+# Bytes after decoding, several times the longest known values.
 MAX_CLIENT_DATA = 16_384
 MAX_ATTESTATION_OBJECT = 49_152
 MAX_AUTHENTICATOR_DATA = 8_192
@@ -29,24 +28,23 @@ MAX_SIGNATURE = 2_048
 MAX_USER_HANDLE = 256  # characters
 MAX_TRANSPORTS = 32
 
+_ATTACHMENTS: dict[object, Attachment] = {
+    "platform": "platform",
+    "cross-platform": "cross-platform",
+}
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]+={0,2}\Z")
-# Base64url as the decoder has it (RFC 4648 §4); the two characters of the other alphabet are of
-# neither.
+# From base64url to the decoder's alphabet (RFC 4648 §4). "+" and "/" become characters of neither.
 _STANDARD = bytes.maketrans(b"-_+/", b"+/!!")
-_PADDING = (
-    b"",
-    b"===",
-    b"==",
-    b"=",
-)  # by how many characters stand behind the last whole group of four
+# Padding, by the number of characters behind the last whole group of four.
+_PADDING = (b"", b"===", b"==", b"=")
 
 
 def parse_registration(value: object) -> RegistrationAnswer:
-    """Read what `PublicKeyCredential.toJSON()` gives after `create()`; `transports` may stand in
-    `response` or beside it.
+    """Read `PublicKeyCredential.toJSON()` after `create()`. `transports` may stand in `response` or
+    beside it.
 
     Raises:
-        InvalidRequest: with a sentence that names the field.
+        InvalidRequest: with a sentence that names the member.
     """
     credential_id, answer, response = _parse_common(value)
     return RegistrationAnswer(
@@ -60,11 +58,11 @@ def parse_registration(value: object) -> RegistrationAnswer:
 
 
 def parse_authentication(value: object) -> AuthenticationAnswer:
-    """Read what `PublicKeyCredential.toJSON()` gives after `get()`; a `userHandle` that is absent,
-    null or "" is None.
+    """Read `PublicKeyCredential.toJSON()` after `get()`. A `userHandle` that is absent, null or ""
+    becomes None.
 
     Raises:
-        InvalidRequest: with a sentence that names the field.
+        InvalidRequest: with a sentence that names the member.
     """
     credential_id, _, response = _parse_common(value)
     handle = response.get("userHandle")
@@ -99,9 +97,11 @@ def _parse_common(value: object) -> tuple[bytes, Mapping[str, Any], Mapping[str,
 
 
 def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
-    """Decode a base64url member (RFC 4648 §5): its alphabet only, padding as a whole or none,
-    unused bits zero. So text that is encoded again from what it stands for is the same, and what
-    the decoder overlooked is not."""
+    """Decode a base64url member (RFC 4648 §5): no other alphabet, padding whole or absent, unused
+    bits zero.
+
+    The decoder is lenient, so the decoded bytes are encoded again and compared with the text.
+    """
     text = holder.get(name)
     if not isinstance(text, str):
         raise InvalidRequest(f"{name} is missing or not text.")
@@ -121,7 +121,7 @@ def _bytes(holder: Mapping[str, Any], name: str, limit: int) -> bytes:
 
 
 def _fault(text: str) -> str:
-    """What is wrong with text that is not canonical base64url."""
+    """The fault of text that is not canonical base64url."""
     bare = text.rstrip("=")
     if (
         not _BASE64URL.match(text)
@@ -144,19 +144,15 @@ def _transports(holder: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _attachment(answer: Mapping[str, Any]) -> Attachment | None:
-    match answer.get("authenticatorAttachment"):
-        case "platform":
-            return "platform"
-        case "cross-platform":
-            return "cross-platform"
-    return None
+    given = answer.get("authenticatorAttachment")
+    return _ATTACHMENTS.get(given) if isinstance(given, str) else None
 
 
 def _resident_key(answer: Mapping[str, Any]) -> bool | None:
-    """WebAuthn L3 §10.1.3 "rk: … true indicates that the … credential is discoverable"; None where
-    the answer does not say it.
+    """`credProps.rk` (WebAuthn L3 §10.1.3), "true indicates that the … credential is discoverable".
+    None: the answer lacks it.
     """
-    results = answer.get("clientExtensionResults")
-    properties = results.get("credProps") if isinstance(results, dict) else None
-    found = properties.get("rk") if isinstance(properties, dict) else None
+    found: Any = answer
+    for name in ("clientExtensionResults", "credProps", "rk"):
+        found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, bool) else None
