@@ -20,6 +20,9 @@ has the shape it must have: a nonce that is no longer 43 characters shows as a d
     <time> <epoch> <epoch ms>                    RFC 3339 in UTC; seconds, milliseconds since the
                                                  epoch
     <number>                                     an event's number
+    <sentence>                                   a sentence of ours for people, in `_SENTENCES`:
+                                                 capital letter, full stop; those of a contract have
+                                                 neither and stay
     <answer>                                     what an authenticator made, in requests (an object,
                                                  or its JSON text)
     {"header", "claims"}                         a signed token, in place of its text
@@ -93,6 +96,8 @@ _LONGER["publicKey"] = _LONGER["public_key"]
 _NAMED = re.compile(r"(?:(?<=cred-)|(?<=/credentials/)|(?<= id '))[\w-]{43}(?![\w-])")
 _TOKEN = re.compile(r"([\w-]+)\.([\w-]+)\.[\w-]+")
 _TOKENS = {"id_token", "token"}
+_SENTENCES = {"error", "message", "details"}
+_SENTENCE = re.compile(r"[A-Z][^\n]* [^\n]*\.")
 _ANSWERS = {"handshake_response", "credential", "publicKey", "response"}
 _TIMES = {
     "created_at",
@@ -123,6 +128,8 @@ def masked(value: Any, key: str = "") -> Any:
             return value
         if key in _TIMES and _TIME.fullmatch(value):
             return "<time>"
+        if key in _SENTENCES and _SENTENCE.fullmatch(value):
+            return "<sentence>"
         if key in _MAIL_CODES:
             value = _MAIL_CODE.sub("<mail code>", value)
         if key in _BYTES and re.fullmatch(r"[\w-]{43}", value):
