@@ -63,6 +63,7 @@ from broker.model.policy import (
 
 __all__ = [
     "ALGORITHMS",
+    "ALL_SCOPES",
     "ID",
     "LONGEST_NONCE",
     "MAX_REFUSALS",
@@ -78,6 +79,7 @@ __all__ = [
     "AuditRow",
     "AuthenticationAnswer",
     "BegunCeremony",
+    "Caller",
     "CeremonyOptions",
     "CounterPolicy",
     "Credential",
@@ -206,6 +208,19 @@ def _web_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
 def _is(origin: str, related: tuple[str, ...]) -> bool:
     """Whether an origin is given as a related one too: once is enough."""
     return not origin.startswith("android:") and web_origin(origin) in related
+
+
+ALL_SCOPES = frozenset({"*"})  # of an API key: today each key has them all
+
+
+class Caller(NamedTuple):
+    """The caller of a verb: a backend with an API key of the app, or an anonymous caller, such as a
+    page, with neither key nor scopes.
+    """
+
+    app: RelyingParty
+    key_id: str | None = None
+    scopes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

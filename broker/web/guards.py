@@ -1,22 +1,22 @@
-"""Who may call a route. Every handler says so by its decorator, and a test walks the router to see
-that none forgot.
+"""Guards: decorators that authenticate the caller of a route. A test walks the router and compares
+each route's guard with a list.
 
-    keyed        an API key of the app in the path, checked before the body, the app or the user is
-                 looked at
-    keyed_alone  the same for a path that names no app: the key says whose it is
+    keyed        an API key, checked before the body, the app or the user is looked at: a key of
+                 the app in the path, or, where the path names no app, of any
     browser      a page: an `Origin`, if sent, must be registered for the app; answers carry CORS
                  headers
-    public       anybody (health, metrics, static files)
-    public_app   anybody, and any origin: the app's public subset
+    public       any caller (health, metrics, static files)
+    public_app   any caller and any origin: the app's public subset
 
-A handler behind any of them but `public` is called with the relying party, so it can't forget to
-look it up either.
+Each guard but `public` calls the handler with the request's `Caller`, which names the app: a
+handler never looks an app up.
 
-CORS (Fetch standard §3.3): the registered origin is echoed with `Vary: Origin`, never with
-credentials. An unregistered one is refused, and that refusal alone is readable by its page, so that
-a developer sees the reason: browsers show a page only what a preflight has permitted, so the
-preflight before it is granted. "null", which is no origin of a page, and what browsers don't write
-gets no CORS headers. `Access-Control-Allow-Headers` lists what the vendors' SDKs send.
+CORS (Fetch standard §3.3): answers echo the registered origin with `Vary: Origin`, never with
+credentials. An unregistered origin is refused, and its page may read that refusal alone, so that a
+developer sees the reason. Browsers show a page only what a preflight has permitted, so the
+preflight before the refusal is granted. "null" is no page's origin: it gets no CORS headers, as do
+origins in a form that browsers don't write. `Access-Control-Allow-Headers` lists what the vendors'
+SDKs send.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from broker.broker import Broker
 from broker.directory import Directory
 from broker.errors import InvalidKey, OperationNotAllowed, Unavailable
 from broker.mailbox import Mailbox
-from broker.model import RelyingParty, page_origin
+from broker.model import ALL_SCOPES, Caller, page_origin
 from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
@@ -42,7 +42,7 @@ from broker.web.body import as_incoming, only_header, read_bytes
 from broker.web.refused_origins import RefusedOrigins
 
 Access = Literal["key", "browser", "public"]
-Handler = Callable[[web.Request, RelyingParty], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.Request, Caller], Awaitable[web.StreamResponse]]
 KeyReader = Callable[[web.Request], str]
 
 BROKER = web.AppKey("BROKER", Broker)
@@ -66,13 +66,13 @@ def _marked(handler: AnyHandler, access: Access) -> AnyHandler:
 
 
 def access_of(handler: object) -> Access | None:
-    """How a route's handler is guarded; None where nobody said."""
+    """The guard of a route's handler; None if it has none."""
     return cast("Access | None", getattr(handler, _ACCESS, None))
 
 
 async def _slow_body(request: web.Request) -> bool:
-    """Read the body, if there is one; whether it took so long that what was looked up before it may
-    have changed.
+    """Read the body, if there is one. True if it took so long that an earlier look-up may be
+    outdated.
     """
     if as_incoming(request).whole_body is not None or not request.can_read_body:
         return False
@@ -98,95 +98,72 @@ def header(name: str) -> KeyReader:
     return read
 
 
-async def authorise(request: web.Request, key_in: KeyReader = bearer) -> RelyingParty:
-    """The relying party of the path, if the request has one of its keys.
+async def authorise(request: web.Request, key_in: KeyReader = bearer) -> Caller:
+    """The caller with the request's API key.
 
     Raises:
-        InvalidKey: none, wrong, revoked, of another app, or no such app: all alike.
+        InvalidKey: none, malformed, unknown, revoked, or not a key of the app in the path; also for
+            an unknown app. One answer for all; `reason` tells them apart.
+        Unavailable.
     """
     directory = request.app[DIRECTORY]
-    app_id = request.match_info["app_id"]
+    app_id = request.match_info.get("app_id")
     key = key_in(request)
     if not key:
         raise InvalidKey(reason="key_missing")
     known = directory.remembered(key)
-    if known is not None and known[1].id == app_id:
-        _acts(known[0], app_id)
-        return known[1]
-    _acts(await directory.authorise(app_id, key), app_id)
-    return await directory.app(app_id)
+    if known is not None and app_id in (None, known[1].id):
+        _act(known[0], known[1].id)
+        return Caller(known[1], known[0], ALL_SCOPES)
+    if app_id is None:
+        key_id, app_id = await directory.owner(key)
+    else:
+        key_id = await directory.authorise(app_id, key)
+    _act(key_id, app_id)
+    return Caller(await directory.app(app_id), key_id, ALL_SCOPES)
 
 
-def _acts(key_id: str, app_id: str) -> None:
-    """Who acts in this request from now on."""
+def _act(key_id: str, app_id: str) -> None:
+    """Note in the request's context which key acts, for events and logs."""
     now = CONTEXT.get()
     now.actor, now.app_id = f"key:{key_id}", app_id
 
 
 def keyed(handler: Handler, key_in: KeyReader = bearer) -> AnyHandler:
-    """Guard a handler by an API key of the app in the path, which `key_in` finds in the request."""
-    return _by_key(handler, lambda request: authorise(request, key_in))
-
-
-async def authorise_alone(request: web.Request) -> RelyingParty:
-    """The relying party whose key the request has.
-
-    Raises:
-        InvalidKey: none, malformed, unknown or revoked; `reason` says which.
-    """
-    directory = request.app[DIRECTORY]
-    key = bearer(request)
-    if not key:
-        raise InvalidKey(reason="key_missing")
-    known = directory.remembered(key)
-    if known is not None:
-        _acts(known[0], known[1].id)
-        return known[1]
-    key_id, app_id = await directory.owner(key)
-    _acts(key_id, app_id)
-    return await directory.app(app_id)
-
-
-def keyed_alone(handler: Handler) -> AnyHandler:
-    """Guard a handler by an API key that names the app by itself."""
-    return _by_key(handler, authorise_alone)
-
-
-def _by_key(
-    handler: Handler, app_of: Callable[[web.Request], Awaitable[RelyingParty]]
-) -> AnyHandler:
-    """The guard of every keyed route: the key is looked at before the body, and again after a slow
-    one.
+    """Guard a handler by an API key, which `key_in` finds in the request. The key is looked at
+    before the body, and again after a slow one.
     """
 
     async def guarded(request: web.Request) -> web.StreamResponse:
-        app = await app_of(request)
+        caller = await authorise(request, key_in)
         if await _slow_body(request):
-            app = await app_of(request)  # the key may be revoked by now
-        return await handler(request, app)
+            caller = await authorise(request, key_in)  # the key may be revoked by now
+        return await handler(request, caller)
 
     return _marked(guarded, "key")
 
 
-async def _app_of(request: web.Request) -> RelyingParty:
+async def _anonymous(request: web.Request) -> Caller:
+    """A caller without a key, of the app in the path."""
     app = await request.app[DIRECTORY].app(request.match_info["app_id"])
     context().app_id = app.id
-    return app
+    return Caller(app)
 
 
-async def _admitted(request: web.Request) -> RelyingParty:
-    """The relying party of the path, if the request comes from one of its pages, or from none.
+async def _admitted(request: web.Request) -> Caller:
+    """An anonymous caller of the app in the path: one of its pages, or a caller without an origin.
 
-    A preflight from any page is granted: the request after it is refused where the page can read
-    why.
+    A preflight from any page is granted: the request after it is refused, and its page can read
+    that refusal.
     """
     try:
-        app = await _app_of(request)
+        caller = await _anonymous(request)
     except Unavailable as fault:
         fault.retry = "page"  # nothing was taken yet
         raise
     origin = only_header(request, hdrs.ORIGIN)
     if origin is not None:
+        app = caller.app
         registered, readable = origin in app.web_origins, page_origin(origin)
         admitted = registered or (readable and request.method == hdrs.METH_OPTIONS)
         if not admitted:
@@ -201,21 +178,21 @@ async def _admitted(request: web.Request) -> RelyingParty:
                 reason="origin",
                 hint="`broker app update --app A --add-origin ORIGIN` registers an origin.",
             )
-    return app
+    return caller
 
 
 def _browser(handler: Handler) -> AnyHandler:
     async def guarded(request: web.Request) -> web.StreamResponse:
-        app = await _admitted(request)
+        caller = await _admitted(request)
         if await _slow_body(request):
-            app = await _admitted(request)  # origins and policy may differ by now
-        return await handler(request, app)
+            caller = await _admitted(request)  # origins and policy may differ by now
+        return await handler(request, caller)
 
     return _marked(guarded, "browser")
 
 
 def _preflight(headers: str) -> Handler:
-    async def answer(request: web.Request, _: RelyingParty) -> web.StreamResponse:
+    async def answer(request: web.Request, _: Caller) -> web.StreamResponse:
         as_incoming(request).cors = {
             **(as_incoming(request).cors or {}),
             "Access-Control-Allow-Methods": "GET, POST",
@@ -243,16 +220,16 @@ def browser_routes(
 
 
 def public(handler: AnyHandler) -> AnyHandler:
-    """Mark a handler as open to anybody."""
+    """Mark a handler as open to any caller."""
     return _marked(handler, "public")
 
 
 def public_app(handler: Handler) -> AnyHandler:
-    """Call `handler` with the relying party of the path; anybody may ask, from any origin."""
+    """Open a handler to any caller of the app in the path, from any origin."""
 
     async def guarded(request: web.Request) -> web.StreamResponse:
         as_incoming(request).cors = {"Access-Control-Allow-Origin": "*"}
-        return await handler(request, await _app_of(request))
+        return await handler(request, await _anonymous(request))
 
     return _marked(guarded, "public")
 

@@ -32,7 +32,7 @@ from broker.durable import Postgres, instant
 from broker.durable.signing_keys import SigningKeys, StoredKey
 from broker.embedded import EmbeddedStores
 from broker.errors import InvalidSetting, Unavailable, UnknownApp
-from broker.model import RelyingParty, TokenAlgorithm
+from broker.model import Caller, RelyingParty, TokenAlgorithm
 from broker.settings import TOKEN_LIFE_LIMIT, SettingsFault
 from broker.signing import JWKS_MAX_AGE, PUBLISHED_AHEAD, SKEW, Signing
 from broker.tokens import SystemMint
@@ -523,12 +523,12 @@ def _signing_dialect() -> ModuleType:
     """A dialect as they are: a module. It signs for whoever asks, and publishes its app's keys."""
 
     @public_app
-    async def token(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-        return json_answer({"token": await request.app[SIGNING].sign(app, "RS256", CLAIMS)})
+    async def token(request: web.Request, caller: Caller) -> web.StreamResponse:
+        return json_answer({"token": await request.app[SIGNING].sign(caller.app, "RS256", CLAIMS)})
 
     @public_app
-    async def keys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
-        return json_answer(await request.app[SIGNING].key_set(app))
+    async def keys(request: web.Request, caller: Caller) -> web.StreamResponse:
+        return json_answer(await request.app[SIGNING].key_set(caller.app))
 
     def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
         return [

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from broker import app as composition
 from broker.errors import Refusal
-from broker.model import Policy, RelyingParty
+from broker.model import Caller, Policy
 from broker.web import DIRECTORY, json_answer, keyed, read_object
 from tests.conftest import ON_BOTH, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator
@@ -213,9 +213,11 @@ def _one_more() -> ModuleType:
     their code alone.
     """
 
-    async def count(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    async def count(request: web.Request, caller: Caller) -> web.StreamResponse:
         await read_object(request, empty=True)
-        passkeys = await request.app[DIRECTORY].credentials_of(app, request.match_info["user"])
+        passkeys = await request.app[DIRECTORY].credentials_of(
+            caller.app, request.match_info["user"]
+        )
         return json_answer(len(passkeys))
 
     def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:

@@ -45,7 +45,7 @@ from broker.dialects.flex.objects import (
 )
 from broker.durable import UserOrder, instant
 from broker.errors import InvalidRequest, Refusal
-from broker.model import Proof, RelyingParty, base64url
+from broker.model import Caller, Proof, base64url
 from broker.web import (
     BROKER,
     DIRECTORY,
@@ -108,12 +108,12 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
 # -- management ------------------------------------------------------------------------------------
 
 
-async def open_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def open_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and what
     `fields` takes, to 201 `{transaction_id}`."""
     body = await read_object(request)
     transaction_id = await request.app[BROKER].open_registration(
-        app,
+        caller.app,
         text_field(body, "external_id"),
         text_field(body, "passkey_display_name"),
         user_name=optional_text(body, "user_name"),
@@ -122,16 +122,18 @@ async def open_registration(request: web.Request, app: RelyingParty) -> web.Stre
     return json_answer({"transaction_id": transaction_id}, status=201)
 
 
-async def open_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def open_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M2. `{external_id}`, and beyond the contract what `fields` takes, to 201
     `{transaction_id}`.
     """
     external_id, asked = asked_of_authentication(await read_object(request))
-    transaction_id = await request.app[BROKER].open_authentication(app, external_id, asked=asked)
+    transaction_id = await request.app[BROKER].open_authentication(
+        caller.app, external_id, asked=asked
+    )
     return json_answer({"transaction_id": transaction_id}, status=201)
 
 
-async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, to
     200 with the receipt; with `signed` also as a token."""
     body = await read_object(request)
@@ -151,9 +153,9 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
         )
     sign = switch(body, "signed")
     if sign:
-        await signed.make_ready(request, app)
+        await signed.make_ready(request, caller)
     receipt = await request.app[BROKER].redeem(
-        app,
+        caller.app,
         nonce,
         purpose=cast("Proof | None", purpose),
         transaction_id=expected.get("transaction_id"),
@@ -161,11 +163,11 @@ async def redeem(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     )
     answer = receipt_object(receipt)
     if sign:
-        answer["token"] = await signed.token(request, app, receipt, nonce)
+        answer["token"] = await signed.token(request, caller, receipt, nonce)
     return json_answer(answer)
 
 
-async def list_users(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_users(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M4. A page of users; `identifier` is an external id, literal and exact. An unknown one is an
     empty list.
     """
@@ -184,7 +186,7 @@ async def list_users(request: web.Request, app: RelyingParty) -> web.StreamRespo
         raise InvalidRequest("identifier has a NUL character; no user has.")
     directory = request.app[DIRECTORY]
     users, total = await directory.users(
-        app,
+        caller.app,
         limit=limit,
         page=page,
         external_id=identifier,
@@ -225,40 +227,40 @@ async def list_users(request: web.Request, app: RelyingParty) -> web.StreamRespo
     )
 
 
-async def get_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get_user(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M5. The user with its devices."""
     directory = request.app[DIRECTORY]
-    user = await directory.user(app, user_id=request.match_info["user_id"])
-    return json_answer({"user": user_object(user, await directory.credentials(app, user))})
+    user = await directory.user(caller.app, user_id=request.match_info["user_id"])
+    return json_answer({"user": user_object(user, await directory.credentials(caller.app, user))})
 
 
-async def list_devices(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_devices(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M6. The user's passkeys."""
     directory = request.app[DIRECTORY]
-    user = await directory.user(app, user_id=request.match_info["user_id"])
+    user = await directory.user(caller.app, user_id=request.match_info["user_id"])
     return json_answer(
-        {"devices": [device_object(c) for c in await directory.credentials(app, user)]}
+        {"devices": [device_object(c) for c in await directory.credentials(caller.app, user)]}
     )
 
 
-async def revoke_device(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def revoke_device(request: web.Request, caller: Caller) -> web.StreamResponse:
     """M7. Revoke a passkey; 200 with an empty body."""
     directory = request.app[DIRECTORY]
-    user = await directory.user(app, user_id=request.match_info["user_id"])
-    await directory.revoke(app, user, request.match_info["device_id"])
+    user = await directory.user(caller.app, user_id=request.match_info["user_id"])
+    await directory.revoke(caller.app, user, request.match_info["device_id"])
     return web.Response(status=200)
 
 
-async def get_app(_: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get_app(_: web.Request, caller: Caller) -> web.StreamResponse:
     """M8. The whole app, for old clients that read it at start."""
-    return json_answer({"app": app_object(app)})
+    return json_answer({"app": app_object(caller.app)})
 
 
-async def get_app_public(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get_app_public(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A5. The public subset; old browser clients compare `auth_origin` with the page's, so a
     registered origin reads itself there.
     """
-    shown = public_app_object(app, request.headers.get(hdrs.ORIGIN))
+    shown = public_app_object(caller.app, request.headers.get(hdrs.ORIGIN))
     return json_answer({"app": shown}, headers={"Vary": "Origin"})
 
 
@@ -275,12 +277,12 @@ async def either_app(request: web.Request) -> web.StreamResponse:
 # -- browser ---------------------------------------------------------------------------------------
 
 
-async def begin_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A1. `{transaction_id, authenticator_attachment?}` to `{handshake, transaction_id}`."""
     body = await read_object(request)
     transaction_id = text_field(body, "transaction_id")
     begun = await request.app[BROKER].begin_registration(
-        app, transaction_id, attachment(body, app), opener="page"
+        caller.app, transaction_id, attachment(body, caller.app), opener="page"
     )
     return json_answer(
         {
@@ -290,23 +292,25 @@ async def begin_registration(request: web.Request, app: RelyingParty) -> web.Str
     )
 
 
-async def finish_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A2. `{handshake_id, handshake_response, transaction_id}` to `{nonce}`."""
     body = await read_object(request)
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     answer = ceremony.parse_registration(body.get("handshake_response"))
     nonce = await request.app[BROKER].finish_registration(
-        app, handle, transaction_id, answer, opener="page"
+        caller.app, handle, transaction_id, answer, opener="page"
     )
     return json_answer({"nonce": nonce})
 
 
-async def begin_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A3. `{transaction_id?}`, `{}` or nothing to `{handshake, transaction_id?}`. Beside
     `publicKey` stands `mediation`, where the transaction asks for a conditional one."""
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
-    begun = await request.app[BROKER].begin_authentication(app, transaction_id, opener="page")
+    begun = await request.app[BROKER].begin_authentication(
+        caller.app, transaction_id, opener="page"
+    )
     challenge: dict[str, Any] = {"publicKey": begun.options}
     if begun.mediation != "required":
         challenge["mediation"] = begun.mediation
@@ -316,13 +320,13 @@ async def begin_authentication(request: web.Request, app: RelyingParty) -> web.S
     return json_answer(answer)
 
 
-async def finish_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A4. `{handshake_id, handshake_response, transaction_id?}` to `{nonce}`."""
     body = await read_object(request)
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     answer = ceremony.parse_authentication(body.get("handshake_response"))
     nonce = await request.app[BROKER].finish_authentication(
-        app, handle, transaction_id, answer, opener="page"
+        caller.app, handle, transaction_id, answer, opener="page"
     )
     return json_answer({"nonce": nonce})
 

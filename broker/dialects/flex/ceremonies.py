@@ -39,21 +39,21 @@ from broker.dialects.flex.fields import (
 )
 from broker.dialects.flex.objects import receipt_object
 from broker.errors import InvalidRequest
-from broker.model import Approval, CeremonyOptions, RelyingParty, validate_text
+from broker.model import Approval, Caller, CeremonyOptions, validate_text
 from broker.web import BROKER, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
 # -- joined by the user ----------------------------------------------------------------------------
 
 
-async def begin_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_registration_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, user_name, user_display_name?, passkey_display_name?,
     authenticator_attachment?, …}` to `{options}`.
     """
-    return await _begin_registration(request, app, by_user=True)
+    return await _begin_registration(request, caller, by_user=True)
 
 
-async def finish_registration_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_registration_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, credential}` to the receipt."""
     body = await read_object(request)
     external_id, answer = (
@@ -63,24 +63,24 @@ async def finish_registration_of(request: web.Request, app: RelyingParty) -> web
     return json_answer(
         receipt_object(
             await request.app[BROKER].finish_registration_of(
-                app, external_id, answer, opener="keyed"
+                caller.app, external_id, answer, opener="keyed"
             )
         )
     )
 
 
-async def begin_authentication_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_authentication_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, …}` to `{options}`."""
     body = await read_object(request)
     external_id, asked = text_field(body, "external_id"), asked_of_authentication(body)[1]
     _judge_by_user(asked)
     options = await request.app[BROKER].begin_authentication_of(
-        app, external_id, opener="keyed", asked=asked
+        caller.app, external_id, opener="keyed", asked=asked
     )
     return json_answer({"options": options})
 
 
-async def finish_authentication_of(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_authentication_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, credential}` to the receipt."""
     body = await read_object(request)
     external_id, answer = (
@@ -91,7 +91,7 @@ async def finish_authentication_of(request: web.Request, app: RelyingParty) -> w
         receipt_object(
             (
                 await request.app[BROKER].finish_authentication_of(
-                    app, external_id, answer, opener="keyed"
+                    caller.app, external_id, answer, opener="keyed"
                 )
             ).receipt()
         )
@@ -101,12 +101,12 @@ async def finish_authentication_of(request: web.Request, app: RelyingParty) -> w
 # -- joined by the challenge -----------------------------------------------------------------------
 
 
-async def begin_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """As `begin_registration_of`."""
-    return await _begin_registration(request, app, by_user=False)
+    return await _begin_registration(request, caller, by_user=False)
 
 
-async def finish_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{credential, second_factor?}` to the receipt."""
     body = await read_object(request)
     second_factor, answer = (
@@ -114,12 +114,12 @@ async def finish_registration(request: web.Request, app: RelyingParty) -> web.St
         ceremony.parse_registration(body.get("credential")),
     )
     receipt = await request.app[BROKER].finish_registration_by(
-        app, answer, openers=("keyed",), second_factor=second_factor, confirmed=True
+        caller.app, answer, openers=("keyed",), second_factor=second_factor, confirmed=True
     )
     return json_answer(receipt_object(receipt))
 
 
-async def begin_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id?, passkeys?, discoverable?, approval?, …}` to `{options}`."""
     body = await read_object(request)
     external_id, asked = asked_of_authentication(body)
@@ -129,12 +129,12 @@ async def begin_authentication(request: web.Request, app: RelyingParty) -> web.S
             "approval needs external_id: somebody is asked to approve.", reason="scope"
         )
     options = await request.app[BROKER].begin_authentication_of(
-        app, external_id, opener="keyed", asked=asked, by="challenge", approval=approval
+        caller.app, external_id, opener="keyed", asked=asked, by="challenge", approval=approval
     )
     return json_answer({"options": options})
 
 
-async def finish_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{credential, second_factor?, approval?}` to the receipt, whose `approval` says what was
     approved.
     """
@@ -142,26 +142,26 @@ async def finish_authentication(request: web.Request, app: RelyingParty) -> web.
     second_factor, approved = switch(body, "second_factor"), switch(body, "approval")
     answer = ceremony.parse_authentication(body.get("credential"))
     receipt = await request.app[BROKER].finish_authentication_by(
-        app, answer, openers=("keyed",), second_factor=second_factor, approved=approved
+        caller.app, answer, openers=("keyed",), second_factor=second_factor, approved=approved
     )
     return json_answer(receipt_object(receipt))
 
 
 async def _begin_registration(
-    request: web.Request, app: RelyingParty, *, by_user: bool
+    request: web.Request, caller: Caller, *, by_user: bool
 ) -> web.StreamResponse:
     body = await read_object(request)
     asked = asked_of_registration(body)
     if by_user:
         _judge_by_user(asked)
     options = await request.app[BROKER].begin_registration_of(
-        app,
+        caller.app,
         text_field(body, "external_id"),
         opener="keyed",
         user_name=text_field(body, "user_name"),
         user_display_name=optional_text(body, "user_display_name"),
         nickname=optional_text(body, "passkey_display_name"),
-        attachment=attachment(body, app, second_factor=asked.second_factor),
+        attachment=attachment(body, caller.app, second_factor=asked.second_factor),
         asked=asked,
         by="user" if by_user else "challenge",
     )

@@ -20,19 +20,19 @@ from broker.dialects.flex.objects import rfc3339
 from broker.durable import instant
 from broker.errors import InvalidRequest
 from broker.mailbox import MailCode
-from broker.model import RelyingParty
+from broker.model import Caller
 from broker.web import MAILBOX, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
 
-async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def create(request: web.Request, caller: Caller) -> web.StreamResponse:
     """Make a code and its message; the caller mails it."""
     body = await read_object(request)
     metadata = body.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise InvalidRequest("metadata is not an object.", reason="field_type")
     made = await request.app[MAILBOX].create(
-        app,
+        caller.app,
         text_field(body, "email"),
         text_field(body, "purpose"),
         external_id=optional_text(body, "external_id"),
@@ -49,28 +49,28 @@ async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     return json_answer({"mail_code": shown}, status=201)
 
 
-async def verify(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def verify(request: web.Request, caller: Caller) -> web.StreamResponse:
     """Redeem a code with what the person typed."""
     body = await read_object(request)
     code_id, secret, digits = (text_field(body, name) for name in ("id", "secret", "code"))
     return json_answer(
         {
             "mail_code": mail_code_object(
-                await request.app[MAILBOX].verify(app, code_id, secret, digits)
+                await request.app[MAILBOX].verify(caller.app, code_id, secret, digits)
             )
         }
     )
 
 
-async def get(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A code that has not ended."""
-    code = await request.app[MAILBOX].get(app, request.match_info["mail_code_id"])
+    code = await request.app[MAILBOX].get(caller.app, request.match_info["mail_code_id"])
     return json_answer({"mail_code": mail_code_object(code)})
 
 
-async def delete(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def delete(request: web.Request, caller: Caller) -> web.StreamResponse:
     """End a code."""
-    await request.app[MAILBOX].delete(app, request.match_info["mail_code_id"])
+    await request.app[MAILBOX].delete(caller.app, request.match_info["mail_code_id"])
     return web.Response(status=200)
 
 

@@ -29,7 +29,7 @@ from aiohttp import web
 from broker.dialects.flex.fields import page_and_limit, query_of, whole
 from broker.dialects.flex.objects import approval_object, event_object, passkey_object
 from broker.errors import InvalidRequest
-from broker.model import RelyingParty
+from broker.model import Caller
 from broker.web import DIRECTORY, json_answer, keyed, read_object
 from broker.web.body import text_field
 
@@ -41,7 +41,7 @@ _ORDERS = {"created_at": False, "created_at:ASC": False, "created_at:DESC": True
 # -- passkeys --------------------------------------------------------------------------------------
 
 
-async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A page of the app's passkeys, or of one user's; the oldest first, unless asked otherwise."""
     query = query_of(request, "page", "limit", "external_id", "order_by")
     order = query.get("order_by") or "created_at"
@@ -49,79 +49,81 @@ async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamRe
         raise InvalidRequest("order_by is created_at, with :ASC or :DESC.")
     place = page_and_limit(query)
     owned, total = await request.app[DIRECTORY].passkeys(
-        app, external_id=query.get("external_id"), newest_first=_ORDERS[order], **place
+        caller.app, external_id=query.get("external_id"), newest_first=_ORDERS[order], **place
     )
     return json_answer({"passkeys": [passkey_object(o) for o in owned], **place, "total": total})
 
 
-async def get_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
     """One passkey."""
-    owned = await request.app[DIRECTORY].passkey(app, request.match_info["passkey_id"])
+    owned = await request.app[DIRECTORY].passkey(caller.app, request.match_info["passkey_id"])
     return json_answer({"passkey": passkey_object(owned)})
 
 
-async def rename_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def rename_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
     """What lists show of it."""
     nickname, passkey_id = (
         text_field(await read_object(request), "nickname"),
         request.match_info["passkey_id"],
     )
     directory = request.app[DIRECTORY]
-    await directory.rename(app, passkey_id, nickname)
-    return json_answer({"passkey": passkey_object(await directory.passkey(app, passkey_id))})
+    await directory.rename(caller.app, passkey_id, nickname)
+    return json_answer({"passkey": passkey_object(await directory.passkey(caller.app, passkey_id))})
 
 
-async def revoke_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def revoke_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
     """It never signs in again."""
-    await request.app[DIRECTORY].revoke_passkey(app, request.match_info["passkey_id"])
+    await request.app[DIRECTORY].revoke_passkey(caller.app, request.match_info["passkey_id"])
     return web.Response(status=200)
 
 
-async def give_owner(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def give_owner(request: web.Request, caller: Caller) -> web.StreamResponse:
     """Of two at once one is told, the other is refused. The user is made if there is none."""
     external_id = text_field(await read_object(request), "external_id")
-    owned = await request.app[DIRECTORY].assign(app, request.match_info["passkey_id"], external_id)
+    owned = await request.app[DIRECTORY].assign(
+        caller.app, request.match_info["passkey_id"], external_id
+    )
     return json_answer({"passkey": passkey_object(owned)})
 
 
 # -- users -----------------------------------------------------------------------------------------
 
 
-async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def rename_user(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A user's name stands on each passkey, for that is where an authenticator shows it."""
     user_name = text_field(await read_object(request), "user_name")
     directory = request.app[DIRECTORY]
-    user = await directory.user(app, user_id=request.match_info["user_id"])
-    await directory.rename_user(app, user.external_id, user_name)
+    user = await directory.user(caller.app, user_id=request.match_info["user_id"])
+    await directory.rename_user(caller.app, user.external_id, user_name)
     owned, _ = await directory.passkeys(
-        app, external_id=user.external_id, limit=_ALL, newest_first=False
+        caller.app, external_id=user.external_id, limit=_ALL, newest_first=False
     )
     return json_answer({"passkeys": [passkey_object(o) for o in owned]})
 
 
-async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResponse:
     """What the user was asked to approve, the oldest first, approved or not."""
     directory = request.app[DIRECTORY]
-    user = await directory.user(app, user_id=request.match_info["user_id"])
+    user = await directory.user(caller.app, user_id=request.match_info["user_id"])
     return json_answer(
-        {"approvals": [approval_object(a) for a in await directory.approvals(app, user.id)]}
+        {"approvals": [approval_object(a) for a in await directory.approvals(caller.app, user.id)]}
     )
 
 
 # -- events ----------------------------------------------------------------------------------------
 
 
-async def list_events(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_events(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A page of what happened in the app, the newest first. `after` and `before` are exclusive;
     `user` is a part of the external id. With `cursor` what follows it, the oldest first, none
     skipped; it stands alone with `limit`."""
     query = query_of(request, "page", "limit", "after", "before", "user", "action", "cursor")
     place = page_and_limit(query)
     if "cursor" in query:
-        return await _events_after(request, app, query, place["limit"])
+        return await _events_after(request, caller, query, place["limit"])
     action = query.get("action")
     rows, total = await request.app[DIRECTORY].audit(
-        app,
+        caller.app,
         start=_moment(query, "after"),
         end=_moment(query, "before"),
         kinds=[(action, result) for result in _RESULTS] if action else None,
@@ -132,14 +134,14 @@ async def list_events(request: web.Request, app: RelyingParty) -> web.StreamResp
 
 
 async def _events_after(
-    request: web.Request, app: RelyingParty, query: dict[str, str], limit: int
+    request: web.Request, caller: Caller, query: dict[str, str], limit: int
 ) -> web.StreamResponse:
     if others := query.keys() - {"cursor", "limit"}:
         raise InvalidRequest(
             f"cursor stands alone with limit, without {', '.join(sorted(others))}."
         )
     cursor = whole(query["cursor"], "cursor", 0, 0, 10**12 - 1)
-    rows, following = await request.app[DIRECTORY].events_after(app.id, cursor, limit=limit)
+    rows, following = await request.app[DIRECTORY].events_after(caller.app.id, cursor, limit=limit)
     return json_answer(
         {"events": [event_object(row) for row in rows], "next_cursor": str(following)}
     )

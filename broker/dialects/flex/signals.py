@@ -24,7 +24,7 @@ from broker.dialects.flex.fields import passkey_ids
 from broker.dialects.flex.objects import rfc3339
 from broker.durable import instant
 from broker.errors import InvalidRequest
-from broker.model import RelyingParty
+from broker.model import Caller
 from broker.signals import Prepared, SignalKind
 from broker.web import SIGNALS, Handler, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
@@ -38,14 +38,14 @@ _MEMBERS: dict[SignalKind, tuple[str, ...]] = {
 }
 
 
-async def prepare_update(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def prepare_update(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The name is stored on all the user's passkeys; the display name travels behind the ticket
     only.
     """
     body = await read_object(request)
     return _prepared(
         await request.app[SIGNALS].prepare_update(
-            app,
+            caller.app,
             text_field(body, "external_id"),
             text_field(body, "user_name"),
             optional_text(body, "user_display_name"),
@@ -53,26 +53,28 @@ async def prepare_update(request: web.Request, app: RelyingParty) -> web.StreamR
     )
 
 
-async def prepare_delete(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def prepare_delete(request: web.Request, caller: Caller) -> web.StreamResponse:
     """Those of the list, or all of a user: one of the two is said, and not both."""
     body = await read_object(request)
     if ("passkeys" in body) == ("external_id" in body):
         raise InvalidRequest("Give either passkeys or external_id.", reason="scope")
     if "passkeys" in body:
         prepared = await request.app[SIGNALS].prepare_delete(
-            app, passkey_ids=passkey_ids(body, "passkeys")
+            caller.app, passkey_ids=passkey_ids(body, "passkeys")
         )
     else:
         prepared = await request.app[SIGNALS].prepare_delete(
-            app, external_id=text_field(body, "external_id")
+            caller.app, external_id=text_field(body, "external_id")
         )
     return _prepared(prepared)
 
 
-async def prepare_prune(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def prepare_prune(request: web.Request, caller: Caller) -> web.StreamResponse:
     """All that the user still has; an authenticator forgets the others."""
     body = await read_object(request)
-    return _prepared(await request.app[SIGNALS].prepare_prune(app, text_field(body, "external_id")))
+    return _prepared(
+        await request.app[SIGNALS].prepare_prune(caller.app, text_field(body, "external_id"))
+    )
 
 
 def _prepared(prepared: Prepared) -> web.Response:
@@ -87,7 +89,7 @@ def _prepared(prepared: Prepared) -> web.Response:
     )
 
 
-async def exchange(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def exchange(request: web.Request, caller: Caller) -> web.StreamResponse:
     """For the page. A ticket of another kind is spent, too: its page is not the one it was made
     for.
     """
@@ -96,7 +98,7 @@ async def exchange(request: web.Request, app: RelyingParty) -> web.StreamRespons
     if kind not in get_args(SignalKind):
         raise InvalidRequest('kind is "update", "delete" or "prune".', reason="field_type")
     told = await request.app[SIGNALS].exchange(
-        app, cast("SignalKind", kind), text_field(body, "ticket")
+        caller.app, cast("SignalKind", kind), text_field(body, "ticket")
     )
     members = _MEMBERS[cast("SignalKind", kind)]
     return json_answer({"calls": [{name: call[name] for name in members} for call in told.calls]})

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from broker.dialects.flex.objects import receipt_object
 from broker.errors import InvalidRequest, Unavailable
-from broker.model import Receipt, RelyingParty, TokenAlgorithm, base64url
+from broker.model import Caller, Receipt, TokenAlgorithm, base64url
 from broker.signing import JWKS_MAX_AGE
 from broker.tokens import digest
 from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, public_app
@@ -31,7 +31,7 @@ from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, pu
 ALGORITHM: TokenAlgorithm = "ES256"
 
 
-async def make_ready(request: web.Request, app: RelyingParty) -> None:
+async def make_ready(request: web.Request, caller: Caller) -> None:
     """Before the nonce is taken: find out that a token can be made.
 
     Raises:
@@ -44,10 +44,10 @@ async def make_ready(request: web.Request, app: RelyingParty) -> None:
             reason="no_secret_key",
             hint="The setting BROKER_SECRET_KEY is missing; signed receipts need it.",
         )
-    await request.app[SIGNING].ready(app, ALGORITHM)
+    await request.app[SIGNING].ready(caller.app, ALGORITHM)
 
 
-async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce: str) -> str:
+async def token(request: web.Request, caller: Caller, receipt: Receipt, nonce: str) -> str:
     """The receipt of a nonce that was just redeemed, signed.
 
     Raises:
@@ -55,29 +55,31 @@ async def token(request: web.Request, app: RelyingParty, receipt: Receipt, nonce
     """
     issued = int(request.app[DIRECTORY].now().timestamp())
     claims: dict[str, Any] = {
-        "iss": f"{request.app[PUBLIC_URL]}/v1/apps/{app.id}",
+        "iss": f"{request.app[PUBLIC_URL]}/v1/apps/{caller.app.id}",
         "sub": receipt.external_id,
-        "aud": [app.id],
+        "aud": [caller.app.id],
         "iat": issued,
         "exp": issued + request.app[SETTINGS].receipt_token_life,
-        "jti": base64url(digest("nonce", app.id, nonce)),
+        "jti": base64url(digest("nonce", caller.app.id, nonce)),
     }
     try:
-        return await request.app[SIGNING].sign(app, ALGORITHM, claims | receipt_object(receipt))
+        return await request.app[SIGNING].sign(
+            caller.app, ALGORITHM, claims | receipt_object(receipt)
+        )
     except Unavailable as fault:
         fault.retry = "backend"
         raise
 
 
-async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The public keys of the app, for any page and any service. Without a secret key: those that
     are left, which may be none.
     """
     signing = request.app[SIGNING]
     if request.app[SETTINGS].secret_key:
-        keys = (await signing.key_set(app, ALGORITHM))["keys"]
+        keys = (await signing.key_set(caller.app, ALGORITHM))["keys"]
     else:
-        keys = [key.public for key, state in await signing.listed(app) if state != "gone"]
+        keys = [key.public for key, state in await signing.listed(caller.app) if state != "gone"]
     return json_answer({"keys": keys}, headers={"Cache-Control": f"public, max-age={JWKS_MAX_AGE}"})
 
 

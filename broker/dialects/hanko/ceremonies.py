@@ -19,7 +19,7 @@ from broker import ceremony
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
 from broker.errors import InvalidKey, InvalidRequest
-from broker.model import NO_OPTIONS, Approval, CeremonyOptions, Receipt, RelyingParty, base64url
+from broker.model import NO_OPTIONS, Approval, Caller, CeremonyOptions, Receipt, base64url
 from broker.web import BROKER, SETTINGS, SIGNING, authorise, header, json_answer, read_object
 from broker.web.body import parse_object, read_bytes
 
@@ -31,27 +31,27 @@ _SECOND_FACTOR = CeremonyOptions(second_factor=True)
 # -- registration ----------------------------------------------------------------------------------
 
 
-async def begin_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{user_id, username, display_name?, icon?}` to the creation options. The user is made if
     there is none.
     """
-    attachment = app.policy.authenticator_attachment
+    attachment = caller.app.policy.authenticator_attachment
     return await _begin_registration(
-        request, app, NO_OPTIONS, attachment=None if attachment == "any" else attachment
+        request, caller, NO_OPTIONS, attachment=None if attachment == "any" else attachment
     )
 
 
 async def begin_second_factor_registration(
-    request: web.Request, app: RelyingParty
+    request: web.Request, caller: Caller
 ) -> web.StreamResponse:
     """As `begin_registration`, for a credential that is only a second factor; the app's policy for
     those holds.
     """
-    return await _begin_registration(request, app, _SECOND_FACTOR)
+    return await _begin_registration(request, caller, _SECOND_FACTOR)
 
 
 async def _begin_registration(
-    request: web.Request, app: RelyingParty, asked: CeremonyOptions, **more: Any
+    request: web.Request, caller: Caller, asked: CeremonyOptions, **more: Any
 ) -> web.StreamResponse:
     body = await bound(request)
     faults: list[str] = []
@@ -63,7 +63,7 @@ async def _begin_registration(
         faults.append("icon must be a valid URL")
     judge(faults)
     options = await request.app[BROKER].begin_registration_of(
-        app,
+        caller.app,
         user_id,
         opener="hanko",
         user_name=user_name,
@@ -77,51 +77,51 @@ async def _begin_registration(
     return json_answer({"publicKey": options})
 
 
-async def finish_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
     answer = ceremony.parse_registration(await read_object(request))
-    await _ready(request, app)
+    await _ready(request, caller)
     receipt = await request.app[BROKER].finish_registration_by(
-        app, answer, openers=("hanko",), second_factor=False, confirmed=False
+        caller.app, answer, openers=("hanko",), second_factor=False, confirmed=False
     )
-    return await _token(request, app, receipt)
+    return await _token(request, caller, receipt)
 
 
 async def finish_second_factor_registration(
-    request: web.Request, app: RelyingParty
+    request: web.Request, caller: Caller
 ) -> web.StreamResponse:
     """The same, keyed: so the passkey is confirmed."""
     answer = ceremony.parse_registration(await read_object(request))
-    await _ready(request, app)
+    await _ready(request, caller)
     receipt = await request.app[BROKER].finish_registration_by(
-        app, answer, openers=("hanko",), second_factor=True, confirmed=True
+        caller.app, answer, openers=("hanko",), second_factor=True, confirmed=True
     )
-    return await _token(request, app, receipt)
+    return await _token(request, caller, receipt)
 
 
 # -- login -----------------------------------------------------------------------------------------
 
 
-async def begin_login(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{user_id?}` or nothing to the request options; without a user it is discoverable. For
     callers whose key was seen.
     """
-    return await _begin_login(request, app, await _user_of_login(request))
+    return await _begin_login(request, caller, await _user_of_login(request))
 
 
-async def begin_login_of_anyone(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_login_of_anyone(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The same for anybody: who names a user needs a key."""
     user_id = await _user_of_login(request)
     if user_id is not None:
-        app = await authorise(request, KEY)
-    return await _begin_login(request, app, user_id, keyless=user_id is None)
+        caller = await authorise(request, KEY)
+    return await _begin_login(request, caller, user_id, keyless=user_id is None)
 
 
-async def begin_login_of_nobody(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_login_of_nobody(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The same where no key is taken: nobody can name a user."""
     if await _user_of_login(request) is not None:
         raise InvalidKey(reason="key_not_taken_here")
-    return await _begin_login(request, app, None, keyless=True)
+    return await _begin_login(request, caller, None, keyless=True)
 
 
 async def _user_of_login(request: web.Request) -> str | None:
@@ -138,14 +138,14 @@ async def _user_of_login(request: web.Request) -> str | None:
 
 async def _begin_login(
     request: web.Request,
-    app: RelyingParty,
+    caller: Caller,
     user_id: str | None,
     asked: CeremonyOptions | None = None,
     *,
     keyless: bool = False,
 ) -> web.StreamResponse:
     options = await request.app[BROKER].begin_authentication_of(
-        app,
+        caller.app,
         user_id,
         opener="hanko_keyless" if keyless else "hanko",
         asked=asked or NO_OPTIONS,
@@ -155,39 +155,39 @@ async def _begin_login(
     return json_answer({"publicKey": options})
 
 
-async def finish_login(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
     answer = ceremony.parse_authentication(await read_object(request))
-    await _ready(request, app)
+    await _ready(request, caller)
     receipt = await request.app[BROKER].finish_authentication_by(
-        app, answer, openers=("hanko", "hanko_keyless")
+        caller.app, answer, openers=("hanko", "hanko_keyless")
     )
-    return await _token(request, app, receipt)
+    return await _token(request, caller, receipt)
 
 
-async def begin_second_factor_login(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{user_id}` to the request options; all the user's credentials may answer."""
     body = await bound(request)
     faults: list[str] = []
     user_id = required(body, "user_id", faults)
     judge(faults)
-    return await _begin_login(request, app, user_id, _SECOND_FACTOR)
+    return await _begin_login(request, caller, user_id, _SECOND_FACTOR)
 
 
-async def finish_second_factor_login(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
     answer = ceremony.parse_authentication(await read_object(request))
-    await _ready(request, app)
+    await _ready(request, caller)
     receipt = await request.app[BROKER].finish_authentication_by(
-        app, answer, openers=("hanko",), second_factor=True
+        caller.app, answer, openers=("hanko",), second_factor=True
     )
-    return await _token(request, app, receipt)
+    return await _token(request, caller, receipt)
 
 
 # -- transaction: a payload that the user approves -------------------------------------------------
 
 
-async def begin_approval(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def begin_approval(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{user_id, transaction_id, transaction_data}` to the request options, whose challenge ends
     with the payload's hash: SHA-256(UTF-8 of the transaction id, then the data as `serialised`
     writes it)."""
@@ -201,7 +201,11 @@ async def begin_approval(request: web.Request, app: RelyingParty) -> web.StreamR
     data = go_json_again(await read_bytes(request), "transaction_data")
     digest = hashlib.sha256((identifier + data).encode()).digest()
     options = await request.app[BROKER].begin_authentication_of(
-        app, user_id, opener="hanko", by="challenge", approval=Approval(identifier, data, digest)
+        caller.app,
+        user_id,
+        opener="hanko",
+        by="challenge",
+        approval=Approval(identifier, data, digest),
     )
     return json_answer({"publicKey": options})
 
@@ -213,44 +217,44 @@ def _is_given(data: object) -> bool:
     return isinstance(data, dict | list) or bool(data)
 
 
-async def finish_approval(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def finish_approval(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`, whose `trans` is the transaction's id."""
     answer = ceremony.parse_authentication(await read_object(request))
-    await _ready(request, app)
+    await _ready(request, caller)
     receipt = await request.app[BROKER].finish_authentication_by(
-        app, answer, openers=("hanko",), approved=True
+        caller.app, answer, openers=("hanko",), approved=True
     )
-    return await _token(request, app, receipt)
+    return await _token(request, caller, receipt)
 
 
 # -- token -----------------------------------------------------------------------------------------
 
 
-async def _ready(request: web.Request, app: RelyingParty) -> None:
+async def _ready(request: web.Request, caller: Caller) -> None:
     """Before the challenge is taken: find out that a token can be made.
 
     Raises:
         Unavailable.
     """
-    await request.app[SIGNING].ready(app, app.policy.hanko_algorithm)
+    await request.app[SIGNING].ready(caller.app, caller.app.policy.hanko_algorithm)
 
 
-async def _token(request: web.Request, app: RelyingParty, receipt: Receipt) -> web.StreamResponse:
+async def _token(request: web.Request, caller: Caller, receipt: Receipt) -> web.StreamResponse:
     """`{token}`. Its `jti` is a nonce that lives as long and can be redeemed once."""
     life = request.app[SETTINGS].hanko_token_life
     issued = int(receipt.at)
     claims: dict[str, Any] = {
-        "aud": [app.rp_id],
+        "aud": [caller.app.rp_id],
         "cred": base64url(receipt.credential_id),
         "exp": issued + life,
         "iat": issued,
-        "jti": await request.app[BROKER].hand_out(app, receipt, life),
+        "jti": await request.app[BROKER].hand_out(caller.app, receipt, life),
         "purpose": receipt.proof,
         "sub": receipt.external_id,
     }
     if receipt.approval is not None:
         claims["trans"] = receipt.approval
-    token = await request.app[SIGNING].sign(app, app.policy.hanko_algorithm, claims)
+    token = await request.app[SIGNING].sign(caller.app, caller.app.policy.hanko_algorithm, claims)
     return json_answer({"token": token})
 
 

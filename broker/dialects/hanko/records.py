@@ -22,7 +22,7 @@ from broker import ceremony
 from broker.dialects.hanko.ceremonies import bound, judge, required
 from broker.dialects.hanko.refusals import FIELDS
 from broker.errors import InvalidRequest, UnknownPasskey
-from broker.model import ID, ApprovalRecord, AuditRow, Owned, RelyingParty, base64url
+from broker.model import ID, ApprovalRecord, AuditRow, Caller, Owned, RelyingParty, base64url
 from broker.signing import JWKS_MAX_AGE
 from broker.web import DIRECTORY, PUBLIC_URL, SIGNING, json_answer
 from broker.web.body import read_query
@@ -38,7 +38,7 @@ _TRANSACTIONS = UUID(
 # -- credentials -----------------------------------------------------------------------------------
 
 
-async def list_credentials(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_credentials(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A page of credentials, of one user (`user_id`, also "", who is nobody) or of all."""
     query = read_query(request)
     page, limit = _page(query)
@@ -46,7 +46,7 @@ async def list_credentials(request: web.Request, app: RelyingParty) -> web.Strea
     if order not in ("asc", "desc"):
         raise InvalidRequest("Order must be one of 'asc desc'", reason=FIELDS)
     found, total = await request.app[DIRECTORY].passkeys(
-        app,
+        caller.app,
         external_id=_one(query, "user_id"),
         limit=limit,
         page=page,
@@ -55,30 +55,30 @@ async def list_credentials(request: web.Request, app: RelyingParty) -> web.Strea
     return _listed(request, query, [credential_object(owned) for owned in found], total)
 
 
-async def get_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get_credential(request: web.Request, caller: Caller) -> web.StreamResponse:
     """One credential."""
-    return json_answer(credential_object(await _credential(request, app)))
+    return json_answer(credential_object(await _credential(request, caller)))
 
 
-async def rename_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def rename_credential(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{name}` to 204."""
     body = await bound(request)
     faults: list[str] = []
     name = required(body, "name", faults)
     judge(faults)
-    owned = await _credential(request, app)
-    await request.app[DIRECTORY].rename(app, owned.credential.id, name)
+    owned = await _credential(request, caller)
+    await request.app[DIRECTORY].rename(caller.app, owned.credential.id, name)
     return web.Response(status=204)
 
 
-async def revoke_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def revoke_credential(request: web.Request, caller: Caller) -> web.StreamResponse:
     """Revoke a credential; 204."""
-    owned = await _credential(request, app)
-    await request.app[DIRECTORY].revoke_passkey(app, owned.credential.id)
+    owned = await _credential(request, caller)
+    await request.app[DIRECTORY].revoke_passkey(caller.app, owned.credential.id)
     return web.Response(status=204)
 
 
-async def _credential(request: web.Request, app: RelyingParty) -> Owned:
+async def _credential(request: web.Request, caller: Caller) -> Owned:
     """The credential of the path, whose id is base64url without padding and compared as text. With
     `user_id` in the query it is that user's: a backend that was told the id by a page need not look
     it up first."""
@@ -89,7 +89,7 @@ async def _credential(request: web.Request, app: RelyingParty) -> Owned:
         raise UnknownPasskey from None
     if urlsafe_b64encode(credential_id).decode().rstrip("=") != wanted:
         raise UnknownPasskey
-    owned = await request.app[DIRECTORY].passkey_by_credential(app, credential_id)
+    owned = await request.app[DIRECTORY].passkey_by_credential(caller.app, credential_id)
     if _one(read_query(request), "user_id") not in (None, owned.external_id):
         raise UnknownPasskey
     return owned
@@ -122,12 +122,12 @@ def credential_object(owned: Owned) -> dict[str, Any]:
 # -- transactions ----------------------------------------------------------------------------------
 
 
-async def list_approvals(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The transactions of a user, named by our own id of the user; of nobody there are none."""
     user_id = request.match_info["user_id"]
     if not ID.match(user_id):
         raise InvalidRequest("A user's own id has 24 letters and digits.", reason="user_id")
-    found = await request.app[DIRECTORY].approvals(app, user_id)
+    found = await request.app[DIRECTORY].approvals(caller.app, user_id)
     return json_answer([approval_object(record) for record in found])
 
 
@@ -163,7 +163,7 @@ _TYPES: Mapping[tuple[str, str], str] = {
 }
 
 
-async def list_audit_logs(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_audit_logs(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A page of events, filtered by `type` (may be repeated), `start_time` and `end_time`
     (exclusive), and by parts of the user's id (`actor_user_id`, `q`). No address is kept, so none
     has a given `meta_source_ip` in it."""
@@ -178,7 +178,7 @@ async def list_audit_logs(request: web.Request, app: RelyingParty) -> web.Stream
     wanted = query.getall("type", [])
     kinds = [kind for kind, name in _TYPES.items() if not wanted or name in wanted]
     found, total = await request.app[DIRECTORY].audit(
-        app,
+        caller.app,
         limit=limit,
         page=page,
         start=start,
@@ -186,7 +186,7 @@ async def list_audit_logs(request: web.Request, app: RelyingParty) -> web.Stream
         kinds=[] if _one(query, "meta_source_ip") else kinds,
         user=user or part or None,
     )
-    return _listed(request, query, [audit_object(row, app) for row in found], total)
+    return _listed(request, query, [audit_object(row, caller.app) for row in found], total)
 
 
 def audit_object(row: AuditRow, app: RelyingParty) -> dict[str, Any]:
@@ -229,9 +229,9 @@ def _instant(query: MultiDict[str], name: str) -> datetime | None:
 # -- keys ------------------------------------------------------------------------------------------
 
 
-async def key_set(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The public keys that verify this tenant's tokens (RFC 7517 §5)."""
-    keys = await request.app[SIGNING].key_set(app, app.policy.hanko_algorithm)
+    keys = await request.app[SIGNING].key_set(caller.app, caller.app.policy.hanko_algorithm)
     return json_answer(keys, headers={"Cache-Control": _MAX_AGE})
 
 

@@ -37,7 +37,7 @@ from broker.dialects.passlock.fields import (
     switch,
 )
 from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction, policy_hint
-from broker.model import Attachment, Receipt, RelyingParty, base64url
+from broker.model import Attachment, Caller, Receipt, RelyingParty, base64url
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
 from broker.web.body import text_field
 
@@ -50,15 +50,15 @@ def authorize_registration(tag: str) -> Handler:
     """`{rpId, rpName?, userId, username, displayName?, excludeCredentials?, userVerification?,
     timeout?}` to `{registrationToken, expiresAt}`."""
 
-    async def handle(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    async def handle(request: web.Request, caller: Caller) -> web.StreamResponse:
         body = await read_object(request)
-        judge_rp_id(body, app)
+        judge_rp_id(body, caller.app)
         judge_rp_name(body)
         user_id, user_name = short_text(body, "userId"), short_text(body, "username")
         display_name = optional_short_text(body, "displayName") or user_name
-        asked, ends = asked_of_registration(body), _transaction_ends(request, app)
+        asked, ends = asked_of_registration(body), _transaction_ends(request, caller)
         token = await request.app[BROKER].open_registration(
-            app, user_id, display_name, user_name=user_name, asked=asked
+            caller.app, user_id, display_name, user_name=user_name, asked=asked
         )
         return json_answer({"_tag": tag, "registrationToken": token, "expiresAt": ends})
 
@@ -70,10 +70,13 @@ def authorize_authentication(tag: str) -> Handler:
     to `{authenticationToken, expiresAt}`. Whom it is about is said once: by `userId`,
     `allowCredentials` or both, or by `discoverable`."""
 
-    async def handle(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    async def handle(request: web.Request, caller: Caller) -> web.StreamResponse:
         body = await read_object(request)
-        judge_rp_id(body, app)
-        user_id, asked = optional_short_text(body, "userId"), asked_of_authentication(body, app)
+        judge_rp_id(body, caller.app)
+        user_id, asked = (
+            optional_short_text(body, "userId"),
+            asked_of_authentication(body, caller.app),
+        )
         discoverable, scoped = (
             switch(body, "discoverable"),
             user_id is not None or asked.allow is not None,
@@ -84,56 +87,56 @@ def authorize_authentication(tag: str) -> Handler:
             )
         if asked.mediation == "conditional" and not discoverable:
             raise InvalidRequest("mediation: conditional needs discoverable: true.", reason="scope")
-        ends = _transaction_ends(request, app)
-        token = await request.app[BROKER].open_authentication(app, user_id, asked=asked)
+        ends = _transaction_ends(request, caller)
+        token = await request.app[BROKER].open_authentication(caller.app, user_id, asked=asked)
         return json_answer({"_tag": tag, "authenticationToken": token, "expiresAt": ends})
 
     return handle
 
 
-def _transaction_ends(request: web.Request, app: RelyingParty) -> int:
+def _transaction_ends(request: web.Request, caller: Caller) -> int:
     """When a transaction that is opened now ends."""
-    return milliseconds(request.app[DIRECTORY].now()) + app.policy.transaction_life * 1000
+    return milliseconds(request.app[DIRECTORY].now()) + caller.app.policy.transaction_life * 1000
 
 
 # -- options ---------------------------------------------------------------------------------------
 
 
-async def registration_options(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def registration_options(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{registrationToken}`, or `{username, displayName?, excludeCredentials?, userVerification?,
     timeout?}` where pages may register, to `{sessionToken, optionsJSON}`."""
     body, broker = await read_object(request), request.app[BROKER]
-    attachment = app.policy.authenticator_attachment
+    attachment = caller.app.policy.authenticator_attachment
     wanted: Attachment | None = None if attachment == "any" else attachment
     if "registrationToken" in body or "username" not in body:
         begun = await broker.begin_registration(
-            app, text_field(body, "registrationToken"), wanted, opener="passlock"
+            caller.app, text_field(body, "registrationToken"), wanted, opener="passlock"
         )
     else:
-        judge_open(app)
+        judge_open(caller.app)
         user_name = short_text(body, "username")
         display_name = optional_short_text(body, "displayName") or user_name
-        asked = as_a_page_may(asked_of_registration(body), app)
+        asked = as_a_page_may(asked_of_registration(body), caller.app)
         begun = await broker.begin_registration_of_nobody(
-            app, user_name, display_name, wanted, opener="passlock", asked=asked
+            caller.app, user_name, display_name, wanted, opener="passlock", asked=asked
         )
     return json_answer(_begun(begun))
 
 
-async def authentication_options(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def authentication_options(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{authenticationToken}`, or `{allowCredentials?, userVerification?, rpId?, timeout?}` for a
     discoverable authentication, to `{sessionToken, optionsJSON, mediation}`."""
     body = await read_object(request)
     broker = request.app[BROKER]
     if "authenticationToken" in body:
         begun = await broker.begin_authentication(
-            app, text_field(body, "authenticationToken"), opener="passlock"
+            caller.app, text_field(body, "authenticationToken"), opener="passlock"
         )
     else:
         if body.get("rpId") is not None:
-            judge_rp_id(body, app)
-        asked = as_a_page_may(asked_of_authentication(body, app), app)
-        begun = await broker.begin_authentication(app, None, opener="passlock", asked=asked)
+            judge_rp_id(body, caller.app)
+        asked = as_a_page_may(asked_of_authentication(body, caller.app), caller.app)
+        begun = await broker.begin_authentication(caller.app, None, opener="passlock", asked=asked)
     return json_answer(_begun(begun) | {"mediation": begun.mediation})
 
 
@@ -166,7 +169,7 @@ def judge_open(app: RelyingParty) -> None:
 # -- verification ----------------------------------------------------------------------------------
 
 
-async def verify_registration(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def verify_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{sessionToken, response}` to `{principal, id_token, code}`."""
     body = await read_object(request)
     handle, answer = (
@@ -175,17 +178,17 @@ async def verify_registration(request: web.Request, app: RelyingParty) -> web.St
     )
     await _judge_signing(request)
     code, receipt = await request.app[BROKER].finish_registration_with_receipt(
-        app,
+        caller.app,
         handle,
         None,
         answer,
         opener="passlock",
         nonce_life=request.app[SETTINGS].passlock_code_life,
     )
-    return await _verified(request, app, "RegistrationSuccess", code, receipt)
+    return await _verified(request, caller, "RegistrationSuccess", code, receipt)
 
 
-async def verify_authentication(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def verify_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{sessionToken, response}` to `{principal, id_token, code}`."""
     body = await read_object(request)
     handle, answer = (
@@ -194,14 +197,14 @@ async def verify_authentication(request: web.Request, app: RelyingParty) -> web.
     )
     await _judge_signing(request)
     code, receipt = await request.app[BROKER].finish_authentication_with_receipt(
-        app,
+        caller.app,
         handle,
         None,
         answer,
         opener="passlock",
         nonce_life=request.app[SETTINGS].passlock_code_life,
     )
-    return await _verified(request, app, "AuthenticationSuccess", code, receipt)
+    return await _verified(request, caller, "AuthenticationSuccess", code, receipt)
 
 
 async def _judge_signing(request: web.Request) -> None:
@@ -214,9 +217,9 @@ async def _judge_signing(request: web.Request) -> None:
 
 
 async def _verified(
-    request: web.Request, app: RelyingParty, tag: str, code: str, receipt: Receipt
+    request: web.Request, caller: Caller, tag: str, code: str, receipt: Receipt
 ) -> web.StreamResponse:
-    claims = _claims(app, receipt, code, request.app[SETTINGS].passlock_token_life)
+    claims = _claims(caller.app, receipt, code, request.app[SETTINGS].passlock_token_life)
     return json_answer(
         {
             "_tag": tag,
@@ -254,28 +257,28 @@ def _principal_id(code: str) -> str:
 # -- exchange --------------------------------------------------------------------------------------
 
 
-async def exchange_code(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def exchange_code(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The code in the path to its principal, once."""
     code = request.match_info["code"]
-    return _principal(request, code, await _redeem(request, app, code))
+    return _principal(request, code, await _redeem(request, caller, code))
 
 
-async def exchange_code_for(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def exchange_code_for(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{userId}`: the same, of this user's passkey; one that nobody owned is this user's from now
     on.
     """
     body = await read_object(request)
     code, user_id = request.match_info["code"], short_text(body, "userId")
-    receipt = await _redeem(request, app, code)
+    receipt = await _redeem(request, caller, code)
     if receipt.external_id != user_id:
-        await request.app[DIRECTORY].assign(app, receipt.passkey_id, user_id)
+        await request.app[DIRECTORY].assign(caller.app, receipt.passkey_id, user_id)
     return _principal(request, code, receipt._replace(external_id=user_id))
 
 
-async def _redeem(request: web.Request, app: RelyingParty, code: str) -> Receipt:
+async def _redeem(request: web.Request, caller: Caller, code: str) -> Receipt:
     """What nobody owns signs in here, while the policy stands."""
     return await request.app[BROKER].redeem(
-        app, code, ownerless=app.policy.passlock_open_registration
+        caller.app, code, ownerless=caller.app.policy.passlock_open_registration
     )
 
 

@@ -36,7 +36,7 @@ from broker.errors import (
     WrongMailCode,
 )
 from broker.mailbox import MailCode
-from broker.model import RelyingParty
+from broker.model import Caller
 from broker.web import MAILBOX, Handler, json_answer, read_object
 from broker.web.body import optional_text, text_field
 
@@ -64,7 +64,7 @@ def details(refusal: Refusal) -> dict[str, Any]:
     return {"retryAfterSeconds": refusal.retry_after} if isinstance(refusal, MailCodeRate) else {}
 
 
-async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def create(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{email, purpose, userId?, metadata?, invalidateOthers?, skipRateLimit?}`."""
     body = await read_object(request)
     metadata = body.get("metadata")
@@ -75,7 +75,7 @@ async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
             "sendEmail is not offered: send the message of the answer.", reason="send_email"
         )
     made = await request.app[MAILBOX].create(
-        app,
+        caller.app,
         text_field(body, "email"),
         text_field(body, "purpose"),
         external_id=optional_text(body, "userId"),
@@ -92,28 +92,28 @@ async def create(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     return json_answer({"_tag": "ChallengeCreated", "challenge": shown}, status=201)
 
 
-async def get(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The facts of a challenge that has not ended."""
     try:
-        code = await request.app[MAILBOX].get(app, request.match_info["challenge_id"])
+        code = await request.app[MAILBOX].get(caller.app, request.match_info["challenge_id"])
     except UnknownMailCode as unknown:  # the vendor has another word for it here than at verify
         raise NotFound("There is no such challenge.", reason=unknown.reason) from None
     return json_answer(challenge_object(code))
 
 
-async def verify(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def verify(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{challengeId, secret, code}`."""
     body = await read_object(request)
     challenge_id, secret, digits = (
         _string(body, name) for name in ("challengeId", "secret", "code")
     )
-    code = await request.app[MAILBOX].verify(app, challenge_id, secret, digits)
+    code = await request.app[MAILBOX].verify(caller.app, challenge_id, secret, digits)
     return json_answer({"_tag": "ChallengeVerified", "challenge": challenge_object(code)})
 
 
-async def delete(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def delete(request: web.Request, caller: Caller) -> web.StreamResponse:
     """End a challenge."""
-    await request.app[MAILBOX].delete(app, request.match_info["challenge_id"])
+    await request.app[MAILBOX].delete(caller.app, request.match_info["challenge_id"])
     return json_answer({"_tag": "ChallengeDeleted"})
 
 

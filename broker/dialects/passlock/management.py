@@ -32,7 +32,7 @@ from broker.dialects.passlock.fields import (
 )
 from broker.durable import instant
 from broker.errors import InvalidRequest, UnknownPasskey
-from broker.model import Owned, RelyingParty, base64url, validate_text
+from broker.model import Caller, Owned, base64url, validate_text
 from broker.signals import Instructions, Prepared, SignalKind
 from broker.web import DIRECTORY, SIGNALS, Handler, json_answer, read_object
 from broker.web.body import optional_text, read_query, text_field
@@ -46,14 +46,14 @@ _ALL = 1000  # passkeys; a user has no more
 # -- lists -----------------------------------------------------------------------------------------
 
 
-async def list_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def list_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`?cursor=` to `{cursor, records}`: up to 50 of the app's passkeys, oldest first; `cursor` is
     null behind the last.
     """
     query = read_query(request)
     cursor = query.get("cursor") or None
     found = await request.app[DIRECTORY].passkeys_after(
-        app, after=_place(cursor) if cursor else None, limit=PAGE_SIZE + 1
+        caller.app, after=_place(cursor) if cursor else None, limit=PAGE_SIZE + 1
     )
     more = len(found) > PAGE_SIZE
     shown = found[:PAGE_SIZE]
@@ -84,27 +84,27 @@ def _place(cursor: str) -> tuple[datetime, str]:
     return made.replace(microsecond=int(found[1]) % _MICROSECONDS), found[2]
 
 
-async def get_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def get_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
     """One passkey, whole."""
-    owned = await request.app[DIRECTORY].passkey(app, request.match_info["passkey_id"])
-    return json_answer(passkey_object(owned, app))
+    owned = await request.app[DIRECTORY].passkey(caller.app, request.match_info["passkey_id"])
+    return json_answer(passkey_object(owned, caller.app))
 
 
 # -- changes with a token for the page -------------------------------------------------------------
 
 
-async def update_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def update_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{userId, username, displayName?}` to 202 `{updatePasskeysToken, expiresAt, warnings}`. The
     username is stored on every passkey of the user; the display name travels in the token only."""
     body = await read_object(request)
     user_id, user_name = short_text(body, "userId"), short_text(body, "username")
     prepared = await request.app[SIGNALS].prepare_update(
-        app, user_id, user_name, optional_short_text(body, "displayName")
+        caller.app, user_id, user_name, optional_short_text(body, "displayName")
     )
     return _prepared("PreparedPasskeyUpdate", "updatePasskeysToken", prepared)
 
 
-async def delete_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def delete_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{passkeyIds}` or `{userId}` to 202 `{deletePasskeysToken, expiresAt, warnings}`. They never
     sign in again.
     """
@@ -115,14 +115,16 @@ async def delete_passkeys(request: web.Request, app: RelyingParty) -> web.Stream
     ids = passkey_ids(body, "passkeyIds", most=_ALL)
     if user_id is None and ids is None:
         raise InvalidRequest("passkeyIds is empty.", reason="empty_field")
-    prepared = await request.app[SIGNALS].prepare_delete(app, passkey_ids=ids, external_id=user_id)
+    prepared = await request.app[SIGNALS].prepare_delete(
+        caller.app, passkey_ids=ids, external_id=user_id
+    )
     return _prepared("PreparedPasskeyDeletion", "deletePasskeysToken", prepared)
 
 
-async def prune_passkeys(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def prune_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{userId}` to 202 `{prunePasskeysToken, expiresAt, warnings}`. Deletes nothing here."""
     body = await read_object(request)
-    prepared = await request.app[SIGNALS].prepare_prune(app, short_text(body, "userId"))
+    prepared = await request.app[SIGNALS].prepare_prune(caller.app, short_text(body, "userId"))
     return _prepared("PreparedPasskeyPruning", "prunePasskeysToken", prepared)
 
 
@@ -155,9 +157,9 @@ def _warnings(told: Prepared | Instructions) -> list[Body]:
 def _exchange(kind: SignalKind, field: str, tag: str, rendered: Callable[[Body], Body]) -> Handler:
     """`{token}` to `{instructions, warnings}`, once."""
 
-    async def handle(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+    async def handle(request: web.Request, caller: Caller) -> web.StreamResponse:
         body = await read_object(request)
-        told = await request.app[SIGNALS].exchange(app, kind, text_field(body, field))
+        told = await request.app[SIGNALS].exchange(caller.app, kind, text_field(body, field))
         instructions = [rendered(call) for call in told.calls]
         return json_answer({"_tag": tag, "instructions": instructions, "warnings": _warnings(told)})
 
@@ -181,7 +183,7 @@ exchange_pruning = _exchange("prune", "prunePasskeysToken", "PasskeyPruningInstr
 # -- changes of clients before 2.9 -----------------------------------------------------------------
 
 
-async def change_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def change_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{userId}`, `{username}` or both to the passkey: gives it its owner, once, and the name that
     authenticators show.
     """
@@ -190,45 +192,47 @@ async def change_passkey(request: web.Request, app: RelyingParty) -> web.StreamR
     if user_id is None and user_name is None:
         raise InvalidRequest("Give userId, username or both.", reason="missing_field")
     directory, passkey_id = request.app[DIRECTORY], request.match_info["passkey_id"]
-    owned = await directory.passkey(app, passkey_id)
+    owned = await directory.passkey(caller.app, passkey_id)
     if user_id is not None and owned.external_id != user_id:
-        owned = await directory.assign(app, passkey_id, user_id)
+        owned = await directory.assign(caller.app, passkey_id, user_id)
     if user_name is not None:
-        await directory.rename_user_of(app, passkey_id, user_name)
-        owned = await directory.passkey(app, passkey_id)
-    return json_answer(passkey_object(owned, app))
+        await directory.rename_user_of(caller.app, passkey_id, user_name)
+        owned = await directory.passkey(caller.app, passkey_id)
+    return json_answer(passkey_object(owned, caller.app))
 
 
-async def delete_passkey(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def delete_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
     """202 with the passkey as it was."""
-    owned = await request.app[DIRECTORY].revoke_passkey(app, request.match_info["passkey_id"])
-    return json_answer(passkey_object(owned, app), status=202)
+    owned = await request.app[DIRECTORY].revoke_passkey(
+        caller.app, request.match_info["passkey_id"]
+    )
+    return json_answer(passkey_object(owned, caller.app), status=202)
 
 
-async def rename_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def rename_user(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{username}` to `{updated}`: all passkeys of the user in the path; nobody has none."""
     body = await read_object(request)
     user_id, user_name = _user_in(request, body), short_text(body, "username")
-    await request.app[DIRECTORY].rename_user(app, user_id, user_name)
-    updated = await _passkeys_of(request, app, user_id)
+    await request.app[DIRECTORY].rename_user(caller.app, user_id, user_name)
+    updated = await _passkeys_of(request, caller, user_id)
     return json_answer({"_tag": "UpdatedPasskeys", "updated": updated})
 
 
-async def delete_user(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def delete_user(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{userId?}`, or nothing, to 202 `{deleted}`: all passkeys of the user in the path, as they
     were; nobody has none.
     """
     user_id = _user_in(request, await read_object(request, empty=True))
-    deleted = await _passkeys_of(request, app, user_id)
-    await request.app[DIRECTORY].revoke_of(app, user_id, None)
+    deleted = await _passkeys_of(request, caller, user_id)
+    await request.app[DIRECTORY].revoke_of(caller.app, user_id, None)
     return json_answer({"_tag": "DeletedPasskeys", "deleted": deleted}, status=202)
 
 
-async def _passkeys_of(request: web.Request, app: RelyingParty, user_id: str) -> list[Body]:
+async def _passkeys_of(request: web.Request, caller: Caller, user_id: str) -> list[Body]:
     owned, _ = await request.app[DIRECTORY].passkeys(
-        app, external_id=user_id, limit=_ALL, newest_first=False
+        caller.app, external_id=user_id, limit=_ALL, newest_first=False
     )
-    return [passkey_object(o, app) for o in owned]
+    return [passkey_object(o, caller.app) for o in owned]
 
 
 def _user_in(request: web.Request, body: Body) -> str:
@@ -243,27 +247,27 @@ def _user_in(request: web.Request, body: Body) -> str:
 # -- pages -----------------------------------------------------------------------------------------
 
 
-async def read_credential(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def read_credential(request: web.Request, caller: Caller) -> web.StreamResponse:
     """What a page needs to signal one passkey: `{credentialId, userId, rpId}`."""
-    judge_open(app)
-    owned = await request.app[DIRECTORY].passkey(app, request.match_info["passkey_id"])
+    judge_open(caller.app)
+    owned = await request.app[DIRECTORY].passkey(caller.app, request.match_info["passkey_id"])
     credential = owned.credential
     return json_answer(
         {
             "credentialId": base64url(credential.credential_id),
             "userId": handle_of(credential),
-            "rpId": app.rp_id,
+            "rpId": caller.app.rp_id,
         }
     )
 
 
-async def read_credentials(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def read_credentials(request: web.Request, caller: Caller) -> web.StreamResponse:
     """What a page needs to prune: of the passkeys in the path, which must be one user's, `{rpId,
     userId, allAcceptedCredentialIds}`.
     """
-    judge_open(app)
+    judge_open(caller.app)
     wanted = request.match_info["passkey_ids"].split(",")
-    owned = await request.app[DIRECTORY].passkeys_by_ids(app, wanted)
+    owned = await request.app[DIRECTORY].passkeys_by_ids(caller.app, wanted)
     if not owned:
         raise UnknownPasskey
     handle, *others = dict.fromkeys(handle_of(o.credential) for o in owned)
@@ -271,7 +275,7 @@ async def read_credentials(request: web.Request, app: RelyingParty) -> web.Strea
         raise InvalidRequest("These passkeys are of different users.", reason="scope")
     return json_answer(
         {
-            "rpId": app.rp_id,
+            "rpId": caller.app.rp_id,
             "userId": handle,
             "allAcceptedCredentialIds": [base64url(o.credential.credential_id) for o in owned],
         }

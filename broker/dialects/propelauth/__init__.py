@@ -21,9 +21,9 @@ from aiohttp import hdrs, web
 
 from broker import ceremony, errors
 from broker.errors import InvalidRequest, InvalidSetting, OperationNotAllowed, Refusal
-from broker.model import MAX_TEXT, RelyingParty, base64url, is_origin, web_origin
+from broker.model import MAX_TEXT, Caller, RelyingParty, base64url, is_origin, web_origin
 from broker.tokens import PREFIX as KEY_PREFIXES
-from broker.web import BROKER, DIRECTORY, bearer, edge, json_answer, keyed_alone, read_object
+from broker.web import BROKER, DIRECTORY, bearer, edge, json_answer, keyed, read_object
 from broker.web.body import optional_text, parse_object, text_field
 
 PREFIX = "/propelauth"
@@ -135,7 +135,7 @@ def _limit_details(refusal: errors.TooManyPasskeys, agent: str) -> dict[str, int
 Data = dict[str, Any]
 
 
-async def start_registration(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def start_registration(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, emailOrUsername, userDisplayName?, passkeyDisplayName?, additionalAllowedOrigin?}`
     to `{registrationOptions}`.
     """
@@ -145,9 +145,9 @@ async def start_registration(request: web.Request, app: RelyingParty, data: Data
         _optional(data, "passkeyDisplayName"),
     )
     _additional_origin(data)
-    attachment = app.policy.authenticator_attachment
+    attachment = caller.app.policy.authenticator_attachment
     options = await request.app[BROKER].begin_registration_of(
-        app,
+        caller.app,
         user_id,
         opener="propelauth",
         user_name=user_name,
@@ -158,35 +158,41 @@ async def start_registration(request: web.Request, app: RelyingParty, data: Data
     return {"registrationOptions": options}
 
 
-async def finish_registration(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def finish_registration(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`; `publicKey` is the whole answer of
     the browser.
     """
     user_id, answer = _text(data, "userId"), ceremony.parse_registration(_credential(data))
-    _judge_registered(_additional_origin(data), app)
-    await request.app[BROKER].finish_registration_of(app, user_id, answer, opener="propelauth")
+    _judge_registered(_additional_origin(data), caller.app)
+    await request.app[BROKER].finish_registration_of(
+        caller.app, user_id, answer, opener="propelauth"
+    )
     return {}
 
 
-async def start_authentication(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def start_authentication(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, additionalAllowedOrigin?}` to `{authenticationOptions}`."""
     user_id = _text(data, "userId")
     _additional_origin(data)
-    options = await request.app[BROKER].begin_authentication_of(app, user_id, opener="propelauth")
+    options = await request.app[BROKER].begin_authentication_of(
+        caller.app, user_id, opener="propelauth"
+    )
     return {"authenticationOptions": options}
 
 
-async def finish_authentication(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def finish_authentication(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`."""
     user_id, answer = _text(data, "userId"), ceremony.parse_authentication(_credential(data))
-    _judge_registered(_additional_origin(data), app)
-    await request.app[BROKER].finish_authentication_of(app, user_id, answer, opener="propelauth")
+    _judge_registered(_additional_origin(data), caller.app)
+    await request.app[BROKER].finish_authentication_of(
+        caller.app, user_id, answer, opener="propelauth"
+    )
     return {}
 
 
-async def fetch_all(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def fetch_all(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId}` to `{passkeys: [{credentialId, displayName?}]}`; nobody has none."""
-    passkeys = await request.app[DIRECTORY].credentials_of(app, _text(data, "userId"))
+    passkeys = await request.app[DIRECTORY].credentials_of(caller.app, _text(data, "userId"))
     return {
         "passkeys": [
             {"credentialId": base64url(c.credential_id)}
@@ -196,20 +202,20 @@ async def fetch_all(request: web.Request, app: RelyingParty, data: Data) -> Data
     }
 
 
-async def deregister(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def deregister(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, credentialId}` to `{}`."""
     user_id, credential_id = _text(data, "userId"), text_field(data, "credentialId")
-    await request.app[DIRECTORY].revoke_of(app, user_id, credential_id)
+    await request.app[DIRECTORY].revoke_of(caller.app, user_id, credential_id)
     return {}
 
 
-async def deregister_all(request: web.Request, app: RelyingParty, data: Data) -> Data:
+async def deregister_all(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId}` to `{}`, also for a user without passkeys."""
-    await request.app[DIRECTORY].revoke_of(app, _text(data, "userId"), None)
+    await request.app[DIRECTORY].revoke_of(caller.app, _text(data, "userId"), None)
     return {}
 
 
-async def ping(request: web.Request, _: RelyingParty, __: Data) -> Data:
+async def ping(request: web.Request, _: Caller, __: Data) -> Data:
     """`{}` to `{timestamp}`, in whole seconds since the epoch."""
     return {"timestamp": int(request.app[DIRECTORY].now().timestamp())}
 
@@ -226,7 +232,7 @@ _COMMANDS = {
 }
 
 
-async def run(request: web.Request, app: RelyingParty) -> web.StreamResponse:
+async def run(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{command, data?}` to the command's answer. Missing and null `data` are `{}`; fields that a
     command doesn't know are ignored.
     """
@@ -238,12 +244,12 @@ async def run(request: web.Request, app: RelyingParty) -> web.StreamResponse:
     data = {} if body.get("data") is None else body["data"]
     if not isinstance(data, dict):
         raise InvalidRequest("data is not an object.", reason="field_type")
-    return json_answer(await _COMMANDS[command](request, app, data))
+    return json_answer(await _COMMANDS[command](request, caller, data))
 
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     """The one route, where keyed callers are served."""
-    return [web.post(f"{PREFIX}/run-command", keyed_alone(run))] if management else []
+    return [web.post(f"{PREFIX}/run-command", keyed(run))] if management else []
 
 
 # -- fields ----------------------------------------------------------------------------------------
