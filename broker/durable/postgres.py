@@ -23,8 +23,8 @@ from typing import Any, TypeAlias, TypeVar
 import asyncpg
 
 from broker.durable import migrations
+from broker.durable.group_commit import GroupCommit, OwnStatement
 from broker.durable.migrations import Patience
-from broker.durable.together import Alone, Together
 from broker.errors import Unavailable
 from broker.telemetry import Metrics, Stopwatch, remaining
 
@@ -172,19 +172,19 @@ class Postgres:
                 turn.set_result(None)
                 return
 
-    def together(
+    def group_commit(
         self,
         operation: str,
-        work: Callable[[Sequence[A], bool], Awaitable[Sequence[T | Alone]]],
+        statement: Callable[[Sequence[A], bool], Awaitable[Sequence[T | OwnStatement]]],
         *,
-        name: Callable[[A], Hashable] = id,
+        key: Callable[[A], Hashable] = id,
     ) -> Callable[[A], Awaitable[T]]:
-        """`work` for one caller, who shares a statement with others that come at the same time,
-        within the caller's limit.
+        """`statement` for one caller, who shares it with others that come at the same time, within
+        the caller's limit.
         """
-        return Together(
-            operation, work, timeout=self._timeout, metrics=self._metrics, name=name
-        ).ask
+        return GroupCommit(
+            operation, statement, timeout=self._timeout, metrics=self._metrics, key=key
+        ).submit
 
     async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
         return await self.run(operation, lambda c: c.fetchrow(sql, *values))

@@ -1,7 +1,7 @@
 """What every registration asks of Postgres: whose it is, what they have, the new passkey, and that
 its nonce was redeemed.
 
-Each is one statement for all callers who come at the same time (`broker.durable.together`).
+Each is one statement for all callers who come at the same time (`broker.durable.group_commit`).
 
 For several callers a statement waits for no row: where the app is being deleted, or the user or the
 passkey is in somebody else's hands, it passes over that caller, who then gets a statement alone,
@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 
 import asyncpg
 
+from broker.durable.group_commit import NEEDS_OWN_STATEMENT, OwnStatement
 from broker.durable.postgres import Postgres
 from broker.durable.rows import TELL, UNCONFIRMED, Callers, who
-from broker.durable.together import ALONE, Alone
 from broker.errors import UnknownApp
 from broker.model import PendingRegistration, VerifiedRegistration, action_of
 
@@ -106,19 +106,19 @@ class Registrations:
 
     def __init__(self, postgres: Postgres) -> None:
         self._pg = postgres
-        self._user = postgres.together(
-            "ensure_user", self._ensure_users, name=lambda user: (user.app_id, user.external_id)
+        self._user = postgres.group_commit(
+            "ensure_user", self._ensure_users, key=lambda user: (user.app_id, user.external_id)
         )
-        self._held = postgres.together("held_by", self._held_by)
-        self._add: Callable[[_Passkey], Awaitable[Outcome]] = postgres.together(
+        self._held = postgres.group_commit("held_by", self._held_by)
+        self._add: Callable[[_Passkey], Awaitable[Outcome]] = postgres.group_commit(
             "add_credential",
             self._add_credentials,
-            name=lambda new: (new.app_id, new.credential_id),
+            key=lambda new: (new.app_id, new.credential_id),
         )
-        self._confirm = postgres.together(
+        self._confirm = postgres.group_commit(
             "confirm_credential",
             self._confirm_credentials,
-            name=lambda confirmation: confirmation.id,
+            key=lambda confirmation: confirmation.id,
         )
 
     # -- whose it is -------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Registrations:
 
     async def _ensure_users(
         self, users: Sequence[_User], alone: bool
-    ) -> list[tuple[str, str] | Alone | None]:
+    ) -> list[tuple[str, str] | OwnStatement | None]:
         """Each with another name. None: somebody else has made that user, or ended it, after our
         snapshot, and the next look sees that.
 
@@ -186,7 +186,9 @@ class Registrations:
             """,
             *values,
         )
-        found: list[tuple[str, str] | Alone | None] = [None if alone else ALONE] * len(users)
+        found: list[tuple[str, str] | OwnStatement | None] = [
+            None if alone else NEEDS_OWN_STATEMENT
+        ] * len(users)
         for number, user_id, handle in rows:
             found[number] = None if user_id is None else (user_id, handle)
         return found
@@ -269,7 +271,7 @@ class Registrations:
 
     async def _add_credentials(
         self, passkeys: Sequence[_Passkey], alone: bool
-    ) -> list[Outcome | Alone]:
+    ) -> list[Outcome | OwnStatement]:
         """Each with another credential id."""
         passing_over = "" if alone else "SKIP LOCKED"
         rows = await self._add_rows(
@@ -280,7 +282,9 @@ class Registrations:
             CROSS JOIN LATERAL (SELECT id FROM users WHERE id = a.user_id AND app_id = app.id FOR NO KEY UPDATE {passing_over}) u
             """,
         )
-        found: list[Outcome | Alone] = ["no_user" if alone else ALONE] * len(passkeys)
+        found: list[Outcome | OwnStatement] = ["no_user" if alone else NEEDS_OWN_STATEMENT] * len(
+            passkeys
+        )
         for number, fits, added in rows:
             if added:
                 found[number] = "added"
@@ -355,7 +359,7 @@ class Registrations:
 
     async def _confirm_credentials(
         self, confirmations: Sequence[_Confirmation], alone: bool
-    ) -> list[bool | Alone]:
+    ) -> list[bool | OwnStatement]:
         """Each of another credential. With "= 'pending'" the planner may read the whole index of
         pending users.
         """
@@ -383,7 +387,9 @@ class Registrations:
             """,
             *values,
         )
-        found: list[bool | Alone] = [False if alone else ALONE] * len(confirmations)
+        found: list[bool | OwnStatement] = [False if alone else NEEDS_OWN_STATEMENT] * len(
+            confirmations
+        )
         for (number,) in rows:
             found[number] = True
         return found

@@ -1,7 +1,7 @@
 """What every login asks of Postgres, and nothing else does: who may answer, and the record of who
 did.
 
-Both are one statement for all callers who come at the same time (`broker.durable.together`).
+Both are one statement for all callers who come at the same time (`broker.durable.group_commit`).
 
 The update decides about revocation and counters, against the row as it locked it. For several
 callers it waits for no row: one that another transaction holds is passed over, as are those it may
@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
+from broker.durable.group_commit import NEEDS_OWN_STATEMENT, OwnStatement
 from broker.durable.postgres import Postgres
 from broker.durable.rows import OFFERED, TELL, Callers, offered_of, who
-from broker.durable.together import ALONE, Alone
 from broker.model import AllowedCredential, Credential, SignInOutcome, VerifiedAuthentication
 
 
@@ -52,9 +52,9 @@ class SignIns:
 
     def __init__(self, postgres: Postgres) -> None:
         self._pg = postgres
-        self._sign_in = postgres.together("user_to_sign_in", self._users_to_sign_in)
-        self._use = postgres.together(
-            "use_credential", self._use_credentials, name=lambda use: use.id
+        self._sign_in = postgres.group_commit("user_to_sign_in", self._users_to_sign_in)
+        self._use = postgres.group_commit(
+            "use_credential", self._use_credentials, key=lambda use: use.id
         )
 
     def user_to_sign_in(
@@ -122,7 +122,7 @@ class SignIns:
 
     async def _use_credentials(
         self, uses: Sequence[_Use], alone: bool
-    ) -> list[SignInOutcome | Alone | None]:
+    ) -> list[SignInOutcome | OwnStatement | None]:
         """Each of another credential. The array in the update's condition keeps the planner from
         reading the table, as above.
         """
@@ -156,7 +156,9 @@ class SignIns:
             """,
             *values,
         )
-        found: list[SignInOutcome | Alone | None] = [None if alone else ALONE] * len(uses)
+        found: list[SignInOutcome | OwnStatement | None] = [
+            None if alone else NEEDS_OWN_STATEMENT
+        ] * len(uses)
         for number, regressed, backup_changed in rows:
             found[number] = SignInOutcome(regressed, backup_changed)
         return found

@@ -2,7 +2,7 @@
 connection.
 
 **Why no library's.** redis-py takes a connection from a pool for each command: 30 to 50 us of the
-broker's CPU a command, against 3 us here. Commands that arrive together (`broker.gathering`) go out
+broker's CPU a command, against 3 us here. Commands that arrive together (`broker.batching`) go out
 in one write, and replies are handed out in the order of the commands. With redis-py a four-request
 login cost 1.5 times as much CPU. redis-py still connects: TLS, AUTH and SELECT are its part. It
 also names the errors; hiredis packs and parses.
@@ -36,7 +36,7 @@ from redis.asyncio.connection import AbstractConnection, ConnectionPool, Default
 from redis.exceptions import ConnectionError as Lost
 from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
 
-from broker.gathering import Gathering
+from broker.batching import FlushPolicy
 
 _TICK = 0.05
 _NOT_YET = object()
@@ -239,12 +239,12 @@ class Batch:
     def __init__(self) -> None:
         self.streams: set[_Stream] = set()
         self._queue: list[_Stream] = []  # one entry a command
-        self._gathering = Gathering(self._queue, self, self._flush)
+        self._policy = FlushPolicy(self._queue, self, self._flush)
 
     def come(self, stream: _Stream) -> None:
         """Note a command that was queued for this stream."""
         self._queue.append(stream)
-        self._gathering.come()
+        self._policy.schedule()
 
     def leave(self, stream: _Stream) -> None:
         """Forget a stream that has ended."""

@@ -4,7 +4,7 @@ long a module is.
 Imports point down only:
 
     cli > app > dialects console demo > web > broker directory mailbox signing > ephemeral durable >
-    ceremony tokens > settings telemetry gathering > model > errors
+    ceremony tokens > settings telemetry batching > model > errors
 
 and siblings don't import each other. `broker.embedded` belongs to the command line; `broker.sdk` is
 for other people's programs.
@@ -27,7 +27,7 @@ PACKAGE = ROOT / "broker"
 ORDER: list[set[str]] = [
     {"errors"},
     {"model"},
-    {"settings", "telemetry", "gathering"},
+    {"settings", "telemetry", "batching"},
     {"ceremony", "tokens"},
     {"ephemeral", "durable"},
     {"broker", "directory", "signals", "mailbox", "signing"},

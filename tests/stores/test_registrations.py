@@ -1,7 +1,7 @@
 """The four statements that every registration shares with others (`broker.durable.registrations`),
 on a real PostgreSQL and in parallel.
 
-Who shares one is settled in tests/stores/test_together.py; here each caller must get what they
+Who shares one is settled in tests/stores/test_group_commit.py; here each caller must get what they
 would have got alone.
 """
 

@@ -1,7 +1,7 @@
 """The two statements that every login shares with others (`broker.durable.sign_ins`), on a real
 PostgreSQL and in parallel.
 
-Who shares one is settled in tests/stores/test_together.py; here each caller must get what they
+Who shares one is settled in tests/stores/test_group_commit.py; here each caller must get what they
 would have got alone.
 """
 
@@ -335,8 +335,8 @@ async def test_a_value_that_the_server_refuses_harms_only_its_caller(
 
 
 async def test_what_asyncpg_can_not_send(postgres: Postgres) -> None:
-    """It says so by the class that a server's refusal has: one that `together` takes for certainly
-    not done.
+    """It says so by the class that a server's refusal has: one that group commit takes for
+    certainly not done.
     """
     with pytest.raises(asyncpg.DataError) as refusal:
         await postgres.rows("test", "SELECT $1::integer", "no number")

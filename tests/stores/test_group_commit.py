@@ -1,5 +1,5 @@
-"""Group commit (`broker.durable.together`) with statements that a test holds and answers: who goes
-with whom, and who is told what.
+"""Group commit (`broker.durable.group_commit`) with statements that a test holds and answers: who
+goes with whom, and who is told what.
 
 What the two real statements make of it is asked in tests/test_sign_ins.py.
 """
@@ -15,9 +15,14 @@ from dataclasses import dataclass, field
 import asyncpg
 import pytest
 
-from broker.durable.together import _LANES, _MOST, ALONE, Alone, Together
+from broker.durable.group_commit import (
+    _LANES,
+    _MOST,
+    NEEDS_OWN_STATEMENT,
+    GroupCommit,
+    OwnStatement,
+)
 from broker.errors import Unavailable
-from broker.gathering import TURNS
 from broker.telemetry import CONTEXT, Context, Metrics, context
 from tests.support.servers import eventually
 
@@ -31,9 +36,9 @@ class Statement:
     asked: list[str]
     alone: bool
     of: Context
-    answers: asyncio.Future[Sequence[str | Alone]]
+    answers: asyncio.Future[Sequence[str | OwnStatement]]
 
-    def done(self, *answers: str | Alone) -> None:
+    def done(self, *answers: str | OwnStatement) -> None:
         """Answer it; by default each caller gets what they asked, with an exclamation mark."""
         self.answers.set_result(answers or [f"{asked}!" for asked in self.asked])
 
@@ -51,16 +56,18 @@ class Scene:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        self.together = Together(
+        self.commit = GroupCommit(
             "test",
             self._work,
             timeout=LONG,
             metrics=self.metrics,
-            name=lambda asked: asked.partition("/")[0],
+            key=lambda asked: asked.partition("/")[0],
         )
 
-    async def _work(self, asked: Sequence[str], alone: bool) -> Sequence[str | Alone]:
-        answers: asyncio.Future[Sequence[str | Alone]] = asyncio.get_running_loop().create_future()
+    async def _work(self, asked: Sequence[str], alone: bool) -> Sequence[str | OwnStatement]:
+        answers: asyncio.Future[Sequence[str | OwnStatement]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self.statements.append(Statement(list(asked), alone, context(), answers))
         return await answers
 
@@ -69,9 +76,13 @@ class Scene:
 
         async def caller() -> str:
             CONTEXT.set(Context("", "browser", deadline=time.monotonic() + limit))
-            return await self.together.ask(asked)
+            return await self.commit.submit(asked)
 
         return asyncio.create_task(caller())
+
+    def keep_waiting(self) -> None:
+        """Let a statement under way hold back the next for as long as it takes."""
+        self.commit._policy._patience = LONG
 
     async def began(self, number: int) -> Statement:
         """The statement of this number, counted from 1, as soon as it is under way."""
@@ -108,6 +119,7 @@ async def test_those_of_one_turn_go_together(scene: Scene) -> None:
 
 
 async def test_who_comes_meanwhile_gathers_for_the_next(scene: Scene) -> None:
+    scene.keep_waiting()
     first = scene.ask("a")
     one = await scene.began(1)
     later = [scene.ask(asked) for asked in "bcd"]
@@ -130,9 +142,9 @@ async def test_who_comes_after_a_crowd_waits_for_no_clock(scene: Scene) -> None:
     one.done()
     (await scene.began(2)).done()
     assert await asyncio.gather(first, *crowd) == ["a!", "b!", "c!", "d!"]
-    await turns(TURNS)
+    await turns()
     last = scene.ask("e")
-    await turns(TURNS + 2)
+    await turns(3)
     assert [s.asked for s in scene.statements] == [["a"], ["b", "c", "d"], ["e"]]
     scene.statements[-1].done()
     assert await last == "e!"
@@ -171,8 +183,7 @@ async def test_a_statement_that_takes_long_does_not_hold_up_the_next(scene: Scen
         assert (await scene.began(number)).asked == [str(number)]
     late = [scene.ask("late"), scene.ask("later")]
     await turns(1)
-    assert scene.together._woken is None, "nothing is going to begin by itself"
-    assert len(scene.together._running) == _LANES
+    assert len(scene.commit._running) == _LANES
     scene.statements[1].done()
     last = await scene.began(_LANES + 1)
     assert last.asked == ["late", "later"]
@@ -181,13 +192,14 @@ async def test_a_statement_that_takes_long_does_not_hold_up_the_next(scene: Scen
         if not statement.answers.done():
             statement.done()
     assert await asyncio.gather(*callers, *late) == ["1!", "2!", "3!", "4!", "late!", "later!"]
-    assert scene.together._running == {}
+    assert scene.commit._running == set()
 
 
 # -- who gives up ----------------------------------------------------------------------------------
 
 
 async def test_who_gave_up_before_is_left_out(scene: Scene) -> None:
+    scene.keep_waiting()
     first = scene.ask("a")
     one = await scene.began(1)
     gone, late, there = scene.ask("gone"), scene.ask("late", 0.0), scene.ask("there")
@@ -239,7 +251,7 @@ async def test_who_gives_up_gets_no_statement_of_their_own(scene: Scene) -> None
     statement = await scene.began(1)
     gone.cancel()
     await turns()
-    statement.done(ALONE, ALONE)
+    statement.done(NEEDS_OWN_STATEMENT, NEEDS_OWN_STATEMENT)
     alone = await scene.began(2)
     assert (alone.asked, alone.alone) == (["there"], True)
     alone.done()
@@ -252,7 +264,7 @@ async def test_who_gives_up_gets_no_statement_of_their_own(scene: Scene) -> None
 
 async def test_who_is_alone_holds_up_nobody(scene: Scene) -> None:
     held, quick = scene.ask("held"), scene.ask("quick")
-    (await scene.began(1)).done(ALONE, "quick!")
+    (await scene.began(1)).done(NEEDS_OWN_STATEMENT, "quick!")
     assert await quick == "quick!"
     alone = await scene.began(2)
     assert (alone.asked, alone.alone) == (["held"], True)
@@ -265,13 +277,13 @@ async def test_who_is_alone_holds_up_nobody(scene: Scene) -> None:
     assert not held.done()
     alone.done("held at last")
     assert await held == "held at last"
-    assert scene.together._alone == set()
+    assert scene.commit._own == set()
 
 
 async def test_a_fault_of_one_who_is_alone_is_theirs(scene: Scene) -> None:
     fault = asyncpg.UniqueViolationError("mine")
     held, other = scene.ask("a"), scene.ask("b")
-    (await scene.began(1)).done(ALONE, ALONE)
+    (await scene.began(1)).done(NEEDS_OWN_STATEMENT, NEEDS_OWN_STATEMENT)
     await scene.began(3)
     for statement in scene.statements[1:]:
         if statement.asked == ["a"]:
@@ -399,7 +411,7 @@ async def test_a_statement_is_in_nobodys_context(scene: Scene) -> None:
         await scene.began(len(callers))
     callers.append(scene.ask("by an end"))
     await turns(1)
-    scene.statements[0].done(ALONE)
+    scene.statements[0].done(NEEDS_OWN_STATEMENT)
     await scene.began(_LANES + 2)
     assert scene.statements[-1].alone or scene.statements[-2].alone
     assert {(s.of.actor, s.of.request_id, s.of.deadline) for s in scene.statements} == {
@@ -421,7 +433,7 @@ def test_the_loop_ends_while_callers_wait(caplog: pytest.LogCaptureFixture) -> N
     async def begin() -> list[asyncio.Task[str]]:
         scene = Scene()
         callers = [scene.ask("alone"), scene.ask("with")]
-        (await scene.began(1)).done(ALONE, "with!")
+        (await scene.began(1)).done(NEEDS_OWN_STATEMENT, "with!")
         await scene.began(2)
         callers += [scene.ask("under way")]
         await scene.began(3)
