@@ -3,9 +3,6 @@
 Everything is made here and handed down through `__init__`; handlers find the verbs under typed
 keys. A process serves one port for everything, or, with a management port, pages on one and keyed
 callers, health and metrics on the other.
-
-The dialects are listed in `DIALECTS`: a further one is one module (`broker.dialects.Dialect`) and
-one line. Their modules' names are what the setting `dialects` chooses from.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from broker import __version__
 from broker.broker import Broker
-from broker.dialects import Dialect, flex, hanko, passlock, propelauth
+from broker.dialects import DIALECTS, chosen
 from broker.directory import Directory
 from broker.durable import Catalogue, Durable, Postgres
 from broker.durable.housekeeping import Housekeeping
@@ -34,7 +31,7 @@ from broker.ephemeral import Ephemeral, connect
 from broker.errors import Unavailable
 from broker.mailbox import Mailbox
 from broker.model import RelyingParty
-from broker.settings import Settings, SettingsFault
+from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import Log, Metrics, context
@@ -62,8 +59,6 @@ from broker.web.body import MAX_BODY
 from broker.web.server import bind
 from broker.web.share import Share
 
-DIALECTS: tuple[Dialect, ...] = (flex, hanko, passlock, propelauth)
-
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
 # Cache-Control by folder. A file under a version never changes (RFC 8246).
@@ -71,40 +66,6 @@ _SDK_PLACES = {
     "/sdk": "public, max-age=300",
     f"/sdk/{__version__}": "public, max-age=31536000, immutable",
 }
-
-
-def chosen(settings: Settings) -> tuple[Dialect, ...]:
-    """The dialects that answer. Without a secret key those that sign tokens don't, unless the
-    setting names them.
-
-    Raises:
-        SettingsFault: the setting names one that does not exist, or one that lacks a secret key.
-    """
-    named = {_name(dialect): dialect for dialect in DIALECTS}
-    if not set(settings.dialects) <= named.keys():
-        raise SettingsFault(
-            [f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."]
-        )
-    lacking = [name for name in settings.dialects if named[name].SIGNS and not settings.secret_key]
-    if lacking:
-        raise SettingsFault(
-            [f"BROKER_SECRET_KEY is missing; without it {' and '.join(lacking)} can't sign."]
-        )
-    left = left_out(settings)
-    return tuple(named[name] for name in settings.dialects or named if name not in left)
-
-
-def left_out(settings: Settings) -> tuple[str, ...]:
-    """The names of the dialects that don't answer because they sign tokens and there is no secret
-    key.
-    """
-    if settings.secret_key or settings.dialects:
-        return ()
-    return tuple(_name(dialect) for dialect in DIALECTS if dialect.SIGNS)
-
-
-def _name(dialect: Dialect) -> str:
-    return dialect.__name__.rpartition(".")[2]
 
 
 @dataclass(slots=True)
@@ -245,7 +206,7 @@ def application(
     app[SIGNING] = parts.signing
     app[LIMITS] = limits or Limits()
     for dialect in chosen(parts.settings):
-        app.add_routes(dialect.routes(management=management, browser=browser))
+        app.add_routes(dialect.load().routes(management=management, browser=browser))
     app.add_routes(_health(parts))
     if management and (not browser or parts.settings.metrics_at == "public"):
         app.router.add_get("/metrics", _metrics(parts.metrics), allow_head=False)
@@ -403,6 +364,7 @@ async def serve(
         OSError: an address is in use or not ours.
     """
     settings = parts.settings
+    wire_formats = [dialect.load() for dialect in chosen(settings)]
     stack = AsyncExitStack()
     stack.push_async_callback(parts.close)
     parts.notifications.start()
@@ -424,8 +386,8 @@ async def serve(
         for opened, app in plan:
             edge = Edge(
                 app,
-                renderers=[(dialect.PATHS, dialect.render) for dialect in chosen(settings)],
-                default=flex.render,
+                renderers=[(found.PATHS, found.render) for found in wire_formats],
+                default=DIALECTS[0].load().render,
                 metrics=parts.metrics,
                 log=parts.log,
                 docs_url=settings.docs_url,

@@ -187,7 +187,7 @@ def clock(store: str, ahead: float) -> Finding:
 
 
 async def _signing(parts: Parts) -> list[Finding]:
-    from broker.app import left_out
+    from broker.dialects import left_out
 
     try:
         seals = await parts.signing.seals()

@@ -97,7 +97,8 @@ async def _serve(settings: Settings, *, migrate: bool) -> None:
 
 
 async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> None:
-    from broker.app import assemble, left_out
+    from broker.app import assemble
+    from broker.dialects import left_out
 
     parts = await assemble(settings, log=log)
     if migrate:

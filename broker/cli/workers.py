@@ -57,7 +57,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from broker.app import Ports, assemble, chosen, left_out
+from broker.app import Ports, assemble
 from broker.cli.serving import (
     LOG_HOLD,
     ServingFault,
@@ -69,6 +69,7 @@ from broker.cli.serving import (
     until_told,
     with_parts,
 )
+from broker.dialects import chosen, left_out
 from broker.settings import Settings
 from broker.telemetry import KEEPER, Log, Metrics, Shared, capture_library_records
 from broker.web.share import Shares

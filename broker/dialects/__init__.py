@@ -1,31 +1,48 @@
 """Vendors' wire formats. A dialect only translates: parse the vendor's body, call one verb, render
 the vendor's answer.
 
-Each module is a `Dialect`, and `broker.app` lists them: a further one is a module here and a line
-there. README.md holds the glossary, and each dialect's folder a page with every deviation.
+A dialect is a package here, which declares itself, and a line of `DIALECTS`. README.md holds the
+glossary, and each dialect's folder a page with every deviation.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Protocol
+from broker.dialects.declaration import Dialect
+from broker.dialects.flex import FLEX
+from broker.dialects.hanko import HANKO
+from broker.dialects.passlock import PASSLOCK
+from broker.dialects.propelauth import PROPELAUTH
+from broker.settings import Settings, SettingsFault
 
-from aiohttp import web
+# The first one's shape is that of answers on paths which no dialect has.
+DIALECTS: tuple[Dialect, ...] = (FLEX, HANKO, PASSLOCK, PROPELAUTH)
 
-from broker.errors import Refusal
+
+def chosen(settings: Settings) -> tuple[Dialect, ...]:
+    """The dialects that answer. Without a secret key the dialects that sign tokens do not, unless
+    the setting names them.
+
+    Raises:
+        SettingsFault: the setting names an unknown dialect, or one that lacks a secret key.
+    """
+    named = {dialect.name: dialect for dialect in DIALECTS}
+    if not set(settings.dialects) <= named.keys():
+        raise SettingsFault(
+            [f"BROKER_DIALECTS must be of {', '.join(named)}, with commas between."]
+        )
+    lacking = [name for name in settings.dialects if named[name].signs and not settings.secret_key]
+    if lacking:
+        raise SettingsFault(
+            [f"BROKER_SECRET_KEY is missing; without it {' and '.join(lacking)} can't sign."]
+        )
+    left = left_out(settings)
+    return tuple(named[name] for name in settings.dialects or named if name not in left)
 
 
-class Dialect(Protocol):
-    """What a dialect's module offers. Its name is the word of the setting `dialects`."""
-
-    __name__: str
-    PATHS: re.Pattern[str]  # the paths that are its own; what goes wrong there is told in its shape
-    SIGNS: bool  # whether it signs tokens; then it answers only where there is a secret key
-
-    def routes(self, *, management: bool, browser: bool) -> list[web.RouteDef]:
-        """The routes of a port that serves keyed callers, pages, or both."""
-
-    def render(self, refusal: Refusal, request: web.Request | None = None) -> web.Response:
-        """A refusal in its shape; the request is there for shapes that depend on it, None where the
-        bytes were no HTTP.
-        """
+def left_out(settings: Settings) -> tuple[str, ...]:
+    """The names of the dialects that do not answer because they sign tokens and there is no secret
+    key.
+    """
+    if settings.secret_key or settings.dialects:
+        return ()
+    return tuple(dialect.name for dialect in DIALECTS if dialect.signs)

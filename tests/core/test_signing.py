@@ -13,7 +13,7 @@ import re
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any, cast, get_args
 
 import aiohttp
@@ -22,11 +22,12 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from broker import app as composition
+from broker import dialects
 from broker.app import Parts, assemble
 from broker.cli import serving
 from broker.cli.doctor import secret_key
-from broker.dialects import flex
+from broker.dialects.declaration import Dialect, WireFormat
+from broker.dialects.flex import routes as flex
 from broker.directory import Directory
 from broker.durable import Postgres, instant
 from broker.durable.signing_keys import SigningKeys, StoredKey
@@ -519,7 +520,7 @@ async def test_a_sealed_key_of_another_row_does_not_sign(
 # -- dialects that sign ----------------------------------------------------------------------------
 
 
-def _signing_dialect() -> ModuleType:
+def _signing_dialect() -> Dialect:
     """A dialect as they are: a module. It signs for whoever asks, and publishes its app's keys."""
 
     @public_app
@@ -536,14 +537,15 @@ def _signing_dialect() -> ModuleType:
             web.get("/signs/{app_id}/keys", keys, allow_head=False),
         ]
 
-    module = ModuleType("tests.signs")
-    vars(module).update(SIGNS=True, PATHS=re.compile("/signs/"), routes=routes, render=flex.render)
-    return module
+    wire_format = SimpleNamespace(
+        PATHS=re.compile("/signs/"), STATUS=flex.STATUS, routes=routes, render=flex.render
+    )
+    return Dialect("signs", lambda: cast("WireFormat", wire_format), signs=True)
 
 
 @pytest.fixture
 def _with_a_signing_dialect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "DIALECTS", (flex, _signing_dialect()))
+    monkeypatch.setattr(dialects, "DIALECTS", (dialects.DIALECTS[0], _signing_dialect()))
 
 
 @pytest.mark.usefixtures("_with_a_signing_dialect")
@@ -590,17 +592,14 @@ async def test_a_dialect_signs_and_the_log_says_nothing_of_it(
 @pytest.mark.usefixtures("_with_a_signing_dialect")
 def test_what_needs_a_secret_key_is_left_out_without_one(stores: EmbeddedStores) -> None:
     def named(**changes: object) -> list[str]:
-        return [
-            d.__name__.rpartition(".")[2]
-            for d in composition.chosen(settings_for(stores, **changes))
-        ]
+        return [dialect.name for dialect in dialects.chosen(settings_for(stores, **changes))]
 
     assert named() == ["flex", "signs"]
     assert named(dialects=("signs",)) == ["signs"]
     assert named(secret_key=()) == ["flex"]
-    assert composition.left_out(settings_for(stores, secret_key=())) == ("signs",)
+    assert dialects.left_out(settings_for(stores, secret_key=())) == ("signs",)
     assert named(secret_key=(), dialects=("flex",)) == ["flex"]
-    assert composition.left_out(settings_for(stores, secret_key=(), dialects=("flex",))) == ()
+    assert dialects.left_out(settings_for(stores, secret_key=(), dialects=("flex",))) == ()
     with pytest.raises(SettingsFault) as caught:
         named(secret_key=(), dialects=("flex", "signs"))
     assert caught.value.faults == ("BROKER_SECRET_KEY is missing; without it signs can't sign.",)

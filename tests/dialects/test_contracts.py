@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from broker.app import DIALECTS
+from broker.dialects import DIALECTS
 from tests.dialects.contracts import CONTRACTS, place, places, shape
 from tests.support.golden import FOLDER, golden_file
 from tests.support.shapes import EPOCH_MS, Whole, either, fits, text, word
@@ -23,7 +23,7 @@ FILES = sorted(FOLDER.glob("*/golden/*.json"))
 
 
 def test_every_dialect_has_a_contract() -> None:
-    assert {dialect.__name__.rpartition(".")[2] for dialect in DIALECTS} == set(CONTRACTS)
+    assert {dialect.name for dialect in DIALECTS} == set(CONTRACTS)
     assert {file.parents[1].name for file in FILES} == set(CONTRACTS)
 
 

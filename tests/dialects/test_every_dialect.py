@@ -11,13 +11,15 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import product
-from types import ModuleType
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 
-from broker import app as composition
+from broker import dialects
+from broker.dialects.declaration import Dialect, WireFormat
+from broker.dialects.flex import routes as flex
 from broker.errors import Refusal
 from broker.model import Caller, Policy
 from broker.web import DIRECTORY, json_answer, keyed, read_object
@@ -208,7 +210,7 @@ async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(
 # -- one more --------------------------------------------------------------------------------------
 
 
-def _one_more() -> ModuleType:
+def _one_more() -> Dialect:
     """A dialect as they are: a module. It says how many passkeys a user has, and tells refusals by
     their code alone.
     """
@@ -228,9 +230,11 @@ def _one_more() -> ModuleType:
     def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
         return json_answer([refusal.code], status=418)
 
-    module = ModuleType("tests.more")
-    vars(module).update(PATHS=re.compile("/more/"), SIGNS=False, routes=routes, render=render)
-    return module
+    statuses = dict.fromkeys(flex.STATUS, 418)
+    wire_format = SimpleNamespace(
+        PATHS=re.compile("/more/"), STATUS=statuses, routes=routes, render=render
+    )
+    return Dialect("more", lambda: cast("WireFormat", wire_format))
 
 
 async def test_one_more_dialect_is_one_module_and_one_line(
@@ -239,7 +243,7 @@ async def test_one_more_dialect_is_one_module_and_one_line(
     """Its routes answer beside the others', what goes wrong below its paths has its shape, and the
     setting knows its name.
     """
-    monkeypatch.setattr(composition, "DIALECTS", (*composition.DIALECTS, _one_more()))
+    monkeypatch.setattr(dialects, "DIALECTS", (*dialects.DIALECTS, _one_more()))
     started = await start_broker()
     wire = await Wire.open(started.service, session)
     await REGISTER["hanko"](wire, "ann", device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from broker.dialects import flex
+from broker.dialects.flex import routes as flex
 from broker.sdk import passkey_broker as sdk
 from broker.sdk.passkey_broker import (
     Answer,

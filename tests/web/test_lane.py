@@ -29,7 +29,7 @@ from aiohttp.http_writer import _serialize_headers
 from aiohttp.typedefs import Handler
 from multidict import CIMultiDict
 
-from broker.dialects import flex
+from broker.dialects.flex import routes as flex
 from broker.errors import NotFound
 from broker.telemetry import Log, Metrics, capture_library_records
 from broker.web import LIMITS, Edge, Limits, Listener, json_answer, listen

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pytest
 
 from broker import errors
-from broker.dialects import flex
+from broker.dialects.flex import routes as flex
 from broker.errors import Refusal
 from broker.model import Policy
 from tests.conftest import OpenApp, Started, Starter

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from broker.dialects import hanko as dialect
+from broker.dialects.hanko import routes as dialect
 from broker.errors import Refusal
 from broker.model import Policy
 from tests.conftest import OpenApp, Started, Starter

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from broker.dialects import passlock as dialect
+from broker.dialects.passlock import routes as dialect
 from broker.errors import Refusal
 from broker.model import Policy
 from tests.conftest import OpenApp, Started, Starter

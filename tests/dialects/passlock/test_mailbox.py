@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from broker.dialects import passlock
+from broker.dialects.passlock import mailbox
 from broker.mailbox import ATTEMPTS, LIFE, PER_MAILBOX, WINDOW
 from tests.conftest import OpenApp, Started, Starter
 from tests.dialects.passlock.contract import ANSWERS, FORBIDDEN
@@ -265,7 +265,7 @@ async def test_a_store_that_is_down(start_broker: Starter, wire: Wire) -> None:
 
 
 def test_every_refusal_of_this_part_has_a_word_of_its_own() -> None:
-    part = passlock.mailbox
+    part = mailbox
     assert set(part.TAGS) == set(part.STATUS)
     assert len(set(part.TAGS.values())) == len(part.TAGS)
     for tag in part.TAGS.values():

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from broker.dialects import propelauth
+from broker.dialects.propelauth import routes as propelauth
 from broker.errors import Refusal
 from broker.model import Policy
 from broker.settings import SettingsFault
