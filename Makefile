@@ -47,11 +47,10 @@ check: $(TEST) parts ## what CI runs: format, lint, types, tests, coverage
 	$(TOGETHER) --cov --cov-report=
 	$(ALONE) --cov --cov-append --cov-report=term --cov-fail-under=95
 
-bench: $(TEST) ## measure what a login costs; ARGS='--json run.json', or --endurance, --compare OLD NEW
+bench: $(TEST) ## measure what a login costs; ARGS='--json run.json', or --against PATH, --endurance
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 bench-peers: $(TEST) ## the same, with a Node server beside it
-	@$(BIN)/python -m tests.bench.peer
 	@$(BIN)/python -m tests.bench --peers $(ARGS)
 
 bench-scale: $(TEST) ## a login beside 5 million passkeys against one beside 10 thousand: 20 GB of disk, half an hour

@@ -1,166 +1,140 @@
-"""From repetitions to figures: medians, tables, the comparison of two runs."""
+"""From turns to figures: medians with their spread, ratios of pairs, and the text of a run."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from statistics import median, quantiles
+from typing import Any, TypeAlias
 
-MOST_OTHER = 0.15  # of a core, by processes that are none of ours: this machine's, or a neighbour's of the same processor
-MOST_DRIFT = 0.10  # between the calibrations before and after a repetition
-MOST_BEHIND = 0.10  # of the time that logins take when they begin at the rate they should
-Discarded = Literal["busy", "drifted", "shared", "behind"]
-_TOKENS = ("hanko",)  # what hands out a token signed with RS256
+from tests.bench.rounds import Case, Turn
 
-
-@dataclass(frozen=True, slots=True)
-class Repetition:
-    """One measured repetition; CPU and wall in seconds for all its logins.
-
-    `verifies` are seconds of CPU for one verification, before and after it; `sign` for one token.
-    Requests to Redis and statements are None where the server does not count them. `behind` is how
-    much longer than planned logins took that begin at a rate, as a part.
-    """
-
-    logins: int
-    seconds: float
-    server: float
-    redis: float
-    postgres: float
-    others: float
-    verifies: tuple[float, float]
-    sign: float
-    alone: float
-    redis_requests: float | None
-    statements: float | None
-    p50: float
-    p99: float
-    steps: dict[str, dict[str, float]]
-    behind: float = 0.0
-
-    @property
-    def verify(self) -> float:
-        return sum(self.verifies) / 2
-
-    def discarded(self, best: float) -> Discarded | None:
-        """Why it does not count, None if it does. `best` is what a verification took when it was
-        fastest, in seconds: where it takes longer, somebody else has a part of the core."""
-        if self.others > MOST_OTHER:
-            return "busy"
-        if abs(self.verifies[0] - self.verifies[1]) / self.verify > MOST_DRIFT:
-            return "drifted"
-        if max(self.verifies) > best * (1 + MOST_OTHER):
-            return "shared"
-        return "behind" if self.behind > MOST_BEHIND else None
+# Cases by name: the one measured and the one that it is divided by.
+Comparison: TypeAlias = tuple[str, str]
+_READINGS: dict[str, Callable[[Turn], float]] = {
+    "CPU": lambda turn: turn.cpu,
+    "CPU with stores": lambda turn: turn.all_cpu,
+    "p50": lambda turn: turn.p50,
+    "WAL": lambda turn: turn.wal,
+}
 
 
-def figures(what: str, repetitions: Sequence[Repetition]) -> dict[str, Any]:
-    """What a case comes to: medians over its repetitions; CPU in microseconds per login. `ratio` is
-    the median of each repetition's CPU per login over the verification that was measured around it.
-    """
-
-    def us(values: Iterable[float]) -> float:
-        return round(statistics.median(values) * 1e6, 1)
-
-    def per_login(counts: Sequence[float | None]) -> float | None:
-        known = [c / r.logins for c, r in zip(counts, repetitions, strict=True) if c is not None]
-        return round(statistics.median(known), 2) if known else None
-
-    def ms(quantiles: Sequence[dict[str, float]]) -> dict[str, float]:
-        return {
-            q: round(statistics.median([f[q] for f in quantiles]) * 1e3, 2) for q in ("p50", "p99")
-        }
-
-    cpu = statistics.median([r.server / r.logins for r in repetitions])
-    found = {
-        "repetitions": len(repetitions),
-        "logins": sum(r.logins for r in repetitions),
-        "cpu_us": us([cpu]),
-        "cpu_us_all": [us([r.server / r.logins]) for r in repetitions],
-        "verify_us": us(r.verify for r in repetitions),
-        "verify_us_all": [us([r.verify]) for r in repetitions],
-        "verify_alone_us": us(r.alone for r in repetitions),
-        "ratio": round(statistics.median([r.server / r.logins / r.verify for r in repetitions]), 2),
-        "ratio_all": [round(r.server / r.logins / r.verify, 2) for r in repetitions],
-        "redis_cpu_us": us(r.redis / r.logins for r in repetitions),
-        "postgres_cpu_us": us(r.postgres / r.logins for r in repetitions),
-        "whole_ratio": round(
-            statistics.median([(r.server + r.postgres) / r.logins / r.verify for r in repetitions]),
-            2,
-        ),
-        "logins_per_core_second": round(1 / cpu),
-        "logins_per_second": round(statistics.median([r.logins / r.seconds for r in repetitions])),
-        "redis_requests": per_login([r.redis_requests for r in repetitions]),
-        "statements": per_login([r.statements for r in repetitions]),
-        "login_ms": ms([{"p50": r.p50, "p99": r.p99} for r in repetitions]),
-        "request_ms": {
-            step: ms([r.steps[step] for r in repetitions]) for step in repetitions[0].steps
-        },
+def spread(values: Sequence[float], noisy: Sequence[bool], digits: int) -> dict[str, Any]:
+    """The values in their order, which are noisy, and their medians, quartiles and limits."""
+    low, _, high = quantiles(values, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    quiet = [value for value, loud in zip(values, noisy, strict=True) if not loud]
+    return {
+        "all": [round(value, digits) for value in values],
+        "noisy": [number for number, loud in enumerate(noisy, 1) if loud],
+        "median": round(median(values), digits),
+        "median_quiet": round(median(quiet), digits) if len(quiet) >= 3 else None,
+        "quartiles": [round(low, digits), round(high, digits)],
+        "limits": [round(min(values), digits), round(max(values), digits)],
     }
-    if what in _TOKENS:
-        found["signing_us"] = us(r.sign for r in repetitions)
-        found["signing_ratio"] = round(
-            statistics.median([r.sign / r.verify for r in repetitions]), 2
-        )
-    return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """A run as text: the machine, a line for each case, the requests of each case, and what else
-    was found.
-    """
-    cases = result["cases"]
-    verifies = [v for f in cases.values() for v in f["verify_us_all"]]
+def figures(case: Case) -> dict[str, Any]:
+    """What a case comes to. CPU in microseconds a login, latencies in milliseconds."""
+
+    def middle(read: Callable[[Turn], float]) -> float:
+        return round(median(map(read, case.turns)), 2)
+
+    def latency(step: str, quantile: str) -> float:
+        return middle(lambda turn: turn.latency[step][quantile] * 1e3)
+
+    return {
+        "cpu": spread([turn.cpu for turn in case.turns], [turn.noisy for turn in case.turns], 1),
+        "redis": middle(lambda turn: turn.redis),
+        "postgres": middle(lambda turn: turn.postgres),
+        "wal": middle(lambda turn: turn.wal),
+        "logins_per_second": middle(lambda turn: turn.per_second),
+        "latency": {
+            step: {quantile: latency(step, quantile) for quantile in ("p50", "p99")}
+            for step in case.turns[0].latency
+        },
+        "failed": sum(turn.failed for turn in case.turns),
+        "turns": [asdict(turn) for turn in case.turns],
+    }
+
+
+def ratios(over: Case, under: Case) -> dict[str, Any]:
+    """Each round's ratio of the first case to the second; a pair is noisy if a turn of it is."""
+    pairs = list(zip(over.turns, under.turns, strict=False))  # an interrupted round has no pair
+    noisy = [mine.noisy or other.noisy for mine, other in pairs]
+    return {
+        name: spread([read(mine) / read(other) for mine, other in pairs], noisy, 3)
+        for name, read in _READINGS.items()
+        if all(read(other) for _, other in pairs)
+    }
+
+
+def result(
+    machine: dict[str, Any], cases: Sequence[Case], comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
+    """The run for JSON, with the cases that have had a turn."""
+    named = {case.name: case for case in cases if case.turns}
+    return {
+        "machine": machine,
+        "ratios": {
+            f"{over} / {under}": ratios(named[over], named[under])
+            for over, under in comparisons
+            if over in named and under in named
+        },
+        "cases": {name: figures(case) for name, case in named.items()},
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """The run for people: ratios first, then every repetition, then requests."""
+    machine, cases = result["machine"], result["cases"]
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     lines = [
-        *about(result["machine"]),
-        f"one P-256 verification on the server's core: {statistics.median(verifies):.0f} us of CPU"
-        f" beside cores that work ({min(verifies):.0f} to {max(verifies):.0f} in this run; each ratio is to the one measured around its"
-        f" repetition), {statistics.median([f['verify_alone_us'] for f in cases.values()]):.0f} us beside cores that rest",
-        "",
-        f"{'case':<22}{'runs':>5}{'CPU us':>8}{'ratio':>7}{'verify':>8}{'/s/core':>9}{'Redis':>7}{'PG':>7}{'reqs':>6}{'stmts':>6}{'p50 ms':>8}{'p99 ms':>8}",
+        f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}"
+        f" ({'optimised' if machine['optimised'] else 'plain'} build), {packages}"
     ]
-    for name, f in cases.items():
+    for name, readings in result["ratios"].items():
+        lines += ["", f"{name}, turn about (* noisy)", f"  pairs: {_listed(readings['CPU'], 2)}"]
+        lines += [f"  {reading:<16}{_summed(at, 2)}" for reading, at in readings.items()]
+    lines += [
+        "",
+        f"{'case':<22}{'CPU us':>8}{'Redis':>7}{'PG':>7}{'WAL B':>7}{'logins/s':>10}"
+        f"{'p50 ms':>8}{'p99 ms':>8}{'failed':>8}",
+    ]
+    for name, at in cases.items():
+        login = at["latency"]["login"]
         lines.append(
-            f"{name:<22}{f['repetitions']:>5}{f['cpu_us']:>8.0f}{f['ratio']:>7.2f}{f['verify_us']:>8.0f}"
-            f"{f['logins_per_core_second']:>9}{f['redis_cpu_us']:>7.0f}{f['postgres_cpu_us']:>7.0f}"
-            f"{_known(f['redis_requests']):>6}{_known(f['statements']):>6}"
-            f"{f['login_ms']['p50']:>8.2f}{f['login_ms']['p99']:>8.2f}"
+            f"{name:<22}{at['cpu']['median']:>8.0f}{at['redis']:>7.0f}{at['postgres']:>7.0f}"
+            f"{at['wal']:>7.0f}{at['logins_per_second']:>10.0f}{login['p50']:>8.2f}"
+            f"{login['p99']:>8.2f}{at['failed']:>8}"
         )
-        if "signing_us" in f:
-            rest = f["ratio"] - f["signing_ratio"]
-            lines.append(
-                f"{'  of which signing':<22}{'':>5}{f['signing_us']:>8.0f}{f['signing_ratio']:>7.2f}"
-                f"   (one RS256 token; without it the ratio is {rest:.2f})"
-            )
-    lines += ["", f"{'case':<22}{'request':<10}{'p50 ms':>8}{'p99 ms':>8}"]
-    for name, f in cases.items():
-        for step, at in f["request_ms"].items():
-            lines.append(f"{name:<22}{step:<10}{at['p50']:>8.2f}{at['p99']:>8.2f}")
-            name = ""
-    lines += ["", *(f"{name}: {value}" for name, value in result["also"].items())]
-    lines += [f"Not reported: {sentence}" for sentence in result["unfit"]]
+    lines += ["", "CPU us of every repetition (* noisy: other processes took over 15 % of a core)"]
+    for name, at in cases.items():
+        lines += [f"{name:<22}{_listed(at['cpu'], 0)}", f"{'':<22}{_summed(at['cpu'], 0)}"]
+    lines += ["", "Requests, p50 / p99 in ms"]
+    for name, at in cases.items():
+        steps = [
+            f"{step} {found['p50']:.2f} / {found['p99']:.2f}"
+            for step, found in at["latency"].items()
+            if step != "login"
+        ]
+        lines.append(f"{name:<22}{', '.join(steps)}")
     return "\n".join(lines)
 
 
-def about(machine: dict[str, Any]) -> list[str]:
-    """What was measured on, in lines."""
-    return [
-        f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}"
-        f" ({'optimised' if machine['optimised'] else 'not an optimised'} build)",
-        "  " + ", ".join(f"{name} {number}" for name, number in machine["packages"].items()),
-        f"  build: {machine['python_build'] or '(flags unknown)'}",
-    ]
+def _listed(at: dict[str, Any], digits: int) -> str:
+    return " ".join(
+        f"{value:.{digits}f}{'*' if number in at['noisy'] else ''}"
+        for number, value in enumerate(at["all"], 1)
+    )
 
 
-def _known(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Two runs beside each other, by the ratio, which outlives a change of machine."""
-    lines = [f"{'case':<24}{'old':>8}{'new':>8}{'new/old':>9}"]
-    for name in old["cases"].keys() & new["cases"].keys():
-        before, after = old["cases"][name]["ratio"], new["cases"][name]["ratio"]
-        lines.append(f"{name:<24}{before:>8.2f}{after:>8.2f}{after / before:>9.2f}")
-    return "\n".join([lines[0], *sorted(lines[1:])])
+def _summed(at: dict[str, Any], digits: int) -> str:
+    (low, high), (least, most) = at["quartiles"], at["limits"]
+    quiet = "fewer than 3 quiet ones"
+    if at["median_quiet"] is not None:
+        count = len(at["all"]) - len(at["noisy"])
+        quiet = f"{at['median_quiet']:.{digits}f} over {count} quiet ones"
+    return (
+        f"median {at['median']:.{digits}f} (quartiles {low:.{digits}f} to {high:.{digits}f},"
+        f" all {least:.{digits}f} to {most:.{digits}f}); {quiet}"
+    )

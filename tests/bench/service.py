@@ -1,109 +1,90 @@
-"""The servers under measurement, each where it belongs: the measured one on one core; stores and
-driver on the others.
+"""The processes of a run: measured servers on one core; stores and load generators on the others.
+
+All servers of a run share one Postgres and one Valkey. Each has a database of its own in both.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import http.client
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import redis
+import asyncpg
 
 from broker.embedded import EmbeddedStores
-from tests.bench.driver import ORIGIN
+from tests.bench.driver import MOST_FAILED, ORIGIN
+from tests.support import parts
 from tests.support.processes import descendants, free_port, get, until
 from tests.support.servers import Valkey
 
-ROOT = Path(__file__).parent.parent.parent
-_SECRET = os.urandom(24).hex()  # of every broker of a run, for they share stores
+ROOT = Path(__file__).resolve().parent.parent.parent
+PEER = Path(__file__).parent / "peer"
+_USABLE = sorted(os.sched_getaffinity(0))
+SERVER_CORES = frozenset(_USABLE[-1:])
+OTHER_CORES = frozenset(_USABLE[:-1] or _USABLE)  # a single core can't be divided
+_CLI = "import sys; from broker.cli import main; sys.exit(main())"
+_NO_STORES: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Cores:
-    """The measured server's core, and those of everything else."""
-
-    server: frozenset[int]
-    rest: frozenset[int]
-
-    @classmethod
-    def split(cls) -> Cores:
-        """The last core for the server. With one core there is nothing to keep apart."""
-        usable = sorted(os.sched_getaffinity(0))
-        return cls(frozenset(usable[-1:]), frozenset(usable[:-1] or usable))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stores:
-    """Postgres with fsync, and Valkey in memory."""
+    """Postgres with fsync and Valkey with an append-only file, on sockets of the machine."""
 
     database_url: str
-    redis_url: str
+    socket: str
     postgres_pid: int
     redis_pid: int
+    databases: int = 0
 
-    @contextmanager
-    def counted(self) -> Iterator[redis.Redis]:
-        """A client that reads the store's own figures."""
-        client = redis.Redis.from_url(self.redis_url)
+    def database(self) -> dict[str, str]:
+        """Settings of a broker with a new database in both stores."""
+        self.databases += 1
+        name = f"bench{self.databases}"
+        asyncio.run(self.execute(f"CREATE DATABASE {name}"))
+        return {
+            "BROKER_DATABASE_URL": self.database_url.replace("/postgres?", f"/{name}?"),
+            "BROKER_REDIS_URL": f"unix://{self.socket}?db={self.databases}",
+        }
+
+    async def execute(self, sql: str) -> Any:
+        """Run a statement; the value that it yields."""
+        session = await asyncpg.connect(self.database_url)
         try:
-            yield client
+            return await session.fetchval(sql)
         finally:
-            client.close()
+            await session.close()
+
+    def wal_bytes(self) -> int:
+        """Bytes of the write-ahead log so far."""
+        return int(asyncio.run(self.execute("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")))
 
 
 @contextmanager
-def stores(
-    cores: Cores, *, tcp: bool = False, postgres: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[Stores]:
-    """Both, on the rest's cores and on sockets of the machine, as `broker dev` runs them; with
-    `tcp` Valkey is spoken to through loopback. `postgres` are settings of it instead of the
-    embedded store's."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores.rest)
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="broker-bench-") as folder,
-            tempfile.TemporaryDirectory(prefix="broker-bench-data-") as data,
-        ):
-            home = Path(folder)
-            with _embedded(Path(data), postgres) as embedded:
-                valkey = Valkey.start(home / "valkey", "--unixsocket", str(home / "valkey.sock"))
-                try:
-                    yield Stores(
-                        embedded.database_url,
-                        f"redis://127.0.0.1:{valkey.port}/0"
-                        if tcp
-                        else f"unix://{home / 'valkey.sock'}",
-                        _postmaster(),
-                        valkey.process.pid,
-                    )
-                finally:
-                    valkey.stop()
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def _embedded(data: Path, postgres: Mapping[str, str]) -> Iterator[EmbeddedStores]:
-    """Nothing of them is left, also where their user can't enter `data` and they are elsewhere."""
-    with EmbeddedStores.start(data, None, postgres) as embedded:
-        yield embedded
-    shutil.rmtree(embedded.place, ignore_errors=True)
-    data.mkdir(exist_ok=True)  # whoever made it removes it
+def stores(postgres: Mapping[str, str] = _NO_STORES) -> Iterator[Stores]:
+    """Start both stores; `postgres` are further settings of Postgres."""
+    os.sched_setaffinity(0, OTHER_CORES)  # also of the children, but for measured servers
+    with (
+        tempfile.TemporaryDirectory(prefix="broker-bench-") as home,
+        tempfile.TemporaryDirectory(prefix="broker-bench-data-") as data,
+        EmbeddedStores.start(Path(data), None, postgres) as embedded,
+    ):
+        socket = f"{home}/valkey.sock"
+        valkey = Valkey.start(Path(home, "valkey"), "--unixsocket", socket, "--appendonly", "yes")
+        try:
+            yield Stores(embedded.database_url, socket, _postmaster(), valkey.process.pid)
+        finally:
+            valkey.stop()
+    shutil.rmtree(embedded.place, ignore_errors=True)  # lies elsewhere if Postgres runs as nobody
 
 
 def _postmaster() -> int:
@@ -115,176 +96,140 @@ def _postmaster() -> int:
     raise AssertionError("no postgres was started")
 
 
+class LoginFailed(Exception):
+    """Too many logins failed: the run's figures would be those of another workload."""
+
+
 @dataclass(slots=True)
 class Server:
-    """A measured process that listens."""
+    """A measured server with the load generator of its own."""
 
-    process: subprocess.Popen[bytes]
-    url: str
+    pid: int
+    stores: Stores
+    driver: subprocess.Popen[str]
+    settings: Mapping[str, str] = field(default_factory=dict)
     app_id: str = ""
-    key: str = ""
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """Send the load generator a command."""
+        assert self.driver.stdin is not None
+        assert self.driver.stdout is not None
+        print(json.dumps({"do": do, **values}), file=self.driver.stdin, flush=True)
+        line = self.driver.stdout.readline()
+        assert line, "the load generator ended"
+        told: dict[str, Any] = json.loads(line)
+        return told
 
-    @property
-    def port(self) -> int:
-        return int(self.url.rpartition(":")[2])
+    def run(self, flow: str, in_flight: int, **until: float) -> dict[str, Any]:
+        """Run a flow for `seconds=` or `count=`.
 
-    def workers(self) -> list[int]:
-        """The processes that serve, where there is a supervisor."""
-        return descendants(self.pid)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples with these labels; of a broker."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
-        wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        return sum(
-            float(line.rpartition(" ")[2])
-            for line in text.splitlines()
-            if line.startswith((f"{name}{{", f"{name} ")) and all(label in line for label in wanted)
-        )
-
-
-@contextmanager
-def _listening(
-    argv: list[str],
-    environment: dict[str, str],
-    core: frozenset[int],
-    port: int,
-    path: str,
-    log: Path | None,
-) -> Iterator[subprocess.Popen[bytes]]:
-    with open(log or os.devnull, "wb") as lines:
-        process = subprocess.Popen(
-            argv,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=lines,
-            stderr=lines,
-            preexec_fn=lambda: os.sched_setaffinity(0, core),
-        )
-    try:
-        until(lambda: process.poll() is not None or get(port, path) == 200, f"{argv[0]} listens")
-        assert process.poll() is None, f"{' '.join(argv)} ended with {process.returncode}"
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        Raises:
+            LoginFailed: over a tenth of the logins failed.
+        """
+        told = self.ask("run", flow=flow, in_flight=in_flight, **until)
+        if told["failed"] > in_flight + MOST_FAILED * told["logins"] or not told["logins"]:
+            raise LoginFailed(f"{told['failed']} failed, the first {flow} with {told['failure']}")
+        return told
 
 
 @contextmanager
 def broker(
     made: Stores,
-    cores: Cores,
     *,
-    workers: int = 1,
-    log: Path | None = None,
-    python: Path | None = None,
+    checkout: Path = ROOT,
+    environment: Mapping[str, str] = _NO_STORES,
+    arguments: Sequence[str] = (),
+    users: int = 256,
 ) -> Iterator[Server]:
-    """`broker serve` as an operator runs it, with an app. Its log goes to a file, as in production;
-    events and metrics are on. It waits for stores as long as settings let it: a pause of the
-    machine's disk is no failed login. `python` is the interpreter of an environment that the broker
-    is installed in, ours for None."""
+    """`broker serve` of a checkout with an app and users, its log in a file as in production.
+
+    The interpreter and its packages are those of this process; the checkout is on PYTHONPATH.
+    """
     port = free_port()
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
-        "BROKER_DATABASE_URL": made.database_url,
-        "BROKER_REDIS_URL": made.redis_url,
-        "BROKER_SECRET_KEY": _SECRET,
-        "BROKER_STORE_TIMEOUT": "1.5",
-        "BROKER_METRICS": "public",
+    settings = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("BROKER_")},
+        "PYTHONPATH": str(checkout),
+        "BROKER_SECRET_KEY": os.urandom(24).hex(),
+        "BROKER_STORE_TIMEOUT": "1.5",  # a pause of the machine's disk is no failed login
+        **made.database(),
+        **environment,
     }
-    command = [str((python or Path(sys.executable)).with_name("broker"))]
-    argv = [*command, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate"]
-    if workers > 1:
-        argv += ["--workers", str(workers)]
-    with _listening(argv, environment, cores.server, port, "/health/ready", log) as process:
+    cli = [sys.executable, "-c", _CLI]
+    serve = [*cli, "serve", "--host", "127.0.0.1", "--port", str(port), "--migrate", *arguments]
+    app = ["app", "create", "--name", "Bench", "--rp-id", "example.org", "--origin", ORIGIN]
+    with _listening(serve, checkout, settings, port, "/health/ready") as pid:
         created = subprocess.run(
-            [
-                *command,
-                "app",
-                "create",
-                "--name",
-                "Bench",
-                "--rp-id",
-                "example.org",
-                "--origin",
-                ORIGIN,
-                "--json",
-            ],
-            cwd=ROOT,
-            env=environment,
-            check=True,
-            capture_output=True,
+            [*cli, *app, "--json"], cwd=checkout, env=settings, check=True, capture_output=True
         )
         told = json.loads(created.stdout)
-        yield Server(process, f"http://127.0.0.1:{port}", told["app_id"], told["api_key"])
-
-
-def knows_workers() -> bool:
-    """Whether `broker serve` can have several workers."""
-    argv = [str(Path(sys.executable).with_name("broker")), "serve", "--help"]
-    return "--workers" in subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-
-
-class Driver:
-    """The load process, on the rest's cores."""
-
-    def __init__(self, cores: Cores) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.driver"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores.rest),
-        )
-        self.pid = self._process.pid
-
-    def __call__(self, do: str, **values: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the driver ended"
-        told: dict[str, Any] = json.loads(line)
-        return told
-
-    def aim(self, server: Server) -> None:
-        """Choose the server; users are made anew."""
-        self("aim", url=server.url, app_id=server.app_id, key=server.key)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        with _driver(port, told["app_id"], told["api_key"]) as driver:
+            server = Server(pid, made, driver, settings, told["app_id"])
+            server.run("register", 16, count=users)
+            yield server
 
 
 @contextmanager
-def aimed(cores: Cores, server: Server) -> Iterator[Driver]:
-    """A driver of this server's own."""
-    driver = Driver(cores)
-    try:
-        driver.aim(server)
-        yield driver
-    finally:
-        driver.close()
+def node_peer(made: Stores, users: int = 256) -> Iterator[Server]:
+    """The Node peer: the two requests of a login on fastify and @simplewebauthn/server."""
+    parts.install_node()
+    parts.install_npm(PEER)
+    port, node = free_port(), parts.node()
+    settings = {
+        **node.environment(),
+        "PORT": str(port),
+        "DATABASE_URL": made.database_url,
+        "REDIS_URL": f"unix://{made.socket}",
+        "NODE_ENV": "production",
+    }
+    command = [*node.node, str(PEER / "server.mjs")]
+    with (
+        _listening(command, ROOT, settings, port, "/health") as pid,
+        _driver(port, "", "") as driver,
+    ):
+        server = Server(pid, made, driver)
+        server.run("seed", 1, count=users)
+        yield server
 
 
-def placed(pid: int, cores: frozenset[int]) -> None:
-    """Move a process, all of its threads, to these cores."""
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
+@contextmanager
+def _listening(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], port: int, health: str
+) -> Iterator[int]:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: os.sched_setaffinity(0, SERVER_CORES),
+            process_group=0,  # Ctrl-C reaches the benchmark alone, which ends the others
+        ) as process,
+    ):
+        try:
+            until(lambda: process.poll() is not None or get(port, health) == 200, "it listens")
+            if process.poll() is not None:
+                log.seek(0)
+                raise AssertionError(f"{' '.join(command)} ended: {log.read()[-2000:].decode()}")
+            yield process.pid
+        finally:
+            process.terminate()
 
 
-def settled(seconds: float = 0.3) -> None:
-    """Let what the last repetition left running end: Postgres' writers, freed connections."""
-    time.sleep(
-        seconds
-    )  # nothing tells when writers are done, and what is left is counted as others' work
+@contextmanager
+def _driver(port: int, app_id: str, key: str) -> Iterator[subprocess.Popen[str]]:
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.driver", url, app_id, key],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -38,8 +38,8 @@ from broker.durable.rows import Callers
 from broker.embedded import EmbeddedStores
 from broker.telemetry import Log, Metrics
 from broker.tokens import SystemMint
-from tests.bench import seed
 from tests.conftest import Clock, Started, settings_for
+from tests.support import seed
 from tests.support.asking import ask_everything
 from tests.support.servers import session_of
 
