@@ -1,7 +1,7 @@
 """Group commit (`broker.durable.group_commit`) with statements that a test holds and answers: who
 goes with whom, and who is told what.
 
-What the two real statements make of it is asked in tests/test_sign_ins.py.
+What the two real statements make of it is asked in tests/stores/test_sign_ins.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The multiplexed connection to Redis (`broker.ephemeral.connection`) on a real Valkey, plain and
 through TLS: large values, and ends of all kinds.
 
-What the stores make of it, and what a lost reply means, is in tests/test_ephemeral.py.
+What the stores make of it, and what a lost reply means, is in tests/stores/test_ephemeral.py.
 """
 
 from __future__ import annotations
