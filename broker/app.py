@@ -23,10 +23,9 @@ from broker import __version__
 from broker.broker import Broker
 from broker.dialects import DIALECTS, chosen
 from broker.directory import Directory
-from broker.durable import Catalogue, Durable, Postgres
+from broker.durable import Durable, Postgres
 from broker.durable.housekeeping import Housekeeping
 from broker.durable.notifications import Notifications
-from broker.durable.signing_keys import SigningKeys
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import Unavailable
 from broker.mailbox import Mailbox
@@ -117,7 +116,7 @@ async def assemble(
         metrics=metrics,
     )
     await postgres.open()
-    durable, catalogue = Durable(postgres), Catalogue(postgres)
+    durable = Durable(postgres)
     notifications = Notifications(
         settings.database_url,
         seconds=settings.cache_seconds,
@@ -135,7 +134,6 @@ async def assemble(
     )
     directory = Directory(
         durable=durable,
-        catalogue=catalogue,
         clock=clock,
         mint=mint,
         cache_seconds=settings.cache_seconds,
@@ -158,14 +156,12 @@ async def assemble(
             ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint
         ),
         directory=directory,
-        signals=Signals(
-            ephemeral=ephemeral, durable=durable, catalogue=catalogue, clock=clock, mint=mint
-        ),
+        signals=Signals(ephemeral=ephemeral, durable=durable, clock=clock, mint=mint),
         mailbox=Mailbox(
             ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint
         ),
         signing=Signing(
-            SigningKeys(postgres),
+            durable.signing_keys,
             settings.secret_key,
             clock=clock,
             mint=mint,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from broker.durable import Catalogue, Durable, UserOrder, instant
+from broker.durable import Durable, UserOrder, instant
 from broker.durable.remembered import News, Remembered
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import (
@@ -43,14 +43,12 @@ class Directory:
         self,
         *,
         durable: Durable,
-        catalogue: Catalogue,
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
         news: News | None = None,
     ) -> None:
         self._durable = durable
-        self._catalogue = catalogue
         self._clock = clock
         self._mint = mint or SystemMint()
         news = news or News()
@@ -71,7 +69,7 @@ class Directory:
         """Write the event of a page that was refused for its origin. `origin` was judged: an event
         is shown to people.
         """
-        await self._durable.tell(
+        await self._durable.events.add(
             app.id, "origin.refused", result="refused", reason=origin, now=self.now()
         )
 
@@ -84,7 +82,7 @@ class Directory:
         app = self._apps.get(app_id)
         if app is None:
             asked = self._apps.ask()
-            app = await self._durable.app(app_id) if ID.match(app_id) else None
+            app = await self._durable.apps.find(app_id) if ID.match(app_id) else None
             if app is None:
                 raise UnknownApp
             self._apps.put(app_id, app, asked)
@@ -127,7 +125,7 @@ class Directory:
         found = self._keys.get(name)
         if found is None:
             asked = self._keys.ask()
-            found = await self._durable.key(name)
+            found = await self._durable.api_keys.find(name)
             if found is None:
                 raise InvalidKey(reason="key_unknown")
             self._keys.put(name, found, asked)
@@ -145,7 +143,7 @@ class Directory:
         """
         if user_id is not None and not ID.match(user_id):
             raise UnknownUser
-        user = await self._durable.user(app.id, user_id=user_id, external_id=external_id)
+        user = await self._durable.users.find(app.id, user_id=user_id, external_id=external_id)
         if user is None:
             raise UnknownUser
         return user
@@ -165,7 +163,7 @@ class Directory:
         """A page of users and how many there are in all. `external_id` is compared byte for
         byte.
         """
-        return await self._catalogue.users(
+        return await self._durable.users.page(
             app.id,
             limit=limit,
             offset=(page - 1) * limit,
@@ -178,7 +176,7 @@ class Directory:
 
     async def credentials(self, app: RelyingParty, user: User) -> list[Credential]:
         """The user's passkeys, oldest first."""
-        return await self._durable.credentials(app.id, user.id)
+        return await self._durable.credentials.of_user(app.id, user.id)
 
     async def revoke(self, app: RelyingParty, user: User, passkey_id: str | None) -> list[str]:
         """Revoke one passkey, or all (`passkey_id` None); it never signs in again. Returns the ids
@@ -190,7 +188,9 @@ class Directory:
         """
         if passkey_id is not None and not ID.match(passkey_id):
             raise UnknownPasskey
-        gone = await self._durable.revoke_credentials(app.id, user.id, passkey_id, self.now())
+        gone = await self._durable.credentials.revoke(
+            app.id, user.id, None if passkey_id is None else [passkey_id], self.now()
+        )
         if passkey_id is not None and not gone:
             raise UnknownPasskey
         return gone
@@ -199,8 +199,7 @@ class Directory:
         """The passkeys of the user with this external id, oldest first; none where there is no such
         user.
         """
-        user = await self._durable.user(app.id, external_id=external_id)
-        return await self._durable.credentials(app.id, user.id) if user else []
+        return await self._durable.credentials.of_external_id(app.id, external_id)
 
     async def revoke_of(
         self, app: RelyingParty, external_id: str, credential_id: str | None
@@ -212,7 +211,7 @@ class Directory:
             UnknownPasskey: no such user, or the user has no such passkey; never for all.
             Unavailable.
         """
-        user = await self._durable.user(app.id, external_id=external_id)
+        user = await self._durable.users.find(app.id, external_id=external_id)
         if user is None:
             if credential_id is not None:
                 raise UnknownPasskey
@@ -220,7 +219,7 @@ class Directory:
         if credential_id is None:
             await self.revoke(app, user, None)
             return
-        for credential in await self._durable.credentials(app.id, user.id):
+        for credential in await self._durable.credentials.of_user(app.id, user.id):
             if base64url(credential.credential_id) == credential_id:
                 await self.revoke(app, user, credential.id)
                 return
@@ -236,7 +235,7 @@ class Directory:
         newest_first: bool = True,
     ) -> tuple[list[Owned], int]:
         """A page of the app's passkeys, or of one user's, and how many there are in all."""
-        return await self._catalogue.passkeys(
+        return await self._durable.credentials.page(
             app.id,
             external_id=external_id,
             limit=limit,
@@ -250,7 +249,7 @@ class Directory:
         """The app's passkeys, oldest first, behind the one made at that time with that id: a page
         that stays right while others come.
         """
-        return await self._catalogue.passkeys_after(app.id, after, limit)
+        return await self._durable.credentials.after(app.id, after, limit)
 
     async def passkey(self, app: RelyingParty, passkey_id: str) -> Owned:
         """One passkey of the app.
@@ -259,7 +258,7 @@ class Directory:
             UnknownPasskey, Unavailable.
         """
         return self._found(
-            await self._catalogue.passkey(app.id, passkey_id=passkey_id)
+            await self._durable.credentials.find(app.id, passkey_id=passkey_id)
             if ID.match(passkey_id)
             else None
         )
@@ -270,7 +269,9 @@ class Directory:
         Raises:
             UnknownPasskey, Unavailable.
         """
-        return self._found(await self._catalogue.passkey(app.id, credential_id=credential_id))
+        return self._found(
+            await self._durable.credentials.find(app.id, credential_id=credential_id)
+        )
 
     @staticmethod
     def _found(owned: Owned | None) -> Owned:
@@ -280,7 +281,9 @@ class Directory:
 
     async def passkeys_by_ids(self, app: RelyingParty, passkey_ids: Sequence[str]) -> list[Owned]:
         """Those of the app's passkeys that have one of these ids, oldest first."""
-        return await self._durable.owned_by_ids(app.id, [i for i in passkey_ids if ID.match(i)])
+        return await self._durable.credentials.by_ids(
+            app.id, [i for i in passkey_ids if ID.match(i)]
+        )
 
     async def rename(self, app: RelyingParty, passkey_id: str, nickname: str) -> None:
         """Change what lists show of a passkey: 1 to 256 characters.
@@ -289,8 +292,8 @@ class Directory:
             InvalidRequest, UnknownPasskey, Unavailable.
         """
         validate_text(nickname, "nickname")
-        if not ID.match(passkey_id) or not await self._catalogue.rename(
-            app.id, passkey_id, nickname, self.now()
+        if not ID.match(passkey_id) or not await self._durable.credentials.rename(
+            app.id, passkey_id=passkey_id, nickname=nickname, now=self.now()
         ):
             raise UnknownPasskey
 
@@ -302,7 +305,9 @@ class Directory:
             InvalidRequest, Unavailable.
         """
         validate_text(user_name, "user_name")
-        return await self._catalogue.rename_user(app.id, external_id, user_name, self.now())
+        return await self._durable.credentials.rename(
+            app.id, external_id=external_id, user_name=user_name, now=self.now()
+        )
 
     async def rename_user_of(self, app: RelyingParty, passkey_id: str, user_name: str) -> None:
         """The same on one passkey.
@@ -311,8 +316,8 @@ class Directory:
             InvalidRequest, UnknownPasskey, Unavailable.
         """
         validate_text(user_name, "user_name")
-        if not ID.match(passkey_id) or not await self._catalogue.rename_user_of(
-            app.id, passkey_id, user_name, self.now()
+        if not ID.match(passkey_id) or not await self._durable.credentials.rename(
+            app.id, passkey_id=passkey_id, user_name=user_name, now=self.now()
         ):
             raise UnknownPasskey
 
@@ -323,8 +328,8 @@ class Directory:
             UnknownPasskey, Unavailable.
         """
         owned = await self.passkey(app, passkey_id)
-        if not await self._durable.revoke_credentials(
-            app.id, owned.credential.user_id, passkey_id, self.now()
+        if not await self._durable.credentials.revoke(
+            app.id, owned.credential.user_id, [passkey_id], self.now()
         ):
             raise UnknownPasskey
         return owned
@@ -339,7 +344,7 @@ class Directory:
         validate_text(external_id, "external_id")
         if not ID.match(passkey_id):
             raise UnknownPasskey
-        await self._catalogue.assign(
+        await self._durable.credentials.assign(
             app.id,
             passkey_id,
             external_id,
@@ -351,7 +356,7 @@ class Directory:
 
     async def approvals(self, app: RelyingParty, user_id: str) -> list[ApprovalRecord]:
         """What a user (our id) was asked to approve, oldest first."""
-        return await self._catalogue.approvals(app.id, user_id)
+        return await self._durable.approvals.of_user(app.id, user_id)
 
     async def audit(
         self,
@@ -367,7 +372,7 @@ class Directory:
         """A page of events, newest first, and how many there are in all. `kinds` are pairs of
         action and result, None for all; `user` is a part of the external id; `start` and `end` are
         exclusive."""
-        return await self._catalogue.audit(
+        return await self._durable.events.page(
             app.id,
             limit=limit,
             offset=(page - 1) * limit,
@@ -383,7 +388,7 @@ class Directory:
         Raises:
             UnknownUser, Unavailable.
         """
-        if not await self._durable.delete_user(app.id, external_id, self.now()):
+        if not await self._durable.users.delete(app.id, external_id, self.now()):
             raise UnknownUser
 
     # -- relying parties and keys (operators) ------------------------------------------------------
@@ -406,12 +411,12 @@ class Directory:
             self._mint.id(), name, rp_id, tuple(origins), tuple(related_origins), policy or Policy()
         ).checked()
         secret, key = self._new_key(app.id, "first")
-        await self._durable.create_app(app, key, key_digest(secret))
+        await self._durable.apps.create(app, key, key_digest(secret))
         return replace(app, created_at=key.created_at, updated_at=key.created_at), secret
 
     async def apps(self) -> list[RelyingParty]:
         """Every relying party, oldest first."""
-        return await self._durable.apps()
+        return await self._durable.apps.all()
 
     async def update_app(self, app: RelyingParty) -> RelyingParty:
         """Replace an app's name, RP ID, origins and policy, as they were read. Effective everywhere
@@ -422,7 +427,7 @@ class Directory:
             InvalidSetting, UnknownApp, Unavailable.
         """
         try:
-            updated = await self._durable.update_app(app.checked(), self.now())
+            updated = await self._durable.apps.update(app.checked(), self.now())
         finally:
             self._apps.forget(app.id)
         if updated is None:
@@ -435,7 +440,7 @@ class Directory:
         Raises:
             UnknownApp, Unavailable.
         """
-        if not await self._durable.delete_app(app_id, self.now()):
+        if not await self._durable.apps.delete(app_id, self.now()):
             raise UnknownApp
         self._apps.forget(app_id)
 
@@ -446,7 +451,7 @@ class Directory:
             UnknownApp, Unavailable.
         """
         secret, key = self._new_key(app_id, name)
-        if not await self._durable.create_key(key, key_digest(secret)):
+        if not await self._durable.api_keys.create(key, key_digest(secret)):
             raise UnknownApp
         return key, secret
 
@@ -456,19 +461,19 @@ class Directory:
 
     async def keys(self, app_id: str) -> list[ApiKey]:
         """The app's keys, oldest first."""
-        return await self._durable.keys(app_id)
+        return await self._durable.api_keys.of_app(app_id)
 
     async def revoke_key(self, app_id: str, key_id: str) -> bool:
         """Revoke a key. False: no such key, or revoked before."""
-        return await self._durable.revoke_key(app_id, key_id, self.now())
+        return await self._durable.api_keys.revoke(app_id, key_id, self.now())
 
     async def events(self, app_id: str, *, limit: int) -> Sequence[Event]:
         """The newest events of an app, oldest first."""
-        return await self._catalogue.events(app_id, limit=limit)
+        return await self._durable.events.newest(app_id, limit=limit)
 
     async def events_after(
         self, app_id: str, cursor: int, *, limit: int
     ) -> tuple[list[AuditRow], int]:
         """The first events of an app behind a cursor (an event's id; 0 for all), oldest first, and
         the next cursor: an event that is committed later comes behind that one."""
-        return await self._catalogue.events_after(app_id, cursor, limit=limit)
+        return await self._durable.events.after(app_id, cursor, limit=limit)

@@ -214,9 +214,9 @@ class Mailbox:
         """Write the event of a user's code that was guessed at until it ended, where the app knows
         the user. The refusal stands also when the event can't be written; a metric counts that."""
         try:
-            user = await self._durable.user(app.id, external_id=external_id)
+            user = await self._durable.users.find(app.id, external_id=external_id)
             if user is not None:
-                await self._durable.tell(
+                await self._durable.events.add(
                     app.id,
                     "mail_code.exhausted",
                     result="refused",

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from broker.durable import Catalogue, Durable, instant
+from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
 from broker.errors import UnknownTicket
-from broker.model import ID, Credential, Owned, RelyingParty, base64url, validate_text
+from broker.model import ID, Credential, RelyingParty, base64url, validate_text
 from broker.tokens import Mint, well_formed
 
 TICKET_LIFE = 300  # seconds
@@ -61,13 +61,11 @@ class Signals:
         *,
         ephemeral: Ephemeral,
         durable: Durable,
-        catalogue: Catalogue,
         clock: Callable[[], float],
         mint: Mint,
     ) -> None:
         self._ephemeral = ephemeral
         self._durable = durable
-        self._catalogue = catalogue
         self._clock = clock
         self._mint = mint
 
@@ -84,7 +82,9 @@ class Signals:
         validate_text(user_name, "user_name")
         if display_name is not None:
             validate_text(display_name, "user_display_name")
-        await self._catalogue.rename_user(app.id, external_id, user_name, instant(self._clock()))
+        await self._durable.credentials.rename(
+            app.id, external_id=external_id, user_name=user_name, now=instant(self._clock())
+        )
         names = {"name": user_name, "displayName": display_name or user_name}
         held = await self._of_user(app, external_id)
         calls = [{"rpId": app.rp_id, "userId": handle} | names for handle in _by_handle(held)]
@@ -103,39 +103,37 @@ class Signals:
             InvalidRequest, Unavailable.
         """
         if passkey_ids is not None:
-            owned = await self._durable.owned_by_ids(
-                app.id, [i for i in passkey_ids if ID.match(i)]
-            )
+            credentials = await self._by_ids(app, [i for i in passkey_ids if ID.match(i)])
         else:
             assert external_id is not None, "one of the two selects"
             validate_text(external_id, "external_id")
-            owned = await self._catalogue.owned_by(app.id, external_id)
-        found = {o.credential.id for o in owned}
+            credentials = await self._of_user(app, external_id)
+        found = {c.id for c in credentials}
         missing = tuple(dict.fromkeys(i for i in passkey_ids or () if i not in found))
         calls = [
             {
                 "rpId": app.rp_id,
-                "userId": _user_id(o.credential),
-                "credentialId": base64url(o.credential.credential_id),
+                "userId": _user_id(c),
+                "credentialId": base64url(c.credential_id),
             }
-            for o in owned
+            for c in credentials
         ]
         prepared = await self._prepare(app, "delete", calls, missing)
-        await self._revoke(app, owned)
+        await self._revoke(app, credentials)
         return prepared
 
-    async def _revoke(self, app: RelyingParty, owned: Sequence[Owned]) -> None:
+    async def _revoke(self, app: RelyingParty, credentials: list[Credential]) -> None:
         """Whoever owns them by now: what nobody owned may have got its owner meanwhile, which
         happens once.
         """
         now = instant(self._clock())
-        while owned:
+        while credentials:
             gone = set[str]()
-            for user_id in {o.credential.user_id for o in owned}:
-                ids = [o.credential.id for o in owned if o.credential.user_id == user_id]
-                gone.update(await self._durable.revoke_these(app.id, user_id, ids, now))
-            left = [o.credential.id for o in owned if o.credential.id not in gone]
-            owned = await self._durable.owned_by_ids(app.id, left) if left else []
+            for user_id in {c.user_id for c in credentials}:
+                ids = [c.id for c in credentials if c.user_id == user_id]
+                gone.update(await self._durable.credentials.revoke(app.id, user_id, ids, now))
+            left = [c.id for c in credentials if c.id not in gone]
+            credentials = await self._by_ids(app, left) if left else []
 
     async def prepare_prune(self, app: RelyingParty, external_id: str) -> Prepared:
         """Let authenticators forget the passkeys that are no longer the user's. Changes nothing
@@ -172,7 +170,10 @@ class Signals:
         return Instructions(tuple(found["calls"]), tuple(found["missing"]), not found["calls"])
 
     async def _of_user(self, app: RelyingParty, external_id: str) -> list[Credential]:
-        return [o.credential for o in await self._catalogue.owned_by(app.id, external_id)]
+        return await self._durable.credentials.of_external_id(app.id, external_id)
+
+    async def _by_ids(self, app: RelyingParty, passkey_ids: Sequence[str]) -> list[Credential]:
+        return [o.credential for o in await self._durable.credentials.by_ids(app.id, passkey_ids)]
 
     async def _prepare(
         self,

@@ -601,6 +601,6 @@ class Broker:
                 self._metrics.redemptions.inc("mismatch")
                 raise UnknownNonce(reason="nonce_mismatch")
             if receipt.purpose == "register":
-                await self._durable.confirm_credential(app.id, receipt.passkey_id, instant(now))
+                await self._durable.ceremonies.confirm(app.id, receipt.passkey_id, instant(now))
             self._metrics.redemptions.inc("ok")
             return receipt

@@ -61,7 +61,7 @@ class Begins:
 
     async def ensure_user(self, app: RelyingParty, external_id: str) -> tuple[str, str]:
         """Id and handle of the user, who is made if the app has none with this external id."""
-        return await self._durable.ensure_user(
+        return await self._durable.users.ensure(
             app.id,
             external_id,
             new_id=self._mint.id(),
@@ -82,12 +82,12 @@ class Begins:
         if asked for.
         """
         validate_text(external_id, "external_id")
-        found = await self._durable.user_to_sign_in(
+        found = await self._durable.ceremonies.allowed(
             app.id, external_id, second_factor=asked.second_factor
         )
         if found is None:
             raise UnknownUser
-        user_id, _, held = found
+        user_id, held = found
         offered = held if asked.allow is None else [o for o in held if o.id in asked.allow]
         if not offered:
             raise NoPasskeys
@@ -99,7 +99,7 @@ class Begins:
         Raises:
             NoPasskeys: none is left; an empty list would ask for any passkey.
         """
-        found = await self._durable.owned_by_ids(app.id, asked.allow or ())
+        found = await self._durable.credentials.by_ids(app.id, asked.allow or ())
         offered = [
             o.credential
             for o in found
@@ -238,14 +238,14 @@ class Begins:
         """
         user_id, external_id, user_handle = user
         user_name, user_display_name, nickname = names
-        held = await self._durable.held_by(app.id, user_id, now=instant(self._clock()))
+        held = await self._durable.ceremonies.excluded(app.id, user_id, now=instant(self._clock()))
         if len(held) >= app.policy.max_passkeys:
             raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
         # A passkey that was never confirmed is not excluded: the authenticator shall be able to
         # replace it.
         exclude = {c.credential_id: c.transports for c in held if c.live}
         if asked.exclude:
-            others = await self._durable.owned_by_ids(app.id, asked.exclude)
+            others = await self._durable.credentials.by_ids(app.id, asked.exclude)
             exclude |= {
                 o.credential.credential_id: o.credential.transports
                 for o in others
@@ -324,7 +324,7 @@ class Begins:
 
     async def record(self, app: RelyingParty, user_id: str, approval: Approval) -> None:
         """Write down what a user is asked to approve."""
-        if not await self._durable.add_approval(
+        if not await self._durable.approvals.add(
             app.id, user_id, approval, new_id=self._mint.id(), now=instant(self._clock())
         ):
             raise DuplicateApproval

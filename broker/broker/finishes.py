@@ -209,7 +209,7 @@ class Finishes:
             await self._take_transaction(pending.transaction)
             now = self._clock()
             passkey_id = self._mint.id()
-            outcome = await self._durable.add_credential(
+            outcome = await self._durable.ceremonies.add(
                 pending,
                 verified,
                 new_id=passkey_id,
@@ -273,7 +273,7 @@ class Finishes:
         ):
             await self._take_transaction(pending.transaction)
             now = self._clock()
-            recorded = await self._durable.use_credential(
+            recorded = await self._durable.ceremonies.use(
                 credential,
                 verified,
                 flag_counter=app.policy.counter == "flag",
@@ -297,7 +297,7 @@ class Finishes:
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
     ) -> tuple[Credential, str | None]:
         """The answering passkey, where it was not read before, and its owner's external id."""
-        owned = await self._durable.owned(app.id, answer.credential_id)
+        owned = await self._durable.credentials.find(app.id, credential_id=answer.credential_id)
         if owned is None:
             unknown = await self._nobody_has(app, answer.credential_id)
             raise CeremonyRefused(
@@ -362,7 +362,7 @@ class Finishes:
         two apps may share an RP ID.
         """
         try:
-            return not await self._durable.held(app.rp_id, credential_id)
+            return not await self._durable.credentials.exists(app.rp_id, credential_id)
         except Unavailable:
             return False
 
@@ -413,7 +413,7 @@ class Finishes:
         written; a metric counts that.
         """
         try:
-            await self._durable.tell(
+            await self._durable.events.add(
                 app.id,
                 action,
                 result="refused",

@@ -88,7 +88,7 @@ async def _newest(records: Records, app_id: str, options: argparse.Namespace) ->
     found: list[AuditRow] = []
     offset = 0
     while len(found) < options.limit:
-        rows = await records.catalogue.audit(
+        rows = await records.durable.events.page(
             app_id,
             limit=min(PAGE, options.limit) if options.user is None else PAGE,
             offset=offset,

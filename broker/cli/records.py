@@ -34,7 +34,7 @@ from broker.telemetry import CONTEXT, Context
 
 if TYPE_CHECKING:
     from broker.directory import Directory
-    from broker.durable import Catalogue, Postgres
+    from broker.durable import Durable, Postgres
     from broker.signing import Signing
 
 PATIENCE = 60.0  # seconds
@@ -55,7 +55,7 @@ class Records:
 
     postgres: Postgres
     directory: Directory
-    catalogue: Catalogue
+    durable: Durable
     signing: Signing
     app: str  # BROKER_APP
 
@@ -67,8 +67,7 @@ Question: TypeAlias = "Callable[[Records, argparse.Namespace], Awaitable[str]]"
 async def with_records(settings: Settings, work: Callable[[Records], Awaitable[object]]) -> object:
     """Do `work` with the database open."""
     from broker.directory import Directory
-    from broker.durable import Catalogue, Durable, Postgres
-    from broker.durable.signing_keys import SigningKeys
+    from broker.durable import Durable, Postgres
     from broker.signing import Signing
     from broker.telemetry import Metrics
 
@@ -79,11 +78,11 @@ async def with_records(settings: Settings, work: Callable[[Records], Awaitable[o
         metrics=Metrics(),
     )
     await postgres.open()
-    catalogue = Catalogue(postgres)
-    directory = Directory(durable=Durable(postgres), catalogue=catalogue)
+    durable = Durable(postgres)
+    directory = Directory(durable=durable)
     try:
-        signing = Signing(SigningKeys(postgres), settings.secret_key)
-        return await work(Records(postgres, directory, catalogue, signing, settings.app))
+        signing = Signing(durable.signing_keys, settings.secret_key)
+        return await work(Records(postgres, directory, durable, signing, settings.app))
     finally:
         await postgres.close()
 

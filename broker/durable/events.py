@@ -1,14 +1,17 @@
-"""The audit log: its readers, by page, by the newest, and by a cursor that never skips an event.
+"""The table of events, which is the audit log: one writer, and readers by page, by the newest, and
+by a cursor that never skips an event.
+
+An event is inserted by the statement that makes the change it reports, so both are committed or
+neither. `actor()` and the request id come from the context of the request.
 
 **The cursor** is an event's id. Ids are drawn before the commit, so a lower id may be committed
-after a higher one, and a reader who remembers the higher one would never see it. Therefore the
-reader waits for the writers: the newest committed id is read together with the transactions that
-hold ROW EXCLUSIVE on the table right then, and the answer comes when those have ended. A lower id
-was drawn earlier, by a transaction that had the lock already, so it is among them or has ended:
-what is read afterwards up to that id is all that there will ever be. Where a writer stays open for
-longer than `PATIENCE` the answer is empty and the cursor stays where it was. Ids are safe across
-dump and restore, and need no right on the sequence. What retention deletes is gone for every
-reader.
+after a higher one, and a reader that remembers the higher one would miss it. Therefore the reader
+waits for the writers: the newest committed id is read together with the transactions that hold ROW
+EXCLUSIVE on the table at that moment, and the answer comes when those have ended. A lower id was
+drawn earlier, by a transaction that had the lock already, so that transaction is among them or has
+ended: what is read afterwards up to that id is complete. Where a writer stays open for longer than
+`PATIENCE` the answer is empty and the cursor stays. Ids survive dump and restore, and need no right
+on the sequence. Events that retention deletes are gone for every reader.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ import asyncpg
 
 from broker.durable.postgres import Postgres
 from broker.model import AuditRow, Event
-from broker.telemetry import remaining
+from broker.telemetry import context, remaining
 
 PATIENCE = 1.0  # seconds that a reader waits for writers, at most
 _STEP = 0.02  # seconds between two looks
+
+# What a caller chose, erased from the events of users who are gone. A column that is added to
+# events has its place here, or is ours.
+ERASE = "UPDATE events SET request_id = '' WHERE user_id = ANY ($1::text[]) AND request_id <> ''"
 
 _EVENT = "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason, e.request_id"
 # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the
@@ -38,13 +45,68 @@ _WRITERS = """
 """
 
 
+def actor() -> tuple[str, str]:
+    """The actor and the request id of the running request or command."""
+    now = context()
+    return now.actor, now.request_id
+
+
+def insert_event(
+    action: str,
+    source: str,
+    *,
+    at: str = "at",
+    app_id: str = "app_id",
+    by: str = "actor, request_id",
+    user_id: str = "NULL",
+    passkey_id: str = "NULL",
+    result: str = "'done'",
+    reason: str = "NULL",
+) -> str:
+    """The insert of an event for each row of `source`, a FROM; all arguments are SQL. `by` are two
+    columns, as `actor()` gives them.
+    """
+    return (
+        "INSERT INTO events (at, app_id, actor, request_id, action, user_id, passkey_id, result, reason)"
+        f" SELECT {at}, {app_id}, {by}, {action}, {user_id}, {passkey_id}, {result}, {reason} {source}"
+    )
+
+
 class Events:
-    """The statements that read events."""
+    """The statements on events."""
 
     def __init__(self, postgres: Postgres) -> None:
         self._pg = postgres
 
-    async def events(self, app_id: str, *, limit: int) -> Sequence[Event]:
+    async def add(
+        self,
+        app_id: str,
+        action: str,
+        *,
+        result: str,
+        reason: str | None,
+        user_id: str | None = None,
+        passkey_id: str | None = None,
+        now: datetime,
+    ) -> None:
+        """Insert an event of its own: of a refusal, which changes nothing else. It names no user
+        that was deleted meanwhile.
+        """
+        event = insert_event(
+            "$3",
+            "FROM relying_parties a LEFT JOIN users u ON u.app_id = a.id AND u.id = $4 WHERE a.id = $2",
+            at="$1",
+            app_id="a.id",
+            by="$8, $9",
+            user_id="u.id",
+            passkey_id="CASE WHEN u.id IS NOT NULL THEN $5 END",
+            result="$6",
+            reason="$7",
+        )
+        values = (now, app_id, action, user_id, passkey_id, result, reason, *actor())
+        await self._pg.row("tell", event, *values)
+
+    async def newest(self, app_id: str, *, limit: int) -> list[Event]:
         """The newest `limit` events of an app, oldest first."""
         rows = await self._pg.rows(
             "events",
@@ -54,9 +116,7 @@ class Events:
         )
         return [Event(**dict(row)) for row in reversed(rows)]
 
-    async def events_after(
-        self, app_id: str, cursor: int, *, limit: int
-    ) -> tuple[list[AuditRow], int]:
+    async def after(self, app_id: str, cursor: int, *, limit: int) -> tuple[list[AuditRow], int]:
         """The first `limit` events of an app with an id above `cursor`, oldest first, and the
         cursor to go on from. An event that is committed later has an id above that cursor."""
         newest = await self._settled(app_id, cursor)
@@ -97,7 +157,7 @@ class Events:
             writers &= {row[0] for row in await self._pg.rows("events_writers", _WRITERS)}
         return newest
 
-    async def audit(
+    async def page(
         self,
         app_id: str,
         *,

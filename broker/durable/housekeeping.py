@@ -21,8 +21,9 @@ from typing import NamedTuple, TypeAlias
 
 import asyncpg
 
+from broker.durable.ceremonies import UNCONFIRMED
+from broker.durable.events import ERASE, actor, insert_event
 from broker.durable.postgres import Connection, Postgres
-from broker.durable.rows import ERASE, TELL, UNCONFIRMED, who
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics, fault
 
@@ -191,11 +192,11 @@ class Housekeeping:
         await connection.execute(
             f"""
             WITH gone AS (DELETE FROM credentials WHERE id = ANY ($1::text[]) RETURNING app_id, user_id, id)
-            {TELL} SELECT $2, app_id, $3, 'passkey.expired', user_id, id, 'done', NULL, $4 FROM gone
+            {insert_event("'passkey.expired'", "FROM gone", at="$2", by="$3, $4", user_id="user_id", passkey_id="id")}
             """,
             [row["id"] for row in rows],
             now,
-            *who(),
+            *actor(),
         )
         await connection.execute(
             """
@@ -229,12 +230,12 @@ class Housekeeping:
         gone = await connection.fetch(
             f"""
             WITH gone AS (DELETE FROM users u WHERE u.id = ANY ($1::text[]) AND {_HAS_NOTHING} RETURNING u.id, u.app_id),
-            told AS ({TELL} SELECT $2, app_id, $3, 'user.expired', id, NULL, 'done', NULL, $4 FROM gone)
+            event AS ({insert_event("'user.expired'", "FROM gone", at="$2", by="$3, $4", user_id="id")})
             SELECT id FROM gone
             """,
             [row["id"] for row in rows],
             now,
-            *who(),
+            *actor(),
         )
         await connection.execute(ERASE, [row["id"] for row in gone])
         return _Batch(len(gone), more=len(rows) == size)

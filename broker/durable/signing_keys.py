@@ -18,8 +18,8 @@ from datetime import datetime
 
 import asyncpg
 
+from broker.durable.events import actor, insert_event
 from broker.durable.postgres import Postgres
-from broker.durable.rows import who
 from broker.errors import UnknownApp
 from broker.model import TokenAlgorithm
 
@@ -83,15 +83,14 @@ class SigningKeys:
         try:
             await self._pg.row(
                 "add_signing_key",
-                """
+                f"""
                 WITH new AS (
                     INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
                     SELECT $1, $2::text, $3::text, 1, $4, $5, $6, $7
                     WHERE NOT EXISTS (SELECT FROM signing_keys WHERE scope = coalesce($2, '') AND algorithm = $3)
                     ON CONFLICT (scope, algorithm, generation) DO NOTHING RETURNING app_id, created_at
                 )
-                INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)
-                SELECT created_at, coalesce(app_id, ''), $9, 'signing_key.rotated', NULL, NULL, 'done', NULL, $10 FROM new WHERE $8
+                {_insert_rotated("FROM new WHERE $8")}
                 """,
                 key.id,
                 key.app_id,
@@ -101,7 +100,7 @@ class SigningKeys:
                 key.created_at,
                 key.signs_from,
                 rotated,
-                *who(),
+                *actor(),
             )
         except asyncpg.ForeignKeyViolationError:
             raise UnknownApp from None
@@ -124,7 +123,7 @@ class SigningKeys:
     async def _rotate(self, key: StoredKey, others_retire_at: datetime) -> bool:
         row = await self._pg.row(
             "rotate_signing_key",
-            """
+            f"""
             WITH line AS (
                 SELECT id, generation, retires_at FROM signing_keys WHERE scope = coalesce($2::text, '') AND algorithm = $3::text
             ), new AS (
@@ -136,10 +135,7 @@ class SigningKeys:
                 WHERE k.id = line.id AND (k.retires_at IS NULL OR k.retires_at > $6)
             ), gone AS (
                 DELETE FROM signing_keys k USING new WHERE k.scope = coalesce($2, '') AND k.retires_at <= $6
-            ), told AS (
-                INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, reason, request_id)
-                SELECT created_at, coalesce(app_id, ''), $9, 'signing_key.rotated', NULL, NULL, 'done', NULL, $10 FROM new
-            )
+            ), event AS ({_insert_rotated("FROM new")})
             SELECT id FROM new
             """,
             key.id,
@@ -150,7 +146,7 @@ class SigningKeys:
             key.created_at,
             key.signs_from,
             others_retire_at,
-            *who(),
+            *actor(),
         )
         return row is not None
 
@@ -164,3 +160,13 @@ class SigningKeys:
             sealed,
         )
         return row is not None
+
+
+def _insert_rotated(source: str) -> str:
+    return insert_event(
+        "'signing_key.rotated'",
+        source,
+        at="created_at",
+        app_id="coalesce(app_id, '')",
+        by="$9, $10",
+    )

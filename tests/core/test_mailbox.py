@@ -812,13 +812,15 @@ async def test_a_store_that_is_down(broker: Started, start_broker: Starter, wire
     assert (await verify(wire, made)).status == 200
 
 
-async def test_an_event_that_can_not_be_written(broker: Started, wire: Wire) -> None:
+async def test_an_event_that_can_not_be_written(
+    broker: Started, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = await create(wire, external_id="ann")
 
     async def down(*_: object, **__: object) -> None:
         raise Unavailable(reason="postgres")
 
-    broker.parts.mailbox._durable = type("Down", (), {"user": staticmethod(down)})()
+    monkeypatch.setattr(broker.parts.durable.users, "find", down)
     for _ in range(ATTEMPTS - 1):
         await verify(wire, made, code=other(made["code"]))
     with counted(broker, "broker_events_lost_total"), result(broker, "exhausted"):

@@ -85,6 +85,8 @@ SHORTEST = 60
 # Modules below `SHORTEST` lines, each with words of its docstring that say why it stands alone.
 SHORT = {
     "__init__.py": "Reading order",
+    "durable/approvals.py": "The table of approvals",
+    "durable/batch_input.py": "one form of a statement",
     "demo/__init__.py": "Reading order",
     "dialects/__init__.py": "A dialect only translates",
     "dialects/declaration.py": "without importing aiohttp",

@@ -16,8 +16,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from broker.durable import Catalogue, Durable, Postgres
-from broker.durable.rows import ERASE
+from broker.durable import Durable, Postgres
+from broker.durable.events import ERASE
 from broker.embedded import EmbeddedStores
 from broker.errors import Conflict, Unavailable, UnknownApp
 from broker.model import (
@@ -45,11 +45,6 @@ LATER = NOW + timedelta(hours=1)
 Made = Callable[..., Awaitable[str]]
 
 
-def catalogue(durable: Durable) -> Catalogue:
-    """The look-ups on the same store."""
-    return Catalogue(durable._pg)
-
-
 def relying_party(**changes: Any) -> RelyingParty:
     made = RelyingParty(
         MINT.id(), "Example", "example.org", ("https://example.org",), ("https://other.example",)
@@ -60,7 +55,7 @@ def relying_party(**changes: Any) -> RelyingParty:
 async def new_app(durable: Durable, **changes: Any) -> RelyingParty:
     app = relying_party(**changes)
     secret = MINT.token("key")
-    await durable.create_app(
+    await durable.apps.create(
         app, ApiKey(MINT.id(), app.id, "pbk_…", "first", NOW, None), key_digest(secret)
     )
     return replace(app, created_at=NOW, updated_at=NOW)
@@ -74,7 +69,7 @@ async def app(durable: Durable) -> RelyingParty:
 async def ensure(durable: Durable, app: RelyingParty, external_id: str, now: datetime = NOW) -> str:
     """The user's id."""
     return (
-        await durable.ensure_user(
+        await durable.users.ensure(
             app.id, external_id, new_id=MINT.id(), new_handle=MINT.user_handle(), now=now
         )
     )[0]
@@ -131,7 +126,7 @@ async def add(
     **changes: Any,
 ) -> Credential:
     """A credential of the user's, as it is stored."""
-    outcome = await durable.add_credential(
+    outcome = await durable.ceremonies.add(
         pending(app, user_id),
         verified(credential_id, **changes),
         new_id=MINT.id(),
@@ -145,7 +140,7 @@ async def add(
 async def stored(
     durable: Durable, app: RelyingParty, credential_id: bytes = b"credential"
 ) -> Credential:
-    owned = await durable.owned(app.id, credential_id)
+    owned = await durable.credentials.find(app.id, credential_id=credential_id)
     assert owned is not None
     return owned.credential
 
@@ -165,9 +160,7 @@ def signed_in(sign_count: int = 0, **changes: Any) -> VerifiedAuthentication:
 
 
 async def told(durable: Durable, app: RelyingParty) -> list[tuple[str, str, str | None]]:
-    return [
-        (e.action, e.result, e.reason) for e in await catalogue(durable).events(app.id, limit=1000)
-    ]
+    return [(e.action, e.result, e.reason) for e in await durable.events.newest(app.id, limit=1000)]
 
 
 # -- relying parties and keys ----------------------------------------------------------------------
@@ -188,8 +181,8 @@ async def test_an_app_comes_back_as_it_was(durable: Durable) -> None:
         max_passkeys=8,
     )
     app = await new_app(durable, name="Ünï \"'% 🔑", policy=policy)
-    assert await durable.app(app.id) == app
-    assert app in await durable.apps()
+    assert await durable.apps.find(app.id) == app
+    assert app in await durable.apps.all()
     changed = replace(
         app,
         name="Other",
@@ -197,10 +190,10 @@ async def test_an_app_comes_back_as_it_was(durable: Durable) -> None:
         origins=("android:apk-key-hash:" + "x" * 43,),
         policy=Policy(),
     )
-    assert await durable.update_app(changed, LATER) == replace(changed, updated_at=LATER)
-    assert await durable.app(app.id) == replace(changed, updated_at=LATER)
-    assert await durable.app(MINT.id()) is None
-    assert not await durable.update_app(relying_party(), LATER)
+    assert await durable.apps.update(changed, LATER) == replace(changed, updated_at=LATER)
+    assert await durable.apps.find(app.id) == replace(changed, updated_at=LATER)
+    assert await durable.apps.find(MINT.id()) is None
+    assert not await durable.apps.update(relying_party(), LATER)
     assert await told(durable, app) == [
         ("app.created", "done", None),
         ("app.updated", "done", None),
@@ -213,14 +206,14 @@ async def test_of_two_updates_at_once_one_is_refused(
     """Both rest on what was read before; the first one is held open with the row, and the second
     one waits for it.
     """
-    read = await durable.app(app.id)
+    read = await durable.apps.find(app.id)
     assert read is not None
     named, ruled = replace(read, name="Named"), replace(read, policy=Policy(nonce_life=30))
     async with session_of(stores) as session:
         async with session.transaction():
             await session.execute("SELECT FROM relying_parties WHERE id = $1 FOR UPDATE", app.id)
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
-            tasks = [asyncio.create_task(durable.update_app(a, LATER)) for a in (named, ruled)]
+            tasks = [asyncio.create_task(durable.apps.update(a, LATER)) for a in (named, ruled)]
             while await session.fetchval(waiting) < 1:
                 assert not any(task.done() for task in tasks)
                 await asyncio.sleep(0.005)  # between two looks
@@ -228,11 +221,11 @@ async def test_of_two_updates_at_once_one_is_refused(
     [refused] = [r for r in results if isinstance(r, Conflict)]
     [updated] = [r for r in results if isinstance(r, RelyingParty)]
     assert refused.sentence == "The app was changed meanwhile; look at it and try again."
-    assert await durable.app(app.id) == updated
+    assert await durable.apps.find(app.id) == updated
     assert (await told(durable, app)).count(("app.updated", "done", None)) == 1
     with pytest.raises(Conflict):
-        await durable.update_app(replace(named, name="Later"), LATER)
-    again = await durable.update_app(replace(updated, name="Again"), LATER)
+        await durable.apps.update(replace(named, name="Later"), LATER)
+    again = await durable.apps.update(replace(updated, name="Again"), LATER)
     assert again is not None
     assert again.updated_at == LATER + timedelta(microseconds=1), "no two versions share their time"
 
@@ -245,7 +238,7 @@ async def test_a_policy_of_newer_code_is_read_by_older(
             """UPDATE relying_parties SET policy = '{"nonce_life": 5, "of_tomorrow": {"a": [1]}}' WHERE id = $1""",
             app.id,
         )
-    found = await durable.app(app.id)
+    found = await durable.apps.find(app.id)
     assert found is not None
     assert found.policy == Policy(nonce_life=5)
 
@@ -264,20 +257,20 @@ async def test_only_what_differs_from_the_default_is_stored(
 async def test_a_key_is_of_one_app_until_it_is_revoked(durable: Durable, app: RelyingParty) -> None:
     other, secret, key_id = await new_app(durable), MINT.token("key"), MINT.id()
     name = key_digest(secret)
-    assert await durable.create_key(
+    assert await durable.api_keys.create(
         ApiKey(key_id, app.id, "pbk_abcd…", "second", LATER, None), name
     )
-    assert await durable.key(name) == (key_id, app.id)
-    assert await durable.key(key_digest("other")) is None
-    assert not await durable.revoke_key(other.id, key_id, LATER)
-    assert await durable.key(name) == (key_id, app.id)
-    assert await durable.revoke_key(app.id, key_id, LATER)
-    assert not await durable.revoke_key(app.id, key_id, LATER), "revoked before"
-    assert await durable.key(name) is None
-    listed = await durable.keys(app.id)
+    assert await durable.api_keys.find(name) == (key_id, app.id)
+    assert await durable.api_keys.find(key_digest("other")) is None
+    assert not await durable.api_keys.revoke(other.id, key_id, LATER)
+    assert await durable.api_keys.find(name) == (key_id, app.id)
+    assert await durable.api_keys.revoke(app.id, key_id, LATER)
+    assert not await durable.api_keys.revoke(app.id, key_id, LATER), "revoked before"
+    assert await durable.api_keys.find(name) is None
+    listed = await durable.api_keys.of_app(app.id)
     assert [k.name for k in listed] == ["first", "second"]
     assert listed[1] == ApiKey(key_id, app.id, "pbk_abcd…", "second", LATER, LATER)
-    assert not await durable.create_key(
+    assert not await durable.api_keys.create(
         ApiKey(MINT.id(), MINT.id(), "h", "n", NOW, None), b"x" * 32
     )
     assert (await told(durable, app))[1:] == [
@@ -287,8 +280,8 @@ async def test_a_key_is_of_one_app_until_it_is_revoked(durable: Durable, app: Re
 
 
 async def test_one_key_is_revoked_once_in_parallel(durable: Durable, app: RelyingParty) -> None:
-    key = (await durable.keys(app.id))[0]
-    done = await asyncio.gather(*(durable.revoke_key(app.id, key.id, NOW) for _ in range(20)))
+    key = (await durable.api_keys.of_app(app.id))[0]
+    done = await asyncio.gather(*(durable.api_keys.revoke(app.id, key.id, NOW) for _ in range(20)))
     assert sum(done) == 1
     assert (await told(durable, app)).count(("key.revoked", "done", key.id)) == 1
 
@@ -301,12 +294,12 @@ async def test_a_deleted_app_leaves_its_events(
     before = await told(durable, app)
     other = await new_app(durable)
     kept = await ensure(durable, other, "ann")
-    assert await durable.delete_app(app.id, LATER)
-    assert not await durable.delete_app(app.id, LATER)
+    assert await durable.apps.delete(app.id, LATER)
+    assert not await durable.apps.delete(app.id, LATER)
     assert await found_in(stores, app.id) == {"events": 4}
     assert await found_in(stores, user) == {"events": 2}
     assert await told(durable, app) == [*before, ("app.deleted", "done", None)]
-    assert await durable.user(other.id, user_id=kept) is not None
+    assert await durable.users.find(other.id, user_id=kept) is not None
 
 
 async def test_a_request_on_an_app_that_is_gone_is_refused(
@@ -314,10 +307,10 @@ async def test_a_request_on_an_app_that_is_gone_is_refused(
 ) -> None:
     """Look-ups are remembered for a moment, so such requests come."""
     user = await ensure(durable, app, "ann")
-    await durable.delete_app(app.id, LATER)
+    await durable.apps.delete(app.id, LATER)
     with pytest.raises(UnknownApp):
         await ensure(durable, app, "ben")
-    outcome = await durable.add_credential(
+    outcome = await durable.ceremonies.add(
         pending(app, user), verified(b"c"), new_id=MINT.id(), live=True, now=NOW
     )
     assert outcome == "no_user"
@@ -338,7 +331,7 @@ async def test_many_at_once_make_one_user(
         await second.close()
     assert len(set(ids)) == 1
     assert (await told(durable, app)).count(("user.created", "done", None)) == 1
-    page, total = await catalogue(durable).users(app.id, limit=10)
+    page, total = await durable.users.page(app.id, limit=10)
     assert ([u.id for u in page], total) == ([ids[0]], 1)
 
 
@@ -401,28 +394,28 @@ async def test_external_ids_are_compared_byte_for_byte(durable: Durable, app: Re
     assert len(set(ids.values())) == len(STRANGE)
     for external_id, user_id in ids.items():
         assert await ensure(durable, app, external_id) == user_id
-        user = await durable.user(app.id, external_id=external_id)
+        user = await durable.users.find(app.id, external_id=external_id)
         assert user is not None
         assert (user.id, user.external_id) == (user_id, external_id)
-        page, total = await catalogue(durable).users(app.id, limit=5, external_id=external_id)
+        page, total = await durable.users.page(app.id, limit=5, external_id=external_id)
         assert ([u.id for u in page], total) == ([user_id], 1)
     for unknown in ("annn", "A%", "é ", "", "<ne:ben>"):
-        assert await durable.user(app.id, external_id=unknown) is None
-        assert await catalogue(durable).users(app.id, limit=5, external_id=unknown) == ([], 0)
+        assert await durable.users.find(app.id, external_id=unknown) is None
+        assert await durable.users.page(app.id, limit=5, external_id=unknown) == ([], 0)
 
 
 async def test_a_user_is_of_one_app(durable: Durable, app: RelyingParty) -> None:
     other = await new_app(durable)
     mine, theirs = await ensure(durable, app, "ann"), await ensure(durable, other, "ann")
     assert mine != theirs
-    assert await durable.user(app.id, user_id=theirs) is None
-    assert (await catalogue(durable).users(app.id, limit=9, user_id=theirs))[1] == 0
+    assert await durable.users.find(app.id, user_id=theirs) is None
+    assert (await durable.users.page(app.id, limit=9, user_id=theirs))[1] == 0
     await add(durable, other, theirs)
-    assert await durable.credentials(app.id, theirs) == []
-    assert await durable.revoke_credentials(app.id, theirs, None, NOW) == []
-    found = await durable.user_to_sign_in(app.id, "ann")
+    assert await durable.credentials.of_user(app.id, theirs) == []
+    assert await durable.credentials.revoke(app.id, theirs, None, NOW) == []
+    found = await durable.ceremonies.allowed(app.id, "ann")
     assert found is not None
-    assert found[2] == [], "the other app's passkey signs nobody in here"
+    assert found.allowed == [], "the other app's passkey signs nobody in here"
 
 
 async def test_pages_of_users(durable: Durable, app: RelyingParty) -> None:
@@ -434,7 +427,7 @@ async def test_pages_of_users(durable: Durable, app: RelyingParty) -> None:
     await add(durable, app, ids[2], now=LATER)
 
     async def listed(**query: Any) -> tuple[list[str], int]:
-        users, total = await catalogue(durable).users(app.id, **{"limit": 100, **query})
+        users, total = await durable.users.page(app.id, **{"limit": 100, **query})
         return [u.id for u in users], total
 
     by_creation = [
@@ -464,21 +457,21 @@ async def test_a_user_becomes_active_with_the_first_live_passkey(
 
     async def status() -> tuple[str, bool]:
         user, able = (
-            await durable.user(app.id, user_id=user_id),
-            await durable.user_to_sign_in(app.id, "ann"),
+            await durable.users.find(app.id, user_id=user_id),
+            await durable.ceremonies.allowed(app.id, "ann"),
         )
         assert user is not None
         assert able is not None
-        return user.status, bool(able[2])
+        return user.status, bool(able.allowed)
 
     assert await status() == ("pending", False)
     waiting = await add(durable, app, user_id, b"1", live=False)
     assert await status() == ("pending", False)
-    assert await durable.confirm_credential(app.id, waiting.id, LATER)
+    assert await durable.ceremonies.confirm(app.id, waiting.id, LATER)
     assert await status() == ("active", True)
-    assert await durable.revoke_credentials(app.id, user_id, None, LATER) == [waiting.id]
+    assert await durable.credentials.revoke(app.id, user_id, None, LATER) == [waiting.id]
     assert await status() == ("active", False)
-    assert await durable.user_to_sign_in(app.id, "nobody") is None
+    assert await durable.ceremonies.allowed(app.id, "nobody") is None
 
 
 async def test_of_a_deleted_user_events_keep_our_ids_alone(
@@ -492,33 +485,33 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
     try:
         user_id = await ensure(durable, app, external_id)
         handle = (
-            await durable.ensure_user(app.id, external_id, new_id="", new_handle="", now=NOW)
+            await durable.users.ensure(app.id, external_id, new_id="", new_handle="", now=NOW)
         )[1]
         key = await add(durable, app, user_id)
         approval = Approval("payment-" + chosen, "data-" + chosen, b"")
-        assert await durable.add_approval(app.id, user_id, approval, new_id=MINT.id(), now=NOW)
-        await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
+        assert await durable.approvals.add(app.id, user_id, approval, new_id=MINT.id(), now=NOW)
+        await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
         refusal: dict[str, Any] = {
             "result": "refused",
             "user_id": user_id,
             "passkey_id": key.id,
             "now": LATER,
         }
-        await durable.tell(app.id, "passkey.used", reason="origin", **refusal)
+        await durable.events.add(app.id, "passkey.used", reason="origin", **refusal)
         other = await ensure(durable, app, "other")
     finally:
         CONTEXT.reset(token)
     assert set(await found_in(stores, user_id)) == {"users", "credentials", "events", "approvals"}
-    before = await catalogue(durable).events(app.id, limit=100)
-    assert await durable.delete_user(app.id, external_id, LATER)
-    assert not await durable.delete_user(app.id, external_id, LATER)
+    before = await durable.events.newest(app.id, limit=100)
+    assert await durable.users.delete(app.id, external_id, LATER)
+    assert not await durable.users.delete(app.id, external_id, LATER)
     # A ceremony that was under way when the user was deleted is refused afterwards, and tells of
     # it.
-    await durable.tell(app.id, "passkey.registered", reason="no_user", **refusal)
+    await durable.events.add(app.id, "passkey.registered", reason="no_user", **refusal)
     for trace in (external_id, handle, approval.identifier, approval.data):
         assert await found_in(stores, trace) == {}
     assert await found_in(stores, chosen) == {"events": 1}, "another user's, of the same request"
-    after = await catalogue(durable).events(app.id, limit=100)
+    after = await durable.events.newest(app.id, limit=100)
     assert after[: len(before)] == [
         replace(e, request_id="") if e.user_id == user_id else e for e in before
     ]
@@ -527,7 +520,7 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
         ("passkey.registered", None, "no_user"),
     ]
     assert await found_in(stores, user_id) == {"events": 5}
-    assert await durable.user(app.id, user_id=other) is not None
+    assert await durable.users.find(app.id, user_id=other) is not None
 
 
 async def test_every_column_of_events_is_ours_or_erased(stores: EmbeddedStores) -> None:
@@ -587,7 +580,7 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         attestation_trust="verified",
         algorithm=-257,
     )
-    outcome = await durable.add_credential(
+    outcome = await durable.ceremonies.add(
         pending(app, user_id, user_name="🔒", user_display_name="🔑", nickname="🗝"),
         answer,
         new_id="i" * 24,
@@ -595,7 +588,7 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         now=NOW,
     )
     assert outcome == "added"
-    owned = await durable.owned(app.id, credential_id)
+    owned = await durable.credentials.find(app.id, credential_id=credential_id)
     assert owned is not None
     assert owned.external_id == "Ann"
     assert owned.credential == Credential(
@@ -625,10 +618,10 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         last_used_at=None,
         use_count=0,
     )
-    assert await durable.credentials(app.id, user_id) == [owned.credential]
-    assert (await durable.user_to_sign_in(app.id, "Ann") or ())[2:] == ([],), "it is not live"
-    assert await durable.owned(app.id, credential_id[:-1]) is None
-    outcome = await durable.add_credential(
+    assert await durable.credentials.of_user(app.id, user_id) == [owned.credential]
+    assert await durable.ceremonies.allowed(app.id, "Ann") == (user_id, []), "it is not live"
+    assert await durable.credentials.find(app.id, credential_id=credential_id[:-1]) is None
+    outcome = await durable.ceremonies.add(
         pending(app, user_id),
         verified(b"at once"),
         new_id="j" * 24,
@@ -637,10 +630,10 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         now=NOW,
     )
     assert outcome == "added"
-    owned = await durable.owned(app.id, b"at once")
+    owned = await durable.credentials.find(app.id, credential_id=b"at once")
     assert owned is not None
     assert (owned.credential.live, owned.credential.confirmed_at) == (True, NOW)
-    await durable.delete_user(app.id, "Ann", NOW)
+    await durable.users.delete(app.id, "Ann", NOW)
 
 
 async def test_a_credential_id_is_one_users_in_an_app(durable: Durable, app: RelyingParty) -> None:
@@ -654,7 +647,7 @@ async def test_a_credential_id_is_one_users_in_an_app(durable: Durable, app: Rel
     )
     first = await add(durable, app, ann)
     for user_id in (ann, ben):
-        outcome = await durable.add_credential(
+        outcome = await durable.ceremonies.add(
             pending(app, user_id),
             verified(b"credential", public_key=b"another"),
             new_id=MINT.id(),
@@ -663,10 +656,10 @@ async def test_a_credential_id_is_one_users_in_an_app(durable: Durable, app: Rel
         )
         assert outcome == "duplicate"
     assert await stored(durable, app) == first, "the one there is untouched"
-    assert await durable.credentials(app.id, ben) == []
+    assert await durable.credentials.of_user(app.id, ben) == []
     await add(durable, other, await ensure(durable, other, "ann"))
     assert (await told(durable, app)).count(("passkey.registered", "done", None)) == 1
-    user = await durable.user(app.id, user_id=ben)
+    user = await durable.users.find(app.id, user_id=ben)
     assert user is not None
     assert user.status == "pending"
 
@@ -675,7 +668,7 @@ async def test_one_of_many_adds_the_credential(durable: Durable, app: RelyingPar
     users = [await ensure(durable, app, f"user-{n}") for n in range(5)]
     outcomes = await asyncio.gather(
         *(
-            durable.add_credential(
+            durable.ceremonies.add(
                 pending(app, users[n % 5]),
                 verified(b"credential"),
                 new_id=MINT.id(),
@@ -693,11 +686,11 @@ async def test_one_of_many_adds_the_credential(durable: Durable, app: RelyingPar
 async def test_no_credential_without_its_user(durable: Durable, app: RelyingParty) -> None:
     other = await new_app(durable)
     for user_id in (MINT.id(), await ensure(durable, other, "ann")):
-        outcome = await durable.add_credential(
+        outcome = await durable.ceremonies.add(
             pending(app, user_id), verified(b"c"), new_id=MINT.id(), live=True, now=NOW
         )
         assert outcome == "no_user"
-    assert await durable.owned(app.id, b"c") is None
+    assert await durable.credentials.find(app.id, credential_id=b"c") is None
 
 
 @pytest.mark.parametrize("commits", [True, False])
@@ -711,14 +704,14 @@ async def test_a_user_deleted_meanwhile_gets_no_credential(
         await change.start()
         await session.execute("DELETE FROM users WHERE id = $1", user_id)
         adding = asyncio.create_task(
-            durable.add_credential(
+            durable.ceremonies.add(
                 pending(app, user_id), verified(b"c"), new_id=MINT.id(), live=True, now=NOW
             )
         )
         await blocked(stores, session)
         await (change.commit() if commits else change.rollback())
     assert await adding == ("no_user" if commits else "added")
-    assert (await durable.owned(app.id, b"c") is None) == commits
+    assert (await durable.credentials.find(app.id, credential_id=b"c") is None) == commits
     assert (("passkey.registered", "done", None) in await told(durable, app)) != commits
 
 
@@ -757,7 +750,7 @@ async def test_the_counter_rule(
     key = await add(durable, app, user_id, sign_count=before)
     regressed = flagging and answered <= before and (answered, before) != (0, 0)
     verdict = signed_in(answered, counter_regressed=regressed)
-    used = await durable.use_credential(key, verdict, flag_counter=flagging, now=LATER)
+    used = await durable.ceremonies.use(key, verdict, flag_counter=flagging, now=LATER)
     assert used == (SignInOutcome(regressed, not key.backed_up) if recorded else None)
     now = await stored(durable, app)
     if recorded:
@@ -780,7 +773,7 @@ async def test_the_database_judges_the_counter_and_not_what_was_read(
     key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
     done = await asyncio.gather(
         *(
-            durable.use_credential(key, signed_in(6), flag_counter=False, now=LATER)
+            durable.ceremonies.use(key, signed_in(6), flag_counter=False, now=LATER)
             for _ in range(20)
         )
     )
@@ -795,7 +788,7 @@ async def test_of_two_clones_that_answer_at_once_one_is_told(
     key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
     for answered in range(6, 16):
         both = (
-            durable.use_credential(key, signed_in(answered), flag_counter=True, now=LATER)
+            durable.ceremonies.use(key, signed_in(answered), flag_counter=True, now=LATER)
             for _ in range(2)
         )
         flagged = [
@@ -808,15 +801,15 @@ async def test_of_two_clones_that_answer_at_once_one_is_told(
 async def test_what_can_not_sign_in(durable: Durable, app: RelyingParty) -> None:
     user_id = await ensure(durable, app, "ann")
     waiting = await add(durable, app, user_id, b"waiting", live=False)
-    assert not await durable.use_credential(waiting, signed_in(), flag_counter=True, now=LATER)
+    assert not await durable.ceremonies.use(waiting, signed_in(), flag_counter=True, now=LATER)
     key = await add(durable, app, user_id)
     other = await new_app(durable)
-    assert not await durable.use_credential(
+    assert not await durable.ceremonies.use(
         replace(key, app_id=other.id), signed_in(), flag_counter=True, now=LATER
     )
-    assert await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
-    await durable.revoke_credentials(app.id, user_id, key.id, LATER)
-    assert not await durable.use_credential(key, signed_in(), flag_counter=True, now=LATER), (
+    assert await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
+    await durable.credentials.revoke(app.id, user_id, [key.id], LATER)
+    assert not await durable.ceremonies.use(key, signed_in(), flag_counter=True, now=LATER), (
         "revoked"
     )
     assert (await told(durable, app)).count(("passkey.used", "done", None)) == 1
@@ -826,18 +819,18 @@ async def test_a_redemption_confirms_once(durable: Durable, app: RelyingParty) -
     user_id = await ensure(durable, app, "ann")
     key = await add(durable, app, user_id, live=False)
     other = await new_app(durable)
-    assert not await durable.confirm_credential(other.id, key.id, LATER)
+    assert not await durable.ceremonies.confirm(other.id, key.id, LATER)
     assert not (await stored(durable, app)).live
-    assert await durable.confirm_credential(app.id, key.id, LATER)
+    assert await durable.ceremonies.confirm(app.id, key.id, LATER)
     confirmed = await stored(durable, app)
     assert confirmed == replace(key, live=True, confirmed_at=LATER, updated_at=LATER)
-    assert await durable.confirm_credential(app.id, key.id, LATER + timedelta(hours=1))
+    assert await durable.ceremonies.confirm(app.id, key.id, LATER + timedelta(hours=1))
     assert (await stored(durable, app)).confirmed_at == LATER, "the first one stands"
-    await durable.revoke_credentials(app.id, user_id, key.id, LATER)
-    assert not await durable.confirm_credential(app.id, key.id, LATER), (
+    await durable.credentials.revoke(app.id, user_id, [key.id], LATER)
+    assert not await durable.ceremonies.confirm(app.id, key.id, LATER), (
         "a revoked one does not come back"
     )
-    assert await durable.owned(app.id, b"credential") is None
+    assert await durable.credentials.find(app.id, credential_id=b"credential") is None
 
 
 async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: RelyingParty) -> None:
@@ -848,27 +841,27 @@ async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: Rel
     ]
     for n, key in enumerate(keys):
         for _ in range(n + 1):
-            await durable.use_credential(
+            await durable.ceremonies.use(
                 key, signed_in(), flag_counter=False, now=LATER + timedelta(minutes=n)
             )
 
     async def logins() -> tuple[int, datetime | None, list[str]]:
-        user = await durable.user(app.id, user_id=user_id)
+        user = await durable.users.find(app.id, user_id=user_id)
         assert user is not None
-        listed = (await catalogue(durable).users(app.id, limit=1))[0][0]
+        listed = (await durable.users.page(app.id, limit=1))[0][0]
         assert listed == user
-        held = await durable.credentials(app.id, user_id)
+        held = await durable.credentials.of_user(app.id, user_id)
         return user.login_count, user.last_login_at, [k.id for k in held]
 
     last = LATER + timedelta(minutes=2)
     assert await logins() == (6, last, [k.id for k in keys]), "oldest first"
-    assert await durable.revoke_credentials(app.id, user_id, keys[2].id, last) == [keys[2].id]
+    assert await durable.credentials.revoke(app.id, user_id, [keys[2].id], last) == [keys[2].id]
     assert await logins() == (6, last, [keys[0].id, keys[1].id])
-    assert await durable.revoke_credentials(app.id, user_id, keys[2].id, last) == []
-    assert await durable.revoke_credentials(app.id, MINT.id(), keys[1].id, last) == [], (
+    assert await durable.credentials.revoke(app.id, user_id, [keys[2].id], last) == []
+    assert await durable.credentials.revoke(app.id, MINT.id(), [keys[1].id], last) == [], (
         "of another user"
     )
-    assert sorted(await durable.revoke_credentials(app.id, user_id, None, last)) == sorted(
+    assert sorted(await durable.credentials.revoke(app.id, user_id, None, last)) == sorted(
         [keys[0].id, keys[1].id]
     )
     assert await logins() == (6, last, [])
@@ -895,7 +888,7 @@ async def test_a_passkey_of_nobody_that_somebody_had_first_leaves_no_row(
             )
             made = pending(app, MINT.id(), external_id=None, user_handle=MINT.user_handle())
             adding = asyncio.create_task(
-                durable.add_credential(
+                durable.ceremonies.add(
                     made, verified(b"same"), new_id=MINT.id(), live=True, now=NOW
                 )
             )
@@ -918,16 +911,16 @@ async def test_parallel_revocations_lose_no_login(durable: Durable, app: Relying
     user_id = await ensure(durable, app, "ann")
     keys = [await add(durable, app, user_id, bytes([n])) for n in range(8)]
     for key in keys:
-        await durable.use_credential(key, signed_in(), flag_counter=False, now=LATER)
+        await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
     gone = await asyncio.gather(
         *(
-            durable.revoke_credentials(app.id, user_id, key.id, LATER)
+            durable.credentials.revoke(app.id, user_id, [key.id], LATER)
             for key in keys
             for _ in range(3)
         )
     )
     assert sorted(i for ids in gone for i in ids) == sorted(k.id for k in keys)
-    user = await durable.user(app.id, user_id=user_id)
+    user = await durable.users.find(app.id, user_id=user_id)
     assert user is not None
     assert user.login_count == 8
 
@@ -940,7 +933,7 @@ async def test_an_event_says_who_and_what(durable: Durable, app: RelyingParty) -
     try:
         user_id = await ensure(durable, app, "ann")
         key = await add(durable, app, user_id)
-        await durable.tell(
+        await durable.events.add(
             app.id,
             "passkey.used",
             result="refused",
@@ -951,7 +944,7 @@ async def test_an_event_says_who_and_what(durable: Durable, app: RelyingParty) -
         )
     finally:
         CONTEXT.reset(token)
-    created, made, registered, refused = await catalogue(durable).events(app.id, limit=10)
+    created, made, registered, refused = await durable.events.newest(app.id, limit=10)
     assert (created.action, created.actor, created.request_id) == ("app.created", "broker", "")
     assert (made.action, made.actor, made.request_id, made.user_id) == (
         "user.created",
@@ -967,28 +960,28 @@ async def test_an_event_says_who_and_what(durable: Durable, app: RelyingParty) -
         key.id,
         LATER,
     )
-    assert await catalogue(durable).events(app.id, limit=2) == [registered, refused], (
+    assert await durable.events.newest(app.id, limit=2) == [registered, refused], (
         "the newest, oldest first"
     )
-    found, cursor = await catalogue(durable).events_after(app.id, registered.id, limit=10)
+    found, cursor = await durable.events.after(app.id, registered.id, limit=10)
     assert ([row.event for row in found], cursor) == ([refused], refused.id)
 
 
 CHANGES: dict[str, Callable[[Durable, RelyingParty, Credential], Awaitable[object]]] = {
     "create_app": lambda d, a, c: new_app(d),
-    "update_app": lambda d, a, c: d.update_app(replace(a, name="Changed"), LATER),
-    "create_key": lambda d, a, c: d.create_key(
+    "update_app": lambda d, a, c: d.apps.update(replace(a, name="Changed"), LATER),
+    "create_key": lambda d, a, c: d.api_keys.create(
         ApiKey(MINT.id(), a.id, "h", "n", NOW, None), MINT.challenge()
     ),
     "ensure_user": lambda d, a, c: ensure(d, a, "new"),
     "add_credential": lambda d, a, c: add(d, a, c.user_id, b"new"),
-    "use_credential": lambda d, a, c: d.use_credential(
+    "use_credential": lambda d, a, c: d.ceremonies.use(
         c, signed_in(), flag_counter=False, now=LATER
     ),
-    "confirm_credential": lambda d, a, c: d.confirm_credential(a.id, c.id, LATER),
-    "revoke_credentials": lambda d, a, c: d.revoke_credentials(a.id, c.user_id, None, LATER),
-    "delete_user": lambda d, a, c: d.delete_user(a.id, "ann", LATER),
-    "delete_app": lambda d, a, c: d.delete_app(a.id, LATER),
+    "confirm_credential": lambda d, a, c: d.ceremonies.confirm(a.id, c.id, LATER),
+    "revoke_credentials": lambda d, a, c: d.credentials.revoke(a.id, c.user_id, None, LATER),
+    "delete_user": lambda d, a, c: d.users.delete(a.id, "ann", LATER),
+    "delete_app": lambda d, a, c: d.apps.delete(a.id, LATER),
 }
 _TABLES = ("relying_parties", "api_keys", "users", "credentials", "events")
 
@@ -1073,7 +1066,7 @@ async def test_every_hot_statement_uses_an_index(
             ANALYZE
             """
         )
-        postgres = durable._pg
+        postgres = durable.users._pg
         run_row, run_rows = postgres.row, postgres.rows
 
         async def row(operation: str, sql: str, *values: object) -> Any:
@@ -1086,25 +1079,25 @@ async def test_every_hot_statement_uses_an_index(
 
         monkeypatch.setattr(postgres, "row", row)
         monkeypatch.setattr(postgres, "rows", rows)
-        await durable.app(app.id)
-        await durable.key(b"x" * 32)
+        await durable.apps.find(app.id)
+        await durable.api_keys.find(b"x" * 32)
         await ensure(durable, app, "ann")
-        await durable.user_to_sign_in(app.id, "ann")
-        await durable.user(app.id, user_id=user_id)
-        await durable.user(app.id, external_id="ann")
-        await catalogue(durable).users(app.id, limit=1, external_id="ann")
-        await durable.credentials(app.id, user_id)
-        await durable.owned(app.id, b"credential")
+        await durable.ceremonies.allowed(app.id, "ann")
+        await durable.users.find(app.id, user_id=user_id)
+        await durable.users.find(app.id, external_id="ann")
+        await durable.users.page(app.id, limit=1, external_id="ann")
+        await durable.credentials.of_user(app.id, user_id)
+        await durable.credentials.find(app.id, credential_id=b"credential")
         await add(durable, app, user_id, b"second")
-        await durable.use_credential(key, signed_in(), flag_counter=False, now=NOW)
-        await durable.confirm_credential(app.id, key.id, NOW)
-        await durable.tell(
+        await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=NOW)
+        await durable.ceremonies.confirm(app.id, key.id, NOW)
+        await durable.events.add(
             app.id, "x", result="refused", reason="r", user_id=user_id, passkey_id=key.id, now=NOW
         )
-        await durable.keys(app.id)
-        await catalogue(durable).events(app.id, limit=10)
-        await durable.revoke_credentials(app.id, user_id, key.id, NOW)
-        await durable.delete_user(app.id, "ann", NOW)
+        await durable.api_keys.of_app(app.id)
+        await durable.events.newest(app.id, limit=10)
+        await durable.credentials.revoke(app.id, user_id, [key.id], NOW)
+        await durable.users.delete(app.id, "ann", NOW)
         assert len({operation for operation, _, _ in sent}) >= 14
         for mode in ("force_custom_plan", "force_generic_plan"):
             await session.execute(f"SET plan_cache_mode = {mode}")
@@ -1134,7 +1127,7 @@ async def test_a_server_that_falls_silent_is_unavailable_in_time(
         with Waited() as waited:
             results: list[Any] = await asyncio.wait_for(
                 asyncio.gather(
-                    *(durable.app(MINT.id()) for _ in range(12)), return_exceptions=True
+                    *(durable.apps.find(MINT.id()) for _ in range(12)), return_exceptions=True
                 ),
                 DEADLINE,
             )
@@ -1143,7 +1136,9 @@ async def test_a_server_that_falls_silent_is_unavailable_in_time(
         assert len(faults) >= (12 if silent_after < 2 else 1)
         assert {(type(f), f.reason) for f in faults} == {(Unavailable, "postgres")}
         proxy.recover()
-        assert await asyncio.gather(*(durable.app(MINT.id()) for _ in range(12))) == [None] * 12
+        assert (
+            await asyncio.gather(*(durable.apps.find(MINT.id()) for _ in range(12))) == [None] * 12
+        )
         assert proxy.connections <= 2
         await made.close()
 
@@ -1171,7 +1166,7 @@ async def test_a_statement_ends_in_time_on_both_sides(
                 try:
                     with Waited() as waited:
                         results: list[Any] = await asyncio.gather(
-                            *(durable.update_app(app, LATER) for _ in range(4)),
+                            *(durable.apps.update(app, LATER) for _ in range(4)),
                             return_exceptions=True,
                         )
                 finally:
@@ -1188,11 +1183,11 @@ async def test_a_statement_ends_in_time_on_both_sides(
                 assert time.monotonic() < deadline, "sessions of callers long answered still wait"
                 await asyncio.sleep(0.02)  # between two looks
             await change.rollback()
-        read = await durable.app(
+        read = await durable.apps.find(
             app.id
         )  # a statement whose caller was answered may still have come to its end
         assert read is not None
-        assert await durable.update_app(read, LATER)
+        assert await durable.apps.update(read, LATER)
     finally:
         await made.close()
 
@@ -1207,13 +1202,13 @@ async def test_cancelled_anywhere_the_pool_stays_whole(stores: EmbeddedStores) -
     apps = [await new_app(durable, name=f"App {n}") for n in range(6)]
     try:
         for turns in range(40):
-            tasks = [asyncio.create_task(durable.app(app.id)) for app in apps]
+            tasks = [asyncio.create_task(durable.apps.find(app.id)) for app in apps]
             for _ in range(turns):
                 await asyncio.sleep(0)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            assert await asyncio.gather(*(durable.app(app.id) for app in apps)) == apps, turns
+            assert await asyncio.gather(*(durable.apps.find(app.id) for app in apps)) == apps, turns
     finally:
         await made.close()
 
@@ -1244,7 +1239,7 @@ async def test_a_read_only_server_is_not_ready(own_database: str) -> None:
             with pytest.raises(Unavailable) as fault:
                 await run()
             assert fault.value.reason == "postgres"
-        assert await Durable(fresh).app(app.id) == app, "what needs no write goes on"
+        assert await Durable(fresh).apps.find(app.id) == app, "what needs no write goes on"
         await fresh.close()
     finally:
         await made.close()
@@ -1254,7 +1249,7 @@ async def test_the_secrets_of_tokens_are_nowhere(durable: Durable, stores: Embed
     """Promise 3: no API key is at rest, only its digest and four characters to recognise it by."""
     app, secret = relying_party(), MINT.token("key")
     key = ApiKey(MINT.id(), app.id, secret[:8] + "…", "first", NOW, None)
-    await durable.create_app(app, key, key_digest(secret))
+    await durable.apps.create(app, key, key_digest(secret))
     assert await found_in(stores, key.hint) == {"api_keys": 1}
     assert await found_in(stores, secret[4:]) == {}
     assert await found_in(stores, secret[8:]) == {}

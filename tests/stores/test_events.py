@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from broker.durable import Catalogue, Durable, Postgres, events
+from broker.durable import Durable, Postgres, events
 from broker.embedded import EmbeddedStores
 from broker.model import RelyingParty
 from tests.conftest import OpenApp, Started
@@ -40,7 +40,7 @@ async def writer(stores: EmbeddedStores) -> AsyncIterator[asyncpg.Connection[asy
 
 
 async def after(postgres: Postgres, app: RelyingParty, cursor: int) -> tuple[list[str], int]:
-    found, following = await Catalogue(postgres).events_after(app.id, cursor, limit=100)
+    found, following = await Durable(postgres).events.after(app.id, cursor, limit=100)
     return [row.event.action for row in found], following
 
 
@@ -55,8 +55,8 @@ async def test_an_earlier_event_that_is_committed_later_is_not_skipped(
     held = writer.transaction()
     await held.start()
     earlier = await writer.fetchval(INSERT, app.id, "earlier")
-    await durable.tell(app.id, "later", result="done", reason=None, now=NOW)
-    later = (await Catalogue(postgres).events(app.id, limit=1))[0]
+    await durable.events.add(app.id, "later", result="done", reason=None, now=NOW)
+    later = (await Durable(postgres).events.newest(app.id, limit=1))[0]
     assert (later.action, later.id > earlier) == ("later", True)
 
     with monkeypatch.context() as patch:
@@ -84,7 +84,7 @@ async def test_one_that_is_never_committed_holds_up_nobody_for_ever(
     held = writer.transaction()
     await held.start()
     await writer.fetchval(INSERT, app.id, "never")
-    await durable.tell(app.id, "later", result="done", reason=None, now=NOW)
+    await durable.events.add(app.id, "later", result="done", reason=None, now=NOW)
     await held.rollback()
     assert (await after(postgres, app, start))[0] == ["later"]
 
@@ -129,7 +129,7 @@ async def test_a_poller_sees_every_event_of_many_writers(
         cursor = 0
         while True:
             last = ended.is_set()
-            found, cursor = await Catalogue(postgres).events_after(app.id, cursor, limit=3)
+            found, cursor = await Durable(postgres).events.after(app.id, cursor, limit=3)
             seen += [(row.event.id, row.event.action) for row in found]
             if last and not found:
                 return seen

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import asyncpg
 import pytest
 
-from broker.durable import Catalogue, Durable, Postgres, housekeeping, instant
+from broker.durable import Durable, Postgres, housekeeping, instant
 from broker.durable.housekeeping import BATCH, Housekeeping
 from broker.embedded import EmbeddedStores
 from broker.model import Approval, RelyingParty
@@ -101,7 +101,7 @@ async def test_events_end_with_the_retention(house: House) -> None:
     """
     app, gone = await new_app(house.durable), await new_app(house.durable)
     await house.fill(app, 3)
-    await house.durable.delete_app(gone.id, NOW)
+    await house.durable.apps.delete(gone.id, NOW)
     keeping = house.keeping(90)
     house.pass_time(days=90)
     await house.fill(app, 2)
@@ -166,7 +166,7 @@ async def state(house: House, user_id: str) -> str | None:
 async def actions(house: House, app: RelyingParty) -> list[tuple[str, str | None, str | None]]:
     return [
         (e.action, e.user_id, e.passkey_id)
-        for e in await Catalogue(house.postgres).events(app.id, limit=1000)
+        for e in await Durable(house.postgres).events.newest(app.id, limit=1000)
     ]
 
 
@@ -180,19 +180,19 @@ async def test_a_passkey_that_can_not_be_confirmed_any_more_ends(house: House) -
     other = await add(house.durable, app, active, b"2", live=False)
     stays = await add(house.durable, app, active, b"3")
     confirmed = await add(house.durable, app, active, b"4", live=False)
-    assert await house.durable.confirm_credential(app.id, confirmed.id, NOW)
+    assert await house.durable.ceremonies.confirm(app.id, confirmed.id, NOW)
     keeping = house.keeping()
     house.pass_time(seconds=660)
     assert await keeping.clean() == {}
     house.pass_time(seconds=0.001)
     assert await keeping.clean() == {"unconfirmed_passkeys": 2}
     assert house.metric("rows", "unconfirmed_passkeys") == 2
-    assert not await house.durable.confirm_credential(app.id, mine.id, NOW)
-    assert {c.id for c in await house.durable.credentials(app.id, active)} == {
+    assert not await house.durable.ceremonies.confirm(app.id, mine.id, NOW)
+    assert {c.id for c in await house.durable.credentials.of_user(app.id, active)} == {
         stays.id,
         confirmed.id,
     }
-    assert await house.durable.credentials(app.id, pending) == []
+    assert await house.durable.credentials.of_user(app.id, pending) == []
     assert [await state(house, user) for user in (pending, active)] == ["pending", "active"]
     assert sorted((await actions(house, app))[-2:]) == sorted(
         [("passkey.expired", pending, mine.id), ("passkey.expired", active, other.id)]
@@ -204,7 +204,7 @@ async def test_a_user_whose_last_passkey_ends_is_pending_again(house: House) -> 
     user = await ensure(house.durable, app, "ann")
     first = await add(house.durable, app, user, b"1")
     await add(house.durable, app, user, b"2", live=False)
-    assert await house.durable.revoke_credentials(app.id, user, first.id, NOW) == [first.id]
+    assert await house.durable.credentials.revoke(app.id, user, [first.id], NOW) == [first.id]
     assert await state(house, user) == "active"
     house.pass_time(minutes=12)
     assert await house.keeping().clean() == {"unconfirmed_passkeys": 1}
@@ -214,7 +214,7 @@ async def test_a_user_whose_last_passkey_ends_is_pending_again(house: House) -> 
 async def test_a_user_without_a_name_ends_with_its_passkey(house: House) -> None:
     app = await new_app(house.durable)
     nobody = MINT.id()
-    outcome = await house.durable.add_credential(
+    outcome = await house.durable.ceremonies.add(
         pending_of(app, nobody, external_id=None),
         verified(b"1"),
         new_id=MINT.id(),
@@ -241,7 +241,7 @@ async def test_a_passkey_in_somebody_elses_hands_is_passed_over(house: House) ->
         third = await add(house.durable, app, other, b"3", live=False)
         assert await house.keeping().clean() == {"unconfirmed_passkeys": 2}, (free, third)
     assert await house.keeping().clean() == {}
-    assert [c.id for c in await house.durable.credentials(app.id, user)] == [held.id]
+    assert [c.id for c in await house.durable.credentials.of_user(app.id, user)] == [held.id]
     assert house.metric("failures", "unconfirmed_passkeys") == 0
 
 
@@ -258,7 +258,7 @@ async def test_a_user_who_never_got_a_passkey_ends_a_day_later(house: House) -> 
         await ensure(house.durable, app, name) for name in names
     ]
     approval = Approval("payment", "{}", b"")
-    assert await house.durable.add_approval(
+    assert await house.durable.approvals.add(
         app.id, with_approval, approval, new_id=MINT.id(), now=NOW
     )
     await house.session.execute("UPDATE users SET past_logins = 1 WHERE id = $1", with_logins)
@@ -271,13 +271,13 @@ async def test_a_user_who_never_got_a_passkey_ends_a_day_later(house: House) -> 
     assert await keeping.clean() == {}
     house.pass_time(seconds=0.001)
     assert await keeping.clean() == {"pending_users": 1}
-    users, _ = await Catalogue(house.postgres).users(app.id, limit=10)
+    users, _ = await Durable(house.postgres).users.page(app.id, limit=10)
     assert {user.external_id for user in users} == set(names) - {"once"}
     assert house.metric("rows", "pending_users") == 1
     assert (await actions(house, app))[-1] == ("user.expired", once, None)
     house.pass_time(hours=23)
     assert await keeping.clean() == {"unconfirmed_passkeys": 1, "pending_users": 2}
-    users, _ = await Catalogue(house.postgres).users(app.id, limit=10)
+    users, _ = await Durable(house.postgres).users.page(app.id, limit=10)
     assert {user.external_id for user in users} == {"approval", "logins", "active"}
 
 
@@ -290,7 +290,7 @@ async def test_of_a_user_who_ended_events_keep_our_ids_alone(house: House) -> No
         CONTEXT.reset(token)
     house.pass_time(days=2)
     assert await house.keeping().clean() == {"pending_users": 1}
-    events = await Catalogue(house.postgres).events(app.id, limit=10)
+    events = await Durable(house.postgres).events.newest(app.id, limit=10)
     assert [(e.action, e.user_id, e.request_id) for e in events[1:]] == [
         ("user.created", user, ""),
         ("user.expired", user, ""),
@@ -377,7 +377,7 @@ async def test_a_registration_that_finishes_at_this_moment_keeps_its_user(house:
     await house.session.execute("SELECT pg_advisory_unlock($1)", HOLD)
     key = await adding
     assert await house.keeping().clean() == {}
-    assert [c.id for c in await house.durable.credentials(app.id, user)] == [key.id]
+    assert [c.id for c in await house.durable.credentials.of_user(app.id, user)] == [key.id]
     assert await state(house, user) == "active"
 
 
@@ -389,7 +389,7 @@ async def test_a_registration_whose_user_ends_at_this_moment_is_refused(house: H
     cleaning = asyncio.create_task(house.keeping().clean())
     await waits(house, "advisory", cleaning)
     adding = asyncio.create_task(
-        house.durable.add_credential(
+        house.durable.ceremonies.add(
             pending_of(app, user),
             verified(b"1"),
             new_id=MINT.id(),

@@ -32,9 +32,9 @@ import asyncpg
 import pytest
 
 from broker.app import application, assemble, serve
-from broker.durable import Postgres, instant, registrations, sign_ins
+from broker.durable import Postgres, ceremonies, instant
 from broker.durable import postgres as module
-from broker.durable.rows import Callers
+from broker.durable.batch_input import BatchInput
 from broker.embedded import EmbeddedStores
 from broker.telemetry import Log, Metrics
 from broker.tokens import SystemMint
@@ -149,11 +149,6 @@ async def _collect(stores: EmbeddedStores) -> Noted:
             patch.setattr(asyncpg, "connect", partial(connect, connection_class=_noting(noted)))
             patch.setattr(Postgres, "run", noting_run)
             noted.routes = await _asked(stores, url)
-            # Nobody came at the same time. Once more, with who is alone written as several are.
-            patch.setattr(
-                Callers, "table", lambda self, asked: (self.several, (self.array(asked),))
-            )
-            await _asked(stores, url)
         session: seed.Session = await connect(url)
         try:
             await session.set_type_codec(
@@ -396,15 +391,10 @@ def test_every_piece_of_sql_was_seen(noted: Noted) -> None:
     assert missing == []
 
 
-def test_callers_were_seen_alone_and_together(noted: Noted) -> None:
-    callers = [
-        found
-        for part in (sign_ins, registrations)
-        for found in vars(part).values()
-        if isinstance(found, Callers)
-    ]
-    assert len(callers) > 5
-    tables = [table for found in callers for table in (found.one, found.several)]
+def test_every_batch_input_was_seen(noted: Noted) -> None:
+    inputs = [found for found in vars(ceremonies).values() if isinstance(found, BatchInput)]
+    assert len(inputs) >= 3
+    tables = [found.table for found in inputs]
     assert [table for table in tables if not any(table in sql for _, sql in noted.statements)] == []
 
 

@@ -1,5 +1,5 @@
-"""The four statements that every registration shares with others (`broker.durable.registrations`),
-on a real PostgreSQL and in parallel.
+"""The statements of a registration (`broker.durable.ceremonies`, `Users.ensure`), on a real
+PostgreSQL and in parallel.
 
 Who shares one is settled in tests/stores/test_group_commit.py; here each caller must get what they
 would have got alone.
@@ -14,8 +14,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from broker.durable import Catalogue, Durable, Postgres
-from broker.durable.registrations import Outcome
+from broker.durable import Durable, Postgres
+from broker.durable.ceremonies import Outcome
 from broker.embedded import EmbeddedStores
 from broker.errors import UnknownApp
 from broker.model import CeremonyOptions, RelyingParty
@@ -45,14 +45,14 @@ async def app(durable: Durable) -> RelyingParty:
 async def add(
     durable: Durable, app: RelyingParty, user_id: str, key: bytes, *, live: bool = True
 ) -> Outcome:
-    return await durable.add_credential(
+    return await durable.ceremonies.add(
         pending(app, user_id), verified(key), new_id=MINT.id(), live=live, now=LATER
     )
 
 
 def unharmed(*instances: Durable) -> bool:
     """No statement failed, as one does that waited in a circle."""
-    return all(not one._pg._metrics.store_failures.values for one in instances)
+    return all(not one.users._pg._metrics.store_failures.values for one in instances)
 
 
 # -- many at once ----------------------------------------------------------------------------------
@@ -67,9 +67,9 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
         CONTEXT.set(Context(f"request-{number:03}", f"key:{number}"))
         at = NOW + timedelta(microseconds=number)
         user_id = await ensure(durable, app, f"user-{number}", at)
-        assert await durable.held_by(app.id, user_id, now=NOW) == []
+        assert await durable.ceremonies.excluded(app.id, user_id, now=NOW) == []
         passkey_id = MINT.id()
-        outcome = await durable.add_credential(
+        outcome = await durable.ceremonies.add(
             pending(
                 app,
                 user_id,
@@ -87,16 +87,16 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
             now=at,
         )
         assert outcome == "added"
-        assert await durable.confirm_credential(
+        assert await durable.ceremonies.confirm(
             app.id, passkey_id, LATER + timedelta(microseconds=number)
         )
         return user_id, passkey_id
 
     made = await asyncio.gather(*map(register, range(MANY)))
-    for operation in ("ensure_user", "held_by", "add_credential", "confirm_credential"):
+    for operation in ("add_credential", "confirm_credential"):
         assert 0 < statements(postgres, operation) < MANY / 4, operation
     assert len({user_id for user_id, _ in made}) == MANY
-    events = await Catalogue(postgres).events(app.id, limit=1000)
+    events = await durable.events.newest(app.id, limit=1000)
     for number, (user_id, passkey_id) in enumerate(made):
         at, later = (start + timedelta(microseconds=number) for start in (NOW, LATER))
         credential = await stored(durable, app, b"\0passkey-%d" % number)
@@ -107,10 +107,10 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
         assert credential.second_factor is (number % 5 == 0)
         assert (credential.live, credential.created_at, credential.updated_at) == (True, at, later)
         assert credential.confirmed_at == (at if number % 4 == 0 else later)
-        assert await durable.held_by(app.id, user_id, now=NOW) == [
+        assert await durable.ceremonies.excluded(app.id, user_id, now=NOW) == [
             (credential.credential_id, credential.transports, True)
         ]
-        user = await durable.user(app.id, user_id=user_id)
+        user = await durable.users.find(app.id, user_id=user_id)
         assert user is not None
         assert (user.status, user.external_id, user.created_at) == ("active", f"user-{number}", at)
         theirs = sorted(
@@ -167,7 +167,7 @@ async def test_several_passkeys_of_one_user_at_once(
         *(add((durable, other)[number % 2], app, user, b"%d" % number) for number in range(20))
     )
     assert outcomes == ["added"] * 20
-    assert len(await durable.held_by(app.id, user, now=NOW)) == 20
+    assert len(await durable.ceremonies.excluded(app.id, user, now=NOW)) == 20
     assert unharmed(durable, other)
 
 
@@ -203,7 +203,7 @@ async def test_an_app_that_is_gone_among_good_ones(durable: Durable, app: Relyin
     """It alone is refused: unknown to who asks for a user, no user to who has a passkey."""
     gone = await new_app(durable)
     user, theirs = await ensure(durable, app, "ann"), await ensure(durable, gone, "ann")
-    await durable.delete_app(gone.id, NOW)
+    await durable.apps.delete(gone.id, NOW)
     found = await asyncio.gather(
         ensure(durable, app, "bob"),
         ensure(durable, gone, "bob"),
@@ -230,13 +230,15 @@ async def test_users_and_passkeys_of_others_among_good_ones(
     mine = await stored(durable, app, b"of " + user.encode())
     asked = ((elsewhere, mine.id), (app, mine.id), (app, MINT.id()))
     confirmed = await asyncio.gather(
-        *(durable.confirm_credential(of.id, key, LATER) for of, key in asked)
+        *(durable.ceremonies.confirm(of.id, key, LATER) for of, key in asked)
     )
     assert confirmed == [False, True, False]
     assert [action for action, _, _ in await told(durable, elsewhere)].count(
         "passkey.confirmed"
     ) == 0
-    held = await asyncio.gather(*(durable.held_by(of.id, user, now=NOW) for of in (app, elsewhere)))
+    held = await asyncio.gather(
+        *(durable.ceremonies.excluded(of.id, user, now=NOW) for of in (app, elsewhere))
+    )
     assert held == [[(mine.credential_id, mine.transports, True)], []]
 
 
@@ -297,9 +299,9 @@ async def test_a_user_who_is_being_deleted_holds_up_only_their_own(
         await change.start()
         await session.execute("DELETE FROM users WHERE id = $1", ann)
         adding = asyncio.create_task(add(durable, app, ann, b"more of ann's"))
-        confirming = asyncio.create_task(durable.confirm_credential(app.id, anns.id, LATER))
+        confirming = asyncio.create_task(durable.ceremonies.confirm(app.id, anns.id, LATER))
         assert await add(durable, app, bob, b"more of bob's") == "added"
-        assert await durable.confirm_credential(app.id, bobs.id, LATER)
+        assert await durable.ceremonies.confirm(app.id, bobs.id, LATER)
         await blocked(stores, session, 2)
         assert not adding.done()
         assert not confirming.done()
@@ -324,11 +326,11 @@ async def test_deletions_and_registrations_at_once(
     users = [await ensure(durable, app, f"user-{number}") for number in range(24)]
     outcomes = await asyncio.gather(
         *(add(durable, app, user, user.encode()) for user in users),
-        *(other.delete_user(app.id, f"user-{number}", LATER) for number in range(24)),
+        *(other.users.delete(app.id, f"user-{number}", LATER) for number in range(24)),
     )
     assert set(outcomes[:24]) <= {"added", "no_user"}
     assert outcomes[24:] == [True] * 24
-    assert [await durable.held_by(app.id, user, now=NOW) for user in users] == [[]] * 24
+    assert [await durable.ceremonies.excluded(app.id, user, now=NOW) for user in users] == [[]] * 24
     assert unharmed(durable, other)
 
 
@@ -339,7 +341,7 @@ async def registered(
     durable: Durable, app: RelyingParty, user: str, name: bytes, limit: int, **how: Any
 ) -> str:
     of: dict[str, Any] = {"live": True, "now": NOW, **how}
-    return await durable.add_credential(
+    return await durable.ceremonies.add(
         pending(app, user), verified(name), new_id=MINT.id(), max_passkeys=limit, **of
     )
 
@@ -366,7 +368,7 @@ async def test_of_many_at_once_as_many_are_added_as_a_user_may_have(
                 await asyncio.sleep(0.005)  # between two looks
         outcomes = await asyncio.gather(*tasks)
     assert sorted(outcomes) == ["added"] * 3 + ["too_many_passkeys"] * 9
-    assert len(await durable.credentials(app.id, user)) == 4
+    assert len(await durable.credentials.of_user(app.id, user)) == 4
     assert await registered(other, app, user, b"last", 4) == "too_many_passkeys"
     assert await registered(other, app, user, b"last", 5) == "added"
 
@@ -385,7 +387,7 @@ async def test_of_several_in_one_statement_as_many_are_added_as_a_user_may_have(
     assert sorted(outcomes[1:4]) == ["added", "added", "too_many_passkeys"]
     assert outcomes[0] in ("duplicate", "too_many_passkeys")
     assert outcomes[4] == "added"
-    assert len(await durable.credentials(app.id, user)) == 2
+    assert len(await durable.credentials.of_user(app.id, user)) == 2
 
 
 async def test_a_passkey_that_was_never_confirmed_counts_as_long_as_it_may_be(
@@ -396,5 +398,7 @@ async def test_a_passkey_that_was_never_confirmed_counts_as_long_as_it_may_be(
     assert await registered(durable, app, user, b"1", 1, live=False) == "added"
     for late, outcome in ((659.999, "too_many_passkeys"), (660.0, "added")):
         then = NOW + timedelta(seconds=late)
-        assert len(await durable.held_by(app.id, user, now=then)) == (outcome != "added")
+        assert len(await durable.ceremonies.excluded(app.id, user, now=then)) == (
+            outcome != "added"
+        )
         assert await registered(durable, app, user, b"2", 1, now=then) == outcome

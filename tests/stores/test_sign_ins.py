@@ -1,5 +1,5 @@
-"""The two statements that every login shares with others (`broker.durable.sign_ins`), on a real
-PostgreSQL and in parallel.
+"""The two statements of a login (`broker.durable.ceremonies`), on a real PostgreSQL and in
+parallel.
 
 Who shares one is settled in tests/stores/test_group_commit.py; here each caller must get what they
 would have got alone.
@@ -8,14 +8,14 @@ would have got alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 import asyncpg
 import pytest
 
-from broker.durable import Catalogue, Durable, Postgres
+from broker.durable import Durable, Postgres
+from broker.durable.ceremonies import UserCredentials
 from broker.embedded import EmbeddedStores
 from broker.errors import Unavailable
 from broker.model import Approval, Credential, RelyingParty, SignInOutcome
@@ -62,7 +62,7 @@ async def use(
     flag: bool = False,
     approval: str | None = None,
 ) -> SignInOutcome | None:
-    return await durable.use_credential(
+    return await durable.ceremonies.use(
         key, signed_in(sign_count), flag_counter=flag, approval=approval, now=LATER
     )
 
@@ -81,7 +81,7 @@ async def test_many_share_statements_and_each_is_told_of(
     async def sign_in(number: int) -> SignInOutcome | None:
         CONTEXT.set(Context(f"request-{number:03}", f"key:{number}"))
         verdict = signed_in(6 + number, backed_up=number % 3 == 0)
-        return await durable.use_credential(
+        return await durable.ceremonies.use(
             keys[number],
             verdict,
             flag_counter=number % 2 == 0,
@@ -93,9 +93,7 @@ async def test_many_share_statements_and_each_is_told_of(
     assert used == [SignInOutcome(False, number % 3 == 0) for number in range(MANY)]
     assert 0 < statements(postgres, "use_credential") < MANY / 4
     events = {
-        e.request_id: e
-        for e in await Catalogue(postgres).events(app.id, limit=1000)
-        if e.at >= LATER
+        e.request_id: e for e in await durable.events.newest(app.id, limit=1000) if e.at >= LATER
     }
     assert len(events) == MANY
     for number, key in enumerate(keys):
@@ -170,7 +168,7 @@ async def test_a_bad_one_among_good_ones(
     keys = await passkeys(durable, app, 8)
     bad, count = keys[3], 6
     if what == "revoked":
-        await durable.revoke_credentials(app.id, bad.user_id, bad.id, NOW)
+        await durable.credentials.revoke(app.id, bad.user_id, [bad.id], NOW)
     elif what == "counter":
         count = 5
     elif what == "other app":
@@ -251,12 +249,12 @@ async def test_revocations_and_sign_ins_at_once(
     keys = await passkeys(durable, app, 24)
     outcomes = await asyncio.gather(
         *(use(durable, key) for key in keys),
-        *(other.revoke_credentials(app.id, key.user_id, key.id, LATER) for key in keys),
+        *(other.credentials.revoke(app.id, key.user_id, [key.id], LATER) for key in keys),
     )
     used, revoked = outcomes[:24], outcomes[24:]
     assert revoked == [[key.id] for key in keys]
     for key, one in zip(keys, used, strict=True):
-        user = await durable.user(app.id, user_id=key.user_id)
+        user = await durable.users.find(app.id, user_id=key.user_id)
         assert user is not None
         assert user.login_count == (one is not None)
 
@@ -274,7 +272,9 @@ async def test_instances_that_sign_in_the_same_in_opposite_order(
         )
         assert None not in used
     assert (
-        durable._pg._metrics.store_failures.values == other._pg._metrics.store_failures.values == {}
+        durable.ceremonies._pg._metrics.store_failures.values
+        == other.ceremonies._pg._metrics.store_failures.values
+        == {}
     )
     for key in keys:
         assert (await stored(durable, app, key.credential_id)).use_count == 10
@@ -290,10 +290,10 @@ async def test_approvals_among_sign_ins(
     elsewhere = await new_app(durable)
     theirs = await ensure(durable, elsewhere, "ann")
     for n, key in enumerate(keys):
-        await durable.add_approval(
+        await durable.approvals.add(
             app.id, key.user_id, Approval(f"buy-{n}", "data", b"d" * 32), new_id=MINT.id(), now=NOW
         )
-    await durable.add_approval(
+    await durable.approvals.add(
         elsewhere.id, theirs, Approval("buy-0", "data", b"d" * 32), new_id=MINT.id(), now=NOW
     )
     approving = {0: "buy-0", 2: "buy-2", 3: "buy-3"}
@@ -306,10 +306,10 @@ async def test_approvals_among_sign_ins(
     assert [one is None for one in used] == [n == 3 for n in range(6)]
     approved = {}
     for key in keys:
-        for record in await Catalogue(postgres).approvals(app.id, key.user_id):
+        for record in await durable.approvals.of_user(app.id, key.user_id):
             approved[record.identifier] = record.approved_at
     assert approved == {f"buy-{n}": LATER if n in (0, 2) else None for n in range(6)}
-    (untouched,) = await Catalogue(postgres).approvals(elsewhere.id, theirs)
+    (untouched,) = await durable.approvals.of_user(elsewhere.id, theirs)
     assert untouched.approved_at is None
 
 
@@ -327,7 +327,7 @@ async def test_a_value_that_the_server_refuses_harms_only_its_caller(
     assert isinstance(used.pop(1), asyncpg.PostgresError)
     assert used == [SignInOutcome(False, True)] * 5
     found = await asyncio.gather(
-        *(durable.user_to_sign_in(app.id, name) for name in ("user-0", "nul\0", "user-2")),
+        *(durable.ceremonies.allowed(app.id, name) for name in ("user-0", "nul\0", "user-2")),
         return_exceptions=True,
     )
     assert isinstance(found.pop(1), asyncpg.PostgresError)
@@ -369,15 +369,15 @@ async def test_a_lost_connection_is_everybodys(
 # -- who may sign in -------------------------------------------------------------------------------
 
 
-def ids(found: tuple[str, str, Sequence[object]] | None) -> tuple[str, list[str]] | None:
+def ids(found: UserCredentials | None) -> tuple[str, list[str]] | None:
     """A user's id and the passkeys', in their order."""
-    return None if found is None else (found[0], [one.id for one in found[2]])  # type: ignore[attr-defined]
+    return None if found is None else (found.user_id, [one.id for one in found.allowed])
 
 
 async def test_each_finds_their_own_user(
     durable: Durable, postgres: Postgres, app: RelyingParty
 ) -> None:
-    """Of all kinds in one statement, and the same external id in two apps."""
+    """Of all kinds at once, and the same external id in two apps."""
     elsewhere = await new_app(durable)
     ann, zoe = await ensure(durable, app, "ann"), await ensure(durable, app, "zoe")
     theirs = await ensure(durable, elsewhere, "ann")
@@ -395,9 +395,7 @@ async def test_each_finds_their_own_user(
         (app.id, "ann"),
         (app.id, ""),
     ]
-    before = statements(postgres, "user_to_sign_in")
-    found = await asyncio.gather(*(durable.user_to_sign_in(*one) for one in asked))
-    assert statements(postgres, "user_to_sign_in") - before == 1
+    found = await asyncio.gather(*(durable.ceremonies.allowed(*one) for one in asked))
     assert [ids(one) for one in found] == [
         (ann, [first.id, second.id]),
         None,
@@ -410,11 +408,8 @@ async def test_each_finds_their_own_user(
     ]
     assert found[0] is not None
     assert found[6] is not None
-    assert found[0][2] is not found[6][2], "each has a list of their own"
-    user = await durable.user(app.id, user_id=ann)
-    assert user is not None
-    assert found[0][1] == user.handle
-    assert found[0][2][0].public_key == first.public_key
+    assert found[0].allowed is not found[6].allowed, "each has a list of their own"
+    assert found[0].allowed[0].public_key == first.public_key
 
 
 async def test_second_factors_are_found_by_who_asks_for_them(
@@ -431,7 +426,7 @@ async def test_second_factors_are_found_by_who_asks_for_them(
         )
     found = await asyncio.gather(
         *(
-            durable.user_to_sign_in(app.id, "ann", second_factor=asked)
+            durable.ceremonies.allowed(app.id, "ann", second_factor=asked)
             for asked in (False, True, False)
         )
     )
@@ -463,11 +458,11 @@ ESCAPED = (
 
 
 async def test_external_ids_that_json_escapes(durable: Durable, app: RelyingParty) -> None:
-    """They travel as JSON, and find exactly the user whose id they are."""
+    """They find exactly the user whose id they are."""
     names = list(dict.fromkeys((*ESCAPED, *STRANGE)))
     made = {name: await ensure(durable, app, name) for name in names}
     assert len(set(made.values())) == len(names)
-    found = await asyncio.gather(*(durable.user_to_sign_in(app.id, name) for name in names))
+    found = await asyncio.gather(*(durable.ceremonies.allowed(app.id, name) for name in names))
     assert {name: one and one[0] for name, one in zip(names, found, strict=True)} == made
 
 
@@ -477,8 +472,8 @@ async def test_what_an_event_says_of_odd_words(
     """Actor, request and action travel as JSON too."""
     (key,) = await passkeys(durable, app, 1)
     CONTEXT.set(Context('r"\\\u2028🔑\n', "key:'{}\\u0041"))
-    await durable.use_credential(key, signed_in(6), flag_counter=False, action='a"\\n', now=LATER)
-    event = next(e for e in await Catalogue(postgres).events(app.id, limit=1000) if e.at == LATER)
+    await durable.ceremonies.use(key, signed_in(6), flag_counter=False, action='a"\\n', now=LATER)
+    event = next(e for e in await durable.events.newest(app.id, limit=1000) if e.at == LATER)
     assert (event.request_id, event.actor, event.action) == (
         'r"\\\u2028🔑\n',
         "key:'{}\\u0041",
@@ -492,5 +487,5 @@ async def test_a_time_keeps_its_microseconds(
 ) -> None:
     (key,) = await passkeys(durable, app, 1)
     at = LATER.replace(microsecond=micro)
-    await durable.use_credential(key, signed_in(6), flag_counter=False, now=at)
+    await durable.ceremonies.use(key, signed_in(6), flag_counter=False, now=at)
     assert (await stored(durable, app, key.credential_id)).last_used_at == at

@@ -1,0 +1,308 @@
+"""The table of credentials ("passkeys"): what callers with a key look up and change. What
+ceremonies read and write is in `broker.durable.ceremonies`.
+
+A credential without an owner belongs to a user without an external id, who is made and ends with
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+
+import asyncpg
+
+from broker.durable.events import actor, insert_event
+from broker.durable.postgres import Connection, Postgres
+from broker.errors import OwnedAlready, UnknownPasskey
+from broker.model import Credential, Owned
+
+_FIELDS = tuple(field.name for field in fields(Credential))
+_CREDENTIAL = ", ".join(f"c.{name}" for name in _FIELDS)
+_OWNED = f"SELECT {_CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
+
+
+class Credentials:
+    """The statements on credentials."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._pg = postgres
+
+    # -- look-ups ----------------------------------------------------------------------------------
+
+    async def find(
+        self, app_id: str, *, passkey_id: str | None = None, credential_id: bytes | None = None
+    ) -> Owned | None:
+        """The app's credential with our id (`Credential.id`) or with the authenticator's."""
+        row = await self._pg.row(
+            "passkey",
+            f"{_OWNED} WHERE c.app_id = $1 AND "
+            + ("c.id" if passkey_id is not None else "c.credential_id")
+            + " = $2",
+            app_id,
+            passkey_id if passkey_id is not None else credential_id,
+        )
+        return _owned_of(row) if row else None
+
+    async def by_ids(self, app_id: str, passkey_ids: Sequence[str]) -> list[Owned]:
+        """The app's credentials with these ids (`Credential.id`), oldest first."""
+        rows = await self._pg.rows(
+            "credentials_by_ids",
+            f"{_OWNED} WHERE c.app_id = $1 AND c.id = ANY($2::text[]) ORDER BY c.created_at, c.id",
+            app_id,
+            list(passkey_ids),
+        )
+        return [_owned_of(row) for row in rows]
+
+    async def of_user(self, app_id: str, user_id: str) -> list[Credential]:
+        """The user's credentials, oldest first."""
+        rows = await self._pg.rows(
+            "credentials",
+            f"SELECT {_CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2 ORDER BY c.created_at, c.id",
+            app_id,
+            user_id,
+        )
+        return [_credential_of(row) for row in rows]
+
+    async def of_external_id(self, app_id: str, external_id: str) -> list[Credential]:
+        """The credentials of the user with this external id, oldest first."""
+        rows = await self._pg.rows(
+            "owned_by",
+            f"SELECT {_CREDENTIAL} FROM credentials c JOIN users u ON u.id = c.user_id"
+            " WHERE u.app_id = $1 AND u.external_id = $2 ORDER BY c.created_at, c.id",
+            app_id,
+            external_id,
+        )
+        return [_credential_of(row) for row in rows]
+
+    async def exists(self, rp_id: str, credential_id: bytes) -> bool:
+        """True if any app of this RP ID has a credential with this id: authenticators know RP IDs,
+        not apps.
+        """
+        row = await self._pg.row(
+            "held",
+            "SELECT EXISTS (SELECT FROM relying_parties r JOIN credentials c ON c.app_id = r.id AND c.credential_id = $2"
+            " WHERE r.rp_id = $1) AS held",
+            rp_id,
+            credential_id,
+        )
+        return row is not None and bool(row["held"])
+
+    async def page(
+        self, app_id: str, *, external_id: str | None, limit: int, offset: int, newest_first: bool
+    ) -> tuple[list[Owned], int]:
+        """A page of the app's passkeys, or of one user's, and how many there are in all."""
+        order = "c.created_at DESC, c.id DESC" if newest_first else "c.created_at, c.id"
+        where = "c.app_id = $1" + (
+            " AND u.app_id = $1 AND u.external_id = $4" if external_id is not None else ""
+        )
+        values: list[object] = [
+            app_id,
+            limit,
+            offset,
+            *([external_id] if external_id is not None else []),
+        ]
+        rows = await self._pg.rows(
+            "passkeys", f"{_OWNED} WHERE {where} ORDER BY {order} LIMIT $2 OFFSET $3", *values
+        )
+        # Every passkey has a user, so whose they are matters only where one is asked for.
+        of_user = " JOIN users u ON u.id = c.user_id" if external_id is not None else ""
+        counted = await self._pg.row(
+            "passkeys",
+            f"SELECT count(*) AS total FROM credentials c{of_user} WHERE {where}"
+            " AND $2::bigint IS NOT NULL AND $3::bigint IS NOT NULL",
+            *values,
+        )
+        assert counted is not None, "an aggregate has one row"
+        return [_owned_of(row) for row in rows], counted["total"]
+
+    async def after(
+        self, app_id: str, after: tuple[datetime, str] | None, limit: int
+    ) -> list[Owned]:
+        """The app's passkeys in the order of their making, behind `after` (when and which)."""
+        rows = await self._pg.rows(
+            "passkeys_after",
+            f"{_OWNED} WHERE c.app_id = $1"
+            + (" AND (c.created_at, c.id) > ($3, $4)" if after else "")
+            + " ORDER BY c.created_at, c.id LIMIT $2",
+            app_id,
+            limit,
+            *(after or ()),
+        )
+        return [_owned_of(row) for row in rows]
+
+    # -- changes -----------------------------------------------------------------------------------
+
+    async def rename(
+        self,
+        app_id: str,
+        *,
+        passkey_id: str | None = None,
+        external_id: str | None = None,
+        nickname: str | None = None,
+        user_name: str | None = None,
+        now: datetime,
+    ) -> list[str]:
+        """Change what lists show (`nickname`), or the user's name, of one passkey or of all of a
+        user; returns the passkeys' ids.
+        """
+        column = "nickname" if nickname is not None else "user_name"
+        where = (
+            "WHERE c.app_id = $1 AND c.id = $2"
+            if passkey_id is not None
+            else "FROM users u WHERE u.app_id = $1 AND u.external_id = $2 AND c.user_id = u.id"
+        )
+        event = insert_event(
+            "'passkey.renamed'",
+            "FROM changed",
+            at="$4",
+            by="$5, $6",
+            user_id="user_id",
+            passkey_id="id",
+        )
+        rows = await self._pg.rows(
+            "rename",
+            f"""
+            WITH changed AS (
+                UPDATE credentials c SET {column} = $3, updated_at = $4 {where} RETURNING c.app_id, c.user_id, c.id
+            ), event AS ({event})
+            SELECT id FROM changed
+            """,
+            app_id,
+            passkey_id if passkey_id is not None else external_id,
+            nickname if nickname is not None else user_name,
+            now,
+            *actor(),
+        )
+        return [row["id"] for row in rows]
+
+    async def revoke(
+        self, app_id: str, user_id: str, passkey_ids: Sequence[str] | None, now: datetime
+    ) -> list[str]:
+        """Delete those of the user's credentials that have one of these ids, all for None; returns
+        the ids deleted.
+
+        A user without an external id was there for its one passkey, and goes with it."""
+        event = insert_event(
+            "'passkey.revoked'",
+            "FROM gone",
+            at="$4",
+            by="$5, $6",
+            user_id="user_id",
+            passkey_id="id",
+        )
+        rows = await self._pg.rows(
+            "revoke_credentials",
+            f"""
+            WITH gone AS (
+                DELETE FROM credentials WHERE app_id = $1 AND user_id = $2 AND ($3::text[] IS NULL OR id = ANY($3))
+                RETURNING id, app_id, user_id, use_count, last_used_at
+            ), kept AS (
+                UPDATE users SET past_logins = past_logins + (SELECT sum(use_count) FROM gone)::bigint,
+                       past_login_at = greatest(past_login_at, (SELECT max(last_used_at) FROM gone)), updated_at = $4
+                WHERE id = $2 AND external_id IS NOT NULL AND EXISTS (SELECT FROM gone)
+            ), nobody AS (
+                DELETE FROM users WHERE id = $2 AND external_id IS NULL AND EXISTS (SELECT FROM gone)
+            ), event AS ({event})
+            SELECT id FROM gone
+            """,
+            app_id,
+            user_id,
+            passkey_ids,
+            now,
+            *actor(),
+        )
+        return [row["id"] for row in rows]
+
+    async def assign(
+        self,
+        app_id: str,
+        passkey_id: str,
+        external_id: str,
+        *,
+        new_id: str,
+        new_handle: str,
+        now: datetime,
+    ) -> None:
+        """Give a passkey without an owner to a user, who is made with `new_id` and `new_handle` if
+        there is none. The second of two callers makes no user.
+
+        Raises:
+            UnknownPasskey, OwnedAlready.
+        """
+        event = insert_event(
+            "'passkey.assigned'",
+            "",
+            at="$1",
+            app_id="$2",
+            by="$3, $4",
+            user_id="$5",
+            passkey_id="$6",
+        )
+
+        async def give(connection: Connection) -> bool | None:
+            async with connection.transaction():
+                # The lock makes a second caller wait; the statement after it sees what the first
+                # one did.
+                lock = (
+                    "SELECT user_id, live FROM credentials WHERE app_id = $1 AND id = $2 FOR UPDATE"
+                )
+                old = await connection.fetchrow(lock, app_id, passkey_id)
+                if old is None:
+                    return None
+                owned = "SELECT external_id IS NOT NULL FROM users WHERE id = $1"
+                if await connection.fetchval(owned, old["user_id"]):
+                    return False
+                user_id = await self._user(connection, app_id, external_id, new_id, new_handle, now)
+                update = "UPDATE credentials SET user_id = $3, updated_at = $4 WHERE app_id = $1 AND id = $2"
+                await connection.execute(update, app_id, passkey_id, user_id, now)
+                if old["live"]:
+                    activate = "UPDATE users SET status = 'active', updated_at = $2 WHERE id = $1"
+                    await connection.execute(activate, user_id, now)
+                await connection.execute("DELETE FROM users WHERE id = $1", old["user_id"])
+                await connection.execute(event, now, app_id, *actor(), user_id, passkey_id)
+            return True
+
+        given = await self._pg.run("assign", give)
+        if given is None:
+            raise UnknownPasskey
+        if not given:
+            raise OwnedAlready
+
+    @staticmethod
+    async def _user(
+        connection: Connection,
+        app_id: str,
+        external_id: str,
+        new_id: str,
+        new_handle: str,
+        now: datetime,
+    ) -> str:
+        """The id of the user, made if there is none, and kept from being deleted until the
+        transaction ends.
+        """
+        event = insert_event("'user.created'", "", at="$1", app_id="$2", by="$3, $4", user_id="$5")
+        while True:
+            find = "SELECT id FROM users WHERE app_id = $1 AND external_id = $2 FOR UPDATE"
+            found: str | None = await connection.fetchval(find, app_id, external_id)
+            if found is not None:
+                return found
+            make = (
+                "INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)"
+                " VALUES ($1, $2, $3, $4, 'pending', $5, $5) ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id"
+            )
+            if await connection.fetchval(make, new_id, app_id, external_id, new_handle, now):
+                await connection.execute(event, now, app_id, *actor(), new_id)
+                return new_id
+            # Another request was faster: the next look sees that user.
+
+
+def _credential_of(row: asyncpg.Record) -> Credential:
+    values = {name: row[name] for name in _FIELDS}
+    return Credential(**values | {"transports": tuple(row["transports"])})
+
+
+def _owned_of(row: asyncpg.Record) -> Owned:
+    """A credential's columns and `external_id`."""
+    return Owned(_credential_of(row), row["external_id"])

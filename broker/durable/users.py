@@ -1,0 +1,169 @@
+"""The table of users: an external id and a random handle of each.
+
+A user without an external id exists for one passkey that has no owner yet. Such users are in no
+list of users.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal, cast
+
+import asyncpg
+
+from broker.durable.events import ERASE, actor, insert_event
+from broker.durable.postgres import Connection, Postgres
+from broker.errors import UnknownApp
+from broker.model import User
+
+UserOrder = Literal["created_at", "-created_at", "updated_at", "-updated_at", "id", "-id"]
+_ORDERS: dict[UserOrder, str] = {
+    "created_at": "u.created_at, u.id",
+    "-created_at": "u.created_at DESC, u.id DESC",
+    "updated_at": "u.updated_at, u.id",
+    "-updated_at": "u.updated_at DESC, u.id DESC",
+    "id": "u.id",
+    "-id": "u.id DESC",
+}
+_USER = """
+    u.id, u.app_id, u.external_id, u.handle, u.status, u.created_at, u.updated_at,
+    u.past_logins + coalesce(k.uses, 0)::bigint AS login_count, greatest(u.past_login_at, k.used_at) AS last_login_at
+"""
+_USES = """
+    LEFT JOIN LATERAL (
+        SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at FROM credentials c WHERE c.user_id = u.id
+    ) k ON true
+"""
+
+
+class Users:
+    """The statements on users."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._pg = postgres
+
+    async def ensure(
+        self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
+    ) -> tuple[str, str]:
+        """The id and the handle of the user with this external id, made if there is none. Two at
+        once make one row.
+
+        A pending user is marked: a registration was opened, so the periodic clean-up passes over
+        the row for another day.
+
+        Raises:
+            UnknownApp: the app was deleted while the caller still remembered it.
+        """
+        event = insert_event(
+            "'user.created'", "FROM new", at="$5", app_id="$1", by="$6, $7", user_id="id"
+        )
+        while True:
+            try:
+                row = await self._pg.row(
+                    "ensure_user",
+                    f"""
+                    WITH old AS (
+                        SELECT id, handle, status FROM users WHERE app_id = $1 AND external_id = $2
+                    ), opened AS (
+                        UPDATE users SET opened_at = greatest(users.opened_at, $5) FROM old
+                        WHERE users.id = old.id AND old.status <> 'active' RETURNING users.id
+                    ), new AS (
+                        INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at, opened_at)
+                        SELECT $3, $1, $2, $4, 'pending', $5, $5, $5 WHERE NOT EXISTS (SELECT FROM old)
+                        ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
+                    ), event AS ({event})
+                    SELECT id, handle FROM old WHERE status = 'active' OR id IN (SELECT id FROM opened)
+                    UNION ALL SELECT id, handle FROM new
+                    """,
+                    app_id,
+                    external_id,
+                    new_id,
+                    new_handle,
+                    now,
+                    *actor(),
+                )
+            except asyncpg.ForeignKeyViolationError:
+                raise UnknownApp from None
+            if row is not None:
+                return row["id"], row["handle"]
+            # Another request has made that user, or ended it, after our snapshot; the next look
+            # sees that.
+
+    async def find(
+        self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
+    ) -> User | None:
+        """One user, by our id or by the caller's."""
+        row = await self._pg.row(
+            "user",
+            f"SELECT {_USER} FROM users u {_USES} WHERE u.app_id = $1 AND u.external_id IS NOT NULL AND "
+            + ("u.id = $2" if user_id is not None else "u.external_id = $2"),
+            app_id,
+            user_id if user_id is not None else external_id,
+        )
+        return User(**dict(row)) if row else None
+
+    async def page(
+        self,
+        app_id: str,
+        *,
+        limit: int,
+        offset: int = 0,
+        external_id: str | None = None,
+        user_id: str | None = None,
+        status: str | None = None,
+        created_before: datetime | None = None,
+        order: UserOrder = "created_at",
+    ) -> tuple[list[User], int]:
+        """A page of users and how many there are in all."""
+        conditions, values = (
+            ["u.app_id = $1", "u.external_id IS NOT NULL"],
+            cast("list[object]", [app_id]),
+        )
+        for condition, value in (
+            ("u.external_id = ", external_id),
+            ("u.id = ", user_id),
+            ("u.status = ", status),
+            ("u.created_at < ", created_before),
+        ):
+            if value is not None:
+                values.append(value)
+                conditions.append(f"{condition}${len(values)}")
+        where = " AND ".join(conditions)
+        rows = await self._pg.rows(
+            "users",
+            f"""
+            SELECT {_USER}, n.total FROM (SELECT count(*) AS total FROM users u WHERE {where}) n
+            LEFT JOIN LATERAL (
+                SELECT u.* FROM users u WHERE {where} ORDER BY {_ORDERS[order]}
+                LIMIT ${len(values) + 1} OFFSET ${len(values) + 2}
+            ) u ON true {_USES} ORDER BY {_ORDERS[order]}
+            """,
+            *values,
+            limit,
+            offset,
+        )
+        users = [
+            User(**{k: v for k, v in row.items() if k != "total"})
+            for row in rows
+            if row["id"] is not None
+        ]
+        return users, rows[0]["total"]
+
+    async def delete(self, app_id: str, external_id: str, now: datetime) -> bool:
+        """Delete a user with credentials and approvals. Events keep kind, time and our ids; of what
+        a caller chose they hold the request's id, which is erased. False: no such user."""
+        event = insert_event("'user.deleted'", "", at="$1", app_id="$2", by="$3, $4", user_id="$5")
+
+        async def delete(connection: Connection) -> bool:
+            async with connection.transaction():
+                deleted = "DELETE FROM users WHERE app_id = $1 AND external_id = $2 RETURNING id"
+                user_id = await connection.fetchval(deleted, app_id, external_id)
+                if user_id is None:
+                    return False
+                # A statement of its own sees what others committed while the first one waited for
+                # them.
+                await connection.execute(ERASE, [user_id])
+                await connection.execute(event, now, app_id, *actor(), user_id)
+            return True
+
+        return await self._pg.run("delete_user", delete)
