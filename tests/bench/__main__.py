@@ -16,25 +16,17 @@ import shlex
 import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.bench import endurance, machine, report, rounds, scale
-from tests.bench.report import Comparison
 from tests.bench.rounds import Case
 from tests.bench.service import ROOT, LoginFailed, broker, node_peer, stores
 from tests.support.parts import MissingPart
 
-CASES = (
-    "flex-1",
-    "flex-16",
-    "flex-64",
-    "register-16",
-    "propelauth-16",
-    "propelauth-64",
-    "hanko-16",
-)
-NODE = ("node-16", "node-64")
+CASES = "flex-1,flex-16,flex-64,register-16,propelauth-16,propelauth-64,hanko-16"
+NODE = ",node-16,node-64"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,19 +37,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--json", type=Path, metavar="FILE", help="write the figures here, also when interrupted")
-    add("--case", help=f"only these, with commas between: {', '.join(CASES + NODE)}")
+    add("--case", help=f"only these, with commas between: {CASES}{NODE}")
     add("--rounds", "--pairs", type=int, help="5; of an A/B 12")
     add("--seconds", type=float, default=2.0, help="length of a turn (%(default)s)")
+    add("--rate", type=float, default=0, help="logins a second, instead of a closed loop")
     add("--peers", action="store_true", help="measure the Node peer as well")
-    add(
-        "--against",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="B: another checkout; may be given several times",
-    )
-    add("--env-b", action="append", default=[], metavar="NAME=VALUE", help="B's environment")
+    more: Any = {"action": "append", "default": []}
+    add("--against", type=Path, metavar="PATH", help="B: another checkout; repeatable", **more)
+    add("--env-b", metavar="NAME=VALUE", help="B's environment; repeatable", **more)
     add("--args-b", default="", metavar="WORDS", help="B's arguments for `broker serve`")
     add("--control", action="store_true", help="a second process of A, for the noise of the ratio")
     add("--endurance", action="store_true", help="memory over many logins, instead of the cases")
@@ -66,67 +53,60 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def sides(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The brokers of an A/B by name, with what distinguishes each; one broker for other runs."""
+def start(cases: list[Case], options: argparse.Namespace, stack: ExitStack) -> None:
+    """Start the servers and add their cases, each with the case that it is compared with."""
     other = {
         "environment": dict(pair.split("=", 1) for pair in options.env_b),
         "arguments": shlex.split(options.args_b),
     }
-    found: dict[str, dict[str, Any]] = {"A": {}}
+    sides: dict[str, dict[str, Any]] = {"": {}}
     for path in options.against or [ROOT] * any(other.values()):
-        name = "B" if len(options.against) < 2 else path.name
-        found[name] = {"checkout": path.resolve(), **other}
-    return {**found, "A again": {}} if options.control else found
-
-
-def compare(cases: list[Case], options: argparse.Namespace, stack: ExitStack) -> list[Comparison]:
-    """Start the servers and add their cases; the comparisons to report."""
-    brokers = sides(options)
-    ab = len(brokers) > 1
-    default = "flex-16" if ab else ",".join(CASES + NODE * options.peers)
-    names = [tuple(name.split("-")) for name in (options.case or default).split(",")]
+        sides[" B" if len(options.against) < 2 else f" {path.name}"] = {
+            "checkout": path.resolve(),
+            **other,
+        }
+    if options.control:
+        sides[" again"] = {}
+    chosen = options.case or ("flex-16" if len(sides) > 1 else CASES + NODE * options.peers)
+    names = [(name, *name.split("-")) for name in chosen.split(",")]
     made = stack.enter_context(stores())
-    for side, settings in brokers.items():
+    found: dict[str, Case] = {}
+    for side, settings in sides.items():
         server = stack.enter_context(broker(made, **settings))
-        cases += [
-            Case(f"{flow}-{k} {side}" if ab else f"{flow}-{k}", server, flow, int(k))
-            for flow, k in names
-            if flow != "node"
-        ]
-    if ab:
-        return [
-            (f"{flow}-{k} {side}", f"{flow}-{k} A")
-            for flow, k in names
-            for side in brokers
-            if side != "A"
-        ]
-    nodes = [k for flow, k in names if flow == "node"]
-    if nodes:
+        for name, flow, k in names:
+            if flow != "node":
+                base = found.get(name)
+                found[name + side] = Case(name + side, server, flow, int(k), options.rate, base)
+    if "node" in chosen:
         peer = stack.enter_context(node_peer(made))
-        cases += [Case(f"node-{k}", peer, "node", int(k)) for k in nodes]
-    return [(f"propelauth-{k}", f"node-{k}") for k in nodes]
+        for name, flow, k in names:
+            if flow == "node":
+                found[name] = Case(name, peer, flow, int(k), options.rate)
+                if f"propelauth-{k}" in found:
+                    found[f"propelauth-{k}"].base = found[name]
+    cases += found.values()
 
 
 def main() -> int:
     options = parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    say = partial(print, file=sys.stderr, flush=True)
     result: dict[str, Any] = {"machine": machine.described()}
     cases: list[Case] = []
-    comparisons: list[Comparison] = []
     try:
         if options.endurance:
-            endurance.run(result, _say)
+            endurance.run(result, say)
             return 0
         with ExitStack() as stack:
             try:
                 if options.scale:
-                    comparisons = scale.prepare(cases, options.credentials, stack, _say)
+                    scale.start(cases, options.credentials, stack, say)
                 else:
-                    comparisons = compare(cases, options, stack)
-                count = options.rounds or (12 if len(sides(options)) > 1 else 5)
-                rounds.run(cases, count, options.seconds, _say)
+                    start(cases, options, stack)
+                ab = options.against or options.env_b or options.args_b or options.control
+                rounds.run(cases, options.rounds or (12 if ab else 5), options.seconds, say)
             finally:  # before the servers are stopped, which a second Ctrl-C may cut short
-                result = report.result(result["machine"], cases, comparisons)
+                result = report.result(result["machine"], cases)
                 print(report.text(result), flush=True)
         return 0
     except (LoginFailed, MissingPart) as fault:
@@ -137,10 +117,6 @@ def main() -> int:
     finally:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Load generator: a process that registers passkeys and runs logins over kept connections.
 
-A closed loop: each of K connections begins its next login when its last one is done. Commands and
-answers are JSON lines. The software authenticators only sign, so that the generator takes less
-CPU than the server under measurement.
+A closed loop: each of K connections begins its next login when its last one is done, unless a rate
+is given. Commands and answers are JSON lines. The software authenticators only sign, so that the
+generator takes less CPU than the server under measurement.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import statistics
 import struct
 import sys
@@ -145,10 +146,11 @@ class Driver:
         self._next = 0  # turns continue where the last one ended, so that all users sign in
 
     async def run(
-        self, flow: str, in_flight: int, seconds: float = 0, count: int = 0
+        self, flow: str, in_flight: int, seconds: float = 0, count: int = 0, rate: float = 0
     ) -> dict[str, Any]:
         """Run a flow for some seconds, or until it succeeded `count` times; latencies in seconds.
 
+        With a `rate` so many logins begin a second, at random moments (Poisson arrivals).
         A store that pauses on a busy machine makes a login fail with 503. Failures are counted.
         """
         steps: dict[str, list[float]] = {}
@@ -160,10 +162,13 @@ class Driver:
         async def worker(index: int, connection: Connection) -> None:
             # A user signs in over one connection only: two ceremonies of one user would collide.
             users = self._passkeys[index::in_flight]
-            done = 0
+            done, due = 0, began
             while len(failures) <= in_flight + MOST_FAILED * len(whole) and (
                 len(whole) < count if count else time.perf_counter() - began < seconds
             ):
+                if rate:
+                    due += random.expovariate(rate / in_flight)
+                    await asyncio.sleep(due - time.perf_counter())
                 at = time.perf_counter()
                 try:
                     if flow in ("register", "seed"):

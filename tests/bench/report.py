@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median, quantiles
-from typing import Any, TypeAlias
+from typing import Any
 
 from tests.bench.rounds import Case, Turn
 
-# Cases by name: the one measured and the one that it is divided by.
-Comparison: TypeAlias = tuple[str, str]
 _READINGS: dict[str, Callable[[Turn], float]] = {
     "CPU": lambda turn: turn.cpu,
-    "CPU with stores": lambda turn: turn.all_cpu,
-    "p50": lambda turn: turn.p50,
+    "CPU with stores": lambda turn: turn.cpu + turn.redis + turn.postgres,
+    "p50": lambda turn: turn.latency["login"]["p50"],
     "WAL": lambda turn: turn.wal,
 }
 
@@ -68,19 +66,17 @@ def ratios(over: Case, under: Case) -> dict[str, Any]:
     }
 
 
-def result(
-    machine: dict[str, Any], cases: Sequence[Case], comparisons: Sequence[Comparison]
-) -> dict[str, Any]:
+def result(machine: dict[str, Any], cases: Sequence[Case]) -> dict[str, Any]:
     """The run for JSON, with the cases that have had a turn."""
-    named = {case.name: case for case in cases if case.turns}
+    measured = [case for case in cases if case.turns]
     return {
         "machine": machine,
         "ratios": {
-            f"{over} / {under}": ratios(named[over], named[under])
-            for over, under in comparisons
-            if over in named and under in named
+            f"{case.name} / {case.base.name}": ratios(case, case.base)
+            for case in measured
+            if case.base in measured
         },
-        "cases": {name: figures(case) for name, case in named.items()},
+        "cases": {case.name: figures(case) for case in measured},
     }
 
 

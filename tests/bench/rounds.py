@@ -35,15 +35,6 @@ class Turn:
     def noisy(self) -> bool:
         return self.others > NOISY
 
-    @property
-    def all_cpu(self) -> float:
-        """CPU of the server and of both stores."""
-        return self.cpu + self.redis + self.postgres
-
-    @property
-    def p50(self) -> float:
-        return self.latency["login"]["p50"]
-
 
 @dataclass(slots=True)
 class Case:
@@ -53,6 +44,8 @@ class Case:
     server: Server
     flow: str
     in_flight: int
+    rate: float = 0  # logins that begin a second; 0: each when the connection's last one is done
+    base: Case | None = None  # the case that it is compared with
     turns: list[Turn] = field(default_factory=list)
 
     def turn(self, seconds: float) -> Turn:
@@ -69,7 +62,7 @@ class Case:
             return [busy_seconds(), time.monotonic(), *map(cpu_seconds, processes)]
 
         wal, before = made.wal_bytes(), readings()
-        told = server.run(self.flow, self.in_flight, seconds=seconds)
+        told = server.run(self.flow, self.in_flight, seconds=seconds, rate=self.rate)
         used = [after - start for after, start in zip(readings(), before, strict=True)]
         busy, clock, cpu, redis, postgres, ours = used
         logins = told["logins"]

@@ -22,7 +22,6 @@ from contextlib import ExitStack
 
 import asyncpg
 
-from tests.bench.report import Comparison
 from tests.bench.rounds import Case
 from tests.bench.service import Server, broker, stores
 from tests.support import seed
@@ -35,10 +34,10 @@ _WHO_SIGN_IN = 30_000  # users at most
 _ROW, _SPARE = 2_100, 9 << 30  # bytes of disk: a credential with its events; log and sorting
 
 
-def prepare(
+def start(
     cases: list[Case], credentials: int, stack: ExitStack, say: Callable[[str], None]
-) -> list[Comparison]:
-    """Seed both databases, start their brokers, and add their cases; the comparisons to report."""
+) -> None:
+    """Start both brokers, seed their databases, and add their cases."""
     needed, free = credentials * _ROW + _SPARE, shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:
         raise SystemExit(
@@ -62,10 +61,10 @@ def prepare(
         server.run("flex", 16, count=64)
         say(f"{name}: {asyncio.run(_seed(server, Size(count // _EACH, count, 2 * count)))}")
         server.run("flex", 16, count=2 * min(count // _EACH, _WHO_SIGN_IN))
-        cases += [Case(f"{flow}-{k} {name}", server, flow, k) for flow, k in _FLOWS]
+        small = dict(zip(_FLOWS, cases, strict=False))
+        cases += [Case(f"{at[0]}-{at[1]} {name}", server, *at, base=small.get(at)) for at in _FLOWS]
     asyncio.run(made.execute("CHECKPOINT"))
     os.sync()
-    return [(f"{flow}-{k} large", f"{flow}-{k} small") for flow, k in _FLOWS]
 
 
 async def _seed(server: Server, size: Size) -> str:

@@ -33,7 +33,8 @@ _USABLE = sorted(os.sched_getaffinity(0))
 SERVER_CORES = frozenset(_USABLE[-1:])
 OTHER_CORES = frozenset(_USABLE[:-1] or _USABLE)  # a single core can't be divided
 _CLI = "import sys; from broker.cli import main; sys.exit(main())"
-_NO_STORES: Mapping[str, str] = {}
+_NOTHING: Mapping[str, str] = {}
+_MANY = {"max_connections": "400"}  # each broker has a pool
 
 
 @dataclass(slots=True)
@@ -70,13 +71,13 @@ class Stores:
 
 
 @contextmanager
-def stores(postgres: Mapping[str, str] = _NO_STORES) -> Iterator[Stores]:
+def stores(postgres: Mapping[str, str] = _NOTHING) -> Iterator[Stores]:
     """Start both stores; `postgres` are further settings of Postgres."""
     os.sched_setaffinity(0, OTHER_CORES)  # also of the children, but for measured servers
     with (
         tempfile.TemporaryDirectory(prefix="broker-bench-") as home,
         tempfile.TemporaryDirectory(prefix="broker-bench-data-") as data,
-        EmbeddedStores.start(Path(data), None, postgres) as embedded,
+        EmbeddedStores.start(Path(data), None, {**_MANY, **postgres}) as embedded,
     ):
         socket = f"{home}/valkey.sock"
         valkey = Valkey.start(Path(home, "valkey"), "--unixsocket", socket, "--appendonly", "yes")
@@ -137,7 +138,7 @@ def broker(
     made: Stores,
     *,
     checkout: Path = ROOT,
-    environment: Mapping[str, str] = _NO_STORES,
+    environment: Mapping[str, str] = _NOTHING,
     arguments: Sequence[str] = (),
     users: int = 256,
 ) -> Iterator[Server]:
@@ -169,7 +170,7 @@ def broker(
 
 
 @contextmanager
-def node_peer(made: Stores, users: int = 256) -> Iterator[Server]:
+def node_peer(made: Stores) -> Iterator[Server]:
     """The Node peer: the two requests of a login on fastify and @simplewebauthn/server."""
     parts.install_node()
     parts.install_npm(PEER)
@@ -187,7 +188,7 @@ def node_peer(made: Stores, users: int = 256) -> Iterator[Server]:
         _driver(port, "", "") as driver,
     ):
         server = Server(pid, made, driver)
-        server.run("seed", 1, count=users)
+        server.run("seed", 1, count=256)
         yield server
 
 
