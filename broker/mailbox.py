@@ -1,29 +1,30 @@
-"""Mail codes: a 6-digit code that proves that somebody reads a mailbox. For keyed callers; sending
-the mail is theirs.
+"""Mail codes: one-time passcodes of six digits that prove control of a mailbox. For keyed callers,
+whose backend sends the mail.
 
-    create   -> the code, its secret, and the message to send       the application mails the
-             message and keeps id and secret
-    verify   id, secret and what the person typed -> the code's facts, once
-    get      what is known of a code that has not ended
-    delete   it redeems nothing any more
+    create   -> the code, its secret and the message; the backend mails the message and keeps id
+             and secret
+    verify   id, secret and the typed digits -> the code's facts, once
+    get      the facts of a code that has not ended
+    delete   the code redeems nothing any more
 
-**Two halves.** The mailbox gets six digits; the application keeps the secret with the person's
-session. Neither redeems anything alone, so who reads the mail elsewhere, or guesses digits against
-somebody's address, lacks the secret. A code lives for `LIFE` seconds and takes `ATTEMPTS` guesses;
-the last wrong one ends it. So of one code a guess buys 5 in a million, and the rate (`PER_MAILBOX`
-codes of one purpose for one mailbox in 15 minutes, `PER_USER` for one user) bounds how many codes
-there are to guess at, and how much mail a stranger can have sent to somebody. A caller may skip the
-rate, for what it has limited by itself.
+**Two factors.** The mailbox gets six digits, and the backend keeps the secret with the person's
+session. Neither redeems anything alone: a reader of the mail, or a caller that guesses digits for
+an address, lacks the secret.
 
-**What is compared.** E-mail addresses byte for byte: the broker neither trims nor folds them, for
-only the mail server knows which of them are one mailbox. The rate alone is counted by the
-lower-cased address, so that another spelling does not dodge it.
+**Odds.** A code lives for `LIFE` seconds and takes `ATTEMPTS` guesses; the last wrong one ends it.
+So the guesses at one code succeed with 5 in a million. The rate limits the codes to guess at, and
+the mail that can be sent to an address: `PER_MAILBOX` codes of one purpose for one mailbox in 15
+minutes, `PER_USER` for one user. A caller with a limit of its own may skip the rate.
 
-**Who is told.** Keyed callers may know all of it: what is unknown, used or of another app has one
-refusal with a wrong secret, but an expired code and one without attempts say so. A guess with the
-right secret that ends a known user's code is an event.
+**Addresses** are compared byte for byte. The broker neither trims nor folds them, because only the
+mail server knows which addresses are one mailbox. Only the rate counts by the lower-cased address,
+so that another spelling does not evade it.
 
-At-most-once and what is at rest: `broker.ephemeral.mailbox`.
+**Refusals.** Keyed callers may know the cause. An unknown code, a used code, another app's code and
+a wrong secret share one refusal. An expired code and a code without attempts each have their own. A
+guess with the right secret that ends a known user's code is an event.
+
+`broker.ephemeral.mailbox` describes at-most-once and storage.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ __all__ = [
     "PER_MAILBOX",
     "PER_USER",
     "WINDOW",
-    "Made",
     "MailCode",
     "Mailbox",
     "Message",
+    "NewMailCode",
 ]
 
 LIFE = 600  # seconds
@@ -72,8 +73,8 @@ MAX_METADATA = 4096  # bytes of JSON
 _PREFIX = "pbm_"
 _DIGITS = re.compile(r"[0-9]{6}\Z")
 _PURPOSE = re.compile(r"[A-Za-z0-9._:-]{1,64}\Z")
-# A bare address: no quoted local part, no address literal, and none of what separates addresses in
-# a header (RFC 5322 §3.2.3).
+# A bare address: no quoted local part, no address literal, and no character that separates
+# addresses in a header (RFC 5322 §3.2.3).
 _EMAIL = re.compile(r'[^\s@<>()\[\],;:\\"]+@[^\s@<>()\[\],;:\\".]+(\.[^\s@<>()\[\],;:\\".]+)+\Z')
 _MAX_EMAIL = 254  # RFC 5321 §4.5.3.1.3, without the angle brackets
 _MAX_USER = 256
@@ -81,17 +82,15 @@ _MAX_USER = 256
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What to mail, as HTML and as plain text. Both are whole and name nothing outside of
-    themselves.
-    """
+    """The body of the mail, as HTML and as plain text. Neither refers to another resource."""
 
     html: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A new mail code: the only time that its secret and its digits are seen."""
+class NewMailCode:
+    """A new mail code, with its secret and digits, which are not stored in clear text."""
 
     code: MailCode
     secret: str
@@ -100,7 +99,7 @@ class Made:
 
 
 class Mailbox:
-    """The verbs. `clock` gives seconds since the epoch, `mint` is the source of chance."""
+    """Makes and redeems mail codes. `clock` gives seconds since the epoch, `mint` randomness."""
 
     def __init__(
         self,
@@ -127,13 +126,12 @@ class Mailbox:
         metadata: dict[str, Any] | None = None,
         replace_others: bool = False,
         skip_rate: bool = False,
-    ) -> Made:
+    ) -> NewMailCode:
         """Make a code for a mailbox.
 
-        `purpose` is the caller's word for what the code is good for. `external_id` is the caller's
-        user, whom the app need not know. `metadata` comes back with the code. `replace_others`
-        deletes the pending codes of this purpose: the user's where one is named, else the
-        mailbox's.
+        `purpose` is the caller's own word. `external_id` names a user of the caller, whom the app
+        need not know. `metadata` comes back with the code. `replace_others` deletes the pending
+        codes of this purpose: of the user if one is named, otherwise of the mailbox.
 
         Raises:
             InvalidRequest, MailCodeRate, Unavailable.
@@ -158,26 +156,26 @@ class Mailbox:
         )
         if wait:
             self._refuse("limited", MailCodeRate(retry_after=wait))
-        self._count("created")
-        return Made(code, secret, digits, _message(app.name, digits))
+        self._metrics.mail_codes.inc("created")
+        return NewMailCode(code, secret, digits, _message(app.name, digits))
 
     async def get(self, app: RelyingParty, code_id: str) -> MailCode:
         """A code that has not ended.
 
         Raises:
-            UnknownMailCode: also for one that has expired.
+            UnknownMailCode: also for an expired code.
             Unavailable.
         """
-        found = (
-            await self._codes.peek(app.id, code_id, self._clock()) if ID.match(code_id) else None
-        )
+        found = None
+        if ID.match(code_id):
+            found = await self._codes.peek(app.id, code_id, self._clock())
         if found is None:
             raise UnknownMailCode
         return found
 
     async def verify(self, app: RelyingParty, code_id: str, secret: str, digits: str) -> MailCode:
-        """Redeem a code: at most once, and never after `ATTEMPTS` wrong guesses. What is not six
-        digits is wrong and counts nothing.
+        """Redeem a code: at most once, and never after `ATTEMPTS` wrong guesses. Text that is not
+        six digits is wrong, and is not counted as a guess.
 
         Raises:
             UnknownMailCode, WrongMailCode, MailCodeExpired, MailCodeAttempts, Unavailable.
@@ -188,14 +186,14 @@ class Mailbox:
             self._refuse("wrong", WrongMailCode(reason="mail_code_form"))
         verdict, code = await self._codes.judge(app.id, code_id, secret, digits, self._clock())
         if verdict == "right" and code is not None:
-            self._count("verified")
+            self._metrics.mail_codes.inc("verified")
             return code
         if verdict == "exhausted" and code is not None and code.external_id is not None:
-            await self._tell_exhausted(app, code.external_id)
+            await self._record_exhausted(app, code.external_id)
         self._refuse(verdict, _REFUSALS[verdict]())
 
     async def delete(self, app: RelyingParty, code_id: str) -> None:
-        """Delete a code. One that is not there is deleted already.
+        """Delete a code, if it exists.
 
         Raises:
             Unavailable.
@@ -203,16 +201,15 @@ class Mailbox:
         if ID.match(code_id):
             await self._codes.drop(app.id, code_id)
 
-    def _count(self, result: str) -> None:
-        self._metrics.mail_codes.inc(result)
-
     def _refuse(self, result: str, refusal: Refusal) -> NoReturn:
-        self._count(result)
+        self._metrics.mail_codes.inc(result)
         raise refusal
 
-    async def _tell_exhausted(self, app: RelyingParty, external_id: str) -> None:
-        """Write the event of a user's code that was guessed at until it ended, where the app knows
-        the user. The refusal stands also when the event can't be written; a metric counts that."""
+    async def _record_exhausted(self, app: RelyingParty, external_id: str) -> None:
+        """Write the event of a code that ended by its last guess, if the app knows the user.
+
+        If the event can't be written, a metric counts that, and the caller still gets its refusal.
+        """
         try:
             user = await self._durable.users.find(app.id, external_id=external_id)
             if user is not None:

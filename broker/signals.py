@@ -1,15 +1,13 @@
-"""What an authenticator should hear of its passkeys: a new name, a deletion, which ones still count
-(WebAuthn L3 §5.1.10, the Signal API).
+"""Signal API (WebAuthn L3 §5.1.10): tells authenticators of new names, deleted passkeys and the
+passkeys that still sign in.
 
-Only a page can speak to an authenticator, and only the backend may say what. So the backend
-prepares: the change is made at once and what to signal is kept behind a one-time **ticket** of five
-minutes; the page exchanges the ticket for instructions and hands them to
-`PublicKeyCredential.signal…`. A ticket that is lost changes nothing about who signs in: signals
-only keep the person's list tidy.
+Only a page can call `PublicKeyCredential.signal…`, and only the backend may decide its arguments.
+So the backend prepares a signal: the change is made at once, and the arguments are stored under a
+one-time **ticket** of five minutes. The page exchanges the ticket for the arguments. A lost ticket
+changes nothing about sign-ins: signals only keep the list in the authenticator up to date.
 
-Instructions carry user handles and credential ids, which a page otherwise learns from nobody.
-Therefore the ticket is taken like every one-time value here, is bound to app and kind, and is
-stored by its digest only.
+The arguments carry user handles and credential ids, which a page can learn nowhere else. So a
+ticket is taken like every one-time value, is bound to its app and kind, and is stored as a digest.
 """
 
 from __future__ import annotations
@@ -31,9 +29,10 @@ Instruction = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A ticket and its end (seconds since the epoch); of what was asked, the passkeys that the app
-    doesn't have.
+class SignalTicket:
+    """A ticket and its end (seconds since the epoch).
+
+    `missing` are the requested passkeys that the app lacks; `empty`: there is nothing to signal.
     """
 
     ticket: str
@@ -44,9 +43,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """What to signal: the arguments of `signalCurrentUserDetails` (update),
-    `signalUnknownCredential` (delete; with the `userId`) or `signalAllAcceptedCredentials` (prune),
-    one call each."""
+    """The arguments of a signal, one call each: of `signalCurrentUserDetails` (update),
+    `signalUnknownCredential` (delete; with the `userId`) or `signalAllAcceptedCredentials` (prune).
+    """
 
     calls: tuple[Instruction, ...]
     missing: tuple[str, ...]
@@ -54,7 +53,7 @@ class Instructions:
 
 
 class Signals:
-    """Prepare and exchange. `clock` gives seconds since the epoch."""
+    """Prepares signals and exchanges tickets. `clock` gives seconds since the epoch."""
 
     def __init__(
         self,
@@ -71,9 +70,10 @@ class Signals:
 
     async def prepare_update(
         self, app: RelyingParty, external_id: str, user_name: str, display_name: str | None = None
-    ) -> Prepared:
-        """Change the user's name on all their passkeys; the display name (the name, if not given)
-        is only signalled.
+    ) -> SignalTicket:
+        """Change the user's name on all passkeys of the user.
+
+        The display name is signalled and not stored; without one it is the name.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -86,9 +86,9 @@ class Signals:
             app.id, external_id=external_id, user_name=user_name, now=instant(self._clock())
         )
         names = {"name": user_name, "displayName": display_name or user_name}
-        held = await self._of_user(app, external_id)
-        calls = [{"rpId": app.rp_id, "userId": handle} | names for handle in _by_handle(held)]
-        return await self._prepare(app, "update", calls, ())
+        handles = await self._by_handle(app, external_id)
+        calls = [{"rpId": app.rp_id, "userId": handle} | names for handle in handles]
+        return await self._prepare(app, "update", calls)
 
     async def prepare_delete(
         self,
@@ -96,8 +96,8 @@ class Signals:
         *,
         passkey_ids: Sequence[str] | None = None,
         external_id: str | None = None,
-    ) -> Prepared:
-        """Revoke passkeys, by their ids or all of a user; what to signal is noted before.
+    ) -> SignalTicket:
+        """Revoke passkeys by their ids, or all of a user. The ticket is stored before.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -105,9 +105,9 @@ class Signals:
         if passkey_ids is not None:
             credentials = await self._by_ids(app, [i for i in passkey_ids if ID.match(i)])
         else:
-            assert external_id is not None, "one of the two selects"
+            assert external_id is not None, "callers pass ids or a user"
             validate_text(external_id, "external_id")
-            credentials = await self._of_user(app, external_id)
+            credentials = await self._durable.credentials.of_external_id(app.id, external_id)
         found = {c.id for c in credentials}
         missing = tuple(dict.fromkeys(i for i in passkey_ids or () if i not in found))
         calls = [
@@ -123,36 +123,34 @@ class Signals:
         return prepared
 
     async def _revoke(self, app: RelyingParty, credentials: list[Credential]) -> None:
-        """Whoever owns them by now: what nobody owned may have got its owner meanwhile, which
-        happens once.
+        """Revoke passkeys. A passkey without an owner may get one meanwhile, once: its new row is
+        read and revoked.
         """
         now = instant(self._clock())
         while credentials:
-            gone = set[str]()
+            left = {c.id for c in credentials}
             for user_id in {c.user_id for c in credentials}:
                 ids = [c.id for c in credentials if c.user_id == user_id]
-                gone.update(await self._durable.credentials.revoke(app.id, user_id, ids, now))
-            left = [c.id for c in credentials if c.id not in gone]
-            credentials = await self._by_ids(app, left) if left else []
+                left -= set(await self._durable.credentials.revoke(app.id, user_id, ids, now))
+            credentials = await self._by_ids(app, list(left)) if left else []
 
-    async def prepare_prune(self, app: RelyingParty, external_id: str) -> Prepared:
-        """Let authenticators forget the passkeys that are no longer the user's. Changes nothing
-        here.
+    async def prepare_prune(self, app: RelyingParty, external_id: str) -> SignalTicket:
+        """Signal the passkeys that the user has, so that authenticators drop all others. The store
+        does not change.
 
         Raises:
             InvalidRequest, Unavailable.
         """
         validate_text(external_id, "external_id")
-        held = _by_handle(await self._of_user(app, external_id))
         calls = [
             {
                 "rpId": app.rp_id,
                 "userId": handle,
                 "allAcceptedCredentialIds": [base64url(c.credential_id) for c in credentials],
             }
-            for handle, credentials in held.items()
+            for handle, credentials in (await self._by_handle(app, external_id)).items()
         ]
-        return await self._prepare(app, "prune", calls, ())
+        return await self._prepare(app, "prune", calls)
 
     async def exchange(self, app: RelyingParty, kind: SignalKind, ticket: str) -> Instructions:
         """Exchange a ticket, once.
@@ -160,41 +158,38 @@ class Signals:
         Raises:
             UnknownTicket, Unavailable.
         """
-        found = (
-            await self._ephemeral.take_ticket(app.id, ticket)
-            if well_formed(ticket, "ticket")
-            else None
-        )
+        found = None
+        if well_formed(ticket, "ticket"):
+            found = await self._ephemeral.take_ticket(app.id, ticket)
         if found is None or found["kind"] != kind:
             raise UnknownTicket
         return Instructions(tuple(found["calls"]), tuple(found["missing"]), not found["calls"])
 
-    async def _of_user(self, app: RelyingParty, external_id: str) -> list[Credential]:
-        return await self._durable.credentials.of_external_id(app.id, external_id)
-
     async def _by_ids(self, app: RelyingParty, passkey_ids: Sequence[str]) -> list[Credential]:
         return [o.credential for o in await self._durable.credentials.by_ids(app.id, passkey_ids)]
+
+    async def _by_handle(self, app: RelyingParty, external_id: str) -> dict[str, list[Credential]]:
+        """The user's passkeys by `user.id`. An imported passkey has a handle of its own."""
+        found: dict[str, list[Credential]] = {}
+        for credential in await self._durable.credentials.of_external_id(app.id, external_id):
+            found.setdefault(_user_id(credential), []).append(credential)
+        return found
 
     async def _prepare(
         self,
         app: RelyingParty,
         kind: SignalKind,
         calls: list[Instruction],
-        missing: tuple[str, ...],
-    ) -> Prepared:
-        ticket, ends = self._mint.token("ticket"), self._clock() + TICKET_LIFE
+        missing: tuple[str, ...] = (),
+    ) -> SignalTicket:
+        ticket, end = self._mint.token("ticket"), self._clock() + TICKET_LIFE
         value = {"kind": kind, "calls": calls, "missing": missing}
-        await self._ephemeral.put_ticket(app.id, ticket, value, ends)
-        return Prepared(ticket, ends, missing, not calls)
+        await self._ephemeral.put_ticket(app.id, ticket, value, end)
+        return SignalTicket(ticket, end, missing, not calls)
 
 
 def _user_id(credential: Credential) -> str:
-    """The user handle as `user.id` stood in the options: the base64url of its ASCII bytes."""
+    """`user.id` of the options in which the passkey was registered: the base64url of the handle's
+    ASCII bytes.
+    """
     return base64url(credential.user_handle.encode())
-
-
-def _by_handle(credentials: Sequence[Credential]) -> dict[str, list[Credential]]:
-    found: dict[str, list[Credential]] = {}
-    for credential in credentials:
-        found.setdefault(_user_id(credential), []).append(credential)
-    return found

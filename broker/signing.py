@@ -1,35 +1,35 @@
-"""Signed tokens: which key signs, and which public keys a verifier trusts. For wire formats whose
-backends check tokens offline.
+"""Signing keys of JSON Web Tokens: key sets (JWKS), key rotation, and signing.
 
-**Sets.** Each app has a key set of its own. Wire formats whose key set names no app share one that
-is the broker's (`app` None); there the claim `aud` keeps apps apart, so whoever verifies must check
-it. In a set each algorithm has a line of keys, of which one signs.
+Some wire formats' backends verify tokens offline; these keys serve them.
 
-**The first key** is made when it is first asked for, in a thread, one at a time. The store decides
-whose it is, so any number of instances end with one.
+**Key sets.** Each app has a key set of its own. Wire formats whose key set names no app share the
+broker's own set (`app` None). There the claim `aud` keeps apps apart, so every verifier must check
+it. In a set, each algorithm has its own keys, of which exactly one signs.
 
-**Rotation** never meets a verifier unprepared. Verifiers remember a key set for `JWKS_MAX_AGE`
-seconds, the Cache-Control that dialects send with it. So the next key is published at once and
-signs only when that time and `SKEW` have passed: by then nobody remembers a set without it. The key
-before it stays published until the last token it signed has expired: `TOKEN_LIFE_LIMIT` (the
-longest life that settings allow, so that it does not matter which settings the operator's command
-line has) and `SKEW` after it signed last. Then it leaves the set, and the next rotation deletes it.
-`SKEW` is for clocks that differ and for the second in which an instance still has the keys of
-before.
+**First key.** The first call that needs a key makes it, in a thread, one call at a time. The
+store keeps the first one stored, so any number of instances end with one key.
 
-**A leaked key.** With `now` the next key signs at once, and a verifier that does not look again for
-a `kid` it does not know refuses tokens until it does. With `drop` as well the older keys leave the
-set at once, and tokens they signed die with them: a forger gets nothing from a verifier that asks
-again, but one that remembers the old set trusts it for up to `JWKS_MAX_AGE` more.
+**Rotation.** A verifier caches a key set for up to `JWKS_MAX_AGE` seconds, the Cache-Control of the
+dialects' answers. So the next key is published at once and signs only after that time and `SKEW`:
+by then no cache lacks the key. The key before it stays published until `TOKEN_LIFE_LIMIT` and
+`SKEW` after its last signature, when the last token that it signed has expired. `TOKEN_LIFE_LIMIT`
+is the longest life that settings allow, because the operator's command line may have other settings
+than the service. Then the key leaves the set, and the next rotation deletes it. `SKEW` covers
+clocks that differ, and the second in which an instance still caches the keys of before.
 
-**Memory.** Keys are remembered as apps are (`broker.durable.remembered`), so a rotation is
-effective on every instance within a second. What a key does follows from the time at which it is
-used, not at which it was read. Signing costs a third of a millisecond on the loop (RSA; less
-otherwise).
+**Leaked key.** With `now` the next key signs at once. A verifier that does not look up a `kid` it
+lacks refuses tokens until its cache expires. With `drop` the older keys also leave the set at once,
+and tokens that they signed no longer verify. A verifier that caches the old set accepts them for up
+to `JWKS_MAX_AGE` more.
 
-A key sealed under a secret that this process does not have is `Unavailable`; nothing is signed by
-another key instead, and none is made anew: the operator has the secret, or says so by rotating.
-`broker doctor` finds it.
+**Cache.** Key sets are cached as apps are (`broker.durable.remembered`), so a rotation is effective
+on every instance within a second. The state of a key follows from the time at which the key is
+used, not at which it was read. A signature takes a third of a millisecond on the event loop with
+RSA, and less with the others.
+
+**Sealed keys.** A key sealed under a secret that this process lacks is `Unavailable`. No other key
+signs in its place, and no new key is made: the operator supplies the secret, or rotates. `broker
+doctor` reports such keys.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal
 
 from broker.durable import instant
@@ -54,44 +56,45 @@ from broker.tokens.signed import PrivateKey, Seal, SealBroken, generate, public_
 JWKS_MAX_AGE = 600  # seconds
 SKEW = 60  # seconds
 PUBLISHED_AHEAD = JWKS_MAX_AGE + SKEW  # seconds
-_MAKING = 5.0  # seconds that a caller waits for a first key, its turn included
+_GENERATION_TIMEOUT = 5.0  # seconds for a first key, the wait for the lock included
 
 State = Literal["signs", "next", "old", "gone"]
 
 
 @dataclass(slots=True)
-class _Set:
-    """A key set as it was read, and the private keys opened since."""
+class _KeySet:
+    """A key set as read, and the private keys opened since."""
 
     keys: list[StoredKey]
     opened: dict[str, PrivateKey] = field(default_factory=dict, repr=False)
 
     def signer(self, algorithm: TokenAlgorithm, now: datetime) -> StoredKey | None:
-        """The newest key that may sign. Where none may yet, for the maker's clock is ahead of ours,
-        the oldest; None: there is none.
+        """The newest key of the algorithm that may sign. None: the set has no key of it.
+
+        If none may sign yet, because another instance's clock is ahead, the oldest signs.
         """
-        line = [key for key in self.keys if key.algorithm == algorithm]
+        keys = [key for key in self.keys if key.algorithm == algorithm]
         return next(
-            (key for key in reversed(line) if key.signs_from <= now), line[0] if line else None
+            (key for key in reversed(keys) if key.signs_from <= now), keys[0] if keys else None
         )
 
     def states(self, now: datetime) -> list[tuple[StoredKey, State]]:
-        """Every key, with what it does."""
-        signers = {key.algorithm: self.signer(key.algorithm, now) or key for key in self.keys}
-        return [(key, _state(key, signers[key.algorithm], now)) for key in self.keys]
+        """Every key with its state."""
+        return [(key, self._state(key, now)) for key in self.keys]
 
-
-def _state(key: StoredKey, signer: StoredKey, now: datetime) -> State:
-    if key is signer:
-        return "signs"
-    if key.retires_at is not None and key.retires_at <= now:
-        return "gone"
-    return "next" if key.generation > signer.generation else "old"
+    def _state(self, key: StoredKey, now: datetime) -> State:
+        signer = self.signer(key.algorithm, now) or key
+        if key is signer:
+            return "signs"
+        if key.retires_at is not None and key.retires_at <= now:
+            return "gone"
+        return "next" if key.generation > signer.generation else "old"
 
 
 class Signing:
-    """The verbs. `secret_keys` seal private keys (`broker.tokens.signed`): the first one seals, all
-    of them open.
+    """Signs tokens, publishes and rotates keys.
+
+    `secret_keys` seal private keys (`broker.tokens.signed`): the first seals, any opens.
     """
 
     def __init__(
@@ -108,10 +111,10 @@ class Signing:
         self._seal = Seal(secret_keys)
         self._clock = clock
         self._mint = mint or SystemMint()
-        self._sets: Remembered[_Set] = Remembered(
+        self._sets: Remembered[_KeySet] = Remembered(
             cache_seconds, clock, news, "signing_keys", lambda scope: scope or None
         )
-        self._making = asyncio.Lock()
+        self._generation = asyncio.Lock()
 
     async def sign(
         self, app: RelyingParty | None, algorithm: TokenAlgorithm, claims: Mapping[str, Any]
@@ -120,16 +123,16 @@ class Signing:
         own). Makes the first key.
 
         Raises:
-            UnknownApp: deleted meanwhile.
-            Unavailable: the store; or `reason` is "no_secret_key", "signing_key_sealed" (under a
-                secret that is not ours) or "signing_key_slow".
+            UnknownApp: the app was deleted meanwhile.
+            Unavailable: the store does not answer; or `reason` is "no_secret_key",
+                "signing_key_sealed" (under a secret that this process lacks) or "signing_key_slow".
         """
-        key_id, private = await self._signer(app, algorithm)
-        return sign(claims, private, key_id, algorithm)
+        key, private = await self._signer(app, algorithm)
+        return sign(claims, private, key.id, algorithm)
 
     async def ready(self, app: RelyingParty | None, algorithm: TokenAlgorithm) -> None:
-        """Find out whether `sign` can, before something is taken that a failure would spend. Makes
-        the first key.
+        """Verify that `sign` can, before a value is taken that a failure would spend. Makes the
+        first key.
 
         Raises:
             UnknownApp, Unavailable: as `sign`.
@@ -139,17 +142,17 @@ class Signing:
     async def key_set(
         self, app: RelyingParty | None, algorithm: TokenAlgorithm = "RS256"
     ) -> dict[str, list[Mapping[str, str]]]:
-        """`{"keys": […]}` (RFC 7517 §5): what verifies the app's tokens (None: of the broker's own
-        set), of every algorithm, the signing ones first. Makes the first key of `algorithm`, so
-        that it is published before it signs.
+        """The JWK Set of the app (None: the broker's own), `{"keys": […]}` (RFC 7517 §5).
+
+        It holds every algorithm's keys, those that sign first. The first key of `algorithm` is
+        made, so that it is published before it signs.
 
         Raises:
             UnknownApp, Unavailable: as `sign`.
         """
-        found = await self._set(app, algorithm)
-        states = found.states(instant(self._clock()))
-        shown = sorted((s != "signs", n) for n, (_, s) in enumerate(states) if s != "gone")
-        return {"keys": [states[n][0].public for _, n in shown]}
+        key_set = await self._set(app, algorithm)
+        states = sorted(key_set.states(instant(self._clock())), key=lambda pair: pair[1] != "signs")
+        return {"keys": [key.public for key, state in states if state != "gone"]}
 
     async def rotate(
         self,
@@ -159,13 +162,15 @@ class Signing:
         now: bool = False,
         drop: bool = False,
     ) -> list[tuple[StoredKey, State]]:
-        """Make the next key of a line; it signs when every verifier can know it, or `now`. With
-        `drop` the older keys leave at once. Where the line has none, make the first, which signs at
-        once. Returns the set as `listed`.
+        """Make the next key of an algorithm; return the set as `list_keys` does.
+
+        The key signs when every verifier can know it, or with `now` at once. With `drop` the older
+        keys leave the set at once. A first key signs at once.
 
         Raises:
-            InvalidSetting: `drop` without `now`: nothing published would verify until the next key
-                signs. UnknownApp, Unavailable.
+            InvalidSetting: `drop` without `now`. No published key would verify tokens until the
+                next key signs.
+            UnknownApp, Unavailable.
         """
         if drop and not now:
             raise InvalidSetting("Older keys can be dropped only when the next one signs now.")
@@ -182,90 +187,88 @@ class Signing:
         else:
             await self._keys.add_first(await self._new(app_id, algorithm), rotated=True)
         self._sets.forget(app_id)
-        return await self.listed(app)
+        return await self.list_keys(app)
 
-    async def listed(self, app: RelyingParty | None) -> list[tuple[StoredKey, State]]:
-        """The keys of a set and what each does: it signs, is the next one, verifies what it signed
-        (old), or has left (gone).
+    async def list_keys(self, app: RelyingParty | None) -> list[tuple[StoredKey, State]]:
+        """The keys of a set with their states: signs, next, old (verifies tokens that it signed) or
+        gone (left the set).
         """
-        return _Set(await self._keys.of(app.id if app else None)).states(instant(self._clock()))
+        keys = await self._keys.of(app.id if app else None)
+        return _KeySet(keys).states(instant(self._clock()))
 
-    async def seals(self) -> list[tuple[StoredKey, int | None]]:
-        """Every key of every set that signs or will sign, and which secret opens it: 0 is the one
-        that seals; None: none of ours.
+    async def list_seals(self) -> list[tuple[StoredKey, int | None]]:
+        """Every key of every set that signs or will sign, with the number of the secret that opens
+        it: 0 seals new keys; None: no secret of this process opens it.
         """
-        found: dict[str, list[StoredKey]] = {}
-        for key in await self._keys.all():
-            found.setdefault(key.scope, []).append(key)
         now = instant(self._clock())
-        states = [pair for keys in found.values() for pair in _Set(keys).states(now)]
-        return [(key, self._opened_by(key)) for key, state in states if state in ("signs", "next")]
+        return [
+            (key, opened[1] if (opened := self._open(key)) else None)
+            for _, keys in groupby(await self._keys.all(), attrgetter("scope"))
+            for key, state in _KeySet(list(keys)).states(now)
+            if state in ("signs", "next")
+        ]
 
     async def reseal(self) -> tuple[int, int]:
-        """Seal every key under the first secret; may be repeated, and run beside serving instances
-        that have both secrets.
+        """Seal every key under the first secret. May be repeated, and run beside instances that
+        serve with both secrets.
 
-        Returns how many were sealed anew, and how many none of our secrets opens.
+        Returns how many keys were resealed, and how many no secret of this process opens.
         """
-        changed = lost = 0
+        resealed = lost = 0
         for key in await self._keys.all():
-            try:
-                private, number = self._open(key)
-            except SealBroken:
+            opened = self._open(key)
+            if opened is None:
                 lost += 1
-                continue
-            if number:
+            elif opened[1] != 0:
                 sealed = self._seal.close(
-                    private, kid=key.id, scope=key.scope, algorithm=key.algorithm
+                    opened[0], kid=key.id, scope=key.scope, algorithm=key.algorithm
                 )
-                changed += await self._keys.reseal(key, sealed)
-        return changed, lost
+                resealed += await self._keys.reseal(key, sealed)
+        return resealed, lost
 
     # -- below -------------------------------------------------------------------------------------
 
     async def _signer(
         self, app: RelyingParty | None, algorithm: TokenAlgorithm
-    ) -> tuple[str, PrivateKey]:
-        """The id of the key that signs now, and the key."""
-        found = await self._set(app, algorithm)
-        key = found.signer(algorithm, instant(self._clock()))
-        assert key is not None, "the line was made"
-        private = found.opened.get(key.id)
-        if private is None:
-            try:
-                private, _ = self._open(key)
-            except SealBroken:
-                raise Unavailable(reason="signing_key_sealed") from None
-            found.opened[key.id] = private
-        return key.id, private
+    ) -> tuple[StoredKey, PrivateKey]:
+        """The key that signs now, and its private half."""
+        key_set = await self._set(app, algorithm)
+        key = key_set.signer(algorithm, instant(self._clock()))
+        assert key is not None, "_set makes the first key"
+        if key.id not in key_set.opened:
+            opened = self._open(key)
+            if opened is None:
+                raise Unavailable(reason="signing_key_sealed")
+            key_set.opened[key.id] = opened[0]
+        return key, key_set.opened[key.id]
 
-    async def _set(self, app: RelyingParty | None, algorithm: TokenAlgorithm) -> _Set:
-        """The set, with a key of `algorithm` in it."""
+    async def _set(self, app: RelyingParty | None, algorithm: TokenAlgorithm) -> _KeySet:
+        """The set, which has a key of `algorithm`."""
         app_id = app.id if app else None
-        found = self._sets.get(app_id)
-        if found is None or not _has(found, algorithm):
-            found = await self._read(app_id)
-        if _has(found, algorithm):
-            return found
+        key_set = self._sets.get(app_id)
+        if key_set is None or not _has(key_set, algorithm):
+            key_set = await self._read(app_id)
+        if _has(key_set, algorithm):
+            return key_set
         try:
-            async with asyncio.timeout(remaining(_MAKING)), self._making:
-                found = await self._read(app_id)
-                if not _has(found, algorithm):
+            async with asyncio.timeout(remaining(_GENERATION_TIMEOUT)), self._generation:
+                key_set = await self._read(app_id)
+                if not _has(key_set, algorithm):
                     await self._keys.add_first(await self._new(app_id, algorithm))
-                    found = await self._read(app_id)
+                    key_set = await self._read(app_id)
         except TimeoutError:
             raise Unavailable(reason="signing_key_slow") from None
-        return found
+        return key_set
 
-    async def _read(self, app_id: str | None) -> _Set:
+    async def _read(self, app_id: str | None) -> _KeySet:
         asked = self._sets.ask()
-        found = _Set(await self._keys.of(app_id))
-        if found.keys:
-            self._sets.put(app_id, found, asked)
-        return found
+        key_set = _KeySet(await self._keys.of(app_id))
+        if key_set.keys:
+            self._sets.put(app_id, key_set, asked)
+        return key_set
 
     async def _new(self, app_id: str | None, algorithm: TokenAlgorithm) -> StoredKey:
-        """A key that signs from now on, not stored yet."""
+        """A new key that signs from now on. The caller stores it."""
         if not self._seal:
             raise Unavailable(reason="no_secret_key")
         kid, private = self._mint.id(), await asyncio.to_thread(generate, algorithm)
@@ -275,15 +278,13 @@ class Signing:
             kid, app_id, algorithm, 1, sealed, public_jwk(private, kid, algorithm), now, now
         )
 
-    def _open(self, key: StoredKey) -> tuple[PrivateKey, int]:
-        return self._seal.open(key.sealed, kid=key.id, scope=key.scope, algorithm=key.algorithm)
-
-    def _opened_by(self, key: StoredKey) -> int | None:
+    def _open(self, key: StoredKey) -> tuple[PrivateKey, int] | None:
+        """The private key, and the number of the secret that opens it. None: no secret does."""
         try:
-            return self._open(key)[1]
+            return self._seal.open(key.sealed, kid=key.id, scope=key.scope, algorithm=key.algorithm)
         except SealBroken:
             return None
 
 
-def _has(found: _Set, algorithm: TokenAlgorithm) -> bool:
-    return any(key.algorithm == algorithm for key in found.keys)
+def _has(key_set: _KeySet, algorithm: TokenAlgorithm) -> bool:
+    return any(key.algorithm == algorithm for key in key_set.keys)

@@ -190,7 +190,7 @@ async def _signing(parts: Parts) -> list[Finding]:
     from broker.dialects import left_out
 
     try:
-        seals = await parts.signing.seals()
+        seals = await parts.signing.list_seals()
     except Unavailable:
         return []  # said above
     return [secret_key(parts.settings, left_out(parts.settings), [number for _, number in seals])]

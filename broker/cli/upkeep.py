@@ -88,7 +88,7 @@ async def migrate(records: Records, _: argparse.Namespace) -> list[str]:
 async def list_signing_keys(records: Records, options: argparse.Namespace) -> list[Row]:
     """The keys of a set, by algorithm, oldest first."""
     app = await _app_of_set(records, options)
-    return [_signing_key_row(key, state) for key, state in await records.signing.listed(app)]
+    return [_signing_key_row(key, state) for key, state in await records.signing.list_keys(app)]
 
 
 async def rotate_signing_key(records: Records, options: argparse.Namespace) -> list[Row]:

@@ -236,7 +236,7 @@ async def test_a_rotation_publishes_first_and_signs_later(one: Instance, clock: 
     for ahead, signer, published in moments:
         clock.ahead = ahead
         assert (await one.signer(app), await one.kids(app)) == (signer, published), ahead
-    assert [state for _, state in await one.signing.listed(app)] == ["gone", "signs"]
+    assert [state for _, state in await one.signing.list_keys(app)] == ["gone", "signs"]
     listed = await one.signing.rotate(app, "ES256")
     assert [(key.generation, state) for key, state in listed] == [(2, "signs"), (3, "next")], (
         "gone is deleted"
@@ -440,12 +440,14 @@ async def test_another_secret_signs_nothing_and_publishes_the_same(start: Start)
     assert refused.value.reason == "signing_key_sealed"
     assert await two.kids(app) == [kid]
     assert len(await one.keys.of(app.id)) == 1, "none is made anew"
-    assert [number for key, number in await two.signing.seals() if key.app_id == app.id] == [None]
+    assert [number for key, number in await two.signing.list_seals() if key.app_id == app.id] == [
+        None
+    ]
     await two.signing.rotate(app, "ES256", now=True)
     assert jws.verify(
         await two.signing.sign(app, "ES256", CLAIMS), await two.signing.key_set(app, "ES256")
     )
-    assert [number for key, number in await two.signing.seals() if key.app_id == app.id] == [0]
+    assert [number for key, number in await two.signing.list_seals() if key.app_id == app.id] == [0]
     await one.directory.delete_app(app.id)
 
 
@@ -473,7 +475,7 @@ async def test_the_secret_changes_without_a_pause(own_stores: EmbeddedStores) ->
         tokens = [await old.sign(of, "ES256", CLAIMS) for of in (app, None)]
         await old.rotate(app, "ES256", now=True)
         tokens += [await both.sign(of, "ES256", CLAIMS) for of in (app, None)]
-        assert [number for _, number in await both.seals()] == [1, 1], (
+        assert [number for _, number in await both.list_seals()] == [1, 1], (
             "the one that signed before need not open"
         )
         assert secret_key(settings_for(own_stores), (), [1, 0]).found.startswith(

@@ -25,7 +25,7 @@ from broker.dialects.flex.objects import rfc3339
 from broker.durable import instant
 from broker.errors import InvalidRequest
 from broker.model import Caller
-from broker.signals import Prepared, SignalKind
+from broker.signals import SignalKind, SignalTicket
 from broker.web import SIGNALS, Handler, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
@@ -77,7 +77,7 @@ async def prepare_prune(request: web.Request, caller: Caller) -> web.StreamRespo
     )
 
 
-def _prepared(prepared: Prepared) -> web.Response:
+def _prepared(prepared: SignalTicket) -> web.Response:
     return json_answer(
         {
             "ticket": prepared.ticket,

@@ -79,7 +79,7 @@ async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:
     if request.app[SETTINGS].secret_key:
         keys = (await signing.key_set(caller.app, ALGORITHM))["keys"]
     else:
-        keys = [key.public for key, state in await signing.listed(caller.app) if state != "gone"]
+        keys = [key.public for key, state in await signing.list_keys(caller.app) if state != "gone"]
     return json_answer({"keys": keys}, headers={"Cache-Control": f"public, max-age={JWKS_MAX_AGE}"})
 
 

@@ -33,7 +33,7 @@ from broker.dialects.passlock.fields import (
 from broker.durable import instant
 from broker.errors import InvalidRequest, UnknownPasskey
 from broker.model import Caller, Owned, base64url, validate_text
-from broker.signals import Instructions, Prepared, SignalKind
+from broker.signals import Instructions, SignalKind, SignalTicket
 from broker.web import DIRECTORY, SIGNALS, Handler, json_answer, read_object
 from broker.web.body import optional_text, read_query, text_field
 
@@ -128,7 +128,7 @@ async def prune_passkeys(request: web.Request, caller: Caller) -> web.StreamResp
     return _prepared("PreparedPasskeyPruning", "prunePasskeysToken", prepared)
 
 
-def _prepared(tag: str, token: str, prepared: Prepared) -> web.Response:
+def _prepared(tag: str, token: str, prepared: SignalTicket) -> web.Response:
     return json_answer(
         {
             "_tag": tag,
@@ -140,7 +140,7 @@ def _prepared(tag: str, token: str, prepared: Prepared) -> web.Response:
     )
 
 
-def _warnings(told: Prepared | Instructions) -> list[Body]:
+def _warnings(told: SignalTicket | Instructions) -> list[Body]:
     """What was asked for and is not there."""
     if told.empty and not told.missing:
         return [{"code": "NO_PASSKEYS_FOUND", "message": "This user has no passkeys."}]
