@@ -1,9 +1,12 @@
-"""Environment to one frozen `Settings`.
+"""Settings: the environment as one frozen object.
 
-Every setting begins with `BROKER_`; a new one has a default that keeps old deployments running. All
-faults are found in one pass and reported together, because an operator who mends one at a time
-restarts the service once per fault. Values that carry a secret (the URLs of the stores, the secret
-key) are left out of `repr`, and no sentence quotes a value.
+The name of every setting begins with `BROKER_`. A new setting has a default that keeps old
+deployments running. All faults are found in one pass and reported together, because an operator who
+mends one fault at a time restarts the service once per fault. `repr` omits values that carry a
+secret (the URLs of the stores, the secret key), and no sentence quotes a value.
+
+A setting of the core is a field of `Settings`. A setting of a dialect is a `Setting` in the
+dialect's package.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
+from broker.model.values import choice, whole
+
+T = TypeVar("T")
 PREFIX = "BROKER_"
 TOKEN_LIFE_LIMIT = 3600  # seconds: no setting lets a signed token live longer
 
@@ -73,25 +79,22 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
         except ValueError:
             raise ValueError(malformed) from None
         if parts.scheme not in options:
-            raise ValueError(
-                f"must be a URL that begins with {' or '.join(s + '://' for s in options)}"
-            )
+            raise ValueError(f"a URL that begins with {' or '.join(s + '://' for s in options)}")
         if not text.isprintable() or " " in text or "#" in text or not _target_is_sound(parts):
             raise ValueError(malformed)
         known = options[parts.scheme]
         if any(name not in known for name, _ in given):
-            raise ValueError(f"has an option other than {', '.join(sorted(known))}")
+            raise ValueError(f"a URL without an option other than {', '.join(sorted(known))}")
         if parts.scheme in _ONE_HOST and "," in parts.netloc.rpartition("@")[2]:
             raise ValueError(
-                "has several hosts, which only redis+cluster:// and rediss+cluster:// take"
+                "a URL with one host; redis+cluster:// and rediss+cluster:// take several"
             )
-        if not all(
-            re.fullmatch(r"[0-9]{1,5}", value) for name, value in given if name in ("port", "db")
-        ):
+        numbers = [value for name, value in given if name in ("port", "db")]
+        if not all(re.fullmatch(r"[0-9]{1,5}", number) for number in numbers):
             raise ValueError(malformed)
         return text
 
-    malformed = f"must be a URL like {example}, with reserved characters of the password as %XX"
+    malformed = f"a URL like {example}, with reserved characters of the password as %XX"
     return parse
 
 
@@ -113,89 +116,76 @@ def _host(text: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9._:%-]+", name) or (
             ":" not in name and not all(1 <= len(label) <= 63 for label in labels)
         ):
-            raise ValueError("must be a host name or an IP address, like localhost, 0.0.0.0 or ::")
+            raise ValueError("a host name or an IP address, like localhost, 0.0.0.0 or ::")
     return text
 
 
-def _public_url(text: str) -> str:
-    if not _is_web_address(text):
-        raise ValueError("must be the address callers use, like https://passkeys.example.com")
-    return text.rstrip("/")
+def _web_address(noun: str, end: str = "") -> Callable[[str], str]:
+    """The address of a page or a service; a last character `end` is removed."""
 
+    def parse(text: str) -> str:
+        try:
+            parts = urlsplit(text)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or not text.isprintable() or any(c in text for c in "@?# "):
+            raise ValueError(noun)
+        return text.rstrip(end)
 
-def _page(text: str) -> str:
-    if not _is_web_address(text):
-        raise ValueError("must be a page's address, like https://docs.example.com/troubleshooting")
-    return text
-
-
-def _is_web_address(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return usable and text.isprintable() and not any(character in text for character in "@?# ")
+    return parse
 
 
 def _text(text: str) -> str:
     if len(text) > 128 or not text.isprintable():
-        raise ValueError("must be an app's id or name")
+        raise ValueError("an app's id or name")
     return text
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
 
 
 def _seconds(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
+            raise ValueError(f"a number of seconds from {low:g} to {high:g}")
         return float(text)
-
-    return parse
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return text
 
     return parse
 
 
 def _names(text: str) -> tuple[str, ...]:
     if not re.fullmatch(r"[a-z]{1,32}(,[a-z]{1,32})*", text):
-        raise ValueError("must be names of dialects with commas between, like flex,propelauth")
+        raise ValueError("names of dialects with commas between, like flex,propelauth")
     return tuple(dict.fromkeys(text.split(",")))
 
 
 def _secrets(text: str) -> tuple[str, ...]:
-    # Short ones can be guessed, and so can those that are one character over and over.
+    # A short secret can be guessed, and so can a secret of few different characters.
     given = text.split(",")
     if not all(
         re.fullmatch(r"[!-+\--~]{32,512}", secret) and len(set(secret)) > 7 for secret in given
     ):
-        raise ValueError(
-            "must be a random text of at least 32 characters, or several with commas between"
-        )
+        raise ValueError("a random text of at least 32 characters, or several with commas between")
     return tuple(dict.fromkeys(given))
 
 
+class Setting(NamedTuple, Generic[T]):
+    """The declaration of one setting of a dialect. The parser raises ValueError with what it takes
+    as a noun phrase.
+    """
+
+    name: str
+    default: T
+    parse: Callable[[str], T]
+    meaning: str
+
+
 def _setting(parse: Callable[[str], Any], default: Any, *, secret: bool = False) -> Any:
+    """A field of `Settings` that is a setting of the core."""
     return field(default=default, repr=not secret, metadata={"parse": parse})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a process needs to know. Names in the environment: `BROKER_` and the field in
+    """The settings of a process. The name of a variable is `BROKER_` and the setting's name in
     capitals.
     """
 
@@ -204,36 +194,33 @@ class Settings:
     )
     redis_url: str = _setting(_url("redis://user:password@host:6379/0", _REDIS), "", secret=True)
     host: str = _setting(_host, "localhost")
-    port: int = _setting(_whole(0, 65535), 8080)
-    management_port: int = _setting(_whole(0, 65535), 0)  # 0: keyed routes share `port`
-    metrics: str = _setting(
-        _choice("management", "public"), "management"
-    )  # which port may serve them
-    workers: int = _setting(_whole(1, 64), 1)  # processes of `serve`
-    public_url: str = _setting(_public_url, "")
-    docs_url: str = _setting(_page, "")  # the page of refusal codes
-    app: str = _setting(_text, "")  # which commands of `broker` act on
-    dialects: tuple[str, ...] = _setting(_names, ())  # which answer; none named: all
-    secret_key: tuple[str, ...] = _setting(
-        _secrets, (), secret=True
-    )  # the first seals keys, all open them
-    receipt_token_life: int = _setting(
-        _whole(10, TOKEN_LIFE_LIMIT), 300
-    )  # seconds; of a signed receipt
-    hanko_token_life: int = _setting(_whole(10, TOKEN_LIFE_LIMIT), 300)  # seconds; the vendor's own
-    passlock_token_life: int = _setting(
-        _whole(10, TOKEN_LIFE_LIMIT), 300
-    )  # seconds; the vendor states none
-    passlock_code_life: int = _setting(_whole(10, 600), 300)  # seconds; the vendor's own
+    port: int = _setting(whole(0, 65535), 8080)
+    management_port: int = _setting(whole(0, 65535), 0)  # 0: keyed routes share `port`
+    metrics: str = _setting(choice("management", "public"), "management")  # the port of /metrics
+    workers: int = _setting(whole(1, 64), 1)  # processes of `serve`
+    public_url: str = _setting(
+        _web_address("the address callers use, like https://passkeys.example.com", "/"), ""
+    )
+    docs_url: str = _setting(  # the page of refusal codes
+        _web_address("a page's address, like https://docs.example.com/troubleshooting"), ""
+    )
+    app: str = _setting(_text, "")  # the app that commands of `broker` act on
+    dialects: tuple[str, ...] = _setting(_names, ())  # those that answer; none named: all
+    # The first seals keys, and all open them.
+    secret_key: tuple[str, ...] = _setting(_secrets, (), secret=True)
     store_timeout: float = _setting(_seconds(0.05, 1.5), 0.8)  # limit of one wait for a store
-    database_connections: int = _setting(_whole(1, 500), 16)
-    redis_connections: int = _setting(_whole(1, 2000), 64)  # without effect, of old deployments
-    cache_seconds: float = _setting(
-        _seconds(0, 1), 0.9
-    )  # how long an app or a key may be remembered
-    event_retention_days: int = _setting(_whole(0, 36_500), 90)  # 0: events stay for ever
+    database_connections: int = _setting(whole(1, 500), 16)
+    redis_connections: int = _setting(whole(1, 2000), 64)  # no effect: old deployments set it
+    cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # that an app or a key stays cached
+    event_retention_days: int = _setting(whole(0, 36_500), 90)  # 0: events stay for ever
     drain_seconds: float = _setting(_seconds(0, 60), 10)
-    log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info")
+    log_level: str = _setting(choice("debug", "info", "warning", "error"), "info")
+    # The values of the dialects' settings. A setting that is missing has its default.
+    declared: Mapping[str, object] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, setting: Setting[T]) -> T:
+        """The value of a dialect's setting."""
+        return cast("T", self.declared.get(setting.name, setting.default))
 
     @property
     def metrics_at(self) -> Literal["management", "public", "nowhere"]:
@@ -250,8 +237,10 @@ class Settings:
         environment: Mapping[str, str],
         *,
         needed: Sequence[str] = ("database_url", "redis_url"),
+        declared: Sequence[Setting[Any]] = (),
     ) -> Settings:
-        """Read `environment`; the settings in `needed` must be there.
+        """Read `environment`; the settings in `needed` must be there. `declared` are the settings
+        of dialects.
 
         Raises:
             SettingsFault: with a sentence for every missing, malformed or unknown `BROKER_`
@@ -259,25 +248,28 @@ class Settings:
         """
         faults: list[str] = []
         values: dict[str, Any] = {}
-        known = {PREFIX + f.name.upper(): f for f in fields(cls)}
-        for name, text in environment.items():
-            if not name.startswith(PREFIX):
+        parsers = {f.name: f.metadata["parse"] for f in fields(cls) if f.metadata}
+        parsers |= {setting.name: setting.parse for setting in declared}
+        known = {PREFIX + name.upper(): name for name in parsers}
+        for variable, text in environment.items():
+            if not variable.startswith(PREFIX):
                 continue
-            if name not in known:
-                faults.append(f"{name} is not a setting.")
+            if variable not in known:
+                faults.append(f"{variable} is not a setting.")
             elif text != "":
                 try:
-                    values[known[name].name] = known[name].metadata["parse"](text)
+                    values[known[variable]] = parsers[known[variable]](text)
                 except ValueError as fault:
-                    faults.append(f"{name} {fault}.")
+                    faults.append(f"{variable} must be {fault}.")
         for name in needed:
-            if not values.get(name) and not any(
-                f.startswith(PREFIX + name.upper()) for f in faults
-            ):
-                faults.append(f"{PREFIX}{name.upper()} is missing.")
+            variable = PREFIX + name.upper()
+            if not values.get(name) and not any(f.startswith(variable) for f in faults):
+                faults.append(f"{variable} is missing.")
         if faults:
             raise SettingsFault(faults)
-        settings = cls(**values)
+        settings = cls(
+            declared={s.name: values.pop(s.name) for s in declared if s.name in values}, **values
+        )
         if settings.management_port and settings.management_port == settings.port:
             raise SettingsFault(["BROKER_MANAGEMENT_PORT must not be the port of BROKER_PORT."])
         return settings

@@ -27,6 +27,7 @@ import pytest
 
 from broker import cli as command_line
 from broker.app import Parts, Service, assemble, serve
+from broker.dialects import DIALECTS
 from broker.durable import Durable, Postgres, instant
 from broker.embedded import EmbeddedStores
 from broker.model import Policy
@@ -195,7 +196,10 @@ def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
         "secret_key": (SECRET_KEY,),
         **changes,
     }
-    return Settings(**values)
+    declared = [setting.name for dialect in DIALECTS for setting in dialect.settings]
+    return Settings(
+        declared={name: values.pop(name) for name in declared if name in values}, **values
+    )
 
 
 ON_BOTH = pytest.mark.parametrize("redis_url", ["single", "cluster"], indirect=True)

@@ -30,6 +30,7 @@ from broker.errors import (
 from broker.model import (
     LONGEST_NONCE,
     MAX_REFUSALS,
+    OWNERLESS_HINT,
     AllowedCredential,
     AuthenticationAnswer,
     Credential,
@@ -313,9 +314,7 @@ class Finishes:
         if owned.credential.second_factor and not pending.asked.second_factor:
             raise CeremonyRefused(reason="second_factor")
         if owned.external_id is None and not pending.asked.ownerless:
-            raise CeremonyRefused(
-                reason="ownerless", hint=policy_hint("passlock_open_registration", "true")
-            )
+            raise CeremonyRefused(reason="ownerless", hint=OWNERLESS_HINT)
         return owned.credential, owned.external_id
 
     async def _count_refusal(self, pending: Pending) -> bool:
@@ -493,12 +492,10 @@ def kind_of(pending: PendingAuthentication) -> str:
 def reapply_policy(app: RelyingParty, pending: P) -> P:
     """A pending ceremony that asks for as much user verification as it would if it began now, and
     lets what nobody owns in only if it still would: a policy made stricter applies at once."""
-    if not app.policy.passlock_open_registration:
+    if not app.policy.ownerless_registration:
         by_a_page = pending.transaction is None
         if isinstance(pending, PendingRegistration) and pending.external_id is None and by_a_page:
-            raise UnknownTransaction(
-                reason="not_open", hint=policy_hint("passlock_open_registration", "true")
-            )
+            raise UnknownTransaction(reason="not_open", hint=OWNERLESS_HINT)
         if pending.asked.ownerless:
             pending = pending._replace(asked=replace(pending.asked, ownerless=False))
     now = app.policy.verification(pending.asked)

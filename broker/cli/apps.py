@@ -11,14 +11,13 @@ from dataclasses import replace
 from broker.cli.output import Row, counted, print_answer
 from broker.cli.parsing import Commands, add_group
 from broker.cli.records import Records, add, chosen_app, shown_app
+from broker.dialects import policy_keys
 from broker.errors import InvalidSetting
 from broker.model import (
     ALGORITHMS,
     ApiKey,
     Policy,
     RelyingParty,
-    as_dict,
-    policy_keys,
     web_origin,
 )
 
@@ -175,7 +174,7 @@ def _changed(policy: Policy, changes: Sequence[str]) -> Policy:
         key, equals, value = change.partition("=")
         if not equals:
             raise InvalidSetting(f"--set takes KEY=VALUE, not {change!r}.")
-        policy = policy.set(key, value)
+        policy = policy.set(key, value, policy_keys())
     return policy
 
 
@@ -275,10 +274,10 @@ def _policy_rows(policy: Policy | None = None) -> list[Row]:
     default, present = _policy_row(Policy()), _policy_row(policy) if policy else None
     return [
         {
-            "key": key.key,
-            **({"value": present[key.key]} if present else {}),
-            "default": default[key.key],
-            "values": key.values,
+            "key": key.name,
+            **({"value": present[key.name]} if present else {}),
+            "default": default[key.name],
+            "values": key.values.in_words,
             "meaning": key.meaning,
         }
         for key in policy_keys()
@@ -317,7 +316,7 @@ def _app_row(app: RelyingParty) -> Row:
 
 def _policy_row(policy: Policy) -> dict[str, object]:
     return {
-        **as_dict(policy),
+        **{key.name: policy[key] for key in policy_keys()},
         "algorithms": [ALGORITHMS[number] for number in policy.algorithms],
         "attestation_roots": len(policy.attestation_roots),  # how many; they are long
     }

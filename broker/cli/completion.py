@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from broker.cli.parsing import Commands, add_command
-from broker.model import policy_keys
+from broker.dialects import policy_keys
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ def places(parser: argparse.ArgumentParser) -> Iterator[Place]:
         else:
             values: list[str] | None = list(map(str, action.choices or ()))
             if action.metavar == "KEY=VALUE":
-                values = [f"{key.key}=" for key in policy_keys()]
+                values = [f"{key.name}=" for key in policy_keys()]
             if action.nargs == 0:
                 values = None
             place.options[action.option_strings[-1]] = (action.help or "", values)

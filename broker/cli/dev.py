@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from broker.cli.output import Steps
 from broker.cli.parsing import Commands, add_command
 from broker.cli.serving import run, start, until_told
+from broker.dialects import load_settings
 from broker.embedded import INSTALL, EmbeddedStores, is_new
 from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
@@ -81,7 +82,7 @@ def run_dev(options: argparse.Namespace) -> int:
         for name in ("database_url", "redis_url")
     }
     try:
-        Settings.load(environment, needed=())  # faults are reported before anything is started
+        load_settings(environment, needed=())  # faults are reported before anything is started
     except SettingsFault as fault:
         raise SettingsFault([_as_given(sentence, said) for sentence in fault.faults]) from None
     if (
@@ -99,7 +100,7 @@ def run_dev(options: argparse.Namespace) -> int:
         environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or _kept_secret(
             embedded.data
         )
-        settings = Settings.load(environment)
+        settings = load_settings(environment)
         settings = replace(settings, host=_with_loopback(settings.host))
         run(_dev(settings, embedded.data, embedded.notes, steps, opens=not options.no_open))
     return 0

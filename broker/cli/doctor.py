@@ -16,6 +16,7 @@ from broker.cli.output import GREEN, RED, has_colour, painted, progress
 from broker.cli.parsing import Commands, add_command
 from broker.cli.records import settings_for_data
 from broker.cli.serving import listening, run, with_parts
+from broker.dialects import left_out
 from broker.errors import InvalidSetting, Unavailable
 from broker.settings import Settings, SettingsFault
 
@@ -187,7 +188,6 @@ def clock(store: str, ahead: float) -> Finding:
 
 
 async def _signing(parts: Parts) -> list[Finding]:
-    from broker.dialects import left_out
 
     try:
         seals = await parts.signing.list_seals()

@@ -27,6 +27,7 @@ from broker.cli.dev import DATA, read, read_secret
 from broker.cli.output import harmless, say
 from broker.cli.parsing import Commands, add_app_option, add_command
 from broker.cli.serving import run
+from broker.dialects import load_settings
 from broker.errors import Fault, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
 from broker.settings import Settings
@@ -105,7 +106,7 @@ def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> S
         environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or read_secret(
             Path(DATA)
         )
-    return Settings.load(environment, needed=needed or ("database_url",))
+    return load_settings(environment, needed=needed or ("database_url",))
 
 
 # -- declaring a command ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from broker.cli.parsing import Commands, add_command
+from broker.dialects import left_out, load_settings
 from broker.errors import Fault, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, capture_library_records
@@ -77,7 +78,7 @@ def listening(environment: Mapping[str, str], options: argparse.Namespace) -> di
 def run_serve(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     environment = listening(os.environ, options)
-    settings = Settings.load(environment)
+    settings = load_settings(environment)
     if settings.workers > 1:
         from broker.cli.workers import supervise
 
@@ -98,7 +99,6 @@ async def _serve(settings: Settings, *, migrate: bool) -> None:
 
 async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> None:
     from broker.app import assemble
-    from broker.dialects import left_out
 
     parts = await assemble(settings, log=log)
     if migrate:

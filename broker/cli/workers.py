@@ -69,7 +69,7 @@ from broker.cli.serving import (
     until_told,
     with_parts,
 )
-from broker.dialects import chosen, left_out
+from broker.dialects import chosen, left_out, load_settings
 from broker.settings import Settings
 from broker.telemetry import KEEPER, Log, Metrics, Shared, capture_library_records
 from broker.web.share import Shares
@@ -488,7 +488,7 @@ def work() -> None:
     environment.
     """
     post = _Post(**json.loads(sys.argv[1]))
-    run(_work(Settings.load(os.environ), post))
+    run(_work(load_settings(os.environ), post))
 
 
 async def _work(settings: Settings, post: _Post) -> None:

@@ -7,15 +7,36 @@ glossary, and each dialect's folder a page with every deviation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from broker.dialects.declaration import Dialect
 from broker.dialects.flex import FLEX
 from broker.dialects.hanko import HANKO
 from broker.dialects.passlock import PASSLOCK
 from broker.dialects.propelauth import PROPELAUTH
+from broker.model import POLICY_KEYS, PolicyKey
 from broker.settings import Settings, SettingsFault
 
 # The first one's shape is that of answers on paths which no dialect has.
 DIALECTS: tuple[Dialect, ...] = (FLEX, HANKO, PASSLOCK, PROPELAUTH)
+
+
+def policy_keys() -> list[PolicyKey[Any]]:
+    """Every policy key: the core's, and those that the dialects declare."""
+    return [*POLICY_KEYS, *(key for dialect in DIALECTS for key in dialect.policy_keys)]
+
+
+def load_settings(
+    environment: Mapping[str, str], *, needed: Sequence[str] = ("database_url", "redis_url")
+) -> Settings:
+    """`Settings.load` with the settings of the dialects.
+
+    Raises:
+        SettingsFault: as `Settings.load`.
+    """
+    declared = [setting for dialect in DIALECTS for setting in dialect.settings]
+    return Settings.load(environment, needed=needed, declared=declared)
 
 
 def chosen(settings: Settings) -> tuple[Dialect, ...]:

@@ -1,4 +1,4 @@
-"""What a dialect declares: its name, and how its wire format is loaded.
+"""The declaration of a dialect: its name, settings and policy keys, and how its wire format loads.
 
 The package of a dialect declares it without importing aiohttp, so that every command of `broker`
 reads the declarations at little cost. A process that serves loads the wire formats.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from broker.errors import Refusal
+from broker.model import PolicyKey
+from broker.settings import Setting
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -37,3 +39,5 @@ class Dialect:
     name: str
     load: Callable[[], WireFormat]
     signs: bool = False  # signs tokens, so it answers only where there is a secret key
+    settings: tuple[Setting[Any], ...] = ()
+    policy_keys: tuple[PolicyKey[Any], ...] = ()

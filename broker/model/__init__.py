@@ -42,6 +42,8 @@ from broker.model.policy import (
     ALGORITHMS,
     LONGEST_NONCE,
     NO_OPTIONS,
+    OWNERLESS_HINT,
+    POLICY_KEYS,
     Attachment,
     AttachmentPolicy,
     AttestationPreference,
@@ -57,7 +59,6 @@ from broker.model.policy import (
     UserVerification,
     Verifications,
     is_weaker,
-    policy_keys,
     verification,
 )
 
@@ -69,6 +70,8 @@ __all__ = [
     "MAX_REFUSALS",
     "MAX_TEXT",
     "NO_OPTIONS",
+    "OWNERLESS_HINT",
+    "POLICY_KEYS",
     "AllowedCredential",
     "ApiKey",
     "Approval",
@@ -118,7 +121,6 @@ __all__ = [
     "is_origin",
     "is_weaker",
     "page_origin",
-    "policy_keys",
     "purpose_of",
     "validate_text",
     "verification",

@@ -1,15 +1,23 @@
-"""What an app asks of its ceremonies, and what a caller may ask of one of them."""
+"""The policy of an app: what the app asks of ceremonies, and what a caller may ask of one of them.
+
+Each key is declared once, with its default, the values it takes and its meaning: a key of the core
+as a field of `Policy`, a key of a dialect as a `PolicyKey` in the dialect's package. Postgres holds
+both kinds in one JSON object.
+"""
 
 from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
-from broker.errors import InvalidSetting
+from broker.errors import InvalidSetting, policy_hint
 from broker.model.origins import web_origin
+from broker.model.values import SWITCH, Values, choice, items, whole
+
+T = TypeVar("T")
 
 UserVerification = Literal["required", "preferred", "discouraged"]
 AttestationPreference = Literal["none", "indirect", "direct", "enterprise"]
@@ -76,91 +84,182 @@ def verification(of: Policy | Verifications, asked: CeremonyOptions) -> UserVeri
 LONGEST_NONCE = 600  # seconds that a nonce lives at most, whoever asks for how long
 
 
-def _key(meaning: str, values: str = "") -> dict[str, str]:
-    """What a key of a policy means; `values` in words where no table below has them."""
-    return {"meaning": meaning, "values": values}
+class PolicyKey(NamedTuple, Generic[T]):
+    """The declaration of one key. The name of a dialect's key begins with the dialect's name."""
+
+    name: str
+    default: T
+    values: Values[T]
+    meaning: str
+
+
+def _key(values: Values[Any], meaning: str) -> dict[str, Any]:
+    """The metadata of a field that is a key of the core."""
+    return {"values": values, "meaning": meaning}
+
+
+def _algorithms(text: str) -> tuple[int, ...]:
+    by_name = {name: number for number, name in ALGORITHMS.items()}
+    known = by_name | {str(number): number for number in ALGORITHMS}
+    given = items(text)
+    numbers = tuple(dict.fromkeys(known[item] for item in given if item in known))
+    if not numbers or len(numbers) < len(given):
+        raise ValueError(f"a list of {', '.join(by_name)}")
+    return numbers
+
+
+def _hints(text: str) -> tuple[Hint, ...]:
+    given = tuple(dict.fromkeys(items(text)))
+    if not set(given) <= set(get_args(Hint)):
+        raise ValueError(f"a list of {', '.join(get_args(Hint))}")
+    return cast("tuple[Hint, ...]", given)
+
+
+def _top_origins(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(web_origin(item) for item in items(text)))
+
+
+def _certificates(text: str) -> tuple[str, ...]:
+    """Certificates that OpenSSL can read: any other root would fail every registration."""
+    found = tuple(dict.fromkeys(_PEM.findall(text)))
+    try:
+        if text.strip() and not (found and text.isascii()):
+            raise ValueError
+        for certificate in found:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=certificate)
+    except (ssl.SSLError, ValueError):
+        raise InvalidSetting(
+            "attestation_roots takes X.509 certificates in PEM, one after the other."
+        ) from None
+    return found
+
+
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.S)
+_VERIFICATION: Values[UserVerification] = choice(*get_args(UserVerification))
+_ATTACHMENT: Values[AttachmentPolicy] = choice(*get_args(AttachmentPolicy))
+_CEREMONY_SECONDS = whole(10, 600)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a relying party asks of ceremonies. Every key can be set with `broker app update --set
-    key=value`; `broker policy` lists them.
+    """What a relying party asks of ceremonies. `broker app update --set key=value` sets a key, and
+    `broker policy` lists the keys.
     """
 
     user_verification: UserVerification = field(
-        default="required", metadata=_key("whether the authenticator must verify the person")
+        default="required",
+        metadata=_key(_VERIFICATION, "whether the authenticator must verify the person"),
     )
     attestation: AttestationPreference = field(
-        default="none", metadata=_key("the attestation that browsers are asked for")
+        default="none",
+        metadata=_key(
+            choice(*get_args(AttestationPreference)), "the attestation that browsers are asked for"
+        ),
     )
     attestation_roots: tuple[str, ...] = field(
         default=(),
         metadata=_key(
+            Values("PEM certificates, one after the other", _certificates),
             "a chain to one of them is reported as verified",
-            "PEM certificates, one after the other",
         ),
     )
     attestation_required: AttestationRequired = field(
-        default="none", metadata=_key("what a registration must bring at least")
+        default="none",
+        metadata=_key(
+            choice(*get_args(AttestationRequired)), "what a registration must bring at least"
+        ),
     )
     algorithms: tuple[int, ...] = field(
         default=(-7, -8, -257),
         metadata=_key(
-            "of new passkeys, in order of preference", f"a list of {','.join(ALGORITHMS.values())}"
+            Values(f"a list of {','.join(ALGORITHMS.values())}", _algorithms),
+            "of new passkeys, in order of preference",
         ),
     )
     hints: tuple[Hint, ...] = field(
         default=(),
         metadata=_key(
-            "which authenticators browsers offer first", f"a list of {','.join(get_args(Hint))}"
+            Values(f"a list of {','.join(get_args(Hint))}", _hints),
+            "which authenticators browsers offer first",
         ),
     )
     authenticator_attachment: AttachmentPolicy = field(
-        default="any", metadata=_key("where the page names none")
+        default="any", metadata=_key(_ATTACHMENT, "where the page names none")
     )
     allow_cross_origin: bool = field(
-        default=False, metadata=_key("whether ceremonies run inside a cross-origin iframe")
+        default=False, metadata=_key(SWITCH, "whether ceremonies run inside a cross-origin iframe")
     )
     top_origins: tuple[str, ...] = field(
-        default=(), metadata=_key("the pages that may embed it", "a list of origins")
+        default=(),
+        metadata=_key(Values("a list of origins", _top_origins), "the pages that may embed it"),
     )
     counter: CounterPolicy = field(
-        default="refuse", metadata=_key("what to do about a signature counter that went back")
+        default="refuse",
+        metadata=_key(
+            choice(*get_args(CounterPolicy)), "what to do about a signature counter that went back"
+        ),
     )
-    live_at: LiveAt = field(default="finish", metadata=_key("when a new passkey starts to sign in"))
-    transaction_life: int = field(default=600, metadata=_key("seconds that a transaction lives"))
+    live_at: LiveAt = field(
+        default="finish",
+        metadata=_key(choice(*get_args(LiveAt)), "when a new passkey starts to sign in"),
+    )
+    transaction_life: int = field(
+        default=600, metadata=_key(_CEREMONY_SECONDS, "seconds that a transaction lives")
+    )
     ceremony_life: int = field(
         default=300,
-        metadata=_key("seconds that a begun ceremony lives, never past its transaction's end"),
+        metadata=_key(
+            _CEREMONY_SECONDS,
+            "seconds that a begun ceremony lives, never past its transaction's end",
+        ),
     )
-    nonce_life: int = field(default=60, metadata=_key("seconds that a nonce lives"))
+    nonce_life: int = field(
+        default=60, metadata=_key(whole(5, LONGEST_NONCE), "seconds that a nonce lives")
+    )
     discoverable_limit: int = field(
-        default=10_000, metadata=_key("open ceremonies that pages began without a transaction")
+        default=10_000,
+        metadata=_key(
+            whole(1, 1_000_000), "open ceremonies that pages began without a transaction"
+        ),
     )
     max_passkeys: int = field(
-        default=100, metadata=_key("passkeys of one user; a registration begins below it")
+        default=100,
+        metadata=_key(whole(1, 1000), "passkeys of one user; a registration begins below it"),
     )
     allow_weaker: bool = field(
         default=False,
         metadata=_key(
-            "whether a keyed call may ask for less user verification than user_verification"
+            SWITCH, "whether a keyed call may ask for less user verification than user_verification"
         ),
     )
     second_factor_user_verification: UserVerification = field(
-        default="preferred", metadata=_key("the same of a passkey that is only a second factor")
+        default="preferred",
+        metadata=_key(_VERIFICATION, "the same of a passkey that is only a second factor"),
     )
     second_factor_attachment: AttachmentPolicy = field(
-        default="cross-platform", metadata=_key("of such a passkey where nobody names one")
-    )
-    hanko_algorithm: TokenAlgorithm = field(
-        default="RS256", metadata=_key("signs the tokens of the Hanko API")
+        default="cross-platform",
+        metadata=_key(_ATTACHMENT, "of such a passkey where nobody names one"),
     )
     passlock_open_registration: bool = field(
         default=False,
         metadata=_key(
-            "whether pages of old Passlock clients may register passkeys that nobody owns yet"
+            SWITCH,
+            "whether pages of old Passlock clients may register passkeys that nobody owns yet",
         ),
     )
+    # The values of the dialects' keys. A key that is missing has its default.
+    declared: Mapping[str, object] = field(default_factory=dict)
+
+    def __getitem__(self, key: PolicyKey[T]) -> T:
+        """The value of a declared key."""
+        return cast("T", getattr(self, key.name, self.declared.get(key.name, key.default)))
+
+    @property
+    def ownerless_registration(self) -> bool:
+        """True if a page may register a passkey that no user owns yet. Passlock's clients were the
+        first with such pages, so the key has their name.
+        """
+        return self.passlock_open_registration
 
     @property
     def verifications(self) -> Verifications:
@@ -175,31 +274,41 @@ class Policy:
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Policy:
-        """Build from the JSON that `dump` made. Unknown keys (of newer code) are ignored, missing
-        ones take the default.
+        """Build from the JSON that `dump` made. A missing key takes its default. A key that the
+        core does not know is a dialect's, or of newer code, and stays.
         """
-        known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known
+            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
         }
-        return cls(**values)
+        known = {key.name: values.pop(key.name) for key in POLICY_KEYS if key.name in values}
+        return cls(**known, declared=values)
 
     def dump(self) -> dict[str, Any]:
         """Only what differs from the defaults, so that a default can change without a migration."""
-        mine, default = asdict(self), asdict(Policy())
+        values = {key.name: self[key] for key in POLICY_KEYS if self[key] != key.default}
         return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in mine.items() if v != default[k]
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in (values | {**self.declared}).items()
         }
 
-    def set(self, key: str, text: str) -> Policy:
+    def set(self, key: str, text: str, keys: Sequence[PolicyKey[Any]] | None = None) -> Policy:
         """Return a copy with `key` set from command-line `text`; lists are comma separated (PEM
-        certificates concatenated).
+        certificates concatenated). `keys` are those there are, the core's unless given.
 
         Raises:
             InvalidSetting: unknown key, or a value that the key can't take.
         """
-        change: dict[str, Any] = {key: _policy_value(key, text)}
-        return replace(self, **change)
+        known = {found.name: found for found in keys or POLICY_KEYS}
+        if key not in known:
+            raise InvalidSetting(f"There is no policy key {key!r}; there are {', '.join(known)}.")
+        try:
+            value = known[key].values(text)
+        except ValueError as fault:
+            raise InvalidSetting(f"{key} is {fault}, not {text!r}.") from None
+        stored = self.dump() | {key: value}
+        if value == known[key].default:
+            del stored[key]
+        return Policy.load(stored)
 
     def checked(self) -> Policy:
         """Return itself.
@@ -220,105 +329,13 @@ class Policy:
         return self
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "user_verification": get_args(UserVerification),
-    "attestation": get_args(AttestationPreference),
-    "attestation_required": get_args(AttestationRequired),
-    "authenticator_attachment": get_args(AttachmentPolicy),
-    "counter": get_args(CounterPolicy),
-    "live_at": get_args(LiveAt),
-    "second_factor_user_verification": get_args(UserVerification),
-    "second_factor_attachment": get_args(AttachmentPolicy),
-    "hanko_algorithm": get_args(TokenAlgorithm),
-}
-_SWITCHES = frozenset({"allow_cross_origin", "allow_weaker", "passlock_open_registration"})
+POLICY_KEYS: tuple[PolicyKey[Any], ...] = tuple(
+    PolicyKey(f.name, f.default, f.metadata["values"], f.metadata["meaning"])
+    for f in fields(Policy)
+    if f.metadata
+)
+OWNERLESS_HINT = policy_hint("passlock_open_registration", "true")
 _VERIFICATIONS: tuple[UserVerification, ...] = ("discouraged", "preferred", "required")
-_LIMITS = {
-    "transaction_life": (10, 600),
-    "ceremony_life": (10, 600),
-    "nonce_life": (5, 600),
-    "discoverable_limit": (1, 1_000_000),
-    "max_passkeys": (1, 1000),
-}
-_ALGORITHM_NUMBERS = {str(number): number for number in ALGORITHMS}
-_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.S)
-
-
-class PolicyKey(NamedTuple):
-    """A key of a policy, for people: what it takes, its default and what it means."""
-
-    key: str
-    values: str
-    default: object
-    meaning: str
-
-
-def policy_keys() -> list[PolicyKey]:
-    """Every key, in the order of `Policy`."""
-    return [
-        PolicyKey(f.name, f.metadata["values"] or _values(f.name), f.default, f.metadata["meaning"])
-        for f in fields(Policy)
-    ]
-
-
-def _values(key: str) -> str:
-    if limits := _LIMITS.get(key):
-        return f"{limits[0]} to {limits[1]}"
-    return ", ".join(_CHOICES.get(key, ("true", "false")))
-
-
-def _policy_value(key: str, text: str) -> object:
-    if choices := _CHOICES.get(key):
-        if text not in choices:
-            raise InvalidSetting(f"{key} is one of {', '.join(choices)}, not {text!r}.")
-        return text
-    if limits := _LIMITS.get(key):
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not limits[0] <= int(text) <= limits[1]:
-            raise InvalidSetting(
-                f"{key} is a whole number from {limits[0]} to {limits[1]}, not {text!r}."
-            )
-        return int(text)
-    if key in _SWITCHES:
-        if text not in ("true", "false"):
-            raise InvalidSetting(f"{key} is true or false, not {text!r}.")
-        return text == "true"
-    if key == "attestation_roots":
-        certificates = tuple(dict.fromkeys(_PEM.findall(text)))
-        if (text.strip() and not certificates) or not all(map(_is_certificate, certificates)):
-            raise InvalidSetting(f"{key} takes X.509 certificates in PEM, one after the other.")
-        return certificates
-    items = tuple(item.strip() for item in text.split(",") if item.strip())
-    if key == "algorithms":
-        by_name = {name: number for number, name in ALGORITHMS.items()}
-        try:
-            numbers = tuple(by_name.get(item) or _ALGORITHM_NUMBERS[item] for item in items)
-        except KeyError:
-            numbers = ()
-        if not numbers or len(set(numbers)) != len(numbers):
-            raise InvalidSetting(f"{key} is a list of {', '.join(by_name)}, not {text!r}.")
-        return numbers
-    if key == "hints":
-        if any(item not in get_args(Hint) for item in items):
-            raise InvalidSetting(f"{key} is a list of {', '.join(get_args(Hint))}, not {text!r}.")
-        return tuple(dict.fromkeys(items))
-    if key == "top_origins":
-        return tuple(dict.fromkeys(web_origin(item) for item in items))
-    raise InvalidSetting(
-        f"There is no policy key {key!r}; there are {', '.join(f.name for f in fields(Policy))}."
-    )
-
-
-def _is_certificate(pem: str) -> bool:
-    """Whether OpenSSL reads it: a root that can't be read would fail every registration, not this
-    command.
-    """
-    if not pem.isascii():
-        return False
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
-    except (ssl.SSLError, ValueError):
-        return False
-    return True
 
 
 def is_weaker(wish: UserVerification, base: UserVerification) -> bool:

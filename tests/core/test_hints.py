@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import broker as package
 from broker import errors
 from broker.app import application
 from broker.ceremony.reasons import REASONS, REMEDIES, Reason, refuse
+from broker.dialects import policy_keys
 from broker.errors import Refusal, TooManyCeremonies
 from broker.model import Policy
 from tests.conftest import OpenApp, Started, Starter
@@ -29,7 +30,7 @@ from tests.support.passlock import Passlock
 from tests.support.signals import lines
 from tests.support.wire import ORIGIN, Answer, Wire
 
-KEYS = {f.name for f in fields(Policy)}
+KEYS = {key.name for key in policy_keys()}
 # What only an operator can do something with. Two keys are names of fields of requests too.
 _FIELDS = {"authenticator_attachment", "user_verification"}
 FOR_OPERATORS = re.compile(

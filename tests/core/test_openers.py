@@ -36,7 +36,7 @@ UNKNOWN: dict[Link, str] = {
     "challenge": "challenge_unknown",
 }
 SECOND = {"second_factor": True}
-POLICY = Policy(passlock_open_registration=True, hanko_algorithm="ES256")
+POLICY = Policy(passlock_open_registration=True, declared={"hanko_algorithm": "ES256"})
 _NUMBERS = count()
 
 

@@ -14,8 +14,8 @@ import pytest
 from prometheus_client import Metric
 
 from broker.cli import parser
+from broker.dialects import DIALECTS, policy_keys
 from broker.errors import Refusal
-from broker.model import Policy
 from broker.settings import PREFIX, Settings
 from broker.telemetry import Metrics
 from tests.support import pages
@@ -77,9 +77,15 @@ def _leaves(command: argparse.ArgumentParser, before: str = "") -> Iterator[str]
             yield from _leaves(below, f"{before} {name}")
 
 
+def setting_names() -> list[str]:
+    """The core's, and those that dialects declare."""
+    core = [f.name for f in fields(Settings) if f.metadata]
+    return core + [setting.name for dialect in DIALECTS for setting in dialect.settings]
+
+
 NAMED = {
-    "setting": (OPERATE, [PREFIX + f.name.upper() for f in fields(Settings)]),
-    "policy key": (OPERATE, [f.name for f in fields(Policy)]),
+    "setting": (OPERATE, [PREFIX + name.upper() for name in setting_names()]),
+    "policy key": (OPERATE, [key.name for key in policy_keys()]),
     "metric": (OPERATE, metric_names()),
     "log event": (OPERATE, log_events()),
     "event": (OPERATE, audit_actions()),

@@ -88,7 +88,6 @@ SHORT = {
     "durable/approvals.py": "The table of approvals",
     "durable/batch_input.py": "one form of a statement",
     "demo/__init__.py": "Reading order",
-    "dialects/__init__.py": "A dialect only translates",
     "dialects/declaration.py": "without importing aiohttp",
     "dialects/flex/__init__.py": "declares the dialect",
     "dialects/hanko/__init__.py": "declares the dialect",

@@ -230,7 +230,7 @@ async def test_of_two_updates_at_once_one_is_refused(
     assert again.updated_at == LATER + timedelta(microseconds=1), "no two versions share their time"
 
 
-async def test_a_policy_of_newer_code_is_read_by_older(
+async def test_a_policy_of_newer_code_is_read_by_older_and_stays(
     durable: Durable, app: RelyingParty, stores: EmbeddedStores
 ) -> None:
     async with session_of(stores) as session:
@@ -240,7 +240,10 @@ async def test_a_policy_of_newer_code_is_read_by_older(
         )
     found = await durable.apps.find(app.id)
     assert found is not None
-    assert found.policy == Policy(nonce_life=5)
+    assert replace(found.policy, declared={}) == Policy(nonce_life=5)
+    changed = await durable.apps.update(replace(found, name="Changed"), LATER)
+    assert changed is not None
+    assert changed.policy.dump() == {"nonce_life": 5, "of_tomorrow": {"a": [1]}}
 
 
 async def test_only_what_differs_from_the_default_is_stored(

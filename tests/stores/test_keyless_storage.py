@@ -32,7 +32,7 @@ from tests.support.wire import ORIGIN, RP_ID, Wire
 from tests.web.test_guards import APP
 
 BOUND = 6 * 1024  # bytes of the server's memory, with the names of keys
-OPEN = Policy(passlock_open_registration=True, hanko_algorithm="ES256")
+OPEN = Policy(passlock_open_registration=True, declared={"hanko_algorithm": "ES256"})
 LONGEST = "\1" * MAX_TEXT  # a control character takes six bytes in JSON, more than any other
 IDS = [SystemMint().id() for _ in range(20)]
 LONGEST_CREDENTIAL_ID = 1023  # bytes, WebAuthn's limit

@@ -23,7 +23,7 @@ from tests.support.hanko import LOGIN, SECOND_LOGIN, SECOND_REGISTRATION, TRANSA
 from tests.support.passlock import Passlock
 from tests.support.wire import ORIGIN, Answer, Wire
 
-POLICY = Policy(passlock_open_registration=True, hanko_algorithm="ES256")
+POLICY = Policy(passlock_open_registration=True, declared={"hanko_algorithm": "ES256"})
 _LONG_AGO, _FAR = "2020-01-01T00:00:00Z", "2100-01-01T00:00:00Z"
 
 

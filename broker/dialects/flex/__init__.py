@@ -1,4 +1,4 @@
-"""The Flex API: both HTTP APIs of Passage Flex, and what the broker adds to them.
+"""The Flex API: the two HTTP APIs of Passage Flex and what the broker adds, under `/v1`.
 
 This package declares the dialect; `routes` is its wire format.
 """
@@ -6,6 +6,12 @@ This package declares the dialect; `routes` is its wire format.
 from __future__ import annotations
 
 from broker.dialects.declaration import Dialect, WireFormat
+from broker.model.values import whole
+from broker.settings import TOKEN_LIFE_LIMIT, Setting
+
+RECEIPT_TOKEN_LIFE = Setting(
+    "receipt_token_life", 300, whole(10, TOKEN_LIFE_LIMIT), "seconds that a signed receipt lives"
+)
 
 
 def _load() -> WireFormat:
@@ -14,4 +20,5 @@ def _load() -> WireFormat:
     return routes
 
 
-FLEX = Dialect("flex", _load)
+# Without a secret key it answers, and signs no receipt.
+FLEX = Dialect("flex", _load, settings=(RECEIPT_TOKEN_LIFE,))

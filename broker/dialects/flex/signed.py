@@ -21,6 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
+from broker.dialects.flex import RECEIPT_TOKEN_LIFE
 from broker.dialects.flex.objects import receipt_object
 from broker.errors import InvalidRequest, Unavailable
 from broker.model import Caller, Receipt, TokenAlgorithm, base64url
@@ -59,7 +60,7 @@ async def token(request: web.Request, caller: Caller, receipt: Receipt, nonce: s
         "sub": receipt.external_id,
         "aud": [caller.app.id],
         "iat": issued,
-        "exp": issued + request.app[SETTINGS].receipt_token_life,
+        "exp": issued + request.app[SETTINGS][RECEIPT_TOKEN_LIFE],
         "jti": base64url(digest("nonce", caller.app.id, nonce)),
     }
     try:

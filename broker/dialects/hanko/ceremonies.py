@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from aiohttp import hdrs, web
 
 from broker import ceremony
+from broker.dialects.hanko import ALGORITHM, TOKEN_LIFE
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
 from broker.errors import InvalidKey, InvalidRequest
@@ -236,12 +237,12 @@ async def _ready(request: web.Request, caller: Caller) -> None:
     Raises:
         Unavailable.
     """
-    await request.app[SIGNING].ready(caller.app, caller.app.policy.hanko_algorithm)
+    await request.app[SIGNING].ready(caller.app, caller.app.policy[ALGORITHM])
 
 
 async def _token(request: web.Request, caller: Caller, receipt: Receipt) -> web.StreamResponse:
     """`{token}`. Its `jti` is a nonce that lives as long and can be redeemed once."""
-    life = request.app[SETTINGS].hanko_token_life
+    life = request.app[SETTINGS][TOKEN_LIFE]
     issued = int(receipt.at)
     claims: dict[str, Any] = {
         "aud": [caller.app.rp_id],
@@ -254,7 +255,7 @@ async def _token(request: web.Request, caller: Caller, receipt: Receipt) -> web.
     }
     if receipt.approval is not None:
         claims["trans"] = receipt.approval
-    token = await request.app[SIGNING].sign(caller.app, caller.app.policy.hanko_algorithm, claims)
+    token = await request.app[SIGNING].sign(caller.app, caller.app.policy[ALGORITHM], claims)
     return json_answer({"token": token})
 
 

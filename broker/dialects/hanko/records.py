@@ -19,6 +19,7 @@ from aiohttp import web
 from multidict import MultiDict
 
 from broker import ceremony
+from broker.dialects.hanko import ALGORITHM
 from broker.dialects.hanko.ceremonies import bound, judge, required
 from broker.dialects.hanko.refusals import FIELDS
 from broker.errors import InvalidRequest, UnknownPasskey
@@ -231,7 +232,7 @@ def _instant(query: MultiDict[str], name: str) -> datetime | None:
 
 async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The public keys that verify this tenant's tokens (RFC 7517 §5)."""
-    keys = await request.app[SIGNING].key_set(caller.app, caller.app.policy.hanko_algorithm)
+    keys = await request.app[SIGNING].key_set(caller.app, caller.app.policy[ALGORITHM])
     return json_answer(keys, headers={"Cache-Control": _MAX_AGE})
 
 

@@ -1,4 +1,4 @@
-"""Passlock's API.
+"""Passlock's API, at the root of the origin.
 
 This package declares the dialect; `routes` is its wire format.
 """
@@ -6,6 +6,20 @@ This package declares the dialect; `routes` is its wire format.
 from __future__ import annotations
 
 from broker.dialects.declaration import Dialect, WireFormat
+from broker.model import LONGEST_NONCE
+from broker.model.values import whole
+from broker.settings import TOKEN_LIFE_LIMIT, Setting
+
+# The vendor states no life of its id_tokens. Its codes live 300 seconds.
+TOKEN_LIFE = Setting(
+    "passlock_token_life",
+    300,
+    whole(10, TOKEN_LIFE_LIMIT),
+    "seconds that a Passlock `id_token` lives",
+)
+CODE_LIFE = Setting(
+    "passlock_code_life", 300, whole(10, LONGEST_NONCE), "seconds that a Passlock `code` lives"
+)
 
 
 def _load() -> WireFormat:
@@ -14,4 +28,4 @@ def _load() -> WireFormat:
     return routes
 
 
-PASSLOCK = Dialect("passlock", _load, signs=True)
+PASSLOCK = Dialect("passlock", _load, signs=True, settings=(TOKEN_LIFE, CODE_LIFE))

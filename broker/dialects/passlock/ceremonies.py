@@ -24,6 +24,7 @@ from aiohttp import web
 
 from broker import ceremony
 from broker.broker import Begun
+from broker.dialects.passlock import CODE_LIFE, TOKEN_LIFE
 from broker.dialects.passlock.fields import (
     Body,
     as_a_page_may,
@@ -36,8 +37,8 @@ from broker.dialects.passlock.fields import (
     short_text,
     switch,
 )
-from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction, policy_hint
-from broker.model import Attachment, Caller, Receipt, RelyingParty, base64url
+from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction
+from broker.model import OWNERLESS_HINT, Attachment, Caller, Receipt, RelyingParty, base64url
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
 from broker.web.body import text_field
 
@@ -157,12 +158,11 @@ def judge_open(app: RelyingParty) -> None:
     Raises:
         OperationNotAllowed.
     """
-    if not app.policy.passlock_open_registration:
+    if not app.policy.ownerless_registration:
         raise OperationNotAllowed(
             "This page can't do that by itself; tell whoever runs this site.",
             reason="not_open",
-            hint="Have the backend authorise it. "
-            + policy_hint("passlock_open_registration", "true"),
+            hint="Have the backend authorise it. " + OWNERLESS_HINT,
         )
 
 
@@ -183,7 +183,7 @@ async def verify_registration(request: web.Request, caller: Caller) -> web.Strea
         None,
         answer,
         opener="passlock",
-        nonce_life=request.app[SETTINGS].passlock_code_life,
+        nonce_life=request.app[SETTINGS][CODE_LIFE],
     )
     return await _verified(request, caller, "RegistrationSuccess", code, receipt)
 
@@ -202,7 +202,7 @@ async def verify_authentication(request: web.Request, caller: Caller) -> web.Str
         None,
         answer,
         opener="passlock",
-        nonce_life=request.app[SETTINGS].passlock_code_life,
+        nonce_life=request.app[SETTINGS][CODE_LIFE],
     )
     return await _verified(request, caller, "AuthenticationSuccess", code, receipt)
 
@@ -219,7 +219,7 @@ async def _judge_signing(request: web.Request) -> None:
 async def _verified(
     request: web.Request, caller: Caller, tag: str, code: str, receipt: Receipt
 ) -> web.StreamResponse:
-    claims = _claims(caller.app, receipt, code, request.app[SETTINGS].passlock_token_life)
+    claims = _claims(caller.app, receipt, code, request.app[SETTINGS][TOKEN_LIFE])
     return json_answer(
         {
             "_tag": tag,
@@ -278,7 +278,7 @@ async def exchange_code_for(request: web.Request, caller: Caller) -> web.StreamR
 async def _redeem(request: web.Request, caller: Caller, code: str) -> Receipt:
     """What nobody owns signs in here, while the policy stands."""
     return await request.app[BROKER].redeem(
-        caller.app, code, ownerless=caller.app.policy.passlock_open_registration
+        caller.app, code, ownerless=caller.app.policy.ownerless_registration
     )
 
 
@@ -296,7 +296,7 @@ def _principal(request: web.Request, code: str, receipt: Receipt) -> web.StreamR
             "authenticatorType": "passkey",
             "userId": receipt.external_id,
             "createdAt": issued,
-            "expiresAt": issued + request.app[SETTINGS].passlock_token_life * 1000,
+            "expiresAt": issued + request.app[SETTINGS][TOKEN_LIFE] * 1000,
             "passkey": passkey,
             "metadata": {},
             "purpose": receipt.purpose,

@@ -146,7 +146,7 @@ def asked_of_authentication(body: Body, app: RelyingParty) -> CeremonyOptions:
         user_verification=user_verification(body),
         life=life(body),
         allow=passkey_ids(body, "allowCredentials"),
-        ownerless=app.policy.passlock_open_registration,
+        ownerless=app.policy.ownerless_registration,
         mediation=cast("Mediation", mediation),
     )
 

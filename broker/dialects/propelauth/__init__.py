@@ -1,4 +1,4 @@
-"""PropelAuth BYO's passkey commands.
+"""PropelAuth BYO's passkey commands, at `/propelauth/run-command`.
 
 This package declares the dialect; `routes` is its wire format.
 """

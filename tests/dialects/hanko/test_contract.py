@@ -32,7 +32,7 @@ from tests.support.wire import ORIGIN, Answer, Wire
 from tests.web.test_bad_input import BODIES, WRONG
 from tests.web.test_guards import STRANGERS, free_port
 
-QUICK = Policy(hanko_algorithm="ES256")  # keys that are made at once
+QUICK = Policy(declared={"hanko_algorithm": "ES256"})  # keys that are made at once
 NAMES = {"user_id": "ann", "username": "ann@example.org"}
 INVALID_KEY = "The api key is invalid"
 PAGES = sorted({path.removeprefix(hanko_wire.TENANT) for _, path in hanko_wire.PAGES})

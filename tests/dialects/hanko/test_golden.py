@@ -109,7 +109,7 @@ async def test_registration_refused(
     )
     with refused(broker, "webauthn_login_failed", "no_user"):
         await seen(hanko, "registration-finalize-no-user", "POST", REGISTRATION + "/finalize", made)
-    full = Hanko(await open_app(Policy(max_passkeys=1, hanko_algorithm="ES256")))
+    full = Hanko(await open_app(Policy(max_passkeys=1, declared={"hanko_algorithm": "ES256"})))
     await full.register("ann", Authenticator())
     with refused(broker, "too_many_passkeys", "too_many_passkeys"):
         await seen(

@@ -35,7 +35,7 @@ from tests.support.wire import ORIGIN, Wire
 PARALLEL = 50
 OPERATIONS = [REGISTRATION, LOGIN, SECOND_REGISTRATION, SECOND_LOGIN, TRANSACTION]
 GONE = "transaction_not_found", "challenge_unknown"
-QUICK = Policy(hanko_algorithm="ES256")  # keys that are made at once
+QUICK = Policy(declared={"hanko_algorithm": "ES256"})  # keys that are made at once
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ async def test_a_challenge_of_another_tenant(
 async def test_a_challenge_lives_as_long_as_its_timeout(
     broker: Started, open_app: OpenApp, device: Authenticator, at: str
 ) -> None:
-    hanko = Hanko(await open_app(Policy(hanko_algorithm="ES256", ceremony_life=90)))
+    hanko = Hanko(await open_app(Policy(declared={"hanko_algorithm": "ES256"}, ceremony_life=90)))
     await hanko.register("ann", device)
     late, early = await begun(hanko, at, device, "late"), await begun(hanko, at, device, "early")
     broker.clock.ahead += 89

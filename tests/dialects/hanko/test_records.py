@@ -24,7 +24,7 @@ from tests.support.hanko import (
 from tests.support.signals import lines, refused
 from tests.support.wire import ORIGIN, Wire
 
-QUICK = Policy(hanko_algorithm="ES256")  # keys that are made at once
+QUICK = Policy(declared={"hanko_algorithm": "ES256"})  # keys that are made at once
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ async def test_the_claims_of_a_token(
 async def test_the_algorithm_is_the_policys(
     open_app: OpenApp, device: Authenticator, algorithm: Any
 ) -> None:
-    hanko = Hanko(await open_app(Policy(hanko_algorithm=algorithm)))
+    hanko = Hanko(await open_app(Policy(declared={"hanko_algorithm": algorithm})))
     [key] = (await hanko.get("/.well-known/jwks.json"))["keys"]  # there before anything was signed
     assert (key["alg"], key["use"]) == (algorithm, "sig")
     assert not set(key) & {"d", "p", "q", "dp", "dq", "qi", "k"}
@@ -316,7 +316,9 @@ async def test_live_at_redemption_of_a_token(open_app: OpenApp, device: Authenti
     """Where the policy says so, a passkey signs in once the token of its registration was redeemed;
     a keyed finalize redeems.
     """
-    hanko = Hanko(await open_app(Policy(live_at="redemption", hanko_algorithm="ES256")))
+    hanko = Hanko(
+        await open_app(Policy(live_at="redemption", declared={"hanko_algorithm": "ES256"}))
+    )
     jti = (await hanko.register("ann", device))["jti"]
     title = "user has no suitable credentials for this operation"
     await hanko.refused(400, title, LOGIN + "/initialize", {"user_id": "ann"})
