@@ -3,10 +3,16 @@
 **Why.** A message to a store costs the broker a write, a read, an iteration of the event loop and
 the wake-ups on both sides, whether it carries one command or thirty.
 
-**The rule.** The queue is flushed at the next iteration of the event loop: one message carries the
-commands of all callers that were ready in this one. While the latest batch is under way, the queue
-waits for the end of a batch, for `patience` seconds at most. So the busier the store, the larger
-the batch, and a lone caller waits for no other.
+**The rule.** The policy looks at the queue once in each iteration of the event loop, which takes
+about a microsecond while nothing happens. A queue that is as long as the last batch is flushed as
+soon as an iteration brings no further command, and after `QUIET` at the latest. A shorter one waits
+until no command has come for `QUIET`: the callers of the last batch are about to ask for their next
+step. So a lone caller is flushed at the next iteration, and the first batch after a larger one
+costs one wait of `QUIET` more. Without the wait a login costs 1.26 times as much CPU (16 in flight,
+12 pairs, quartiles 1.22 to 1.47).
+
+While the latest batch is under way, the queue waits for the end of a batch, for `patience` seconds
+at most. So the busier the store, the larger the batch.
 
 An operator can compute: with `patience`, batches a second are at most 1 / (time of a batch) while
 none takes longer than `patience`.
@@ -19,7 +25,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
+import time
 from collections.abc import Callable, Sized
+
+QUIET = 150e-6  # seconds
 
 
 class FlushPolicy:
@@ -29,7 +38,18 @@ class FlushPolicy:
     `flush` runs in an empty context: deadline and request id of one caller are not the others'.
     """
 
-    __slots__ = ("_context", "_flush", "_flushed", "_next", "_patience", "_queue", "_under_way")
+    __slots__ = (
+        "_before",
+        "_context",
+        "_ends",
+        "_flush",
+        "_flushed",
+        "_last",
+        "_next",
+        "_patience",
+        "_queue",
+        "_under_way",
+    )
 
     def __init__(
         self, queue: Sized, under_way: Sized, flush: Callable[[], None], *, patience: float = 0.0
@@ -40,6 +60,9 @@ class FlushPolicy:
         self._patience = patience
         self._context = contextvars.Context()
         self._flushed = -math.inf  # by the loop's time; once a batch has ended, the next may go
+        self._last = 1  # commands of the last batch
+        self._before = 0  # commands at the last look
+        self._ends = 0.0  # by the monotonic clock: the loop's has milliseconds
         self._next: asyncio.Handle | None = None
 
     def schedule(self) -> None:
@@ -47,14 +70,25 @@ class FlushPolicy:
         if self._next is not None:
             return
         loop = asyncio.get_running_loop()
-        wait = 0.0
         if self._patience and self._under_way:
             wait = self._flushed + self._patience - loop.time()
-        self._next = (
-            loop.call_later(wait, self._run, context=self._context)
-            if wait > 0
-            else loop.call_soon(self._run, context=self._context)
-        )
+            if wait > 0:
+                self._next = loop.call_later(wait, self._run, context=self._context)
+                return
+        self._before = len(self._queue)
+        self._ends = time.monotonic() + QUIET
+        self._next = loop.call_soon(self._look, context=self._context)
+
+    def _look(self) -> None:
+        count, now = len(self._queue), time.monotonic()
+        few = count < self._last
+        if few and count > self._before:
+            self._ends = now + QUIET
+        if count and now < self._ends and (few or count > self._before):
+            self._before = count
+            self._next = asyncio.get_running_loop().call_soon(self._look, context=self._context)
+        else:
+            self._run()
 
     def ended(self) -> None:
         """Flush what waited for a batch that has ended."""
@@ -67,6 +101,7 @@ class FlushPolicy:
 
     def _run(self) -> None:
         self._next = None
+        self._last = len(self._queue) or self._last
         if self._patience:
             self._flushed = asyncio.get_running_loop().time()
         self._flush()

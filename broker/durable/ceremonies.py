@@ -9,7 +9,7 @@ delays other callers, and no two statements wait for each other in a circle. Wha
 pass over is the uncommitted insert of the same credential id: such inserts come in the order of
 their ids. The app is locked before the user, as a deletion of the app goes.
 
-The reads are plain statements.
+The look-up of a login is batched as well; the one of a registration is a plain statement.
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ class ExcludedCredential(NamedTuple):
     credential_id: bytes
     transports: tuple[str, ...]
     live: bool
+
+
+class _LookUp(NamedTuple):
+    """A user whose passkeys may answer."""
+
+    app_id: str
+    external_id: str
+    second_factor: bool
 
 
 class _Use(NamedTuple):
@@ -116,7 +124,7 @@ class _Confirmation(NamedTuple):
     request_id: str
 
 
-_USES, _NEW, _CONFIRMATIONS = map(BatchInput, (_Use, _New, _Confirmation))
+_LOOK_UPS, _USES, _NEW, _CONFIRMATIONS = map(BatchInput, (_LookUp, _Use, _New, _Confirmation))
 
 
 class Ceremonies:
@@ -124,6 +132,7 @@ class Ceremonies:
 
     def __init__(self, postgres: Postgres) -> None:
         self._pg = postgres
+        self._allowed = postgres.group_commit("user_to_sign_in", self._allowed_batch)
         self._use = postgres.group_commit("use_credential", self._use_batch, key=lambda u: u.id)
         self._add: Callable[[_New], Awaitable[Outcome]] = postgres.group_commit(
             "add_credential", self._add_batch, key=lambda new: (new.app_id, new.credential_id)
@@ -134,25 +143,35 @@ class Ceremonies:
 
     # -- a login -----------------------------------------------------------------------------------
 
-    async def allowed(
+    def allowed(
         self, app_id: str, external_id: str, *, second_factor: bool = False
-    ) -> UserCredentials | None:
+    ) -> Awaitable[UserCredentials | None]:
         """The user with this external id and the live passkeys, oldest first; with `second_factor`
         second factors are among them. None: no such user.
         """
+        return self._allowed(_LookUp(app_id, external_id, second_factor))
+
+    async def _allowed_batch(
+        self, look_ups: Sequence[_LookUp], _: bool
+    ) -> list[UserCredentials | None]:
         rows = await self._pg.rows(
             "user_to_sign_in",
-            f"SELECT u.id AS owner, {_ALLOWED} FROM users u"
-            " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND ($3 OR NOT c.second_factor)"
-            " WHERE u.app_id = $1 AND u.external_id = $2 ORDER BY c.created_at, c.id",
-            app_id,
-            external_id,
-            second_factor,
+            f"SELECT a.number, u.id AS owner, {_ALLOWED} FROM {_LOOK_UPS.table}"
+            # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all
+            # users: it takes a batch for 100 rows.
+            " JOIN LATERAL (SELECT id FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
+            " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND (a.second_factor OR NOT c.second_factor)"
+            " ORDER BY a.number, c.created_at, c.id",
+            _LOOK_UPS.encode(look_ups),
         )
-        if not rows:
-            return None
-        allowed = [_allowed_of(row) for row in rows if row["id"] is not None]
-        return UserCredentials(rows[0]["owner"], allowed)
+        found: list[UserCredentials | None] = [None] * len(look_ups)
+        for row in rows:
+            user = found[row["number"]]
+            if user is None:
+                user = found[row["number"]] = UserCredentials(row["owner"], [])
+            if row["id"] is not None:
+                user.allowed.append(_allowed_of(row))
+        return found
 
     def use(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from broker import batching
 from broker.batching import FlushPolicy
 from broker.telemetry import CONTEXT, Context
 from tests.support.servers import eventually
@@ -49,6 +50,12 @@ async def iterations(number: int = 2) -> None:
 
 
 @pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue shorter than the last batch waits for as long as it takes."""
+    monkeypatch.setattr(batching, "QUIET", 60.0)
+
+
+@pytest.fixture
 def patient() -> Scene:
     """A scene whose batches wait for the one under way."""
     return Scene(patience=60.0)
@@ -58,10 +65,62 @@ async def test_commands_of_one_iteration_are_flushed_together_in_the_next() -> N
     scene = Scene()
     scene.add("a", "b")
     assert scene.flushed == []
-    await iterations(1)
+    await iterations(2)
     assert scene.flushed == [["a", "b"]]
     await iterations()
     assert scene.flushed == [["a", "b"]], "nothing is flushed without a command"
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_queue_as_long_as_the_last_batch_waits_while_commands_come() -> None:
+    scene = Scene()
+    for names in ("ab", "c", "d"):
+        scene.add(*names)
+        await iterations(1)
+        assert scene.flushed == []
+    await iterations(1)
+    assert scene.flushed == [["a", "b", "c", "d"]]
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_shorter_queue_waits_until_it_is_as_long_as_the_last_batch() -> None:
+    scene = Scene()
+    scene.add(*"abc")
+    await iterations(2)
+    scene.add("d")
+    await iterations(20)
+    scene.add("e")
+    await iterations(20)
+    assert scene.flushed == [["a", "b", "c"]]
+    scene.add("f")
+    await iterations(2)
+    assert scene.flushed == [["a", "b", "c"], ["d", "e", "f"]]
+
+
+async def test_a_shorter_queue_waits_no_longer_than_quiet() -> None:
+    scene = Scene()
+    scene.add(*"abc")
+    await iterations(2)
+    scene.add("d")
+    await eventually(lambda: len(scene.flushed) == 2, "a flush without a further command")
+    assert scene.flushed[1] == ["d"]
+    scene.add("e")
+    await iterations(1)
+    assert scene.flushed[2] == ["e"], "a lone caller waits for one iteration"
+
+
+@pytest.mark.usefixtures("quiet")
+async def test_a_queue_that_was_emptied_is_not_flushed() -> None:
+    scene = Scene()
+    scene.add(*"abc")
+    await iterations(2)
+    scene.add("d")
+    scene.queue.clear()
+    await iterations(2)
+    assert scene.flushed == [["a", "b", "c"], []]
+    scene.add("e")
+    await iterations(2)
+    assert scene.flushed[-1] == [], "nor does that say anything of the next batch"
 
 
 async def test_without_patience_a_batch_under_way_delays_nothing() -> None:

@@ -144,7 +144,7 @@ async def test_who_comes_after_a_crowd_waits_for_no_clock(scene: Scene) -> None:
     assert await asyncio.gather(first, *crowd) == ["a!", "b!", "c!", "d!"]
     await turns()
     last = scene.ask("e")
-    await turns(3)
+    await scene.began(3)
     assert [s.asked for s in scene.statements] == [["a"], ["b", "c", "d"], ["e"]]
     scene.statements[-1].done()
     assert await last == "e!"
