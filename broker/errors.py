@@ -54,7 +54,7 @@ class Refusal(Exception):
     """A request that is not granted. `sentence` is for the caller, who may be a person at a page;
     `reason` (a short bounded word) and `hint` (sentences of ours) are for the operator, the hint
     for keyed callers too. `doc` is a link to the documentation of `code`, "" where the operator has
-    named none; only the native shape has it."""
+    named none; only the Flex API renders it."""
 
     code: ClassVar[str]
     default: ClassVar[str]

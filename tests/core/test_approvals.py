@@ -75,7 +75,7 @@ async def test_the_challenge_ends_with_the_digest(
     assert len(seen) == 3
 
 
-async def test_what_the_native_api_hashes(wire: Wire, device: Authenticator) -> None:
+async def test_what_the_flex_api_hashes(wire: Wire, device: Authenticator) -> None:
     """As README tells a verifier to: with nothing of ours."""
     await wire.user("ann", device)
     approval = {

@@ -328,15 +328,13 @@ def test_a_person_is_told_what_to_do(reason: Reason) -> None:
 # -- the documentation -----------------------------------------------------------------------------
 
 
-async def test_native_refusals_link_to_their_documentation(
-    start_broker: Starter, wire: Wire
-) -> None:
+async def test_flex_refusals_link_to_their_documentation(start_broker: Starter, wire: Wire) -> None:
     """Where the operator names a page; no vendor's shape has a field for it."""
     docs = "https://docs.example.org/refusals"
     linked, plain = await start_broker(docs_url=docs), await start_broker()
-    native = [("GET", f"/v1/apps/{wire.app_id}/users"), ("GET", "/nowhere"), ("PUT", "/v1/apps")]
-    native.append(("POST", f"/v1/apps/{wire.app_id}/authenticate/transactions/webauthn/finish"))
-    for method, path in native:
+    of_flex = [("GET", f"/v1/apps/{wire.app_id}/users"), ("GET", "/nowhere"), ("PUT", "/v1/apps")]
+    of_flex.append(("POST", f"/v1/apps/{wire.app_id}/authenticate/transactions/webauthn/finish"))
+    for method, path in of_flex:
         answer = await wire.send(method, linked.url + path)
         assert answer.json["doc"] == f"{docs}#{answer.code}"
         assert "doc" not in (await wire.send(method, plain.url + path)).json

@@ -1,4 +1,4 @@
-"""Ceremonies of users whom a keyed caller names: the native routes, golden files, what is taken
+"""Ceremonies of users whom a keyed caller names: the Flex API's routes, golden files, what is taken
 once, whose answer it is.
 
 The steps are those of the routes with transactions; what is tested here is what the keyed way adds:

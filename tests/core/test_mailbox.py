@@ -1,4 +1,4 @@
-"""Mail codes: the store's contract on everything that can be had, then the verbs and the native
+"""Mail codes: the store's contract on everything that can be had, then the verbs and the Flex API's
 routes.
 
 Servers of the first part are the test's own, so a test may look at every key there is.
@@ -423,7 +423,7 @@ async def test_a_full_server_judges_nothing(place: Place) -> None:
     assert await store.peek(APP, made.id, place.clock()) == made
 
 
-# -- the native routes -----------------------------------------------------------------------------
+# -- the Flex API's routes -------------------------------------------------------------------------
 
 FIELDS: dict[str, Any] = {"email": "ann@example.org", "purpose": "sign-up"}
 
@@ -459,7 +459,7 @@ async def on_the_wire(
     return answer
 
 
-async def test_native_golden_files(broker: Started, wire: Wire) -> None:
+async def test_flex_golden_files(broker: Started, wire: Wire) -> None:
     clock = broker.clock() + 1
     broker.parts.mailbox._clock = lambda: (
         clock

@@ -1,5 +1,5 @@
-"""Passkeys that nobody owns yet: they sign in nowhere natively, get one owner once, and leave
-nobody behind.
+"""Passkeys that nobody owns yet: they sign in nowhere in the Flex API, get one owner once, and
+leave nobody behind.
 
 They come from pages that register before anybody says who it is, where an app's policy lets them;
 here the verbs make them.

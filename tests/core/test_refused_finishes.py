@@ -37,7 +37,7 @@ class Way:
     finish: Callable[[Wire, str, Options], Awaitable[Answer]]
 
 
-def _native(kind: str, action: str, **asked: object) -> Way:
+def _flex(kind: str, action: str, **asked: object) -> Way:
     async def opened(wire: Wire) -> str:
         name = {"passkey_display_name": "Ann"} if kind == "register" else {}
         who = {} if "discoverable" in asked else {"external_id": "ann"}
@@ -74,15 +74,11 @@ def _passlock(kind: str, action: str, *, user: str | None = "ann", prefix: str =
 
 
 WAYS: dict[str, Way] = {
-    "native-register": _native("register", "passkey.registered"),
-    "native-authenticate": _native("authenticate", "passkey.used"),
-    "native-discoverable": _native("authenticate", "", discoverable=True),
-    "native-second-registration": _native(
-        "register", "second_factor.registered", second_factor=True
-    ),
-    "native-second-authentication": _native(
-        "authenticate", "second_factor.used", second_factor=True
-    ),
+    "flex-register": _flex("register", "passkey.registered"),
+    "flex-authenticate": _flex("authenticate", "passkey.used"),
+    "flex-discoverable": _flex("authenticate", "", discoverable=True),
+    "flex-second-registration": _flex("register", "second_factor.registered", second_factor=True),
+    "flex-second-authentication": _flex("authenticate", "second_factor.used", second_factor=True),
     "passlock-registration": _passlock("registration", "passkey.registered"),
     "passlock-authentication": _passlock("authentication", "passkey.used"),
     "passlock-discoverable": _passlock("authentication", "", user=None),
@@ -167,7 +163,7 @@ async def test_a_finish_that_names_another_transaction_counts(
 @pytest.mark.parametrize("kind", ["register", "authenticate"])
 async def test_faults_of_form_are_not_counted(wire: Wire, device: Authenticator, kind: str) -> None:
     await wire.user("ann", device)
-    way = WAYS[f"native-{kind}"]
+    way = WAYS[f"flex-{kind}"]
     transaction = await way.open(wire)
     handle, options = _handle(await way.begin(wire, transaction))
     answer = _answer(way, options, device)
@@ -182,7 +178,7 @@ async def test_refused_finishes_at_once_write_ten_events(
 ) -> None:
     """However many are in flight when the tenth ends the transaction."""
     await wire.user("ann", device)
-    way = WAYS["native-authenticate"]
+    way = WAYS["flex-authenticate"]
     transaction = await way.open(wire)
 
     async def insist() -> None:
@@ -200,7 +196,7 @@ async def test_the_count_outlives_the_transaction_and_goes_by_itself(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
     await wire.user("ann", device)
-    way = WAYS["native-authenticate"]
+    way = WAYS["flex-authenticate"]
     async with Redis.from_url(broker.parts.settings.redis_url) as redis:
         before = {name async for name in redis.scan_iter(match="f:*")}
         await _refuse(way, wire, await way.open(wire), device)

@@ -104,17 +104,17 @@ async def _propelauth(wire: Wire, device: Authenticator, **how: Any) -> Answer:
 
 
 PASSKEYS: dict[str, Way] = {
-    "native": _page,
-    "native, keyed": _keyed,
-    "native, by challenge": _by_challenge,
+    "flex": _page,
+    "flex, keyed": _keyed,
+    "flex, by challenge": _by_challenge,
     "hanko": _hanko,
     "passlock": _passlock,
     "passlock, of nobody": _passlocks_page,
     "propelauth": _propelauth,
 }
 SECOND_FACTORS: dict[str, Way] = {
-    "native": partial(_page, second_factor=True),
-    "native, by challenge": partial(_by_challenge, second_factor=True),
+    "flex": partial(_page, second_factor=True),
+    "flex, by challenge": partial(_by_challenge, second_factor=True),
     "hanko": partial(_hanko, at=SECOND_REGISTRATION),
 }
 WAYS = [pytest.param(way, False, id=name) for name, way in PASSKEYS.items()]
@@ -330,7 +330,7 @@ async def test_the_policys_attachment_holds_in_every_dialect(
 @pytest.mark.parametrize(
     ("wanted", "lie"), [("platform", "cross-platform"), ("cross-platform", "platform")]
 )
-@pytest.mark.parametrize(("way", "second_factor"), [way for way in WAYS if "native" in str(way.id)])
+@pytest.mark.parametrize(("way", "second_factor"), [way for way in WAYS if "flex" in str(way.id)])
 async def test_the_attachment_that_a_caller_names_holds(
     broker: Started, wire: Wire, way: Way, wanted: str, lie: str, second_factor: bool
 ) -> None:

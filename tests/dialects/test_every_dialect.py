@@ -36,12 +36,12 @@ Register = Callable[[Wire, str, Authenticator], Awaitable[object]]
 SignIn = Callable[[Wire, str | None, Authenticator], Awaitable[str]]
 
 
-async def _native_registers(wire: Wire, user: str, device: Authenticator) -> None:
+async def _flex_registers(wire: Wire, user: str, device: Authenticator) -> None:
     nonce = await wire.register(await wire.open_registration(user), device)
     assert (await wire.redeem(nonce, purpose="register")).status == 200
 
 
-async def _native_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
+async def _flex_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
     transaction = await wire.open_authentication(user) if user else None
     receipt = await wire.redeem(
         await wire.authenticate(transaction, device), purpose="authenticate"
@@ -77,19 +77,19 @@ async def _propelauth_signs_in(wire: Wire, user: str | None, device: Authenticat
 
 
 REGISTER: dict[str, Register] = {
-    "native": _native_registers,
+    "flex": _flex_registers,
     "hanko": lambda wire, user, device: Hanko(wire).register(user, device),
     "passlock": lambda wire, user, device: Passlock(wire).register(user, device),
     "propelauth": lambda wire, user, device: Byo(wire).register(user, device),
 }
 BY_NAME: dict[str, SignIn] = {
-    "native": _native_signs_in,
+    "flex": _flex_signs_in,
     "hanko": _hanko_signs_in,
     "passlock": _passlock_signs_in,
     "propelauth": _propelauth_signs_in,
 }
 WITHOUT: dict[str, SignIn] = {
-    "native": _native_signs_in,
+    "flex": _flex_signs_in,
     "hanko": _hanko_signs_in,
     "passlock": _passlock_signs_in,
     "passlock-page": _passlocks_page_signs_in,
@@ -127,7 +127,7 @@ async def test_a_passkey_is_not_made_twice(
 @ON_BOTH
 async def test_a_second_factor_is_one_in_every_dialect(broker: Started, wire: Wire) -> None:
     hanko, key, device = Hanko(wire), Authenticator(), Authenticator()
-    await REGISTER["native"](wire, "ann", device)
+    await REGISTER["flex"](wire, "ann", device)
     await hanko.register("ann", key, at=SECOND_REGISTRATION)
     claims = await hanko.login(key, at=SECOND_LOGIN, user="ann")
     assert claims["purpose"] == "authenticate_second_factor"
@@ -154,7 +154,7 @@ async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
     made = await page.run("registration", {"username": "ann"}, device)
     passkey = made["principal"]["authenticatorId"]
     assert await _passlocks_page_signs_in(wire, None, device) == passkey
-    for elsewhere in (_native_signs_in, _hanko_signs_in):
+    for elsewhere in (_flex_signs_in, _hanko_signs_in):
         with (
             refused(broker, "discoverable_login_failed", "ownerless"),
             pytest.raises(AssertionError),
@@ -172,7 +172,7 @@ async def test_a_nonce_is_redeemed_once_whichever_dialect_made_it(
     """Hanko's jti and Passlock's code are nonces: the second redemption is refused everywhere, and
     so is another app's.
     """
-    await REGISTER["native"](wire, "ann", device)
+    await REGISTER["flex"](wire, "ann", device)
     jti = (await Hanko(wire).login(device))["jti"]
     assert (await wire.redeem(jti, purpose="authenticate", external_id="ann")).status == 200
     code = (await Passlock(wire).authenticate("ann", device))["code"]
@@ -190,7 +190,7 @@ async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(
     """The challenge of one dialect is no handle in another, so nothing that one checks is passed
     by.
     """
-    await REGISTER["native"](wire, "ann", device)
+    await REGISTER["flex"](wire, "ann", device)
     handle, options = await wire.begin("authenticate", await wire.open_authentication("ann"))
     answer: Any = device.authenticate(options, ORIGIN)
     refusal = await Hanko(wire).page("/login/finalize", answer)
@@ -267,8 +267,8 @@ async def test_one_more_dialect_is_one_module_and_one_line(
 async def test_a_second_factors_transaction_begins_nothing_at_passlock(
     broker: Started, wire: Wire
 ) -> None:
-    """Its wire has no word for one. What was begun natively, and a page brings there, is unknown
-    and stays.
+    """Its wire has no word for one. A transaction of the Flex API that a page brings there is
+    unknown, and stays.
     """
     opened = await wire.keyed(
         "POST",

@@ -393,9 +393,9 @@ async def test_coming_from_propelauth(dev: Dev) -> None:
     backend.session["claimed"] = "user-10"
     assert not await backend("finish_sign_in", answer)
 
-    native = Backend(dev)
-    native("finish_without_a_name", finish(dev, "authenticate", None, device))
-    assert native.session == {"account": "user-10"}
+    nameless = Backend(dev)
+    nameless("finish_without_a_name", finish(dev, "authenticate", None, device))
+    assert nameless.session == {"account": "user-10"}
 
 
 def bundled(module: str) -> str:

@@ -1,4 +1,4 @@
-"""The client against a real broker: every keyed route of the native API, by a method, with the
+"""The client against a real broker: every keyed route of the Flex API, by a method, with the
 blocking and the asynchronous client.
 """
 
@@ -259,7 +259,7 @@ async def mail_codes(call: Caller) -> None:
     ).attempts_left
 
 
-async def test_the_whole_native_api(
+async def test_the_whole_flex_api(
     call: Caller, broker: Started, wire: Wire, device: Authenticator
 ) -> None:
     await transactions(call, broker, wire, device)

@@ -33,8 +33,8 @@ async def ask_everything(service: Service, session: aiohttp.ClientSession) -> No
     """
     wire = await Wire.open(service, session, policy=POLICY)
     ok(await wire.send("GET", f"{wire.url}/health/ready"))
-    await _native(wire)
-    await _native_management(wire)
+    await _flex(wire)
+    await _flex_management(wire)
     await _hanko(wire)
     await _passlock(wire)
     await _propelauth(wire)
@@ -50,7 +50,7 @@ def ok(answer: Answer) -> Any:
     return answer.json
 
 
-async def _native(wire: Wire) -> None:
+async def _flex(wire: Wire) -> None:
     """Ceremonies, by every way to join their two halves."""
     device, stranger = Authenticator(), Authenticator()
     first = await wire.user("ann", device)
@@ -102,7 +102,7 @@ async def _native(wire: Wire) -> None:
     assert [a.status // 100 for a in (unknown, unverified)] == [4, 4]
 
 
-async def _native_management(wire: Wire) -> None:
+async def _flex_management(wire: Wire) -> None:
     device = Authenticator()
     passkey, other = await wire.user("mia", device), await wire.user("mia", Authenticator())
     [user] = ok(await wire.keyed("GET", "/users?identifier=mia"))["users"]

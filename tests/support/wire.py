@@ -1,4 +1,4 @@
-"""A backend and a page, speaking the native dialect to a running broker over HTTP, with a software
+"""A backend and a page, speaking the Flex API to a running broker over HTTP, with a software
 authenticator in hand.
 
     wire = await Wire.open(service)                         # an app with RP ID example.org and an

@@ -266,7 +266,7 @@ GUARDED = {
     "keyed": Guarded(
         APP + "/transactions/register", {"external_id": "new", "passkey_display_name": "New"}
     ),
-    "keyed-native-ceremony": Guarded(
+    "keyed-flex-ceremony": Guarded(
         APP + "/ceremonies/register/start", {"external_id": "new", "user_name": "new"}
     ),
     "keyed-hanko": Guarded(

@@ -1,4 +1,4 @@
-"""Keyed ceremonies in the native dialect, beyond the contract: a backend carries the page's
+"""Keyed ceremonies in the Flex API, beyond the contract: a backend carries the page's
 messages itself. No transaction, no nonce.
 
     POST /register/start                  {external_id, user_name, …} -> {options}

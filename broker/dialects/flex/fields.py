@@ -1,4 +1,4 @@
-"""What a request of the native dialect asks for, read strictly: a field is missing, or it is
+"""What a request of the Flex API asks for, read strictly: a field is missing, or it is
 exactly what its name says.
 
 What a caller asks of one ceremony (`CeremonyOptions`) has one set of names on every route that

@@ -1,4 +1,4 @@
-"""Mail codes in the native dialect: keyed routes under `/v1/apps/{app_id}/mail_codes`.
+"""Mail codes in the Flex API: keyed routes under `/v1/apps/{app_id}/mail_codes`.
 
     POST   /mail_codes          {email, purpose, external_id?, metadata?, invalidate_others?,
            skip_rate_limit?} -> 201 {mail_code}

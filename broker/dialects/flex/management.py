@@ -1,4 +1,4 @@
-"""Management in the native dialect, beyond the contract: passkeys whoever owns them, names, owners,
+"""Management in the Flex API, beyond the contract: passkeys whoever owns them, names, owners,
 approvals, events. All keyed.
 
     GET    /passkeys                       a page: external_id?, order_by?, page?, limit? ->

@@ -1,4 +1,4 @@
-"""The native dialect's objects: receipts, users, devices and apps as JSON; passkeys, approvals and
+"""The Flex API's objects: receipts, users, devices and apps as JSON; passkeys, approvals and
 events, beyond the contract.
 
 Strict clients fail on a missing or null field, so every object is whole, also where it tells of

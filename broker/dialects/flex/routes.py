@@ -1,4 +1,4 @@
-"""The native dialect: the two HTTP APIs of Passage Flex, under `/v1/apps/{app_id}` on one origin.
+"""The Flex API: the two HTTP APIs of Passage Flex, under `/v1/apps/{app_id}` on one origin.
 
 The contract's routes are here: management (M1 to M8) needs an API key, browser routes (A1 to A5)
 need none and answer CORS. Facts and numbering are those of the wire contract summarised in

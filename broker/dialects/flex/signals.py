@@ -1,4 +1,4 @@
-"""Signals in the native dialect, beyond the contract: what an authenticator should hear of its
+"""Signals in the Flex API, beyond the contract: what an authenticator should hear of its
 passkeys (WebAuthn's Signal API).
 
     POST /signals/update    keyed     {external_id, user_name, user_display_name?} -> 201 {ticket,

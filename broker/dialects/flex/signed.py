@@ -1,4 +1,4 @@
-"""Signed receipts in the native dialect, beyond the contract: what a redemption proved, for others
+"""Signed receipts in the Flex API, beyond the contract: what a redemption proved, for others
 to check offline.
 
 A backend that redeems a nonce with `"signed": true` gets the receipt and, as `token`, the same

@@ -4,7 +4,7 @@ Backends call it with an API key in the header `apiKey`; pages may call the fina
 without a user id, and the key set directly. A ceremony has no handle on this wire: the challenge
 inside the answer finds it. Finalize answers with a signed token that is checked offline, so it can
 be replayed until it expires; its `jti` is a nonce of ours, which a backend may redeem once through
-the native API instead. What the vendor calls a transaction is a payload that a user approves by
+the Flex API instead. What the vendor calls a transaction is a payload that a user approves by
 signing.
 
 Facts are those of the wire contract summarised in README.md, with every decision where the contract

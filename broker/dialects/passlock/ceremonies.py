@@ -144,7 +144,7 @@ async def authentication_options(request: web.Request, caller: Caller) -> web.St
 def _begun(begun: Begun) -> Body:
     """
     Raises:
-        UnknownTransaction: a native transaction of a second factor, for which this wire has no
+        UnknownTransaction: a transaction of a second factor, for which this wire has no
             word.
     """
     if begun.second_factor:

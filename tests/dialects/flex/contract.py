@@ -1,4 +1,4 @@
-"""The native dialect's answers, by route and status: Passage Flex's, whose strictest client (Rust)
+"""The Flex API's answers, by route and status: Passage Flex's, whose strictest client (Rust)
 fails where a field is missing or null, and what the broker adds. Objects of the vendor's are
 written as it has them; `WITH_…` are the same with our fields behind.
 """

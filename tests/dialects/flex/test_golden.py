@@ -1,4 +1,4 @@
-"""Every endpoint of the native dialect on the wire, against golden files: request, status, headers
+"""Every endpoint of the Flex API on the wire, against golden files: request, status, headers
 that matter, body.
 
 The answers are also read by a client as strict as the strictest that exists, and that client is

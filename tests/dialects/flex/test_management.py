@@ -1,4 +1,4 @@
-"""The native API beyond the contract: golden files, what a backend does with each route, and bad
+"""The Flex API beyond the contract: golden files, what a backend does with each route, and bad
 input on all of them.
 
 Whoever has another app's ids gets the same as with made-up ones; whoever has no key is told so

@@ -574,7 +574,7 @@ async def test_users_without_passkeys_are_no_500(
 async def test_a_second_factor_never_signs_in_alone(
     broker: Started, hanko: Hanko, device: Authenticator
 ) -> None:
-    """Not discoverable, not for a named user, not as an approval, not through the native API;
+    """Not discoverable, not for a named user, not as an approval, not through the Flex API;
     passkeys are second factors too.
     """
     key = Authenticator()

@@ -151,7 +151,7 @@ async def test_a_passkey_that_nobody_owns_yet(
         await hanko.refused(401, "failed to validate assertion", LOGIN + "/finalize", answer)
 
 
-async def test_a_passkey_signs_in_through_hanko_and_natively(
+async def test_a_passkey_signs_in_through_hanko_and_flex(
     hanko: Hanko, device: Authenticator
 ) -> None:
     other = Authenticator()
@@ -289,7 +289,7 @@ async def test_the_algorithm_is_the_policys(
 async def test_a_token_can_be_redeemed_once(
     broker: Started, hanko: Hanko, open_app: OpenApp, device: Authenticator
 ) -> None:
-    """Its `jti` is a nonce of the native API, for as long as the token lives."""
+    """Its `jti` is a nonce of the Flex API, for as long as the token lives."""
     made = await hanko.register("ann", device)
     answer = await hanko.wire.redeem(made["jti"], purpose="register", external_id="ann")
     assert (answer.status, answer.json["credential_id"]) == (200, made["cred"])

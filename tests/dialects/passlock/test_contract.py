@@ -100,7 +100,7 @@ async def test_what_goes_wrong_has_the_vendors_shape(
 
 
 @pytest.mark.parametrize("path", NOT_OURS)
-async def test_paths_that_nobody_owns_are_told_natively(
+async def test_paths_that_nobody_owns_are_told_as_by_flex(
     broker: Started, wire: Wire, path: str
 ) -> None:
     with refused(broker, "not_found", "not_found"):

@@ -3,7 +3,7 @@ as the vendor's SDK reads them.
 
 `judge` decodes as that SDK does, by the shapes of the contract: a missing field, or a null where a
 field is merely optional, is a failure; an error's tag must be one that the call declares. What a
-code is worth is tested with the native routes; here is what is translated.
+code is worth is tested with the Flex API's routes; here is what is translated.
 """
 
 from __future__ import annotations
@@ -169,8 +169,12 @@ async def test_a_code_of_one_dialect_is_one_of_the_other(wire: Wire) -> None:
     body = {"id": made["challengeId"], "secret": made["secret"], "code": made["code"]}
     answer = await wire.keyed("POST", "/mail_codes/verify", body)
     assert answer.json["mail_code"]["external_id"] == "ann"
-    native = (await wire.keyed("POST", "/mail_codes", FIELDS)).json["mail_code"]
-    body = {"challengeId": native["id"], "secret": native["secret"], "code": native["code"]}
+    mail_code = (await wire.keyed("POST", "/mail_codes", FIELDS)).json["mail_code"]
+    body = {
+        "challengeId": mail_code["id"],
+        "secret": mail_code["secret"],
+        "code": mail_code["code"],
+    }
     assert (await send(wire, "verify", "/verify", body)).status == 200
 
 

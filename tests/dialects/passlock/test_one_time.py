@@ -295,7 +295,7 @@ async def test_a_code_of_another_app(
     assert (await elsewhere.exchange(code))["userId"] == "ann"
 
 
-# -- beside the native API -------------------------------------------------------------------------
+# -- beside the Flex API -------------------------------------------------------------------------
 
 
 @ON_BOTH
@@ -310,7 +310,7 @@ async def test_a_passkey_signs_in_both_ways(passlock: Passlock, device: Authenti
 
 
 @ON_BOTH
-async def test_tokens_of_the_native_api_buy_no_more_here(
+async def test_tokens_of_the_flex_api_buy_no_more_here(
     broker: Started, passlock: Passlock, device: Authenticator
 ) -> None:
     """Nonces and transactions are the same one-time values: spent here, they are spent there, for

@@ -324,17 +324,17 @@ async def test_what_anybody_has_refused_is_no_event(broker: Started, opened: Pas
 async def test_what_nobody_owns_proves_nothing_elsewhere(
     broker: Started, opened: Passlock, device: Authenticator
 ) -> None:
-    """A code of this dialect is no native redemption: its caller would take the passkey's id for a
-    user of theirs. A session that is taken to the native pages is unknown there."""
+    """The Flex API redeems no code of this dialect: its caller would take the passkey's id for the
+    id of a user. A session that is taken to the Flex API's pages is unknown there."""
     wire = opened.wire
-    for kind, native in (("registration", "register"), ("authentication", "authenticate")):
+    for kind, purpose in (("registration", "register"), ("authentication", "authenticate")):
         session, options = await opened.begin(kind, ANN if kind == "registration" else {})
         make = device.register if kind == "registration" else device.authenticate
         answer = make(options, ORIGIN)
         with refused(broker, "transaction_not_found", "other_finish"):
-            assert (await wire.finish(native, session, answer)).status == 404
+            assert (await wire.finish(purpose, session, answer)).status == 404
         nonce = (await opened.finish(kind, session, answer)).json["code"]
-        for expected in ({}, {"purpose": native}):
+        for expected in ({}, {"purpose": purpose}):
             with refused(
                 broker, "invalid_nonce", "nonce_unknown" if expected else "nonce_mismatch"
             ):
