@@ -26,8 +26,8 @@ import orjson
 import pytest
 
 from broker import cli as command_line
+from broker import dialects
 from broker.app import Parts, Service, assemble, serve
-from broker.dialects import DIALECTS
 from broker.durable import Durable, Postgres, instant
 from broker.embedded import EmbeddedStores
 from broker.model import Policy
@@ -196,7 +196,7 @@ def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
         "secret_key": (SECRET_KEY,),
         **changes,
     }
-    declared = [setting.name for dialect in DIALECTS for setting in dialect.settings]
+    declared = [setting.name for dialect in dialects.DIALECTS for setting in dialect.settings]
     return Settings(
         declared={name: values.pop(name) for name in declared if name in values}, **values
     )

@@ -1,29 +1,20 @@
 """One app, every dialect at once: a passkey made through one signs in through every other, as the
 same user, by name and without one.
 
-What stays apart: second factors, and passkeys that nobody owns yet. And what one more dialect
-takes.
+What stays apart: second factors, and passkeys that nobody owns yet.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import product
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from aiohttp import web
 
-from broker import dialects
-from broker.dialects.declaration import Dialect, WireFormat
-from broker.dialects.flex import routes as flex
-from broker.errors import Refusal
-from broker.model import Caller, Policy
-from broker.web import DIRECTORY, json_answer, keyed, read_object
-from tests.conftest import ON_BOTH, OpenApp, Started, Starter
+from broker.model import Policy
+from tests.conftest import ON_BOTH, OpenApp, Started
 from tests.support.authenticator import Authenticator
 from tests.support.byo import Byo
 from tests.support.hanko import SECOND_LOGIN, SECOND_REGISTRATION, Hanko
@@ -205,63 +196,6 @@ async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(
     assert (
         await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
     ).status == 200
-
-
-# -- one more --------------------------------------------------------------------------------------
-
-
-def _one_more() -> Dialect:
-    """A dialect as they are: a module. It says how many passkeys a user has, and tells refusals by
-    their code alone.
-    """
-
-    async def count(request: web.Request, caller: Caller) -> web.StreamResponse:
-        await read_object(request, empty=True)
-        passkeys = await request.app[DIRECTORY].credentials_of(
-            caller.app, request.match_info["user"]
-        )
-        return json_answer(len(passkeys))
-
-    def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
-        return (
-            [web.get("/more/{app_id}/{user}", keyed(count), allow_head=False)] if management else []
-        )
-
-    def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
-        return json_answer([refusal.code], status=418)
-
-    statuses = dict.fromkeys(flex.STATUS, 418)
-    wire_format = SimpleNamespace(
-        PATHS=re.compile("/more/"), STATUS=statuses, routes=routes, render=render
-    )
-    return Dialect("more", lambda: cast("WireFormat", wire_format))
-
-
-async def test_one_more_dialect_is_one_module_and_one_line(
-    start_broker: Starter, session: Any, device: Authenticator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its routes answer beside the others', what goes wrong below its paths has its shape, and the
-    setting knows its name.
-    """
-    monkeypatch.setattr(dialects, "DIALECTS", (*dialects.DIALECTS, _one_more()))
-    started = await start_broker()
-    wire = await Wire.open(started.service, session)
-    await REGISTER["hanko"](wire, "ann", device)
-    assert (await wire.keyed("GET", f"{wire.url}/more/{wire.app_id}/ann")).json == 1
-    for method, path, code in (
-        ("GET", f"/more/{wire.app_id}/ann", "invalid_access_token"),
-        ("POST", f"/more/{wire.app_id}/ann", "method_not_allowed"),
-        ("GET", "/more/x", "not_found"),
-    ):
-        with refused(started, code, "key_missing" if code == "invalid_access_token" else code):
-            answer = await wire.send(method, wire.url + path)
-        assert (answer.status, answer.json) == (418, [code])
-    answer = await wire.keyed("GET", f"{wire.url}/more/{wire.app_id}/ann", data=b" " * 70_000)
-    assert (answer.json, answer.headers["Connection"]) == (["request_too_large"], "close")
-    assert (await wire.send("GET", f"{wire.url}/nowhere")).code == "not_found"
-    alone = await start_broker(dialects=("more",))
-    assert (await wire.keyed("GET", f"{alone.url}/more/{wire.app_id}/ann")).json == 1
-    assert (await wire.keyed("GET", f"{alone.url}/v1/apps/{wire.app_id}/users")).code == "not_found"
 
 
 async def test_a_second_factors_transaction_begins_nothing_at_passlock(
