@@ -1,13 +1,13 @@
-"""The sample site that `broker dev` opens at /demo/: a real backend that uses our client, and a
-page that uses our SDK.
+"""The sample site that `broker dev` serves at /demo/: a real backend with our client, and a page
+with our SDK.
 
-It is the example people copy, so it is small, whole and safe. Reading order: `api` (what a site
-adds to offer passkeys, two requests a ceremony), `guard` (what every request goes through),
-`accounts` (what the site remembers), `wire` (how the page comes to show what travelled), `replay`
-(how a nonce is redeemed twice), `site` (how it is put together), and in `static/` `demo.js` (the
-page's side of each ceremony).
+It is the example to copy, so it is small, complete and safe. Reading order: `api` (the part that a
+site adds to offer passkeys, two requests a ceremony), `guard` (the checks of every request),
+`accounts` (the site's own data), `wire` (the trace that the page shows), `replay` (the repeated
+redemption), `site` (the application), and in `static/` `demo.js` (the page's side of each
+ceremony).
 
-It knows the broker only as any customer does: over HTTP, through the client `passkey_broker`, with
+Like every customer it reaches the broker over HTTP only, through the client `passkey_broker`, with
 an app id and an API key.
 """
 

@@ -1,18 +1,20 @@
-"""The sample site's own backend: what a site of yours would add to offer passkeys.
+"""The sample site's own backend: the part that a site adds to offer passkeys.
 
-Each ceremony is two requests of the page. `start` asks the broker for a transaction, notes in the
-session what it expects, and gives the transaction id to the page. The page runs the ceremony
-against the broker and gets a nonce. `finish` takes the note out of the session (the first answer
-spends it, right or wrong), compares the transaction that the page names with the digest in it, and
-redeems the nonce while stating purpose, transaction and user: a nonce of another purpose, of
-another transaction or of another person is worth nothing here.
+Each ceremony is two requests of the page.
 
-Signing in without a name has no transaction, for nobody knows yet who it will be; its nonce is
-redeemed for the purpose alone, and the external id on the receipt must be an account of ours.
+- `start` opens a transaction at the broker, stores in the session what its proof must show, and
+  gives the transaction id to the page. The page runs the ceremony against the broker and gets a
+  nonce.
+- `finish` takes the begun ceremony out of the session; the first answer spends it, right or wrong.
+  It compares the page's transaction with the stored digest. It redeems the nonce and states
+  purpose, transaction and user. A nonce of another purpose, transaction or person is refused.
 
-By decision: sign-in by name says when a name has no account, since sign-up has to say when a name
-has one; and a signed-in visitor may revoke the last passkey, after a clear warning (`last: true`),
-because a site that refuses keeps a lost key alive.
+A sign-in without a name has no transaction, because the user is not known before. Its nonce is
+redeemed for the purpose alone, and the external id on the receipt must be an account of this site.
+
+Two decisions: sign-in by name tells that a name has no account, because sign-up must tell that a
+name has one. A visitor may revoke the last passkey after a clear warning (`last: true`), because a
+site that refuses keeps a lost key valid.
 """
 
 from __future__ import annotations
@@ -62,9 +64,7 @@ routes = web.RouteTableDef()
 
 log = logging.getLogger(__name__)
 
-NAME_BYTES = (
-    256  # characters taken from the wire before Unicode normalisation; a name proper has at most 64
-)
+NAME_FIELD_LIMIT = 256  # characters before Unicode normalisation; a name has at most 64 after it
 TOKEN_LIMIT = 256
 
 
@@ -73,21 +73,18 @@ def _person(account: Account) -> dict[str, Any]:
 
 
 def _name(body: dict[str, Any], field: str = "name") -> tuple[str, str]:
-    """A name or a label. No text at all is a fault of the person who types, not of the page:
-    `parse_name` has the words for it.
+    """A name or a label. An empty text is the visitor's mistake, not the page's: `parse_name` has
+    the sentence for it.
     """
     try:
-        return parse_name(text_field(body, field, NAME_BYTES, least=0))
+        return parse_name(text_field(body, field, NAME_FIELD_LIMIT, least=0))
     except InvalidName as fault:
         raise DemoRefusal(400, "invalid_name", str(fault)) from None
 
 
 async def _renewed(request: web.Request, old: Session | None) -> Session:
-    """The session in which a ceremony begins. Its token goes out with the answer, also where that
-    is a refusal.
-    """
-    accounts = request.app[ACCOUNTS]
-    request[RENEWED], session = await accounts.call(accounts.renew, old)
+    """A new session, in which a ceremony begins. Every answer carries its token, also a refusal."""
+    request[RENEWED], session = await request.app[ACCOUNTS].renew(old)
     return session
 
 
@@ -99,7 +96,7 @@ async def _signed_in(request: web.Request) -> tuple[Session, Account]:
 
 
 async def _finishing(request: web.Request) -> tuple[str, str]:
-    """The nonce and the transaction id that the page brings at the end of a ceremony."""
+    """The nonce and the transaction id of the page, at the end of a ceremony."""
     body = await read_body(request)
     return text_field(body, "nonce", TOKEN_LIMIT), text_field(body, "transaction_id", TOKEN_LIMIT)
 
@@ -107,12 +104,11 @@ async def _finishing(request: web.Request) -> tuple[str, str]:
 async def _expected(
     request: web.Request, kind: Kind, transaction_id: str
 ) -> tuple[Session, Ceremony]:
-    """The session, and what it expects of this kind; the note is gone afterwards, also where it
-    names another transaction.
+    """The session and its begun ceremony of this kind, which is spent, also if it is of another
+    transaction.
     """
     session = await current_session(request)
-    accounts = request.app[ACCOUNTS]
-    ceremony = await accounts.call(accounts.take, session, kind) if session is not None else None
+    ceremony = await request.app[ACCOUNTS].take(session, kind) if session is not None else None
     if session is None or ceremony is None:
         raise DemoRefusal(
             409, "nothing_begun", "That took too long, or was already finished. Start again."
@@ -123,8 +119,11 @@ async def _expected(
 
 
 def _nonce_refused() -> DemoRefusal:
-    sentence = "That proof was too late, already used, or meant for something else. Start again."
-    return DemoRefusal(401, "nonce_refused", sentence)
+    return DemoRefusal(
+        401,
+        "nonce_refused",
+        "That proof was too late, already used, or meant for something else. Start again.",
+    )
 
 
 async def _redeem(request: web.Request, redemption: Redemption) -> Receipt:
@@ -135,13 +134,11 @@ async def _redeem(request: web.Request, redemption: Redemption) -> Receipt:
 
 
 async def _keep_claimed_name(request: web.Request, receipt: Receipt) -> None:
-    """Until its owner names it, a new passkey is called what its authenticator claims to be (a
-    claim: WebAuthn L3 §6.5.2).
+    """Label a new passkey with the claimed name of its authenticator (WebAuthn L3 §6.5.2), until
+    the owner changes it.
     """
     if receipt.authenticator_name_claimed:
-        accounts = request.app[ACCOUNTS]
-        await accounts.call(
-            accounts.set_label,
+        await request.app[ACCOUNTS].set_label(
             receipt.external_id,
             receipt.passkey_id,
             receipt.authenticator_name_claimed[:NAME_LIMIT],
@@ -151,13 +148,16 @@ async def _keep_claimed_name(request: web.Request, receipt: Receipt) -> None:
 async def _welcome(
     request: web.Request, session: Session | None, receipt: Receipt, redemption: Redemption
 ) -> web.Response:
-    """Sign in as whom the receipt names, under a new session token."""
+    """Sign in the user of the receipt, under a new session token."""
     accounts = request.app[ACCOUNTS]
-    token = await accounts.call(accounts.sign_in, session, receipt.external_id, receipt.passkey_id)
-    account = await accounts.call(accounts.owner, receipt.external_id)
+    token = await accounts.sign_in(session, receipt.external_id, receipt.passkey_id)
+    account = await accounts.owner(receipt.external_id)
     if token is None or account is None:
-        sentence = "This passkey is good, but its account isn't on this site any more. Sign up to make a new one."
-        raise DemoRefusal(404, "no_such_account", sentence)
+        raise DemoRefusal(
+            404,
+            "no_such_account",
+            "This passkey is good, but its account isn't on this site any more. Sign up to make a new one.",
+        )
     request.app[REDEMPTIONS].keep(hash_token(token), redemption)
     response = answer(account=_person(account), receipt=_highlights(receipt))
     set_cookie(request, response, token)
@@ -165,7 +165,7 @@ async def _welcome(
 
 
 def _highlights(receipt: Receipt) -> dict[str, Any]:
-    """What the page shows of a receipt."""
+    """The fields of a receipt that the page shows."""
     return {
         "purpose": receipt.purpose,
         "external_id": receipt.external_id,
@@ -181,7 +181,7 @@ def _highlights(receipt: Receipt) -> dict[str, Any]:
 
 @routes.get("/api/state")
 async def state(request: web.Request) -> web.Response:
-    """Which app the page talks to, and who is signed in."""
+    """The app id for the page, and the signed-in account."""
     session = await current_session(request)
     account = session.account if session else None
     return answer(app_id=request.app[APP_ID], account=_person(account) if account else None)
@@ -189,26 +189,34 @@ async def state(request: web.Request) -> web.Response:
 
 @routes.post("/api/sign-up/start")
 async def sign_up_start(request: web.Request) -> web.Response:
-    """Reserve the name for this session and open a register transaction for its new external id."""
+    """Reserve the name for this session, and open a register transaction for its new external
+    id.
+    """
     name, key = _name(await read_body(request))
     old = await current_session(request)
     if old is not None and old.account is not None:
         raise DemoRefusal(
             409, "signed_in", f"You're signed in as {old.account.name}. Sign out first."
         )
-    accounts = request.app[ACCOUNTS]
     session = await _renewed(request, old)
     try:
-        account = await accounts.call(accounts.reserve, name, key, session)
+        account = await request.app[ACCOUNTS].reserve(name, key, session)
     except NameTaken:
-        sentence = (
-            f"The name “{name}” is taken. If it's yours, sign in; otherwise pick another one."
-        )
-        raise DemoRefusal(409, "name_taken", sentence) from None
+        raise DemoRefusal(
+            409,
+            "name_taken",
+            f"The name “{name}” is taken. If it's yours, sign in; otherwise pick another one.",
+        ) from None
+    return await _begin_registration(request, session, "sign-up", account)
+
+
+async def _begin_registration(
+    request: web.Request, session: Session, kind: Kind, account: Account
+) -> web.Response:
     transaction_id = await request.app[CLIENT].create_register_transaction(
         account.external_id, account.name
     )
-    await accounts.call(accounts.expect, session, "sign-up", account.external_id, transaction_id)
+    await request.app[ACCOUNTS].expect(session, kind, account.external_id, transaction_id)
     return answer(transaction_id=transaction_id)
 
 
@@ -228,7 +236,7 @@ async def sign_in_start(request: web.Request) -> web.Response:
     """Open an authenticate transaction for the account of a name."""
     name, key = _name(await read_body(request))
     accounts = request.app[ACCOUNTS]
-    account = await accounts.call(accounts.find, key)
+    account = await accounts.find(key)
     if account is None:
         raise DemoRefusal(
             404, "unknown_name", f"There's no account called “{name}” here. Sign up to make one."
@@ -238,10 +246,13 @@ async def sign_in_start(request: web.Request) -> web.Response:
             account.external_id
         )
     except (NoPasskeys, UserNotFound):
-        sentence = f"“{account.name}” has no passkeys left, so nobody can sign in to it any more."
-        raise DemoRefusal(409, "no_passkeys", sentence) from None
+        raise DemoRefusal(
+            409,
+            "no_passkeys",
+            f"“{account.name}” has no passkeys left, so nobody can sign in to it any more.",
+        ) from None
     session = await _renewed(request, await current_session(request))
-    await accounts.call(accounts.expect, session, "sign-in", account.external_id, transaction_id)
+    await accounts.expect(session, "sign-in", account.external_id, transaction_id)
     return answer(transaction_id=transaction_id)
 
 
@@ -255,7 +266,7 @@ async def sign_in_finish(request: web.Request) -> web.Response:
 
 @routes.post("/api/sign-in/discoverable")
 async def sign_in_discoverable(request: web.Request) -> web.Response:
-    """Sign in as whoever the passkey belongs to; there was no transaction and no name."""
+    """Sign in the passkey's owner, without a transaction and a name."""
     nonce = text_field(await read_body(request), "nonce", TOKEN_LIMIT)
     redemption = Redemption(nonce, "authenticate")
     receipt = await _redeem(request, redemption)
@@ -264,13 +275,16 @@ async def sign_in_discoverable(request: web.Request) -> web.Response:
 
 @routes.post("/api/redeem-again")
 async def redeem_again(request: web.Request) -> web.Response:
-    """Send the session's last redemption a second time, and answer with the broker's refusal."""
+    """Repeat the session's last redemption, and answer with the broker's refusal."""
     await read_body(request)
     session, _ = await _signed_in(request)
     redemption = request.app[REDEMPTIONS].of(session.token_hash)
     if redemption is None:
-        sentence = "This site doesn't keep that nonce any more. Sign in again, then redeem it twice at once."
-        raise DemoRefusal(409, "no_nonce_kept", sentence)
+        raise DemoRefusal(
+            409,
+            "no_nonce_kept",
+            "This site doesn't keep that nonce any more. Sign in again, then redeem it twice at once.",
+        )
     try:
         await redemption.send(request.app[CLIENT])
     except InvalidNonce as refusal:
@@ -278,18 +292,20 @@ async def redeem_again(request: web.Request) -> web.Response:
             refusal={"status": refusal.status, "code": refusal.code, "error": refusal.message}
         )
     log.error("the broker redeemed a nonce twice")
-    sentence = "The broker redeemed the nonce a second time, which must never happen. Its operator has to know."
-    raise DemoRefusal(502, "redeemed_twice", sentence)
+    raise DemoRefusal(
+        502,
+        "redeemed_twice",
+        "The broker redeemed the nonce a second time, which must never happen. Its operator has to know.",
+    )
 
 
 @routes.post("/api/sign-out")
 async def sign_out(request: web.Request) -> web.Response:
     await read_body(request)
     session = await current_session(request)
-    accounts = request.app[ACCOUNTS]
     if session is not None:
         request.app[REDEMPTIONS].forget(session.token_hash)
-        await accounts.call(accounts.sign_out, session)
+        await request.app[ACCOUNTS].sign_out(session)
     response = answer()
     clear_cookie(request, response)
     return response
@@ -303,8 +319,7 @@ async def passkeys(request: web.Request) -> web.Response:
 
 async def _list(request: web.Request, session: Session, account: Account) -> list[dict[str, Any]]:
     """The account's passkeys as the page shows them, oldest first."""
-    accounts = request.app[ACCOUNTS]
-    labels = await accounts.call(accounts.labels, account.external_id)
+    labels = await request.app[ACCOUNTS].labels(account.external_id)
     found = await request.app[CLIENT].list_passkeys(account.external_id)
     return [
         {
@@ -323,15 +338,10 @@ async def _list(request: web.Request, session: Session, account: Account) -> lis
 
 @routes.post("/api/passkeys/start")
 async def add_start(request: web.Request) -> web.Response:
-    """Open a register transaction for the signed-in account; nobody else can ask for one."""
+    """Open a register transaction for the signed-in account, and for no other."""
     await read_body(request)
     session, account = await _signed_in(request)
-    transaction_id = await request.app[CLIENT].create_register_transaction(
-        account.external_id, account.name
-    )
-    accounts = request.app[ACCOUNTS]
-    await accounts.call(accounts.expect, session, "add", account.external_id, transaction_id)
-    return answer(transaction_id=transaction_id)
+    return await _begin_registration(request, session, "add", account)
 
 
 @routes.post("/api/passkeys/finish")
@@ -348,26 +358,23 @@ async def add_finish(request: web.Request) -> web.Response:
 
 @routes.post("/api/passkeys/{passkey_id:[A-Za-z0-9]{24}}/label")
 async def label(request: web.Request) -> web.Response:
-    """Name a passkey of one's own. The label is this site's; the broker and the device keep
-    theirs.
+    """Label a passkey of the account. The label is this site's; the broker and the device keep
+    their names.
     """
     text, _ = _name(await read_body(request), "label")
     session, account = await _signed_in(request)
     passkey_id = request.match_info["passkey_id"]
-    if all(
-        passkey.id != passkey_id
-        for passkey in await request.app[CLIENT].list_passkeys(account.external_id)
-    ):
+    owned = await request.app[CLIENT].list_passkeys(account.external_id)
+    if all(passkey.id != passkey_id for passkey in owned):
         raise _unknown_passkey()
-    accounts = request.app[ACCOUNTS]
-    await accounts.call(accounts.set_label, account.external_id, passkey_id, text)
+    await request.app[ACCOUNTS].set_label(account.external_id, passkey_id, text)
     return answer(passkeys=await _list(request, session, account))
 
 
 @routes.post("/api/passkeys/{passkey_id:[A-Za-z0-9]{24}}/revoke")
 async def revoke(request: web.Request) -> web.Response:
-    """Revoke a passkey of one's own; the last one only when the page says that the visitor was
-    warned.
+    """Revoke a passkey of the account; the last one only if the page says that it warned the
+    visitor.
     """
     body = await read_body(request)
     session, account = await _signed_in(request)
@@ -377,17 +384,18 @@ async def revoke(request: web.Request) -> web.Response:
     if passkey_id not in owned:
         raise _unknown_passkey()
     if len(owned) == 1 and body.get("last") is not True:
-        sentence = "This is your only passkey. Without it nobody can sign in to this account again."
-        raise DemoRefusal(409, "last_passkey", sentence)
+        raise DemoRefusal(
+            409,
+            "last_passkey",
+            "This is your only passkey. Without it nobody can sign in to this account again.",
+        )
     try:
         await client.revoke_passkey(account.external_id, passkey_id)
     except PasskeyNotFound:
         raise _unknown_passkey() from None
     accounts = request.app[ACCOUNTS]
-    await accounts.call(accounts.drop_label, account.external_id, passkey_id)
-    ended = await accounts.call(
-        accounts.end_sessions_of_passkey, account.external_id, passkey_id, keep=session
-    )
+    await accounts.drop_label(account.external_id, passkey_id)
+    ended = await accounts.end_sessions_of_passkey(account.external_id, passkey_id, keep=session)
     return answer(ended=ended, passkeys=await _list(request, session, account))
 
 

@@ -1,10 +1,11 @@
-"""The redemption that a session made last, kept in memory so that a visitor can see it refused.
+"""Replay of a redemption: keeps each session's last nonce in memory, so that a visitor can see the
+broker refuse it.
 
-A site of yours needs none of this. The page's button “Redeem it again” shows that a nonce is good
-once: the backend sends the same redemption to the broker a second time. For that the backend keeps
-the spent nonce and what it expected of it: one redemption a session, for `KEPT` seconds, at most
-`MOST` in all (the oldest leaves first). Only the session's own token hash finds a redemption. No
-redemption is written to a file or a log.
+A site of yours needs none of this. The page's button “Redeem it again” shows that a nonce is
+redeemed once. The backend sends the same redemption to the broker a second time, so it keeps the
+spent nonce and the stated purpose, transaction and user: one redemption a session, for
+`REDEMPTION_LIFE` seconds, at most `REDEMPTION_LIMIT` in all (the oldest is dropped first). Only the
+session's own token hash finds a redemption. No redemption is written to a file or a log.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from dataclasses import dataclass, field
 
 from broker.sdk.passkey_broker import AsyncBrokerClient, Purpose, Receipt
 
-KEPT = 5 * 60  # seconds
-MOST = 1000  # redemptions
+REDEMPTION_LIFE = 5 * 60  # seconds
+REDEMPTION_LIMIT = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Redemption:
-    """A nonce and what the site expects it to prove.
+    """A nonce, with the purpose, transaction and user that the site states.
 
-    A sign-in without a name expects no transaction and no user.
+    A sign-in without a name states no transaction and no user.
     """
 
     nonce: str = field(repr=False)
@@ -41,7 +42,7 @@ class Redemption:
 
 
 class LastRedemptions:
-    """Token hash of a session -> its last redemption, with the time at which it is forgotten."""
+    """The last redemption of each session, by the hash of its token."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -51,13 +52,13 @@ class LastRedemptions:
         return len(self._kept)
 
     def keep(self, token_hash: str, redemption: Redemption) -> None:
-        """Replace the session's last redemption. What has expired is removed on the way."""
+        """Replace the session's last redemption, and drop expired ones."""
         now = self._clock()
         self._kept.pop(token_hash, None)
-        self._kept = {owner: kept for owner, kept in self._kept.items() if kept[0] > now}
-        while len(self._kept) >= MOST:
+        self._kept = {owner: entry for owner, entry in self._kept.items() if entry[0] > now}
+        while len(self._kept) >= REDEMPTION_LIMIT:
             del self._kept[next(iter(self._kept))]
-        self._kept[token_hash] = (now + KEPT, redemption)
+        self._kept[token_hash] = (now + REDEMPTION_LIFE, redemption)
 
     def of(self, token_hash: str) -> Redemption | None:
         """The session's last redemption, unless it has expired."""

@@ -1,10 +1,9 @@
-"""The sample site as an aiohttp application: its pages, its API, and the one client through which
-it talks to the broker.
+"""The sample site as an aiohttp application: its pages, its API, and its client of the broker.
 
-The pages are files of `static/`, read once when the application is made and served from memory with
-a validator (ETag), so a file that changed is fetched again and others are not. The footer's links
-lead to README.md and to the site's own source, as plain text from memory too, so they work wherever
-the site runs and name no other host. Nothing else can be named.
+The pages are files of `static/`. They are read once, when the application is made, and served from
+memory with a validator (ETag), so a browser fetches changed files only. The footer's links lead to
+README.md and to the site's own source, as plain text from memory too: they work on every host. A
+path outside of this list finds nothing.
 """
 
 from __future__ import annotations
@@ -70,10 +69,14 @@ def demo_app(
 ) -> web.Application:
     """The site, to be mounted at `/demo/`.
 
-    `broker_url` is the broker's root as this process reaches it, `app_id` and `api_key` name the
-    app there, `data` is the folder of the accounts file, `origins` says from which origins (scheme,
-    host, port) the pages may call the API; a callable is asked at each request, since a port may be
-    known only after the server has begun to listen. `clock` gives seconds since 1970.
+    Args:
+        broker_url: the broker's root, as this process reaches it.
+        app_id: the app at the broker.
+        api_key: a key of that app.
+        data: the folder of the accounts file.
+        origins: the origins (scheme, host, port) whose pages may call the API. A callable is called
+            at each request, because a port may be known only after the server listens.
+        clock: gives seconds since 1970.
     """
     app = web.Application(middlewares=[guard])
     app[APP_ID] = app_id
@@ -83,15 +86,13 @@ def demo_app(
     app[PAGES] = _pages()
     for route in (*routes, web.get("/", index), web.get("/{folder:static|source}/{name}", file)):
         assert isinstance(route, web.RouteDef)
-        public(
-            route.handler
-        )  # open to anybody, as far as the broker's API keys go; sessions are this site's own matter
+        public(route.handler)  # needs no API key of the broker: the site has sessions of its own
         app.router.add_route(route.method, route.path, route.handler)
 
     async def open_and_close(app: web.Application) -> AsyncIterator[None]:
         accounts = app[ACCOUNTS]
         try:
-            await accounts.call(accounts.open)
+            await accounts.open()
             async with TracedClient(broker_url, app_id, api_key) as traced:
                 app[CLIENT] = traced
                 yield
@@ -115,7 +116,7 @@ def _pages() -> dict[str, Page]:
 
 
 def _readme() -> bytes:
-    """README.md of the checkout; an installed package carries it in its metadata."""
+    """README.md of the checkout; without a checkout, from the installed package's metadata."""
     checkout = HERE.parent.parent
     if (checkout / "pyproject.toml").is_file():
         return (checkout / "README.md").read_bytes()
@@ -127,11 +128,10 @@ def _page_of(content: bytes, content_type: str) -> Page:
 
 
 async def index(request: web.Request) -> web.Response:
-    """The page; opened at a bare loopback address it moves to an origin of ours, because passkeys
-    need a host name.
+    """The page. A loopback address redirects to an origin with a host name, which passkeys need.
 
-    WebAuthn L3 §5.1.3 "effective domain": an IP address is no valid domain. The target comes from
-    our origins, never from the request.
+    WebAuthn L3 §5.1.3 "effective domain": an IP address is no valid domain. The target is one of
+    the site's origins, and never comes from the request.
     """
     origins = sorted(request.app[ORIGINS]())
     host, port = read_host(request)

@@ -1,15 +1,15 @@
-"""What travelled between this backend and the broker, for the diagram beside each step. A site of
-yours needs none of this.
+"""Trace of the calls from this backend to the broker, for the diagram beside each step.
 
-`TracedClient` is the SDK's client, and notes every request that it really carries into the `Trace`
-of the request being served (a context variable, so that one client and its connections serve all
-visitors): method, path below the app, status, duration, the values that a reader follows from hop
-to hop, and the bodies. Tokens and ids are cut, in bodies too, to what is enough to recognise them
-by and useless otherwise: 4 of a token's 43 random characters and its last 2 leave more than 200
-unknown bits. The API key is in a header and never noted.
+A site of yours needs none of this. `TracedClient` is the SDK's client. It appends every request
+that it sends to the `TRACE` of the visitor's request, a context variable, so that one client serves
+all visitors. An entry has method, path below the app, status, duration, the values that a reader
+follows from hop to hop, and the bodies.
 
-`TracedClient.send` overrides the one method through which the client carries requests; it changes
-nothing of what is sent.
+Tokens and ids are shortened, in bodies too: 4 of a token's 43 random characters and its last 2
+identify it, and leave more than 200 unknown bits. The API key travels in a header and is never
+recorded.
+
+`TracedClient.send` overrides the one method that sends requests, and changes no byte of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 
 from broker.sdk.passkey_broker import Answer, AsyncBrokerClient, Request
 
-# Fields of a body that the diagram shows -> the words it has for them. Everything else stays
-# unsaid.
+# Fields of a body that the diagram shows, with their labels.
 _SENT = {
     "transaction_id": "transaction",
     "nonce": "nonce",
@@ -39,32 +38,20 @@ _GOT = {
     "code": "code",
 }
 
-
-_TOKEN = re.compile(
-    r"[A-Za-z0-9_+/=.-]{20,}"
-)  # base64url, hex, UUID: nothing that a person writes with spaces
+_TOKEN = re.compile(r"[A-Za-z0-9_+/=.-]{20,}")  # base64url, hex, UUID; a sentence has spaces
 BODY_SHOWN = 16_384  # bytes; a longer answer is not shown
 
-
-class Trace:
-    """The calls of one request of a visitor, in order, as JSON values."""
-
-    def __init__(self) -> None:
-        self.hops: list[dict[str, Any]] = []
-
-
-TRACE: ContextVar[Trace] = ContextVar("demo_trace")
+# The calls of one request of a visitor, in order, as JSON values.
+TRACE: ContextVar[list[dict[str, Any]]] = ContextVar("demo_trace")
 
 
 def short(text: str) -> str:
-    """Enough of a token to recognise it by. What has up to 14 characters is no token and stays
-    whole.
-    """
+    """A token shortened to an identifiable part. A text of up to 14 characters is no token."""
     return f"{text[:8]}…{text[-2:]}" if len(text) > 14 else text
 
 
 def redacted(value: Any) -> Any:
-    """A JSON value in which each text that may be a token or an id is cut."""
+    """A JSON value whose tokens and ids are shortened."""
     match value:
         case str():
             return short(value) if _TOKEN.fullmatch(value) else value
@@ -77,7 +64,7 @@ def redacted(value: Any) -> Any:
 
 
 def _shown(values: dict[str, Any], words: dict[str, str]) -> dict[str, str]:
-    """The known fields, under their words; tokens cut, names and codes whole."""
+    """The labelled fields, with tokens shortened."""
     return {
         words[name]: value if name in ("passkey_display_name", "code") else short(value)
         for name, value in values.items()
@@ -94,7 +81,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 class TracedClient(AsyncBrokerClient):
-    """`AsyncBrokerClient` that tells the current `TRACE` of each request it carries."""
+    """`AsyncBrokerClient` that appends each request to the current `TRACE`."""
 
     async def send(self, request: Request) -> Answer:
         hop: dict[str, Any] = {
@@ -108,7 +95,7 @@ class TracedClient(AsyncBrokerClient):
             "sent": {**_shown(request.body or {}, _SENT), **_shown(request.query or {}, _SENT)},
             "got": {},
         }
-        TRACE.get().hops.append(hop)
+        TRACE.get().append(hop)
         begun = time.perf_counter()
         try:
             answer = await super().send(request)

@@ -32,10 +32,17 @@ from aiohttp import web
 
 from broker.app import Parts, Service, application, assemble, serve
 from broker.demo import demo_app
-from broker.demo.accounts import CEREMONY, NAME_LIMIT, RESERVATION, SESSION, InvalidName, parse_name
+from broker.demo.accounts import (
+    CEREMONY_LIFE,
+    NAME_LIMIT,
+    RESERVATION_LIFE,
+    SESSION_LIFE,
+    InvalidName,
+    parse_name,
+)
 from broker.demo.api import routes
 from broker.demo.guard import BODY_LIMIT, COOKIE, REDEMPTIONS
-from broker.demo.replay import KEPT, MOST, LastRedemptions, Redemption
+from broker.demo.replay import REDEMPTION_LIFE, REDEMPTION_LIMIT, LastRedemptions, Redemption
 from broker.demo.wire import BODY_SHOWN, redacted, short
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
@@ -455,7 +462,7 @@ async def test_an_unfinished_name_is_held_for_its_session_and_then_free(
     assert again.status == 200
     first = again.json["trace"][0]["sent"]["external id"]
 
-    site.clock.ahead += RESERVATION + 1
+    site.clock.ahead += RESERVATION_LIFE + 1
     taken = await eve.post("/api/sign-up/start", name="Ada")
     assert taken.status == 200
     assert taken.json["trace"][0]["sent"]["external id"] != first, (
@@ -738,7 +745,7 @@ async def test_sign_out_ends_the_session_on_the_server(ada: Visitor) -> None:
 
 async def test_sessions_end_by_time(site: Site, ada: Visitor) -> None:
     await ada.sign_up("Ada")
-    site.clock.ahead += SESSION - 60
+    site.clock.ahead += SESSION_LIFE - 60
     assert await ada.account() == "Ada"
     site.clock.ahead += 61
     assert await ada.account() is None
@@ -970,7 +977,7 @@ async def test_a_nonce_is_redeemed_again_for_its_own_session_only(
     ada.cookie = left
     assert (await ada.post("/api/redeem-again")).code == "not_signed_in"
 
-    site.clock.ahead += KEPT - 1
+    site.clock.ahead += REDEMPTION_LIFE - 1
     assert (await eve.post("/api/redeem-again")).status == 200
     site.clock.ahead += 2
     refused = await eve.post("/api/redeem-again")
@@ -997,13 +1004,13 @@ async def test_a_broker_that_redeems_twice_is_no_success(
 def test_few_redemptions_are_kept_and_none_is_printed() -> None:
     clock = Clock()
     kept = LastRedemptions(clock)
-    for number in range(MOST + 1):
+    for number in range(REDEMPTION_LIMIT + 1):
         kept.keep(str(number), Redemption("pbn_secret", "authenticate"))
-    assert len(kept) == MOST
+    assert len(kept) == REDEMPTION_LIMIT
     assert kept.of("0") is None, "the oldest leaves"
-    assert kept.of(str(MOST)) is not None
-    assert "pbn_secret" not in repr(kept.of(str(MOST)))
-    clock.ahead += KEPT + 1
+    assert kept.of(str(REDEMPTION_LIMIT)) is not None
+    assert "pbn_secret" not in repr(kept.of(str(REDEMPTION_LIMIT)))
+    clock.ahead += REDEMPTION_LIFE + 1
     kept.keep("next", Redemption("pbn_secret", "authenticate"))
     assert len(kept) == 1, "what has expired is removed"
 
@@ -1043,7 +1050,7 @@ async def test_a_begun_ceremony_is_forgotten_in_time(site: Site, ada: Visitor) -
     await ada.sign_up("Ada")
     transaction = await ada.begin_sign_in("Ada")
     nonce = await ada.authenticate(transaction)
-    site.clock.ahead += CEREMONY + 1
+    site.clock.ahead += CEREMONY_LIFE + 1
     refused = await ada.post("/api/sign-in/finish", nonce=nonce)
     assert (refused.status, refused.code) == (409, "nothing_begun")
 
