@@ -1,24 +1,24 @@
-/** Why a ceremony gave no nonce; stable words, for programs. */
+/** The code of a ceremony's fault: stable, for programs. */
 export type PasskeyErrorCode =
-  /** The prompt ended without a passkey: the person closed it, or no passkey fits. Trying again may help. */
+  /** The prompt ended without a passkey: the person closed it, or no passkey fits. Another attempt may succeed. */
   | "cancelled"
-  /** This browser can't do it, or not in the way that was asked for; trying again won't help. */
+  /** This browser lacks passkeys, or the requested feature; another attempt fails too. */
   | "unsupported"
   /** The page's domain is not the app's RP ID or below it, or the page is not https. */
   | "wrong_domain"
-  /** No authenticator here can do what the app's policy asks, like user verification. */
+  /** No authenticator here meets the app's policy, like user verification. */
   | "not_supported_by_device"
-  /** This authenticator already has a passkey of this user: not an error to fear. */
+  /** This authenticator already has a passkey of this user, which is no fault of the site. */
   | "already_registered"
-  /** The broker said no; `refusal` says which no. */
+  /** The broker refused; `refusal` has its code. */
   | "refused"
-  /** The broker has trouble; `retry`, where given, says where to start again. */
+  /** The broker is briefly unavailable; `retry`, if given, says where to start again. */
   | "unavailable"
   /** No answer: offline, blocked, or later than 15 seconds. */
   | "network"
   /** Another ceremony began in this page, or the caller's signal was aborted. */
   | "aborted"
-  /** The page called with an argument of another type, like a transaction id that is undefined; no request was sent. */
+  /** An argument has the wrong type, like a transaction id that is undefined; no request was sent. */
   | "invalid_argument";
 
 export interface PasskeyErrorDetails {
@@ -33,23 +33,23 @@ export class PasskeyError extends Error {
   constructor(code: PasskeyErrorCode, details?: PasskeyErrorDetails);
   readonly name: "PasskeyError";
   readonly code: PasskeyErrorCode;
-  /** The browser's own error, where there was one. */
+  /** The browser's own error, if there is one. */
   readonly cause?: unknown;
   /** The broker's code, like "transaction_not_found"; for "refused" and "unavailable". */
   readonly refusal: string | undefined;
-  /** The HTTP status that came with it. */
+  /** The HTTP status of the answer. */
   readonly status: number | undefined;
   /** After "unavailable": call again ("page"), or begin with a new transaction ("backend"). */
   readonly retry: "page" | "backend" | undefined;
 }
 
 export interface RegisterOptions {
-  /** Which authenticators to offer; the app's policy decides where it is left out. */
+  /** The authenticators to offer; by default the app's policy decides. */
   authenticatorAttachment?: "platform" | "cross-platform" | "any";
   /**
    * Conditional create: make the passkey without a prompt, right after a sign-in with a saved
-   * password. Rejects with "cancelled" where the browser decides against it, and with "unsupported",
-   * before any request, where it lacks the capability `conditionalCreate`.
+   * password. Rejects with "cancelled" if the browser decides against it, and with "unsupported",
+   * before any request, if it lacks the capability `conditionalCreate`.
    */
   autoRegister?: boolean;
   /** Ends the ceremony, which then rejects with "aborted". */
@@ -58,17 +58,17 @@ export interface RegisterOptions {
 
 export interface AuthenticateOptions {
   /**
-   * From the backend, for a known user. Left out, whoever the chosen passkey belongs to signs in; present, it must be a
-   * non-empty string, else the call is refused with "invalid_argument".
+   * From the backend, for a known user. Without it the owner of the chosen passkey signs in. If present, it must be a non-empty
+   * string, else the call is refused with "invalid_argument".
    */
   transactionId?: string;
   /** Wait for a choice in the autofill of an `<input autocomplete="username webauthn">`. */
   conditional?: boolean;
   /**
-   * Offer only passkeys that the browser has at hand, and reject with "cancelled" at once where it
+   * Offer only passkeys that the browser has at hand, and reject with "cancelled" at once if it
    * has none. Needs user activation (a click, a key press) and neither `transactionId` nor
    * `conditional`, else the call is refused with "invalid_argument". Rejects with "unsupported",
-   * before any request, where the browser lacks the capability `immediateGet`.
+   * before any request, if the browser lacks the capability `immediateGet`.
    */
   immediate?: boolean;
   /** Ends the ceremony, which then rejects with "aborted". */
@@ -76,17 +76,17 @@ export interface AuthenticateOptions {
 }
 
 export interface AppliedSignals {
-  /** Whether this browser has the method; where it hasn't, no request was made and the ticket is as good as before. */
+  /** True if this browser has the method. If false, no request was made and the ticket is still valid. */
   supported: boolean;
-  /** How many passkeys or users the authenticator was told of. */
+  /** The number of calls that the browser accepted. */
   applied: number;
-  /** How many the browser would not take. */
+  /** The number of calls that the browser rejected. */
   failed: number;
 }
 
 /**
- * What the browser says that it can do, by the names of `PublicKeyCredential.getClientCapabilities`
- * (WebAuthn L3 §5.1.7). A name that is absent is unknown.
+ * Client capabilities, by the names of `PublicKeyCredential.getClientCapabilities` (WebAuthn L3
+ * §5.1.7). A name that is absent is unknown.
  */
 export interface Capabilities {
   /** `register(…, { autoRegister: true })` */
@@ -114,25 +114,25 @@ export interface Capabilities {
 }
 
 export class Passkeys {
-  /** @param baseUrl where the broker is, like "https://broker.example"; "" for the page's own origin */
+  /** @param baseUrl the broker's URL, like "https://broker.example"; "" for the page's own origin */
   constructor(baseUrl: string, appId: string);
   /** Make a passkey. Resolves with the nonce. @throws {PasskeyError} */
   register(transactionId: string, options?: RegisterOptions): Promise<string>;
   /** Sign in with a passkey. Resolves with the nonce. @throws {PasskeyError} */
   authenticate(options?: AuthenticateOptions): Promise<string>;
   /**
-   * Tell the authenticator of names that changed (update), passkeys that are gone (delete), or those that still count (prune).
-   * The ticket comes from the backend and is good once. @throws {PasskeyError}
+   * Signal changed names (update), deleted passkeys (delete) or the current passkeys (prune) to the authenticator.
+   * The ticket comes from the backend and is used once. @throws {PasskeyError}
    */
   applySignals(
     kind: "update" | "delete" | "prune",
     ticket: string,
     options?: { signal?: AbortSignal },
   ): Promise<AppliedSignals>;
-  /** Whether this page can make passkeys. */
+  /** True if this page can make passkeys. */
   canRegister(): Promise<boolean>;
-  /** Whether `authenticate({ conditional: true })` can work in this browser. */
+  /** True if this browser supports `authenticate({ conditional: true })`. */
   canAutofill(): Promise<boolean>;
-  /** What this browser can do; never rejects, makes no request. */
+  /** The client capabilities of this browser; never rejects, makes no request. */
   capabilities(): Promise<Capabilities>;
 }

@@ -1,31 +1,31 @@
 /**
- * Passkeys in a page: two verbs, one kind of error.
+ * WebAuthn in a page: `register` and `authenticate`, with one class of errors.
  *
  *     import { Passkeys, PasskeyError } from "https://broker.example/sdk/passkey.js";
  *     const passkeys = new Passkeys("https://broker.example", "app id");
  *     const nonce = await passkeys.register(transactionId);            // transaction and nonce go through your backend
- *     const nonce = await passkeys.authenticate({ transactionId });    // a known person
- *     const nonce = await passkeys.authenticate();                     // whoever the passkey belongs to
+ *     const nonce = await passkeys.authenticate({ transactionId });    // a known user
+ *     const nonce = await passkeys.authenticate();                     // the owner of the chosen passkey
  *     const nonce = await passkeys.authenticate({ conditional: true }) // from autofill: <input autocomplete="username webauthn">
- *     const nonce = await passkeys.authenticate({ immediate: true })   // only what is at hand, else "cancelled" at once
+ *     const nonce = await passkeys.authenticate({ immediate: true })   // passkeys at hand only, else "cancelled" at once
  *     const nonce = await passkeys.register(transactionId, { autoRegister: true }) // without a prompt, after a password
  *     await passkeys.applySignals("delete", ticket);                   // the ticket comes from your backend
  *
- * A page has one passkey prompt, so starting a ceremony ends the last one, whichever `Passkeys` began it; the ended one rejects
+ * A page has one passkey prompt, so a new ceremony ends the last one, also that of another `Passkeys`; the ended ceremony rejects
  * with code "aborted". Each ceremony has an AbortController of its own, so autofill works again afterwards.
  *
- * A conditional ceremony waits as long as the page is open, a challenge lives some minutes: the challenge is renewed before it
- * dies, silently, and only while somebody can see the page.
+ * A conditional ceremony lasts as long as the page is open, and a challenge lives some minutes. So the challenge is renewed before
+ * it expires, without a prompt, and only while the page is visible.
  *
- * Nothing is sent twice: an answer to the broker is one-time, and whoever gets "unavailable" or "network" starts over.
+ * Nothing is sent twice: an answer to the broker is one-time. After "unavailable" or "network" the person starts over.
  *
- * A transaction that is named but missing is refused, with "invalid_argument", before any request and before the running ceremony
- * ends: `authenticate({ transactionId: undefined })` would otherwise sign in whoever the chosen passkey belongs to.
+ * A transaction id that is present but no text is refused with "invalid_argument", before any request and before the running
+ * ceremony ends: `authenticate({ transactionId: undefined })` would otherwise sign in the owner of the chosen passkey.
  */
 
-/** How long one request to the broker may take, its body included. */
+/** Time limit of one request to the broker, its body included (milliseconds). */
 const REQUEST_LIFE = 15_000;
-/** The life of a challenge whose options name none (milliseconds). */
+/** The life of a challenge whose options have no timeout (milliseconds). */
 const CHALLENGE_LIFE = 300_000;
 
 /** The platform's method for each kind of signals (WebAuthn L3 §5.1.10). */
@@ -35,10 +35,10 @@ const SIGNALS = {
   prune: "signalAllAcceptedCredentials",
 };
 
-/** The options of `authenticate`. A misspelt one is refused, for it may have been the transaction. */
+/** The options of `authenticate`. Another name is refused: it may be a misspelt transaction. */
 const AUTHENTICATE_OPTIONS = ["transactionId", "conditional", "immediate", "signal"];
 
-/** Fields in whose autofill a browser offers passkeys (HTML §4.10.18.7.1). */
+/** Form fields whose autofill offers passkeys (HTML §4.10.18.7.1). */
 const AUTOFILL_FIELDS = '[autocomplete~="webauthn" i]';
 
 /**
@@ -60,7 +60,7 @@ const SENTENCES = {
   invalid_argument: "The page called the passkey SDK with an argument that it can't use.",
 };
 
-/** Why a ceremony gave no nonce. `code` is stable and for programs, `message` is English and for developers. */
+/** The fault of a ceremony. `code` is stable and for programs, `message` is English and for developers. */
 export class PasskeyError extends Error {
   /**
    * @param {Code} code
@@ -72,7 +72,7 @@ export class PasskeyError extends Error {
     this.code = code;
     /** The broker's own code, like "transaction_not_found"; for "refused" and "unavailable". */
     this.refusal = refusal;
-    /** The HTTP status that came with it. */
+    /** The HTTP status of the answer. */
     this.status = status;
     /** Where to start again after "unavailable": call again ("page"), or with a new transaction ("backend"). */
     this.retry = retry;
@@ -85,7 +85,7 @@ export class Passkeys {
   #app;
 
   /**
-   * @param {string} baseUrl where the broker is, like "https://broker.example"; "" for the page's own origin
+   * @param {string} baseUrl the broker's URL, like "https://broker.example"; "" for the page's own origin
    * @param {string} appId
    */
   constructor(baseUrl, appId) {
@@ -117,8 +117,8 @@ export class Passkeys {
   }
 
   /**
-   * Sign in with a passkey. Resolves with the nonce. `conditional` waits for a choice in the autofill of a form field. Leave
-   * `transactionId` out for a sign-in of whoever the passkey belongs to; a value that is no id of a transaction is refused.
+   * Sign in with a passkey. Resolves with the nonce. `conditional` waits for a choice in the autofill of a form field. Without
+   * `transactionId` the owner of the chosen passkey signs in; a value that is no text is refused.
    *
    * `immediate` offers only passkeys that the browser has at hand, and rejects with "cancelled" at
    * once where there is none. It needs a click or a key press just before. A browser without it
@@ -145,8 +145,9 @@ export class Passkeys {
   }
 
   /**
-   * Tell the authenticator what became of its passkeys: exchange a ticket that the backend prepared, and hand each of its calls to the
-   * browser. No prompt; a ceremony that runs goes on. A browser without the method spends no ticket: then `supported` is false.
+   * Update the authenticator's list of passkeys (Signal API): exchange a ticket that the backend prepared, and pass each of its
+   * calls to the browser. No prompt, and a running ceremony goes on. `supported` is false in a browser without the method, which
+   * spends no ticket.
    *
    * @param {"update"|"delete"|"prune"} kind what the ticket was prepared for
    * @param {string} ticket
@@ -179,20 +180,20 @@ export class Passkeys {
     }
   }
 
-  /** Whether this page can make passkeys. A phone or a security key will do, so only the API is asked for. */
+  /** True if this page can make passkeys. Only the API is needed: a phone or a security key can be the authenticator. */
   async canRegister() {
     return typeof PublicKeyCredential === "function" && typeof navigator.credentials?.create === "function";
   }
 
-  /** Whether `authenticate({conditional: true})` can work in this browser. @returns {Promise<boolean>} */
+  /** True if this browser supports `authenticate({conditional: true})`. @returns {Promise<boolean>} */
   async canAutofill() {
     return (await this.capabilities()).conditionalGet ?? false;
   }
 
   /**
-   * What this browser says that it can do, by the names of `getClientCapabilities` (WebAuthn L3
-   * §5.1.7). Where it says nothing of autofill, a screen lock or the signals, the older methods are
-   * asked. A name that is absent is unknown. No request.
+   * The client capabilities of this browser, by the names of `getClientCapabilities` (WebAuthn L3
+   * §5.1.7). Older methods fill in autofill, screen lock and signals where it lacks them. A name
+   * that is absent is unknown. No request.
    *
    * @returns {Promise<Record<string, boolean|undefined>>}
    */
@@ -200,13 +201,13 @@ export class Passkeys {
     if (!(await this.canRegister())) return {};
     const platform = PublicKeyCredential;
     try {
-      const told = { ...(await platform.getClientCapabilities?.()) };
-      told.conditionalGet ??= await platform.isConditionalMediationAvailable?.();
-      told.userVerifyingPlatformAuthenticator ??=
+      const found = { ...(await platform.getClientCapabilities?.()) };
+      found.conditionalGet ??= await platform.isConditionalMediationAvailable?.();
+      found.userVerifyingPlatformAuthenticator ??=
         await platform.isUserVerifyingPlatformAuthenticatorAvailable?.();
       for (const method of Object.values(SIGNALS))
-        told[method] ??= typeof platform[method] === "function";
-      return Object.fromEntries(Object.entries(told).filter(([, can]) => can !== undefined));
+        found[method] ??= typeof platform[method] === "function";
+      return Object.fromEntries(Object.entries(found).filter(([, can]) => can !== undefined));
     } catch {
       return {};
     }
@@ -304,7 +305,7 @@ export class Passkeys {
 const invalid = (message) => new PasskeyError("invalid_argument", { message, cause: new TypeError(message) });
 
 /**
- * Refuse what is not a non-empty string, like the field of an answer that was an error.
+ * Refuse a value that is not a non-empty string, like a field missing from an error answer.
  * @param {unknown} value @param {string} name
  */
 function requireText(value, name) {
@@ -312,8 +313,8 @@ function requireText(value, name) {
 }
 
 /**
- * Refuse what a browser refuses of an immediate request: a list of allowed passkeys, a wait for
- * autofill, a call without user activation. A browser says "cancelled" of all of them.
+ * Refuse an immediate request that browsers refuse: with a list of allowed passkeys, with autofill,
+ * or without user activation. A browser would reject each of them as "cancelled".
  * @param {string|undefined} transactionId @param {boolean} conditional
  */
 function requireImmediate(transactionId, conditional) {
@@ -326,7 +327,7 @@ function requireImmediate(transactionId, conditional) {
 
 let warned = false;
 
-/** Warn once where the document has no field for autofill (shadow roots are not searched). */
+/** Warn once if the document has no field for autofill (shadow roots are not searched). */
 function warnWithoutField() {
   if (warned || document.querySelector(AUTOFILL_FIELDS)) return;
   warned = true;
@@ -336,7 +337,7 @@ function warnWithoutField() {
   );
 }
 
-/** The ceremony that the page runs now. @type {AbortController|undefined} */
+/** The running ceremony of the page. @type {AbortController|undefined} */
 let current;
 
 /**
@@ -354,7 +355,7 @@ async function ceremony(signal, steps) {
     return await steps(mine.signal);
   } catch (cause) {
     if (cause instanceof PasskeyError) throw cause;
-    // Browsers say of an answer that was being read only that it was aborted, and some do of a prompt.
+    // An aborted read of an answer raises AbortError only, in some browsers an aborted prompt too.
     const { aborted, reason } = mine.signal;
     throw aborted ? new PasskeyError("aborted", { cause: reason }) : new PasskeyError("unsupported", { cause });
   } finally {
@@ -364,7 +365,7 @@ async function ceremony(signal, steps) {
 }
 
 /**
- * Ask the platform. A signal's abort ends the wait at once, also where a browser extension stands in for the platform.
+ * Call the platform. An abort ends the wait at once, also if a browser extension replaces the platform.
  * @param {"create"|"get"} verb @param {any} options in JSON form
  * @param {AbortSignal} signal
  * @param {{mediation?: CredentialMediationRequirement, uiMode?: "immediate"}} [how]
@@ -386,18 +387,18 @@ async function prompt(verb, options, signal, how) {
   }
 }
 
-/** Exceptions that say one thing only. @type {Record<string, Code>} */
+/** Exceptions with a single meaning. @type {Record<string, Code>} */
 const PLATFORM_CODES = {
   AbortError: "aborted",
   SecurityError: "wrong_domain",
-  // Residence or user verification that no authenticator here has.
+  // No authenticator here has the required residence or user verification.
   ConstraintError: "not_supported_by_device",
-  // No algorithm in common. Chromium says it of a device without screen lock or discoverable keys too.
+  // No algorithm in common. Chromium raises it also for a device without screen lock or discoverable keys.
   NotSupportedError: "not_supported_by_device",
 };
 
 /**
- * "cancelled" where trying again may help, "unsupported" where it won't. Source: WebAuthn L3 §5.1.3 and §5.1.4 (exceptions).
+ * "cancelled" if another attempt may succeed, otherwise "unsupported". Source: WebAuthn L3 §5.1.3 and §5.1.4 (exceptions).
  * @param {"create"|"get"} verb @param {any} error @returns {Code}
  */
 function platformCode(verb, error) {
@@ -408,13 +409,13 @@ function platformCode(verb, error) {
   return passing.includes(name) ? "cancelled" : "unsupported";
 }
 
-/** Whether a failed renewal may succeed in a moment. @param {unknown} error */
+/** True if a failed renewal may succeed soon. @param {unknown} error */
 function passes(error) {
   return error instanceof PasskeyError && (["network", "unavailable"].includes(error.code) || error.status === 429);
 }
 
 /**
- * Tell the authenticator that it keeps a passkey which nobody here has (WebAuthn L3 §5.1.10). Never fails, never waits.
+ * Signal a passkey that no user of the app has, so that the authenticator drops it (WebAuthn L3 §5.1.10). Never fails or waits.
  * @param {{type: string, rp_id: string, credential_id: string}|undefined} signal
  */
 function forget(signal) {
@@ -460,8 +461,8 @@ function parsed(text) {
   }
 }
 
-// The platform's JSON conversions (WebAuthn L3 §5.1.8, §5.1.9, §5.1.1 toJSON), with our own where they are missing or fail:
-// Safari has them since 18.4, and extensions that stand in for the platform return objects on which toJSON throws.
+// The platform's JSON conversions (WebAuthn L3 §5.1.8, §5.1.9, §5.1.1 toJSON), with a fallback of our own: Safari has them since
+// 18.4, and browser extensions that replace the platform return objects whose toJSON throws.
 
 /** @param {"create"|"get"} verb @param {any} options */
 function fromJSON(verb, options) {

@@ -1,6 +1,6 @@
 /**
- * The page's side of every step. Each ceremony is three lines: ask our backend for a transaction, run it with the SDK, hand the
- * nonce to our backend. What else is here shows it: forms, focus, sentences, and the diagram in wire.js.
+ * The page's side of each ceremony, in three lines: ask the backend for a transaction, run the ceremony with the SDK, hand the
+ * nonce to the backend. The rest of this file is the page: forms, focus, sentences, and the diagram of wire.js.
  */
 
 import { Passkeys, PasskeyError } from "/sdk/passkey.js";
@@ -9,9 +9,9 @@ import { Wire, copy, drawing, element, redacted, short, watchFetch } from "/demo
 
 const API = "/demo/api";
 const TOUR = "passkey-demo-tour";
-/** What is wrong with a field, and so is said under it. */
+/** Refusals that concern a field: their sentence appears under it. */
 const FIELD_CODES = ["invalid_name", "name_taken", "unknown_name", "no_passkeys"];
-/** The SDK's codes for a page or a device that can't do it. */
+/** The SDK's codes for a page or a device without passkeys. */
 const UNABLE_CODES = ["unsupported", "wrong_domain", "not_supported_by_device"];
 const ICONS = { good: "check", bad: "warning" };
 
@@ -28,7 +28,7 @@ let watch;
 let appPath = "";
 /** The exchange to which the SDK's calls belong. @type {any} */
 let running;
-/** The exchange of the autofill that waits in the background. @type {any} */
+/** The exchange of the autofill request that is pending. @type {any} */
 let waiting;
 /** @type {{name: string, external_id: string, since: number}|null} */
 let account = null;
@@ -37,10 +37,10 @@ let naming;
 let autofillWorks = false;
 let autofillArmed = false;
 
-// Our backend
+// The backend
 
 /**
- * Call our backend and show the call. Throws SiteError with a sentence for the visitor.
+ * Call the backend and show the call. Throws SiteError with a sentence for the visitor.
  *
  * @param {string} method
  * @param {string} path
@@ -64,15 +64,15 @@ async function backend(method, path, body, exchange) {
     throw new SiteError("offline", "This site can't be reached. Check the connection, then try again.");
   }
   const ms = performance.now() - begun;
-  const { trace, ...told } = answer;
+  const { trace, ...fields } = answer;
   exchange?.hops(appPath, trace);
-  answered?.(response.status, { facts: facts(told), body: redacted(told), ms });
+  answered?.(response.status, { facts: facts(fields), body: redacted(fields), ms });
   if (response.ok) return answer;
   if (answer.code === "not_signed_in") show(null, { notice: answer.error });
   throw new SiteError(answer.code, answer.error);
 }
 
-/** What the diagram shows of a body. @param {any} body */
+/** The values of a body that the diagram shows. @param {any} body */
 function facts({ name, nonce, transaction_id, account, code, label, passkeys }) {
   return {
     ...(name && { name }),
@@ -88,7 +88,7 @@ function facts({ name, nonce, transaction_id, account, code, label, passkeys }) 
 // Ceremonies
 
 /**
- * Run one step: a diagram of its own, one sentence for what went wrong, nothing twice, and nothing left of what earlier steps said.
+ * Run one step with a diagram of its own. A fault gets one sentence; notices of earlier steps disappear; a second click has no effect.
  *
  * @param {{step: string, title: string, button?: HTMLElement, notice: HTMLElement, input?: HTMLInputElement}} about
  * @param {(exchange: any) => Promise<void>} work
@@ -122,8 +122,8 @@ async function run({ step, title, button, notice, input }, work) {
 }
 
 /**
- * Run a ceremony. Meanwhile its card says that the device is waited for, and has a button that aborts the ceremony; once the device
- * has answered there is nothing left to abort.
+ * Run a ceremony. While the device is asked, its card shows that, with a button that aborts the ceremony. The button disappears
+ * when the device has answered.
  *
  * @param {any} exchange
  * @param {HTMLElement} place an element of the card
@@ -194,8 +194,8 @@ async function signInWithoutName() {
 }
 
 /**
- * Offer passkeys in the name field's autofill; waits in the background until one is chosen or another ceremony begins. Until then
- * nobody has asked for anything: what goes wrong is said in the hint below the field, and takes no other sentence away.
+ * Offer passkeys in the name field's autofill, until a passkey is chosen or another ceremony begins. The visitor has not asked for
+ * it, so a fault appears in the hint below the field and replaces no other sentence.
  */
 async function armAutofill() {
   if (!autofillWorks || autofillArmed || account || running) return;
@@ -245,7 +245,7 @@ async function addPasskey() {
   });
 }
 
-/** What a stolen nonce is worth: the backend redeems the one of the receipt a second time, and is refused. */
+/** Show that a stolen nonce is worthless: the backend redeems the last nonce again, and the broker refuses. */
 async function redeemAgain() {
   const notice = byId("again-notice");
   await run({ step: "again", title: "Redeem the nonce again", button: byId("again"), notice }, async (exchange) => {
@@ -280,7 +280,7 @@ function rename(key) {
   byId("label-dialog").showModal();
 }
 
-/** The dialog stays open until the name is kept: what is wrong with it is said at its field. */
+/** The dialog stays open until the name is stored; a fault appears at its field. */
 async function saveLabel() {
   const { id } = naming;
   const input = byId("label-text");
@@ -309,7 +309,7 @@ async function signOut() {
   });
 }
 
-// What the visitor sees
+// The page
 
 /** @param {any} answer @param {any} exchange @param {string} words */
 function welcome(answer, exchange, words) {
@@ -343,7 +343,7 @@ function show(person, { receipt, notice = "", kind = "bad", exchange } = {}) {
   void listPasskeys(exchange);
 }
 
-/** The list and the button below it appear together, so that the button is not somewhere else a moment later. @param {any} [exchange] */
+/** The list and the button below it appear together, so that the button does not move. @param {any} [exchange] */
 async function listPasskeys(exchange) {
   byId("passkeys").ariaBusy = "true";
   byId("keys").replaceChildren(element("li", "key-place"));
@@ -375,10 +375,10 @@ function showReceipt(receipt) {
 
 const KINDS = { platform: "Device passkey", security_key: "Security key", passkey: "Passkey" };
 
-/** The owner's label; else what the list calls it, unless that is only the account's name. @param {any} key */
+/** The owner's label, or the passkey's name unless it is only the account's name. @param {any} key */
 const plainName = (key) => key.label || (key.name !== account?.name && key.name) || KINDS[key.kind] || KINDS.passkey;
 
-/** A name for each passkey, none twice. @param {Array<any>} keys */
+/** A distinct name for each passkey. @param {Array<any>} keys */
 function nameAll(keys) {
   const used = new Map();
   for (const key of keys) {
@@ -431,11 +431,11 @@ function moment(when) {
 }
 
 /**
- * Show a sentence where it belongs, and have it read aloud: one live region that is always there, for a notice may be in a part of
- * the page that appears with it.
+ * Show a notice, and announce it to screen readers through one permanent live region: a notice may lie in a part of the page that
+ * appears with it.
  *
  * @param {HTMLElement} notice
- * @param {string} words "" takes the last one away
+ * @param {string} words "" removes the notice
  * @param {string} [kind]
  */
 function tell(notice, words, kind = "") {
@@ -444,7 +444,7 @@ function tell(notice, words, kind = "") {
   byId("announcer").textContent = words;
 }
 
-/** Take away what earlier steps said, and the mark on a field that it was about. */
+/** Remove the notices of earlier steps, and the marks on their fields. */
 function clearNotices() {
   for (const notice of document.querySelectorAll(".notice")) tell(/** @type {HTMLElement} */ (notice), "");
   for (const input of document.querySelectorAll("input[aria-invalid='true']")) input.ariaInvalid = "false";
@@ -468,7 +468,7 @@ function done(step) {
   try {
     localStorage.setItem(TOUR, JSON.stringify([...steps]));
   } catch {
-    // Storage may be switched off; the ticks then last as long as the page.
+    // Without storage the ticks last as long as the page.
   }
   const items = [...document.querySelectorAll("#tour li")];
   let count = 0;
@@ -484,7 +484,7 @@ function done(step) {
   byId("tour-next").textContent = next ? `Next: ${next.querySelector("span").textContent}` : "All done.";
 }
 
-/** A link to a step that is hidden now says what to do first. @param {MouseEvent} event */
+/** Explain what to do first, on a link to a step that is hidden now. @param {MouseEvent} event */
 function followLink(event) {
   const link = /** @type {Element} */ (event.target).closest("a[href^='#']");
   const target = link && byId(link.getAttribute("href").slice(1));
@@ -498,7 +498,7 @@ function followLink(event) {
   } else target.querySelector("h2[tabindex], h1")?.focus({ preventScroll: true });
 }
 
-/** Show the code in another language. @param {string} language */
+/** Show the example code in this language. @param {string} language */
 function showCode(language) {
   for (const button of byId("language").children) button.ariaPressed = String(button.value === language);
   for (const code of document.querySelectorAll("pre[data-lang]")) code.toggleAttribute("hidden", code.getAttribute("data-lang") !== language);

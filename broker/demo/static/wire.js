@@ -1,9 +1,9 @@
 /**
- * The sequence diagram that grows: who called whom, with what, and what came back.
+ * The sequence diagram of the calls between page, backend, broker and device.
  *
- * An exchange is one thing the visitor did; its hops are the calls it caused. The page reports its own calls as it makes them,
- * the backend tells of its calls to the broker in the `trace` of its answers, and the calls that the SDK makes are seen by
- * `watchFetch`, which is the one thing here that a site of yours has no need for.
+ * An exchange is one action of the visitor; its hops are the calls that it caused. The page reports its own calls. The backend
+ * reports its calls to the broker in the `trace` of its answers. `watchFetch` reports the calls of the SDK. A site of yours needs
+ * none of this.
  *
  * Text only: everything that comes from a visitor or a server is set as text, never as markup.
  */
@@ -11,9 +11,9 @@
 const NAMES = { page: "This page", backend: "Its backend", broker: "Broker" };
 const COLOURS = { transaction: "t-transaction", nonce: "t-nonce", "external id": "t-external" };
 
-/** What may be a token or an id: base64url, hex, UUID. The backend cuts by the same rule. */
+/** A possible token or id: base64url, hex, UUID. The backend shortens by the same rule. */
 const TOKEN = /^[\w+/=.-]{20,}$/;
-/** What became of one. */
+/** The outcomes of an exchange. */
 const CUT = /^.{8}….{2}$/u;
 
 /** Enough of a token to recognise it by, never enough to use it. @param {string} token */
@@ -30,7 +30,7 @@ export function redacted(value) {
 }
 
 /**
- * The call as a curl command. What was cut, and what no page knows (the API key, the session), is a placeholder.
+ * The call as a curl command. Shortened values, and secrets that no page has (API key, session), are placeholders.
  *
  * @param {{from: string, to: string, method: string, url: string, query?: Record<string, string>|null, body?: any}} call
  */
@@ -89,7 +89,7 @@ export class Wire {
   }
 
   /**
-   * Begin to show one thing that the visitor did; what came before is folded. What is not `open` waits quietly in the background.
+   * Begin an exchange, and fold the earlier ones. An exchange that is not `open` stays hidden until it is shown.
    *
    * @param {string} title
    * @param {boolean} [open]
@@ -128,11 +128,11 @@ export class Wire {
 class Exchange {
   #calls = 0;
   #outcome = "";
-  /** The group that takes the next look-up. @type {HTMLElement|undefined} */
+  /** The group of the next look-up. @type {HTMLElement|undefined} */
   #lookups;
-  /** Called when the device has answered: the ceremony can't be taken back any more. @type {(() => void)|undefined} */
+  /** Called when the device has answered: from here the ceremony can't be cancelled. @type {(() => void)|undefined} */
   answered;
-  /** Whether the visitor took the ceremony back. */
+  /** True if the visitor cancelled the ceremony. */
   cancelled = false;
 
   /** @param {Wire} wire @param {string} title @param {boolean} open */
@@ -151,7 +151,7 @@ class Exchange {
   }
 
   /**
-   * Show a call; the function returned shows its answer. A GET goes into a group that is folded.
+   * Show a call; the returned function shows its answer. A GET goes into a folded group.
    *
    * @param {{from: "page"|"backend", to: "backend"|"broker", method: string, url: string, shown?: string, query?: Record<string, string>|null, facts?: Record<string, string>, body?: any}} call
    *   `url` for curl, `shown` for people; `body` with its tokens cut
@@ -200,7 +200,7 @@ class Exchange {
     this.#show(element("li", "verdict", words));
   }
 
-  /** Show an exchange that began quietly, as the newest. */
+  /** Show a hidden exchange as the newest. */
   open() {
     this.wire.raise(this.details);
   }
@@ -212,7 +212,7 @@ class Exchange {
     this.#count();
   }
 
-  /** Forget an exchange that came to nothing. */
+  /** Remove an exchange without a result. */
   discard() {
     this.details.remove();
     this.wire.refresh();
@@ -223,7 +223,7 @@ class Exchange {
     this.sum.textContent = this.#outcome ? `${calls}, ${this.#outcome}` : calls;
   }
 
-  /** The list for a look-up: of the group that ends the exchange, or of a new one. */
+  /** The list for a look-up: of the exchange's last group, or of a new one. */
   #lookup() {
     if (!this.#lookups || this.#lookups !== this.list.lastElementChild) {
       const summary = element("summary", "", "");
@@ -244,7 +244,7 @@ class Exchange {
 }
 
 /**
- * One line of the diagram, which opens to show what it is made of.
+ * One line of the diagram, which opens to show its request and answer.
  *
  * @param {HTMLElement} what
  * @param {Record<string, string>} facts
@@ -285,7 +285,7 @@ export function drawing(name) {
 }
 
 /**
- * Report the SDK's calls to the broker to whichever exchange `current` names when a call begins.
+ * Report the SDK's calls to the broker to the exchange that `current` returns when a call begins.
  *
  * @param {string} base path of the app's public API, like "/v1/apps/…"
  * @param {() => Exchange|undefined} current

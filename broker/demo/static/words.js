@@ -1,5 +1,5 @@
 /**
- * Sentences for people. The backend words its own refusals; here are those of the passkey prompt and of a silent network.
+ * Sentences for visitors about the passkey prompt and the network. The backend's refusals bring their own.
  */
 
 import { PasskeyError } from "/sdk/passkey.js";
@@ -33,7 +33,7 @@ const ALREADY = {
 
 const UNREACHABLE = "The passkey service can't be reached right now. Wait a moment, then try again.";
 
-/** By the broker's own code, for ceremonies it refused. */
+/** Ceremonies that the broker refused, by its code. */
 const REFUSED = {
   webauthn_login_failed: "This passkey isn't accepted here; it may have been revoked. Use another passkey, or sign up.",
   discoverable_login_failed: "This passkey isn't accepted here; it may have been revoked. Use another passkey, or sign up.",
@@ -42,15 +42,15 @@ const REFUSED = {
   too_many_requests: "Many people are signing in at once. Try again in a few seconds.",
 };
 
-/** The words for somebody whose registration was refused. */
+/** A registration that the broker refused. */
 const REFUSED_NEW = "The passkey couldn't be verified, so it wasn't kept. Try again, or use another device.";
 
-/** Why the browser has no passkeys at all. */
+/** A browser without passkeys. */
 export const UNSUPPORTED =
   "This browser can't use passkeys here. Try an up-to-date browser on a device with a screen lock, or plug in a security key.";
 
 /**
- * What to tell the visitor; "" when there is nothing to tell (another ceremony took over).
+ * The sentence for the visitor; "" if another ceremony replaced this one.
  *
  * @param {unknown} error
  * @param {string} step
@@ -79,7 +79,7 @@ export function wordsFor(error, step, cancelled = false) {
   }
 }
 
-/** Whether nothing is wrong: the visitor said no, or has a passkey already. @param {unknown} error */
+/** True if this is no fault: the visitor declined, or has a passkey already. @param {unknown} error */
 export function isCalm(error) {
   return error instanceof PasskeyError && ["cancelled", "aborted", "already_registered"].includes(error.code);
 }
