@@ -1,8 +1,8 @@
-"""The composition root: settings to stores to verbs to HTTP.
+"""The composition root: settings, stores, verbs, HTTP applications.
 
-Everything is made here and handed down through `__init__`; handlers find the verbs under typed
-keys. A process serves one port for everything, or, with a management port, pages on one and keyed
-callers, health and metrics on the other.
+This module makes every part and hands it down through `__init__`. Handlers find the verbs under
+typed keys (`web.AppKey`). A process serves everything on one port. With a management port it serves
+pages on one port, and keyed callers, health and metrics on the other.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _SDK_PLACES = {
 
 @dataclass(slots=True)
 class Parts:
-    """What a process is made of. `close` ends it in the right order."""
+    """The parts of a process: stores, verbs, log and metrics."""
 
     settings: Settings
     postgres: Postgres
@@ -87,7 +87,7 @@ class Parts:
     log: Log
 
     async def close(self) -> None:
-        """Close the stores' connections."""
+        """End the background tasks, then close the connections of the stores."""
         await self.housekeeping.close()
         await self.notifications.close()
         await self.ephemeral.close()
@@ -105,7 +105,7 @@ async def assemble(
     down.
 
     Raises:
-        SettingsFault: a dialect that does not exist, or lacks a secret key.
+        SettingsFault: the setting names an unknown dialect, or one that lacks a secret key.
     """
     chosen(settings)
     metrics, log, mint = Metrics(), log or Log(level=settings.log_level), mint or SystemMint()
@@ -217,12 +217,12 @@ def application(
 def _health(parts: Parts) -> list[web.RouteDef]:
     @public
     async def live(_: web.Request) -> web.StreamResponse:
-        """The process runs. Never asks a store: a restart would not mend one."""
+        """The process runs. The answer asks no store, because a restart mends no store."""
         return json_answer({"status": "live"})
 
     @public
     async def ready(_: web.Request) -> web.StreamResponse:
-        """The stores answer and the schema is there."""
+        """The stores answer, and the database has every migration."""
         checks = {"postgres": parts.postgres.check(), "redis": parts.ephemeral.check()}
         results = await asyncio.gather(*checks.values(), return_exceptions=True)
         missing = []
@@ -249,9 +249,10 @@ def _health(parts: Parts) -> list[web.RouteDef]:
 def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
     @public
     async def answer(_: web.Request) -> web.StreamResponse:
-        """Prometheus' text format. `reason` is for operators, so nothing about a request can open
-        it (`Settings.metrics_at`): a proxy on this machine has a loopback address and need not say
-        for whom it asks."""
+        """Prometheus' text format. The label `reason` is for operators only, so nothing in a
+        request can open the route (`Settings.metrics_at`): a proxy on this machine has a loopback
+        address and need not forward the client's.
+        """
         return web.Response(
             body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
@@ -262,7 +263,7 @@ def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
 def _to(place: str) -> Callable[[web.Request], Any]:
     @public
     async def answer(_: web.Request) -> web.StreamResponse:
-        """Where a person who types the bare address wants to go."""
+        """Redirect from the bare address, which people type."""
         raise web.HTTPFound(place)
 
     return answer
@@ -274,7 +275,7 @@ def _sdk() -> list[web.RouteDef]:
 
         @public
         async def answer(_: web.Request) -> web.StreamResponse:
-            """The page's side. Any page may import it; it is the same for everybody."""
+            """A file of the page SDK. Any page may import it."""
             return web.Response(
                 body=body,
                 content_type=_SDK_TYPES[name],
@@ -288,8 +289,8 @@ def _sdk() -> list[web.RouteDef]:
 
 
 class Service:
-    """A process that listens. `port` and `management_port` are the ports in use, also where 0 was
-    asked.
+    """A process that listens. `port` and `management_port` are the ports in use, also where the
+    settings say 0.
     """
 
     def __init__(self, parts: Parts, listeners: Sequence[Listener], stack: AsyncExitStack) -> None:
@@ -300,8 +301,8 @@ class Service:
         self._stack = stack
 
     async def accept_no_more(self) -> None:
-        """Take no new connections, for other processes on the same ports do; `close` ends those
-        there are.
+        """Take no new connections: other processes on the same ports take them. `close` ends the
+        open connections.
         """
         for listener in self._listeners:
             await listener.accept_no_more()
@@ -314,14 +315,15 @@ class Service:
 
 
 async def _close_all(listeners: Sequence[Listener]) -> None:
-    """All at once: the drain has one limit, and no port takes new work while another one drains."""
+    """Close all at once: the drain has one limit, and no port takes work while another drains."""
     await asyncio.gather(*(listener.close() for listener in listeners))
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Sockets that listen: those of the port for pages, and those of the management port, where
-    there is one. `share` is this process' of what they accept, where others have them too."""
+    """Listening sockets of the port for pages and of the management port, if there is one. `share`
+    is this process' share of accepted connections, where several processes have the sockets.
+    """
 
     pages: Sequence[socket.socket]
     management: Sequence[socket.socket] = ()
@@ -329,10 +331,10 @@ class Ports:
 
     @classmethod
     def bind(cls, settings: Settings) -> Ports:
-        """Sockets for what the settings say.
+        """Bind the ports of the settings.
 
         Raises:
-            OSError: an address is in use or not ours.
+            OSError: an address is in use, or not of this machine.
         """
         pages = bind(settings.host, settings.port)
         if not settings.management_port:
@@ -352,12 +354,12 @@ async def serve(
     prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
     limits: Limits | None = None,
 ) -> Service:
-    """Listen, on `ports` where somebody else has bound them. `prepare` is given the port before the
-    first request is answered, and returns further applications by path prefix; `limits` bounds slow
+    """Listen on `ports`, or on the ports of the settings. Before the first request is answered,
+    `prepare` takes the port and returns further applications by path prefix. `limits` bounds slow
     callers.
 
     Raises:
-        OSError: an address is in use or not ours.
+        OSError: an address is in use, or not of this machine.
     """
     settings = parts.settings
     wire_formats = [dialect.load() for dialect in chosen(settings)]

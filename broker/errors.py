@@ -1,20 +1,21 @@
 """What the broker refuses, as types.
 
-Each refusal has a stable `code` and one sentence for the person who reads it. Nothing here knows
-HTTP: `broker.web` and each dialect hold a table from these classes to a status and a vendor's code,
-and a test asserts that no class lacks a row.
+Each refusal has a stable `code` and one sentence for the person who reads it. This module knows no
+HTTP: `broker.web` and each dialect hold a table from these classes to a status and a vendor's code.
+A test asserts that no class lacks a row.
 
 Two rules decide what a sentence may say. A caller without a key learns nothing, so one class covers
-unknown, expired, spent, wrong-kind and foreign values; `reason` tells the log, the metric and the
-event which of these it was, and never leaves the process, but for a keyed caller whose wire format
-has a word of its own for it. And a sentence tells the reader what to do, not what the code did.
+unknown, expired, spent, wrong-kind and foreign values. `reason` says which of these it was, in the
+log, the metric and the event. It never leaves the process, except to a keyed caller whose wire
+format has a word of its own for it. And a sentence tells the reader what to do, not what the code
+did.
 
-**Two readers.** A `sentence` may be read by a person at a page, so it is plain and names no policy,
-command or setting. What an operator or a backend's developer needs besides is the `hint`: what was
-wrong in technical words, and, where a policy or a setting caused the refusal, which one and how to
-set it (`policy_hint`). The edge adds a hint to the request's log line, and to the answer of a
-caller whose key was accepted; no other answer has it. So a hint holds no byte of a caller. (A fault
-of form, `InvalidRequest`, is the mistake of whoever wrote the page; its sentence names the field.)
+**Two readers.** A person at a page may read a `sentence`, so it is plain and names no policy,
+command or setting. The `hint` is for an operator or a backend's developer. It says in technical
+words what was wrong, and which policy key or setting caused the refusal (`policy_hint`). The edge
+adds a hint to the request's log line, and to the answer of a caller whose key was accepted; no
+other answer has it. So a hint holds no byte of a caller. A fault of form (`InvalidRequest`) is a
+mistake of the page's author, so its sentence names the field.
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ def policy_hint(key: str, value: str) -> str:
 
 
 class Fault(Exception):
-    """An operator's trouble, outside of any request: one sentence that says what to do about it."""
+    """A fault of the installation, outside of any request: one sentence that says what to do."""
 
     code: ClassVar[str] = "fault"
 
 
 class Refusal(Exception):
-    """A request that is not granted. `sentence` is for the caller, who may be a person at a page;
-    `reason` (a short bounded word) and `hint` (sentences of ours) are for the operator, the hint
-    for keyed callers too. `doc` is a link to the documentation of `code`, "" where the operator has
-    named none; only the Flex API renders it."""
+    """A request that is not granted. `sentence` is for the caller, who may be a person at a page.
+    `reason` (a short bounded word) and `hint` (sentences of ours) are for the operator, and the
+    hint for keyed callers too. `doc` links to the documentation of `code`, "" where the operator
+    has named no page; only the Flex API renders it.
+    """
 
     code: ClassVar[str]
     default: ClassVar[str]
@@ -137,8 +139,8 @@ class UnknownPasskey(Refusal):
 
 
 class UnknownTransaction(Refusal):
-    """Unknown, expired, used, of the wrong kind, or of another app: all alike. Also for a handle or
-    a user without a pending ceremony.
+    """The transaction is unknown, expired, used, of the wrong kind, or of another app: all alike.
+    Also for a handle or a user without a pending ceremony.
     """
 
     code = "transaction_not_found"
@@ -149,7 +151,7 @@ class UnknownTransaction(Refusal):
 
 
 class UnknownNonce(Refusal):
-    """Unknown, expired, redeemed, of another app, or not what the caller said it expects: all
+    """The nonce is unknown, expired, redeemed, of another app, or not what the caller expects: all
     alike.
     """
 
@@ -158,7 +160,7 @@ class UnknownNonce(Refusal):
 
 
 class UnknownTicket(Refusal):
-    """Unknown, expired, used, of another kind or of another app: all alike."""
+    """The ticket is unknown, expired, used, of another kind or of another app: all alike."""
 
     code = "ticket_not_found"
     default = "This step has expired or was already used; reload the page."
@@ -166,7 +168,7 @@ class UnknownTicket(Refusal):
 
 
 class OwnedAlready(Refusal):
-    """Keyed callers only: the passkey has an owner, who never changes."""
+    """Keyed callers only: the passkey has an owner, and the owner of a passkey never changes."""
 
     code = "passkey_has_owner"
     default = "The passkey has an owner already; an owner never changes."
@@ -219,14 +221,16 @@ class TooManyCeremonies(Refusal):
 
 
 class UnknownMailCode(Refusal):
-    """Unknown, used, replaced or of another app, or the secret is not this code's: all alike."""
+    """The mail code is unknown, used, replaced or of another app, or the secret is another code's:
+    all alike.
+    """
 
     code = "mail_code_not_found"
     default = "The mail code is unknown, already used or replaced; make a new one."
 
 
 class WrongMailCode(Refusal):
-    """The digits are not those of the mail. Counted, unless they are no six digits."""
+    """The digits are not those of the mail. The guess counts, unless it is not six digits."""
 
     code = "mail_code_wrong"
     default = "The code is not the one in the mail."
@@ -238,7 +242,7 @@ class MailCodeExpired(Refusal):
 
 
 class MailCodeAttempts(Refusal):
-    """The code was guessed wrong too often; no guess, right or wrong, is judged any more."""
+    """The guesses of the code are used up: a further guess, right or wrong, is not judged."""
 
     code = "mail_code_attempts_exceeded"
     default = "The mail code was entered wrong too often; make a new one."
@@ -308,17 +312,15 @@ class InvalidSetting(Refusal):
 
 
 class Conflict(Refusal):
-    """A change that rests on what was read before, and somebody else has changed it since. Nothing
-    was changed.
-    """
+    """An update of a version that another update has replaced. Nothing was changed."""
 
     code = "conflict"
     default = "The app was changed meanwhile; look at it and try again."
 
 
 class InternalFault(Refusal):
-    """A defect of ours, as the caller sees it; the log has the exception, the answer has nothing of
-    it.
+    """A defect of the broker, as the caller sees it. The log has the exception, and the answer has
+    nothing of it.
     """
 
     code = "internal_server_error"
