@@ -14,19 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from tests.dialects.flex import contract as flex
-from tests.dialects.hanko import contract as hanko
-from tests.dialects.passlock import contract as passlock
-from tests.dialects.propelauth import contract as propelauth
+from broker.dialects import DIALECTS
 
 CONTRACTS: Mapping[str, ModuleType] = {
-    "flex": flex,
-    "hanko": hanko,
-    "passlock": passlock,
-    "propelauth": propelauth,
+    dialect.name: import_module(f"tests.dialects.{dialect.name}.contract") for dialect in DIALECTS
 }
 _EVERYWHERE = ""
 

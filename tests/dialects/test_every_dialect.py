@@ -6,7 +6,6 @@ What stays apart: second factors, and passkeys that nobody owns yet.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,76 +14,13 @@ import pytest
 
 from broker.model import Policy
 from tests.conftest import ON_BOTH, OpenApp, Started
+from tests.dialects.ways import BY_NAME, REGISTER, WITHOUT
 from tests.support.authenticator import Authenticator
 from tests.support.byo import Byo
 from tests.support.hanko import SECOND_LOGIN, SECOND_REGISTRATION, Hanko
 from tests.support.passlock import Passlock
 from tests.support.signals import refused
 from tests.support.wire import ORIGIN, Wire
-
-Register = Callable[[Wire, str, Authenticator], Awaitable[object]]
-# The external id that a sign-in proves; without a user, whoever has the passkey.
-SignIn = Callable[[Wire, str | None, Authenticator], Awaitable[str]]
-
-
-async def _flex_registers(wire: Wire, user: str, device: Authenticator) -> None:
-    nonce = await wire.register(await wire.open_registration(user), device)
-    assert (await wire.redeem(nonce, purpose="register")).status == 200
-
-
-async def _flex_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
-    transaction = await wire.open_authentication(user) if user else None
-    receipt = await wire.redeem(
-        await wire.authenticate(transaction, device), purpose="authenticate"
-    )
-    return str(receipt.json["external_id"])
-
-
-async def _hanko_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
-    claims = await Hanko(wire).login(device, user=user)
-    assert claims["purpose"] == "authenticate"
-    return str(claims["sub"])
-
-
-async def _passlock_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
-    passlock = Passlock(wire)
-    done = await passlock.authenticate(user, device)
-    principal = await passlock.exchange(done["code"])
-    assert principal["userId"] == done["principal"]["userId"]
-    return str(principal["userId"])
-
-
-async def _passlocks_page_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
-    """Its older clients, which begin without a backend."""
-    assert user is None
-    done = await Passlock(wire, "").run("authentication", {}, device)
-    return str(done["principal"]["userId"])
-
-
-async def _propelauth_signs_in(wire: Wire, user: str | None, device: Authenticator) -> str:
-    assert user is not None
-    await Byo(wire).authenticate(user, device)
-    return user
-
-
-REGISTER: dict[str, Register] = {
-    "flex": _flex_registers,
-    "hanko": lambda wire, user, device: Hanko(wire).register(user, device),
-    "passlock": lambda wire, user, device: Passlock(wire).register(user, device),
-    "propelauth": lambda wire, user, device: Byo(wire).register(user, device),
-}
-BY_NAME: dict[str, SignIn] = {
-    "flex": _flex_signs_in,
-    "hanko": _hanko_signs_in,
-    "passlock": _passlock_signs_in,
-    "propelauth": _propelauth_signs_in,
-}
-WITHOUT: dict[str, SignIn] = {
-    "flex": _flex_signs_in,
-    "hanko": _hanko_signs_in,
-    "passlock": _passlock_signs_in,
-    "passlock-page": _passlocks_page_signs_in,
-}
 
 
 @ON_BOTH
@@ -144,8 +80,8 @@ async def test_a_passkey_that_nobody_owns_signs_in_nowhere_else(
     page, backend = Passlock(wire, ""), Passlock(wire)
     made = await page.run("registration", {"username": "ann"}, device)
     passkey = made["principal"]["authenticatorId"]
-    assert await _passlocks_page_signs_in(wire, None, device) == passkey
-    for elsewhere in (_flex_signs_in, _hanko_signs_in):
+    assert await WITHOUT["passlock-page"](wire, None, device) == passkey
+    for elsewhere in (WITHOUT["flex"], WITHOUT["hanko"]):
         with (
             refused(broker, "discoverable_login_failed", "ownerless"),
             pytest.raises(AssertionError),

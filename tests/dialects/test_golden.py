@@ -18,16 +18,12 @@ from broker.dialects.hanko.refusals import status_name
 from broker.errors import Unavailable
 from broker.model import Policy
 from tests.conftest import OpenApp, Started
-from tests.dialects.flex.contract import ERROR, strict
-from tests.support.byo import judge as judge_propelauth
+from tests.dialects.ways import WAYS
 from tests.support.golden import FOLDER, golden
-from tests.support.hanko import judge as judge_hanko
-from tests.support.passlock import judge as judge_passlock
 from tests.support.signals import refused
 from tests.support.wire import ORIGIN, RP_ID, Answer, Wire
 
 DIALECTS_FOLDER = Path(broker.dialects.__file__).parent
-WORD = {"flex": "code", "hanko": "title", "passlock": "_tag", "propelauth": "type"}
 NAMES = [dialect.name for dialect in DIALECTS]
 
 # In the tables, and in no golden file: what needs a body that never ends, and what only the command
@@ -107,7 +103,7 @@ def rows(dialect: str) -> Iterator[tuple[list[int], list[str]]]:
 def test_every_error_has_one(dialect: str) -> None:
     """Each status of a row with one of its words, and each word with one of its statuses."""
     seen = {
-        (file["answer"]["status"], str(file["answer"]["body"].get(WORD[dialect])))
+        (file["answer"]["status"], str(file["answer"]["body"].get(WAYS[dialect].WORD)))
         for file in files(dialect)
         if file["answer"]["status"] >= 400
     } | APART
@@ -130,34 +126,16 @@ def test_every_error_has_one(dialect: str) -> None:
 
 # -- what may happen to any request ----------------------------------------------------------------
 
-# A request with a key, below a place.
-ASKED: dict[str, tuple[str, str]] = {
-    "flex": ("/v1/apps/{app_id}", "/transactions/register"),
-    "hanko": ("/hanko/{app_id}", "/registration/initialize"),
-    "passlock": ("/v2/{app_id}", "/passkeys/prune"),
-    "propelauth": ("/propelauth", "/run-command"),
-}
-
-
-def judge(dialect: str, answer: Answer) -> None:
-    """That this is an error of the dialect, as its strictest client reads it."""
-    if dialect == "flex":
-        strict(answer.json, ERROR)
-    elif dialect == "propelauth":
-        judge_propelauth(answer, "")
-    else:
-        (judge_hanko if dialect == "hanko" else judge_passlock)(answer)
-
 
 async def told(wire: Wire, dialect: str, name: str, **how: Any) -> Answer:
     """The golden file of a request with the key."""
-    below, path = ASKED[dialect]
-    key = {"apiKey": wire.key} if dialect == "hanko" else {"Authorization": f"Bearer {wire.key}"}
-    headers = key | how.pop("headers", {})
+    way = WAYS[dialect]
+    below, path = way.KEYED
+    headers = way.key(wire.key) | how.pop("headers", {})
     answer = await golden(
         wire, f"{dialect}/{name}", "POST", path, headers=headers, below=below, **how
     )
-    judge(dialect, answer)
+    way.judge(answer)
     assert str(answer.status) == name.removeprefix("error-")
     return answer
 
@@ -204,12 +182,12 @@ async def test_too_many_open_sign_ins(broker: Started, open_app: OpenApp) -> Non
     start = "/authenticate/transactions/webauthn/start"
     with refused(broker, "too_many_requests", "discoverable_limit", times=2):
         answer = await golden(wire, "flex/error-429", "POST", start, {}, headers=page)
-        judge("flex", answer)
+        WAYS["flex"].judge(answer)
         options = "/passkey/authentication/options"
         answer = await golden(
             wire, "passlock/error-429", "POST", options, {}, headers=page, below="/v2/{app_id}"
         )
-        judge("passlock", answer)
+        WAYS["passlock"].judge(answer)
 
 
 async def test_a_user_without_passkeys(broker: Started, wire: Wire) -> None:
@@ -218,13 +196,15 @@ async def test_a_user_without_passkeys(broker: Started, wire: Wire) -> None:
     with refused(broker, "user_has_no_passkeys", "user_has_no_passkeys", times=2):
         path = "/transactions/authenticate"
         body = {"external_id": "ann"}
-        judge("flex", await golden(wire, "flex/m2-no-passkeys", "POST", path, body, headers=key))
+        WAYS["flex"].judge(
+            await golden(wire, "flex/m2-no-passkeys", "POST", path, body, headers=key)
+        )
         path, body = "/passkey/authentication/authorize", {"rpId": RP_ID, "userId": "ann"}
         below = "/v2/{app_id}"
         answer = await golden(
             wire, "passlock/authorize-no-passkeys", "POST", path, body, headers=key, below=below
         )
-        judge("passlock", answer)
+        WAYS["passlock"].judge(answer)
 
 
 async def test_what_pages_ask_for_in_vain(broker: Started, wire: Wire) -> None:
@@ -232,8 +212,10 @@ async def test_what_pages_ask_for_in_vain(broker: Started, wire: Wire) -> None:
     with refused(broker, "ticket_not_found", "ticket_not_found"):
         body = {"kind": "update", "ticket": "pbs_" + "a" * 43}
         path = "/signals/exchange"
-        judge("flex", await golden(wire, "flex/signals-unknown", "POST", path, body, headers=page))
+        WAYS["flex"].judge(
+            await golden(wire, "flex/signals-unknown", "POST", path, body, headers=page)
+        )
     nobody = Wire(wire.session, wire.url, "x" * 24, wire.key)
     with refused(broker, "app_not_found", "app_not_found"):
         path = "/authenticate/transactions/webauthn/start"
-        judge("flex", await golden(nobody, "flex/a3-no-app", "POST", path, {}, headers=page))
+        WAYS["flex"].judge(await golden(nobody, "flex/a3-no-app", "POST", path, {}, headers=page))
