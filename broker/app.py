@@ -25,7 +25,6 @@ from broker.dialects import DIALECTS, chosen
 from broker.directory import Directory
 from broker.durable import Durable, Postgres
 from broker.durable.housekeeping import Housekeeping
-from broker.durable.notifications import Notifications
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import Unavailable
 from broker.mailbox import Mailbox
@@ -73,7 +72,6 @@ class Parts:
 
     settings: Settings
     postgres: Postgres
-    notifications: Notifications
     housekeeping: Housekeeping
     durable: Durable
     ephemeral: Ephemeral
@@ -89,7 +87,6 @@ class Parts:
     async def close(self) -> None:
         """End the background tasks, then close the connections of the stores."""
         await self.housekeeping.close()
-        await self.notifications.close()
         await self.ephemeral.close()
         await self.postgres.close()
 
@@ -99,6 +96,7 @@ async def assemble(
     *,
     log: Log | None = None,
     clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
     mint: Mint | None = None,
 ) -> Parts:
     """Make the stores and the verbs. No connection is made yet, so this succeeds while a store is
@@ -117,14 +115,6 @@ async def assemble(
     )
     await postgres.open()
     durable = Durable(postgres)
-    notifications = Notifications(
-        settings.database_url,
-        seconds=settings.cache_seconds,
-        timeout=settings.store_timeout,
-        metrics=metrics,
-        log=log,
-        clock=clock,
-    )
     ephemeral = Ephemeral(
         connect(settings.redis_url, timeout=settings.store_timeout),
         timeout=settings.store_timeout,
@@ -137,12 +127,11 @@ async def assemble(
         clock=clock,
         mint=mint,
         cache_seconds=settings.cache_seconds,
-        news=notifications.news,
+        monotonic=monotonic,
     )
     return Parts(
         settings=settings,
         postgres=postgres,
-        notifications=notifications,
         housekeeping=Housekeeping(
             postgres,
             retention_days=settings.event_retention_days,
@@ -166,7 +155,7 @@ async def assemble(
             clock=clock,
             mint=mint,
             cache_seconds=settings.cache_seconds,
-            news=notifications.news,
+            monotonic=monotonic,
         ),
         refused_origins=RefusedOrigins(directory, metrics, _logged(log)),
         metrics=metrics,
@@ -365,7 +354,6 @@ async def serve(
     wire_formats = [dialect.load() for dialect in chosen(settings)]
     stack = AsyncExitStack()
     stack.push_async_callback(parts.close)
-    parts.notifications.start()
     parts.housekeeping.start()
     try:
         ports = ports or Ports.bind(settings)

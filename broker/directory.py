@@ -1,11 +1,9 @@
 """Who there is: relying parties, their API keys, their users and passkeys. Operators and keyed
 callers ask here; ceremonies are in `broker.broker`.
 
-**Remembered look-ups.** Every request needs its relying party, every keyed one its key. Both are
-remembered for less than a second, or for less than a second after the last proof that the database
-tells of changes (`broker.durable.remembered`), so a changed policy or a revoked key is effective on
-every instance within that time. Unknown ids and keys are not remembered: memory belongs to those
-who exist.
+**Cache.** Every request needs its relying party, every keyed one its key. Both are cached for less
+than a second (`broker.durable.cache`), so a changed policy or a revoked key is effective on every
+instance within that time. Unknown ids and keys are not cached.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from broker.durable import Durable, UserOrder, instant
-from broker.durable.remembered import News, Remembered
+from broker.durable.cache import Cache
 from broker.errors import InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import (
     ID,
@@ -37,7 +35,7 @@ from broker.tokens import Mint, SystemMint, key_digest, key_hint, well_formed
 
 class Directory:
     """The look-ups and the changes. `clock` gives seconds since the epoch; `cache_seconds` is how
-    long a look-up is remembered, and how long one rests on a proof of `news`."""
+    long a look-up is cached, by `monotonic`."""
 
     def __init__(
         self,
@@ -46,18 +44,13 @@ class Directory:
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
-        news: News | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._durable = durable
         self._clock = clock
         self._mint = mint or SystemMint()
-        news = news or News()
-        self._apps: Remembered[RelyingParty] = Remembered(
-            cache_seconds, clock, news, "relying_parties"
-        )
-        self._keys: Remembered[tuple[str, str]] = Remembered(
-            cache_seconds, clock, news, "api_keys", bytes.fromhex
-        )
+        self._apps: Cache[RelyingParty] = Cache(cache_seconds, monotonic)
+        self._keys: Cache[tuple[str, str]] = Cache(cache_seconds, monotonic)
 
     def now(self) -> datetime:
         """The server's time."""
@@ -81,11 +74,11 @@ class Directory:
         """
         app = self._apps.get(app_id)
         if app is None:
-            asked = self._apps.ask()
+            asked_at = self._apps.now()
             app = await self._durable.apps.find(app_id) if ID.match(app_id) else None
             if app is None:
                 raise UnknownApp
-            self._apps.put(app_id, app, asked)
+            self._apps.put(app_id, app, asked_at)
         return app
 
     async def authorise(self, app_id: str, key: str) -> str:
@@ -103,7 +96,7 @@ class Directory:
         return key_id
 
     def remembered(self, key: str) -> tuple[str, RelyingParty] | None:
-        """The id of an API key and its app, where both are remembered: for nearly every request
+        """The id of an API key and its app, where both are cached: for nearly every request
         they are.
         """
         if not key.isascii():
@@ -124,11 +117,11 @@ class Directory:
         name = key_digest(key)
         found = self._keys.get(name)
         if found is None:
-            asked = self._keys.ask()
+            asked_at = self._keys.now()
             found = await self._durable.api_keys.find(name)
             if found is None:
                 raise InvalidKey(reason="key_unknown")
-            self._keys.put(name, found, asked)
+            self._keys.put(name, found, asked_at)
         return found
 
     # -- users and passkeys (keyed) ----------------------------------------------------------------
@@ -420,7 +413,7 @@ class Directory:
 
     async def update_app(self, app: RelyingParty) -> RelyingParty:
         """Replace an app's name, RP ID, origins and policy, as they were read. Effective everywhere
-        when remembered look-ups have ended.
+        when cached look-ups have ended.
 
         Raises:
             Conflict: somebody else has changed the app since it was read.

@@ -22,7 +22,7 @@ lacks refuses tokens until its cache expires. With `drop` the older keys also le
 and tokens that they signed no longer verify. A verifier that caches the old set accepts them for up
 to `JWKS_MAX_AGE` more.
 
-**Cache.** Key sets are cached as apps are (`broker.durable.remembered`), so a rotation is effective
+**Cache.** Key sets are cached as apps are (`broker.durable.cache`), so a rotation is effective
 on every instance within a second. The state of a key follows from the time at which the key is
 used, not at which it was read. A signature takes a third of a millisecond on the event loop with
 RSA, and less with the others.
@@ -44,7 +44,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from broker.durable import instant
-from broker.durable.remembered import News, Remembered
+from broker.durable.cache import Cache
 from broker.durable.signing_keys import SigningKeys, StoredKey
 from broker.errors import InvalidSetting, Unavailable
 from broker.model import RelyingParty, TokenAlgorithm
@@ -105,15 +105,13 @@ class Signing:
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
-        news: News | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._keys = keys
         self._seal = Seal(secret_keys)
         self._clock = clock
         self._mint = mint or SystemMint()
-        self._sets: Remembered[_KeySet] = Remembered(
-            cache_seconds, clock, news, "signing_keys", lambda scope: scope or None
-        )
+        self._sets: Cache[_KeySet] = Cache(cache_seconds, monotonic)
         self._generation = asyncio.Lock()
 
     async def sign(
@@ -261,10 +259,10 @@ class Signing:
         return key_set
 
     async def _read(self, app_id: str | None) -> _KeySet:
-        asked = self._sets.ask()
+        asked_at = self._sets.now()
         key_set = _KeySet(await self._keys.of(app_id))
         if key_set.keys:
-            self._sets.put(app_id, key_set, asked)
+            self._sets.put(app_id, key_set, asked_at)
         return key_set
 
     async def _new(self, app_id: str | None, algorithm: TokenAlgorithm) -> StoredKey:

@@ -50,7 +50,6 @@ _LONGEST = (
     "test_embedded",
     "test_outages",
     "test_workers",
-    "test_notifications",
     "test_dev",
     "test_serve",
 )
@@ -87,9 +86,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.ahead = 0.0
+        self.wall = 0.0  # how far the wall clock alone was set
 
     def __call__(self) -> float:
-        return time.time() + self.ahead
+        return time.time() + self.ahead + self.wall
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
 
 
 @dataclass(slots=True)
@@ -229,6 +232,7 @@ class _Brokers:
             settings_for(stores or self.stores, **changes),
             log=Log(stream, level="debug"),
             clock=clock,
+            monotonic=clock.monotonic,
         )
         started = Started(await serve(parts), clock, stream)
         self.started.append(started)

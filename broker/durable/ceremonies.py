@@ -243,6 +243,7 @@ class Ceremonies:
             SELECT number, regressed, was_backed_up <> backed_up AS backup_changed FROM used
             """,
             _USES.encode(uses),
+            app_id=uses[0].app_id if own else None,
         )
         found: list[SignInOutcome | OwnStatement | None]
         found = [None if own else NEEDS_OWN_STATEMENT] * len(uses)
@@ -324,6 +325,7 @@ class Ceremonies:
             CROSS JOIN LATERAL (SELECT id FROM relying_parties WHERE id = a.app_id FOR KEY SHARE {_skip(own)}) app
             CROSS JOIN LATERAL (SELECT id FROM users WHERE id = a.user_id AND app_id = app.id FOR NO KEY UPDATE {_skip(own)}) u
             """,
+            own,
         )
         found: list[Outcome | OwnStatement]
         found = ["no_user" if own else NEEDS_OWN_STATEMENT] * len(new)
@@ -347,13 +349,14 @@ class Ceremonies:
             WHERE NOT EXISTS (SELECT FROM credentials c WHERE c.app_id = a.app_id AND c.credential_id = a.key_id)
             RETURNING 0 AS number, id
             """,
+            own=True,
         )
         if rows and not rows[0]["added"]:  # another request inserted it between our two inserts
             drop = "DELETE FROM users WHERE id = $1 AND external_id IS NULL"
             await self._pg.row("drop_nobody", drop, new.user_id)
         return "added" if rows and rows[0]["added"] else "duplicate"
 
-    async def _insert(self, new: Sequence[_New], owners: str) -> list[asyncpg.Record]:
+    async def _insert(self, new: Sequence[_New], owners: str, own: bool) -> list[asyncpg.Record]:
         """Number, whether the owner may have it, and whether it was added, of each passkey that has
         an owner; `owners` selects number and owner.
 
@@ -394,6 +397,7 @@ class Ceremonies:
             SELECT o.number, o.fits, new.id IS NOT NULL AS added FROM counted o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
             """,
             _NEW.encode(new),
+            app_id=new[0].app_id if own else None,
         )
 
     async def confirm(self, app_id: str, passkey_id: str, now: datetime) -> bool:
@@ -428,6 +432,7 @@ class Ceremonies:
             SELECT number FROM kept
             """,
             _CONFIRMATIONS.encode(confirmations),
+            app_id=confirmations[0].app_id if own else None,
         )
         found: list[bool | OwnStatement]
         found = [False if own else NEEDS_OWN_STATEMENT] * len(confirmations)

@@ -174,6 +174,7 @@ class Credentials:
             nickname if nickname is not None else user_name,
             now,
             *actor(),
+            app_id=app_id,
         )
         return [row["id"] for row in rows]
 
@@ -212,6 +213,7 @@ class Credentials:
             passkey_ids,
             now,
             *actor(),
+            app_id=app_id,
         )
         return [row["id"] for row in rows]
 
@@ -264,7 +266,7 @@ class Credentials:
                 await connection.execute(event, now, app_id, *actor(), user_id, passkey_id)
             return True
 
-        given = await self._pg.run("assign", give)
+        given = await self._pg.run("assign", give, app_id=app_id)
         if given is None:
             raise UnknownPasskey
         if not given:

@@ -1,26 +1,34 @@
-"""The connection pool to Postgres, its limits and faults.
+"""The connection pool to Postgres (asyncpg's), its limits and faults.
 
 **Every wait has a limit**: `timeout` for one statement, and never past the request's own deadline.
-A connection whose statement did not end well is cut, not returned: its answer may still be on the
-way, and asyncpg would otherwise wait for a server that does not answer. The pool is a stack of idle
-connections and a queue of those who wait, no more: sessions here keep no state (no SET, no
-temporary table, no advisory lock), so nothing is reset between two users of one, and a statement
-costs one round trip. The server has the same limit (`statement_timeout`), for it does not notice a
-cut while a statement waits for a lock: the sessions left behind would use up its `max_connections`.
-Whatever the network or the server does wrong is `Unavailable`; a defect of ours (a syntax error,
-say) stays an exception. An unknown outcome of a commit is a failure to the caller.
+The server has the same limit (`statement_timeout`), for it does not notice a closed connection
+while a statement waits for a lock: the sessions left behind would use up its `max_connections`. A
+connection whose statement was given up is closed, not returned: its answer may still be on the way.
+
+**A fault of a connection expires all that are idle**, once for all statements that were under way.
+Connections that a network dropped silently so fail one statement, not one each.
+
+**One app can't use up the pool.** Statements that may wait for rows of one app take at most three
+quarters of the connections; further ones wait, within their limit, without a connection.
+
+Sessions keep no state (no SET, no temporary table, no advisory lock), so nothing is reset between
+two users of a connection: that would be a round trip for each statement. Whatever the network or
+the server does wrong is `Unavailable`; a defect of ours (a syntax error, say) stays an exception.
+An unknown outcome of a commit is a failure to the caller.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections import deque
+import weakref
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from broker.durable import migrations
 from broker.durable.group_commit import GroupCommit, OwnStatement
@@ -30,26 +38,37 @@ from broker.telemetry import Metrics, Stopwatch, remaining
 
 A = TypeVar("A")
 T = TypeVar("T")
-Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 
 _PATIENCE = Patience()
+_IDLE = 60.0  # seconds: shorter than networks keep a silent connection
 
-_DOWN = (
+_LOST = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
+    asyncpg.ReadOnlySQLTransactionError,  # after a failover: the server has become a standby
+)
+_DOWN = (
+    *_LOST,
     asyncpg.InsufficientResourcesError,
     asyncpg.OperatorInterventionError,
     asyncpg.PostgresSystemError,
-    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.TransactionRollbackError,
     asyncpg.LockNotAvailableError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
 )
 _NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
+
+
+class _Connection(asyncpg.Connection):
+    """Closes without waiting: a server that was lost does not answer the farewell."""
+
+    async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncpg's
+        self.terminate()
 
 
 class Postgres:
@@ -60,117 +79,79 @@ class Postgres:
     def __init__(self, url: str, *, timeout: float, connections: int, metrics: Metrics) -> None:
         self._url = url
         self._timeout = timeout
+        self._connections = connections
         self._metrics = metrics
         self._wanted = 0
-        self._room = connections  # for further connections
-        self._idle: list[Connection] = []
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._busy: set[Connection] = set()
-        self._closed = False
+        self._expiries = 0
+        self._shares: weakref.WeakValueDictionary[str, asyncio.Semaphore]
+        self._shares = weakref.WeakValueDictionary()
 
     async def open(self) -> None:
-        """Get ready. No connection is made yet."""
+        """Make the pool. No connection is made yet."""
         self._wanted = migrations.sql_files()[-1][0]
+        self._pool: asyncpg.Pool[asyncpg.Record] = await asyncpg.create_pool(
+            self._url,
+            min_size=0,
+            max_size=self._connections,
+            max_inactive_connection_lifetime=_IDLE,
+            connection_class=_Connection,
+            init=_init,
+            reset=_no_reset,
+            timeout=self._timeout,
+            command_timeout=self._timeout,  # also of a transaction's ROLLBACK
+            server_settings={
+                "application_name": "passkey-broker",
+                "statement_timeout": str(max(1, round(self._timeout * 1000))),  # ms
+            },
+        )
 
     async def close(self) -> None:
-        """Close every connection, at once where the server does not answer."""
-        self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in (*idle, *self._busy):
-            try:
-                await connection.close(timeout=self._timeout)
-            except _DOWN:
-                connection.terminate()
+        """Close every connection."""
+        self._pool.terminate()
 
-    async def run(self, operation: str, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Do `work` on a connection, within the limit.
+    async def run(
+        self,
+        operation: str,
+        work: Callable[[Connection], Awaitable[T]],
+        *,
+        app_id: str | None = None,
+    ) -> T:
+        """Do `work` on a connection, within the limit. `app_id`: the app whose rows it may wait
+        for.
 
         Raises:
             Unavailable: the server is down, slow, full, lacks a migration, or denies our role what
                 it needs.
         """
-        connection: Connection | None = None
-        sound = False
+        expiries = self._expiries
         try:
             with Stopwatch(self._metrics, "postgres", operation):
-                async with asyncio.timeout(remaining(self._timeout)):
-                    connection = await self._acquire()
-                    result = await work(connection)
-            sound = True
+                async with asyncio.timeout(remaining(self._timeout)), self._share(app_id):
+                    connection: Connection = await self._pool.acquire()
+                    try:
+                        return await work(connection)
+                    except BaseException as fault:
+                        if not isinstance(fault, asyncpg.PostgresError):
+                            connection.terminate()
+                        raise
+                    finally:
+                        await self._pool.release(connection)
         except _NOT_MIGRATED as fault:
             raise Unavailable(reason="postgres_not_migrated") from fault
         except asyncpg.InsufficientPrivilegeError as fault:
             raise Unavailable(reason="postgres_denied") from fault
         except _DOWN as fault:
+            if isinstance(fault, _LOST) and expiries == self._expiries:
+                self._expiries += 1
+                await self._pool.expire_connections()
             raise Unavailable(reason="postgres") from fault
-        finally:
-            if connection is not None:
-                self._release(connection, sound=sound)
-        return result
 
-    async def _acquire(self) -> Connection:
-        """An idle connection, the one used last, for its server process is warm; a new one where
-        there is room; else wait in line.
-        """
-        while self._waiting or not (self._idle or self._room):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._call_next()  # the turn came as we left
-                raise
-            if self._idle or self._room:
-                break
-        if self._closed:
-            raise asyncpg.InterfaceError("closing")
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.is_closed():
-                self._busy.add(connection)
-                return connection
-            self._room += 1
-        return await self._connect()
-
-    async def _connect(self) -> Connection:
-        self._room -= 1
-        try:
-            connection: Connection = await asyncpg.connect(
-                self._url,
-                timeout=self._timeout,
-                server_settings={
-                    "application_name": "passkey-broker",
-                    "statement_timeout": str(max(1, round(self._timeout * 1000))),  # ms
-                },
-            )
-        except BaseException:
-            self._room += 1
-            self._call_next()
-            raise
-        self._busy.add(connection)
-        try:
-            await _init(connection)
-        except BaseException:
-            self._release(connection, sound=False)
-            raise
-        return connection
-
-    def _release(self, connection: Connection, *, sound: bool) -> None:
-        self._busy.discard(connection)
-        if sound and not connection.is_closed() and not self._closed:
-            self._idle.append(connection)
-        else:
-            connection.terminate()
-            self._room += 1
-        self._call_next()
-
-    def _call_next(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+    def _share(self, app_id: str | None) -> contextlib.AbstractAsyncContextManager[None]:
+        """An app's part of the pool."""
+        if app_id is None:
+            return contextlib.nullcontext()
+        share = asyncio.Semaphore(max(1, self._connections * 3 // 4))
+        return self._shares.setdefault(app_id, share)
 
     def group_commit(
         self,
@@ -186,11 +167,15 @@ class Postgres:
             operation, statement, timeout=self._timeout, metrics=self._metrics, key=key
         ).submit
 
-    async def row(self, operation: str, sql: str, *values: object) -> asyncpg.Record | None:
-        return await self.run(operation, lambda c: c.fetchrow(sql, *values))
+    async def row(
+        self, operation: str, sql: str, *values: object, app_id: str | None = None
+    ) -> asyncpg.Record | None:
+        return await self.run(operation, lambda c: c.fetchrow(sql, *values), app_id=app_id)
 
-    async def rows(self, operation: str, sql: str, *values: object) -> list[asyncpg.Record]:
-        return await self.run(operation, lambda c: c.fetch(sql, *values))
+    async def rows(
+        self, operation: str, sql: str, *values: object, app_id: str | None = None
+    ) -> list[asyncpg.Record]:
+        return await self.run(operation, lambda c: c.fetch(sql, *values), app_id=app_id)
 
     # -- schema ------------------------------------------------------------------------------------
 
@@ -230,3 +215,7 @@ async def _init(connection: asyncpg.Connection[asyncpg.Record]) -> None:
     await connection.set_type_codec(
         "jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog"
     )
+
+
+async def _no_reset(_: asyncpg.Connection[asyncpg.Record]) -> None:
+    pass

@@ -81,6 +81,7 @@ class Users:
                     new_handle,
                     now,
                     *actor(),
+                    app_id=app_id,
                 )
             except asyncpg.ForeignKeyViolationError:
                 raise UnknownApp from None
@@ -166,4 +167,4 @@ class Users:
                 await connection.execute(event, now, app_id, *actor(), user_id)
             return True
 
-        return await self._pg.run("delete_user", delete)
+        return await self._pg.run("delete_user", delete, app_id=app_id)

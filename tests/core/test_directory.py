@@ -1,7 +1,5 @@
-"""What the directory remembers, and for how long: the promise that a change is effective on every
+"""What the directory caches, and for how long: the promise that a change is effective on every
 instance within a second.
-
-Nobody tells of changes here, so it rests on time alone; test_notifications.py is about the rest.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from dataclasses import replace
 import asyncpg
 import pytest
 
-from broker.durable import remembered
-from broker.durable.remembered import Remembered
+from broker.durable import cache
+from broker.durable.cache import Cache
 from broker.embedded import EmbeddedStores
 from broker.errors import Conflict, InvalidKey, UnknownApp, UnknownPasskey, UnknownUser
 from broker.model import Policy
@@ -27,19 +25,12 @@ REMEMBERS = 0.9
 
 @pytest.fixture
 async def one(start_broker: Starter) -> Started:
-    return await start_unheard(start_broker)
+    return await start_broker(cache_seconds=REMEMBERS)
 
 
 @pytest.fixture
 async def other(start_broker: Starter) -> Started:
-    return await start_unheard(start_broker)
-
-
-async def start_unheard(start_broker: Starter) -> Started:
-    """A broker that hears of no change."""
-    broker = await start_broker(cache_seconds=REMEMBERS)
-    await broker.parts.notifications.close()
-    return broker
+    return await start_broker(cache_seconds=REMEMBERS)
 
 
 def asked(broker: Started, operation: str) -> float:
@@ -100,12 +91,17 @@ async def test_a_revoked_key_ends_elsewhere_in_time(one: Started, other: Started
     await other.parts.directory.authorise(app.id, first)
 
 
-async def test_a_clock_set_back_ends_the_memory(one: Started, other: Started) -> None:
+async def test_a_wall_clock_set_back_lengthens_nothing(one: Started, other: Started) -> None:
+    """The look-up is 0.6 s old when the clock is set back by half a second, and ends 0.3 s
+    later."""
     app, _ = await one.parts.directory.create_app("App", RP_ID, [ORIGIN])
     made, key = await one.parts.directory.create_key(app.id, "second")
     await other.parts.directory.authorise(app.id, key)
     await one.parts.directory.revoke_key(app.id, made.id)
-    other.clock.ahead -= 3600
+    other.clock.ahead += 0.6
+    other.clock.wall -= 0.5
+    assert await other.parts.directory.authorise(app.id, key) == made.id
+    other.clock.ahead += 0.3
     with pytest.raises(InvalidKey):
         await other.parts.directory.authorise(app.id, key)
 
@@ -187,16 +183,16 @@ async def test_an_ill_formed_key_is_not_even_asked_for(one: Started, key: str) -
 
 
 def test_memory_is_bounded() -> None:
-    memory: Remembered[int] = Remembered(1.0, lambda: 100.0)
-    for number in range(3 * remembered._REMEMBERED):
-        memory.put(number, number, memory.ask())
+    memory: Cache[int] = Cache(1.0, lambda: 100.0)
+    for number in range(3 * cache._MOST):
+        memory.put(number, number, memory.now())
         assert memory.get(number) == number
-        assert len(memory._values) <= remembered._REMEMBERED
+        assert len(memory._values) <= cache._MOST
 
 
 def test_zero_seconds_is_no_memory() -> None:
-    memory: Remembered[int] = Remembered(0.0, lambda: 100.0)
-    memory.put("a", 1, memory.ask())
+    memory: Cache[int] = Cache(0.0, lambda: 100.0)
+    memory.put("a", 1, memory.now())
     assert memory.get("a") is None
 
 

@@ -116,7 +116,9 @@ async def start(stores: EmbeddedStores, clock: Clock) -> AsyncIterator[Start]:
         **changes: object,
     ) -> Instance:
         settings = settings_for(stores, secret_key=secrets or (SECRET_KEY,), **changes)
-        parts = await assemble(settings, clock=own or clock, mint=mint)
+        parts = await assemble(
+            settings, clock=own or clock, monotonic=(own or clock).monotonic, mint=mint
+        )
         opened.append(parts)
         if barrier:
             parts.signing = Signing(

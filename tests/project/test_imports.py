@@ -86,6 +86,7 @@ SHORTEST = 60
 SHORT = {
     "__init__.py": "Reading order",
     "durable/approvals.py": "The table of approvals",
+    "durable/cache.py": "A cache with a time to live",
     "durable/batch_input.py": "one form of a statement",
     "demo/__init__.py": "Reading order",
     "dialects/declaration.py": "without importing aiohttp",

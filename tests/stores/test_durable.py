@@ -1072,13 +1072,13 @@ async def test_every_hot_statement_uses_an_index(
         postgres = durable.users._pg
         run_row, run_rows = postgres.row, postgres.rows
 
-        async def row(operation: str, sql: str, *values: object) -> Any:
+        async def row(operation: str, sql: str, *values: object, **how: Any) -> Any:
             sent.append((operation, sql, values))
-            return await run_row(operation, sql, *values)
+            return await run_row(operation, sql, *values, **how)
 
-        async def rows(operation: str, sql: str, *values: object) -> Any:
+        async def rows(operation: str, sql: str, *values: object, **how: Any) -> Any:
             sent.append((operation, sql, values))
-            return await run_rows(operation, sql, *values)
+            return await run_rows(operation, sql, *values, **how)
 
         monkeypatch.setattr(postgres, "row", row)
         monkeypatch.setattr(postgres, "rows", rows)
@@ -1256,3 +1256,63 @@ async def test_the_secrets_of_tokens_are_nowhere(durable: Durable, stores: Embed
     assert await found_in(stores, key.hint) == {"api_keys": 1}
     assert await found_in(stores, secret[4:]) == {}
     assert await found_in(stores, secret[8:]) == {}
+
+
+async def test_idle_connections_that_died_silently_fail_one_statement(
+    stores: EmbeddedStores,
+) -> None:
+    """What is sent on them is lost, as behind a firewall that has forgotten them; new ones work."""
+    async with postgres_proxy(lambda: connect_postgres(stores)) as proxy:
+        made = pool(proxy.url, timeout=0.8, connections=8)
+        await made.open()
+        durable = Durable(made)
+        await asyncio.gather(
+            *(made.row("test", "SELECT pg_sleep(0.2)") for _ in range(8))  # all at once
+        )
+        assert proxy.connections == 8
+        proxy.forget()
+        began, failed = time.monotonic(), 0
+        for _ in range(20):
+            try:
+                await durable.apps.find(MINT.id())
+            except Unavailable:
+                failed += 1
+        assert failed == 1
+        assert time.monotonic() - began < 2.0
+        await made.close()
+
+
+async def test_locked_rows_of_one_app_starve_no_other(
+    durable: Durable, app: RelyingParty, stores: EmbeddedStores
+) -> None:
+    """More sign-ins wait for their rows than the pool has connections."""
+    made = pool(stores.database_url, timeout=3.0, connections=4)
+    await made.open()
+    busy = Durable(made)
+    other = await new_app(durable)
+    users = [await ensure(durable, app, f"user-{n}") for n in range(8)]
+    keys = [await add(durable, app, user, b"%d" % n) for n, user in enumerate(users)]
+    theirs = await add(durable, other, await ensure(durable, other, "ann"))
+    try:
+        async with session_of(stores) as session:
+            async with session.transaction():
+                await session.execute(
+                    "SELECT FROM credentials WHERE app_id = $1 FOR UPDATE", app.id
+                )
+                waiting = [
+                    asyncio.ensure_future(
+                        busy.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
+                    )
+                    for key in keys
+                ]
+                await blocked(stores, session)
+                await asyncio.sleep(0.2)  # for the others to wait, too
+                async with asyncio.timeout(1.0):
+                    assert await busy.apps.find(other.id) is not None
+                    assert await busy.ceremonies.use(
+                        theirs, signed_in(), flag_counter=False, now=LATER
+                    )
+                assert not any(task.done() for task in waiting)
+            assert None not in await asyncio.gather(*waiting)
+    finally:
+        await made.close()

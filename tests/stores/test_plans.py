@@ -23,7 +23,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +131,7 @@ def _noting(noted: Noted) -> type[_Connection]:
 async def _collect(stores: EmbeddedStores) -> Noted:
     """Ask everything, fill the database, and explain every statement."""
     noted = Noted()
-    connect, run = asyncpg.connect, Postgres.run
+    connect, run, create_pool = asyncpg.connect, Postgres.run, asyncpg.create_pool
 
     async def noting_run(self: Postgres, operation: str, *args: Any, **how: Any) -> Any:
         noted.operations.add(operation)
@@ -146,7 +145,10 @@ async def _collect(stores: EmbeddedStores) -> Noted:
         migrating = Postgres(url, timeout=10, connections=1, metrics=Metrics())
         await migrating.migrate(instant(time.time()))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(asyncpg, "connect", partial(connect, connection_class=_noting(noted)))
+            noting = lambda *args, **how: create_pool(  # noqa: E731
+                *args, **how | {"connection_class": _noting(noted)}
+            )
+            patch.setattr(asyncpg, "create_pool", noting)
             patch.setattr(Postgres, "run", noting_run)
             noted.routes = await _asked(stores, url)
         session: seed.Session = await connect(url)

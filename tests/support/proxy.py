@@ -2,7 +2,7 @@
 
 `RedisProxy` understands commands: it counts them (`commands`), forwards one at a time on a
 connection, and asks `fate` what becomes of each. `PostgresProxy` counts the client's messages and
-falls silent after `silent_after` of them, or only towards those who listen to notifications. Both
+falls silent after `silent_after` of them. Both
 forward everything else untouched.
 
     Fate.PASS      forward the command and its reply
@@ -172,23 +172,18 @@ class PostgresProxy:
     """Made by `postgres_proxy`. Falls `silent` when a client has sent more than `silent_after`
     messages on a connection: from then on, and on every connection, what is sent is lost and
     nothing comes back, as from a machine that is frozen.
-
-    `deaf`: the same, but only on connections that have sent LISTEN. `holding`: answers to all
-    others wait until `release` is set; `late`: LISTEN itself waits for it; `held` is set when
-    something waits. `pooling`: the process that clients are told they have is none, as from a
-    pooler."""
+    """
 
     port: int
     silent_after: int | None = None
     silent: bool = False
     connections: int = 0
-    deaf: bool = False
-    holding: bool = False
-    late: bool = False
-    held: asyncio.Event = field(default_factory=asyncio.Event)
-    release: asyncio.Event = field(default_factory=asyncio.Event)
-    pooling: bool = False
-    listeners: set[asyncio.StreamWriter] = field(default_factory=set)
+    open: set[asyncio.StreamWriter] = field(default_factory=set)
+    forgotten: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    def forget(self) -> None:
+        """Lose what is sent on the connections there are; further ones work."""
+        self.forgotten |= self.open
 
     @property
     def url(self) -> str:
@@ -197,12 +192,7 @@ class PostgresProxy:
 
     def recover(self) -> None:
         """Answer again."""
-        self.silent_after, self.silent, self.deaf = None, False, False
-
-    def cut_listeners(self) -> None:
-        """Close the connections that have sent LISTEN."""
-        for client in self.listeners:
-            client.close()
+        self.silent_after, self.silent = None, False
 
 
 @contextlib.asynccontextmanager
@@ -213,18 +203,14 @@ async def postgres_proxy(connect: Connect) -> AsyncIterator[PostgresProxy]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream_writer = await connect()
         proxy.connections += 1
+        proxy.open.add(writer)
         seen = 0
 
         def lost() -> bool:
-            return proxy.silent or (proxy.deaf and writer in proxy.listeners)
+            return proxy.silent or writer in proxy.forgotten
 
         async def answers() -> None:
             while data := await upstream_reader.read(65536):
-                if proxy.pooling:
-                    data = _BACKEND_KEY.sub(lambda found: found[1] + b"\0\0\0\7", data)
-                if proxy.holding and writer not in proxy.listeners:
-                    proxy.held.set()
-                    await proxy.release.wait()
                 if not lost():
                     writer.write(data)
                     await writer.drain()
@@ -235,11 +221,6 @@ async def postgres_proxy(connect: Connect) -> AsyncIterator[PostgresProxy]:
         try:
             while data := await reader.read(65536):
                 seen += 1
-                if b"LISTEN " in data:
-                    proxy.listeners.add(writer)
-                    if proxy.late:
-                        proxy.held.set()
-                        await proxy.release.wait()
                 if proxy.silent_after is not None and seen > proxy.silent_after:
                     proxy.silent = True
                 if not lost():
@@ -249,7 +230,7 @@ async def postgres_proxy(connect: Connect) -> AsyncIterator[PostgresProxy]:
             pass
         finally:
             proxy.connections -= 1
-            proxy.listeners.discard(writer)
+            proxy.open.discard(writer)
             answering.cancel()
             writer.close()
             upstream_writer.close()

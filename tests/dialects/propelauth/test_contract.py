@@ -196,7 +196,6 @@ async def test_keys(broker: Started, byo: Byo) -> None:
 async def test_an_app_that_is_gone(broker: Started, start_broker: Starter, byo: Byo) -> None:
     """A key that is still remembered for an app that was deleted."""
     other = await start_broker(cache_seconds=1.0)
-    await other.parts.notifications.close()  # nobody tells it
     byo.wire.url = other.url
     await byo.ok("Ping")
     await broker.parts.directory.delete_app(byo.wire.app_id)
