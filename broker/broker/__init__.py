@@ -570,8 +570,8 @@ class Broker:
         Redeeming a registration's nonce confirms the passkey (`Credential.confirmed_at`).
 
         Raises:
-            UnknownNonce: unknown, expired, redeemed, of another app, or not what the caller
-                expects: all alike.
+            UnknownNonce: unknown, expired, redeemed, of another app, not what the caller expects,
+                or its passkey was revoked: all alike.
             Unavailable: the nonce may be spent.
         """
         with retry_from("backend"):
@@ -600,7 +600,13 @@ class Broker:
             ):
                 self._metrics.redemptions.inc("mismatch")
                 raise UnknownNonce(reason="nonce_mismatch")
-            if receipt.purpose == "register":
-                await self._durable.ceremonies.confirm(app.id, receipt.passkey_id, instant(now))
+            ceremonies = self._durable.ceremonies
+            if not await (
+                ceremonies.confirm(app.id, receipt.passkey_id, instant(now))
+                if receipt.purpose == "register"
+                else ceremonies.is_live(app.id, receipt.passkey_id)
+            ):
+                self._metrics.redemptions.inc("revoked")
+                raise UnknownNonce(reason="passkey_revoked")
             self._metrics.redemptions.inc("ok")
             return receipt

@@ -124,7 +124,16 @@ class _Confirmation(NamedTuple):
     request_id: str
 
 
-_LOOK_UPS, _USES, _NEW, _CONFIRMATIONS = map(BatchInput, (_LookUp, _Use, _New, _Confirmation))
+class _Redeemed(NamedTuple):
+    """A passkey that signed in, whose nonce is redeemed."""
+
+    id: str
+    app_id: str
+
+
+_LOOK_UPS, _USES, _NEW, _CONFIRMATIONS, _REDEEMED = map(
+    BatchInput, (_LookUp, _Use, _New, _Confirmation, _Redeemed)
+)
 
 
 class Ceremonies:
@@ -140,6 +149,7 @@ class Ceremonies:
         self._confirm = postgres.group_commit(
             "confirm_credential", self._confirm_batch, key=lambda confirmation: confirmation.id
         )
+        self._is_live = postgres.group_commit("is_live", self._is_live_batch)
 
     # -- a login -----------------------------------------------------------------------------------
 
@@ -250,6 +260,21 @@ class Ceremonies:
         for number, regressed, backup_changed in rows:
             found[number] = SignInOutcome(regressed, backup_changed)
         return found
+
+    async def is_live(self, app_id: str, passkey_id: str) -> bool:
+        """True if the passkey still signs in, for the redemption of a login's nonce: its revocation
+        and the deletion of its user end what it proved."""
+        return await self._is_live(_Redeemed(passkey_id, app_id))
+
+    async def _is_live_batch(self, redeemed: Sequence[_Redeemed], _: bool) -> list[bool]:
+        rows = await self._pg.rows(
+            "is_live",
+            f"SELECT a.number FROM {_REDEEMED.table} JOIN LATERAL ("
+            " SELECT FROM credentials c WHERE c.id = a.id AND c.app_id = a.app_id AND c.live LIMIT 1) c ON true",
+            _REDEEMED.encode(redeemed),
+        )
+        live = {number for (number,) in rows}
+        return [number in live for number in range(len(redeemed))]
 
     # -- a registration ----------------------------------------------------------------------------
 

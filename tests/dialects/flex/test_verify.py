@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -277,14 +278,41 @@ async def test_live_at_redemption_with_a_mismatch_stays_dead(
     assert ("passkey.confirmed", "done", None) not in await broker.events(wire.app_id)
 
 
-async def test_a_registration_nonce_of_a_revoked_passkey(
-    broker: Started, wire: Wire, device: Authenticator
+Undo = Callable[[Started, Wire, str], Awaitable[object]]
+
+
+async def _revoke(broker: Started, wire: Wire, external_id: str) -> None:
+    app = await broker.parts.directory.app(wire.app_id)
+    user = await broker.parts.directory.user(app, external_id=external_id)
+    await broker.parts.directory.revoke(app, user, None)
+
+
+async def _delete(broker: Started, wire: Wire, external_id: str) -> None:
+    app = await broker.parts.directory.app(wire.app_id)
+    await broker.parts.directory.delete_user(app, external_id)
+
+
+@pytest.mark.parametrize("undo", [_revoke, _delete])
+@pytest.mark.parametrize("kind", ["register", "authenticate"])
+async def test_a_nonce_of_a_revoked_passkey_redeems_nothing(
+    broker: Started, wire: Wire, device: Authenticator, kind: str, undo: Undo
 ) -> None:
-    """It was true when it was handed out, so it is redeemed; it brings nothing back."""
-    nonce = await wire.register(await wire.open_registration("ann"), device)
-    user = (await wire.keyed("GET", "/users?identifier=ann")).json["users"][0]["id"]
-    passkey = (await device_of(wire, "ann"))["id"]
-    await wire.keyed("DELETE", f"/users/{user}/devices/{passkey}")
-    assert (await wire.redeem(nonce)).json["passkey_id"] == passkey
-    assert (await wire.keyed("GET", f"/users/{user}/devices")).json == {"devices": []}
-    assert ("passkey.confirmed", "done", None) not in await broker.events(wire.app_id)
+    """The passkey was revoked, or its user deleted, between finish and redemption. The nonce is
+    spent, and another one's redeems."""
+    if kind == "register":
+        nonce = await wire.register(await wire.open_registration("ann"), device)
+    else:
+        await wire.user("ann", device)
+        nonce = await wire.authenticate(await wire.open_authentication("ann"), device)
+    other = await wire.register(await wire.open_registration("ben"), Authenticator())
+    await undo(broker, wire, "ann")
+    with (
+        counted(broker, "broker_redemptions_total", result="revoked"),
+        refused(broker, "invalid_nonce", "passkey_revoked"),
+    ):
+        answer = await wire.redeem(nonce)
+    same_answer(answer, await wire.redeem(nonce))
+    assert (await wire.redeem(other)).status == 200
+    assert (await broker.events(wire.app_id)).count(("passkey.confirmed", "done", None)) == (
+        1 if kind == "register" else 2
+    )
