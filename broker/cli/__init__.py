@@ -1,18 +1,18 @@
 """The command line: `broker <command>`.
 
-Exit status: 0 done, 1 refused or failed, 2 usage, 130 interrupted. Data goes to standard output;
-everything said to a person goes to standard error. Commands on data act on `BROKER_DATABASE_URL`;
-without it, and with a `.broker/dev.json` below the current directory, on the running `broker dev`,
-and say so.
+Exit status: 0 done, 1 refused or failed, 2 usage, 130 interrupted. Data goes to standard output,
+all other text to standard error. Commands on data act on `BROKER_DATABASE_URL`. Without it, and
+with a `.broker/dev.json` below the current directory, they act on the running `broker dev`, and say
+so.
 
-**JSON.** With `--json` standard output holds one JSON value, whatever the exit status: the answer
-(lists are arrays), or of a refused or failed command an object `{"code", "error"}`, with `doc`, a
-link to the code's documentation, where `BROKER_DOCS_URL` is set. `events --follow` prints one
-object a line. The sentence for a person stays on standard error.
+**JSON.** With `--json` standard output holds one JSON value, whatever the exit status. It is the
+answer (lists are arrays), or of a refused or failed command an object `{"code", "error"}`. That
+object has `doc`, a link to the code's documentation, if `BROKER_DOCS_URL` is set. `events --follow`
+prints one object a line. The sentence for the operator stays on standard error.
 
-**argparse.** The parser is the standard library's. Click and Typer would give completion and
-colour, for 40 to 150 ms of imports in every command; what they save here are the 150 lines of
-`completion` and `output`, and `output` would be needed for columns in any case.
+**argparse.** The parser is the standard library's. Click and Typer would add completion and colour
+for 40 to 150 ms of imports in every command. They would replace the 150 lines of `completion` and a
+part of `output`, whose columns are needed in any case.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ _UNAVAILABLE = {
     "postgres_not_migrated": "The database lacks a migration; run `broker migrate`.",
     "postgres_denied": "The database's role may not do that; make it the owner of the tables.",
 }
+_NO_POSTGRES = "Postgres does not answer; check BROKER_DATABASE_URL, or start `broker dev`."
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line; each module of this package adds its commands, with `run` as what to
-    call.
+    """The parser of the whole command line. Each module of this package adds its commands; `run` is
+    the function to call.
     """
     top: argparse.ArgumentParser = Parser(prog="broker", description="Passkeys for any backend.")
     top.add_argument("--version", action="version", version=f"broker {__version__}")
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    _write_whole()
+    _buffer_output()
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     try:
@@ -67,44 +68,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except Usage as fault:
         sys.stderr.write(fault.usage)
-        _tell_program("usage", str(fault), as_json=as_json)
+        _report_json("usage", str(fault), as_json=as_json)
         return 2
-    except SettingsFault as fault:
-        _tell(InvalidSetting.code, fault.faults, as_json=as_json)
-    except Unavailable as fault:
-        postgres = "Postgres does not answer; check BROKER_DATABASE_URL, or start `broker dev`."
-        _tell(fault.code, [_UNAVAILABLE.get(fault.reason, postgres)], as_json=as_json)
-    except Fault as fault:
-        _tell(fault.code, [str(fault)], as_json=as_json)
-    except Refusal as refusal:
-        _tell(refusal.code, [refusal.sentence], as_json=as_json)
+    except (Fault, Refusal, SettingsFault) as fault:
+        _report(fault, as_json=as_json)
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     except BrokenPipeError:
-        # The reader went away, as `head` does. What the interpreter flushes at its end must not
-        # fail again.
+        # The reader closed the pipe, as `head` does. The interpreter's last flush must not fail
+        # too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
-def _tell(code: str, sentences: Sequence[str], *, as_json: bool) -> None:
-    """Say what went wrong to a person, and to a program."""
+def _report(fault: Fault | Refusal | SettingsFault, *, as_json: bool) -> None:
+    """Print a fault for the operator, and with `as_json` for a program."""
+    match fault:
+        case SettingsFault():
+            code, sentences = InvalidSetting.code, fault.faults
+        case Unavailable():
+            code, sentences = fault.code, (_UNAVAILABLE.get(fault.reason, _NO_POSTGRES),)
+        case Refusal():
+            code, sentences = fault.code, (fault.sentence,)
+        case _:
+            code, sentences = fault.code, (str(fault),)
     doc = _doc(code)
     for number, sentence in enumerate(sentences, 1):
         say(f"{sentence} See {doc}" if doc and number == len(sentences) else sentence)
-    _tell_program(code, " ".join(sentences), as_json=as_json)
+    _report_json(code, " ".join(sentences), as_json=as_json)
 
 
-def _tell_program(code: str, error: str, *, as_json: bool) -> None:
+def _report_json(code: str, error: str, *, as_json: bool) -> None:
     if as_json:
         doc = _doc(code)
-        told = {"code": code, "error": error} | ({"doc": doc} if doc else {})
-        print(as_json_text(told))  # noqa: T201 - the command's answer
+        report = {"code": code, "error": error} | ({"doc": doc} if doc else {})
+        print(as_json_text(report))  # noqa: T201 - the command's answer
 
 
 def _doc(code: str) -> str:
-    """The link to a code's documentation; "" where BROKER_DOCS_URL is none, or not right: other
-    settings may be what went wrong.
+    """The link to a code's documentation; "" without a valid BROKER_DOCS_URL. Other settings are
+    not read: they may be the fault that is reported.
     """
     given = {name: value for name, value in os.environ.items() if name == "BROKER_DOCS_URL"}
     try:
@@ -114,10 +117,12 @@ def _doc(code: str) -> str:
     return f"{url}#{code}" if url else ""
 
 
-def _write_whole() -> None:
-    """Have standard output and error write all that they are given. Under PYTHONUNBUFFERED, as
-    containers have it, Python asks the system once and drops what was not taken; and of a long text
-    a pipe takes a part where the process was stopped meanwhile."""
+def _buffer_output() -> None:
+    """Make standard output and error write every byte.
+
+    Under PYTHONUNBUFFERED, which containers set, Python calls write(2) once and drops the rest. A
+    pipe takes only a part of a long text if the process was stopped meanwhile.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         raw = getattr(stream, "buffer", None)
@@ -128,7 +133,7 @@ def _write_whole() -> None:
 
 
 def _is_utf8(argument: str) -> bool:
-    """Python turns the bytes of an argument that are no UTF-8 into halves of surrogate pairs, which
-    no store takes.
+    """False if an argument has lone surrogates. Python makes them of bytes that are not UTF-8, and
+    no store accepts them.
     """
     return not any("\ud800" <= character <= "\udfff" for character in argument)

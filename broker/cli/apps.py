@@ -1,5 +1,5 @@
-"""`broker app`, `broker policy` and `broker key`: relying parties, their origins and policy, and
-their API keys.
+"""`broker app`, `broker policy` and `broker key`: relying parties with their origins and policies,
+and API keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from broker.cli.output import Row, counted, print_answer
-from broker.cli.parsing import Commands, add_group
+from broker.cli.parsing import Commands, Option, add_group, option
 from broker.cli.records import Records, add, chosen_app, shown_app
 from broker.dialects import policy_keys
 from broker.errors import InvalidSetting
@@ -25,22 +25,22 @@ from broker.model import (
 def add_commands(commands: Commands) -> None:
     """Add `app`, `policy` and `key`."""
     group = add_group(commands, "app", "relying parties")
-    command = add(
+    add(
         group,
         "create",
         "make an app and its first key",
         create_app,
+        options=(
+            option("--name", "what lists show", required=True),
+            option("--rp-id", "the domain passkeys belong to, like example.com", required=True),
+            *_origins(required=True),
+            _POLICY,
+        ),
         examples=(
             "app create --name Shop --rp-id example.com --origin https://example.com",
             "app create --name Shop --rp-id example.com --origin https://example.com --set nonce_life=120 --json",
         ),
     )
-    command.add_argument("--name", required=True, help="what lists show")
-    command.add_argument(
-        "--rp-id", required=True, help="the domain passkeys belong to, like example.com"
-    )
-    _origins(command, required=True)
-    _policy(command)
     add(
         group,
         "list",
@@ -57,34 +57,25 @@ def add_commands(commands: Commands) -> None:
         app=True,
         examples=("app show", "app show --app Shop --json"),
     )
-    command = add(
+    add(
         group,
         "update",
         "change an app",
         update_app,
         app=True,
+        options=(
+            option("--name", "what lists show"),
+            option("--rp-id", "another domain: passkeys of the old one no longer sign in"),
+            *_origins(required=False),
+            _changed_origin("add", "one more origin"),
+            _changed_origin("remove", "an origin that is no longer allowed"),
+            _POLICY,
+        ),
         examples=(
             "app update --add-origin http://localhost:8081",
             "app update --app Shop --set user_verification=preferred --set nonce_life=120",
         ),
     )
-    command.add_argument("--name", help="what lists show")
-    command.add_argument(
-        "--rp-id", help="another domain: passkeys of the old one no longer sign in"
-    )
-    _origins(command, required=False)
-    for action, says in (
-        ("add", "one more origin"),
-        ("remove", "an origin that is no longer allowed"),
-    ):
-        command.add_argument(
-            f"--{action}-origin",
-            action="append",
-            default=[],
-            metavar="ORIGIN",
-            help=f"{says}, beside those there are; may be repeated",
-        )
-    _policy(command)
     add(
         group,
         "delete",
@@ -96,15 +87,14 @@ def add_commands(commands: Commands) -> None:
         examples=("app delete --app Shop", "app delete --app Shop --yes"),
     )
 
+    says = "show this app's values too, by its id or name"
     command = add(
         commands,
         "policy",
         "the keys of --set: values, defaults and meaning",
         show_policy,
+        options=(option("--app", says, metavar="APP"),),
         examples=("policy", "policy --app Shop", "policy --json"),
-    )
-    command.add_argument(
-        "--app", metavar="APP", help="show this app's values too, by its id or name"
     )
     of_an_app = command.get_default("run")
     command.set_defaults(
@@ -112,15 +102,15 @@ def add_commands(commands: Commands) -> None:
     )
 
     group = add_group(commands, "key", "API keys")
-    command = add(
+    add(
         group,
         "create",
         "make a key; it is shown this once",
         create_key,
         app=True,
+        options=(option("--name", "what it is for", default=""),),
         examples=('key create --name "second backend"', "key create --app Shop --json"),
     )
-    command.add_argument("--name", default="", help="what it is for")
     add(
         group,
         "list",
@@ -129,44 +119,48 @@ def add_commands(commands: Commands) -> None:
         app=True,
         examples=("key list", "key list --app Shop --json"),
     )
-    command = add(
+    says = "the key's id, as `key list` shows it"
+    add(
         group,
         "revoke",
         "revoke a key, on every instance within a second",
         revoke_key,
         app=True,
         removes=True,
+        options=(option("--key", says, required=True, metavar="ID"),),
         examples=("key revoke --app Shop --key KEY_ID",),
     )
-    command.add_argument(
-        "--key", required=True, metavar="ID", help="the key's id, as `key list` shows it"
+
+
+def _origins(*, required: bool) -> tuple[Option, Option]:
+    replaces, removes = (
+        ("", "")
+        if required
+        else (
+            "; replaces those there are",
+            "; '' removes those there are",
+        )
+    )
+    says = f"like https://example.com or android:apk-key-hash:…; may be repeated{replaces}"
+    related = f"one outside the RP ID's domain{removes}"
+    return (
+        option("--origin", says, action="append", required=required, metavar="ORIGIN"),
+        option("--related-origin", related, action="append", metavar="ORIGIN"),
     )
 
 
-def _origins(command: argparse.ArgumentParser, *, required: bool) -> None:
-    says = "like https://example.com or android:apk-key-hash:…; may be repeated" + (
-        "" if required else "; replaces those there are"
-    )
-    command.add_argument(
-        "--origin", action="append", required=required, metavar="ORIGIN", help=says
-    )
-    command.add_argument(
-        "--related-origin",
-        action="append",
-        metavar="ORIGIN",
-        help="one outside the RP ID's domain"
-        + ("" if required else "; '' removes those there are"),
-    )
+def _changed_origin(action: str, says: str) -> Option:
+    says = f"{says}, beside those there are; may be repeated"
+    return option(f"--{action}-origin", says, action="append", default=[], metavar="ORIGIN")
 
 
-def _policy(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of the policy, as `broker policy` lists them; may be repeated",
-    )
+_POLICY = option(
+    "--set",
+    "a key of the policy, as `broker policy` lists them; may be repeated",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+)
 
 
 def _changed(policy: Policy, changes: Sequence[str]) -> Policy:
@@ -227,8 +221,8 @@ async def update_app(records: Records, options: argparse.Namespace) -> Row:
 
 
 def _changed_origins(app: RelyingParty, options: argparse.Namespace) -> tuple[str, ...]:
-    """Those that `--origin` gives, else those there are, without the removed and with the added;
-    `checked` judges them.
+    """The origins of `--origin`, or the present ones, without the removed and with the added ones.
+    `RelyingParty.checked` validates them.
     """
     if options.origin and (options.add_origin or options.remove_origin):
         raise InvalidSetting(
@@ -246,7 +240,7 @@ def _changed_origins(app: RelyingParty, options: argparse.Namespace) -> tuple[st
 
 
 async def ask_about_app(records: Records, options: argparse.Namespace) -> str:
-    """The question to confirm, with the number of users and passkeys that end with the app."""
+    """The question, with the number of users and passkeys that are deleted with the app."""
     _, users = await records.directory.users(options.app, limit=1)
     _, passkeys = await records.directory.passkeys(options.app, limit=1)
     lost = f"{counted(users, 'user')} and {counted(passkeys, 'passkey')}"
@@ -260,7 +254,7 @@ async def delete_app(records: Records, options: argparse.Namespace) -> Row:
 
 
 def _show_defaults(options: argparse.Namespace) -> int:
-    """The keys alone, for which no database is needed."""
+    """The keys with their defaults, which need no database."""
     print_answer(_policy_rows(), as_json=options.json, empty="")
     return 0
 
@@ -318,7 +312,7 @@ def _policy_row(policy: Policy) -> dict[str, object]:
     return {
         **{key.name: policy[key] for key in policy_keys()},
         "algorithms": [ALGORITHMS[number] for number in policy.algorithms],
-        "attestation_roots": len(policy.attestation_roots),  # how many; they are long
+        "attestation_roots": len(policy.attestation_roots),  # their number: they are long
     }
 
 

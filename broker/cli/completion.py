@@ -1,8 +1,8 @@
-"""`broker completion`: completion scripts for bash, zsh and fish, written by walking the parser.
+"""`broker completion`: completion scripts for bash, zsh and fish, generated from the parser.
 
-A script is static: it holds every command, option and choice of the release that wrote it, so that
-a key press costs no start of Python. The walk turns the parser into places ("broker app create"),
-each with what may follow there; the shells differ only in how they are told.
+A script is static. It holds every command, option and choice of its release, so that completion
+starts no Python. The parser becomes a list of places ("broker app create"), each with the words and
+options that may follow there. The three shells differ in syntax only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from broker.dialects import policy_keys
 
 @dataclass(slots=True)
 class Place:
-    """What may follow at one place of the command line. `options` are names, each with its help and
-    its values: None takes none, an empty list takes any."""
+    """The words and options that may follow at one place of the command line.
+
+    `options` maps a name to its help and its values. None: the option takes no value. An empty
+    list: it takes any value.
+    """
 
     at: str
     words: dict[str, str] = field(default_factory=dict)
@@ -76,11 +79,13 @@ def _any(names: list[str]) -> str:
 
 def _free(found: list[Place]) -> list[str]:
     """Options that take any value."""
+    return [f"{at} {name}" for at, name, values in _options(found) if values == []]
+
+
+def _options(found: list[Place]) -> list[tuple[str, str, list[str] | None]]:
+    """Every option with its place and its values."""
     return [
-        f"{place.at} {name}"
-        for place in found
-        for name, (_, values) in place.options.items()
-        if values == []
+        (place.at, name, values) for place in found for name, (_, values) in place.options.items()
     ]
 
 
@@ -94,17 +99,16 @@ def _bash(found: list[Place]) -> str:
         '    case "$at $previous" in',
         f"        {_any(_free(found))}) return ;;",
     ]
-    for place in found:
-        for name, (_, values) in place.options.items():
-            if values:
-                space = "compopt -o nospace; " if values[0].endswith("=") else ""
-                lines.append(f'        "{place.at} {name}") {space}words="{" ".join(values)}" ;;')
-    lines += ['        *) case "$at" in']
-    for place in found:
-        lines.append(
-            f'            "{place.at}") words="{" ".join([*place.words, *place.options])}" ;;'
-        )
+    for at, name, values in _options(found):
+        if values:
+            space = "compopt -o nospace; " if values[0].endswith("=") else ""
+            lines.append(f'        "{at} {name}") {space}words="{" ".join(values)}" ;;')
     lines += [
+        '        *) case "$at" in',
+        *(
+            f'            "{place.at}") words="{" ".join([*place.words, *place.options])}" ;;'
+            for place in found
+        ),
         "        esac ;;",
         "    esac",
         '    COMPREPLY=($(compgen -W "$words" -- "$current"))',
@@ -125,13 +129,10 @@ def _zsh(found: list[Place]) -> str:
         '    case "$at ${words[CURRENT-1]}" in',
         f"        ({_any(_free(found))}) _default; return ;;",
     ]
-    for place in found:
-        for name, (_, values) in place.options.items():
-            if values:
-                space = "-S '' " if values[0].endswith("=") else ""
-                lines.append(
-                    f'        ("{place.at} {name}") compadd {space}-- {" ".join(values)}; return ;;'
-                )
+    for at, name, values in _options(found):
+        if values:
+            space = "-S '' " if values[0].endswith("=") else ""
+            lines.append(f'        ("{at} {name}") compadd {space}-- {" ".join(values)}; return ;;')
     lines += ["    esac", '    case "$at" in']
     for place in found:
         helps = place.words | {name: says for name, (says, _) in place.options.items()}

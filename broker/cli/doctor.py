@@ -1,5 +1,5 @@
-"""`broker doctor`: looks at settings, stores, clocks, the secret key and origins, and says what to
-do about each fault.
+"""`broker doctor`: checks settings, stores, clocks, the secret key and origins, with a remedy for
+each fault.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from broker.cli.output import GREEN, RED, has_colour, painted, progress
-from broker.cli.parsing import Commands, add_command
+from broker.cli.parsing import JSON, Commands, add_command, option
 from broker.cli.records import settings_for_data
 from broker.cli.serving import listening, run, with_parts
 from broker.dialects import left_out
@@ -30,7 +30,7 @@ MIN_REDIS = (7, 0)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `todo` is empty where nothing is to be done."""
+    """The result of a check. `todo` is the remedy, "" if all is well."""
 
     check: str
     ok: bool
@@ -40,15 +40,18 @@ class Finding:
 
 def add_commands(commands: Commands) -> None:
     """Add `doctor`."""
-    says = "check settings, stores, clocks and origins"
-    command = add_command(commands, "doctor", says, ("doctor", "doctor --json"))
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--management-port", type=int, help="the one that `serve` is given")
+    command = add_command(
+        commands,
+        "doctor",
+        "check settings, stores, clocks and origins",
+        ("doctor", "doctor --json"),
+        (JSON, option("--management-port", "the one that `serve` is given", type=int)),
+    )
     command.set_defaults(run=run_doctor)
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    """0: all is well. 1: something is to be done."""
+    """Exit status 0: all is well. 1: a check failed."""
     try:
         settings = settings_for_data("database_url", "redis_url", given=listening({}, options))
         with progress("broker doctor"):
@@ -83,8 +86,8 @@ async def _look(parts: Parts) -> list[Finding]:
 
 
 def ports(settings: Settings) -> Finding:
-    """What each port serves, as far as settings say: `serve` may be given a management port that
-    this command is not.
+    """The routes of each port, by the settings. `serve` may have a `--management-port` that this
+    command lacks.
     """
     page, management = settings.port, settings.management_port
     if management:
@@ -100,7 +103,7 @@ def ports(settings: Settings) -> Finding:
 
 
 def metrics(settings: Settings) -> Finding:
-    """Where `/metrics` is served."""
+    """The port that serves `/metrics`."""
     says = {
         "management": f"served on port {settings.management_port}",
         "public": f"served on port {settings.port}, to all who reach it",
@@ -121,16 +124,10 @@ async def _postgres(parts: Parts) -> list[Finding]:
         await parts.postgres.check()
         findings.append(Finding("migrations", True, "complete"))
     except Unavailable as fault:
-        findings.append(
-            Finding(
-                "migrations",
-                False,
-                "can't be seen.",
-                "Make the database's role the owner of the tables.",
-            )
-            if fault.reason == "postgres_denied"
-            else Finding("migrations", False, "some are missing.", "Run `broker migrate`.")
-        )
+        found, todo = "some are missing.", "Run `broker migrate`."
+        if fault.reason == "postgres_denied":
+            found, todo = "can't be seen.", "Make the database's role the owner of the tables."
+        findings.append(Finding("migrations", False, found, todo))
     return findings
 
 
@@ -151,23 +148,21 @@ async def _redis(parts: Parts) -> list[Finding]:
 
 
 def postgres_version(major: int) -> Finding:
-    """Whether this major version of Postgres is new enough."""
+    """Check that Postgres is new enough."""
     if major >= MIN_POSTGRES:
         return Finding("postgres", True, f"version {major}")
     return Finding("postgres", False, f"version {major}.", f"Use Postgres {MIN_POSTGRES} or newer.")
 
 
 def redis_version(version: str) -> Finding:
-    """Whether this version of Redis or Valkey is new enough. Valkey's numbers began above Redis's
-    limit.
-    """
+    """Check that Redis or Valkey is new enough. Valkey's first version is above Redis's minimum."""
     if tuple(int(part) for part in version.split(".")[:2]) >= MIN_REDIS:
         return Finding("redis", True, f"version {version}")
     return Finding("redis", False, f"version {version}.", "Use Redis 7.0, Valkey 7.2 or newer.")
 
 
 def eviction(policy: str) -> Finding:
-    """Whether a full Redis refuses to write instead of forgetting one-time values."""
+    """Check that a full Redis refuses writes instead of dropping one-time values."""
     if policy == "noeviction":
         return Finding("eviction", True, policy)
     return Finding(
@@ -179,7 +174,7 @@ def eviction(policy: str) -> Finding:
 
 
 def clock(store: str, ahead: float) -> Finding:
-    """Whether a store's clock, `ahead` seconds before ours, agrees well enough."""
+    """Check that a store's clock, `ahead` of ours by these seconds, agrees with ours."""
     if abs(ahead) <= MAX_SKEW:
         return Finding("clock", True, f"within {MAX_SKEW:g} s of {store}'s")
     return Finding(
@@ -192,13 +187,13 @@ async def _signing(parts: Parts) -> list[Finding]:
     try:
         seals = await parts.signing.list_seals()
     except Unavailable:
-        return []  # said above
+        return []  # the check of Postgres reports the fault
     return [secret_key(parts.settings, left_out(parts.settings), [number for _, number in seals])]
 
 
 def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | None]) -> Finding:
-    """Whether tokens can be signed. `seals` are the keys that sign or will: which secret opens
-    each, None for none.
+    """Check that tokens can be signed. `seals` has the number of the secret that opens each key
+    that signs or will sign; None: no secret does.
     """
     check, many = "secret key", len(seals)
     if lost := seals.count(None):

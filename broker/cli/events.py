@@ -1,12 +1,11 @@
-"""`broker events`: the audit log of an app, once or as it grows.
+"""`broker events`: the audit log of an app, once or followed.
 
-**Following.** `--follow` goes on from a cursor that no event is committed behind
-(`broker.durable.events`), so that none is skipped however transactions overlap. It ends with Ctrl-C
-and status 130. With `--json` each event is one object on one line.
+**Following.** `--follow` goes on from a cursor. No event is ever committed behind a cursor
+(`broker.durable.events`), so none is skipped, however transactions overlap. Ctrl-C ends it with
+status 130. With `--json` each event is one object on one line.
 
-**Filters.** `--action` and `--user` (a whole external id) are judged here, page by page, so that
-they mean the same with and without `--follow`. A deleted user's events have no external id any
-more.
+**Filters.** `--action` and `--user` (a whole external id) filter each page here, so they mean the
+same with and without `--follow`. Events of a deleted user have no external id.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 
 from broker.cli.output import as_json_text, has_colour, table
-from broker.cli.parsing import Commands, add_app_option, whole
+from broker.cli.parsing import Commands, app_option, option, whole
 from broker.cli.records import Records, add, chosen_app
 from broker.errors import InvalidSetting, UnknownApp
 from broker.model import ID, AuditRow, as_dict
@@ -29,44 +28,46 @@ COLUMNS = ("id", "at", "action", "result", "reason", "actor", "user_id", "passke
 
 def add_commands(commands: Commands) -> None:
     """Add `events`."""
-    command = add(
+    add(
         commands,
         "events",
         "what happened in an app",
         list_events,
         columns=COLUMNS,
         progress=False,
+        options=(
+            app_option("; '' for the broker's own events"),
+            option(
+                "--limit",
+                "at most N, the newest (default 100)",
+                type=whole(1, 10_000),
+                default=100,
+                metavar="N",
+            ),
+            option(
+                "--after",
+                "the first N after this event, none skipped; 0 for all",
+                type=whole(0, 2**63 - 1),
+                metavar="ID",
+            ),
+            option("--action", "only these, like passkey.used", metavar="ACTION"),
+            option("--user", "only those of this user", metavar="EXTERNAL_ID"),
+            option(
+                "--follow",
+                "go on printing new events until Ctrl-C (status 130)",
+                action="store_true",
+            ),
+        ),
         examples=(
             "events --app Shop",
             "events --action passkey.used --limit 20",
             "events --follow --json --user user-7",
         ),
     )
-    add_app_option(command, "; '' for the broker's own events")
-    command.add_argument(
-        "--limit",
-        type=whole(1, 10_000),
-        default=100,
-        metavar="N",
-        help="at most N, the newest (default 100)",
-    )
-    command.add_argument(
-        "--after",
-        type=whole(0, 2**63 - 1),
-        metavar="ID",
-        help="the first N after this event, none skipped; 0 for all",
-    )
-    command.add_argument("--action", metavar="ACTION", help="only these, like passkey.used")
-    command.add_argument("--user", metavar="EXTERNAL_ID", help="only those of this user")
-    command.add_argument(
-        "--follow", action="store_true", help="go on printing new events until Ctrl-C (status 130)"
-    )
 
 
 async def list_events(records: Records, options: argparse.Namespace) -> list[dict[str, object]]:
-    """The newest events, or the first ones after one of them; oldest first. Also of an app deleted
-    since.
-    """
+    """The newest events, or the first ones after `--after`; oldest first. Also of a deleted app."""
     if options.user is not None and "\0" in options.user:
         raise InvalidSetting("An external id has no NUL character.")
     app_id = await _app_id(records, options.app)
@@ -83,7 +84,7 @@ async def list_events(records: Records, options: argparse.Namespace) -> list[dic
 
 
 async def _newest(records: Records, app_id: str, options: argparse.Namespace) -> list[AuditRow]:
-    """The newest events that are wanted, oldest first."""
+    """The newest events that pass the filters, oldest first."""
     kinds = [(options.action, result) for result in ("done", "refused")] if options.action else None
     found: list[AuditRow] = []
     offset = 0
@@ -105,7 +106,7 @@ async def _newest(records: Records, app_id: str, options: argparse.Namespace) ->
 
 
 async def _first(records: Records, app_id: str, options: argparse.Namespace) -> list[AuditRow]:
-    """The first events behind `--after` that are wanted, oldest first."""
+    """The first events after `--after` that pass the filters, oldest first."""
     found: list[AuditRow] = []
     async for rows in _pages(records, app_id, options.after):
         if not rows:
@@ -117,7 +118,7 @@ async def _first(records: Records, app_id: str, options: argparse.Namespace) -> 
 
 
 async def _pages(records: Records, app_id: str, cursor: int) -> AsyncIterator[list[AuditRow]]:
-    """The events behind a cursor, a page at a time, without end; an empty page where there is none
+    """The events after a cursor, page by page, without end. A page is empty if there are none
     yet.
     """
     while True:
@@ -134,8 +135,10 @@ def _wanted(rows: Sequence[AuditRow], options: argparse.Namespace) -> list[Audit
 
 
 async def _start(records: Records, app_id: str, options: argparse.Namespace) -> int:
-    """The cursor in front of the newest events. Every event that is written later has a higher id:
-    the transactions that held a lower one have ended."""
+    """The cursor before the newest events.
+
+    Every later event has a higher id: the transactions that had drawn a lower one have ended.
+    """
     newest = await records.directory.events(app_id, limit=1)
     if not newest:
         return 0
@@ -149,7 +152,7 @@ async def _start(records: Records, app_id: str, options: argparse.Namespace) -> 
 
 
 async def _follow(records: Records, app_id: str, cursor: int, options: argparse.Namespace) -> None:
-    """Print events as they come, until the process is told to end."""
+    """Print new events until the process ends."""
     widths: list[int] = []
     async for rows in _pages(records, app_id, cursor):
         found = [as_dict(row.event) for row in _wanted(rows, options)]
@@ -166,9 +169,7 @@ async def _follow(records: Records, app_id: str, cursor: int, options: argparse.
 
 
 async def _app_id(records: Records, given: str | None) -> str:
-    """The id of the app whose events are wanted: also "", and that of an app deleted since, which
-    has its id only.
-    """
+    """The id of the app: also "", and the id of a deleted app, which has no name any more."""
     if given == "":
         return ""
     try:

@@ -1,10 +1,10 @@
-"""How commands speak: answers as JSON or in columns, colour, and progress.
+"""Output of the commands: JSON or columns, colour, and progress.
 
-Printed values are made harmless: a user's name or a passkey's may hold control characters, which a
-terminal would obey. Columns are aligned by the cells that a terminal gives a character: two for
-most of East Asia's, none for an accent that combines. Nothing is cut off, so that ids can be
-copied; a terminal wraps what is too wide. Colour and progress are for terminals only, and the
-environment variable NO_COLOR ends colour (https://no-color.org).
+Printed values are made harmless, because a user's or passkey's name may hold control characters,
+which a terminal would execute. Columns are aligned by terminal cells: two for most of East Asia's
+characters, none for a combining accent. No value is cut, so that ids can be copied; a terminal
+wraps lines that are too wide. Colour and progress are for terminals only, and the environment
+variable NO_COLOR ends colour (https://no-color.org).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, TextIO
 
 Row = Mapping[str, object]
@@ -27,8 +26,10 @@ PROGRESS_AFTER = 1.0  # seconds
 
 
 def print_answer(result: object, *, as_json: bool, empty: str, columns: Sequence[str] = ()) -> None:
-    """Print a command's answer: a row, or a list of rows or of names; `empty` stands for an empty
-    list, `columns` are those of a row that a person sees."""
+    """Print a command's answer: a row, or a list of rows or of names.
+
+    `empty` is printed for an empty list. `columns` are the columns of a table.
+    """
     if as_json:
         print(as_json_text(result, indent=2))  # noqa: T201 - the command's answer
     elif isinstance(result, list):
@@ -55,25 +56,26 @@ def table(
     colour: bool,
     widths: list[int] | None = None,
 ) -> list[str]:
-    """A header and a line for each row. Without `columns` all but nested values are shown. A table
-    that grows hands in the list of its `widths` each time: empty at first, then it has a header
-    already."""
+    """A header and a line for each row; without `columns`, of all but nested values.
+
+    A table that grows passes the same list of `widths` each time, empty at first. Only the first
+    part has a header.
+    """
     names = list(columns) or [
         name for name, value in rows[0].items() if not isinstance(value, Mapping)
     ]
-    header = [name.upper().replace("_", " ") for name in names]
-    cells = [[_cell(row[name]) for name in names] for row in rows]
     widths = [] if widths is None else widths
-    before = list(widths or map(width, header))
-    began = bool(widths)
-    widths[:] = [max(map(width, column), default=0) for column in zip(*cells, strict=True)]
-    widths[:] = map(max, widths, before)
-    lines = ["  ".join(map(_padded, line, widths)).rstrip() for line in (header, *cells)]
-    return lines[1:] if began else [painted(lines[0], BOLD, colour=colour), *lines[1:]]
+    is_first = not widths
+    cells = [[name.upper().replace("_", " ") for name in names]] if is_first else []
+    cells += [[_cell(row[name]) for name in names] for row in rows]
+    before = widths or [0] * len(names)
+    widths[:] = [max(old, *map(width, column)) for old, *column in zip(before, *cells, strict=True)]
+    lines = ["  ".join(map(_padded, line, widths)).rstrip() for line in cells]
+    return [painted(lines[0], BOLD, colour=colour), *lines[1:]] if is_first else lines
 
 
 def _record(row: Row) -> Iterator[str]:
-    """A line for each value; nested ones have theirs below each other."""
+    """A line for each value; nested values have one line each."""
     for name, value in row.items():
         shown = (
             [f"{k}={_cell(v)}" for k, v in value.items()]
@@ -99,24 +101,24 @@ def _as_text(value: Any) -> str:
 
 
 def say(sentence: str) -> None:
-    """A sentence for a person, on standard error."""
+    """Print a sentence on standard error."""
     sys.stderr.write(f"{painted('broker:', BOLD, colour=has_colour(sys.stderr))} {sentence}\n")
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things."""
+    """A number with its noun."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def harmless(text: str) -> str:
-    """A text without control characters and whatever else is not printable."""
+    """A text with escapes in place of characters that are not printable."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
 
 
 def width(text: str) -> int:
-    """How many cells a terminal gives a text (UAX #11)."""
+    """The number of terminal cells of a text (UAX #11)."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -131,8 +133,8 @@ def _padded(text: str, cells: int) -> str:
 
 
 class Steps:
-    """Says at a terminal what is being done, step by step, and how long each took. A context
-    manager that ends the last one.
+    """Prints the steps of a command at a terminal, with the duration of each. A context manager
+    that ends the last step.
     """
 
     def __init__(self, *, shown: bool) -> None:
@@ -140,7 +142,7 @@ class Steps:
         self._began: float | None = None
 
     def __call__(self, step: str) -> None:
-        """End the step before, and begin this one."""
+        """End the previous step and begin this one."""
         self.end()
         if self._shown:
             self._began = time.monotonic()
@@ -148,7 +150,7 @@ class Steps:
             sys.stderr.flush()
 
     def end(self, mark: str = "") -> None:
-        """End the step that runs, if one does."""
+        """End the running step, if there is one."""
         if self._began is not None:
             sys.stderr.write(f"{time.monotonic() - self._began:.1f} s{mark}\n")
             self._began = None
@@ -156,17 +158,12 @@ class Steps:
     def __enter__(self) -> Steps:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.end(", not finished" if kind else "")
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that wants colour."""
+    """True if a stream is a terminal that shows colour."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -177,8 +174,8 @@ def painted(text: str, code: str, *, colour: bool) -> str:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Say at a terminal what takes longer than a second, and for how long it has; the line is gone
-    at the end.
+    """Show at a terminal, after one second, what runs and for how long. The line disappears at the
+    end.
     """
     if not sys.stderr.isatty():
         yield

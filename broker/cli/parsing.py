@@ -1,5 +1,4 @@
-"""What the commands' parsers share: examples in their help, types of options, and faults that
-`main` tells.
+"""Parsers of the commands: examples in the help, declared options, and faults that `main` reports.
 
 Every command has examples, and a test parses them.
 """
@@ -9,9 +8,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Option: TypeAlias = "tuple[str, dict[str, Any]]"
 
 
 class Usage(Exception):
@@ -23,7 +23,7 @@ class Usage(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that leaves it to `main` how a fault is told."""
+    """A parser whose faults `main` reports."""
 
     def error(self, message: str) -> NoReturn:
         """Raise Usage."""
@@ -31,17 +31,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    group: Commands, name: str, says: str, examples: Sequence[str] = ()
+    group: Commands,
+    name: str,
+    says: str,
+    examples: Sequence[str] = (),
+    options: Sequence[Option] = (),
 ) -> argparse.ArgumentParser:
-    """Add a command without options. `examples` are what its help shows, without `broker`."""
+    """Add a command. Its help shows `examples`, each without `broker`."""
     shown = "\n".join(["examples:", *(f"  broker {example}" for example in examples)])
-    return group.add_parser(
+    command = group.add_parser(
         name,
         help=says,
         description=f"{says[0].upper()}{says[1:]}.",
         epilog=shown if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    for flag, settings in options:
+        command.add_argument(flag, **settings)
+    return command
 
 
 def add_group(commands: Commands, name: str, says: str) -> Commands:
@@ -49,14 +56,22 @@ def add_group(commands: Commands, name: str, says: str) -> Commands:
     return commands.add_parser(name, help=says).add_subparsers(required=True, metavar="action")
 
 
-def add_app_option(command: argparse.ArgumentParser, more: str = "") -> None:
-    """Add `--app` to a command that acts on one app (`records.chosen_app`)."""
+def option(flag: str, help: str, **settings: Any) -> Option:
+    """An option of a command: the arguments of `add_argument`."""
+    return flag, {"help": help, **settings}
+
+
+def app_option(more: str = "") -> Option:
+    """The option `--app` of a command that acts on one app (`records.chosen_app`)."""
     says = f"the app's id or name (BROKER_APP; default: the only one){more}"
-    command.add_argument("--app", metavar="APP", help=says)
+    return option("--app", says, metavar="APP")
+
+
+JSON = option("--json", "print JSON", action="store_true")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number."""
+    """The type of an option whose value is a whole number in a range."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:

@@ -1,12 +1,11 @@
-"""Commands on data: how a command is declared, which app it acts on, what it asks before, and how
-it is run.
+"""Commands on data: declaration, choice of the app, confirmation, and execution.
 
-**Which app.** `--app` takes an id or a name. Without it a command acts on the app of `BROKER_APP`,
-else on the only app there is. A name of several apps, and no name beside several apps, is refused
-with the ids. A command that takes something away says on standard error which app it acts on.
+**Choice of the app.** `--app` takes an id or a name. Without it a command acts on the app of
+`BROKER_APP`, or on the only app. An ambiguous name, and no name beside several apps, are refused
+with the ids. A command that removes data names its app on standard error.
 
-**Questions.** A command that can't be undone asks at a terminal. `--yes` is the answer for scripts;
-without either it is refused before anything is read.
+**Confirmation.** A command that can't be undone asks at a terminal. `--yes` is the answer for
+scripts. Without either the command is refused before anything is read.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from broker.cli import output
 from broker.cli.dev import DATA, read, read_secret
 from broker.cli.output import harmless, say
-from broker.cli.parsing import Commands, add_app_option, add_command
+from broker.cli.parsing import Commands, Option, add_command, app_option, option
 from broker.cli.serving import run
 from broker.dialects import load_settings
 from broker.errors import Fault, InvalidSetting, UnknownApp
@@ -50,8 +49,8 @@ class NotConfirmed(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """What these commands act on: Postgres alone. The service is three times as long to import, and
-    nothing here serves.
+    """The parts that these commands act on: Postgres alone. The service takes three times as long
+    to import.
     """
 
     postgres: Postgres
@@ -66,7 +65,7 @@ Question: TypeAlias = "Callable[[Records, argparse.Namespace], Awaitable[str]]"
 
 
 async def with_records(settings: Settings, work: Callable[[Records], Awaitable[object]]) -> object:
-    """Do `work` with the database open."""
+    """Run `work` with the database open."""
     from broker.directory import Directory
     from broker.durable import Durable, Postgres
     from broker.signing import Signing
@@ -89,11 +88,11 @@ async def with_records(settings: Settings, work: Callable[[Records], Awaitable[o
 
 
 def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> Settings:
-    """The settings of a command on data: the environment's, or those of the `broker dev` that runs
-    below here. `given` are variables that the command line sets.
+    """The settings of a command on data: of the environment, or of the `broker dev` that runs below
+    the current directory. `given` are variables that the command line sets.
 
     Raises:
-        SettingsFault: one can't be used, or one of those `needed` (default: the database's URL) is
+        SettingsFault: a setting can't be used, or one of `needed` (default: the database's URL) is
             missing.
     """
     environment = {**os.environ, **(given or {})}
@@ -126,19 +125,23 @@ def add(
     columns: Sequence[str] = (),
     progress: bool = True,
     needed: Sequence[str] = ("database_url",),
+    options: Sequence[Option] = (),
 ) -> argparse.ArgumentParser:
-    """Add a command.
+    """Add a command on data, which calls `work`.
 
-    `app`: it acts on one app, which `work` finds as `options.app`. `removes`: it says which one.
-    `question` makes the sentence that a person must agree to; "" needs no agreement. `columns` are
-    those of a list that a person sees.
+    Args:
+        app: the command acts on one app, which `work` finds as `options.app`.
+        removes: the command names that app on standard error.
+        question: makes the sentence to confirm; "" needs no confirmation.
+        columns: the columns of a list, if it is not JSON.
     """
-    command = add_command(group, name, says, examples)
-    command.add_argument("--json", action="store_true", help="print JSON, of a refusal too")
-    if app:
-        add_app_option(command)
-    if question:
-        command.add_argument("--yes", action="store_true", help="don't ask")
+    declared = [
+        option("--json", "print JSON, of a refusal too", action="store_true"),
+        *([app_option()] if app else []),
+        *([option("--yes", "don't ask", action="store_true")] if question else []),
+        *options,
+    ]
+    command = add_command(group, name, says, examples, declared)
 
     def act(options: argparse.Namespace) -> int:
         async def main(records: Records) -> object:
@@ -158,7 +161,7 @@ def add(
         def shown() -> AbstractContextManager[None]:
             return output.progress(command.prog) if progress else nullcontext()
 
-        # One passkey is revoked without a question: its id is an answer.
+        # The revocation of one passkey needs no confirmation: it is named by its id.
         if (
             question
             and not options.yes
@@ -168,7 +171,7 @@ def add(
             raise NotConfirmed(
                 "This can't be undone, and there is no terminal to ask at; give --yes to do it without a question."
             )
-        # A person waits for the answer, and deleting a large app takes longer than a request may.
+        # The deletion of a large app takes longer than the time limit of a request.
         settings = replace(settings_for_data(*needed), store_timeout=PATIENCE)
         answer = run(with_records(settings, main))
         output.print_answer(answer, as_json=options.json, empty=empty, columns=columns)
@@ -212,7 +215,7 @@ async def chosen_app(records: Records, given: str | None) -> RelyingParty:
 
 
 def shown_app(app: RelyingParty) -> str:
-    """An app in a sentence."""
+    """An app, for a sentence."""
     return f"{harmless(app.name)} ({app.rp_id}, {app.id})"
 
 
@@ -225,13 +228,15 @@ def _named(apps: Sequence[RelyingParty]) -> str:
 
 
 def can_ask() -> bool:
-    """Whether a person is there."""
+    """True if standard input and error are a terminal."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 async def confirm(sentence: str) -> None:
-    """Ask at the terminal. The loop waits for the line, so that Ctrl-C ends the command at once: a
-    read in the main thread would go on.
+    """Ask for confirmation at the terminal.
+
+    The event loop waits for the line, so that Ctrl-C ends the command at once. A read in the main
+    thread would not end.
 
     Raises:
         NotConfirmed: the answer is not yes.

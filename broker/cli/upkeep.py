@@ -1,4 +1,4 @@
-"""`broker migrate` and `broker signing-key`: the upkeep of what every app shares."""
+"""`broker migrate` and `broker signing-key`: the database's schema and the signing keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, get_args
 
 from broker.cli.output import Row
-from broker.cli.parsing import Commands, add_group
+from broker.cli.parsing import Commands, add_group, option
 from broker.cli.records import Records, add, chosen_app
 from broker.model import RelyingParty, TokenAlgorithm
 
@@ -27,35 +27,37 @@ def add_commands(commands: Commands) -> None:
     )
 
     group = add_group(commands, "signing-key", "keys that sign tokens")
-    command = add(
+    add(
         group,
         "list",
         "the keys of a set",
         list_signing_keys,
+        options=(_SET,),
         examples=("signing-key list", "signing-key list --app Shop --json"),
     )
-    _set(command)
     sealing = ("database_url", "secret_key")
-    command = add(
+    add(
         group,
         "rotate",
         "make the next key of a set",
         rotate_signing_key,
         needed=sealing,
+        options=(
+            _SET,
+            option(
+                "--algorithm",
+                "which keys (default RS256)",
+                choices=get_args(TokenAlgorithm),
+                default="RS256",
+            ),
+            option("--now", "sign with it at once: verifiers may not know it", action="store_true"),
+            option(
+                "--drop",
+                "with --now: unpublish the older keys, a leaked one",
+                action="store_true",
+            ),
+        ),
         examples=("signing-key rotate --app Shop", "signing-key rotate --app Shop --now --drop"),
-    )
-    _set(command)
-    command.add_argument(
-        "--algorithm",
-        choices=get_args(TokenAlgorithm),
-        default="RS256",
-        help="which keys (default RS256)",
-    )
-    command.add_argument(
-        "--now", action="store_true", help="sign with it at once: verifiers may not know it"
-    )
-    command.add_argument(
-        "--drop", action="store_true", help="with --now: unpublish the older keys, a leaked one"
     )
     add(
         group,
@@ -67,15 +69,14 @@ def add_commands(commands: Commands) -> None:
     )
 
 
-def _set(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--app", metavar="APP", help="an app's set, by its id or name; without it the broker's own"
-    )
+_SET = option(
+    "--app", "an app's set, by its id or name; without it the broker's own", metavar="APP"
+)
 
 
 async def _app_of_set(records: Records, options: argparse.Namespace) -> RelyingParty | None:
-    """None: the broker's own set. BROKER_APP names no set: a rotation must not depend on the shell
-    it is typed in.
+    """The app of the set. None: the broker's own. BROKER_APP is ignored, because a rotation must
+    not depend on the shell's environment.
     """
     return await chosen_app(records, options.app) if options.app is not None else None
 
@@ -92,14 +93,14 @@ async def list_signing_keys(records: Records, options: argparse.Namespace) -> li
 
 
 async def rotate_signing_key(records: Records, options: argparse.Namespace) -> list[Row]:
-    """The keys of the set as they are then."""
+    """The keys of the set after the rotation."""
     app = await _app_of_set(records, options)
     found = await records.signing.rotate(app, options.algorithm, now=options.now, drop=options.drop)
     return [_signing_key_row(key, state) for key, state in found]
 
 
 async def reseal_signing_keys(records: Records, _: argparse.Namespace) -> Row:
-    """`{"resealed": how many, "lost": how many no secret key opens}`."""
+    """`{"resealed": number, "lost": number}`; no secret key opens a lost one."""
     changed, lost = await records.signing.reseal()
     return {"resealed": changed, "lost": lost}
 

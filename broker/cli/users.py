@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from broker.cli.output import Row, counted, harmless, say
-from broker.cli.parsing import Commands, add_group, whole
+from broker.cli.parsing import Commands, add_group, option, whole
 from broker.cli.records import Records, add, shown_app
 from broker.errors import InvalidSetting
 from broker.model import Credential, User, base64url
@@ -14,12 +14,13 @@ from broker.model import Credential, User, base64url
 def add_commands(commands: Commands) -> None:
     """Add `passkey` and `user`."""
     group = add_group(commands, "passkey", "users' passkeys")
-    command = add(
+    add(
         group,
         "list",
         "a user's passkeys",
         list_passkeys,
         app=True,
+        options=(_USER,),
         columns=(
             "passkey_id",
             "name",
@@ -31,7 +32,6 @@ def add_commands(commands: Commands) -> None:
         ),
         examples=("passkey list --user user-7", "passkey list --app Shop --user user-7 --json"),
     )
-    _user(command)
     command = add(
         group,
         "revoke",
@@ -40,23 +40,37 @@ def add_commands(commands: Commands) -> None:
         app=True,
         removes=True,
         question=ask_about_passkeys,
+        options=(_USER,),
         examples=(
             "passkey revoke --user user-7 --passkey PASSKEY_ID",
             "passkey revoke --app Shop --user user-7 --all --yes",
         ),
     )
-    _user(command)
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--passkey", metavar="ID", help="this one, as `passkey list` shows it")
     which.add_argument("--all", action="store_true", help="all of them")
 
     group = add_group(commands, "user", "users")
-    command = add(
+    add(
         group,
         "list",
         "an app's users, oldest first",
         list_users,
         app=True,
+        options=(
+            option("--user", "only this one, byte for byte", metavar="EXTERNAL_ID"),
+            option("--status", "only those with this status", choices=("active", "pending")),
+            option(
+                "--limit",
+                "users of a page (default 100)",
+                type=whole(1, 1000),
+                default=100,
+                metavar="N",
+            ),
+            option(
+                "--page", "which page (default 1)", type=whole(1, 1_000_000), default=1, metavar="N"
+            ),
+        ),
         columns=("external_id", "status", "login_count", "last_login_at", "created_at", "user_id"),
         examples=(
             "user list",
@@ -64,21 +78,7 @@ def add_commands(commands: Commands) -> None:
             "user list --user user-7 --json",
         ),
     )
-    command.add_argument("--user", metavar="EXTERNAL_ID", help="only this one, byte for byte")
-    command.add_argument(
-        "--status", choices=("active", "pending"), help="only those with this status"
-    )
-    command.add_argument(
-        "--limit",
-        type=whole(1, 1000),
-        default=100,
-        metavar="N",
-        help="users of a page (default 100)",
-    )
-    command.add_argument(
-        "--page", type=whole(1, 1_000_000), default=1, metavar="N", help="which page (default 1)"
-    )
-    command = add(
+    add(
         group,
         "delete",
         "delete a user with passkeys and approvals",
@@ -86,15 +86,12 @@ def add_commands(commands: Commands) -> None:
         app=True,
         removes=True,
         question=ask_about_user,
+        options=(_USER,),
         examples=("user delete --user user-7", "user delete --app Shop --user user-7 --yes"),
     )
-    _user(command)
 
 
-def _user(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--user", required=True, metavar="EXTERNAL_ID", help="your backend's id of the user"
-    )
+_USER = option("--user", "your backend's id of the user", required=True, metavar="EXTERNAL_ID")
 
 
 async def list_passkeys(records: Records, options: argparse.Namespace) -> list[Row]:
@@ -104,9 +101,7 @@ async def list_passkeys(records: Records, options: argparse.Namespace) -> list[R
 
 
 async def ask_about_passkeys(records: Records, options: argparse.Namespace) -> str:
-    """The question to confirm, with the user who can't sign in any more; "" where one passkey is
-    revoked.
-    """
+    """The question, with the user who loses all passkeys; "" for the revocation of one passkey."""
     if not options.all:
         return ""
     user = await records.directory.user(options.app, external_id=options.user)
@@ -122,7 +117,7 @@ async def revoke_passkeys(records: Records, options: argparse.Namespace) -> Row:
 
 
 async def list_users(records: Records, options: argparse.Namespace) -> list[Row]:
-    """A page of users; a person is told of the others."""
+    """A page of users. Without `--json` a sentence names the number of pages."""
     if options.user is not None and "\0" in options.user:
         raise InvalidSetting("An external id has no NUL character.")
     users, total = await records.directory.users(
@@ -139,7 +134,7 @@ async def list_users(records: Records, options: argparse.Namespace) -> list[Row]
 
 
 async def ask_about_user(records: Records, options: argparse.Namespace) -> str:
-    """Who is lost."""
+    """The question, with the user and the number of passkeys."""
     user = await records.directory.user(options.app, external_id=options.user)
     number = len(await records.directory.credentials(options.app, user))
     return f"Delete {_shown(options)} with {counted(number, 'passkey')}?"
