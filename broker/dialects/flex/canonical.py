@@ -1,22 +1,20 @@
-"""One text for one JSON value: the canonical form of RFC 8785, which what a user approves is hashed
-as.
+"""Canonical JSON (RFC 8785): the form in which an approval is hashed.
 
 A passkey signs a challenge of 64 bytes for an approval: 32 of chance and then SHA-256 of the
 canonical form of
 
     {"data": …, "id": …}
 
-the two members of `approval` as they were asked for. Whoever keeps the authenticator's answer can
-prove later what was approved: take the challenge out of the client data, compute the digest of what
-it should have been, compare the last 32 bytes.
+the two members of `approval` as the caller gave them. A caller that keeps the authenticator's
+answer can prove later what was approved: take the challenge out of the client data, compute the
+digest of the expected approval, and compare the last 32 bytes.
 
 The form is what ECMAScript's `JSON.stringify` writes of a value whose members are sorted by their
 names' UTF-16 code units: no white space, short escapes, numbers as the shortest digits that give
 the double again. For text, lists, objects with names in ASCII and whole numbers, Python's
 `json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` is the same.
 
-A number that a double can't hold is refused: two parsers would read two numbers, and a person
-approved one.
+A number that a double can't hold is refused, because two parsers would read two different numbers.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Management in the Flex API, beyond the contract: passkeys whoever owns them, names, owners,
-approvals, events. All keyed.
+"""Management in the Flex API, beyond the contract: passkeys with and without an owner, names,
+owners, approvals, events. Every route is keyed.
 
     GET    /passkeys                       a page: external_id?, order_by?, page?, limit? ->
            {passkeys, page, limit, total}
     GET    /passkeys/{passkey_id}          -> {passkey}
     PATCH  /passkeys/{passkey_id}          {nickname} -> {passkey}
     DELETE /passkeys/{passkey_id}          -> 200, empty
-    POST   /passkeys/{passkey_id}/owner    {external_id} -> {passkey}, once: nobody's passkey gets
-           its owner
+    POST   /passkeys/{passkey_id}/owner    {external_id} -> {passkey}, once: a passkey without an
+           owner gets its owner
     PATCH  /users/{user_id}                {user_name} -> {passkeys}: the name that authenticators
            show, on each of the user's
     GET    /users/{user_id}/approvals      -> {approvals}
@@ -15,9 +15,8 @@ approvals, events. All keyed.
            {events, page, limit, total}
                                            or what follows: cursor, limit? -> {events, next_cursor}
 
-Each handler reads, calls one verb and renders. A list's unknown field is refused, so that a filter
-that is misspelt does not answer with everything. Renames here change lists; authenticators hear of
-them through signals.
+Each handler reads, calls one verb and renders. A list refuses an unknown field, because a misspelt
+filter would list everything. A rename changes lists; signals tell authenticators.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What a Hanko tenant's backend reads and changes by key: credentials, transactions, the audit log;
-and the public key set.
+"""Hanko's credentials, transactions and audit log for backends, and the public key set.
 
-Lists are bare arrays, newest first, 20 a page; `Link` and `X-Total-Count` lead on. A credential is
-found by its credential id, and only within the tenant.
+A list is a bare array, newest first, 20 items a page, with the headers `Link` and `X-Total-Count`.
+A credential id finds a credential of its own tenant only.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Refusals in Hanko's shape: `{title, details, status}`, all three always there, for its SDK throws
-only where an error has a body.
+"""Refusals in Hanko's shape: `{title, details, status}`. All three are always present, because the
+vendor's SDK throws only where an error has a body.
 
 A title is the vendor's word for the step that failed, so it depends on the operation as well as on
-the refusal: `TITLES` has the rows of each operation, `_ANYWHERE` those of all, and what has no row
-is told by the status' own name (RFC 7231 §6). `details` is our sentence, but where the vendor has a
-second word. A caller without a key gets one title for every refused sign-in.
+the refusal. `TITLES` has the rows of each operation, and `_ANYWHERE` the rows of every operation. A
+refusal without a row has the status' own name (RFC 7231 §6). `details` is the refusal's sentence,
+or the vendor's second word where there is one. A caller without a key gets one title for every
+refused sign-in.
 """
 
 from __future__ import annotations

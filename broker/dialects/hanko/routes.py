@@ -1,16 +1,16 @@
 """Hanko's Passkey API, under `/hanko/{tenant_id}`; a tenant is an app, and its id the app's.
 
-Backends call it with an API key in the header `apiKey`; pages may call the finalize routes, a login
+Backends call it with an API key in the header `apiKey`. Pages may call the finalize routes, a login
 without a user id, and the key set directly. A ceremony has no handle on this wire: the challenge
-inside the answer finds it. Finalize answers with a signed token that is checked offline, so it can
-be replayed until it expires; its `jti` is a nonce of ours, which a backend may redeem once through
-the Flex API instead. What the vendor calls a transaction is a payload that a user approves by
-signing.
+inside the answer finds it. Finalize answers with a signed token. A verifier checks the token
+offline, so the token can be replayed until it expires. Its `jti` is a nonce of the broker, which a
+backend may redeem once through the Flex API instead. The vendor's word "transaction" means a
+payload that a user approves by signing.
 
-Facts are those of the wire contract summarised in README.md, with every decision where the contract
-is open and every place where we answer better than it does.
+README.md summarises the wire contract, with every decision where the contract is open and every
+deviation from it.
 
-    refusals     what goes wrong, in the vendor's shape
+    refusals     refusals in the vendor's shape
     ceremonies   initialize and finalize of registration, login, second factor and transaction; the
                  token
     records      credentials, transactions, audit log, key set
@@ -38,9 +38,9 @@ _PAGE_HEADERS = "content-type, apikey"  # the SDK sends both with every request
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     """The routes of a port that serves keyed callers, pages, or both.
 
-    What pages may call is open on their port, where a login that names a user needs a key, if keys
-    are taken there at all. On a port for keyed callers alone the same paths need a key, so that the
-    vendor's SDK on a backend has one address for everything.
+    The routes for pages are open on the port for pages. A login that names a user needs a key
+    there, where that port takes keys at all. On a port for keyed callers alone the same paths need
+    a key, so that the vendor's SDK on a backend has one address for everything.
     """
     found = [web.get(_KEYS, public_app(records.key_set), allow_head=False)]
     keyed_here = dict(_KEYED)

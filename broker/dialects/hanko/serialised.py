@@ -1,16 +1,16 @@
-"""The bytes that an approved payload is hashed as: JSON as Go's encoding/json writes a value that
-it has read.
+"""Serialisation of an approved payload before it is hashed: JSON as Go's encoding/json writes a
+value that it has read.
 
 The vendor's server decodes `transaction_data` into Go's own types, writes it again, and puts
-SHA-256 of the transaction id and that text into the challenge. Whoever verifies the payload later
-computes the same text, so it is reproduced here byte for byte: object keys sorted by their UTF-8
-bytes, no white space, strings with the escapes that Go's HTML-safe encoder writes, and every number
-through a double in its shortest form. Go 1.22 and newer write `\\b` and `\\f` for U+0008 and
+SHA-256 of the transaction id and that text into the challenge. A later verifier computes the same
+text, so this module reproduces it byte for byte. Object keys are sorted by their UTF-8 bytes, and
+there is no white space. Strings have the escapes that Go's HTML-safe encoder writes, and every
+number is a double in its shortest form. Go 1.22 and newer write `\\b` and `\\f` for U+0008 and
 U+000C, as here; older ones wrote `\\u0008` and `\\u000c`.
 
-What follows from that for a payload: numbers keep 53 bits (9007199254740993 is hashed as
-9007199254740992, 1.0 as 1), and `-0` keeps its sign. What JSON parsers disagree on never gets here:
-`broker.web.body` refuses duplicate keys, lone surrogates, invalid UTF-8, NUL, numbers beyond 64
+So numbers of a payload keep 53 bits (9007199254740993 is hashed as 9007199254740992, 1.0 as 1), and
+`-0` keeps its sign. JSON that parsers disagree on does not reach this module: `broker.web.body`
+refuses duplicate keys, lone surrogates, invalid UTF-8, NUL, numbers beyond 64
 bits that are written as integers, and nesting below 32 levels.
 """
 

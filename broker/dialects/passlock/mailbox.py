@@ -1,5 +1,5 @@
-"""Passlock's mailbox challenges: the broker's mail codes under the vendor's names. What "challenge"
-means here stays in this module.
+"""Passlock's mailbox challenges: the broker's mail codes under the vendor's names. The word
+"challenge" has this meaning in this module only.
 
     POST   …/challenges          -> 201 ChallengeCreated: facts, secret, code, message
     GET    …/challenges/{id}     -> Challenge
@@ -7,13 +7,13 @@ means here stays in this module.
     DELETE …/challenges/{id}     -> ChallengeDeleted, also where there is none: no client expects a
                                  refusal
 
-The vendor's server SDK decodes by schema. So an absent optional field is left out, `metadata` alone
-is null; times are milliseconds since the epoch; and verify answers what a person can cause by
-typing with an error that its schema names, never with BadRequest.
+The vendor's server SDK decodes by schema. So an absent optional field is left out, and `metadata`
+alone is null. Times are milliseconds since the epoch. Verify answers a mistyped code with an error
+that its schema names, never with BadRequest.
 
-Mailing is the application's. `sendEmail: true` is refused: a caller who believes it would wait for
-a mail that nobody sends. `name` is ignored. The two paths are those of the client's generations,
-with and without `/v2`.
+The application sends the mail. `sendEmail: true` is refused, because the caller would wait for a
+mail that is not sent. `name` is ignored. The two paths belong to the client's generations, with and
+without `/v2`.
 """
 
 from __future__ import annotations

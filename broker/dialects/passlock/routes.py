@@ -7,17 +7,16 @@ is given.
     /v2/.well-known/jwks.json, /.well-known/…    the key set of id_tokens, which names no tenancy
     /aaguid/{aaguid}/icon.svg                    no icons, said in the vendor's words
 
-A tenancy is an app, and its id is the app's. A path of these with an id that can't be an app's is
-answered too, by 403: an SDK that was given a wrong tenancy reads that and nothing else. The root
-has other owners (`_OTHERS`), whose paths are never the dialect's. The vendor's words are translated
-in `ceremonies`, `management` and `mailbox`; here is where they are mounted, and how refusals look.
-Facts are those of the wire contract summarised in README.md, with every decision where the contract
-is open.
+A tenancy is an app, and its id is the app's. A path with an id that can't be an app's is answered
+by 403, because an SDK with a wrong tenancy reads that status and no other. The first segments of
+`_OTHERS` belong to other dialects and to the service. `ceremonies`, `management` and `mailbox`
+translate the vendor's words; this module has the routes and renders refusals. README.md summarises
+the wire contract, with every decision where the contract is open.
 
-Every answer is JSON with a `_tag`, every error `{_tag, message}`. The vendor's server SDK throws on
-a tag that its call does not declare, so a wrong key, an unknown tenancy and an origin that is not
-registered are `@error/Forbidden`, and most of what is wrong is `@error/BadRequest` with a status
-that says more.
+Every answer is JSON with a `_tag`, and every error is `{_tag, message}`. The vendor's server SDK
+throws on a tag that its call does not declare. So a wrong key, an unknown tenancy and an origin
+that is not registered are `@error/Forbidden`. Most other refusals are `@error/BadRequest` with a
+status that says more.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from broker.web.body import as_incoming
 
 # First segments of the root that are no tenancy. A test compares them with the router.
 _OTHERS = r"(?:v1|v2|hanko|propelauth|health|metrics|sdk|demo|aaguid|\.well-known)/"
-# What can't be an app's id, and stands where one should. An escaped slash is more than one segment.
+# A segment that can't be an app's id, in the place of one. An escaped slash makes two segments.
 _NO_TENANCY = r"(?![A-Za-z0-9]{24}/)(?:(?!%2[Ff])[^/])+"
 # The unprefixed paths below a tenancy.
 _BELOW = (
@@ -89,7 +88,7 @@ TAGS: Mapping[type[Refusal], str] = {
 }
 
 
-# A sign-in with a passkey that nobody has, or nobody has any more.
+# Reasons of a sign-in with a passkey that no user has, or has any more.
 _ORPHANS = frozenset({"unknown_credential", "revoked_or_counter"})
 
 

@@ -1,14 +1,14 @@
 """PropelAuth BYO's passkey commands, all at `POST /propelauth/run-command`.
 
-One address takes `{command, data}` with an API key, which alone says whose app it is. Start and
-finish are joined by the user id: each user has one pending registration and one pending
-authentication, which a new start replaces. Facts are those of the wire contract summarised in
-README.md, with every decision where the contract is open.
+One address takes `{command, data}` with an API key, and the key alone names the app. The user id
+joins start and finish: each user has one pending registration and one pending authentication,
+which a new start replaces. README.md summarises the wire contract, with every decision where the
+contract is open.
 
-The vendor's clients disagree about what they forgive, so an answer is what the strictest takes:
-success is 200 and never another 2xx, a body is always JSON with no field more than the contract's,
-an error is `{type}` or `{type, details}`, whichever its type declares, and its type is one that the
-command declares. What has no type of its own is `UnexpectedError` with a sentence.
+The vendor's clients differ in strictness, so each answer satisfies the strictest. Success is 200
+and no other 2xx. A body is JSON without a field beyond the contract's. An error is `{type}` or
+`{type, details}`, as its type declares, and the command declares the type. A refusal without a type
+of its own is `UnexpectedError` with a sentence.
 """
 
 from __future__ import annotations
