@@ -17,9 +17,9 @@ on the sequence. Events that retention deletes are gone for every reader.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import cast
+from typing import Any, cast
 
 import asyncpg
 
@@ -32,7 +32,10 @@ _STEP = 0.02  # seconds between two looks
 
 # What a caller chose, erased from the events of users who are gone. A column that is added to
 # events has its place here, or is ours.
-ERASE = "UPDATE events SET request_id = '' WHERE user_id = ANY ($1::text[]) AND request_id <> ''"
+ERASE = """
+    UPDATE events SET request_id = '', payload = NULL
+    WHERE user_id = ANY ($1::text[]) AND (request_id <> '' OR payload IS NOT NULL)
+"""
 
 _EVENT = "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason, e.request_id"
 # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the
@@ -62,13 +65,14 @@ def insert_event(
     passkey_id: str = "NULL",
     result: str = "'done'",
     reason: str = "NULL",
+    payload: str = "NULL",
 ) -> str:
     """The insert of an event for each row of `source`, a FROM; all arguments are SQL. `by` are two
     columns, as `actor()` gives them.
     """
     return (
-        "INSERT INTO events (at, app_id, actor, request_id, action, user_id, passkey_id, result, reason)"
-        f" SELECT {at}, {app_id}, {by}, {action}, {user_id}, {passkey_id}, {result}, {reason} {source}"
+        "INSERT INTO events (at, app_id, actor, request_id, action, user_id, passkey_id, result, reason, payload)"
+        f" SELECT {at}, {app_id}, {by}, {action}, {user_id}, {passkey_id}, {result}, {reason}, {payload} {source}"
     )
 
 
@@ -87,23 +91,25 @@ class Events:
         reason: str | None,
         user_id: str | None = None,
         passkey_id: str | None = None,
+        payload: Mapping[str, Any] | None = None,
         now: datetime,
     ) -> None:
         """Insert an event of its own: of a refusal, which changes nothing else. It names no user
-        that was deleted meanwhile.
+        that was deleted meanwhile, and then has no payload.
         """
         event = insert_event(
             "$3",
             "FROM relying_parties a LEFT JOIN users u ON u.app_id = a.id AND u.id = $4 WHERE a.id = $2",
             at="$1",
             app_id="a.id",
-            by="$8, $9",
+            by="$9, $10",
             user_id="u.id",
             passkey_id="CASE WHEN u.id IS NOT NULL THEN $5 END",
             result="$6",
             reason="$7",
+            payload="CASE WHEN u.id IS NOT NULL OR $4 IS NULL THEN $8::jsonb END",
         )
-        values = (now, app_id, action, user_id, passkey_id, result, reason, *actor())
+        values = (now, app_id, action, user_id, passkey_id, result, reason, payload, *actor())
         await self._pg.row("tell", event, *values)
 
     async def newest(self, app_id: str, *, limit: int) -> list[Event]:

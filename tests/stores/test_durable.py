@@ -500,7 +500,10 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
             "passkey_id": key.id,
             "now": LATER,
         }
-        await durable.events.add(app.id, "passkey.used", reason="origin", **refusal)
+        payload = {"chosen": chosen}
+        await durable.events.add(
+            app.id, "passkey.used", reason="origin", payload=payload, **refusal
+        )
         other = await ensure(durable, app, "other")
     finally:
         CONTEXT.reset(token)
@@ -510,7 +513,9 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
     assert not await durable.users.delete(app.id, external_id, LATER)
     # A ceremony that was under way when the user was deleted is refused afterwards, and tells of
     # it.
-    await durable.events.add(app.id, "passkey.registered", reason="no_user", **refusal)
+    await durable.events.add(
+        app.id, "passkey.registered", reason="no_user", payload=payload, **refusal
+    )
     for trace in (external_id, handle, approval.identifier, approval.data):
         assert await found_in(stores, trace) == {}
     assert await found_in(stores, chosen) == {"events": 1}, "another user's, of the same request"
@@ -529,13 +534,13 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
 async def test_every_column_of_events_is_ours_or_erased(stores: EmbeddedStores) -> None:
     """A column that is added has to be put into one of these, and into the erasure."""
     ours = {"id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason"}
-    erased = set(re.findall(r"(\w+) = ''", ERASE))
+    erased = set(re.findall(r"(\w+) = (?:''|NULL)", ERASE))
     async with session_of(stores) as session:
         rows = await session.fetch(
             "SELECT column_name FROM information_schema.columns WHERE table_schema = 'public' AND table_name = 'events'"
         )
     assert {row["column_name"] for row in rows} == ours | erased
-    assert erased == {"request_id"}
+    assert erased == {"request_id", "payload"}
 
 
 async def found_in(stores: EmbeddedStores, text: str) -> dict[str, int]:
