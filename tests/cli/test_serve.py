@@ -342,6 +342,11 @@ async def test_the_log_says_what_to_do_until_the_database_is_migrated(
     async def pause(seconds: float) -> None:
         looks.append(seconds)
         if len(looks) == 2:
+            # A kept connection could still ask: the lock stops new ones.
+            await operator.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
             await holding.start()
             await operator.execute("LOCK pg_class IN ACCESS EXCLUSIVE MODE")
         elif len(looks) == 3:
