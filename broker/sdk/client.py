@@ -5,4 +5,4 @@ Both names give the same classes, those of `broker.sdk.passkey_broker`.
 
 from __future__ import annotations
 
-from broker.sdk.passkey_broker import *  # noqa: F403  all public names, those to come included
+from broker.sdk.passkey_broker import *  # noqa: F403  all public names, later ones too

@@ -1,5 +1,4 @@
-"""Client of the passkey broker for backends: open a transaction, redeem a nonce, look after
-passkeys.
+"""Client of the passkey broker for backends: opens transactions, redeems nonces, manages passkeys.
 
     with BrokerClient("https://broker.example", app_id, api_key) as broker:
         transaction = broker.create_authenticate_transaction("user-7")  # give it to the page
@@ -7,21 +6,20 @@ passkeys.
             nonce, purpose="authenticate", transaction_id=transaction, external_id="user-7"
         )
 
-`AsyncBrokerClient` has the same methods, to be awaited.
+`AsyncBrokerClient` has the same methods as coroutines.
 
-What it promises. Every request is sent once, no redirect is followed, and nothing but a read is
-ever repeated (`read_retries`), so a nonce is never redeemed twice by this code and a lost answer is
-an error, after which the person signs in again. Every failure is a `BrokerError`. A receipt is
-returned only when all of it could be read and it agrees with the purpose and the external id that
-the caller named. The API key goes into one header and into no message, repr or exception. An
-argument that is no text where the broker takes one (a session's field that is not there is None) is
-`InvalidRequest` before anything is sent. An answer is read up to `LARGEST_ANSWER` bytes and within
-`timeout` seconds.
+Guarantees. Every request is sent once, no redirect is followed, and only reads are ever repeated
+(`read_retries`). So this code never redeems a nonce twice. A lost answer is an error, after which
+the person signs in again. Every failure is a `BrokerError`. A receipt is returned only if all of it
+could be read, and if it agrees with the purpose and the external id that the caller stated. The API
+key is in one header, and in no message, repr or exception. An argument that is not a text where the
+broker expects one (a session's missing field is None) is `InvalidRequest` before anything is sent.
+An answer is read up to `LARGEST_ANSWER` bytes and within `timeout` seconds.
 
-Needs httpx and the standard library, nothing of the broker. All imports of the package are
-relative: it is `passkey_broker` where it is installed, and `broker.sdk.passkey_broker` within the
+The package needs httpx and the standard library, and no other part of the broker. All its imports
+are relative: its name is `passkey_broker` if installed, and `broker.sdk.passkey_broker` within the
 server. `errors` and `results` are the types, `arguments` and `answers` the two directions of the
-wire, `transport` carries requests, `_async` is the client and `_sync` is generated from it.
+wire, `transport` the limits of a request. `_async` is the client, from which `_sync` is generated.
 """
 
 from __future__ import annotations

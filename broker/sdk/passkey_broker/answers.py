@@ -1,16 +1,19 @@
-"""Reading of answers: errors by code, results field by field.
+"""Parsing of answers: errors by their code, results by the types of their dataclasses.
 
-A result is returned only when all of it could be read; what is missing or of the wrong type is
-`UnexpectedAnswer`.
+The dataclass is the schema. A field must be present with its type, unless it is optional or has a
+default, which an older broker leaves out. A result is returned only if all of it could be read.
+Anything else is `UnexpectedAnswer`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from datetime import datetime
-from typing import Any, TypeVar, cast, get_args
+from functools import cache
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from .errors import (
     BY_CODE,
@@ -46,7 +49,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer, read to its end and not yet judged. Names of headers are lower-case."""
+    """An HTTP answer, complete and not yet parsed. Names of headers are lower-case."""
 
     status: int
     headers: Mapping[str, str]
@@ -64,11 +67,11 @@ class Answer:
 
 
 def accept(answer: Answer) -> None:
-    """Raise the error that the answer stands for, if its status is none of 200 to 299."""
+    """Raise the error of the answer, unless its status is 200 to 299."""
     if 200 <= answer.status <= 299:
         return
-    said = _object(answer.body) or {}
-    code, message, retry, doc = (said.get(name) for name in ("code", "error", "retry", "doc"))
+    body = _object(answer.body) or {}
+    code, message, retry, doc = (body.get(name) for name in ("code", "error", "retry", "doc"))
     kind = BY_CODE.get(code, BrokerError) if isinstance(code, str) else UnexpectedAnswer
     fallback = "unexpected_answer"
     if answer.status >= 500:
@@ -81,7 +84,7 @@ def accept(answer: Answer) -> None:
         answer.request_id,
         cast("Retry", retry) if retry in ("page", "backend") else None,
         answer.retry_after,
-        _signal(said.get("signal")),
+        _signal(body.get("signal")),
         doc if isinstance(doc, str) else None,
     )
 
@@ -104,10 +107,10 @@ def _object(body: bytes) -> dict[str, Any] | None:
 
 
 class Fields:
-    """A JSON object of a successful answer, read field by field."""
+    """A JSON object of a successful answer, whose members are read with their types."""
 
     def __init__(self, answer: Answer, value: Any = None) -> None:
-        """`value` is an object within the answer; without it the whole answer is judged first."""
+        """`value` is an object within the answer. Without it the whole answer is parsed."""
         if value is None:
             accept(answer)
             value = _object(answer.body)
@@ -127,21 +130,11 @@ class Fields:
             raise self.unexpected(f"no {name} of type {kind.__name__}")
         return value
 
-    def _has(self, name: str) -> bool:
-        return self._value.get(name) is not None
-
     def text(self, name: str) -> str:
         return self._typed(name, str)
 
-    def text_or_null(self, name: str) -> str | None:
-        return self._typed(name, str) if self._has(name) else None
-
     def flag(self, name: str) -> bool:
         return self._typed(name, bool)
-
-    def flag_or(self, name: str, default: bool) -> bool:
-        """For what an older broker does not send."""
-        return self.flag(name) if self._has(name) else default
 
     def number(self, name: str) -> int:
         return self._typed(name, int)
@@ -150,13 +143,16 @@ class Fields:
         return cast("dict[str, Any]", self._typed(name, dict))
 
     def objects(self, name: str) -> list[dict[str, Any]]:
-        values = self._typed(name, list)
-        if not all(isinstance(value, dict) for value in values):
-            raise self.unexpected(f"no objects in {name}")
-        return values
+        return self._items(name, dict, "objects")
 
-    def object_or_null(self, name: str) -> dict[str, Any] | None:
-        return self.object(name) if self._has(name) else None
+    def texts(self, name: str) -> tuple[str, ...]:
+        return tuple(self._items(name, str, "texts"))
+
+    def _items(self, name: str, kind: type[T], plural: str) -> list[T]:
+        values = self._typed(name, list)
+        if not all(isinstance(value, kind) for value in values):
+            raise self.unexpected(f"no {plural} in {name}")
+        return values
 
     def anything(self, name: str) -> Any:
         if name not in self._value:
@@ -173,23 +169,11 @@ class Fields:
             raise self.unexpected(f"no time zone in {name}")
         return moment
 
-    def moment_or_null(self, name: str) -> datetime | None:
-        return self.moment(name) if self._has(name) else None
-
     def purpose(self, name: str) -> Proof:
         value = self.text(name)
         if value not in get_args(Proof):
             raise self.unexpected(f"no known {name}")
         return cast("Proof", value)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        values = self._typed(name, list)
-        if not all(isinstance(value, str) for value in values):
-            raise self.unexpected(f"no texts in {name}")
-        return tuple(values)
-
-    def texts_or_none(self, name: str) -> tuple[str, ...]:
-        return self.texts(name) if self._has(name) else ()
 
     def inner(self, name: str) -> Fields:
         return Fields(self._answer, self._typed(name, dict))
@@ -197,29 +181,43 @@ class Fields:
     def each(self, name: str) -> list[Fields]:
         return [Fields(self._answer, item) for item in self._typed(name, list)]
 
+    def read(self, kind: type[T], **known: Any) -> T:
+        """A result of this dataclass. `known` are fields that are not read by their name."""
+        for name, hint, default in _schema(cast("Any", kind)):
+            if name not in known:
+                is_absent = default is not MISSING and self._value.get(name) is None
+                known[name] = default if is_absent else _READERS[hint](self, name)
+        return kind(**known)
+
+
+_READERS: dict[Any, Callable[[Fields, str], Any]] = {
+    str: Fields.text,
+    bool: Fields.flag,
+    int: Fields.number,
+    datetime: Fields.moment,
+    dict[str, Any]: Fields.object,
+    tuple[str, ...]: Fields.texts,
+    Proof: Fields.purpose,
+    Any: Fields.anything,
+}
+
+
+@cache
+def _schema(kind: Any) -> list[tuple[str, Any, Any]]:
+    """The name, type and default of each field. An optional field defaults to None."""
+    hints, schema = get_type_hints(kind), []
+    for field in fields(kind):
+        hint, default = hints[field.name], field.default
+        if NoneType in get_args(hint):
+            (hint,) = (member for member in get_args(hint) if member is not NoneType)
+            default = None if default is MISSING else default
+        schema.append((field.name, hint, default))
+    return schema
+
 
 def receipt(answer: Answer, *, signed: bool = False) -> Receipt:
     fields = Fields(answer)
-    return Receipt(
-        external_id=fields.text("external_id"),
-        user_id=fields.text("user_id"),
-        purpose=fields.purpose("purpose"),
-        passkey_id=fields.text("passkey_id"),
-        credential_id=fields.text("credential_id"),
-        origin=fields.text("origin"),
-        user_present=fields.flag("user_present"),
-        user_verified=fields.flag("user_verified"),
-        backup_eligible=fields.flag("backup_eligible"),
-        backed_up=fields.flag("backed_up"),
-        backup_changed=fields.flag("backup_changed"),
-        counter_regressed=fields.flag("counter_regressed"),
-        attestation=fields.text("attestation"),
-        authenticator_name_claimed=fields.text_or_null("authenticator_name_claimed"),
-        at=fields.moment("at"),
-        second_factor=fields.flag_or("second_factor", False),
-        approval=fields.text_or_null("approval"),
-        token=fields.text("token") if signed else None,
-    )
+    return fields.read(Receipt, token=fields.text("token") if signed else None)
 
 
 def expected_receipt(
@@ -228,8 +226,8 @@ def expected_receipt(
     """The receipt of a nonce.
 
     Raises:
-        InvalidNonce: it says another purpose or user than the caller stated. A broker that does not
-            know those fields ignores them.
+        InvalidNonce: the receipt has another purpose or user than the caller stated. A broker that
+            does not know those fields of the request ignores them.
     """
     found = receipt(answer, signed=signed)
     if purpose not in (None, found.purpose) or external_id not in (None, found.external_id):
@@ -247,173 +245,74 @@ def finished_receipt(answer: Answer, purpose: Proof, external_id: str | None = N
 
 def passkey(device: Fields) -> Passkey:
     uses = device.number("usage_count")
-    return Passkey(
-        id=device.text("id"),
+    return device.read(
+        Passkey,
         credential_id=device.text("cred_id"),
         name=device.text("friendly_name"),
-        type=device.text("type"),
         use_count=uses,
-        backed_up=device.flag("backed_up"),
-        confirmed_at=device.moment_or_null("confirmed_at"),
-        created_at=device.moment("created_at"),
-        updated_at=device.moment("updated_at"),
         last_used_at=device.moment("last_login_at") if uses else None,
-        live=device.flag_or("live", True),
-        second_factor=device.flag_or("second_factor", False),
-        backup_eligible=device.flag_or("backup_eligible", False),
-        transports=device.texts_or_none("transports"),
-        aaguid=device.text_or_null("aaguid"),
-        attestation=device.text_or_null("attestation"),
-        authenticator_name_claimed=device.text_or_null("authenticator_name_claimed"),
     )
 
 
 def owned_passkey(fields: Fields) -> OwnedPasskey:
-    return OwnedPasskey(
-        id=fields.text("id"),
-        external_id=fields.text_or_null("external_id"),
-        credential_id=fields.text("credential_id"),
-        nickname=fields.text_or_null("nickname"),
-        user_name=fields.text("user_name"),
-        type=fields.text("type"),
-        second_factor=fields.flag("second_factor"),
-        live=fields.flag("live"),
-        backed_up=fields.flag("backed_up"),
-        use_count=fields.number("use_count"),
-        created_at=fields.moment("created_at"),
-        last_used_at=fields.moment_or_null("last_used_at"),
-        user_id=fields.text_or_null("user_id"),
-        user_display_name=fields.text_or_null("user_display_name"),
-        confirmed_at=fields.moment_or_null("confirmed_at"),
-        updated_at=fields.moment_or_null("updated_at"),
-        backup_eligible=fields.flag_or("backup_eligible", False),
-        transports=fields.texts_or_none("transports"),
-        aaguid=fields.text_or_null("aaguid"),
-        attestation=fields.text_or_null("attestation"),
-        authenticator_name_claimed=fields.text_or_null("authenticator_name_claimed"),
-    )
+    return fields.read(OwnedPasskey)
 
 
 def passkey_page(answer: Answer) -> PasskeyPage:
     fields = Fields(answer)
-    found = tuple(owned_passkey(each) for each in fields.each("passkeys"))
-    return PasskeyPage(found, fields.number("total"))
+    return fields.read(PasskeyPage, passkeys=tuple(map(owned_passkey, fields.each("passkeys"))))
 
 
 def user(answer: Answer) -> User:
     fields = Fields(answer).inner("user")
-    listed = listed_user(fields)
-    return User(
-        id=listed.id,
-        external_id=listed.external_id,
-        status=listed.status,
-        login_count=listed.login_count,
-        created_at=listed.created_at,
-        updated_at=listed.updated_at,
-        last_login_at=listed.last_login_at,
-        passkeys=tuple(passkey(device) for device in fields.each("webauthn_devices")),
-    )
+    passkeys = tuple(map(passkey, fields.each("webauthn_devices")))
+    return fields.read(User, passkeys=passkeys, last_login_at=_last_login(fields))
 
 
-def listed_user(fields: Fields) -> ListedUser:
-    logins = fields.number("login_count")
-    return ListedUser(
-        id=fields.text("id"),
-        external_id=fields.text("external_id"),
-        status=fields.text("status"),
-        login_count=logins,
-        created_at=fields.moment("created_at"),
-        updated_at=fields.moment("updated_at"),
-        last_login_at=fields.moment("last_login_at") if logins else None,
-    )
+def _last_login(user: Fields) -> datetime | None:
+    return user.moment("last_login_at") if user.number("login_count") else None
 
 
 def user_page(answer: Answer) -> UserPage:
     fields = Fields(answer)
-    users = tuple(listed_user(each) for each in fields.each("users"))
-    return UserPage(users, fields.number("total_users"), fields.number("created_before"))
+    users = [
+        each.read(ListedUser, last_login_at=_last_login(each)) for each in fields.each("users")
+    ]
+    return fields.read(UserPage, users=tuple(users), total=fields.number("total_users"))
 
 
 def approval(fields: Fields) -> Approval:
-    return Approval(
-        id=fields.text("id"),
-        data=fields.anything("data"),
-        created_at=fields.moment("created_at"),
-        approved_at=fields.moment_or_null("approved_at"),
-    )
-
-
-def event(fields: Fields) -> Event:
-    return Event(
-        id=fields.number("id"),
-        at=fields.moment("at"),
-        actor=fields.text("actor"),
-        action=fields.text("action"),
-        result=fields.text("result"),
-        reason=fields.text_or_null("reason"),
-        external_id=fields.text_or_null("external_id"),
-        user_id=fields.text_or_null("user_id"),
-        passkey_id=fields.text_or_null("passkey_id"),
-        request_id=fields.text_or_null("request_id"),
-    )
+    return fields.read(Approval)
 
 
 def event_page(answer: Answer) -> EventPage:
     fields = Fields(answer)
-    return EventPage(tuple(event(each) for each in fields.each("events")), fields.number("total"))
+    return fields.read(EventPage, events=_events(fields))
 
 
 def event_batch(answer: Answer) -> EventBatch:
     fields = Fields(answer)
-    found = tuple(event(each) for each in fields.each("events"))
-    return EventBatch(found, fields.text("next_cursor"))
+    return fields.read(EventBatch, events=_events(fields))
+
+
+def _events(fields: Fields) -> tuple[Event, ...]:
+    return tuple(each.read(Event) for each in fields.each("events"))
 
 
 def signal_ticket(answer: Answer) -> SignalTicket:
-    fields = Fields(answer)
-    return SignalTicket(
-        ticket=fields.text("ticket"),
-        expires_at=fields.moment("expires_at"),
-        missing=fields.texts("missing"),
-        empty=fields.flag("empty"),
-    )
+    return Fields(answer).read(SignalTicket)
 
 
 def mail_code(answer: Answer) -> MailCode:
-    return MailCode(**_mail_code(Fields(answer).inner("mail_code")))
+    return Fields(answer).inner("mail_code").read(MailCode)
 
 
 def new_mail_code(answer: Answer) -> NewMailCode:
     fields = Fields(answer).inner("mail_code")
-    message = fields.inner("message")
-    return NewMailCode(
-        **_mail_code(fields),
-        secret=fields.text("secret"),
-        code=fields.text("code"),
-        message=MailMessage(message.text("html"), message.text("text")),
-    )
-
-
-def _mail_code(fields: Fields) -> dict[str, Any]:
-    return {
-        "id": fields.text("id"),
-        "purpose": fields.text("purpose"),
-        "email": fields.text("email"),
-        "external_id": fields.text_or_null("external_id"),
-        "metadata": fields.object_or_null("metadata"),
-        "created_at": fields.moment("created_at"),
-        "expires_at": fields.moment("expires_at"),
-        "attempts_left": fields.number("attempts_left"),
-    }
+    return fields.read(NewMailCode, message=fields.inner("message").read(MailMessage))
 
 
 def app(answer: Answer) -> App:
     fields = Fields(answer).inner("app")
     first, others = fields.text("auth_origin"), fields.texts("additional_auth_origins")
-    return App(
-        id=fields.text("id"),
-        name=fields.text("name"),
-        rp_id=fields.text("rp_id"),
-        origins=tuple(origin for origin in (first, *others) if origin),
-        created_at=fields.moment("created_at"),
-    )
+    return fields.read(App, origins=tuple(origin for origin in (first, *others) if origin))

@@ -1,15 +1,14 @@
 """Validation of arguments and assembly of request bodies, before anything is sent.
 
-An argument that is no text where the broker takes one is `InvalidRequest`: a session's field that
-is not there is None, and must not become a request that means something else. No message holds a
-value.
+An argument with a wrong type is `InvalidRequest`. A session's missing field, for instance, is None,
+and must not become a request with another meaning. No message holds a value.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -27,7 +26,7 @@ _UNKNOWN: dict[str, tuple[type[BrokerError], str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request, as `send` carries it. The API key is not in it."""
+    """A request without its API key, for `send`."""
 
     method: str
     path: str  # below /v1/apps/{app_id}, percent-encoded
@@ -38,8 +37,8 @@ class Request:
         """The body as JSON.
 
         Raises:
-            InvalidRequest: an argument is no JSON value, or holds half of a surrogate pair, which
-                no encoding can carry.
+            InvalidRequest: an argument is not a JSON value, or has a lone surrogate, which UTF-8
+                can't encode.
         """
         try:
             for value in (self.query or {}).values():
@@ -68,62 +67,73 @@ def _mapping(value: object) -> dict[str, Any]:
     raise TypeError("not a JSON value")
 
 
-def judge_texts(**arguments: object) -> None:
-    """Refuse what is not a text with something in it."""
-    for name, value in arguments.items():
-        if not isinstance(value, str) or not value:
-            raise InvalidRequest("invalid_request", f"{name} is not a non-empty text.")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidRequest("invalid_request", message)
 
 
-def texts(**arguments: object) -> dict[str, Any]:
-    """Those of the arguments that are stated, each a text with something in it; None states
-    nothing."""
+def _stated(
+    arguments: Mapping[str, Any], is_valid: Callable[[Any], bool], fault: str
+) -> dict[str, Any]:
+    """The arguments that are not None, each of which must be valid."""
     stated = {name: value for name, value in arguments.items() if value is not None}
-    judge_texts(**stated)
+    for name, value in stated.items():
+        _require(is_valid(value), f"{name} is {fault}.")
     return stated
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def require_texts(**arguments: object) -> None:
+    """Refuse an argument that is not a non-empty text."""
+    for name, value in arguments.items():
+        _require(_is_text(value), f"{name} is not a non-empty text.")
+
+
+def texts(**arguments: object) -> dict[str, Any]:
+    """The arguments that are not None, each a non-empty text."""
+    return _stated(arguments, _is_text, "not a non-empty text")
+
+
 def ids(name: str, values: Sequence[str] | None) -> dict[str, Any]:
-    """A list of ids, None if not stated. It stays a list when it is empty: the broker refuses that,
-    for a list that was meant to narrow must not mean "any"."""
+    """A list of ids, unless it is None.
+
+    An empty list is sent, and the broker refuses it: a list that narrows must not mean "any".
+    """
     if values is None:
         return {}
-    if isinstance(values, str) or not isinstance(
-        values, Sequence
-    ):  # a text is one of its characters
-        raise InvalidRequest("invalid_request", f"{name} is a list of texts.")
+    # A text is a sequence of its characters.
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    _require(is_list, f"{name} is a list of texts.")
     for value in values:
-        judge_texts(**{name: value})
+        require_texts(**{name: value})
     return {name: list(values)}
 
 
 def flags(**arguments: bool) -> dict[str, Any]:
-    """Those of the arguments that are true.
-
-    A value that is neither True nor False is refused: what is merely truthy may be a mistake.
-    """
+    """The arguments that are True. A value that is only truthy is refused: it may be a mistake."""
     for name, value in arguments.items():
-        if not isinstance(value, bool):
-            raise InvalidRequest("invalid_request", f"{name} is not True or False.")
+        _require(isinstance(value, bool), f"{name} is not True or False.")
     return {name: True for name, value in arguments.items() if value}
 
 
 def milliseconds(seconds: float | None) -> dict[str, Any]:
-    """`timeout`, as the broker takes it; nothing for None."""
+    """The member `timeout` of a body, unless it is None."""
     if seconds is None:
         return {}
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e6:
-        raise InvalidRequest("invalid_request", "ceremony_timeout is not a number of seconds.")
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    _require(is_number and 0 < seconds < 1e6, "ceremony_timeout is not a number of seconds.")
     return {"timeout": round(seconds * 1000)}
 
 
 def approval(request: ApprovalRequest | None) -> dict[str, Any]:
-    """`approval`, as the broker takes it; nothing for None."""
+    """The member `approval` of a body, unless it is None."""
     if request is None:
         return {}
-    if not isinstance(request, ApprovalRequest):
-        raise InvalidRequest("invalid_request", "approval is not an ApprovalRequest.")
-    judge_texts(approval_id=request.id)
+    _require(isinstance(request, ApprovalRequest), "approval is not an ApprovalRequest.")
+    require_texts(approval_id=request.id)
     return {"approval": {"id": request.id, "data": request.data}}
 
 
@@ -133,7 +143,7 @@ def registration(
     exclude_passkeys: Sequence[str] | None,
     second_factor: bool = False,
 ) -> dict[str, Any]:
-    """The ceremony options of a registration. An empty `exclude_passkeys` is not stated."""
+    """The ceremony options of a registration. An empty `exclude_passkeys` is left out."""
     excluded = ids("exclude_passkeys", exclude_passkeys)
     return {
         **texts(user_verification=user_verification),
@@ -153,7 +163,7 @@ def authentication(
     second_factor: bool = False,
     mediation: str | None = None,
 ) -> dict[str, Any]:
-    """Who may answer an authentication, and its ceremony options."""
+    """The allowed users and passkeys of an authentication, and its ceremony options."""
     return {
         **texts(external_id=external_id),
         **ids("passkeys", passkeys),
@@ -164,62 +174,53 @@ def authentication(
 
 
 def objects(**arguments: object) -> dict[str, Any]:
-    """Those of the arguments that are stated, each a JSON object."""
-    stated = {name: value for name, value in arguments.items() if value is not None}
-    for name, value in stated.items():
-        if not isinstance(value, Mapping):
-            raise InvalidRequest("invalid_request", f"{name} is not a JSON object.")
-    return stated
+    """The arguments that are not None, each a JSON object."""
+    return _stated(arguments, lambda value: isinstance(value, Mapping), "not a JSON object")
 
 
 def credential(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What the browser made, as the page sent it."""
-    if value is None:
-        raise InvalidRequest("invalid_request", "credential is not a JSON object.")
-    return objects(credential=value)
+    """The member `credential`: the browser's answer, as the page sent it."""
+    _require(isinstance(value, Mapping), "credential is not a JSON object.")
+    return {"credential": value}
 
 
 def place(page: int, limit: int) -> dict[str, str]:
-    """Which page of a list, and how much is on one."""
-    for name, value in (("page", page), ("limit", limit)):
-        if type(value) is not int or value < 1:  # not isinstance: True is an int
-            raise InvalidRequest("invalid_request", f"{name} is not a whole number from 1.")
-    return {"page": str(page), "limit": str(limit)}
+    """The page of a list, and the size of a page."""
+    pair = {"page": page, "limit": limit}
+    for name, value in pair.items():
+        _require(_is_whole(value) and value > 0, f"{name} is not a whole number from 1.")
+    return {name: str(value) for name, value in pair.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0  # not isinstance: True is an int
 
 
 def whole(**arguments: int | None) -> dict[str, str]:
-    """Those of the arguments that are stated, each a whole number from 0."""
-    found = {}
-    for name, value in arguments.items():
-        if value is not None and (type(value) is not int or value < 0):
-            raise InvalidRequest("invalid_request", f"{name} is not a whole number from 0.")
-        if value is not None:
-            found[name] = str(value)
-    return found
+    """The arguments that are not None, each a whole number from 0."""
+    stated = _stated(arguments, _is_whole, "not a whole number from 0")
+    return {name: str(value) for name, value in stated.items()}
 
 
 def moments(**arguments: datetime | None) -> dict[str, str]:
-    """Those of the arguments that are stated, as RFC 3339."""
-    found = {}
-    for name, value in arguments.items():
-        if value is None:
-            continue
-        if not isinstance(value, datetime) or value.tzinfo is None:
-            raise InvalidRequest("invalid_request", f"{name} is not a datetime with a time zone.")
-        found[name] = value.isoformat()
-    return found
+    """The arguments that are not None, as RFC 3339."""
+    stated = _stated(
+        arguments,
+        lambda value: isinstance(value, datetime) and value.tzinfo is not None,
+        "not a datetime with a time zone",
+    )
+    return {name: value.isoformat() for name, value in stated.items()}
 
 
 def segment(name: str, value: str) -> str:
     """An id as a segment of a path.
 
     Raises:
-        InvalidRequest: it is no text.
-        BrokerError: the kind's own "not found", for an id of no possible form: "" and ".." would
-            change the path.
+        InvalidRequest: the id is not a text.
+        BrokerError: the "not found" of its kind, for an impossible id: "" and ".." would change the
+            path.
     """
-    if not isinstance(value, str):
-        raise InvalidRequest("invalid_request", f"{name} is not a text.")
+    _require(isinstance(value, str), f"{name} is not a text.")
     if not _SEGMENT.fullmatch(value):
         error, code, sentence = _UNKNOWN[name]
         raise error(code, sentence)

@@ -1,7 +1,7 @@
 """Exceptions of the client: one class for each error code that a backend can act on, all
 `BrokerError`.
 
-A code without a class here raises `BrokerError` itself, so a newer broker's code is never lost:
+A code without a class raises `BrokerError` itself, so the code of a newer broker is never lost:
 read `BrokerError.code`.
 """
 
@@ -15,8 +15,7 @@ Retry = Literal["page", "backend"]
 
 @dataclass(frozen=True, slots=True)
 class UnknownCredential:
-    """For the page: no user has this passkey, so its authenticator may forget it (WebAuthn Signal
-    API).
+    """A passkey that no user has, so that the page can signal its removal (WebAuthn Signal API).
 
     `credential_id` is base64url. Give `rpId` and `credentialId` to
     `PublicKeyCredential.signalUnknownCredential`.
@@ -27,18 +26,17 @@ class UnknownCredential:
 
 
 class BrokerError(Exception):
-    """The broker did not do what was asked.
+    """A request failed.
 
     Attributes:
         code: the broker's stable word for the error.
-        message: its sentence.
+        message: the sentence of the error.
         status: the HTTP status; None without an answer.
         request_id: finds the request in the broker's log.
-        retry: where to start again: "page" or "backend"; None unless the broker said so.
-        retry_after: seconds to wait; None unless the broker said so.
-        signal: after a refused ceremony, the passkey that the page may tell its authenticator to
-            forget.
-        doc: address of the documentation of the code, where the broker's operator has set one.
+        retry: where to start again: "page" or "backend"; None if the broker names neither.
+        retry_after: seconds to wait; None if the broker names none.
+        signal: after a refused ceremony, the passkey whose removal the page may signal.
+        doc: address of the code's documentation, if the broker's operator has set one.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class BrokerError(Exception):
         signal: UnknownCredential | None = None,
         doc: str | None = None,
     ) -> None:
-        # All of them are arguments of Exception, so that the error pickles.
+        # All are arguments of Exception, so that the error can be pickled.
         super().__init__(code, message, status, request_id, retry, retry_after, signal, doc)
         self.code = code
         self.message = message
@@ -69,8 +67,7 @@ class BrokerError(Exception):
 
 
 class InvalidRequest(BrokerError):
-    """An argument has a form that the broker refuses, like an empty external id. Nothing was
-    spent."""
+    """An argument has a wrong form, like an empty external id. Nothing was spent."""
 
 
 class InvalidKey(BrokerError):
@@ -82,14 +79,12 @@ class AppNotFound(BrokerError):
 
 
 class InvalidNonce(BrokerError):
-    """The nonce is unknown, expired, redeemed, or not what the caller expects. Nobody is signed
-    in."""
+    """The nonce is unknown, expired, redeemed, or not as the caller stated. Sign in no user."""
 
 
 class TransactionNotFound(BrokerError):
-    """There is no such ceremony: unknown, expired, already finished, or begun for something else.
-
-    Start another one.
+    """The ceremony is unknown, expired, finished, or was begun for another purpose. Start another
+    one.
     """
 
 
@@ -98,7 +93,7 @@ class CeremonyRefused(BrokerError):
 
 
 class DiscoverableRefused(CeremonyRefused):
-    """The same for a ceremony that named no user."""
+    """The authenticator's answer to a ceremony without a user was refused."""
 
 
 class UserNotFound(BrokerError):
@@ -150,18 +145,18 @@ class MailCodeRateLimited(TooManyRequests):
 
 
 class BrokerUnavailable(BrokerError):
-    """The broker answered that it can't, for now (any status from 500)."""
+    """The broker is briefly unavailable (any status from 500)."""
 
 
 class BrokerUnreachable(BrokerError):
     """No answer: no connection, or none in time. The cause is httpx's error.
 
-    Whether the broker did what was asked is unknown.
+    The broker may have executed the request.
     """
 
 
 class UnexpectedAnswer(BrokerError):
-    """What answered does not speak as the broker does: check the URL."""
+    """The answer is not one of the broker's: check the URL."""
 
 
 BY_CODE: dict[str, type[BrokerError]] = {

@@ -1,6 +1,6 @@
 """Types that the client's methods take and return. All are frozen; times are aware `datetime`s.
 
-A field with a default is one that an older broker does not send.
+An older broker may leave out a field that has a default.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ UserOrder = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Who finished a ceremony, and how it was proved.
+    """The result of a finished ceremony: the user, and the proof.
 
     Attributes:
-        external_id: the user, as the backend names them.
-        user_id: the user, as the broker names them.
-        purpose: what the ceremony proves. A second factor or an approval is no sign-in, so each has
-            a purpose of its own.
-        passkey_id: the passkey, as lists show it.
-        credential_id: the authenticator's id of it, base64url.
-        origin: the page's.
+        external_id: the backend's id of the user.
+        user_id: the broker's id of the user.
+        purpose: the purpose that the ceremony proves. A second factor or an approval is no sign-in,
+            so each has a purpose of its own.
+        passkey_id: the broker's id of the passkey, as in lists.
+        credential_id: the authenticator's id of the passkey, base64url.
+        origin: the origin of the page.
         attestation: "none", "claimed" or "verified" (to a root of the app's policy).
-        authenticator_name_claimed: what the authenticator says of itself, unproved.
-        at: when the ceremony finished.
-        second_factor: whether the passkey is only a second factor.
-        approval: id of what the user approved.
-        token: the receipt as a signed JSON Web Token, where `verify_nonce` asked for one.
+        authenticator_name_claimed: the name that the authenticator claims, unproved.
+        at: the time when the ceremony finished.
+        second_factor: True if the passkey is only a second factor.
+        approval: the id of the approval.
+        token: the receipt as a signed JSON Web Token, if `verify_nonce` requested it.
     """
 
     external_id: str
@@ -69,14 +69,14 @@ class Passkey:
 
     Attributes:
         id: the broker's id, for `revoke_passkey`.
-        credential_id: the authenticator's, base64url.
-        name: what lists show.
+        credential_id: the authenticator's id, base64url.
+        name: the name in lists.
         type: "passkey" (can be synced), "security_key" or "platform".
-        backed_up: whether it is synced.
-        confirmed_at: None until the nonce of its registration was redeemed.
-        last_used_at: None while it has not been used.
-        live: whether it signs in; False for one that awaits its confirmation.
-        second_factor: whether it signs in only where a second factor is asked for.
+        backed_up: True if the passkey is synced.
+        confirmed_at: None until the nonce of the registration is redeemed.
+        last_used_at: None until the first sign-in.
+        live: True if the passkey signs in; False until a required confirmation.
+        second_factor: True if the passkey signs in only as a second factor.
         aaguid: the authenticator's model.
         attestation: as `Receipt.attestation`.
     """
@@ -102,16 +102,16 @@ class Passkey:
 
 @dataclass(frozen=True, slots=True)
 class OwnedPasskey:
-    """One passkey of the app, whoever owns it.
+    """One passkey of the app, of any user or of none.
 
     Attributes:
-        external_id: its owner; None while nobody owns it.
-        nickname: what lists show; None if not given.
-        user_name: what the authenticator shows.
-        second_factor: whether it signs in only where a second factor is asked for.
-        live: whether it signs in already.
+        external_id: the owner's id; None without an owner.
+        nickname: the name in lists; None if not given.
+        user_name: the name that the authenticator shows.
+        second_factor: True if the passkey signs in only as a second factor.
+        live: True if the passkey signs in.
 
-    The others are as in `Passkey`.
+    The other fields are as in `Passkey`.
     """
 
     id: str
@@ -139,7 +139,7 @@ class OwnedPasskey:
 
 @dataclass(frozen=True, slots=True)
 class PasskeyPage:
-    """A page of passkeys, and how many there are in all."""
+    """A page of passkeys, and their total number."""
 
     passkeys: tuple[OwnedPasskey, ...]
     total: int
@@ -177,10 +177,10 @@ class ListedUser:
 
 @dataclass(frozen=True, slots=True)
 class UserPage:
-    """A page of users, and how many there are in all.
+    """A page of users, and their total number.
 
-    `created_before` (Unix seconds), given to the next page, keeps users who are created meanwhile
-    out of it.
+    Pass `created_before` (Unix seconds) to the next page, so that it leaves out users created
+    meanwhile.
     """
 
     users: tuple[ListedUser, ...]
@@ -190,11 +190,11 @@ class UserPage:
 
 @dataclass(frozen=True, slots=True)
 class ApprovalRequest:
-    """What a user is asked to approve.
+    """The data that a user approves by signing.
 
     Args:
-        id: yours, new in the app, 1 to 256 characters; it stands on the receipt.
-        data: any JSON value. The user signs its digest; a browser shows nothing of it, so your page
+        id: your id, new in the app, 1 to 256 characters; the receipt carries it.
+        data: any JSON value. The user signs its digest. A browser does not show it, so your page
             must.
     """
 
@@ -204,7 +204,7 @@ class ApprovalRequest:
 
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """What a user was asked to approve; `approved_at` is None until the user signed it."""
+    """An approval. `approved_at` is None until the user signs."""
 
     id: str
     data: Any
@@ -214,13 +214,13 @@ class Approval:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in the app.
+    """An entry of the app's audit log.
 
     Attributes:
-        actor: who did it: an API key, a page, an operator.
+        actor: an API key, a page, an operator.
         action: like "passkey.registered".
-        result: "done" or "refused"; then `reason` says why.
-        external_id: None where it concerns no user, or one who was deleted since.
+        result: "done" or "refused", which has a `reason`.
+        external_id: None if the event concerns no user, or a deleted one.
         request_id: finds the request in the broker's log.
     """
 
@@ -238,7 +238,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EventPage:
-    """A page of events, and how many there are in all."""
+    """A page of events, and their total number."""
 
     events: tuple[Event, ...]
     total: int
@@ -246,7 +246,7 @@ class EventPage:
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """Events behind a cursor, oldest first. Keep `next_cursor` and give it to the next call."""
+    """Events after a cursor, oldest first. Pass `next_cursor` to the next call."""
 
     events: tuple[Event, ...]
     next_cursor: str
@@ -254,10 +254,9 @@ class EventBatch:
 
 @dataclass(frozen=True, slots=True)
 class SignalTicket:
-    """For the page's `applySignals`, once, until `expires_at`.
+    """A one-time ticket for the page's `applySignals`, until `expires_at`.
 
-    `missing` are the ids that are no passkeys of the app; where it is `empty` there is nothing to
-    tell.
+    `missing` are the ids that are no passkeys of the app. `empty`: there is nothing to signal.
     """
 
     ticket: str = field(repr=False)
@@ -268,9 +267,9 @@ class SignalTicket:
 
 @dataclass(frozen=True, slots=True)
 class MailCode:
-    """A code that proves that somebody reads a mailbox, without its secret and its digits.
+    """A mail code, without its secret and its digits.
 
-    `metadata` is what `create_mail_code` was given; `attempts_left` counts wrong guesses.
+    `metadata` is that of `create_mail_code`; `attempts_left` counts the remaining guesses.
     """
 
     id: str
@@ -285,7 +284,7 @@ class MailCode:
 
 @dataclass(frozen=True, slots=True)
 class MailMessage:
-    """The body of the mail, which holds the digits. Sending it is the backend's part."""
+    """The body of the mail, which holds the digits. The backend sends the mail."""
 
     html: str = field(repr=False)
     text: str = field(repr=False)
@@ -293,9 +292,9 @@ class MailMessage:
 
 @dataclass(frozen=True, slots=True)
 class NewMailCode(MailCode):
-    """A mail code as it was made: keep `id` and `secret` in the session, mail the `message`.
+    """A new mail code: keep `id` and `secret` in the session, and mail the `message`.
 
-    `code` are its digits: for the mailbox alone.
+    `code` holds the digits, for the mailbox alone.
     """
 
     secret: str = field(repr=False)
@@ -305,7 +304,7 @@ class NewMailCode(MailCode):
 
 @dataclass(frozen=True, slots=True)
 class App:
-    """The app that the API key belongs to. `origins` are those of its pages."""
+    """The app of the API key. `origins` are the origins of its pages."""
 
     id: str
     name: str

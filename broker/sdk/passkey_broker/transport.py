@@ -1,9 +1,8 @@
-"""Carrying of requests over httpx: address, headers, limits of size and time, read retries.
+"""Transport of requests over httpx: address, headers, limits of size and time, read retries.
 
-Every request is sent once, and no redirect is followed, so a nonce is never redeemed twice by this
-code; a lost answer is `BrokerUnreachable`. Only reads (GET) are repeated, and only where the caller
-asked for it with `read_retries`. The API key goes into one header and into no message, repr or
-exception.
+Every request is sent once, and no redirect is followed, so this code never redeems a nonce twice. A
+lost answer is `BrokerUnreachable`. Only reads (GET) are repeated, and only if the caller asked for
+it with `read_retries`. The API key is in one header, and in no message, repr or exception.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ TIMEOUT = 10.0  # seconds, for the answer
 LARGEST_ANSWER = 1 << 20  # bytes; a user with a hundred passkeys needs some tens of thousands
 MOST_RETRIES = 10
 FIRST_PAUSE = 0.1  # seconds before the second attempt, twice that before the third, and so on
-LONGEST_PAUSE = 5.0  # seconds; a broker that asks for more is not asked again by this call
+LONGEST_PAUSE = 5.0  # seconds; a longer Retry-After ends the retries
 
 
 async def pause_async(seconds: float) -> None:
-    """Sleep. anyio is httpx's own way to run on asyncio and on trio."""
+    """Sleep. httpx itself runs on asyncio and on trio through anyio."""
     import anyio
 
     await anyio.sleep(seconds)
@@ -45,7 +44,7 @@ def pause(seconds: float) -> None:
 
 
 class Body:
-    """The answer's body as it arrives, within its limits of size and time."""
+    """The body of an answer, read within its limits of size and time."""
 
     def __init__(self, timeout: float) -> None:
         self._end = time.monotonic() + timeout
@@ -66,9 +65,9 @@ class Body:
 
 
 class Address:
-    """Where the app is, and how requests to it look.
+    """The address of the app, and the headers of its requests.
 
-    Keeps the API key only in headers of httpx, which hide it in their repr.
+    The API key is kept only in httpx's headers, whose repr hides it.
     """
 
     def __init__(
@@ -111,10 +110,10 @@ class Address:
     def options(
         self, verify: ssl.SSLContext | None, proxy: str | httpx.Proxy | None
     ) -> dict[str, Any]:
-        """The arguments of the httpx client that we make ourselves."""
+        """The arguments of an httpx client of our own."""
         if verify is not None and not isinstance(verify, ssl.SSLContext):
             raise ValueError("verify is an ssl.SSLContext")
-        # A proxy of the environment can't reach this machine's own addresses.
+        # A proxy of the environment can't reach a loopback address of this machine.
         chosen: dict[str, Any] = {"proxy": proxy, "trust_env": not _loopback(self._host)}
         return chosen if verify is None else {**chosen, "verify": verify}
 
@@ -137,7 +136,7 @@ class Address:
 
     @contextmanager
     def reaching(self) -> Iterator[Body]:
-        """Turn httpx's errors into ours; the clock of the answer runs from here."""
+        """Translate httpx's errors. The time limit of the answer begins here."""
         try:
             yield Body(self.timeout)
         except httpx.TimeoutException as error:
@@ -150,9 +149,9 @@ class Address:
     def pause_after(
         self, request: Request, attempt: int, outcome: Answer | BrokerUnreachable
     ) -> float | None:
-        """Seconds until the request is sent again; None if it is not.
+        """Seconds until the request is repeated. None: it is not.
 
-        Only a GET is, after no answer or a 503, at most `read_retries` times.
+        Only a GET is repeated, after no answer or a 503, at most `read_retries` times.
         """
         if request.method != "GET" or attempt >= self.read_retries:
             return None
@@ -164,10 +163,10 @@ class Address:
         return wanted if wanted <= LONGEST_PAUSE else None
 
 
-def given(
+def require_client(
     http: object, kind: type[httpx.Client] | type[httpx.AsyncClient], **others: object
 ) -> None:
-    """Refuse a given httpx client of the other kind, or together with what only a new one takes."""
+    """Refuse an httpx client of the other kind, or beside arguments of a new client."""
     if not isinstance(http, kind):
         raise ValueError(f"http is an httpx.{kind.__name__}")
     for name, value in others.items():

@@ -22,17 +22,16 @@ class AsyncBrokerClient(AsyncCeremonies, AsyncManagement, AsyncMailCodes):
         api_key: the app's key, `pbk_…`.
         timeout: seconds for an answer; connecting has 2 s at most.
         http: an httpx client of yours (`httpx.AsyncClient`), for its transport, limits,
-            certificates, proxies and hooks. It stays yours to close. URL, headers, timeout and
-            redirects of each request are ours.
+            certificates, proxies and hooks. You close it. This client sets URL, headers, timeout
+            and redirects of each request.
         verify: certificates to trust, as an `ssl.SSLContext`; not together with `http`.
         proxy: URL of a proxy, or an `httpx.Proxy`; not together with `http`. Without it proxies of
             the environment are used, but for a broker on this machine.
-        read_retries: how often a read (GET) is repeated after no answer or a 503, 0 to 10. Waits
-            for the answer's Retry-After up to 5 s, else 0.1 s and twice that each time. Nothing
-            else is ever sent twice.
+        read_retries: how often a read (GET) is repeated after no answer or a 503, 0 to 10. It waits
+            for the answer's Retry-After up to 5 s, otherwise 0.1 s and twice that each time. No
+            other request is ever sent twice.
 
-    Raises (every method): `InvalidKey`, `TooManyRequests`, `BrokerUnavailable`,
-    `BrokerUnreachable`, `UnexpectedAnswer`, and what it names itself; all are `BrokerError`.
-    `InvalidRequest` is raised before anything is sent for an argument of the wrong type or an empty
-    text.
+    Every method raises `InvalidKey`, `TooManyRequests`, `BrokerUnavailable`, `BrokerUnreachable`,
+    `UnexpectedAnswer`, and the errors in its docstring; all are `BrokerError`. `InvalidRequest` is
+    raised before anything is sent for an argument of the wrong type or an empty text.
     """

@@ -1,4 +1,4 @@
-"""Transactions, nonces, and ceremonies that a backend carries for the page."""
+"""Transactions, nonces, and ceremonies whose messages the backend relays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .connection import AsyncConnection
 class AsyncCeremonies(AsyncConnection):
     """See `AsyncBrokerClient`."""
 
-    # -- with a transaction: the page speaks to the broker, the backend redeems its nonce
+    # -- with a transaction: the page calls the broker, the backend redeems the nonce
 
     async def create_register_transaction(
         self,
@@ -35,17 +35,17 @@ class AsyncCeremonies(AsyncConnection):
         second_factor: bool = False,
         mediation: Mediation | None = None,
     ) -> str:
-        """Permit one new passkey for the user, who is created if new.
+        """Permit one new passkey for the user. A new user is created.
 
         Args:
-            external_id: the user, as you name them, 1 to 256 characters.
-            passkey_display_name: what the authenticator shows.
-            user_name: shown beside it; the same, if not given.
-            user_verification: beyond the app's policy.
+            external_id: your id of the user, 1 to 256 characters.
+            passkey_display_name: the name that the authenticator shows.
+            user_name: the second name that the authenticator shows; by default the same.
+            user_verification: the requirement, if it differs from the app's policy.
             ceremony_timeout: seconds, 1 to 600, and never more than the app's `ceremony_life`.
-            exclude_passkeys: ids of passkeys whose authenticator shall make no other one, besides
-                the user's own.
-            second_factor: the passkey signs in only where a second factor is asked for.
+            exclude_passkeys: ids of further passkeys whose authenticators must not make another
+                one, as those of the user's own must not.
+            second_factor: the passkey signs in only as a second factor.
             mediation: "conditional" permits a passkey that the browser makes without a prompt
                 (conditional create, the page SDK's `autoRegister`).
 
@@ -54,10 +54,10 @@ class AsyncCeremonies(AsyncConnection):
             ends.
 
         Raises:
-            InvalidRequest: an option has no form that the broker takes.
+            InvalidRequest: the broker does not accept an option.
             TooManyPasskeys
         """
-        arguments.judge_texts(external_id=external_id, passkey_display_name=passkey_display_name)
+        arguments.require_texts(external_id=external_id, passkey_display_name=passkey_display_name)
         body = {
             "external_id": external_id,
             "passkey_display_name": passkey_display_name,
@@ -66,8 +66,7 @@ class AsyncCeremonies(AsyncConnection):
                 user_verification, ceremony_timeout, exclude_passkeys, second_factor
             ),
         }
-        answer = await self._answer(Request("POST", "/transactions/register", body))
-        return answers.Fields(answer).text("transaction_id")
+        return await self._transaction("/transactions/register", body)
 
     async def create_authenticate_transaction(
         self,
@@ -83,14 +82,13 @@ class AsyncCeremonies(AsyncConnection):
         """Permit one sign-in.
 
         Args:
-            external_id: the user. Without one it is a sign-in of whoever has one of `passkeys`, or
-                with `discoverable` of whoever has a passkey: act on the receipt's external id
-                alone.
-            passkeys: ids of the only passkeys that may answer; an empty list is refused.
-            discoverable: whoever has a passkey may answer.
-            user_verification: beyond the app's policy.
+            external_id: the user. Without it the owner of one of `passkeys` signs in, or with
+                `discoverable` the owner of any passkey: act on the receipt's external id alone.
+            passkeys: ids of the allowed passkeys; an empty list is refused.
+            discoverable: any passkey is allowed.
+            user_verification: the requirement, if it differs from the app's policy.
             ceremony_timeout: seconds, 1 to 600, and never more than the app's `ceremony_life`.
-            second_factor: the user's second factors may answer, too.
+            second_factor: the user's second factors are allowed too.
             mediation: "conditional" for a page that offers passkeys in its form fields.
 
         Returns:
@@ -108,8 +106,7 @@ class AsyncCeremonies(AsyncConnection):
             second_factor=second_factor,
             mediation=mediation,
         )
-        answer = await self._answer(Request("POST", "/transactions/authenticate", body))
-        return answers.Fields(answer).text("transaction_id")
+        return await self._transaction("/transactions/authenticate", body)
 
     async def verify_nonce(
         self,
@@ -120,25 +117,25 @@ class AsyncCeremonies(AsyncConnection):
         external_id: str | None = None,
         signed: bool = False,
     ) -> Receipt:
-        """Redeem a nonce that a page brought, once. Sign in `receipt.external_id` and nobody else.
+        """Redeem a page's nonce, once. Sign in `receipt.external_id` and no other user.
 
-        Always state what the session expects. A mismatch spends the nonce. Sent once: after
-        `BrokerUnreachable` or `BrokerUnavailable` the nonce may be spent, and the person signs in
-        again.
+        Always state purpose, transaction and user of the session. A mismatch spends the nonce. The
+        request is sent once: after `BrokerUnreachable` or `BrokerUnavailable` the nonce may be
+        spent, and the person signs in again.
 
         Args:
-            nonce: as the page brought it.
-            purpose: keeps a registration from buying a login. The nonce of a second factor or of an
-                approval is redeemed only where its own purpose is stated.
-            transaction_id: keeps the nonce of another session out.
-            external_id: keeps another person's nonce out.
-            signed: ask for `Receipt.token` as well, for services that check it offline with the
-                app's key set.
+            nonce: the nonce from the page.
+            purpose: refuses the nonce of a registration at a sign-in. The nonce of a second factor
+                or of an approval is redeemed only if its own purpose is stated.
+            transaction_id: refuses the nonce of another session.
+            external_id: refuses the nonce of another user.
+            signed: request `Receipt.token` too, for services that verify it offline with the app's
+                key set.
 
         Raises:
             InvalidNonce, InvalidRequest
         """
-        arguments.judge_texts(nonce=nonce)
+        arguments.require_texts(nonce=nonce)
         body = {
             "nonce": nonce,
             **arguments.texts(
@@ -149,7 +146,7 @@ class AsyncCeremonies(AsyncConnection):
         answer = await self._answer(Request("POST", "/authenticate/verify", body))
         return answers.expected_receipt(answer, purpose, external_id, signed=signed)
 
-    # -- keyed, found by the challenge: any number may be open for a user
+    # -- keyed, identified by the challenge: a user may have any number open
 
     async def start_registration(
         self,
@@ -164,19 +161,19 @@ class AsyncCeremonies(AsyncConnection):
         exclude_passkeys: Sequence[str] | None = None,
         second_factor: bool = False,
     ) -> dict[str, Any]:
-        """Begin a registration whose messages this backend carries: no transaction, no nonce.
+        """Begin a registration whose messages the backend relays: no transaction, no nonce.
 
         Only for a person who is signed in or has a new account.
 
         Args:
-            external_id: the user, who is created if new.
-            user_name: what the authenticator shows, beside `user_display_name`.
-            user_display_name: the same as `user_name`, if not given.
-            passkey_display_name: what lists show.
-            authenticator_attachment: "platform", "cross-platform" or "any"; the app's policy, if
-                not given.
+            external_id: the user. A new user is created.
+            user_name: the name that the authenticator shows, beside `user_display_name`.
+            user_display_name: by default the same as `user_name`.
+            passkey_display_name: the name in lists.
+            authenticator_attachment: "platform", "cross-platform" or "any"; by default the app's
+                policy.
 
-        The others are as in `create_register_transaction`.
+        The other arguments are as in `create_register_transaction`.
 
         Returns:
             Options for the page's `PublicKeyCredential.parseCreationOptionsFromJSON`.
@@ -184,7 +181,10 @@ class AsyncCeremonies(AsyncConnection):
         Raises:
             InvalidRequest, TooManyPasskeys
         """
-        body = _registration(external_id, user_name) | {
+        arguments.require_texts(external_id=external_id, user_name=user_name)
+        body = {
+            "external_id": external_id,
+            "user_name": user_name,
             **arguments.texts(
                 user_display_name=user_display_name,
                 passkey_display_name=passkey_display_name,
@@ -194,16 +194,15 @@ class AsyncCeremonies(AsyncConnection):
                 user_verification, ceremony_timeout, exclude_passkeys, second_factor
             ),
         }
-        answer = await self._answer(Request("POST", "/ceremonies/register/start", body))
-        return answers.Fields(answer).object("options")
+        return await self._options("/ceremonies/register/start", body)
 
     async def finish_registration(
         self, credential: Mapping[str, Any], *, second_factor: bool = False
     ) -> Receipt:
-        """Finish what `start_registration` began. The new passkey is confirmed and live.
+        """Finish the registration of `start_registration`. The new passkey is confirmed and live.
 
         Args:
-            credential: `toJSON()` of what the browser made.
+            credential: `toJSON()` of the browser's credential.
             second_factor: as at start; otherwise the ceremony is unknown, and spent.
 
         Raises:
@@ -229,13 +228,13 @@ class AsyncCeremonies(AsyncConnection):
         second_factor: bool = False,
         approval: ApprovalRequest | None = None,
     ) -> dict[str, Any]:
-        """Begin a sign-in, a second factor or an approval whose messages this backend carries.
+        """Begin a sign-in, a second factor or an approval whose messages the backend relays.
 
         Args:
-            approval: what the user shall sign; needs `external_id`. The challenge is 32 random
+            approval: the data that the user signs; needs `external_id`. The challenge is 32 random
                 bytes and the SHA-256 of the canonical JSON (RFC 8785) of `{"data": …, "id": …}`.
 
-        The others are as in `create_authenticate_transaction`.
+        The other arguments are as in `create_authenticate_transaction`.
 
         Returns:
             Options for the page's `PublicKeyCredential.parseRequestOptionsFromJSON`.
@@ -254,18 +253,17 @@ class AsyncCeremonies(AsyncConnection):
             ),
             **arguments.approval(approval),
         }
-        answer = await self._answer(Request("POST", "/ceremonies/authenticate/start", body))
-        return answers.Fields(answer).object("options")
+        return await self._options("/ceremonies/authenticate/start", body)
 
     async def finish_authentication(
         self, credential: Mapping[str, Any], *, second_factor: bool = False, approval: bool = False
     ) -> Receipt:
-        """Finish what `start_authentication` began. Act on `receipt.external_id` and nobody else.
+        """Finish the ceremony of `start_authentication`. Act on `receipt.external_id` alone.
 
         Args:
-            credential: `toJSON()` of what the browser made.
+            credential: `toJSON()` of the browser's credential.
             second_factor: as at start; otherwise the ceremony is unknown, and spent.
-            approval: the same, for an approval; its id stands on the receipt.
+            approval: as at start, for an approval; the receipt carries its id.
 
         Raises:
             CeremonyRefused, TransactionNotFound, InvalidRequest
@@ -278,7 +276,7 @@ class AsyncCeremonies(AsyncConnection):
         plain: Proof = "authenticate_second_factor" if second_factor else "authenticate"
         return answers.finished_receipt(answer, "approve" if approval else plain)
 
-    # -- keyed, found by the user: one ceremony of each purpose, which a new start replaces
+    # -- keyed, identified by the user: one ceremony of each purpose, which a new start replaces
 
     async def start_user_registration(
         self,
@@ -292,8 +290,11 @@ class AsyncCeremonies(AsyncConnection):
         ceremony_timeout: float | None = None,
         exclude_passkeys: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """As `start_registration`, for the one registration that the user may have open."""
-        body = _registration(external_id, user_name) | {
+        """As `start_registration`, for the user's only open registration."""
+        arguments.require_texts(external_id=external_id, user_name=user_name)
+        body = {
+            "external_id": external_id,
+            "user_name": user_name,
             **arguments.texts(
                 user_display_name=user_display_name,
                 passkey_display_name=passkey_display_name,
@@ -301,17 +302,16 @@ class AsyncCeremonies(AsyncConnection):
             ),
             **arguments.registration(user_verification, ceremony_timeout, exclude_passkeys),
         }
-        answer = await self._answer(Request("POST", "/register/start", body))
-        return answers.Fields(answer).object("options")
+        return await self._options("/register/start", body)
 
     async def finish_user_registration(
         self, external_id: str, credential: Mapping[str, Any]
     ) -> Receipt:
-        """Finish what `start_user_registration` began for this user, right or wrong.
+        """Finish the registration of `start_user_registration`, which any answer spends.
 
         Take `external_id` from your own session. Raises as `finish_registration`.
         """
-        arguments.judge_texts(external_id=external_id)
+        arguments.require_texts(external_id=external_id)
         body = {"external_id": external_id, **arguments.credential(credential)}
         answer = await self._answer(Request("POST", "/register/finish", body))
         return answers.finished_receipt(answer, "register", external_id)
@@ -324,25 +324,28 @@ class AsyncCeremonies(AsyncConnection):
         user_verification: UserVerification | None = None,
         ceremony_timeout: float | None = None,
     ) -> dict[str, Any]:
-        """As `start_authentication`, for the one sign-in that the user may have open."""
-        arguments.judge_texts(external_id=external_id)
+        """As `start_authentication`, for the user's only open sign-in."""
+        arguments.require_texts(external_id=external_id)
         body = arguments.authentication(external_id, passkeys, user_verification, ceremony_timeout)
-        answer = await self._answer(Request("POST", "/authenticate/start", body))
-        return answers.Fields(answer).object("options")
+        return await self._options("/authenticate/start", body)
 
     async def finish_user_authentication(
         self, external_id: str, credential: Mapping[str, Any]
     ) -> Receipt:
-        """Finish what `start_user_authentication` began for this user, right or wrong.
+        """Finish the sign-in of `start_user_authentication`, which any answer spends.
 
         Take `external_id` from your own session. Raises as `finish_authentication`.
         """
-        arguments.judge_texts(external_id=external_id)
+        arguments.require_texts(external_id=external_id)
         body = {"external_id": external_id, **arguments.credential(credential)}
         answer = await self._answer(Request("POST", "/authenticate/finish", body))
         return answers.finished_receipt(answer, "authenticate", external_id)
 
+    async def _transaction(self, path: str, body: dict[str, Any]) -> str:
+        answer = await self._answer(Request("POST", path, body))
+        return answers.Fields(answer).text("transaction_id")
 
-def _registration(external_id: str, user_name: str) -> dict[str, Any]:
-    arguments.judge_texts(external_id=external_id, user_name=user_name)
-    return {"external_id": external_id, "user_name": user_name}
+    async def _options(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The ceremony options of a start."""
+        answer = await self._answer(Request("POST", path, body))
+        return answers.Fields(answer).object("options")

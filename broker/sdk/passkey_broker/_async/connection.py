@@ -1,9 +1,9 @@
-"""Connection of a client: an httpx client, the app's address, and the loop that repeats reads."""
+"""Connection of a client: the httpx client, the app's address, and the retries of reads."""
 
 from __future__ import annotations
 
 import ssl
-from types import TracebackType
+from itertools import count
 from typing import Self
 
 import httpx
@@ -11,11 +11,11 @@ import httpx
 from ..answers import Answer
 from ..arguments import Request
 from ..errors import BrokerUnreachable
-from ..transport import TIMEOUT, Address, given, pause_async
+from ..transport import TIMEOUT, Address, pause_async, require_client
 
 
 class AsyncConnection:
-    """What every method of `AsyncBrokerClient` sends its requests through."""
+    """Sends the requests of `AsyncBrokerClient`."""
 
     def __init__(
         self,
@@ -32,22 +32,22 @@ class AsyncConnection:
         """See the class.
 
         Raises:
-            ValueError: an argument that can't work; the message never holds the API key.
+            ValueError: an argument can't be used. The message never holds the API key.
         """
         self._address = Address(url, app_id, api_key, timeout=timeout, read_retries=read_retries)
         self._owned = http is None
         if http is None:
             http = httpx.AsyncClient(**self._address.options(verify, proxy))
         else:
-            given(http, httpx.AsyncClient, verify=verify, proxy=proxy)
+            require_client(http, httpx.AsyncClient, verify=verify, proxy=proxy)
         self._http = http
 
     async def send(self, request: Request) -> Answer:
-        """Carry one request, once. A subclass that watches requests overrides this.
+        """Send one request, once. A subclass overrides this method to observe requests.
 
         Raises:
             InvalidRequest: the request can't be encoded; nothing was sent.
-            BrokerUnreachable: no answer, or none in time.
+            BrokerUnreachable: no answer arrived in time.
             UnexpectedAnswer: the answer is larger than `LARGEST_ANSWER`.
         """
         arguments = self._address.request(request)
@@ -58,36 +58,30 @@ class AsyncConnection:
                 return body.answer(response)
 
     async def _answer(self, request: Request) -> Answer:
-        """Send a request; a read as often as `read_retries` allows."""
-        attempt = 0
-        while True:
+        """Send a request. A read is repeated up to `read_retries` times."""
+        for attempt in count():
+            outcome: Answer | BrokerUnreachable
             try:
-                answer = await self.send(request)
+                outcome = await self.send(request)
             except BrokerUnreachable as error:
-                seconds = self._address.pause_after(request, attempt, error)
-                if seconds is None:
-                    raise
-            else:
-                seconds = self._address.pause_after(request, attempt, answer)
-                if seconds is None:
-                    return answer
+                outcome = error
+            seconds = self._address.pause_after(request, attempt, outcome)
+            if seconds is None:
+                break
             await pause_async(seconds)
-            attempt += 1
+        if isinstance(outcome, BrokerUnreachable):
+            raise outcome
+        return outcome
 
     async def close(self) -> None:
-        """Close the connections, but not those of an httpx client that was given."""
+        """Close the connections, unless the caller gave the httpx client."""
         if self._owned:
             await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:

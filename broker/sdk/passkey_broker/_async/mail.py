@@ -1,4 +1,4 @@
-"""Mail codes: 6 digits that prove that somebody reads a mailbox."""
+"""Mail codes: one-time passcodes of six digits that prove control of a mailbox."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class AsyncMailCodes(AsyncConnection):
         invalidate_others: bool = False,
         skip_rate_limit: bool = False,
     ) -> NewMailCode:
-        """Make a code and its message. Mailing the message is yours.
+        """Make a code and its message. Your backend mails the message.
 
-        Keep `id` and `secret` in the session; neither they nor the digits are worth anything alone.
+        Keep `id` and `secret` in the session. Neither they nor the digits redeem anything alone.
 
         Args:
             email: the mailbox.
@@ -34,14 +34,14 @@ class AsyncMailCodes(AsyncConnection):
                 the code comes back.
             external_id: comes back with the code; need not be a user of the app.
             metadata: a JSON object of at most 4 KiB, comes back with the code.
-            invalidate_others: end the pending codes of the purpose: the user's where one is named,
-                else the mailbox's.
+            invalidate_others: end the pending codes of the purpose: of the user if one is named,
+                otherwise of the mailbox.
             skip_rate_limit: don't count against 5 codes in 15 minutes for a mailbox.
 
         Raises:
             MailCodeRateLimited, InvalidRequest
         """
-        arguments.judge_texts(email=email, purpose=purpose)
+        arguments.require_texts(email=email, purpose=purpose)
         body = {
             "email": email,
             "purpose": purpose,
@@ -52,27 +52,29 @@ class AsyncMailCodes(AsyncConnection):
         return answers.new_mail_code(await self._answer(Request("POST", "/mail_codes", body)))
 
     async def verify_mail_code(self, mail_code_id: str, secret: str, code: str) -> MailCode:
-        """Take a code with what the person typed, once. Compare its purpose and its email with what
-        the session expects.
+        """Redeem a code with the typed digits, once. Compare its purpose and its email with those
+        of the session.
 
         Args:
-            mail_code_id: from the session, as `secret`.
-            code: the digits, as typed. A wrong guess counts, unless it is no six digits.
+            mail_code_id: from the session, like `secret`.
+            code: the digits, as typed. A wrong guess counts if it has six digits.
 
         Raises:
             WrongMailCode, MailCodeNotFound, MailCodeExpired, MailCodeAttemptsExceeded,
             InvalidRequest
         """
-        arguments.judge_texts(mail_code_id=mail_code_id, secret=secret, code=code)
+        arguments.require_texts(mail_code_id=mail_code_id, secret=secret, code=code)
         body = {"id": mail_code_id, "secret": secret, "code": code}
         return answers.mail_code(await self._answer(Request("POST", "/mail_codes/verify", body)))
 
     async def get_mail_code(self, mail_code_id: str) -> MailCode:
-        """A code, until it is taken or ends. Raises `MailCodeNotFound`, `MailCodeExpired`."""
-        path = f"/mail_codes/{arguments.segment('mail_code_id', mail_code_id)}"
-        return answers.mail_code(await self._answer(Request("GET", path)))
+        """A code, until it is redeemed or ends. Raises `MailCodeNotFound`, `MailCodeExpired`."""
+        return answers.mail_code(await self._answer(Request("GET", _path(mail_code_id))))
 
     async def delete_mail_code(self, mail_code_id: str) -> None:
-        """End a code, also where there is none."""
-        path = f"/mail_codes/{arguments.segment('mail_code_id', mail_code_id)}"
-        answers.accept(await self._answer(Request("DELETE", path)))
+        """Delete a code, if it exists."""
+        answers.accept(await self._answer(Request("DELETE", _path(mail_code_id))))
+
+
+def _path(mail_code_id: str) -> str:
+    return f"/mail_codes/{arguments.segment('mail_code_id', mail_code_id)}"

@@ -1,10 +1,10 @@
 # Generated from _async/connection.py by `python tests/support/sync_client.py`: change that one.
-"""Connection of a client: an httpx client, the app's address, and the loop that repeats reads."""
+"""Connection of a client: the httpx client, the app's address, and the retries of reads."""
 
 from __future__ import annotations
 
 import ssl
-from types import TracebackType
+from itertools import count
 from typing import Self
 
 import httpx
@@ -12,11 +12,11 @@ import httpx
 from ..answers import Answer
 from ..arguments import Request
 from ..errors import BrokerUnreachable
-from ..transport import TIMEOUT, Address, given, pause
+from ..transport import TIMEOUT, Address, pause, require_client
 
 
 class Connection:
-    """What every method of `BrokerClient` sends its requests through."""
+    """Sends the requests of `BrokerClient`."""
 
     def __init__(
         self,
@@ -33,22 +33,22 @@ class Connection:
         """See the class.
 
         Raises:
-            ValueError: an argument that can't work; the message never holds the API key.
+            ValueError: an argument can't be used. The message never holds the API key.
         """
         self._address = Address(url, app_id, api_key, timeout=timeout, read_retries=read_retries)
         self._owned = http is None
         if http is None:
             http = httpx.Client(**self._address.options(verify, proxy))
         else:
-            given(http, httpx.Client, verify=verify, proxy=proxy)
+            require_client(http, httpx.Client, verify=verify, proxy=proxy)
         self._http = http
 
     def send(self, request: Request) -> Answer:
-        """Carry one request, once. A subclass that watches requests overrides this.
+        """Send one request, once. A subclass overrides this method to observe requests.
 
         Raises:
             InvalidRequest: the request can't be encoded; nothing was sent.
-            BrokerUnreachable: no answer, or none in time.
+            BrokerUnreachable: no answer arrived in time.
             UnexpectedAnswer: the answer is larger than `LARGEST_ANSWER`.
         """
         arguments = self._address.request(request)
@@ -59,36 +59,30 @@ class Connection:
                 return body.answer(response)
 
     def _answer(self, request: Request) -> Answer:
-        """Send a request; a read as often as `read_retries` allows."""
-        attempt = 0
-        while True:
+        """Send a request. A read is repeated up to `read_retries` times."""
+        for attempt in count():
+            outcome: Answer | BrokerUnreachable
             try:
-                answer = self.send(request)
+                outcome = self.send(request)
             except BrokerUnreachable as error:
-                seconds = self._address.pause_after(request, attempt, error)
-                if seconds is None:
-                    raise
-            else:
-                seconds = self._address.pause_after(request, attempt, answer)
-                if seconds is None:
-                    return answer
+                outcome = error
+            seconds = self._address.pause_after(request, attempt, outcome)
+            if seconds is None:
+                break
             pause(seconds)
-            attempt += 1
+        if isinstance(outcome, BrokerUnreachable):
+            raise outcome
+        return outcome
 
     def close(self) -> None:
-        """Close the connections, but not those of an httpx client that was given."""
+        """Close the connections, unless the caller gave the httpx client."""
         if self._owned:
             self._http.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -1,5 +1,5 @@
 # Generated from _async/management.py by `python tests/support/sync_client.py`: change that one.
-"""Users, passkeys, approvals, events, signals, and what the app says of itself."""
+"""Users, passkeys, approvals, events, signals, and the app."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ class Management(Connection):
         return self.get_user_by_id(self._user_id(external_id))
 
     def get_user_by_id(self, user_id: str) -> User:
-        """The user with the broker's own id, as receipts and events show it. Raises
-        `UserNotFound`."""
-        arguments.judge_texts(user_id=user_id)
+        """The user with the broker's own id, as in receipts and events. Raises `UserNotFound`."""
+        arguments.require_texts(user_id=user_id)
         return answers.user(self._answer(Request("GET", _user(user_id))))
 
     def list_users(
@@ -55,11 +54,11 @@ class Management(Connection):
         page: int = 1,
         limit: int = 100,
     ) -> UserPage:
-        """A page of the app's users, oldest first if not asked otherwise.
+        """A page of the app's users, by default oldest first.
 
         Args:
-            status: only users of this one.
-            created_before: Unix seconds, as the first page's `created_before` says.
+            status: only users with this status.
+            created_before: Unix seconds, the `created_before` of the first page.
             page: from 1.
             limit: 500 at most.
 
@@ -80,9 +79,9 @@ class Management(Connection):
         order_by: UserOrder | None = None,
         limit: int = 100,
     ) -> Iterator[ListedUser]:
-        """All users, `limit` of them a request. Users who are created meanwhile are left out.
+        """All users, `limit` of them a request, without users who are created meanwhile.
 
-        A user who is deleted meanwhile moves the later ones, so that one of them may be left out.
+        The deletion of a user meanwhile moves the later users, so that one of them may be left out.
         """
         page, created_before = 1, None
         while True:
@@ -100,27 +99,27 @@ class Management(Connection):
             page, created_before = page + 1, found.created_before
 
     def rename_user(self, external_id: str, user_name: str) -> list[OwnedPasskey]:
-        """Change the name that authenticators show, on each of the user's passkeys.
+        """Change the name that authenticators show, on each passkey of the user; return the
+        passkeys.
 
-        Authenticators learn of it through `prepare_signals`. Returns the passkeys.
+        `prepare_signals` sends the name to the authenticators.
 
         Raises:
             UserNotFound, InvalidRequest
         """
-        arguments.judge_texts(user_name=user_name)
+        arguments.require_texts(user_name=user_name)
         path = _user(self._user_id(external_id))
         answer = self._answer(Request("PATCH", path, {"user_name": user_name}))
         return [answers.owned_passkey(each) for each in answers.Fields(answer).each("passkeys")]
 
     def list_approvals(self, external_id: str) -> list[Approval]:
-        """What the user was asked to approve, oldest first, approved or not. Raises
-        `UserNotFound`."""
+        """The user's approvals, signed or not, oldest first. Raises `UserNotFound`."""
         path = f"{_user(self._user_id(external_id))}/approvals"
         answer = self._answer(Request("GET", path))
         return [answers.approval(each) for each in answers.Fields(answer).each("approvals")]
 
     def _user_id(self, external_id: str) -> str:
-        arguments.judge_texts(external_id=external_id)
+        arguments.require_texts(external_id=external_id)
         query = {"identifier": external_id, "limit": "1"}
         answer = self._answer(Request("GET", "/users", query=query))
         for user in answers.Fields(answer).each("users"):
@@ -147,7 +146,7 @@ class Management(Connection):
     ) -> PasskeyPage:
         """A page of the app's passkeys, or of one user's; `limit` is 500 at most.
 
-        A user whom the app does not have has no passkeys. Raises `InvalidRequest`.
+        An unknown user has no passkeys. Raises `InvalidRequest`.
         """
         query = {**arguments.place(page, limit), **arguments.texts(external_id=external_id)}
         if arguments.flags(newest_first=newest_first):
@@ -159,8 +158,7 @@ class Management(Connection):
     ) -> Iterator[OwnedPasskey]:
         """All passkeys of the app, or of one user, oldest first, `limit` of them a request.
 
-        A passkey that is revoked meanwhile moves the later ones, so that one of them may be left
-        out.
+        A revocation meanwhile moves the later passkeys, so that one of them may be left out.
         """
         page = 1
         while True:
@@ -172,30 +170,30 @@ class Management(Connection):
             page += 1
 
     def get_passkey(self, passkey_id: str) -> OwnedPasskey:
-        """One passkey of the app, whoever owns it. Raises `PasskeyNotFound`."""
+        """One passkey of the app, of any user. Raises `PasskeyNotFound`."""
         answer = self._answer(Request("GET", _passkey(passkey_id)))
         return answers.owned_passkey(answers.Fields(answer).inner("passkey"))
 
     def rename_passkey(self, passkey_id: str, nickname: str) -> OwnedPasskey:
-        """Change what lists show of a passkey. Raises `PasskeyNotFound`, `InvalidRequest`."""
+        """Change the name of a passkey in lists. Raises `PasskeyNotFound`, `InvalidRequest`."""
         path = _passkey(passkey_id)
-        arguments.judge_texts(nickname=nickname)
+        arguments.require_texts(nickname=nickname)
         answer = self._answer(Request("PATCH", path, {"nickname": nickname}))
         return answers.owned_passkey(answers.Fields(answer).inner("passkey"))
 
     def set_passkey_owner(self, passkey_id: str, external_id: str) -> OwnedPasskey:
-        """Give a passkey that nobody owns to a user, who is created if new. An owner never changes.
+        """Give a passkey without an owner to a user. A new user is created. An owner never changes.
 
         Raises:
             PasskeyNotFound, PasskeyHasOwner, InvalidRequest
         """
         path = f"{_passkey(passkey_id)}/owner"
-        arguments.judge_texts(external_id=external_id)
+        arguments.require_texts(external_id=external_id)
         answer = self._answer(Request("POST", path, {"external_id": external_id}))
         return answers.owned_passkey(answers.Fields(answer).inner("passkey"))
 
     def revoke_passkey(self, external_id: str, passkey_id: str) -> None:
-        """End a passkey of this user: it never signs in again.
+        """Revoke a passkey of this user.
 
         Raises:
             UserNotFound, PasskeyNotFound
@@ -205,10 +203,9 @@ class Management(Connection):
         answers.accept(self._answer(Request("DELETE", path)))
 
     def delete_passkey(self, passkey_id: str) -> None:
-        """End a passkey of the app, whoever owns it: it never signs in again.
+        """Revoke a passkey of the app, of any user. Raises `PasskeyNotFound`.
 
-        For what a signed-in person asks, use `revoke_passkey`: it ends only that user's passkeys.
-        Raises `PasskeyNotFound`.
+        At a signed-in person's request use `revoke_passkey`, which takes only that user's passkeys.
         """
         answers.accept(self._answer(Request("DELETE", _passkey(passkey_id))))
 
@@ -221,19 +218,19 @@ class Management(Connection):
         user_display_name: str | None = None,
         passkeys: Sequence[str] | None = None,
     ) -> SignalTicket:
-        """Change passkeys, and get a ticket with which the page tells the authenticator.
+        """Change passkeys, and make a ticket with which the page signals the authenticator.
 
         Args:
-            kind: "update" stores `user_name` on all passkeys of the user; "delete" ends `passkeys`,
-                or all of the user, at once; "prune" changes nothing, and lets the authenticator
-                forget passkeys that are no longer there.
+            kind: "update" stores `user_name` on all passkeys of the user. "delete" revokes
+                `passkeys`, or all of the user, at once. "prune" changes nothing, and lets the
+                authenticator drop passkeys that the user no longer has.
             external_id: the user; for "delete" in place of `passkeys`.
-            user_display_name: travels behind the ticket only.
+            user_display_name: only signalled, not stored.
 
         Raises:
             UserNotFound, InvalidRequest
         """
-        arguments.judge_texts(kind=kind)
+        arguments.require_texts(kind=kind)
         body = {
             **arguments.texts(
                 external_id=external_id,
@@ -257,13 +254,13 @@ class Management(Connection):
         page: int = 1,
         limit: int = 100,
     ) -> EventPage:
-        """A page of what happened in the app, newest first.
+        """A page of the app's events, newest first.
 
         Args:
-            after: only later ones.
-            before: only earlier ones.
-            action: only this one, like "passkey.registered".
-            user: only users with this text in their external id.
+            after: only later events.
+            before: only earlier events.
+            action: only events of this action, like "passkey.registered".
+            user: only events of users with this text in their external id.
             page: from 1.
             limit: 500 at most.
 
@@ -286,9 +283,9 @@ class Management(Connection):
         user: str | None = None,
         limit: int = 100,
     ) -> Iterator[Event]:
-        """Events as `list_events` finds them, newest first, `limit` of them a request.
+        """Events as of `list_events`, newest first, `limit` of them a request.
 
-        What happens meanwhile is left out. To follow all events use `list_events_after`.
+        Events that happen meanwhile are left out. To follow all events use `list_events_after`.
         """
         page, last = 1, set[int]()
         while True:
@@ -305,30 +302,31 @@ class Management(Connection):
             page, last = page + 1, {event.id for event in found.events}
 
     def list_events_after(self, cursor: str = "0", *, limit: int = 100) -> EventBatch:
-        """Events behind a cursor, oldest first; none is skipped, whatever the order of commits.
+        """Events after a cursor, oldest first. None is skipped, whatever the order of commits.
 
         Args:
-            cursor: "0" for all, then each answer's `next_cursor`. While it stays the same there is
-                nothing new yet: ask again later.
+            cursor: "0" for all, then each answer's `next_cursor`. An unchanged cursor means no new
+                event: call again later.
             limit: 500 at most.
 
         Raises:
             InvalidRequest
         """
-        arguments.judge_texts(cursor=cursor)
+        arguments.require_texts(cursor=cursor)
         query = {"cursor": cursor, "limit": arguments.place(1, limit)["limit"]}
         return answers.event_batch(self._answer(Request("GET", "/events", query=query)))
 
     # -- the app
 
     def get_app(self) -> App:
-        """The app that the API key belongs to."""
+        """The app of the API key."""
         return answers.app(self._answer(Request("GET", "/")))
 
     def get_key_set(self) -> dict[str, Any]:
-        """The app's public keys as a JSON Web Key Set, for checking `Receipt.token`.
+        """The app's public keys as a JSON Web Key Set, to verify `Receipt.token`.
 
-        It holds the keys of the app's other tokens too: check `alg`, `iss`, `aud` and `purpose`.
+        The set has the keys of the app's other tokens too: verify `alg`, `iss`, `aud` and
+        `purpose`.
         """
         fields = answers.Fields(self._answer(Request("GET", "/.well-known/jwks.json")))
         return {"keys": fields.objects("keys")}
