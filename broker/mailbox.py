@@ -24,7 +24,7 @@ so that another spelling does not evade it.
 a wrong secret share one refusal. An expired code and a code without attempts each have their own. A
 guess with the right secret that ends a known user's code is an event.
 
-`broker.ephemeral.mailbox` describes at-most-once and storage.
+`broker.ephemeral.mail_codes` describes at-most-once and storage.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 
 from broker.durable import Durable, instant
 from broker.ephemeral import Ephemeral
-from broker.ephemeral.mailbox import PER_MAILBOX, PER_USER, WINDOW, MailCode, MailCodes, Verdict
+from broker.ephemeral.mail_codes import PER_MAILBOX, PER_USER, WINDOW, MailCode, Verdict
 from broker.errors import (
     InvalidRequest,
     MailCodeAttempts,
@@ -110,7 +110,7 @@ class Mailbox:
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
     ) -> None:
-        self._codes = MailCodes(ephemeral)
+        self._codes = ephemeral.mail_codes
         self._durable = durable
         self._metrics = metrics
         self._clock = clock
@@ -168,7 +168,7 @@ class Mailbox:
         """
         found = None
         if ID.match(code_id):
-            found = await self._codes.peek(app.id, code_id, self._clock())
+            found = await self._codes.peek(app.id, code_id)
         if found is None:
             raise UnknownMailCode
         return found
@@ -184,7 +184,7 @@ class Mailbox:
             self._refuse("unknown", UnknownMailCode())
         if not _DIGITS.match(digits):
             self._refuse("wrong", WrongMailCode(reason="mail_code_form"))
-        verdict, code = await self._codes.judge(app.id, code_id, secret, digits, self._clock())
+        verdict, code = await self._codes.judge(app.id, code_id, secret, digits)
         if verdict == "right" and code is not None:
             self._metrics.mail_codes.inc("verified")
             return code

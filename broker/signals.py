@@ -160,7 +160,7 @@ class Signals:
         """
         found = None
         if well_formed(ticket, "ticket"):
-            found = await self._ephemeral.take_ticket(app.id, ticket)
+            found = await self._ephemeral.tickets.take(app.id, ticket)
         if found is None or found["kind"] != kind:
             raise UnknownTicket
         return Instructions(tuple(found["calls"]), tuple(found["missing"]), not found["calls"])
@@ -184,7 +184,7 @@ class Signals:
     ) -> SignalTicket:
         ticket, end = self._mint.token("ticket"), self._clock() + TICKET_LIFE
         value = {"kind": kind, "calls": calls, "missing": missing}
-        await self._ephemeral.put_ticket(app.id, ticket, value, end)
+        await self._ephemeral.tickets.put(app.id, ticket, value, end)
         return SignalTicket(ticket, end, missing, not calls)
 
 

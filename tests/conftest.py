@@ -79,6 +79,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.stem.startswith(_LONGEST))
 
 
+SKEW = 5  # seconds by which the broker's clock alone may be past the end of a one-time value
+
+
 class Clock:
     """The server's time, moved by hand. Starts at the real one, for the stores' own TTLs run in
     real time.

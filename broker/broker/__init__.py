@@ -50,7 +50,7 @@ from broker import ceremony
 from broker.broker.begins import Begins, inlined
 from broker.broker.finishes import Finishes, SignedIn, kind_of, retry_from
 from broker.durable import Durable, instant
-from broker.ephemeral import Ephemeral
+from broker.ephemeral import Ephemeral, Taken
 from broker.errors import InvalidRequest, UnknownNonce
 from broker.model import (
     NO_OPTIONS,
@@ -60,6 +60,7 @@ from broker.model import (
     AuthenticationAnswer,
     CeremonyOptions,
     Credential,
+    FinishKind,
     Mediation,
     Opener,
     PendingAuthentication,
@@ -67,9 +68,11 @@ from broker.model import (
     Proof,
     Purpose,
     Receipt,
+    Redeemable,
     RegistrationAnswer,
     RelyingParty,
     Transaction,
+    base64url,
     finish_kind,
     validate_text,
 )
@@ -178,7 +181,7 @@ class Broker:
     ) -> str:
         transaction_id = self._mint.token("transaction")
         ends = self._clock() + app.policy.transaction_life
-        await self._ephemeral.put_transaction(
+        await self._ephemeral.transactions.put(
             transaction_id, Transaction(app.id, purpose, *user, *names, offered, asked, ends)
         )
         return transaction_id
@@ -192,14 +195,16 @@ class Broker:
         attachment: Attachment | None,
         *,
         opener: Opener,
+        second_factors: bool = True,
     ) -> Begun:
-        """Begin a registration; replaces the transaction's earlier pending ceremony.
+        """Begin a registration; replaces the transaction's earlier pending ceremony. Without
+        `second_factors` a transaction of a second factor is unknown, and left as it is.
 
         Raises:
             UnknownTransaction, TooManyPasskeys, Unavailable.
         """
         handle, transaction, options = await self._begins.begin_registration(
-            app, transaction_id, attachment, opener
+            app, transaction_id, attachment, opener, _kinds("register", second_factors)
         )
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options, second_factor=transaction.asked.second_factor)
@@ -233,8 +238,8 @@ class Broker:
             asked=asked,
         )
         handle = self._mint.token("handle")
-        await self._ephemeral.put_pending(
-            handle, pending, opener=opener, cap=app.policy.discoverable_limit
+        await self._ephemeral.ceremonies.put(
+            "handle", handle, pending, opener=opener, cap=app.policy.discoverable_limit
         )
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return Begun(handle, options)
@@ -278,9 +283,10 @@ class Broker:
             asked=asked,
         )
         if by == "challenge":
-            await self._ephemeral.put_pending_by_challenge(pending, opener=opener, cap=None)
+            challenge = base64url(pending.challenge)
+            await self._ephemeral.ceremonies.put("challenge", challenge, pending, opener=opener)
         else:
-            await self._ephemeral.put_pending_of(external_id, pending, opener=opener)
+            await self._ephemeral.ceremonies.put("user", external_id, pending, opener=opener)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return options
 
@@ -377,10 +383,12 @@ class Broker:
         *,
         opener: Opener,
         asked: CeremonyOptions = NO_OPTIONS,
+        second_factors: bool = True,
     ) -> Begun:
         """Begin an authentication: as the transaction says, or discoverable (`transaction_id`
         None), where `asked` is the page's: it narrows, and what it allows is not listed in the
-        options, for a page without a transaction learns nothing of credentials.
+        options, for a page without a transaction learns nothing of credentials. Without
+        `second_factors` a transaction of a second factor is unknown, and left as it is.
 
         Raises:
             UnknownTransaction, TooManyCeremonies, Unavailable; InvalidRequest: an empty list of
@@ -388,7 +396,7 @@ class Broker:
         """
         if transaction_id is not None:
             handle, transaction, options = await self._begins.begin_authentication(
-                app, transaction_id, opener
+                app, transaction_id, opener, _kinds("authenticate", second_factors)
             )
             kind = "discoverable" if transaction.user_id is None else "authenticate"
             self._metrics.ceremonies.inc(kind, "begin", "ok")
@@ -403,8 +411,8 @@ class Broker:
         if asked.allow is not None:
             pending = pending._replace(allowed=asked.allow)
         handle = self._mint.token("handle")
-        await self._ephemeral.put_pending(
-            handle, pending, opener=opener, cap=app.policy.discoverable_limit
+        await self._ephemeral.ceremonies.put(
+            "handle", handle, pending, opener=opener, cap=app.policy.discoverable_limit
         )
         self._metrics.ceremonies.inc(kind_of(pending), "begin", "ok")
         return Begun(handle, options, asked.mediation, asked.second_factor)
@@ -442,9 +450,11 @@ class Broker:
         )
         if by == "challenge" or external_id is None:
             cap = app.policy.discoverable_limit if keyless else None
-            await self._ephemeral.put_pending_by_challenge(pending, opener=opener, cap=cap)
+            await self._ephemeral.ceremonies.put(
+                "challenge", base64url(pending.challenge), pending, opener=opener, cap=cap
+            )
         else:
-            await self._ephemeral.put_pending_of(external_id, pending, opener=opener)
+            await self._ephemeral.ceremonies.put("user", external_id, pending, opener=opener)
         if approval is not None and user_id is not None:
             # Last, so that a store that fails leaves the identifier unused. Where this refuses, the
             # pending ceremony above expires: its challenge was given to nobody.
@@ -575,14 +585,14 @@ class Broker:
             Unavailable: the nonce may be spent.
         """
         with retry_from("backend"):
-            found = (
-                await self._ephemeral.take_nonce(app.id, nonce)
-                if well_formed(nonce, "nonce")
-                else None
-            )
-            if found is None:
+            if not well_formed(nonce, "nonce"):
                 self._metrics.redemptions.inc("unknown")
                 raise UnknownNonce(reason="nonce_unknown")
+            answer = await self._ephemeral.nonces.take(app.id, nonce)
+            if not isinstance(answer, Taken):
+                self._metrics.redemptions.inc("unknown")
+                raise UnknownNonce(reason="nonce_unknown")
+            found: Redeemable = answer.value
             receipt, now = found.receipt, self._clock()
             life = found.expires_at - receipt.at
             self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
@@ -610,3 +620,8 @@ class Broker:
                 raise UnknownNonce(reason="passkey_revoked")
             self._metrics.redemptions.inc("ok")
             return receipt
+
+
+def _kinds(purpose: Purpose, second_factors: bool) -> tuple[FinishKind, ...]:
+    """The kinds of transaction that may begin."""
+    return (purpose, finish_kind(purpose, second_factor=True)) if second_factors else (purpose,)

@@ -9,12 +9,11 @@ begin leaves an earlier pending ceremony alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from broker import ceremony
 from broker.durable import Durable, instant
-from broker.ephemeral import Ephemeral
+from broker.ephemeral import Ephemeral, Unknown
 from broker.errors import (
     DuplicateApproval,
     NoPasskeys,
@@ -30,16 +29,18 @@ from broker.model import (
     BegunCeremony,
     CeremonyOptions,
     Credential,
+    FinishKind,
     Opener,
     PendingAuthentication,
     PendingRegistration,
-    Purpose,
     RelyingParty,
     Transaction,
+    finish_kind,
     validate_text,
 )
-from broker.tokens import Mint, well_formed
+from broker.tokens import Mint, digest, well_formed
 
+Kinds = tuple[FinishKind, ...]  # of a transaction that the caller's wire has a word for
 _CARRIED = 8
 
 
@@ -128,22 +129,22 @@ class Begins:
         except (UnknownUser, NoPasskeys):
             raise UnknownTransaction(reason="no_passkey_left") from None
 
-    async def peek(
-        self, app: RelyingParty, transaction_id: str, purpose: Purpose
-    ) -> tuple[bytes, Transaction]:
-        _judge_form(transaction_id)
-        found = await self._ephemeral.peek_transaction(app.id, transaction_id)
-        if found is None:
-            raise await self._unknown(app, transaction_id)
-        _judge_purpose(found[1], purpose)
-        return found
-
     async def begin_registration(
-        self, app: RelyingParty, transaction_id: str, attachment: Attachment | None, opener: Opener
+        self,
+        app: RelyingParty,
+        transaction_id: str,
+        attachment: Attachment | None,
+        opener: Opener,
+        kinds: Kinds,
     ) -> tuple[str, Transaction, dict[str, Any]]:
         """Begin the registration of a transaction: the handle, the transaction, the options. What
         may be refused comes before the earlier pending ceremony is replaced."""
-        name, transaction = await self.peek(app, transaction_id, "register")
+        name = _name(app, transaction_id)
+        found = await self._ephemeral.transactions.peek(name)
+        if found is None:
+            raise await self._unknown(name)
+        transaction = found
+        _judge_kind(transaction, kinds)
         assert transaction.user_id is not None, (
             "a registration has a user, also where nobody owns it"
         )
@@ -163,28 +164,24 @@ class Begins:
             app.policy.algorithms,
             attachment=pending.attachment,
         )
-        handle, _, _ = await self._begin(app, transaction_id, opener, "register", beginning)
+        handle, _ = await self._begin(app, name, opener, kinds, beginning)
         return handle, transaction, options
 
     async def begin_authentication(
-        self, app: RelyingParty, transaction_id: str, opener: Opener
+        self, app: RelyingParty, transaction_id: str, opener: Opener, kinds: Kinds
     ) -> tuple[str, Transaction, dict[str, Any]]:
         """Begin the authentication of a transaction: the handle, the transaction, the options. One
         round trip, unless the transaction does not carry who may answer."""
-        now = self._clock()
+        now, name = self._clock(), _name(app, transaction_id)
         beginning = BegunCeremony(
             self._mint.challenge(), now, app.policy.ceremony_life, app.policy.verifications
         )
-        handle, name, transaction = await self._begin(
-            app, transaction_id, opener, "authenticate", beginning
-        )
+        handle, transaction = await self._begin(app, name, opener, kinds, beginning)
         offered: Sequence[Credential] | Sequence[AllowedCredential] = transaction.offered
         if transaction.to_look_up:
             offered = await self.offered_again(app, transaction)
             beginning = beginning._replace(allowed=tuple(c.id for c in offered))
-            handle, name, transaction = await self._begin(
-                app, transaction_id, opener, "authenticate", beginning
-            )
+            handle, transaction = await self._begin(app, name, opener, kinds, beginning)
         pending = beginning.pending(name, transaction)
         return (
             handle,
@@ -201,26 +198,29 @@ class Begins:
     async def _begin(
         self,
         app: RelyingParty,
-        transaction_id: str,
+        name: bytes,
         opener: Opener,
-        purpose: Purpose,
+        kinds: Kinds,
         beginning: BegunCeremony,
-    ) -> tuple[str, bytes, Transaction]:
-        _judge_form(transaction_id)
+    ) -> tuple[str, Transaction]:
+        """The handle and the transaction. The handle finds nothing where the passkeys are to be
+        looked up first."""
         secret = self._mint.token("handle")
-        found = await self._ephemeral.begin(
-            app.id, transaction_id, opener, purpose, secret, beginning
+        found = await self._ephemeral.ceremonies.begin(
+            app.id, name, opener, kinds, secret, beginning
         )
-        if found is None:
-            raise await self._unknown(app, transaction_id)
-        _judge_purpose(found[2], purpose)
-        return found
+        if not isinstance(found, Unknown):
+            return found
+        if found.value is None:
+            raise await self._unknown(name)
+        _judge_kind(found.value, kinds)
+        return secret, found.value
 
-    async def _unknown(self, app: RelyingParty, transaction_id: str) -> UnknownTransaction:
+    async def _unknown(self, name: bytes) -> UnknownTransaction:
         """The refusal of a transaction that is not there; its reason tells whether refused finishes
         ended it.
         """
-        ended = await self._ephemeral.refusals(app.id, transaction_id) >= MAX_REFUSALS
+        ended = await self._ephemeral.transactions.refusals(name) >= MAX_REFUSALS
         return UnknownTransaction(reason="too_many_refusals" if ended else "transaction_unknown")
 
     async def new_registration(
@@ -330,14 +330,18 @@ class Begins:
             raise DuplicateApproval
 
 
-def _judge_form(transaction_id: str) -> None:
+def _name(app: RelyingParty, transaction_id: str) -> bytes:
+    """The digest of a transaction's id."""
     if not well_formed(transaction_id, "transaction"):
         raise UnknownTransaction(reason="transaction_malformed")
+    return digest("transaction", app.id, transaction_id)
 
 
-def _judge_purpose(transaction: Transaction, purpose: Purpose) -> None:
-    if transaction.purpose != purpose:
-        raise UnknownTransaction(reason="transaction_wrong_kind")
+def _judge_kind(transaction: Transaction, kinds: Kinds) -> None:
+    kind = finish_kind(transaction.purpose, second_factor=transaction.asked.second_factor)
+    if kind not in kinds:
+        other = transaction.purpose not in kinds
+        raise UnknownTransaction(reason="transaction_wrong_kind" if other else "second_factor")
 
 
 def inlined(
@@ -355,5 +359,5 @@ def without_lists(asked: CeremonyOptions) -> CeremonyOptions:
     return (
         asked
         if asked.allow is None and asked.exclude is None
-        else replace(asked, allow=None, exclude=None)
+        else asked._replace(allow=None, exclude=None)
     )

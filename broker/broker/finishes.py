@@ -9,13 +9,12 @@ is told as an event, where the store can write it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, NoReturn, TypeVar
 
 from broker import ceremony
 from broker.durable import Durable, instant
-from broker.ephemeral import Ephemeral
+from broker.ephemeral import Answer, Ephemeral, Taken, Unknown
 from broker.errors import (
     CeremonyRefused,
     DiscoverableRefused,
@@ -47,6 +46,7 @@ from broker.model import (
     SignInOutcome,
     VerifiedAuthentication,
     action_of,
+    base64url,
     is_weaker,
     validate_text,
 )
@@ -138,10 +138,10 @@ class Finishes:
         if not well_formed(handle, "handle"):
             raise UnknownTransaction(reason="handle_unknown")
         with retry_from("page"):
-            pending = await self._ephemeral.take_pending(app.id, handle, opener, _PURPOSES[kind])
-            if not isinstance(pending, kind):
-                elsewhere = await self._ephemeral.other_finish_of_handle(app.id, handle)
-                raise UnknownTransaction(reason=_OTHER_FINISH if elsewhere else "handle_unknown")
+            found = await self._ephemeral.ceremonies.take(
+                "handle", app.id, handle, (opener,), _PURPOSES[kind]
+            )
+            pending = _taken(found, kind, UnknownTransaction(reason="handle_unknown"))
         if (
             transaction_id is not None
             and digest("transaction", app.id, transaction_id) != pending.transaction
@@ -155,15 +155,14 @@ class Finishes:
     ) -> P:
         """Take the user's pending ceremony, before any cryptography."""
         validate_text(external_id, "external_id")
-        purpose = _PURPOSES[kind]
-        pending = await self._ephemeral.take_pending_of(app.id, external_id, opener, purpose)
-        if not isinstance(pending, kind):
-            elsewhere = await self._ephemeral.other_finish_of_user(app.id, external_id, purpose)
-            raise UnknownTransaction(
-                "There is no begun ceremony of this user, or it is expired or already used; begin again.",
-                reason=_OTHER_FINISH if elsewhere else "user_has_no_ceremony",
-            )
-        return reapply_policy(app, pending)
+        found = await self._ephemeral.ceremonies.take(
+            "user", app.id, external_id, (opener,), _PURPOSES[kind]
+        )
+        unknown = UnknownTransaction(
+            "There is no begun ceremony of this user, or it is expired or already used; begin again.",
+            reason="user_has_no_ceremony",
+        )
+        return reapply_policy(app, _taken(found, kind, unknown))
 
     async def take_pending_by_challenge(
         self,
@@ -174,14 +173,14 @@ class Finishes:
         expected: type[P],
     ) -> P:
         """Take the pending ceremony with this challenge, before any cryptography."""
-        pending = await self._ephemeral.take_pending_by_challenge(app.id, challenge, openers, kind)
-        if not isinstance(pending, expected):
-            elsewhere = await self._ephemeral.other_finish_of_challenge(app.id, challenge)
-            raise UnknownTransaction(
-                hint="There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
-                reason=_OTHER_FINISH if elsewhere else "challenge_unknown",
-            )
-        return reapply_policy(app, pending)
+        found = await self._ephemeral.ceremonies.take(
+            "challenge", app.id, base64url(challenge), openers, kind
+        )
+        unknown = UnknownTransaction(
+            hint="There is no begun ceremony with this challenge, or it is expired or already used; begin again.",
+            reason="challenge_unknown",
+        )
+        return reapply_policy(app, _taken(found, expected, unknown))
 
     async def registered(
         self,
@@ -324,9 +323,9 @@ class Finishes:
         if pending.transaction is None:
             return True
         try:
-            refusals = await self._ephemeral.count_refusal(pending.transaction)
+            refusals = await self._ephemeral.transactions.count_refusal(pending.transaction)
             if refusals >= MAX_REFUSALS:
-                await self._ephemeral.take_transaction(pending.transaction)
+                await self._ephemeral.transactions.take(pending.transaction)
         except Unavailable:
             return True
         return refusals <= MAX_REFUSALS
@@ -335,7 +334,7 @@ class Finishes:
         """Take the transaction, if there is one, before any durable write: one transaction, one
         success.
         """
-        if name is not None and not await self._ephemeral.take_transaction(name):
+        if name is not None and not await self._ephemeral.transactions.take(name):
             raise UnknownTransaction(reason="transaction_spent")
 
     async def put_nonce(
@@ -350,7 +349,7 @@ class Finishes:
         """
         nonce = self._mint.token("nonce")
         ends = receipt.at + min(life or app.policy.nonce_life, LONGEST_NONCE)
-        await self._ephemeral.put_nonce(app.id, nonce, Redeemable(receipt, transaction, ends))
+        await self._ephemeral.nonces.put(app.id, nonce, Redeemable(receipt, transaction, ends))
         return nonce
 
     async def _nobody_has(self, app: RelyingParty, credential_id: bytes) -> bool:
@@ -485,6 +484,17 @@ class Counted:
         self._metrics.ceremonies.inc(self.kind, "finish", result)
 
 
+def _taken(answer: Answer[Pending], kind: type[P], unknown: UnknownTransaction) -> P:
+    """The pending ceremony that was taken; else `unknown` is raised, with the reason for the
+    operator.
+    """
+    if isinstance(answer, Taken) and isinstance(answer.value, kind):
+        return answer.value
+    if isinstance(answer, Unknown) and answer.reason in ("foreign", "other_kind"):
+        unknown.reason = _OTHER_FINISH
+    raise unknown
+
+
 def kind_of(pending: PendingAuthentication) -> str:
     return "discoverable" if pending.user_id is None else "authenticate"
 
@@ -497,7 +507,7 @@ def reapply_policy(app: RelyingParty, pending: P) -> P:
         if isinstance(pending, PendingRegistration) and pending.external_id is None and by_a_page:
             raise UnknownTransaction(reason="not_open", hint=OWNERLESS_HINT)
         if pending.asked.ownerless:
-            pending = pending._replace(asked=replace(pending.asked, ownerless=False))
+            pending = pending._replace(asked=pending.asked._replace(ownerless=False))
     now = app.policy.verification(pending.asked)
     return (
         pending._replace(user_verification=now)

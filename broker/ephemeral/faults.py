@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from redis import exceptions
 
+from broker.ephemeral.codec import DecodeError
 from broker.telemetry import Log, Metrics
 
 Cause = Literal[
@@ -31,6 +32,7 @@ Cause = Literal[
     "redirect",
     "timeout",
     "connection",
+    "unreadable",
     "other",
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -53,6 +55,7 @@ _BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
     (exceptions.ClusterCrossSlotError, "redirect"),
     (TimeoutError, "timeout"),
     (exceptions.TimeoutError, "timeout"),
+    (DecodeError, "unreadable"),
 )
 _BY_CODE: dict[str, Cause] = {"BUSY": "busy", "MISCONF": "misconf", "NOREPLICAS": "noreplicas"}
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -21,8 +22,11 @@ from redis.exceptions import NoScriptError, RedisError
 
 from broker.ephemeral.cluster import Address, ClusterRouter
 from broker.ephemeral.connection import PROBE, Batch, MultiplexedConnection
+from broker.ephemeral.faults import Faults
+from broker.errors import Unavailable
+from broker.telemetry import Log, Metrics, remaining
 
-__all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "Script", "connect"]
+__all__ = ["DOWN", "ByClient", "Commands", "NoScriptError", "Script", "Transport", "connect"]
 
 # The errors of a server that is down, slow or full, or that refuses.
 DOWN = (RedisError, OSError, TimeoutError)
@@ -58,6 +62,63 @@ class Commands(Protocol):
     async def close(self) -> None:
         """Close every connection."""
         ...
+
+
+class Transport:
+    """Commands and scripts within the running request's limit. A failure is counted, logged and
+    raised as `Unavailable`. `timeout` in seconds limits one wait.
+    """
+
+    def __init__(self, commands: Commands, *, timeout: float, metrics: Metrics, log: Log) -> None:
+        self._commands = commands
+        self._timeout = timeout
+        self._metrics = metrics
+        self._faults = Faults(metrics, log, time.monotonic)
+        self.tell = self._faults.tell
+
+    def ask(self, operation: str, *command: Any) -> Awaitable[Any]:
+        """The reply to one command.
+
+        Raises:
+            Unavailable: the server is down, slow, full, or refuses to write; or its reply was lost.
+        """
+        reply = self._commands.ask(*command, limit=remaining(self._timeout))
+        return self._watched(operation, reply)
+
+    async def run(
+        self, operation: str, script: Script, keys: Sequence[bytes], args: Sequence[Any]
+    ) -> Any:
+        """The reply to a Lua script whose keys share a hash tag: atomic, and one round trip once
+        the server has the script.
+
+        Raises:
+            Unavailable: see `ask`.
+        """
+        try:
+            return await self.ask(operation, "EVALSHA", script.sha1, len(keys), *keys, *args)
+        except NoScriptError:  # nothing was run
+            return await self.ask(operation, "EVAL", script.text, len(keys), *keys, *args)
+
+    async def check(self) -> None:
+        """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: a
+        full server or a replica answers PING and takes nothing."""
+        await self._watched("check", self._commands.check(limit=remaining(self._timeout)))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._commands.close()
+
+    async def _watched(self, operation: str, reply: Awaitable[Any]) -> Any:
+        began = time.perf_counter()
+        try:
+            return await reply
+        except NoScriptError:
+            raise
+        except DOWN as fault:
+            self.tell(operation, fault)
+            raise Unavailable(reason="redis") from fault
+        finally:
+            self._metrics.store_seconds.observe(time.perf_counter() - began, "redis", operation)
 
 
 class ByClient:

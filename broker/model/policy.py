@@ -42,8 +42,7 @@ ALGORITHMS: dict[int, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class CeremonyOptions:
+class CeremonyOptions(NamedTuple):
     """What the caller asks of one ceremony, beyond the app's policy and within it.
 
     `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to

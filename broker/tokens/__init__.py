@@ -2,10 +2,10 @@
 
 Every token is a prefix and 43 characters of base64url: 32 bytes (256 bits) from the operating
 system's generator. The prefix lets a secret scanner recognise a leaked token and a person tell them
-apart; it carries no right. A store sees only `Mint.digest`: SHA-256 over the kind, the app and the
-token. Since the token has 256 bits of chance, a fast hash is enough, and since kind and app are
-hashed in, a token of another kind or of another app is not found at all: it is as unknown as a
-made-up one, without a comparison that could be forgotten.
+apart; it carries no right. A store sees only a token's `digest`: SHA-256 over the kind, the app and
+the token. Since the token has 256 bits of chance, a fast hash is enough. Since kind and app are
+hashed in, a token of another kind or app is as unknown as a made-up one. A nonce's digest lacks the
+app, so that a nonce of another app is told apart from an unknown one.
 """
 
 from __future__ import annotations
@@ -75,9 +75,11 @@ class SystemMint:
         return found[:24].decode("ascii")
 
 
-def digest(kind: OneTime, app_id: str, token: str) -> bytes:
-    """SHA-256 (32 bytes) that stands for a one-time value in a store."""
-    return hashlib.sha256(f"{kind}:{app_id}:{token}".encode()).digest()
+def digest(kind: OneTime, *parts: str) -> bytes:
+    """SHA-256 (32 bytes) that stands for a one-time value in a store. `parts`: the app's id and the
+    token; of a nonce the token alone.
+    """
+    return hashlib.sha256(":".join((kind, *parts)).encode()).digest()
 
 
 def ceremony_digest(

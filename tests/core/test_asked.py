@@ -22,7 +22,7 @@ from broker.errors import (
     UnknownTransaction,
 )
 from broker.model import CeremonyOptions, Policy, Proof, Receipt, RelyingParty, UserVerification
-from tests.conftest import Started
+from tests.conftest import SKEW, Started
 from tests.support.authenticator import Authenticator, unb64
 from tests.support.wire import ORIGIN, RP_ID
 
@@ -201,7 +201,7 @@ async def test_a_life_is_capped_by_the_policy(
     for options in (registration, authentication, begun.options):
         assert given * 1000 - 1 <= options["timeout"] <= given * 1000
     answer = parse_authentication(device.authenticate(authentication, ORIGIN))
-    broker.clock.ahead += given
+    broker.clock.ahead += given + SKEW
     with pytest.raises(UnknownTransaction):
         await verbs.finish_authentication_by(app, answer, openers=("keyed",))
 
@@ -339,7 +339,7 @@ async def test_a_second_factor_follows_its_own_policy(broker: Started, app_with:
     }
     ordinary = await verbs.begin_registration_of(app, "ann", user_name="ann", opener="keyed")
     assert ordinary["authenticatorSelection"]["userVerification"] == "required"
-    asked = replace(SECOND, user_verification="required")
+    asked = SECOND._replace(user_verification="required")
     options = await verbs.begin_registration_of(
         app, "ann", user_name="ann", asked=asked, attachment="cross-platform", opener="keyed"
     )

@@ -14,7 +14,7 @@ import pytest
 
 from broker.model import Policy, base64url
 from broker.tokens import digest
-from tests.conftest import OpenApp, Started, Starter
+from tests.conftest import SKEW, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, Misbehaviour, b64
 from tests.support.byo import Byo
 from tests.support.golden import golden
@@ -313,7 +313,7 @@ async def test_a_ceremony_ends_with_its_life(
     credential = await answered(
         wire, kind, "ann", device if kind == "authenticate" else Authenticator()
     )
-    broker.clock.ahead = 30
+    broker.clock.ahead = 30 + SKEW
     with refused(broker, "transaction_not_found", "user_has_no_ceremony"):
         assert (await finish(wire, kind, "ann", credential)).status == 404
 

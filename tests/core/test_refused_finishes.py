@@ -7,6 +7,7 @@ Faults of form spend nothing and are not counted.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -185,6 +186,8 @@ async def test_refused_finishes_at_once_write_ten_events(
         while (begun := await way.begin(wire, transaction)).status == 200:
             handle, options = _handle(begun)
             await way.finish(wire, handle, _answer(way, options, device, "https://evil.example"))
+            # In step, each begin would replace the ceremony of another before its finish.
+            await asyncio.sleep(random.random() / 20)
 
     await asyncio.gather(*(insist() for _ in range(20)))
     assert len(lines(broker, reason="origin")) >= LIMIT

@@ -134,6 +134,27 @@ async def test_a_ceremony_is_finished_in_the_dialect_that_began_it(
     ).status == 200
 
 
+async def test_a_begin_that_passlock_refuses_leaves_the_begun_ceremony(
+    broker: Started, wire: Wire
+) -> None:
+    """A page that knows the transaction can't end the ceremony that another page has begun."""
+    passlock, key = Passlock(wire), Authenticator()
+    for kind, purpose in (("register", "registration"), ("authenticate", "authentication")):
+        body: dict[str, object] = {"external_id": "ann", "second_factor": True}
+        if kind == "register":
+            body["passkey_display_name"] = "Ann"
+        opened = await wire.keyed("POST", f"/transactions/{kind}", body)
+        transaction = opened.json["transaction_id"]
+        handle, options = await wire.begin(kind, transaction)
+        for other in ("registration", "authentication"):
+            reason = "second_factor" if other == purpose else "transaction_wrong_kind"
+            with refused(broker, "transaction_not_found", reason):
+                await passlock.page(f"/passkey/{other}/options", {f"{other}Token": transaction})
+        made = key.register if kind == "register" else key.authenticate
+        done = await wire.finish(kind, handle, made(options, ORIGIN))
+        assert done.status == 200, (kind, done.body)
+
+
 async def test_a_second_factors_transaction_begins_nothing_at_passlock(
     broker: Started, wire: Wire
 ) -> None:

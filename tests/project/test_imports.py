@@ -59,6 +59,7 @@ HOMES: dict[str, set[str]] = {
     "hiredis": {"ephemeral"},
     "httpx": {"sdk"},
     "jwt": {"tokens"},
+    "msgspec": {"ephemeral"},
     "orjson": {
         "telemetry",
         "ceremony",
@@ -96,6 +97,7 @@ SHORT = {
     "dialects/hanko/__init__.py": "declares the dialect",
     "dialects/passlock/__init__.py": "declares the dialect",
     "dialects/propelauth/__init__.py": "declares the dialect",
+    "ephemeral/codec.py": "msgpack of the model's types",
     "sdk/__init__.py": "Both ends of the broker",
     "sdk/client.py": "Former name",
     "sdk/passkey_broker/_async/__init__.py": "source of the synchronous one",

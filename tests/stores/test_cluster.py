@@ -25,7 +25,7 @@ from redis.crc import key_slot
 from redis.exceptions import ClusterDownError, MovedError, RedisError, ResponseError, TryAgainError
 from redis.exceptions import ConnectionError as Lost
 
-from broker.ephemeral import Ephemeral, connect
+from broker.ephemeral import Ephemeral, Unknown, connect
 from broker.ephemeral.cluster import Address, ClusterRouter, _Answer, _Claim, _parsed
 from broker.ephemeral.transport import DOWN
 from broker.errors import Unavailable
@@ -126,9 +126,12 @@ async def test_a_cold_start_of_the_whole_store(cluster: Cluster) -> None:
     handles = [MINT.token("handle") for _ in range(300)]
     apps = [f"app-{number}" for number in range(300)]
     taken = await asyncio.gather(
-        *(store.take_pending(a, h, "page", "register") for a, h in zip(apps, handles, strict=True))
+        *(
+            store.ceremonies.take("handle", app, handle, ("page",), "register")
+            for app, handle in zip(apps, handles, strict=True)
+        )
     )
-    assert taken == [None] * 300
+    assert taken == [Unknown("unknown")] * 300
     assert metrics.redis_failures.values == {}
     await store.close()
 
@@ -593,9 +596,9 @@ class Calls:
     async def _caller(self) -> None:
         while not self.done:
             ticket = MINT.token("nonce")
-            await self._told(ticket, self.store.put_ticket("app", ticket, 1, time.time() + 60))
+            await self._told(ticket, self.store.tickets.put("app", ticket, 1, time.time() + 60))
             for _ in range(2):
-                if await self._told(ticket, self.store.take_ticket("app", ticket)) is not None:
+                if await self._told(ticket, self.store.tickets.take("app", ticket)) is not None:
                     self.taken[ticket] += 1
             await asyncio.sleep(0.02)  # not to starve the cluster
 
@@ -653,7 +656,7 @@ async def test_a_master_that_fails_is_left(
     assert [calls.failed[1], calls.failed[2]] == [[], []]
     assert [at for at in calls.failed[0] if at > late] == []
     assert set(calls.taken.values()) == {1}
-    router = store._commands
+    router = store._transport._commands
     assert isinstance(router, ClusterRouter)
     await eventually(
         lambda: (

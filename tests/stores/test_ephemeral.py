@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -19,8 +18,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from broker import ephemeral
-from broker.ephemeral import Ephemeral
+from broker.ephemeral import Answer, Ephemeral, Taken, Unknown, one_time, stores
 from broker.ephemeral.transport import ByClient, Commands, Script
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
@@ -38,6 +36,7 @@ from broker.model import (
     Transaction,
     Verifications,
     base64url,
+    finish_kind,
     finish_kind_of,
     purpose_of,
 )
@@ -55,7 +54,7 @@ REAL = ("valkey", "cluster", *(["redis"] if shutil.which("redis-server") else []
 MINT = SystemMint()
 REGISTER: tuple[Opener, Purpose] = ("page", "register")
 SIGN_IN: tuple[Opener, Purpose] = ("page", "authenticate")
-SCRIPTS = [script for script in vars(ephemeral).values() if isinstance(script, Script)]
+SCRIPTS = [s for s in (vars(one_time) | vars(stores)).values() if isinstance(s, Script)]
 
 
 @dataclass(slots=True)
@@ -286,10 +285,106 @@ def redeemable(place: Place, **changes: Any) -> Redeemable:
     return Redeemable(receipt, b"\0" * 32, now + 60)._replace(**changes)
 
 
+# -- the stores, by what a token finds -------------------------------------------------------------
+
+
+def value_of(answer: Answer[Any]) -> Any:
+    """What was taken, or None."""
+    return answer.value if isinstance(answer, Taken) else None
+
+
+def put_transaction(store: Ephemeral, token: str, made: Transaction) -> Awaitable[None]:
+    return store.transactions.put(token, made)
+
+
+async def peek_transaction(
+    store: Ephemeral, app_id: str, token: str
+) -> tuple[bytes, Transaction] | None:
+    name = digest("transaction", app_id, token)
+    found = await store.transactions.peek(name)
+    return (name, found) if found else None
+
+
+def take_transaction(store: Ephemeral, name: bytes) -> Awaitable[bool]:
+    return store.transactions.take(name)
+
+
+async def begin(
+    store: Ephemeral,
+    app_id: str,
+    token: str,
+    opener: Opener,
+    purpose: Purpose,
+    secret: str,
+    made: BegunCeremony,
+) -> tuple[str, bytes, Transaction] | None:
+    """Handle (one that finds nothing, where nothing was put), name and transaction."""
+    name = digest("transaction", app_id, token)
+    kinds = (purpose, finish_kind(purpose, second_factor=True))
+    found = await store.ceremonies.begin(app_id, name, opener, kinds, secret, made)
+    if isinstance(found, Unknown):
+        return (secret + base64url(name), name, found.value) if found.value else None
+    return found[0], name, found[1]
+
+
+def put_pending(
+    store: Ephemeral, handle: str, pending: Pending, *, opener: Opener, cap: int
+) -> Awaitable[None]:
+    return store.ceremonies.put("handle", handle, pending, opener=opener, cap=cap)
+
+
+def put_pending_of(
+    store: Ephemeral, external_id: str, pending: Pending, *, opener: Opener
+) -> Awaitable[None]:
+    return store.ceremonies.put("user", external_id, pending, opener=opener)
+
+
+def put_pending_by_challenge(
+    store: Ephemeral, pending: Pending, *, opener: Opener, cap: int | None
+) -> Awaitable[None]:
+    challenge = base64url(pending.challenge)
+    return store.ceremonies.put("challenge", challenge, pending, opener=opener, cap=cap)
+
+
+async def take_pending(
+    store: Ephemeral, app_id: str, handle: str, opener: Opener, purpose: Purpose
+) -> Pending | None:
+    made = value_of(await store.ceremonies.take("handle", app_id, handle, (opener,), purpose))
+    assert made is None or isinstance(made, Pending)
+    return made
+
+
+async def take_pending_of(
+    store: Ephemeral, app_id: str, external_id: str, opener: Opener, purpose: Purpose
+) -> Pending | None:
+    made = value_of(await store.ceremonies.take("user", app_id, external_id, (opener,), purpose))
+    assert made is None or isinstance(made, Pending)
+    return made
+
+
+async def take_pending_by_challenge(
+    store: Ephemeral, app_id: str, challenge: bytes, openers: tuple[Opener, ...], kind: FinishKind
+) -> Pending | None:
+    token = base64url(challenge)
+    made = value_of(await store.ceremonies.take("challenge", app_id, token, openers, kind))
+    assert made is None or isinstance(made, Pending)
+    return made
+
+
+def put_nonce(store: Ephemeral, app_id: str, nonce: str, made: Redeemable) -> Awaitable[None]:
+    return store.nonces.put(app_id, nonce, made)
+
+
+async def take_nonce(store: Ephemeral, app_id: str, nonce: str) -> Redeemable | None:
+    made = value_of(await store.nonces.take(app_id, nonce))
+    assert made is None or isinstance(made, Redeemable)
+    return made
+
+
 async def open_one(store: Ephemeral, place: Place, **changes: Any) -> tuple[str, bytes]:
     """A transaction's id and the digest of it."""
     made = MINT.token("transaction")
-    await store.put_transaction(made, transaction(place, **changes))
+    await put_transaction(store, made, transaction(place, **changes))
     return made, digest("transaction", APP, made)
 
 
@@ -308,8 +403,14 @@ async def begin_one(
     store: Ephemeral, place: Place, token: str, secret: str = "", **changes: Any
 ) -> str:
     """The handle of a registration begun with a transaction."""
-    begun = await store.begin(
-        APP, token, "page", "register", secret or MINT.token("handle"), beginning(place, **changes)
+    begun = await begin(
+        store,
+        APP,
+        token,
+        "page",
+        "register",
+        secret or MINT.token("handle"),
+        beginning(place, **changes),
     )
     assert begun is not None
     return begun[0]
@@ -318,7 +419,7 @@ async def begin_one(
 async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: Any) -> str:
     """The handle of a ceremony without a transaction."""
     handle = MINT.token("handle")
-    await store.put_pending(handle, authentication(place, None, **changes), opener="page", cap=cap)
+    await put_pending(store, handle, authentication(place, None, **changes), opener="page", cap=cap)
     return handle
 
 
@@ -340,13 +441,13 @@ async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[st
             aaguid="ea9b8d66-4d01-1d21-3ce4-b6b48cb575d4"
         )
         put = put._replace(offered=(offered(put.user_id, b"\0" * 32), known))
-    await store.put_transaction(token, put)
+    await put_transaction(store, token, put)
     name = digest("transaction", APP, token)
-    assert await store.peek_transaction(APP, token) == (name, put)
-    assert await store.peek_transaction(APP, token) == (name, put), "peek leaves it where it is"
-    assert await store.take_transaction(name)
-    assert not await store.take_transaction(name)
-    assert await store.peek_transaction(APP, token) is None
+    assert await peek_transaction(store, APP, token) == (name, put)
+    assert await peek_transaction(store, APP, token) == (name, put), "peek leaves it where it is"
+    assert await take_transaction(store, name)
+    assert not await take_transaction(store, name)
+    assert await peek_transaction(store, APP, token) is None
 
 
 @pytest.mark.parametrize("purpose", ["register", "authenticate"])
@@ -364,16 +465,16 @@ async def test_a_begun_ceremony_comes_back_with_its_transaction(
             else ()
         )
         put = put._replace(user_handle="", user_name="", user_display_name="", offered=held)
-    await store.put_transaction(token, put)
+    await put_transaction(store, token, put)
     made = beginning(place, allowed=allowed, challenge=b"\xff" * 31 + b"+")
-    begun = await store.begin(APP, token, "page", purpose, MINT.token("handle"), made)
+    begun = await begin(store, APP, token, "page", purpose, MINT.token("handle"), made)
     assert begun is not None
     handle, name, found = begun
     assert (name, found) == (digest("transaction", APP, token), put)
-    taken = await store.take_pending(APP, handle, "page", purpose)
+    taken = await take_pending(store, APP, handle, "page", purpose)
     assert taken == made.pending(name, put)
-    assert await store.take_pending(APP, handle, "page", purpose) is None
-    assert await store.peek_transaction(APP, token) == (name, put), "the transaction stays"
+    assert await take_pending(store, APP, handle, "page", purpose) is None
+    assert await peek_transaction(store, APP, token) == (name, put), "the transaction stays"
 
 
 def test_a_begun_ceremony_is_what_transaction_and_policy_make_of_it(place: Place) -> None:
@@ -403,13 +504,13 @@ async def test_a_begin_leaves_a_transaction_of_another_purpose_as_it_was(place: 
     store = place.store()
     token, _ = await open_one(store, place)
     handle = await begin_one(store, place, token)
-    found = await store.begin(
-        APP, token, "page", "authenticate", MINT.token("handle"), beginning(place)
+    found = await begin(
+        store, APP, token, "page", "authenticate", MINT.token("handle"), beginning(place)
     )
     assert found is not None
     assert found[2].purpose == "register", "the caller sees which it is"
-    assert await store.take_pending(APP, found[0], *SIGN_IN) is None
-    assert await store.take_pending(APP, handle, *REGISTER) is not None
+    assert await take_pending(store, APP, found[0], *SIGN_IN) is None
+    assert await take_pending(store, APP, handle, *REGISTER) is not None
 
 
 async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> None:
@@ -417,29 +518,29 @@ async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> N
     store = place.store()
     token, _ = await open_one(store, place, purpose="authenticate", user_id=None, external_id=None)
     known = beginning(place, allowed=("x" * 24,))
-    first = await store.begin(APP, token, "page", "authenticate", MINT.token("handle"), known)
+    first = await begin(store, APP, token, "page", "authenticate", MINT.token("handle"), known)
     assert first is not None
-    second = await store.begin(
-        APP, token, "page", "authenticate", MINT.token("handle"), beginning(place)
+    second = await begin(
+        store, APP, token, "page", "authenticate", MINT.token("handle"), beginning(place)
     )
     assert second is not None
     assert second[2].to_look_up
-    assert await store.take_pending(APP, second[0], *SIGN_IN) is None
-    assert await store.take_pending(APP, first[0], *SIGN_IN) is not None
+    assert await take_pending(store, APP, second[0], *SIGN_IN) is None
+    assert await take_pending(store, APP, first[0], *SIGN_IN) is not None
 
 
 async def test_nothing_begins_without_its_transaction(place: Place) -> None:
     store = place.store()
     token, name = await open_one(store, place)
     assert (
-        await store.begin(OTHER, token, "page", "register", MINT.token("handle"), beginning(place))
+        await begin(store, OTHER, token, "page", "register", MINT.token("handle"), beginning(place))
         is None
     )
     handle = await begin_one(store, place, token)
-    assert await store.take_transaction(name)
-    assert await store.take_pending(APP, handle, *REGISTER) is None
+    assert await take_transaction(store, name)
+    assert await take_pending(store, APP, handle, *REGISTER) is None
     assert (
-        await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place))
+        await begin(store, APP, token, "page", "register", MINT.token("handle"), beginning(place))
         is None
     )
 
@@ -460,9 +561,9 @@ PENDING: dict[str, Callable[[Place], Pending]] = {
 @pytest.mark.parametrize("kind", PENDING)
 async def test_a_pending_ceremony_comes_back_as_it_was(place: Place, kind: str) -> None:
     store, put, handle = place.store(), PENDING[kind](place), MINT.token("handle")
-    await store.put_pending(handle, put, opener="page", cap=10)
-    assert await store.take_pending(APP, handle, "page", purpose_of(put)) == put
-    assert await store.take_pending(APP, handle, "page", purpose_of(put)) is None
+    await put_pending(store, handle, put, opener="page", cap=10)
+    assert await take_pending(store, APP, handle, "page", purpose_of(put)) == put
+    assert await take_pending(store, APP, handle, "page", purpose_of(put)) is None
 
 
 @pytest.mark.parametrize("cap", [None, 10])
@@ -475,16 +576,16 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
     """
     store, put = place.store(), NAMED[kind](place)
     wanted: tuple[tuple[Opener, ...], FinishKind] = (("keyed", "hanko"), finish_kind_of(put))
-    await store.put_pending_by_challenge(put, opener="hanko", cap=cap)
+    await put_pending_by_challenge(store, put, opener="hanko", cap=cap)
     with place.client() as client:
         (key,) = client.keys("p:*")
         stored = key + client.get(key)
     assert put.challenge not in stored
     assert base64url(put.challenge).encode() not in stored
-    assert await store.take_pending_by_challenge(OTHER, put.challenge, *wanted) is None
-    assert await store.take_pending_by_challenge(APP, put.challenge[:-1] + b"?", *wanted) is None
-    assert await store.take_pending_by_challenge(APP, put.challenge, *wanted) == put
-    assert await store.take_pending_by_challenge(APP, put.challenge, *wanted) is None
+    assert await take_pending_by_challenge(store, OTHER, put.challenge, *wanted) is None
+    assert await take_pending_by_challenge(store, APP, put.challenge[:-1] + b"?", *wanted) is None
+    assert await take_pending_by_challenge(store, APP, put.challenge, *wanted) == put
+    assert await take_pending_by_challenge(store, APP, put.challenge, *wanted) is None
 
 
 NAMED: dict[str, Callable[[Place], Pending]] = {
@@ -500,13 +601,13 @@ async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(
     place: Place, kind: str
 ) -> None:
     store, put = place.store(), NAMED[kind](place)
-    await store.put_pending_of(STRANGE, put, opener="keyed")
-    assert await store.take_pending_of(OTHER, STRANGE, "keyed", purpose_of(put)) is None, (
+    await put_pending_of(store, STRANGE, put, opener="keyed")
+    assert await take_pending_of(store, OTHER, STRANGE, "keyed", purpose_of(put)) is None, (
         "another app's names are others"
     )
-    assert await store.take_pending_of(APP, STRANGE + "!", "keyed", purpose_of(put)) is None
-    assert await store.take_pending_of(APP, STRANGE, "keyed", purpose_of(put)) == put
-    assert await store.take_pending_of(APP, STRANGE, "keyed", purpose_of(put)) is None
+    assert await take_pending_of(store, APP, STRANGE + "!", "keyed", purpose_of(put)) is None
+    assert await take_pending_of(store, APP, STRANGE, "keyed", purpose_of(put)) == put
+    assert await take_pending_of(store, APP, STRANGE, "keyed", purpose_of(put)) is None
     with place.client() as client:
         assert client.keys() == []
 
@@ -514,25 +615,25 @@ async def test_a_pending_ceremony_under_a_name_comes_back_as_it_was(
 @pytest.mark.parametrize("kind", NAMED)
 async def test_a_put_under_a_name_replaces_what_was_there(place: Place, kind: str) -> None:
     store, put = place.store(), NAMED[kind](place)
-    await store.put_pending_of("ann", put, opener="keyed")
+    await put_pending_of(store, "ann", put, opener="keyed")
     second = put._replace(challenge=b"2" * 32)
-    await store.put_pending_of("ann", second, opener="keyed")
+    await put_pending_of(store, "ann", second, opener="keyed")
     with place.client() as client:
         (key,) = client.keys()
         assert b"ann" not in key
         assert 0 < client.pttl(key) <= 300_000
-    assert await store.take_pending_of(APP, "ann", "keyed", purpose_of(put)) == second
-    assert await store.take_pending_of(APP, "ann", "keyed", purpose_of(put)) is None
+    assert await take_pending_of(store, APP, "ann", "keyed", purpose_of(put)) == second
+    assert await take_pending_of(store, APP, "ann", "keyed", purpose_of(put)) is None
 
 
 @pytest.mark.parametrize("kind", NAMED)
 async def test_of_many_takers_of_a_name_one_gets_it(place: Place, kind: str) -> None:
     put = NAMED[kind](place)
-    await place.store().put_pending_of("ann", put, opener="keyed")
+    await put_pending_of(place.store(), "ann", put, opener="keyed")
     assert (
         len(
             await _parallel(
-                place, lambda store: store.take_pending_of(APP, "ann", "keyed", purpose_of(put))
+                place, lambda store: take_pending_of(store, APP, "ann", "keyed", purpose_of(put))
             )
         )
         == 1
@@ -544,17 +645,17 @@ async def test_a_handle_made_up_from_a_name_takes_nothing(place: Place) -> None:
     not for pages.
     """
     store, put = place.store(), NAMED["authentication"](place)
-    await store.put_pending_of("ann", put, opener="keyed")
+    await put_pending_of(store, "ann", put, opener="keyed")
     name = ceremony_digest("user", APP, "keyed", "authenticate", "ann")
-    assert await store.take_pending(APP, MINT.token("handle") + base64url(name), *SIGN_IN) is None
-    assert await store.take_pending_of(APP, "ann", "keyed", "authenticate") == put
+    assert await take_pending(store, APP, MINT.token("handle") + base64url(name), *SIGN_IN) is None
+    assert await take_pending_of(store, APP, "ann", "keyed", "authenticate") == put
 
 
 async def test_a_ceremony_under_a_name_ends_by_the_brokers_clock(place: Place) -> None:
     store, put = place.store(), NAMED["registration"](place)
-    await store.put_pending_of("ann", put, opener="keyed")
-    place.clock.ahead = 300
-    assert await store.take_pending_of(APP, "ann", "keyed", purpose_of(put)) is None
+    await put_pending_of(store, "ann", put, opener="keyed")
+    place.clock.ahead = 300 + 5
+    assert await take_pending_of(store, APP, "ann", "keyed", purpose_of(put)) is None
 
 
 @pytest.mark.parametrize("bound", [b"\0" * 32, None])
@@ -563,32 +664,31 @@ async def test_what_a_nonce_stands_for_comes_back_as_it_was(
 ) -> None:
     store, nonce, put = place.store(), MINT.token("nonce"), redeemable(place, transaction=bound)
     named = put._replace(receipt=put.receipt._replace(authenticator_name_claimed="Ключ"))
-    await store.put_nonce(APP, nonce, named)
-    assert await store.take_nonce(APP, nonce) == named
-    assert await store.take_nonce(APP, nonce) is None
+    await put_nonce(store, APP, nonce, named)
+    assert await take_nonce(store, APP, nonce) == named
+    assert await take_nonce(store, APP, nonce) is None
 
 
 async def test_a_record_of_newer_code_is_as_unknown(place: Place) -> None:
     store = place.store()
     token, _ = await open_one(store, place)
     nonce = MINT.token("nonce")
-    await store.put_nonce(APP, nonce, redeemable(place))
+    await put_nonce(store, APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token)
     free = await put_open(store, place)
     with place.client() as client:
-        for key in client.keys("[tnp]:*"):
-            stored = client.get(key)
-            newer = re.sub(rb'(\["[a-z]+)\d"', rb'\g<1>9"', stored)
-            assert newer != stored
-            client.set(key, newer, px=5000)
-    assert await store.peek_transaction(APP, token) is None
+        keys = [key for key in client.keys("*") if not key.startswith(b"d:")]
+        assert len(keys) == 4
+        for key in keys:
+            client.set(key, b"\x7f" + client.get(key)[1:], px=800_000)
+    assert await peek_transaction(store, APP, token) is None
     assert (
-        await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place))
+        await begin(store, APP, token, "page", "register", MINT.token("handle"), beginning(place))
         is None
     )
-    assert await store.take_nonce(APP, nonce) is None
-    assert await store.take_pending(APP, bound, *REGISTER) is None
-    assert await store.take_pending(APP, free, *SIGN_IN) is None
+    assert await take_nonce(store, APP, nonce) is None
+    assert await take_pending(store, APP, bound, *REGISTER) is None
+    assert await take_pending(store, APP, free, *SIGN_IN) is None
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -599,20 +699,20 @@ async def test_nothing_is_returned_past_its_end(place: Place) -> None:
     store = place.store()
     token, _ = await open_one(store, place)
     nonce = MINT.token("nonce")
-    await store.put_nonce(APP, nonce, redeemable(place))
+    await put_nonce(store, APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token)
     free = await put_open(store, place)
-    place.clock.ahead = 601
+    place.clock.ahead = 600 + 5
     with place.client() as client:
-        assert len(client.keys("[tnp]:*")) == 3
-    assert await store.peek_transaction(APP, token) is None
+        assert len(client.keys()) == 5
+    assert await peek_transaction(store, APP, token) is None
     assert (
-        await store.begin(APP, token, "page", "register", MINT.token("handle"), beginning(place))
+        await begin(store, APP, token, "page", "register", MINT.token("handle"), beginning(place))
         is None
     )
-    assert await store.take_nonce(APP, nonce) is None
-    assert await store.take_pending(APP, bound, *REGISTER) is None
-    assert await store.take_pending(APP, free, *SIGN_IN) is None
+    assert await take_nonce(store, APP, nonce) is None
+    assert await take_pending(store, APP, bound, *REGISTER) is None
+    assert await take_pending(store, APP, free, *SIGN_IN) is None
 
 
 async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> None:
@@ -622,19 +722,19 @@ async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> Non
     store = place.store()
     token, _ = await open_one(store, place)
     nonce, secrets = MINT.token("nonce"), [MINT.token("handle") for _ in range(2)]
-    await store.put_nonce(APP, nonce, redeemable(place))
+    await put_nonce(store, APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token, secrets[0])
-    await store.put_pending(secrets[1], authentication(place, None), opener="page", cap=9)
-    ends = {b"t": 600, b"p": 300, b"n": 60, b"d": 300}
+    await put_pending(store, secrets[1], authentication(place, None), opener="page", cap=9)
+    ends = {b":t": 600, b":c": 300, b"p:": 300, b"n:": 660, b"d:": 300}
     secret = [value.partition("_")[2].encode() for value in (token, nonce, *secrets)]
     assert bound.startswith(secrets[0])
     with place.client() as client:
         keys = client.keys("*")
-        assert sorted(key[:1] for key in keys) == [b"d", b"n", b"p", b"t"]
+        assert len(keys) == len(ends)
         for key in keys:
-            left = client.pttl(key) / 1000
-            assert 0 < left <= ends[key[:1]], key
-            assert left > ends[key[:1]] - 30, key
+            left, end = client.pttl(key) / 1000, ends[key[-2:] if key[:1] == b"{" else key[:2]]
+            assert 0 < left <= end, key
+            assert left > end - 30, key
             value = b"".join(client.zrange(key, 0, -1)) if key[:1] == b"d" else client.get(key)
             dumped = client.dump(key) if place.server else b""
             for hidden in secret:
@@ -649,8 +749,8 @@ async def test_a_begin_replaces_the_transactions_earlier_one(place: Place) -> No
     token, _ = await open_one(store, place)
     first = await begin_one(store, place, token)
     second = await begin_one(store, place, token, challenge=b"2" * 32)
-    assert await store.take_pending(APP, first, *REGISTER) is None
-    taken = await store.take_pending(APP, second, *REGISTER)
+    assert await take_pending(store, APP, first, *REGISTER) is None
+    taken = await take_pending(store, APP, second, *REGISTER)
     assert taken is not None
     assert taken.challenge == b"2" * 32
 
@@ -659,32 +759,32 @@ async def test_another_apps_values_are_unknown_and_stay(place: Place) -> None:
     store = place.store()
     token, name = await open_one(store, place)
     nonce = MINT.token("nonce")
-    await store.put_nonce(APP, nonce, redeemable(place))
+    await put_nonce(store, APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token)
     free = await put_open(store, place)
-    assert await store.peek_transaction(OTHER, token) is None
-    assert not await store.take_transaction(digest("transaction", OTHER, token))
-    assert await store.take_nonce(OTHER, nonce) is None
-    assert await store.take_pending(OTHER, bound, *REGISTER) is None
-    assert await store.take_pending(OTHER, free, *SIGN_IN) is None
+    assert await peek_transaction(store, OTHER, token) is None
+    assert not await take_transaction(store, digest("transaction", OTHER, token))
+    assert await take_nonce(store, OTHER, nonce) is None
+    assert await take_pending(store, OTHER, bound, *REGISTER) is None
+    assert await take_pending(store, OTHER, free, *SIGN_IN) is None
 
-    assert await store.take_pending(APP, free, *SIGN_IN) is not None
-    assert await store.take_pending(APP, bound, *REGISTER) is not None
-    assert await store.take_nonce(APP, nonce) is not None
-    assert await store.take_transaction(name)
+    assert await take_pending(store, APP, free, *SIGN_IN) is not None
+    assert await take_pending(store, APP, bound, *REGISTER) is not None
+    assert await take_nonce(store, APP, nonce) is not None
+    assert await take_transaction(store, name)
 
 
 async def test_a_value_of_another_kind_is_unknown_and_stays(place: Place) -> None:
     store = place.store()
     token, _ = await open_one(store, place)
     nonce = MINT.token("nonce")
-    await store.put_nonce(APP, nonce, redeemable(place))
-    assert await store.take_nonce(APP, token) is None
-    assert await store.take_pending(APP, token, *REGISTER) is None
-    assert await store.peek_transaction(APP, nonce) is None
-    assert await store.take_pending(APP, nonce, *REGISTER) is None
-    assert await store.take_nonce(APP, nonce) is not None
-    assert await store.peek_transaction(APP, token) is not None
+    await put_nonce(store, APP, nonce, redeemable(place))
+    assert await take_nonce(store, APP, token) is None
+    assert await take_pending(store, APP, token, *REGISTER) is None
+    assert await peek_transaction(store, APP, nonce) is None
+    assert await take_pending(store, APP, nonce, *REGISTER) is None
+    assert await take_nonce(store, APP, nonce) is not None
+    assert await peek_transaction(store, APP, token) is not None
 
 
 @pytest.mark.parametrize("end", [43, 44, 0])
@@ -696,8 +796,8 @@ async def test_a_forged_handle_spends_nothing(place: Place, end: int) -> None:
     token, name = await open_one(store, place)
     handle = await begin_one(store, place, token)
     forged = MINT.token("handle") + base64url(name)[:end]
-    assert await store.take_pending(APP, forged, *REGISTER) is None
-    assert await store.take_pending(APP, handle, *REGISTER) is not None
+    assert await take_pending(store, APP, forged, *REGISTER) is None
+    assert await take_pending(store, APP, handle, *REGISTER) is not None
 
 
 # -- at most once ----------------------------------------------------------------------------------
@@ -713,16 +813,16 @@ async def _parallel(place: Place, take: Callable[[Ephemeral], Awaitable[object]]
 
 async def test_one_of_many_takes_a_transaction(place: Place) -> None:
     _, name = await open_one(place.store(), place)
-    assert len(await _parallel(place, lambda store: store.take_transaction(name))) == 1
+    assert len(await _parallel(place, lambda store: take_transaction(store, name))) == 1
 
 
 @pytest.mark.parametrize("kind", PENDING)
 async def test_one_of_many_takes_a_pending_ceremony(place: Place, kind: str) -> None:
     handle = MINT.token("handle")
     put = PENDING[kind](place)
-    await place.store().put_pending(handle, put, opener="page", cap=5)
+    await put_pending(place.store(), handle, put, opener="page", cap=5)
     taken = await _parallel(
-        place, lambda store: store.take_pending(APP, handle, "page", purpose_of(put))
+        place, lambda store: take_pending(store, APP, handle, "page", purpose_of(put))
     )
     assert len(taken) == 1
 
@@ -731,9 +831,9 @@ async def test_one_of_many_takes_a_begun_ceremony(place: Place) -> None:
     token, name = await open_one(place.store(), place)
     handle = await begin_one(place.store(), place, token)
     assert (
-        len(await _parallel(place, lambda store: store.take_pending(APP, handle, *REGISTER))) == 1
+        len(await _parallel(place, lambda store: take_pending(store, APP, handle, *REGISTER))) == 1
     )
-    assert await place.store().take_transaction(name), "the transaction stays"
+    assert await take_transaction(place.store(), name), "the transaction stays"
 
 
 async def test_of_a_begin_and_a_take_at_once_one_wins(place: Place) -> None:
@@ -745,27 +845,27 @@ async def test_of_a_begin_and_a_take_at_once_one_wins(place: Place) -> None:
         token, _ = await open_one(instances[0], place)
         old = await begin_one(instances[0], place, token)
         taken, new = await asyncio.gather(
-            instances[0].take_pending(APP, old, *REGISTER),
+            take_pending(instances[0], APP, old, *REGISTER),
             begin_one(instances[1], place, token, challenge=b"2" * 32),
         )
         assert taken is None or taken.challenge == bytes(range(32))
-        following = await instances[0].take_pending(APP, new, *REGISTER)
+        following = await take_pending(instances[0], APP, new, *REGISTER)
         assert following is not None
         assert following.challenge == b"2" * 32
 
 
 async def test_one_of_many_takes_a_nonce(place: Place) -> None:
     nonce = MINT.token("nonce")
-    await place.store().put_nonce(APP, nonce, redeemable(place))
-    assert len(await _parallel(place, lambda store: store.take_nonce(APP, nonce))) == 1
+    await put_nonce(place.store(), APP, nonce, redeemable(place))
+    assert len(await _parallel(place, lambda store: take_nonce(store, APP, nonce))) == 1
 
 
 async def test_many_callers_wait_for_few_connections(real: Place) -> None:
     """A burst is slower than its parts, and no part of it fails."""
     store = real.store(timeout=10)
     nonces = [MINT.token("nonce") for _ in range(200)]
-    await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
-    assert None not in await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in nonces))
+    await asyncio.gather(*(put_nonce(store, APP, nonce, redeemable(real)) for nonce in nonces))
+    assert None not in await asyncio.gather(*(take_nonce(store, APP, nonce) for nonce in nonces))
 
 
 # -- the cap ---------------------------------------------------------------------------------------
@@ -784,7 +884,7 @@ async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
     token, _ = await open_one(store, place)
     assert await begin_one(store, place, token), "not counted with a transaction"
 
-    assert await store.take_pending(APP, handles[1], *SIGN_IN)
+    assert await take_pending(store, APP, handles[1], *SIGN_IN)
     assert await put_open(store, place, cap=3), "a take frees one"
     with pytest.raises(TooManyCeremonies):
         await put_open(store, place, cap=3)
@@ -830,10 +930,8 @@ async def test_counting_takes_no_round_trip_of_its_own(proxy: RedisProxy, real: 
     proxy.commands.clear()
     handle = await put_open(store, real)
     assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
-    await store.take_pending(APP, handle, *SIGN_IN)
-    proxy.commands.clear()
-    await store.take_pending(APP, handle, *SIGN_IN)
-    assert [words[0] for words in proxy.commands] == [b"EVALSHA"]
+    await take_pending(store, APP, handle, *SIGN_IN)
+    assert [words[0] for words in proxy.commands] == [b"EVALSHA"] * 2
 
 
 # -- what a network can lose -----------------------------------------------------------------------
@@ -859,59 +957,66 @@ class Step:
     gone: Callable[[Ephemeral], Awaitable[object]] | None = None
 
 
+def load_scripts(place: Place) -> None:
+    """Every master has them: no reply is NOSCRIPT after that."""
+    with place.client() as client:
+        for script in SCRIPTS:
+            client.script_load(script.text)
+
+
 async def _steps(place: Place, store: Ephemeral) -> list[Step]:
     token, name = await open_one(store, place)
     nonce = MINT.token("nonce")
-    await store.put_nonce(APP, nonce, redeemable(place))
+    await put_nonce(store, APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token)
     free = await put_open(store, place)
-    await store.put_pending_of("ann", NAMED["registration"](place), opener="keyed")
+    await put_pending_of(store, "ann", NAMED["registration"](place), opener="keyed")
     other, _ = await open_one(store, place)
     return [
         Step(
             b"SET",
             "put_pending",
-            lambda s: s.put_pending_of("bob", NAMED["registration"](place), opener="keyed"),
+            lambda s: put_pending_of(s, "bob", NAMED["registration"](place), opener="keyed"),
         ),
         Step(
-            b"GETDEL",
+            b"EVALSHA",
             "take_pending",
-            lambda s: s.take_pending_of(APP, "ann", "keyed", "register"),
-            lambda s: s.take_pending_of(APP, "ann", "keyed", "register"),
+            lambda s: take_pending_of(s, APP, "ann", "keyed", "register"),
+            lambda s: take_pending_of(s, APP, "ann", "keyed", "register"),
         ),
         Step(b"EVALSHA", "put_pending", lambda s: put_open(s, place)),
         Step(b"EVALSHA", "begin", lambda s: begin_one(s, place, other)),
         Step(
-            b"SET", "put_nonce", lambda s: s.put_nonce(APP, MINT.token("nonce"), redeemable(place))
+            b"SET", "put_nonce", lambda s: put_nonce(s, APP, MINT.token("nonce"), redeemable(place))
         ),
         Step(
             b"SET",
             "put_transaction",
-            lambda s: s.put_transaction(MINT.token("transaction"), transaction(place)),
+            lambda s: put_transaction(s, MINT.token("transaction"), transaction(place)),
         ),
         Step(
             b"EVALSHA",
             "take_pending",
-            lambda s: s.take_pending(APP, bound, *REGISTER),
-            lambda s: s.take_pending(APP, bound, *REGISTER),
+            lambda s: take_pending(s, APP, bound, *REGISTER),
+            lambda s: take_pending(s, APP, bound, *REGISTER),
         ),
         Step(
             b"EVALSHA",
             "take_pending",
-            lambda s: s.take_pending(APP, free, *SIGN_IN),
-            lambda s: s.take_pending(APP, free, *SIGN_IN),
+            lambda s: take_pending(s, APP, free, *SIGN_IN),
+            lambda s: take_pending(s, APP, free, *SIGN_IN),
         ),
         Step(
-            b"GETDEL",
+            b"EVALSHA",
             "take_nonce",
-            lambda s: s.take_nonce(APP, nonce),
-            lambda s: s.take_nonce(APP, nonce),
+            lambda s: take_nonce(s, APP, nonce),
+            lambda s: take_nonce(s, APP, nonce),
         ),
         Step(
-            b"DEL",
+            b"EVALSHA",
             "take_transaction",
-            lambda s: s.take_transaction(name),
-            lambda s: s.take_transaction(name),
+            lambda s: take_transaction(s, name),
+            lambda s: take_transaction(s, name),
         ),
     ]
 
@@ -921,9 +1026,7 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
 ) -> None:
     # After each loss the topology of a cluster is read again, by way of six proxies in this loop.
     store = real.store(through=proxy, timeout=1.0 if real.kind == "cluster" else 0.4)
-    with real.client() as client:
-        for script in SCRIPTS:  # every master has them: no reply is NOSCRIPT below
-            client.script_load(script.text)
+    load_scripts(real)
     for step in await _steps(real, store):
         before, failed = len(proxy.named(step.command)), real.failures(step.operation)
         proxy.fate = of_command(fate, step.command)
@@ -939,17 +1042,18 @@ async def test_a_lost_reply_is_unavailable_and_nothing_is_sent_twice(
 
 async def test_a_dead_connection_fails_all_who_wait(proxy: RedisProxy, real: Place) -> None:
     """Nobody is left waiting, no command is sent again, and the next caller has a connection."""
+    load_scripts(real)
     store, nonces = real.store(through=proxy), [MINT.token("nonce") for _ in range(20)]
-    await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
-    proxy.fate = of_command(Fate.CUT, b"GETDEL")
+    await asyncio.gather(*(put_nonce(store, APP, nonce, redeemable(real)) for nonce in nonces))
+    proxy.fate = of_command(Fate.CUT, b"EVALSHA")
     taken = await asyncio.gather(
-        *(store.take_nonce(APP, nonce) for nonce in nonces), return_exceptions=True
+        *(take_nonce(store, APP, nonce) for nonce in nonces), return_exceptions=True
     )
     assert {type(result) for result in taken} == {Unavailable}
-    sent = [words[1] for words in proxy.named(b"GETDEL")]
+    sent = [words[3] for words in proxy.named(b"EVALSHA")]
     assert len(sent) == len(set(sent)) > 0
     proxy.fate = of_command(Fate.PASS, b"")
-    assert await store.take_nonce(APP, MINT.token("nonce")) is None
+    assert await take_nonce(store, APP, MINT.token("nonce")) is None
 
 
 async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) -> None:
@@ -961,20 +1065,21 @@ async def test_a_server_that_forgot_the_scripts_gets_them_again(place: Place) ->
         for handle, opened in ((bound, REGISTER), (free, SIGN_IN)):
             with place.client() as client:
                 client.script_flush()
-            assert await store.take_pending(APP, handle, *opened) is not None
+            assert await take_pending(store, APP, handle, *opened) is not None
         with place.client() as client:
             client.script_flush()
 
 
 async def test_a_command_that_never_arrived_spends_nothing(proxy: RedisProxy, real: Place) -> None:
+    load_scripts(real)
     store, nonce = real.store(through=proxy), MINT.token("nonce")
-    await store.put_nonce(APP, nonce, redeemable(real))
-    proxy.fate = of_command(Fate.REFUSE, b"GETDEL")
+    await put_nonce(store, APP, nonce, redeemable(real))
+    proxy.fate = of_command(Fate.REFUSE, b"EVALSHA")
     with pytest.raises(Unavailable):
-        await store.take_nonce(APP, nonce)
-    assert len(proxy.named(b"GETDEL")) == 1
+        await take_nonce(store, APP, nonce)
+    assert len(proxy.named(b"EVALSHA")) == 1
     proxy.fate = of_command(Fate.PASS, b"")
-    assert await store.take_nonce(APP, nonce) is not None
+    assert await take_nonce(store, APP, nonce) is not None
 
 
 async def test_a_cancelled_wait_leaves_no_answer_for_the_next(
@@ -983,23 +1088,24 @@ async def test_a_cancelled_wait_leaves_no_answer_for_the_next(
     """The next caller on the pool's only connection must get its own answer, not the one that came
     too late.
     """
+    load_scripts(real)
     store = real.store(through=proxy)
     mine, theirs = MINT.token("nonce"), MINT.token("nonce")
-    await store.put_nonce(APP, mine, redeemable(real, transaction=b"1" * 32))
-    await store.put_nonce(APP, theirs, redeemable(real, transaction=b"2" * 32))
-    proxy.fate = of_command(Fate.HOLD, b"GETDEL")
-    cancelled = asyncio.create_task(store.take_nonce(APP, mine))
+    await put_nonce(store, APP, mine, redeemable(real, transaction=b"1" * 32))
+    await put_nonce(store, APP, theirs, redeemable(real, transaction=b"2" * 32))
+    proxy.fate = of_command(Fate.HOLD, b"EVALSHA")
+    cancelled = asyncio.create_task(take_nonce(store, APP, mine))
     await proxy.held.wait()
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     proxy.fate = of_command(Fate.PASS, b"")
-    following = asyncio.create_task(store.take_nonce(APP, theirs))
+    following = asyncio.create_task(take_nonce(store, APP, theirs))
     proxy.release.set()
     taken = await following
     assert taken is not None
     assert taken.transaction == b"2" * 32
-    assert await store.take_nonce(APP, mine) is None
+    assert await take_nonce(store, APP, mine) is None
 
 
 async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None:
@@ -1007,16 +1113,16 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
     assert single.server is not None
     async with redis_proxy(*single.server.doors) as proxy:
         store, nonce = single.store(through=proxy), MINT.token("nonce")
-        await store.put_nonce(APP, nonce, redeemable(single, transaction=b"2" * 32))
-        await store.put_nonce(APP, MINT.token("nonce"), redeemable(single, transaction=b"1" * 32))
+        await put_nonce(store, APP, nonce, redeemable(single, transaction=b"2" * 32))
+        await put_nonce(store, APP, MINT.token("nonce"), redeemable(single, transaction=b"1" * 32))
         with single.client() as client:
             stale = next(v for v in map(client.get, client.keys("n:*")) if b"1" * 32 in v)
         assert len(proxy.clients) == 1
-        connection: Any = store._commands
+        connection: Any = store._transport._commands
         stream = connection._stream
         await proxy.push(b"$%d\r\n%s\r\n" % (len(stale), stale))
         await eventually(lambda: stream.ended, "the bytes have arrived")
-        taken = await store.take_nonce(APP, nonce)
+        taken = await take_nonce(store, APP, nonce)
         assert taken is not None
         assert taken.transaction == b"2" * 32
         await store.close()
@@ -1030,8 +1136,8 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
     await store.check()
     for turns in range(40):
         nonces = [MINT.token("nonce") for _ in range(6)]
-        await asyncio.gather(*(store.put_nonce(APP, nonce, redeemable(real)) for nonce in nonces))
-        takes = [asyncio.create_task(store.take_nonce(APP, nonce)) for nonce in nonces]
+        await asyncio.gather(*(put_nonce(store, APP, nonce, redeemable(real)) for nonce in nonces))
+        takes = [asyncio.create_task(take_nonce(store, APP, nonce)) for nonce in nonces]
         for _ in range(turns):
             await asyncio.sleep(0)
         for take in takes:
@@ -1040,8 +1146,8 @@ async def test_cancelled_anywhere_the_pool_stays_whole(real: Place) -> None:
         bound = [bytes([number]) * 32 for number in range(6)]
         again = [MINT.token("nonce") for _ in bound]
         for nonce, name in zip(again, bound, strict=True):
-            await store.put_nonce(APP, nonce, redeemable(real, transaction=name))
-        taken = await asyncio.gather(*(store.take_nonce(APP, nonce) for nonce in again))
+            await put_nonce(store, APP, nonce, redeemable(real, transaction=name))
+        taken = await asyncio.gather(*(take_nonce(store, APP, nonce) for nonce in again))
         assert [value and value.transaction for value in taken] == bound, turns
 
 
@@ -1061,7 +1167,7 @@ async def test_a_wait_ends_in_time(
     began = time.monotonic()
     try:
         with Waited() as waited, pytest.raises(Unavailable):
-            await store.take_nonce(APP, MINT.token("nonce"))
+            await take_nonce(store, APP, MINT.token("nonce"))
     finally:
         CONTEXT.reset(token)
     assert time.monotonic() - began >= limit - 0.02
@@ -1074,14 +1180,15 @@ async def test_a_waiting_queue_ends_in_time(proxy: RedisProxy, real: Place) -> N
     proxy.fate = lambda _: Fate.SWALLOW
     with Waited() as waited:
         results = await asyncio.gather(
-            *(store.take_nonce(APP, MINT.token("nonce")) for _ in range(50)), return_exceptions=True
+            *(take_nonce(store, APP, MINT.token("nonce")) for _ in range(50)),
+            return_exceptions=True,
         )
     assert waited.seconds <= 4.0, "they wait side by side"
     assert {type(result) for result in results} == {Unavailable}
     proxy.fate = of_command(Fate.PASS, b"")
     await reached(store.check)
     assert (
-        await asyncio.gather(*(store.take_nonce(APP, MINT.token("nonce")) for _ in range(4)))
+        await asyncio.gather(*(take_nonce(store, APP, MINT.token("nonce")) for _ in range(4)))
         == [None] * 4
     )
 
@@ -1095,7 +1202,7 @@ async def test_a_wait_ends_also_where_the_loop_is_always_late(single: Place) -> 
         store = single.store(through=proxy, timeout=1.0)
         await store.check()
         proxy.fate = lambda _: Fate.SWALLOW
-        asked = asyncio.create_task(store.take_nonce(APP, MINT.token("nonce")))
+        asked = asyncio.create_task(take_nonce(store, APP, MINT.token("nonce")))
         for _ in range(40):  # times 0.12 s, and the limit is 1 s
             if asked.done():
                 break
@@ -1133,8 +1240,8 @@ async def test_nobody_listens(tmp_path: Path) -> None:
     for run in (
         store.check,
         store.facts,
-        lambda: store.take_nonce(APP, MINT.token("nonce")),
-        lambda: store.take_pending(APP, MINT.token("handle"), *REGISTER),
+        lambda: take_nonce(store, APP, MINT.token("nonce")),
+        lambda: take_pending(store, APP, MINT.token("handle"), *REGISTER),
         lambda: put_open(store, place),
     ):
         with pytest.raises(Unavailable) as refused:
@@ -1143,7 +1250,7 @@ async def test_nobody_listens(tmp_path: Path) -> None:
     server = Valkey.start(tmp_path / "again", port=server.port)
     try:
         await store.check()
-        assert await store.take_nonce(APP, MINT.token("nonce")) is None
+        assert await take_nonce(store, APP, MINT.token("nonce")) is None
     finally:
         await store.close()
         server.stop()
@@ -1157,7 +1264,7 @@ async def test_a_server_that_takes_no_writes_is_unavailable(tmp_path: Path, trou
     store = place.store()
     try:
         nonce = MINT.token("nonce")
-        await store.put_nonce(APP, nonce, redeemable(place))
+        await put_nonce(store, APP, nonce, redeemable(place))
         await store.check()
         with server.client() as client:
             if trouble == "full":
@@ -1166,14 +1273,14 @@ async def test_a_server_that_takes_no_writes_is_unavailable(tmp_path: Path, trou
                 client.replicaof("127.0.0.1", "1")
             for run in (
                 store.check,
-                lambda: store.put_nonce(APP, MINT.token("nonce"), redeemable(place)),
+                lambda: put_nonce(store, APP, MINT.token("nonce"), redeemable(place)),
                 lambda: put_open(store, place),
             ):
                 with pytest.raises(Unavailable) as refused:
                     await run()
                 assert refused.value.reason == "redis"
             if trouble == "full":
-                assert await store.take_nonce(APP, nonce) is not None, "what is there can be taken"
+                assert await take_nonce(store, APP, nonce) is not None, "what is there can be taken"
                 client.config_set("maxmemory", 0)
             else:
                 client.replicaof("NO", "ONE")

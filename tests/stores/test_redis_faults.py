@@ -16,11 +16,13 @@ import pytest
 import redis
 from redis.asyncio.connection import DefaultParser
 
-from broker.ephemeral import Ephemeral, connect
+from broker.ephemeral import Ephemeral, Unknown, connect
 from broker.ephemeral.faults import CAUSES, Faults, cause_of
+from broker.ephemeral.one_time import Envelope
 from broker.ephemeral.transport import Script
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics
+from broker.tokens import digest
 from tests.support.processes import free_port
 from tests.support.proxy import Fate, redis_proxy
 from tests.support.servers import Valkey, eventually
@@ -59,7 +61,7 @@ class Operator:
         data.
         """
         with pytest.raises(Unavailable):
-            await self.store.put_ticket("app", "ticket", SECRET.decode(), 60.0)
+            await self.store.tickets.put("app", "ticket", SECRET.decode(), 60.0)
         assert self.counted() == {cause: 1.0}
         (line,) = self.lines
         told: dict[str, object] = {
@@ -173,7 +175,7 @@ async def test_a_script_with_a_defect(
         client.set("text", "x")
     operator = watch(valkey.url)
     with pytest.raises(Unavailable):
-        await operator.store.run("defect", Script(text), keys=[b"text"], args=[SECRET])
+        await operator.store._transport.run("defect", Script(text), [b"text"], [SECRET])
     assert operator.counted() == {"script": 1.0}
     (line,) = operator.lines
     assert (line["cause"], line["error"], line["operation"]) == (
@@ -266,7 +268,7 @@ async def test_a_lost_connection_is_told_to_all_who_wait(valkey: Valkey) -> None
     with valkey.client() as client:
         client.config_set("busy-reply-threshold", 5000)
         waits: list[Awaitable[object]] = [
-            operator.store._ask("wait", "BLPOP", b"nothing", 0) for _ in range(3)
+            operator.store._transport.ask("wait", "BLPOP", b"nothing", 0) for _ in range(3)
         ]
         asked = [asyncio.ensure_future(wait) for wait in waits]
         await eventually(lambda: client.info("clients")["blocked_clients"] == 1, "it waits")
@@ -276,3 +278,21 @@ async def test_a_lost_connection_is_told_to_all_who_wait(valkey: Valkey) -> None
     assert operator.counted() == {"connection": 3.0}
     assert [line["failures"] for line in operator.lines] == [1]
     await operator.store.close()
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x92\x01", b"zq9w-a-value"])
+async def test_a_value_that_is_none_of_ours(
+    valkey: Valkey, watch: Callable[..., Operator], payload: bytes
+) -> None:
+    """An envelope with a payload that can't be decoded is unknown to the caller; the operator sees
+    why, and no byte of it."""
+    operator, nonce = watch(valkey.url), "pbn_" + "n" * 43
+    with valkey.client() as client:
+        key = b"n:" + digest("nonce", nonce)
+        value = Envelope("nonce", "app", 60.0, payload)
+        client.set(key, value.serialize(), px=700_000)
+    assert await operator.store.nonces.take("app", nonce) == Unknown("unreadable")
+    assert operator.counted() == {"unreadable": 1.0}
+    (line,) = operator.lines
+    assert (line["cause"], line["operation"]) == ("unreadable", "take_nonce")
+    assert "zq9w" not in operator.stream.getvalue()

@@ -37,7 +37,7 @@ from broker.dialects.passlock.fields import (
     short_text,
     switch,
 )
-from broker.errors import InvalidRequest, OperationNotAllowed, UnknownTransaction
+from broker.errors import InvalidRequest, OperationNotAllowed
 from broker.model import OWNERLESS_HINT, Attachment, Caller, Receipt, RelyingParty, base64url
 from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
 from broker.web.body import text_field
@@ -111,7 +111,11 @@ async def registration_options(request: web.Request, caller: Caller) -> web.Stre
     wanted: Attachment | None = None if attachment == "any" else attachment
     if "registrationToken" in body or "username" not in body:
         begun = await broker.begin_registration(
-            caller.app, text_field(body, "registrationToken"), wanted, opener="passlock"
+            caller.app,
+            text_field(body, "registrationToken"),
+            wanted,
+            opener="passlock",
+            second_factors=False,
         )
     else:
         judge_open(caller.app)
@@ -131,7 +135,10 @@ async def authentication_options(request: web.Request, caller: Caller) -> web.St
     broker = request.app[BROKER]
     if "authenticationToken" in body:
         begun = await broker.begin_authentication(
-            caller.app, text_field(body, "authenticationToken"), opener="passlock"
+            caller.app,
+            text_field(body, "authenticationToken"),
+            opener="passlock",
+            second_factors=False,
         )
     else:
         if body.get("rpId") is not None:
@@ -142,13 +149,6 @@ async def authentication_options(request: web.Request, caller: Caller) -> web.St
 
 
 def _begun(begun: Begun) -> Body:
-    """
-    Raises:
-        UnknownTransaction: a transaction of a second factor, for which this wire has no
-            word.
-    """
-    if begun.second_factor:
-        raise UnknownTransaction(reason="second_factor")
     return {"sessionToken": begun.handle, "optionsJSON": begun.options}
 
 

@@ -9,7 +9,6 @@ milliseconds since the epoch. Binary values are base64url without padding.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from datetime import datetime
 from typing import Any, cast, get_args
 
@@ -168,7 +167,7 @@ def as_a_page_may(asked: CeremonyOptions, app: RelyingParty) -> CeremonyOptions:
             )
     wish = asked.user_verification
     if wish is not None and is_weaker(wish, app.policy.user_verification):
-        return replace(asked, user_verification=None)
+        return asked._replace(user_verification=None)
     return asked
 
 

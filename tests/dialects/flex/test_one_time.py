@@ -16,7 +16,7 @@ import pytest
 
 from broker.embedded import EmbeddedStores
 from broker.model import Policy
-from tests.conftest import ON_BOTH, OpenApp, Started, Starter
+from tests.conftest import ON_BOTH, SKEW, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, flex_wire_form
 from tests.support.proxy import Fate, of_command, redis_proxy
 from tests.support.servers import connect_valkey
@@ -47,7 +47,7 @@ async def test_all_bad_transactions_are_alike(
         )
 
     expired = await opened(wire, kind)
-    broker.clock.ahead += 601
+    broker.clock.ahead += 601 + SKEW
     used = await wire.open_authentication("bob")
     if kind == "register":
         used = await wire.open_registration("carl")
@@ -96,7 +96,7 @@ async def test_all_bad_handshakes_are_alike(
     ended = await opened(wire, kind)
     broker.clock.ahead += 400
     outlived, _ = await wire.begin(kind, ended)
-    broker.clock.ahead += 201
+    broker.clock.ahead += 201 + SKEW
     twice = await opened(wire, kind)
     replaced, _ = await wire.begin(kind, twice)
     await wire.begin(kind, twice)
@@ -281,16 +281,16 @@ async def test_a_handshake_lives_for_five_minutes_or_what_is_left(
     transaction = await opened()
     handle, options = await wire.begin(kind, transaction)
     assert options["timeout"] == 300_000
-    broker.clock.ahead += 301
+    broker.clock.ahead += 301 + SKEW
     with refused(broker, NOT_FOUND, "handle_unknown"):
         assert (await wire.finish(kind, handle, make(options, ORIGIN))).status == 404
-    broker.clock.ahead += 200
+    broker.clock.ahead += 195
     handle, options = await wire.begin(kind, transaction)
     assert 90_000 < options["timeout"] <= 99_000
     broker.clock.ahead += 90
     assert (await wire.finish(kind, handle, make(options, ORIGIN))).status == 200
     transaction = await opened()
-    broker.clock.ahead += 601
+    broker.clock.ahead += 601 + SKEW
     with refused(broker, NOT_FOUND, "transaction_unknown"):
         assert (await wire.page(start(kind), {"transaction_id": transaction})).status == 404
 
@@ -307,12 +307,12 @@ async def test_lives_follow_the_policy(
     broker.clock.ahead += 30
     _, options = await wire.begin("authenticate", transaction)
     assert 8_000 < options["timeout"] <= 10_000
-    broker.clock.ahead += 11
+    broker.clock.ahead += 11 + SKEW
     with refused(broker, NOT_FOUND, "transaction_unknown"):
         assert (
             await wire.page(start("authenticate"), {"transaction_id": transaction})
         ).status == 404
-    for wait, status in ((9, 200), (11, 401)):
+    for wait, status in ((9, 200), (11 + SKEW, 401)):
         nonce = await wire.authenticate(None, device)
         broker.clock.ahead += wait
         assert (await wire.redeem(nonce)).status == status

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from broker.errors import UnknownTransaction
 from broker.model import Policy
-from tests.conftest import ON_BOTH, OpenApp, Started, Starter
+from tests.conftest import ON_BOTH, SKEW, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, unb64
 from tests.support.hanko import (
     LOGIN,
@@ -174,7 +174,7 @@ async def test_a_challenge_lives_as_long_as_its_timeout(
     late, early = await begun(hanko, at, device, "late"), await begun(hanko, at, device, "early")
     broker.clock.ahead += 89
     await hanko.ok(at + "/finalize", early)
-    broker.clock.ahead += 2
+    broker.clock.ahead += 2 + SKEW
     with refused(broker, *GONE):
         await is_gone(hanko, at, late)
 

@@ -15,7 +15,7 @@ import pytest
 from broker.dialects.passlock import routes as dialect
 from broker.errors import Refusal
 from broker.model import Policy
-from tests.conftest import OpenApp, Started, Starter
+from tests.conftest import SKEW, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, AuthenticatorRefused, b64
 from tests.support.passlock import ERRORS, Passlock, judge
 from tests.support.signals import lines, refused, same_answer
@@ -267,7 +267,7 @@ async def test_timeouts(broker: Started, passlock: Passlock, kind: str) -> None:
     if kind == "authentication":
         token = await passlock.authorize_authentication("ann", timeout=60_000)
         session, options = await passlock.begin(kind, {"authenticationToken": token})
-        broker.clock.ahead += 61
+        broker.clock.ahead += 61 + SKEW
         with refused(broker, "transaction_not_found", "handle_unknown"):
             answer = await passlock.finish(kind, session, device.authenticate(options, ORIGIN))
         assert answer.json["_tag"] == "@error/BadRequest"
@@ -285,7 +285,7 @@ async def test_expires_at_is_the_tokens_end(
         done = await passlock.ok("POST", path, body)
         assert abs(done["expiresAt"] - (broker.clock() + 120) * 1000) < 5000
     done = await passlock.ok("POST", f"{REGISTRATION}/authorize", ANN)
-    broker.clock.ahead += 121
+    broker.clock.ahead += 121 + SKEW
     with refused(broker, "transaction_not_found", "transaction_unknown"):
         answer = await passlock.page(
             f"{REGISTRATION}/options", {"registrationToken": done["registrationToken"]}
@@ -474,7 +474,7 @@ async def test_lives_are_settings(
     passlock = Passlock(await Wire.open(started.service, session))
     done = await passlock.register("ann", device)
     assert claims(done["id_token"])["exp"] - claims(done["id_token"])["iat"] == 60
-    started.clock.ahead += 31
+    started.clock.ahead += 31 + SKEW
     with refused(started, "invalid_nonce", "nonce_unknown"):
         answer = await passlock.keyed("GET", f"/principal/{done['code']}")
     assert (answer.status, answer.json["_tag"]) == (404, "@error/InvalidCode")

@@ -1,0 +1,431 @@
+"""One-time store: the envelope of a one-time value and the Lua scripts that put, peek and take it.
+
+**Taking is validating.** A take is one atomic script: it judges the value and spends it. Of any
+number of takes, on any number of instances, one gets the value. The answer is `Taken`, `Replayed`
+or `Unknown`. `Unknown.reason` is for operators; callers get one answer for all reasons.
+
+**Envelope.** A value in Redis is a header in ASCII and a payload:
+
+    version   one byte; a value of another version is unknown
+    term      empty; room for the identity of the server that accepted the value
+    kind      what may take it: a purpose, "nonce", "ticket", …
+    opener    the opener of a ceremony, the app of a nonce, else empty
+    end       end of life in ms by the broker's clock
+    state     `l` (live) or `s` (spent)
+    payload   where the taker must prove something, 32 bytes of digest; then msgpack
+
+**Time.** Redis's TTL decides about the life. `end` guards against a restored snapshot, with
+`TOLERANCE` for skew between the clocks of the broker's instances. A value with a `grace` stays that
+much longer, in which a take says that it has expired.
+
+**Spent values.** A spent value is deleted, or leaves a tombstone in place: an envelope with state
+`s` whose payload is the first take. The script deletes before it writes the tombstone, so that a
+full server still redeems.
+
+**Groups.** A put may count the value in groups: sorted sets of keys, scored by the end in ms. A
+group that is full refuses the put, or loses its oldest values. The set and its values share a hash
+tag, so a script may delete the keys that it reads there.
+
+**Nothing one-time is sent twice.** redis-py retries by default, and a repeated take would answer
+"unknown" for a value that it took itself. Every client here has `Retry(NoBackoff(), 0)`. A lost
+reply is `Unavailable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+
+from broker.ephemeral.codec import DecodeError, decode
+from broker.ephemeral.transport import Script, Transport
+
+T = TypeVar("T")
+
+VERSION = b"\x01"  # not the first byte of any earlier format
+TOLERANCE = 5000  # ms
+TOMBSTONE = 600_000  # ms that a tombstone stays
+
+# `foreign`: of another opener or app. `wrong`: the guess. `spent`: the guesses are used up.
+Reason = Literal["unknown", "expired", "foreign", "other_kind", "wrong", "spent", "unreadable"]
+Action = Literal["refuse", "evict", "replace"]
+
+
+class Envelope(NamedTuple):
+    """A live one-time value. `ends` in seconds since the epoch."""
+
+    kind: str
+    opener: str
+    ends: float
+    payload: bytes
+
+    def serialize(self) -> bytes:
+        """The value as Redis holds it."""
+        kind, opener, ends, payload = self
+        return b"%b|%b|%b|%d|l|%b" % (
+            VERSION,
+            kind.encode(),
+            opener.encode(),
+            int(ends * 1000),
+            payload,
+        )
+
+
+class Expected(NamedTuple):
+    """What a take expects of a value: its kind (one of these, none for any), its opener ("" for
+    any), and the digest that its payload begins with. `grace` in ms.
+    """
+
+    kinds: Sequence[str]
+    opener: str = ""
+    proof: bytes = b""
+    grace: int = 0
+
+
+class Group(NamedTuple):
+    """A sorted set of keys that a put joins with `score` (ms since the epoch). When it has `limit`
+    members: `refuse` the put, or `evict` the oldest values; `replace` deletes all others.
+    """
+
+    key: bytes
+    limit: int
+    score: int
+    action: Action
+
+
+class FirstTake(NamedTuple):
+    """The take that spent a value: time, request and actor (`Context.actor`)."""
+
+    at: float
+    request_id: str
+    actor: str
+
+
+class Taken(NamedTuple, Generic[T]):
+    """The value, which is spent now."""
+
+    value: T
+
+
+class Replayed(NamedTuple):
+    """The value was spent before, by this take."""
+
+    first: FirstTake
+
+
+class Unknown(NamedTuple):
+    """No such value for this caller. `value` is there where the reason is `other_kind` or
+    `wrong`.
+    """
+
+    reason: Reason
+    value: Any = None
+
+
+Answer: TypeAlias = Taken[T] | Replayed | Unknown
+
+
+# ARGV of every script but the puts: 1 now in ms, 2 grace in ms, 3 kinds, each between bars, 4
+# opener, 5 digest. `judge` answers a verdict, the value and where its payload begins.
+_JUDGE = f"""
+local function judge(key, kinds, opener, proof)
+  local v = redis.call('GET', key)
+  if not v then
+    return 'unknown'
+  end
+  local kind, by, ends, state, at =
+    string.match(v, '^{VERSION.decode()}%x*|([%w_]*)|([%w_]*)|(%d+)|([ls])|()')
+  if not at or string.sub(v, at, at + #proof - 1) ~= proof then
+    return 'unknown'
+  elseif opener ~= '' and opener ~= by then
+    return 'foreign'
+  elseif kinds ~= '' and not string.find(kinds, '|' .. kind .. '|', 1, true) then
+    return 'other_kind', v, at
+  elseif state == 's' then
+    return 'replayed', v, at
+  elseif ends + {TOLERANCE} <= tonumber(ARGV[1]) or redis.call('PTTL', key) <= tonumber(ARGV[2]) then
+    return 'expired'
+  end
+  return 'live', v, at
+end
+"""
+# ARGV: 6 payload of a tombstone, or ''.
+_SPEND = (
+    _JUDGE
+    + f"""
+local function take(key)
+  local verdict, v, at = judge(key, ARGV[3], ARGV[4], ARGV[5])
+  if verdict == 'other_kind' then
+    return {{verdict}}
+  elseif verdict == 'live' then
+    redis.call('DEL', key)
+    if ARGV[6] ~= '' then
+      redis.call('SET', key, string.sub(v, 1, at - 3) .. 's|' .. ARGV[6], 'PX', {TOMBSTONE})
+    end
+  end
+  return {{verdict, at and string.sub(v, at + #ARGV[5])}}
+end
+"""
+)
+
+# KEYS: the value, groups. ARGV: 1 value, 2 life in ms, 3 now in ms, then of each group its limit,
+# score and action. Answers the ms to wait for; 0: stored. SET is the first write: a full server
+# refuses it, and would let later ones go on.
+_PUT = Script("""
+local now, wait = tonumber(ARGV[3]), 0
+for i = 2, #KEYS do
+  local limit = tonumber(ARGV[3 * i - 2])
+  local count = redis.call('ZCOUNT', KEYS[i], '(' .. ARGV[3], '+inf')
+  if ARGV[3 * i] == 'refuse' and count >= limit then
+    local found = redis.call('ZRANGEBYSCORE', KEYS[i], '(' .. ARGV[3], '+inf', 'WITHSCORES', 'LIMIT', count - limit, 1)
+    wait = math.max(wait, tonumber(found[2]) - now)
+  end
+end
+if wait > 0 then
+  return wait
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+for i = 2, #KEYS do
+  local score, action = ARGV[3 * i - 1], ARGV[3 * i]
+  redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', ARGV[3])
+  local over = redis.call('ZCARD', KEYS[i])
+  if action == 'evict' then
+    over = over + 1 - tonumber(ARGV[3 * i - 2])
+  end
+  if action ~= 'refuse' and over > 0 then
+    for _, key in ipairs(redis.call('ZRANGE', KEYS[i], 0, over - 1)) do
+      redis.call('DEL', key)
+    end
+    redis.call('ZREMRANGEBYRANK', KEYS[i], 0, over - 1)
+  end
+  redis.call('ZADD', KEYS[i], score, KEYS[1])
+  redis.call('PEXPIRE', KEYS[i], score - now, 'GT')
+  redis.call('PEXPIRE', KEYS[i], score - now, 'NX')
+end
+return 0
+""")
+
+# KEYS: a value, the value to put beside it. ARGV: 6 the latter, 7 its life in ms, which ends with
+# the former's.
+_PUT_BESIDE = Script(
+    _JUDGE
+    + """
+local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
+if verdict == 'live' then
+  redis.call('SET', KEYS[2], ARGV[6], 'PX', math.min(ARGV[7], redis.call('PTTL', KEYS[1])))
+end
+return {verdict, at and string.sub(v, at)}
+"""
+)
+
+# ARGV: 6 how many bytes stand before the msgpack.
+_PEEK = Script(
+    _JUDGE
+    + """
+local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
+return {verdict, at and string.sub(v, at + ARGV[6])}
+"""
+)
+
+# KEYS: the value, and those to delete with it.
+_TAKE = Script(
+    _SPEND
+    + """
+local reply = take(KEYS[1])
+if reply[1] == 'live' and KEYS[2] then
+  redis.call('DEL', KEYS[2])
+end
+return reply
+"""
+)
+
+# KEYS: the value, the one that it was put beside and can't be taken without. The payload is the
+# msgpack array of both. A full server refuses the SET, so it spends nothing that a finish, which
+# must put a nonce, could not complete.
+_TAKE_BESIDE = Script(
+    _JUDGE
+    + """
+local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
+if verdict ~= 'live' then
+  return {verdict}
+end
+local beside, other, from = judge(KEYS[2], '', '', '')
+if beside ~= 'live' then
+  return {'unknown'}
+end
+redis.call('SET', KEYS[1], '', 'KEEPTTL')
+redis.call('DEL', KEYS[1])
+return {'live', '\\146' .. string.sub(v, at + #ARGV[5]) .. string.sub(other, from)}
+"""
+)
+
+# KEYS: the group, the values, of which the first that is there is taken.
+_TAKE_COUNTED = Script(
+    _SPEND
+    + """
+local reply = {'unknown'}
+for i = 2, #KEYS do
+  reply = take(KEYS[i])
+  if reply[1] ~= 'unknown' then
+    redis.call('ZREM', KEYS[1], KEYS[i])
+    break
+  end
+end
+return reply
+"""
+)
+
+# ARGV: 6 digest of the guess, which follows on the secret's. The msgpack is an array that begins
+# with the guesses left, below 128. A guess is counted before it is compared, by a write: a server
+# that refuses writes judges nothing.
+_GUESS = Script(
+    _JUDGE
+    + """
+local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
+if verdict ~= 'live' then
+  return {verdict}
+end
+local guess = at + #ARGV[5]
+local content = guess + #ARGV[6]
+local left = string.byte(v, content + 1) - 1
+if left < 0 then
+  return {'spent'}
+end
+v = string.sub(v, 1, content) .. string.char(left) .. string.sub(v, content + 2)
+redis.call('SET', KEYS[1], v, 'KEEPTTL')
+if string.sub(v, guess, content - 1) == ARGV[6] then
+  redis.call('DEL', KEYS[1])
+  return {'live', string.sub(v, content)}
+end
+return {'wrong', string.sub(v, content)}
+"""
+)
+
+
+class OneTimeStore:
+    """Puts, peeks and takes of envelopes. `clock` gives seconds since the epoch. Every method
+    raises `Unavailable`; its `operation` names it in metrics and the log.
+    """
+
+    def __init__(self, transport: Transport, clock: Callable[[], float]) -> None:
+        self._transport = transport
+        self._clock = clock
+
+    def put(
+        self, operation: str, key: bytes, value: Envelope, *, grace: int = 0
+    ) -> Awaitable[None]:
+        """Put a value, in place of an earlier one."""
+        life = self._life(value.ends) + grace
+        return self._transport.ask(operation, "SET", key, value.serialize(), "PX", life)
+
+    async def put_counted(
+        self,
+        operation: str,
+        key: bytes,
+        value: Envelope,
+        groups: Sequence[Group],
+        *,
+        grace: int = 0,
+    ) -> int:
+        """Put a value that groups count: 0, or the ms after which a full group may take it; then
+        nothing was put.
+        """
+        args = [value.serialize(), self._life(value.ends) + grace, int(self._clock() * 1000)]
+        for group in groups:
+            args += group[1:]
+        keys = [key, *[group.key for group in groups]]
+        wait: int = await self._transport.run(operation, _PUT, keys, args)
+        return wait
+
+    async def put_beside(
+        self,
+        operation: str,
+        key: bytes,
+        value: Envelope,
+        beside: bytes,
+        type_: type[T],
+        expected: Expected,
+    ) -> T | Unknown:
+        """Put a value while the one `beside` lives and is as expected: the latter's content."""
+        more = (value.serialize(), self._life(value.ends))
+        keys = [beside, key]
+        return _left(await self._run(operation, _PUT_BESIDE, keys, type_, expected, *more))
+
+    async def peek(
+        self, operation: str, key: bytes, type_: type[T], expected: Expected, *, skip: int = 0
+    ) -> T | Unknown:
+        """A value, which stays. `skip`: bytes of digest before the content."""
+        return _left(await self._run(operation, _PEEK, [key], type_, expected, skip))
+
+    def take(
+        self,
+        operation: str,
+        keys: Sequence[bytes],
+        type_: type[T],
+        expected: Expected,
+        *,
+        tombstone: bytes = b"",
+    ) -> Awaitable[Answer[T]]:
+        """Take the value under the first key; the other keys are deleted with it."""
+        return self._run(operation, _TAKE, keys, type_, expected, tombstone)
+
+    def take_beside(
+        self, operation: str, key: bytes, beside: bytes, type_: type[T], expected: Expected
+    ) -> Awaitable[Answer[T]]:
+        """Take a value that was put beside another one: the contents of both."""
+        return self._run(operation, _TAKE_BESIDE, [key, beside], type_, expected)
+
+    def take_counted(
+        self,
+        operation: str,
+        group: bytes,
+        keys: Sequence[bytes],
+        type_: type[T],
+        expected: Expected,
+    ) -> Awaitable[Answer[T]]:
+        """Take the value under the first key that has one, out of its group too."""
+        return self._run(operation, _TAKE_COUNTED, [group, *keys], type_, expected, b"")
+
+    def guess(
+        self, operation: str, key: bytes, type_: type[T], expected: Expected, guess: bytes
+    ) -> Awaitable[Answer[T]]:
+        """Take a value if the guess (a digest) is right, else count it."""
+        return self._run(operation, _GUESS, [key], type_, expected, guess)
+
+    def drop(self, operation: str, key: bytes) -> Awaitable[int]:
+        """Delete a value: how many were there."""
+        return self._transport.ask(operation, "DEL", key)
+
+    def _life(self, ends: float) -> int:
+        return max(1, int((ends - self._clock()) * 1000))
+
+    async def _run(
+        self,
+        operation: str,
+        script: Script,
+        keys: Sequence[bytes],
+        type_: type[T],
+        expected: Expected,
+        *more: Any,
+    ) -> Answer[T]:
+        """Run a script, and say what its reply means."""
+        kinds, opener, proof, grace = expected
+        among = f"|{'|'.join(kinds)}|" if kinds else ""
+        args = [int(self._clock() * 1000), grace, among, opener, proof, *more]
+        verdict, *payload = await self._transport.run(operation, script, keys, args)
+        try:
+            if verdict == b"replayed":
+                return Replayed(decode(FirstTake, *payload))
+            value = decode(type_, *payload) if payload else None
+        except DecodeError as fault:
+            self._transport.tell(operation, fault)
+            return Unknown("unreadable")
+        if verdict == b"live" and value is not None:
+            return Taken(value)
+        return Unknown(verdict.decode(), value)
+
+
+def _left(answer: Answer[T]) -> T | Unknown:
+    """The answer about a value that stays."""
+    if isinstance(answer, Unknown):
+        return answer
+    return Unknown("unknown") if isinstance(answer, Replayed) else answer.value
