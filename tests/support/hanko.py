@@ -117,9 +117,7 @@ class Hanko:
         return await self.send("POST", path, json, data=data, key="", headers=headers)
 
     async def ok(self, path: str, json: object = None) -> Any:
-        answer = await self.send("POST", path, json)
-        assert answer.status == 200, answer.body
-        return answer.json
+        return (await self.send("POST", path, json)).of(200)
 
     async def get(self, path: str) -> Any:
         answer = await self.send("GET", path)

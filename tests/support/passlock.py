@@ -190,9 +190,7 @@ class Passlock:
         return answer.json
 
     async def page_ok(self, path: str, json: object) -> Any:
-        answer = await self.page(path, json)
-        assert answer.status == 200, answer.body
-        return answer.json
+        return (await self.page(path, json)).of(200)
 
     # -- the backend -------------------------------------------------------------------------------
 
@@ -240,8 +238,7 @@ class Passlock:
         session, options = await self.begin(kind, body)
         make = device.register if kind == "registration" else device.authenticate
         answer = await self.finish(kind, session, make(options, ORIGIN, **misbehaviour))
-        assert answer.status == 200, answer.body
-        return answer.json
+        return answer.of(200)
 
     async def register(
         self, user: str, device: Authenticator, **misbehaviour: Unpack[Misbehaviour]

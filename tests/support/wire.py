@@ -28,6 +28,14 @@ ORIGIN = "https://example.org"
 RP_ID = "example.org"
 
 
+class UnexpectedStatus(AssertionError):
+    """An answer whose status is not the one that the caller needs."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status, answer.body)
+        self.answer = answer
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An HTTP answer, read to its end. `json` is None where the body is empty or no JSON."""
@@ -42,6 +50,16 @@ class Answer:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError:
             return None
+
+    def of(self, status: int) -> Any:
+        """The JSON of an answer that must have this status.
+
+        Raises:
+            UnexpectedStatus: it has another one.
+        """
+        if self.status != status:
+            raise UnexpectedStatus(self)
+        return self.json
 
     @property
     def code(self) -> str | None:
@@ -137,15 +155,13 @@ class Wire:
             "/transactions/register",
             {"external_id": external_id, "passkey_display_name": name},
         )
-        assert answer.status == 201, answer.body
-        return str(answer.json["transaction_id"])
+        return str(answer.of(201)["transaction_id"])
 
     async def open_authentication(self, external_id: str) -> str:
         answer = await self.keyed(
             "POST", "/transactions/authenticate", {"external_id": external_id}
         )
-        assert answer.status == 201, answer.body
-        return str(answer.json["transaction_id"])
+        return str(answer.of(201)["transaction_id"])
 
     async def redeem(self, nonce: str, **expected: object) -> Answer:
         return await self.keyed("POST", "/authenticate/verify", {"nonce": nonce, **expected})
@@ -158,8 +174,7 @@ class Wire:
         """`kind` is "register" or "authenticate". Returns the handshake's id and the options."""
         body = {**({"transaction_id": transaction} if transaction else {}), **more}
         answer = await self.page(f"/{kind}/transactions/webauthn/start", body)
-        assert answer.status == 200, answer.body
-        handshake = answer.json["handshake"]
+        handshake = answer.of(200)["handshake"]
         return handshake["id"], handshake["challenge"]["publicKey"]
 
     async def finish(
@@ -182,8 +197,7 @@ class Wire:
         handle, options = await self.begin("register", transaction)
         response = flex_wire_form(device.register(options, ORIGIN, **misbehaviour))
         answer = await self.finish("register", handle, response, transaction)
-        assert answer.status == 200, answer.body
-        return str(answer.json["nonce"])
+        return str(answer.of(200)["nonce"])
 
     async def authenticate(
         self, transaction: str | None, device: Authenticator, **misbehaviour: Unpack[Misbehaviour]
@@ -196,8 +210,7 @@ class Wire:
             device.authenticate(options, ORIGIN, **misbehaviour),
             transaction,
         )
-        assert answer.status == 200, answer.body
-        return str(answer.json["nonce"])
+        return str(answer.of(200)["nonce"])
 
     async def user(self, external_id: str, device: Authenticator) -> str:
         """A user with a passkey on `device`; returns the passkey's id."""
