@@ -55,7 +55,6 @@ from broker.web import (
 )
 from broker.web.body import MAX_BODY
 from broker.web.server import bind
-from broker.web.share import Share
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
@@ -310,13 +309,13 @@ async def _close_all(listeners: Sequence[Listener]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Listening sockets of the port for pages and of the management port, if there is one. `share`
-    is this process' share of accepted connections, where several processes have the sockets.
+    """Listening sockets of the port for pages and of the management port, if there is one. They may
+    be `shared` with other processes.
     """
 
     pages: Sequence[socket.socket]
     management: Sequence[socket.socket] = ()
-    share: Share | None = None
+    shared: bool = False
 
     @classmethod
     def bind(cls, settings: Settings) -> Ports:
@@ -379,7 +378,7 @@ async def serve(
                 docs_url=settings.docs_url,
             )
             listener = await listen(
-                app, opened, edge=edge, drain_seconds=settings.drain_seconds, share=ports.share
+                app, opened, edge=edge, drain_seconds=settings.drain_seconds, shared=ports.shared
             )
             listeners.append(listener)
     except BaseException:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker.cli.output import Steps
 from broker.cli.parsing import Commands, add_command
-from broker.cli.serving import run, start, until_told
+from broker.cli.process import run, start, until_told
 from broker.dialects import load_settings
 from broker.embedded import INSTALL, EmbeddedStores, is_new
 from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp

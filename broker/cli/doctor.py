@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from broker.cli.output import GREEN, RED, has_colour, painted, progress
 from broker.cli.parsing import JSON, Commands, add_command, option
+from broker.cli.process import run, with_parts
 from broker.cli.records import settings_for_data
-from broker.cli.serving import listening, run, with_parts
+from broker.cli.serving import listening
 from broker.dialects import left_out
 from broker.errors import InvalidSetting, Unavailable
 from broker.settings import Settings, SettingsFault

@@ -25,7 +25,7 @@ from broker.cli import output
 from broker.cli.dev import DATA, read, read_secret
 from broker.cli.output import harmless, say
 from broker.cli.parsing import Commands, Option, add_command, app_option, option
-from broker.cli.serving import run
+from broker.cli.process import run
 from broker.dialects import load_settings
 from broker.errors import Fault, InvalidSetting, UnknownApp
 from broker.model import RelyingParty

@@ -1,46 +1,23 @@
-"""`broker serve`, and the life of a serving process: start, signals, drain. And how any command
-gets at the stores.
-"""
+"""`broker serve`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
-import gc
-import logging
 import os
-import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
 
 from broker.cli.parsing import Commands, add_command
+from broker.cli.process import (
+    apply_migrations,
+    run_with_log,
+    start,
+    tell_until_migrated,
+    until_told,
+)
 from broker.dialects import left_out, load_settings
-from broker.errors import Fault, Unavailable
 from broker.settings import Settings
-from broker.telemetry import Log, capture_library_records
-
-if (
-    TYPE_CHECKING
-):  # the service is imported when a command needs it: `dev` does so while its stores start
-    from aiohttp import web
-
-    from broker.app import Parts, Ports, Service
-
-T = TypeVar("T")
-
-LOG_HOLD = 0.05  # seconds
-LOOK_SECONDS = 60.0  # between two looks whether the database is migrated
-# How many more objects there are, and how many younger collections, before cycles are looked for.
-# Requests leave hardly any, and by default the search, for each 700 objects, takes a twelfth of the
-# time of a login.
-_GARBAGE = (50_000, 20, 1000)
-
-
-class ServingFault(Fault):
-    """The process can't listen; the sentence says why and what to do."""
+from broker.telemetry import Log
 
 
 def add_commands(commands: Commands) -> None:
@@ -84,20 +61,11 @@ def run_serve(options: argparse.Namespace) -> int:
 
         supervise(settings, environment, migrate=options.migrate)
     else:
-        run(_serve(settings, migrate=options.migrate))
+        run_with_log(lambda log: _serve(settings, log, migrate=options.migrate), settings)
     return 0
 
 
-async def _serve(settings: Settings, *, migrate: bool) -> None:
-    log = Log(level=settings.log_level, hold=LOG_HOLD)
-    capture_library_records(log)
-    try:
-        await _serve_until_told(settings, log, migrate=migrate)
-    finally:
-        log.flush()
-
-
-async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> None:
+async def _serve(settings: Settings, log: Log, *, migrate: bool) -> None:
     from broker.app import assemble
 
     parts = await assemble(settings, log=log)
@@ -124,119 +92,3 @@ async def _serve_until_told(settings: Settings, log: Log, *, migrate: bool) -> N
     log("draining", seconds=settings.drain_seconds)
     await service.close()
     log("stopped")
-
-
-async def apply_migrations(parts: Parts) -> None:
-    """Apply those that are missing. Raises MigrationFault."""
-    await parts.postgres.migrate(datetime.now(UTC))
-
-
-async def tell_until_migrated(
-    parts: Parts, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
-) -> None:
-    """Look whether the database is migrated, now and every minute, and say what to do as long as it
-    is not. Ends when it is.
-    """
-    told = False
-    while True:
-        try:
-            await parts.postgres.check()
-        except Unavailable as fault:
-            if fault.reason == "postgres_not_migrated":
-                told = True
-                todo = "Run `broker migrate`, or start `broker serve --migrate`; until then requests that need the database get 503."
-                parts.log("not_migrated", severity=logging.WARNING, todo=todo)
-        else:
-            if told:
-                parts.log("migrated")
-            return
-        await pause(LOOK_SECONDS)
-
-
-async def start(
-    parts: Parts,
-    prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
-    *,
-    ports: Ports | None = None,
-) -> Service:
-    """Listen, on `ports` where somebody else has bound them.
-
-    Raises:
-        ServingFault: an address is in use or not ours; everything opened is closed again.
-    """
-    from broker.app import serve
-
-    settings = parts.settings
-    try:
-        service = await serve(parts, prepare=prepare, ports=ports)
-        gc.set_threshold(*_GARBAGE)
-        gc.freeze()  # what was made so far stays: no collection need look at it again
-        return service
-    except OSError as fault:
-        raise cannot_listen(settings, fault) from None
-
-
-def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
-    """What binding met, as a sentence."""
-    ports = f"port {settings.port}" + (
-        f" or {settings.management_port}" if settings.management_port else ""
-    )
-    if fault.errno == errno.EADDRINUSE:
-        return ServingFault(
-            f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; stop what uses it or choose another one."
-        )
-    return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
-
-
-def until_told(at_once: Callable[[], None] | None = None) -> asyncio.Future[None]:
-    """A future that ends with SIGTERM or SIGINT, which are handled from this call on. A second one
-    ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
-    exception, which would come up in whatever runs at that moment and may be lost there. `at_once`
-    is what to do before that."""
-    loop = asyncio.get_running_loop()
-    told: asyncio.Future[None] = loop.create_future()
-
-    def end(number: int, _: object) -> None:
-        if at_once:
-            at_once()
-        if number == signal.SIGINT:
-            os._exit(130)
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-
-    def tell() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        signal.signal(signal.SIGINT, end)
-        if at_once:
-            signal.signal(signal.SIGTERM, end)
-        if not told.done():
-            told.set_result(None)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, tell)
-    return told
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run on uvloop where there is one (everywhere but Windows)."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
-
-
-async def with_parts(settings: Settings, work: Callable[[Parts], Awaitable[T]]) -> T:
-    """Do `work` with the stores and the verbs, and close them. Without a Redis URL the ephemeral
-    store is `Unavailable`.
-    """
-    if not settings.redis_url:
-        settings = replace(settings, redis_url=f"unix://{os.devnull}")  # nothing ever listens there
-    from broker.app import assemble
-
-    parts = await assemble(settings)
-    try:
-        return await work(parts)
-    finally:
-        await parts.close()

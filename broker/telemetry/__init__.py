@@ -2,7 +2,6 @@
 
 log       JSON lines, and libraries' records without anything that a caller sent
 metrics   what is counted and timed, with bounded labels; adds up over processes
-shared    where the processes of one service put their figures
 
 `Context` is who acts (an API key's id, "browser", "cli") and under which request id; the durable
 store writes both into events.
@@ -15,16 +14,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from broker.telemetry.log import Log, capture_library_records, fault
-from broker.telemetry.metrics import Metrics
-from broker.telemetry.shared import KEEPER, Shared
+from broker.telemetry.metrics import Metrics, SharedTally
 
 __all__ = [
     "CONTEXT",
-    "KEEPER",
     "Context",
     "Log",
     "Metrics",
-    "Shared",
+    "SharedTally",
     "Stopwatch",
     "capture_library_records",
     "context",

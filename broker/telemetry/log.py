@@ -29,27 +29,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, TextIO, TypeAlias
 
 import orjson
 
 _MOST_HELD = 256
 _AT_ONCE = 4096  # bytes
-_LEVELS = {
-    logging.DEBUG: "debug",
-    logging.INFO: "info",
-    logging.WARNING: "warning",
-    logging.ERROR: "error",
-}
-
-
-# What a line tells: its time and severity, and of an event its word and its values, of a request
-# what `Log.request` is given. Plain tuples, for they are made with every request.
-_Event: TypeAlias = tuple[float, int, str, dict[str, Any]]
-_Request: TypeAlias = tuple[
-    float, int, str, str, int, float, str | None, str, tuple[str, str, str | None] | None
-]
+_Line: TypeAlias = tuple[float, int, str, dict[str, Any]]  # time, severity, event, values
 
 
 class Log:
@@ -62,39 +48,13 @@ class Log:
         self._stream = stream or sys.stderr
         self._hold = hold
         self._always = always
-        self._fixed = orjson.dumps(always).decode()[1:-1] + "," if always else ""
-        self._held: list[_Event | _Request] = []
+        self._held: list[_Line] = []
         self.level = logging.getLevelName(level.upper())
 
     def __call__(self, event: str, *, severity: int = logging.INFO, **values: Any) -> None:
-        if severity >= self.level:
-            self._held.append((time.time(), severity, event, values))
-            self._see_to(severity)
-
-    def request(
-        self,
-        method: str,
-        route: str,
-        status: int,
-        seconds: float,
-        app: str | None,
-        request_id: str,
-        refusal: tuple[str, str, str | None] | None,
-    ) -> None:
-        """The line of a request. `refusal` is its code, its reason and its hint. Every other text
-        is one of ours or was checked, so none needs escaping in JSON: a method of a closed list, a
-        route's template, an app's id, a request id, a refusal's words."""
-        severity = logging.WARNING if status >= 500 else logging.INFO
-        if severity >= self.level:
-            held = self._held
-            held.append(
-                (time.time(), severity, method, route, status, seconds, app, request_id, refusal)
-            )
-            if len(held) == 1 or len(held) >= _MOST_HELD or severity >= logging.WARNING:
-                self._see_to(severity)
-
-    def _see_to(self, severity: int) -> None:
-        """Have what is held written: now, or by and by where that was not said before."""
+        if severity < self.level:
+            return
+        self._held.append((time.time(), severity, event, values))
         if not self._hold or severity >= logging.WARNING or len(self._held) >= _MOST_HELD:
             self.flush()
         elif len(self._held) == 1:
@@ -109,53 +69,31 @@ class Log:
         if not held:
             return
         with suppress(OSError):  # the reader of our standard error went away, or its disk is full
-            for piece in _pieces([self._line(told) for told in held]):
+            for piece in _pieces(map(self._serialize, held)):
                 self._stream.write(piece)
                 self._stream.flush()
 
-    def _line(self, told: _Event | _Request) -> str:
-        if len(told) != 4:
-            at, severity, method, route, status, seconds, app, request_id, refusal = told
-            second, milliseconds = divmod(int(at * 1000), 1000)
-            quoted = f'"{app}"' if app else "null"
-            end = "}\n"
-            if refusal:
-                code, reason, hint = refusal
-                more = f',"hint":{orjson.dumps(hint).decode()}' if hint else ""
-                end = f',"code":"{code}","reason":"{reason}"{more}}}\n'
-            return (
-                f'{{"at":"{_second(second)}.{milliseconds:03d}Z","level":"{_LEVELS[severity]}","event":"request",{self._fixed}'
-                f'"method":"{method}","route":"{route}","status":{status},"ms":{seconds * 1000:.2f},"app":{quoted},'
-                f'"request_id":"{request_id}"{end}'
-            )
-        at, severity, event, values = told
-        line = {
+    def _serialize(self, line: _Line) -> bytes:
+        at, severity, event, values = line
+        fields = {
             "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
-            "level": _LEVELS.get(severity) or logging.getLevelName(severity).lower(),
+            "level": logging.getLevelName(severity).lower(),
             "event": event,
             **self._always,
             **values,
         }
-        return orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE).decode()
+        return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _pieces(lines: Iterable[str]) -> Iterator[str]:
+def _pieces(lines: Iterable[bytes]) -> Iterator[str]:
     """The lines, joined as far as they may be written at once."""
-    joined: list[str] = []
-    size = 0
+    joined = b""
     for line in lines:
-        more = len(line) if line.isascii() else len(line.encode())
-        if size + more > _AT_ONCE and joined:
-            yield "".join(joined)
-            joined, size = [], 0
-        joined.append(line)
-        size += more
-    yield "".join(joined)
-
-
-@lru_cache(maxsize=4)
-def _second(at: int) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat()[:19]
+        if joined and len(joined) + len(line) > _AT_ONCE:
+            yield joined.decode()
+            joined = b""
+        joined += line
+    yield joined.decode()
 
 
 class _LibraryRecords(logging.Handler):

@@ -6,17 +6,25 @@ to 4 microseconds an observation, and a login has some twenty. One event loop ru
 here, so no lock is needed, and a binary search finds the bucket. The library still writes the text:
 `Tally` is a collector like any other.
 
-`Tally.dump` and `Tally.others` let the figures of several processes add up
-(`broker.telemetry.shared`): a dump is JSON, and what the reader doesn't know of it is left out.
+**Several processes that are one service** add their figures up through files in a private folder
+(0700), which hold counts and labels only. Each process publishes its figures about once a second in
+the file of its place: another name first, then renamed, so that a reader finds old figures or new
+ones. A process that is asked publishes its own and adds those of the other files. So figures never
+go down, whichever process is asked: what one answer told of a process, its file has held since. A
+process that ends leaves its file, and the next process in its place counts on from there. What a
+process counted after it published last is lost when it is killed.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import orjson
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -146,6 +154,37 @@ def added(several: Iterable[Values]) -> Values:
             elif len(known) == len(numbers):
                 total[labels] = [a + b for a, b in zip(known, numbers, strict=True)]
     return total
+
+
+class SharedTally:
+    """The figures of one process among several. No two processes that run have the same `place`."""
+
+    def __init__(self, folder: Path, place: int, tally: Tally) -> None:
+        self._file = folder / f"{place}.json"
+        self._tally = tally
+        tally.absorb(_read(self._file))
+        tally.others = self._others
+
+    def publish(self) -> None:
+        """Let the others see this process's figures. Without the folder, whose end is the
+        service's, nothing happens.
+        """
+        fresh = self._file.with_suffix(".new")
+        with suppress(OSError):
+            fresh.write_bytes(orjson.dumps(self._tally.dump()))
+            fresh.replace(self._file)
+
+    def _others(self) -> list[Dump]:
+        self.publish()
+        return [_read(file) for file in self._file.parent.glob("*.json") if file != self._file]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The figures in a file; nothing where there is none."""
+    with suppress(OSError, ValueError):
+        found = orjson.loads(file.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 _STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)

@@ -10,8 +10,9 @@ server   aiohttp's protocol with limits on slow heads, and error answers that ho
 
 from __future__ import annotations
 
+from broker.web.answer import json_answer
 from broker.web.body import LIMITS, Limits, read_object
-from broker.web.edge import Edge, Renderer, json_answer
+from broker.web.edge import Edge, Renderer
 from broker.web.guards import (
     BROKER,
     DIRECTORY,

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 from aiohttp import hdrs, web
+from aiohttp.web_urldispatcher import MatchInfoError, UrlMappingMatchInfo
 from multidict import MultiDict
 
 from broker.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedEncoding
@@ -47,24 +48,23 @@ _DEFAULT = Limits()
 
 
 class Incoming(web.Request):
-    """A request with what was found out about it: the body, where it came whole with the head, and
-    once it was read and judged; the CORS headers of its answer."""
+    """A request with what the broker has found out: the body where it came whole with the head, the
+    body that was read and judged, the CORS headers of its answer, and the route.
+    """
 
-    ATTRS = web.Request.ATTRS | {"whole_body", "kept_body", "cors"}
+    ATTRS = web.Request.ATTRS | {"whole_body", "judged_body", "cors", "match_info"}
     whole_body: bytes | None = None
-    kept_body: bytes | None = None
+    judged_body: bytes | None = None
     cors: Mapping[str, str] | None = None
+    match_info: UrlMappingMatchInfo = MatchInfoError(web.HTTPNotFound())  # until the edge sets it
 
     @property
     def app(self) -> web.Application:
-        """The application whose route matched: aiohttp's answer, which asks the match for what it
-        has at hand.
-        """
-        return self._match_info._current_app  # type: ignore[union-attr, return-value]  # the router, or the edge, has set both
+        return self.match_info.current_app
 
 
 def as_incoming(request: web.Request) -> Incoming:
-    """The request as our server makes them."""
+    """The request as the broker's server makes it."""
     return request  # type: ignore[return-value]  # and a cast is a call
 
 
@@ -93,14 +93,14 @@ async def read_bytes(request: web.Request) -> bytes:
     if body is None:
         body = await _read(request)
         context().deadline = time.monotonic() + ANSWER_SECONDS
-        as_incoming(request).kept_body = body
+        as_incoming(request).judged_body = body
     return body
 
 
 def _at_hand(incoming: Incoming) -> bytes | None:
     """The body where it came whole with its head, or was read before; as `read_bytes` judges it."""
-    if incoming.kept_body is not None:
-        return incoming.kept_body
+    if incoming.judged_body is not None:
+        return incoming.judged_body
     encoding = only_header(incoming, hdrs.CONTENT_ENCODING)
     if encoding is not None and encoding.lower() != "identity":
         raise UnsupportedEncoding
@@ -108,7 +108,7 @@ def _at_hand(incoming: Incoming) -> bytes | None:
     if body is not None:
         if len(body) > MAX_BODY:
             raise RequestTooLarge
-        incoming.kept_body = body
+        incoming.judged_body = body
     return body
 
 
@@ -116,7 +116,7 @@ async def _read(request: web.Request) -> bytes:
     if (request.content_length or 0) > MAX_BODY:
         raise RequestTooLarge
     try:
-        async with asyncio.timeout(request.config_dict.get(LIMITS, _DEFAULT).body):
+        async with asyncio.timeout(request.match_info.apps[0].get(LIMITS, _DEFAULT).body):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise RequestTooLarge from None

@@ -24,7 +24,7 @@ import pytest
 import redis
 
 from broker.app import assemble
-from broker.cli import serving
+from broker.cli import process
 from broker.embedded import EmbeddedStores
 from broker.embedded.binaries import find_redis
 from broker.embedded.directories import server_account
@@ -279,7 +279,7 @@ def test_runs_on_uvloop() -> None:
     async def kind() -> str:
         return type(asyncio.get_running_loop()).__module__
 
-    assert serving.run(kind()) == "uvloop"
+    assert process.run(kind()) == "uvloop"
 
 
 # -- ready -----------------------------------------------------------------------------------------
@@ -351,11 +351,11 @@ async def test_the_log_says_what_to_do_until_the_database_is_migrated(
             await operator.execute("LOCK pg_class IN ACCESS EXCLUSIVE MODE")
         elif len(looks) == 3:
             await holding.rollback()
-            await serving.apply_migrations(parts)
+            await process.apply_migrations(parts)
 
     try:
         async with asyncio.timeout(30):
-            await serving.tell_until_migrated(parts, pause=pause)
+            await process.tell_until_migrated(parts, pause=pause)
     finally:
         await parts.close()
         await operator.close()
@@ -456,7 +456,7 @@ def test_the_start_tells_where_metrics_are(
 
 @pytest.mark.parametrize("expect", ["", "Expect: \r\n"])
 def test_a_peer_that_half_closes_gets_its_answers(serve: Start, expect: str) -> None:
-    """On uvloop, in the fast lane and on aiohttp's own way, which an empty `Expect` takes."""
+    """On uvloop."""
     started = serve().begun()
     asked = f"GET /health/live HTTP/1.1\r\nHost: localhost\r\n{expect}\r\n".encode()
     for times in (1, 3, 40):

@@ -36,6 +36,7 @@ from broker.errors import InvalidSetting, Unavailable, UnknownApp
 from broker.model import Caller, RelyingParty, TokenAlgorithm
 from broker.settings import TOKEN_LIFE_LIMIT, SettingsFault
 from broker.signing import JWKS_MAX_AGE, PUBLISHED_AHEAD, SKEW, Signing
+from broker.telemetry import Log
 from broker.tokens import SystemMint
 from broker.tokens.signed import PrivateKey, Seal
 from broker.web import SIGNING, json_answer, public_app
@@ -617,11 +618,10 @@ async def test_serve_says_what_it_left_out(
         pass
 
     monkeypatch.setattr(serving, "until_told", at_once)
-    monkeypatch.setattr(serving, "capture_library_records", lambda log: None)
-    await serving._serve(settings_for(stores, secret_key=()), migrate=False)
+    await serving._serve(settings_for(stores, secret_key=()), Log(), migrate=False)
     said = capsys.readouterr().err
     assert '"event":"dialects_left_out","dialects":["signs"],"missing":"BROKER_SECRET_KEY"' in said
-    await serving._serve(settings_for(stores), migrate=False)
+    await serving._serve(settings_for(stores), Log(), migrate=False)
     assert "left_out" not in capsys.readouterr().err
 
 

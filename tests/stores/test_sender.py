@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from redis.exceptions import ConnectionError as Lost
 from redis.exceptions import ResponseError
 
-from broker.cli import serving
+from broker.cli import process
 from broker.ephemeral import connect
 from broker.ephemeral.connection import MultiplexedConnection
 from broker.ephemeral.transport import Commands
@@ -255,4 +255,4 @@ def test_who_asks_as_the_connection_ends_is_told_so(valkey: Valkey) -> None:
         finally:
             await commands.close()
 
-    serving.run(main())
+    process.run(main())

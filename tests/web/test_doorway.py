@@ -118,9 +118,7 @@ async def test_an_encoding_is_said_once(
     expect: str,
     chunked: bool,
 ) -> None:
-    """In the fast lane and on aiohttp's own way, which an empty `Expect` takes. A proxy in front
-    may have unpacked by the other one.
-    """
+    """A proxy in front may have unpacked by the other one."""
     reader, writer = await asyncio.open_connection("127.0.0.1", broker.service.port)
     lines = [
         f"POST /v1/apps/{wire.app_id}/authenticate/transactions/webauthn/start HTTP/1.1",

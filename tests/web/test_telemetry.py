@@ -25,11 +25,10 @@ from broker.ceremony.reasons import REASONS
 from broker.errors import Refusal
 from broker.telemetry import (
     CONTEXT,
-    KEEPER,
     Context,
     Log,
     Metrics,
-    Shared,
+    SharedTally,
     Stopwatch,
     capture_library_records,
     context,
@@ -281,37 +280,38 @@ def test_processes_add_up() -> None:
 
 
 def test_figures_of_several_processes_never_go_down(tmp_path: Path) -> None:
-    """Whoever is asked, before and after one of them has died, and while the keeper takes over its
-    figures.
-    """
-    names = ["1", "2", KEEPER]
-    several = {name: Metrics() for name in names}
-    shared = {name: Shared(tmp_path, name, metrics.tally) for name, metrics in several.items()}
+    """Whichever is asked, before one of them has died and after another has its place."""
 
-    def value(name: str) -> float | None:
-        several[name].tally.others = shared[name].others
-        return several[name].registry.get_sample_value("broker_events_lost_total")
+    def begin(place: int) -> tuple[Metrics, SharedTally]:
+        metrics = Metrics()
+        return metrics, SharedTally(tmp_path, place, metrics.tally)
 
-    several["1"].events_lost.inc()
-    assert value("1") == 1
-    assert value("2") == 1, "what an answer told is known to the next one"
-    several["2"].events_lost.inc()
-    assert [value(name) for name in ("2", "1", KEEPER)] == [2, 2, 2]
-    several["2"].events_lost.inc()  # and it is killed before it tells anybody
-    left = (tmp_path / "2.json").read_bytes()
-    shared[KEEPER].inherit("2")
-    assert [value(name) for name in ("1", KEEPER)] == [2, 2]
-    (tmp_path / "2.json").write_bytes(left)  # as a reader finds it who came before it was removed
-    assert [value(name) for name in ("1", KEEPER)] == [2, 2]
+    def value(metrics: Metrics) -> float | None:
+        return metrics.registry.get_sample_value("broker_events_lost_total")
+
+    one, _ = begin(1)
+    two, _ = begin(2)
+    one.events_lost.inc()
+    assert value(one) == 1
+    assert value(two) == 1, "what an answer told is known to the next one"
+    two.events_lost.inc()
+    assert [value(two), value(one)] == [2, 2]
+    two.events_lost.inc()  # and it is killed before it tells the others
+    assert value(one) == 2
+    again, shared = begin(2)
+    assert [value(again), value(one)] == [2, 2]
+    again.events_lost.inc()
+    shared.publish()
+    assert [value(one), value(again)] == [3, 3]
     (tmp_path / "3.json").write_bytes(b"[")
-    assert value("1") == 2
-    shared[KEEPER].inherit("4")  # it died before it counted
-    assert value("1") == 2
+    (tmp_path / "4.json").write_bytes(b"[]")
+    assert value(one) == 3
+    assert value(begin(5)[0]) == 3
 
 
 def test_figures_without_a_folder_are_ones_own(tmp_path: Path) -> None:
     metrics = Metrics()
-    metrics.tally.others = Shared(tmp_path / "gone", "1", metrics.tally).others
+    SharedTally(tmp_path / "gone", 1, metrics.tally)
     metrics.events_lost.inc()
     assert metrics.registry.get_sample_value("broker_events_lost_total") == 1
 

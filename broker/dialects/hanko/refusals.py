@@ -148,6 +148,5 @@ def _operation(request: web.Request | None) -> str:
     """The path below the tenant that the request was routed by, as a template; "" where there is
     none.
     """
-    match = getattr(request, "_match_info", None)
-    resource = match.route.resource if match is not None else None
+    resource = request.match_info.route.resource if request is not None else None
     return resource.canonical.partition("{app_id}/")[2] if resource is not None else ""
