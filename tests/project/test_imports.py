@@ -16,6 +16,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -106,6 +107,9 @@ SHORT = {
 
 CLIENT = "sdk/passkey_broker/"  # a distribution of its own
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+FILES = frozenset(MODULES)
+DECLARATIONS = {m for m in MODULES if Path(m).match("dialects/*/__init__.py")}
+PACKAGES = sorted({str(Path(module).parent) for module in MODULES} - {"."})
 
 
 def part_of(module: str) -> str:
@@ -186,6 +190,142 @@ def test_imports_point_down(module: str) -> None:
             )
         if part in BESIDE:
             assert other in BESIDE[part], f"{module} imports broker.{other}"
+
+
+def modules_imported(module: str) -> set[str]:
+    """The broker's modules that a module names in its imports, also within a function. A package
+    counts where a name that is no module is imported from it.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            home = _named_from(module, node)
+            names = {f"{home}.{alias.name}" for alias in node.names}
+            found |= {name if _file_of(name) else home for name in names}
+    return {file for name in found if (file := _file_of(name))} - {module}
+
+
+def _file_of(name: str) -> str | None:
+    path = name.removeprefix("broker").lstrip(".").replace(".", "/")
+    candidates = (f"{path}.py", f"{path}/__init__.py".lstrip("/"))
+    return next((file for file in candidates if name.startswith("broker") and file in FILES), None)
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other: pruned from both ends until only circles are left."""
+    left = {module: others & graph.keys() for module, others in graph.items()}
+    while ends := {
+        m for m in left if not left[m] or not any(m in others for others in left.values())
+    }:
+        left = {m: others - ends for m, others in left.items() if m not in ends}
+    return sorted([module, *sorted(others)] for module, others in left.items())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_has_no_circle(package: str) -> None:
+    """Also none that an import within a function, or for types only, hides. Left out is one edge of
+    each dialect: its declaration loads its routes when the service starts, and the command line
+    reads declarations without that.
+    """
+    graph = {m: modules_imported(m) for m in MODULES if Path(m).is_relative_to(package)}
+    for declaration in graph.keys() & DECLARATIONS:
+        graph[declaration] -= {declaration.replace("__init__", "routes")}
+    assert circles(graph) == []
+
+
+def test_circles_are_seen() -> None:
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"c"}}) == [["b", "c"], ["c", "b"]]
+    assert modules_imported("web/__init__.py") >= {"web/body.py", "web/server.py"}
+    assert "cli/workers.py" in modules_imported("cli/serving.py"), "within a function"
+
+
+# Private names of libraries that the broker uses. Each library has one module for them, which says
+# what they gain.
+PRIVATE = {
+    "aiohttp": {
+        "_buffer",
+        "_buffer_paused",
+        "_pause_reading_for_buffer",
+        "_resume_reading_for_buffer",
+    },
+    "argparse": {"_SubParsersAction", "_actions", "_choices_actions"},
+    "redis": {"_writer"},
+}
+DOCUMENTED = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and `os`
+
+
+def private_names(module: str) -> set[str]:
+    """Names with a leading underscore that a module takes from elsewhere: attributes that no module
+    of its part defines, and imports.
+    """
+    tree = ast.parse((PACKAGE / module).read_text())
+    own = set().union(*(_defined(m) for m in MODULES if part_of(m) == part_of(module)))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "getattr",
+            "hasattr",
+            "setattr",
+        ):
+            used.add(ast.unparse(node.args[1]).strip("'"))
+    used -= own
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            home = "" if isinstance(node, ast.Import) else _named_from(module, node)
+            if not home.startswith(("broker", "__future__")):
+                used.update(home.split("."))
+                used.update(part for alias in node.names for part in alias.name.split("."))
+    return {n for n in used if n.startswith("_") and not n.startswith("__")} - DOCUMENTED
+
+
+@cache
+def _defined(module: str) -> frozenset[str]:
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return frozenset(found)
+
+
+def test_private_names_of_a_library_are_used_in_one_module() -> None:
+    users: dict[str, set[str]] = {library: set() for library in PRIVATE}
+    for module in MODULES:
+        for name in private_names(module):
+            libraries = [library for library, names in PRIVATE.items() if name in names]
+            assert libraries, f"{module} uses {name}"
+            users[libraries[0]].add(module)
+    assert {library: len(modules) for library, modules in users.items()} == dict.fromkeys(
+        PRIVATE, 1
+    )
+
+
+def test_the_fast_path_says_which_private_names_it_uses() -> None:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / "web/fast_path.py").read_text())) or ""
+    assert private_names("web/fast_path.py") == PRIVATE["aiohttp"]
+    assert [name for name in PRIVATE["aiohttp"] if f"`{name}`" not in docstring] == []
+
+
+def test_private_names_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/new.py").write_text(
+        "from aiohttp.http_writer import _serialize_headers\n"
+        "import aiohttp._cparser\n"
+        "class New:\n    def __init__(self, app):\n        self._own = app._handle\n        self._own\n"
+        "        getattr(app, '_match_info', None)\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "MODULES", ["web/new.py"])
+    assert private_names("web/new.py") == {
+        "_serialize_headers",
+        "_cparser",
+        "_handle",
+        "_match_info",
+    }
 
 
 def test_the_command_line_is_imported_by_nobody() -> None:
