@@ -1,9 +1,9 @@
 """Passkey broker: passkeys for any backend, without moving its users.
 
-Reading order: `model` and `errors` (the words), `broker` (the verbs; the file to read first),
-`ceremony` (WebAuthn's rules), `ephemeral` and `durable` (the two stores), `web` and `dialects` (the
-wire), `app` and `cli` (how it is put together). Imports point down only;
-tests/project/test_imports.py holds the order and enforces it.
+Reading order: `model` and `errors` (domain types and refusals), `broker` (the verbs; read it
+first), `ceremony` (WebAuthn's rules), `ephemeral` and `durable` (the two stores), `web` and
+`dialects` (the wire formats), `app` and `cli` (composition root, command line). Imports point down
+only; tests/project/test_imports.py has the order and enforces it.
 """
 
 from __future__ import annotations
