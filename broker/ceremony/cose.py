@@ -73,17 +73,13 @@ _RSA: dict[int, hashes.HashAlgorithm] = {
 _P256_BEGINS, _P256_BETWEEN = bytes.fromhex("a5010203262001215820"), bytes.fromhex("225820")
 _P256_SIZE = 77
 
-_EDWARDS: dict[int, type[ed25519.Ed25519PublicKey] | type[ed448.Ed448PublicKey]] = {
-    EDDSA: ed25519.Ed25519PublicKey,
-    ED448: ed448.Ed448PublicKey,
-}
-
 
 class _Edwards(NamedTuple):
     """A curve ax² + y² = 1 + dx²y² modulo p. `small` holds y of all points of small order, whose
     order divides the cofactor.
     """
 
+    key: type[ed25519.Ed25519PublicKey] | type[ed448.Ed448PublicKey]
     curve: int  # COSE
     size: int
     p: int
@@ -95,9 +91,10 @@ class _Edwards(NamedTuple):
 _P25519, _P448 = 2**255 - 19, 2**448 - 2**224 - 1
 # y of a point of order 8, as libsodium's ge25519_has_small_order lists it: a root of dy⁴ + 2y² = 1.
 _ORDER_8 = 2707385501144840649318225287225658788936804267575313519463743609750303402022
-_EDWARDS_CURVES = {
+_EDWARDS = {
     # RFC 8032 §5.1: cofactor 8. The orders are 1, 2, 4 (two points), 8 (four).
     EDDSA: _Edwards(
+        key=ed25519.Ed25519PublicKey,
         curve=6,
         size=32,
         p=_P25519,
@@ -106,7 +103,15 @@ _EDWARDS_CURVES = {
         small=frozenset({1, _P25519 - 1, 0, _ORDER_8, _P25519 - _ORDER_8}),
     ),
     # RFC 8032 §5.2: cofactor 4. The orders are 1, 2, 4 (two points).
-    ED448: _Edwards(curve=7, size=57, p=_P448, a=1, d=-39081, small=frozenset({1, _P448 - 1, 0})),
+    ED448: _Edwards(
+        key=ed448.Ed448PublicKey,
+        curve=7,
+        size=57,
+        p=_P448,
+        a=1,
+        d=-39081,
+        small=frozenset({1, _P448 - 1, 0}),
+    ),
 }
 
 
@@ -125,7 +130,7 @@ def load(members: Mapping[Any, Any]) -> PublicKey:
             large; "algorithm" if the algorithm is unknown.
     """
     key = _load(members)
-    edwards = _EDWARDS_CURVES.get(members[3])
+    edwards = _EDWARDS.get(members[3])
     require(
         edwards is None or _is_on_curve(members[-2], edwards),
         "public_key",
@@ -144,9 +149,7 @@ def _load(members: Mapping[Any, Any]) -> PublicKey:
         if algorithm == RS256:
             return _load_rsa(members)
         if algorithm in _EDWARDS:
-            return _EDWARDS[algorithm].from_public_bytes(
-                _load_okp(members, _EDWARDS_CURVES[algorithm])
-            )
+            return _load_okp(members, _EDWARDS[algorithm])
     except ValueError:
         raise refuse("public_key", "The public key is not a valid key of its algorithm.") from None
     raise refuse("algorithm", "The public key is of an unknown algorithm.")
@@ -248,7 +251,7 @@ def _load_rsa(members: Mapping[Any, Any]) -> rsa.RSAPublicKey:
     return rsa.RSAPublicNumbers(int.from_bytes(e, "big"), modulus).public_key()
 
 
-def _load_okp(members: Mapping[Any, Any], curve: _Edwards) -> bytes:
+def _load_okp(members: Mapping[Any, Any], curve: _Edwards) -> PublicKey:
     _require_members(members, 1, {1, 3, -1, -2})
     x: bytes = members[-2]
     require(
@@ -262,9 +265,9 @@ def _load_okp(members: Mapping[Any, Any], curve: _Edwards) -> bytes:
     require(
         y not in curve.small,
         "public_key",
-        "The public key is of small order: anybody could sign for it.",
+        "The public key is of small order: signatures can be forged.",
     )
-    return x
+    return curve.key.from_public_bytes(x)
 
 
 def _y(encoded: bytes) -> int:
@@ -288,7 +291,7 @@ def verify(key: object, algorithm: int, signature: bytes, data: bytes) -> bool:
             key.verify(signature, data, ec.ECDSA(_ECDSA[algorithm]))
         elif isinstance(key, rsa.RSAPublicKey) and algorithm in _RSA:
             key.verify(signature, data, padding.PKCS1v15(), _RSA[algorithm])
-        elif algorithm in _EDWARDS and isinstance(key, _EDWARDS[algorithm]):
+        elif algorithm in _EDWARDS and isinstance(key, _EDWARDS[algorithm].key):
             key.verify(signature, data)
         else:
             return False

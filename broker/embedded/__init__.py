@@ -127,7 +127,6 @@ class EmbeddedStores:
         self.redis_url = redis_url or ""
         self.servers: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
-        self._claim = claimed
         self._running: list[Server] = []
         self._meanwhile = meanwhile
         self._postgres_settings = _POSTGRES_SETTINGS | dict(postgres)
@@ -249,7 +248,7 @@ class EmbeddedStores:
                 )
         own(self.directory, account)
         if self.directory != self.data:
-            self._claim.also(claim(self.directory))
+            self._cleanup.callback(claim(self.directory).release)
 
     def _remove_sockets(self, sockets: Path, account: Account) -> None:
         if sockets.parent == self.directory:

@@ -150,26 +150,20 @@ def user_name(uid: int) -> str:
         return f"number {uid}"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Claim:
     """The lock of a data directory, held until `release`."""
 
     path: Path
-    _descriptors: list[int]
+    _lock: int
 
     def release(self) -> None:
-        """Release the lock; idempotent. The lock file stays, because two brokers could lock
-        different files if it were unlinked.
+        """Release the lock, once. The lock file stays, because two brokers could lock different
+        files if it were unlinked.
         """
-        while self._descriptors:
-            descriptor = self._descriptors.pop()
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, 0)
-            os.close(descriptor)
-
-    def also(self, other: Claim) -> None:
-        """Hold the other claim as long as this one."""
-        self._descriptors += other._descriptors
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._lock, 0)
+        os.close(self._lock)
 
 
 def is_new(data: Path) -> bool:
@@ -232,7 +226,7 @@ def claim(data: Path) -> Claim:
                 raise
     finally:
         os.close(directory)
-    return Claim(path, [lock])
+    return Claim(path, lock)
 
 
 def _hold(lock: int, path: Path) -> None:

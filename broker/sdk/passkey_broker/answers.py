@@ -258,6 +258,10 @@ def owned_passkey(fields: Fields) -> OwnedPasskey:
     return fields.read(OwnedPasskey)
 
 
+def one_passkey(answer: Answer) -> OwnedPasskey:
+    return owned_passkey(Fields(answer).inner("passkey"))
+
+
 def passkey_page(answer: Answer) -> PasskeyPage:
     fields = Fields(answer)
     return fields.read(PasskeyPage, passkeys=tuple(map(owned_passkey, fields.each("passkeys"))))

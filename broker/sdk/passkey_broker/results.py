@@ -146,8 +146,8 @@ class PasskeyPage:
 
 
 @dataclass(frozen=True, slots=True)
-class User:
-    """One user of the app with all passkeys.
+class ListedUser:
+    """One user as in lists.
 
     `status` is "active", "inactive", or "pending" until the first passkey.
     """
@@ -159,20 +159,13 @@ class User:
     created_at: datetime
     updated_at: datetime
     last_login_at: datetime | None
-    passkeys: tuple[Passkey, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ListedUser:
-    """One user as lists show it: a `User` without the passkeys."""
+class User(ListedUser):
+    """One user of the app with all passkeys."""
 
-    id: str
-    external_id: str
-    status: str
-    login_count: int
-    created_at: datetime
-    updated_at: datetime
-    last_login_at: datetime | None
+    passkeys: tuple[Passkey, ...]
 
 
 @dataclass(frozen=True, slots=True)

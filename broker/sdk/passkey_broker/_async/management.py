@@ -170,15 +170,14 @@ class AsyncManagement(AsyncConnection):
 
     async def get_passkey(self, passkey_id: str) -> OwnedPasskey:
         """One passkey of the app, of any user. Raises `PasskeyNotFound`."""
-        answer = await self._answer(Request("GET", _passkey(passkey_id)))
-        return answers.owned_passkey(answers.Fields(answer).inner("passkey"))
+        return answers.one_passkey(await self._answer(Request("GET", _passkey(passkey_id))))
 
     async def rename_passkey(self, passkey_id: str, nickname: str) -> OwnedPasskey:
         """Change the name of a passkey in lists. Raises `PasskeyNotFound`, `InvalidRequest`."""
         path = _passkey(passkey_id)
         arguments.require_texts(nickname=nickname)
-        answer = await self._answer(Request("PATCH", path, {"nickname": nickname}))
-        return answers.owned_passkey(answers.Fields(answer).inner("passkey"))
+        request = Request("PATCH", path, {"nickname": nickname})
+        return answers.one_passkey(await self._answer(request))
 
     async def set_passkey_owner(self, passkey_id: str, external_id: str) -> OwnedPasskey:
         """Give a passkey without an owner to a user. A new user is created. An owner never changes.
@@ -188,8 +187,8 @@ class AsyncManagement(AsyncConnection):
         """
         path = f"{_passkey(passkey_id)}/owner"
         arguments.require_texts(external_id=external_id)
-        answer = await self._answer(Request("POST", path, {"external_id": external_id}))
-        return answers.owned_passkey(answers.Fields(answer).inner("passkey"))
+        request = Request("POST", path, {"external_id": external_id})
+        return answers.one_passkey(await self._answer(request))
 
     async def revoke_passkey(self, external_id: str, passkey_id: str) -> None:
         """Revoke a passkey of this user.
