@@ -128,6 +128,14 @@ async def assemble(
         cache_seconds=settings.cache_seconds,
         monotonic=monotonic,
     )
+    signing = Signing(
+        durable.signing_keys,
+        settings.secret_key,
+        clock=clock,
+        mint=mint,
+        cache_seconds=settings.cache_seconds,
+        monotonic=monotonic,
+    )
     return Parts(
         settings=settings,
         postgres=postgres,
@@ -141,21 +149,19 @@ async def assemble(
         durable=durable,
         ephemeral=ephemeral,
         broker=Broker(
-            ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint
+            ephemeral=ephemeral,
+            durable=durable,
+            signing=signing,
+            metrics=metrics,
+            clock=clock,
+            mint=mint,
         ),
         directory=directory,
         signals=Signals(ephemeral=ephemeral, durable=durable, clock=clock, mint=mint),
         mailbox=Mailbox(
             ephemeral=ephemeral, durable=durable, metrics=metrics, clock=clock, mint=mint
         ),
-        signing=Signing(
-            durable.signing_keys,
-            settings.secret_key,
-            clock=clock,
-            mint=mint,
-            cache_seconds=settings.cache_seconds,
-            monotonic=monotonic,
-        ),
+        signing=signing,
         refused_origins=RefusedOrigins(directory, metrics, _logged(log)),
         metrics=metrics,
         log=log,

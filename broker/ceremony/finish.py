@@ -38,6 +38,7 @@ from broker.ceremony.identity import user_handle_matches
 from broker.ceremony.reasons import PARSER_FAULTS, refuse, require
 from broker.ceremony.tpm import MANUFACTURERS, tpm
 from broker.model import (
+    ANYONE,
     AllowedCredential,
     AuthenticationAnswer,
     Credential,
@@ -129,7 +130,7 @@ def finish_registration(
 
 def _needs_presence(pending: PendingRegistration) -> bool:
     """True unless the caller permitted conditional create, which has no prompt."""
-    return pending.asked.mediation != "conditional"
+    return pending.options.mediation != "conditional"
 
 
 def _judge_selection(pending: PendingRegistration, answer: RegistrationAnswer) -> None:
@@ -295,7 +296,8 @@ def _judge_owner(
         "credential_id",
         "The answer is about another passkey.",
     )
-    discoverable = pending.user_id is None and not pending.allowed
+    user = pending.subject
+    discoverable = user is ANYONE and not pending.allowed
     # §7.2 "If the user was not identified before the authentication ceremony was initiated,
     # verify that response.userHandle is present"
     require(
@@ -309,7 +311,7 @@ def _judge_owner(
     require(
         (discoverable or credential.id in pending.allowed)
         and credential.app_id == pending.app_id
-        and pending.user_id in (None, credential.user_id),
+        and (user is ANYONE or user.user_id == credential.user_id),
         "not_offered",
         "The passkey is not one of those that this sign-in allows.",
     )

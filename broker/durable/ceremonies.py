@@ -30,6 +30,7 @@ from broker.model import (
     Credential,
     PendingRegistration,
     SignInOutcome,
+    Unowned,
     VerifiedAuthentication,
     VerifiedRegistration,
     action_of,
@@ -309,9 +310,9 @@ class Ceremonies:
         new = _New(
             new_id,
             pending.app_id,
-            pending.user_id,
+            pending.subject.user_id,
             verified.credential_id.hex(),
-            pending.user_handle,
+            pending.entity.handle,
             verified.public_key.hex(),
             verified.algorithm,
             verified.sign_count,
@@ -322,12 +323,12 @@ class Ceremonies:
             verified.aaguid,
             verified.attestation_format,
             verified.attestation_trust,
-            pending.user_name,
-            pending.user_display_name,
-            pending.nickname,
+            pending.entity.user_name,
+            pending.entity.user_display_name,
+            pending.entity.nickname,
             live,
             now if confirmed else None,
-            pending.asked.second_factor,
+            pending.options.second_factor,
             now,
             *actor(),
             action_of(pending),
@@ -335,7 +336,7 @@ class Ceremonies:
             now - UNCONFIRMED,
         )
         try:
-            if pending.external_id is None:
+            if isinstance(pending.subject, Unowned):
                 return await self._add_ownerless(new)
             return await self._add(new)
         except asyncpg.ForeignKeyViolationError:

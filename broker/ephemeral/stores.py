@@ -62,7 +62,6 @@ from broker.model import (
     Redeemable,
     Transaction,
     base64url,
-    finish_kind,
     finish_kind_of,
     purpose_of,
 )
@@ -93,9 +92,7 @@ class Transactions:
 
     def put(self, transaction_id: str, transaction: Transaction) -> Awaitable[None]:
         """Put a transaction until `expires_at`."""
-        kind = finish_kind(transaction.purpose, second_factor=transaction.asked.second_factor) + (
-            _TO_LOOK_UP if transaction.to_look_up else ""
-        )
+        kind = transaction.kind + (_TO_LOOK_UP if transaction.to_look_up else "")
         value = Envelope(kind, "", transaction.expires_at, encode(transaction))
         name = digest("transaction", transaction.app_id, transaction_id)
         return self._store.put("put_transaction", _transaction_key(name), value)
@@ -106,11 +103,11 @@ class Transactions:
         found = await self._store.peek("peek_transaction", key, Transaction, Expected(()))
         return None if isinstance(found, Unknown) else found
 
-    async def take(self, name: bytes) -> bool:
-        """Take a transaction, with its pending ceremony; True if it was there."""
+    async def take(self, name: bytes) -> Transaction | None:
+        """Take a transaction, with its pending ceremony; None if it was not there."""
         keys = [_transaction_key(name), _begun_key(name)]
         found = await self._store.take("take_transaction", keys, Transaction, Expected(()))
-        return isinstance(found, Taken)
+        return found.value if isinstance(found, Taken) else None
 
     async def count_refusal(self, name: bytes) -> int:
         """Count a refused finish of a transaction; how many there were."""

@@ -21,21 +21,38 @@ from urllib.parse import urlsplit
 
 from broker.errors import InvalidRequest, InvalidSetting
 from broker.model.ceremonies import (
+    ANYONE,
     MAX_REFUSALS,
     AllowedCredential,
+    Anyone,
     BegunCeremony,
     FinishKind,
+    Named,
+    Names,
     Opener,
     Pending,
     PendingAuthentication,
     PendingRegistration,
     Proof,
     Purpose,
+    Subject,
     Transaction,
+    Unowned,
+    UserEntity,
     action_of,
     finish_kind,
     finish_kind_of,
     purpose_of,
+)
+from broker.model.links import (
+    BeginLink,
+    ByChallenge,
+    ByHandle,
+    ByTransaction,
+    ByUser,
+    ExpectedCeremony,
+    ExpectedReceipt,
+    FinishLink,
 )
 from broker.model.origins import domain, is_origin, page_origin, web_origin
 from broker.model.policy import (
@@ -65,6 +82,7 @@ from broker.model.policy import (
 __all__ = [
     "ALGORITHMS",
     "ALL_SCOPES",
+    "ANYONE",
     "ID",
     "LONGEST_NONCE",
     "MAX_REFUSALS",
@@ -73,6 +91,7 @@ __all__ = [
     "OWNERLESS_HINT",
     "POLICY_KEYS",
     "AllowedCredential",
+    "Anyone",
     "ApiKey",
     "Approval",
     "ApprovalRecord",
@@ -81,16 +100,26 @@ __all__ = [
     "AttestationPreference",
     "AuditRow",
     "AuthenticationAnswer",
+    "BeginLink",
     "BegunCeremony",
+    "ByChallenge",
+    "ByHandle",
+    "ByTransaction",
+    "ByUser",
     "Caller",
     "CeremonyOptions",
     "CounterPolicy",
     "Credential",
     "Event",
+    "ExpectedCeremony",
+    "ExpectedReceipt",
     "FinishKind",
+    "FinishLink",
     "Hint",
     "LiveAt",
     "Mediation",
+    "Named",
+    "Names",
     "Opener",
     "Owned",
     "Pending",
@@ -105,10 +134,13 @@ __all__ = [
     "RegistrationAnswer",
     "RelyingParty",
     "SignInOutcome",
+    "Subject",
     "TokenAlgorithm",
     "Transaction",
     "Trust",
+    "Unowned",
     "User",
+    "UserEntity",
     "UserVerification",
     "Verifications",
     "VerifiedAuthentication",
@@ -416,16 +448,14 @@ class SignInOutcome(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What redemption tells the backend: who, and how it was proved. `at` is when the ceremony
-    finished.
+    """The result of a finished ceremony: the owner of the passkey, and how it was proved. `at` is
+    when the ceremony finished.
 
-    `second_factor`: the ceremony was about second factors; it asked for no more than that,
-    whichever passkey answered. `ownerless`: nobody owned the passkey, and `external_id` is its own
-    id.
+    `second_factor`: the ceremony asked for no more than a second factor, whichever passkey
+    answered.
     """
 
-    external_id: str
-    user_id: str
+    subject: Named | Unowned
     purpose: Purpose
     passkey_id: str
     credential_id: bytes
@@ -441,11 +471,15 @@ class Receipt(NamedTuple):
     second_factor: bool
     approval: str | None
     at: float
-    ownerless: bool = False
+
+    @property
+    def external_id(self) -> str | None:
+        """The owner's external id, None for a passkey without an owner."""
+        return self.subject.external_id if isinstance(self.subject, Named) else None
 
     @property
     def proof(self) -> Proof:
-        """What it proves: a second factor and an approval are no login."""
+        """The proof: a second factor and an approval are no login."""
         if self.approval is not None:
             return "approve"
         if self.second_factor:

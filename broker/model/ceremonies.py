@@ -1,5 +1,4 @@
-"""Ceremonies in progress: the transaction that permits one, the pending ceremony, and who may
-finish it.
+"""Ceremonies: whose they are, the transaction that permits one, and the pending ceremony.
 
 A ceremony is finished by its opener. `Opener` and `FinishKind` are part of the name under which a
 pending ceremony is stored, so the finish of another dialect, or of another kind of ceremony, finds
@@ -8,6 +7,8 @@ nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
 from typing import Literal, NamedTuple
 
 from broker.model.policy import (
@@ -34,11 +35,59 @@ Opener = Literal["page", "keyed", "hanko", "hanko_keyless", "passlock", "propela
 MAX_REFUSALS = 10  # refused finishes of one transaction; the last of them ends it
 
 
-class AllowedCredential(NamedTuple):
-    """A passkey that a ceremony offers, with what judging its answer needs: what was read when it
-    was offered isn't read again.
+# -- whose ceremony it is --------------------------------------------------------------------------
 
-    All but `sign_count` and `backed_up` never change; those two are judged by the write that
+
+class Named(NamedTuple):
+    """A user that the app knows by an external id."""
+
+    user_id: str
+    external_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unowned:
+    """A user without an external id, stored with the one passkey that has no owner yet."""
+
+    user_id: str
+
+
+class Anyone(Enum):
+    """No user is named. Any user's passkey may answer; a new passkey has no owner."""
+
+    ANYONE = "anyone"
+
+
+ANYONE = Anyone.ANYONE
+# One NamedTuple, one dataclass, one Enum: the codec of one-time values tells them apart by that.
+Subject = Named | Unowned | Anyone
+
+
+class Names(NamedTuple):
+    """The names of a new passkey: authenticators show the first two, lists show `nickname`."""
+
+    user_name: str
+    user_display_name: str
+    nickname: str = ""
+
+
+class UserEntity(NamedTuple):
+    """The user as a new passkey stores it (WebAuthn L3 §5.4.3): the user handle and the names."""
+
+    handle: str
+    user_name: str
+    user_display_name: str
+    nickname: str
+
+
+# -- transactions and pending ceremonies -----------------------------------------------------------
+
+
+class AllowedCredential(NamedTuple):
+    """A passkey that a ceremony allows, with what judging its answer needs: what was read at begin
+    isn't read again.
+
+    All but `sign_count` and `backed_up` never change. Those two are judged by the write that
     records the sign-in, which also decides whether the passkey is still there and live.
     """
 
@@ -61,49 +110,38 @@ class Transaction(NamedTuple):
     """Permission for one ceremony. Lives in the ephemeral store until finish takes it or
     `expires_at` passes.
 
-    `user_id` is None for an authentication of whoever owns the passkey that answers, and for a
-    registration whose passkey nobody owns yet.
+    `entity` is the new passkey's user, None for purpose "authenticate". `offered` has the user's
+    passkeys for purpose "authenticate", unless they are too many to store.
     """
 
     app_id: str
     purpose: Purpose
-    user_id: str | None
-    external_id: str | None
-    user_handle: str
-    user_name: str  # for purpose "register"; else "", as the next two
-    user_display_name: str
-    nickname: str
-    offered: tuple[
-        AllowedCredential, ...
-    ]  # the user's passkeys for purpose "authenticate", unless they are very many
-    asked: CeremonyOptions
+    subject: Subject
+    entity: UserEntity | None
+    offered: tuple[AllowedCredential, ...]
+    options: CeremonyOptions
     expires_at: float
 
     @property
+    def kind(self) -> FinishKind:
+        """The finish that ends its ceremony."""
+        return finish_kind(self.purpose, second_factor=self.options.second_factor)
+
+    @property
     def to_look_up(self) -> bool:
-        """Whether it doesn't say itself who may answer: those of very many, or of several users."""
-        named = self.external_id is not None or self.asked.allow is not None
+        """True if the allowed credentials were too many to store, or are of several users, and must
+        be queried.
+        """
+        named = isinstance(self.subject, Named) or self.options.allow is not None
         return self.purpose == "authenticate" and named and not self.offered
 
 
-def action_of(pending: PendingRegistration | PendingAuthentication) -> str:
-    """What finishing a ceremony is called in events: a second factor and an approval have words of
-    their own.
-    """
-    if isinstance(pending, PendingRegistration):
-        return "second_factor.registered" if pending.asked.second_factor else "passkey.registered"
-    if pending.approval is not None:
-        return "approval.signed"
-    return "second_factor.used" if pending.asked.second_factor else "passkey.used"
-
-
 class BegunCeremony(NamedTuple):
-    """What a begin adds to its transaction: the pending ceremony, but for what the transaction
-    says.
+    """What a begin adds to its transaction: the rest of the pending ceremony.
 
     `life` (seconds), `verifications` and `algorithms` (of a registration) are the policy's at that
-    moment. `allowed` is None where the transaction's `offered` say who may answer. `attachment` is
-    what the options of a registration ask for, None where any will do.
+    moment. `allowed` is None where the transaction's `offered` say it. `attachment` is what the
+    options of a registration ask for, None for any. `approval` is the identifier of an approval.
     """
 
     challenge: bytes
@@ -113,70 +151,74 @@ class BegunCeremony(NamedTuple):
     algorithms: tuple[int, ...] = ()
     allowed: tuple[str, ...] | None = None
     attachment: Attachment | None = None
+    approval: str | None = None
 
-    def pending(
-        self, name: bytes, transaction: Transaction
-    ) -> PendingRegistration | PendingAuthentication:
-        """The whole pending ceremony. `name` is the digest of the transaction's id."""
-        asked = transaction.asked
-        user_verification = verification(self.verifications, asked)
-        life = self.life if asked.life is None else min(asked.life, self.life)
-        ends = min(self.begun_at + life, transaction.expires_at)
+    def pending(self, name: bytes | None, transaction: Transaction) -> Pending:
+        """The whole pending ceremony. `name` is the digest of the transaction's id, None if the
+        transaction is not stored.
+        """
         if transaction.purpose == "register":
-            assert transaction.user_id is not None, (
-                "a registration has a user, also where nobody owns it"
-            )
-            return PendingRegistration(
-                transaction.app_id,
-                self.challenge,
-                name,
-                transaction.user_id,
-                transaction.external_id,
-                transaction.user_handle,
-                transaction.user_name,
-                transaction.user_display_name,
-                transaction.nickname,
-                asked,
-                user_verification,
-                self.algorithms,
-                self.begun_at,
-                ends,
-                self.attachment,
-            )
-        offered = transaction.offered
-        return PendingAuthentication(
-            transaction.app_id,
+            return self.registration(name, transaction)
+        return self.authentication(name, transaction)
+
+    def registration(self, name: bytes | None, transaction: Transaction) -> PendingRegistration:
+        """The pending ceremony of a transaction to register."""
+        app_id, _, subject, entity, _, options, _ = transaction
+        assert entity is not None
+        assert not isinstance(subject, Anyone)
+        return PendingRegistration(
+            app_id,
             self.challenge,
             name,
-            transaction.user_id,
-            transaction.external_id,
+            subject,
+            entity,
+            options,
+            verification(self.verifications, options),
+            self.algorithms,
+            self.begun_at,
+            self._ends(transaction),
+            self.attachment,
+        )
+
+    def authentication(self, name: bytes | None, transaction: Transaction) -> PendingAuthentication:
+        """The pending ceremony of a transaction to authenticate."""
+        app_id, _, subject, _, offered, options, _ = transaction
+        assert not isinstance(subject, Unowned)
+        return PendingAuthentication(
+            app_id,
+            self.challenge,
+            name,
+            subject,
             tuple([o.id for o in offered]) if self.allowed is None else self.allowed,
             offered,
-            None,
-            asked,
-            user_verification,
+            self.approval,
+            options,
+            verification(self.verifications, options),
             self.begun_at,
-            ends,
+            self._ends(transaction),
         )
+
+    def _ends(self, transaction: Transaction) -> float:
+        """A ceremony lives as long as its caller asked, within the policy, and never longer than
+        its transaction.
+        """
+        wish = transaction.options.life
+        life = self.life if wish is None else min(wish, self.life)
+        return min(self.begun_at + life, transaction.expires_at)
 
 
 class PendingRegistration(NamedTuple):
-    """A begun registration: what was offered, to compare the answer with. Only
-    `finish_registration` takes one.
+    """A begun registration, to compare the answer with. Only `finish_registration` takes one.
 
-    `transaction` (digest of its id) is None where a keyed caller named the user.
+    `transaction` is the digest of its id, None for a ceremony without one.
     """
 
     app_id: str
     challenge: bytes
     transaction: bytes | None
-    user_id: str
-    external_id: str | None
-    user_handle: str
-    user_name: str
-    user_display_name: str
-    nickname: str
-    asked: CeremonyOptions
+    subject: Named | Unowned
+    entity: UserEntity
+    options: CeremonyOptions
     user_verification: UserVerification
     algorithms: tuple[int, ...]
     begun_at: float
@@ -185,30 +227,28 @@ class PendingRegistration(NamedTuple):
 
     @property
     def discoverable(self) -> bool:
-        """Whether the options ask for a discoverable credential: for a passkey, not for a second
+        """True if the options ask for a discoverable credential: for a passkey, not for a second
         factor.
         """
-        return not self.asked.second_factor
+        return not self.options.second_factor
 
 
 class PendingAuthentication(NamedTuple):
     """A begun authentication. `allowed` holds the ids (`Credential.id`) of the passkeys that may
     answer; `offered` those of them that need not be read again.
 
-    Without a user (`user_id` is None) it is discoverable: whoever owns the answering passkey signs
-    in, and an empty `allowed` means any. `approval` is the identifier of what the user approves by
-    answering.
+    For anyone it is discoverable: the owner of the answering passkey signs in, and an empty
+    `allowed` means any. `approval` is the identifier of what the user approves by answering.
     """
 
     app_id: str
     challenge: bytes
     transaction: bytes | None
-    user_id: str | None
-    external_id: str | None
+    subject: Named | Anyone
     allowed: tuple[str, ...]
     offered: tuple[AllowedCredential, ...]
     approval: str | None
-    asked: CeremonyOptions
+    options: CeremonyOptions
     user_verification: UserVerification
     begun_at: float
     expires_at: float
@@ -217,16 +257,25 @@ class PendingAuthentication(NamedTuple):
 Pending = PendingRegistration | PendingAuthentication
 
 
+def action_of(pending: Pending) -> str:
+    """The action of a finished ceremony in events: second factors and approvals have their own."""
+    if isinstance(pending, PendingRegistration):
+        return "second_factor.registered" if pending.options.second_factor else "passkey.registered"
+    if pending.approval is not None:
+        return "approval.signed"
+    return "second_factor.used" if pending.options.second_factor else "passkey.used"
+
+
 def purpose_of(pending: Pending) -> Purpose:
     """The purpose of a begun ceremony."""
     return "register" if isinstance(pending, PendingRegistration) else "authenticate"
 
 
 def finish_kind_of(pending: Pending) -> FinishKind:
-    """The finish of a begun ceremony that its challenge finds."""
+    """The finish that ends a begun ceremony."""
     approved = isinstance(pending, PendingAuthentication) and pending.approval is not None
     return finish_kind(
-        purpose_of(pending), second_factor=pending.asked.second_factor, approved=approved
+        purpose_of(pending), second_factor=pending.options.second_factor, approved=approved
     )
 
 

@@ -48,7 +48,7 @@ class CeremonyOptions(NamedTuple):
     `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to
     exclude besides the user's own, and the only ones that may answer. With `second_factor` the
     ceremony is about second factors: a registration makes one, an authentication takes them too.
-    With `ownerless` a passkey that nobody owns yet may answer.
+    With `unowned` a passkey that nobody owns yet may answer.
     """
 
     user_verification: UserVerification | None = None
@@ -56,7 +56,7 @@ class CeremonyOptions(NamedTuple):
     exclude: tuple[str, ...] | None = None
     allow: tuple[str, ...] | None = None
     second_factor: bool = False
-    ownerless: bool = False
+    unowned: bool = False
     mediation: Mediation = "required"
 
 
@@ -71,12 +71,12 @@ class Verifications(NamedTuple):
     allow_weaker: bool
 
 
-def verification(of: Policy | Verifications, asked: CeremonyOptions) -> UserVerification:
+def verification(of: Policy | Verifications, options: CeremonyOptions) -> UserVerification:
     """The user verification of one ceremony: the policy's; stricter if asked; weaker only where the
     policy allows that.
     """
-    base = of.second_factor_user_verification if asked.second_factor else of.user_verification
-    wish = asked.user_verification
+    base = of.second_factor_user_verification if options.second_factor else of.user_verification
+    wish = options.user_verification
     return base if wish is None or (not of.allow_weaker and is_weaker(wish, base)) else wish
 
 
@@ -267,9 +267,9 @@ class Policy:
             self.user_verification, self.second_factor_user_verification, self.allow_weaker
         )
 
-    def verification(self, asked: CeremonyOptions) -> UserVerification:
+    def verification(self, options: CeremonyOptions) -> UserVerification:
         """The user verification of one ceremony."""
-        return verification(self, asked)
+        return verification(self, options)
 
     @classmethod
     def load(cls, stored: Mapping[str, Any]) -> Policy:

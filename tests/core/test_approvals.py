@@ -25,10 +25,19 @@ from broker.errors import (
     UnknownTransaction,
     UnknownUser,
 )
-from broker.model import Approval, ApprovalRecord, AuthenticationAnswer, RelyingParty
+from broker.model import (
+    Approval,
+    ApprovalRecord,
+    AuthenticationAnswer,
+    ByChallenge,
+    ByUser,
+    ExpectedCeremony,
+    RelyingParty,
+)
 from tests.conftest import OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, unb64
 from tests.support.servers import session_of
+from tests.support.verbs import KEYED, keyed
 from tests.support.wire import ORIGIN, Wire
 
 PAYMENT = Approval("payment-7", '{"amount":12}', hashlib.sha256(b"payment-7").digest())
@@ -46,9 +55,11 @@ async def ask(
     **how: bool,
 ) -> AuthenticationAnswer:
     """Begin for ann, and what the device says."""
-    options = await broker.parts.broker.begin_authentication_of(
-        app, "ann", by="challenge", approval=approval, opener="keyed"
-    )
+    options = (
+        await broker.parts.broker.begin_authentication(
+            keyed(app), ByChallenge("ann"), "keyed", approval=approval
+        )
+    ).public_key
     return parse_authentication(device.authenticate(options, ORIGIN, **how))  # type: ignore[arg-type]
 
 
@@ -66,9 +77,11 @@ async def test_the_challenge_ends_with_the_digest(
     seen = set()
     for number in range(3):
         approval = replace(PAYMENT, identifier=f"payment-{number}")
-        options = await broker.parts.broker.begin_authentication_of(
-            app, "ann", by="challenge", approval=approval, opener="keyed"
-        )
+        options = (
+            await broker.parts.broker.begin_authentication(
+                keyed(app), ByChallenge("ann"), "keyed", approval=approval
+            )
+        ).public_key
         challenge = unb64(options["challenge"])
         assert (len(challenge), challenge[32:]) == (64, PAYMENT.digest)
         seen.add(challenge[:32])
@@ -102,8 +115,8 @@ async def test_it_is_approved_by_the_sign_in_itself(
     app = await app_of(broker, wire)
     refused = await ask(broker, app, device, uv=False)
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(
-            app, refused, approved=True, openers=("keyed",)
+        await broker.parts.broker.finish_authentication(
+            keyed(app), ByChallenge(), refused, ExpectedCeremony(("keyed",), approval=True)
         )
     second = replace(PAYMENT, identifier="payment-8")
     answer = await ask(broker, app, device, second)
@@ -111,9 +124,11 @@ async def test_it_is_approved_by_the_sign_in_itself(
     assert (first.approved_at, waiting.approved_at) == (None, None)
     assert (first.identifier, first.data) == (PAYMENT.identifier, PAYMENT.data)
     broker.clock.ahead += 5
-    receipt = await broker.parts.broker.finish_authentication_by(
-        app, answer, approved=True, openers=("keyed",)
-    )
+    receipt = (
+        await broker.parts.broker.finish_authentication(
+            keyed(app), ByChallenge(), answer, ExpectedCeremony(("keyed",), approval=True)
+        )
+    ).receipt
     assert receipt.approval == "payment-8"
     [first, approved] = await records(broker, app)
     passkey = await broker.parts.directory.passkey(app, receipt.passkey_id)
@@ -136,7 +151,9 @@ async def test_a_counter_that_went_back_approves_nothing(broker: Started, wire: 
         answers.append(await ask(broker, app, device, replace(PAYMENT, identifier=f"p-{number}")))
     results = await asyncio.gather(
         *(
-            broker.parts.broker.finish_authentication_by(app, a, approved=True, openers=("keyed",))
+            broker.parts.broker.finish_authentication(
+                keyed(app), ByChallenge(), a, ExpectedCeremony(("keyed",), approval=True)
+            )
             for a in answers
         ),
         return_exceptions=True,
@@ -167,9 +184,11 @@ async def test_a_store_that_fails_leaves_the_identifier_unused(
     assert broker.metric("broker_store_failures_total", store=store, operation=operation) == 1
     assert await records(broker, app) == []
     answer = await ask(broker, app, device)
-    receipt = await broker.parts.broker.finish_authentication_by(
-        app, answer, approved=True, openers=("keyed",)
-    )
+    receipt = (
+        await broker.parts.broker.finish_authentication(
+            keyed(app), ByChallenge(), answer, ExpectedCeremony(("keyed",), approval=True)
+        )
+    ).receipt
     assert receipt.approval == PAYMENT.identifier
     with pytest.raises(DuplicateApproval):
         await ask(broker, app, device)
@@ -219,8 +238,8 @@ async def test_an_identifier_is_used_once_in_an_app(
     async def begin(number: int) -> bool:
         try:
             user = ("ann", "bob")[number % 3 == 0]
-            await brokers[number % 2].begin_authentication_of(
-                app, user, by="challenge", approval=PAYMENT, opener="keyed"
+            await brokers[number % 2].begin_authentication(
+                keyed(app), ByChallenge(user), "keyed", approval=PAYMENT
             )
         except DuplicateApproval:
             return False
@@ -237,14 +256,10 @@ async def test_nobody_is_asked_who_can_not_sign(broker: Started, wire: Wire) -> 
     app = await app_of(broker, wire)
     verbs = broker.parts.broker
     with pytest.raises(UnknownUser):
-        await verbs.begin_authentication_of(
-            app, "ann", by="challenge", approval=PAYMENT, opener="keyed"
-        )
+        await verbs.begin_authentication(keyed(app), ByChallenge("ann"), "keyed", approval=PAYMENT)
     await wire.open_registration("ann")
     with pytest.raises(NoPasskeys):
-        await verbs.begin_authentication_of(
-            app, "ann", by="challenge", approval=PAYMENT, opener="keyed"
-        )
+        await verbs.begin_authentication(keyed(app), ByChallenge("ann"), "keyed", approval=PAYMENT)
     assert await records(broker, app) == []
 
 
@@ -258,15 +273,21 @@ async def test_an_approval_is_no_sign_in_and_a_sign_in_no_approval(
     answer = await ask(broker, app, device, approval)
     verbs = broker.parts.broker
     with pytest.raises(UnknownTransaction) as caught:
-        await verbs.finish_authentication_by(
-            app, answer, approved=approval is None, openers=("keyed",)
+        await verbs.finish_authentication(
+            keyed(app),
+            ByChallenge(),
+            answer,
+            ExpectedCeremony(("keyed",), approval=approval is None),
         )
     assert caught.value.reason == "other_finish"
     with pytest.raises(UnknownTransaction):
-        await verbs.finish_authentication_of(app, "ann", answer, opener="keyed")
+        await verbs.finish_authentication(keyed(app), ByUser("ann"), answer, KEYED)
     assert [r.approved_at for r in await records(broker, app)] == [None] * (approval is not None)
-    await verbs.finish_authentication_by(
-        app, answer, approved=approval is not None, openers=("keyed",)
+    await verbs.finish_authentication(
+        keyed(app),
+        ByChallenge(),
+        answer,
+        ExpectedCeremony(("keyed",), approval=approval is not None),
     )
 
 
@@ -278,8 +299,8 @@ async def test_of_50_finishes_one_approves(
     answer = await ask(broker, app, device)
     results = await asyncio.gather(
         *(
-            broker.parts.broker.finish_authentication_by(
-                app, answer, approved=True, openers=("keyed",)
+            broker.parts.broker.finish_authentication(
+                keyed(app), ByChallenge(), answer, ExpectedCeremony(("keyed",), approval=True)
             )
             for _ in range(50)
         ),
@@ -298,8 +319,8 @@ async def test_approvals_go_with_their_user(
     answer = await ask(broker, app, device)
     await broker.parts.directory.delete_user(app, "ann")
     with pytest.raises(CeremonyRefused):
-        await broker.parts.broker.finish_authentication_by(
-            app, answer, approved=True, openers=("keyed",)
+        await broker.parts.broker.finish_authentication(
+            keyed(app), ByChallenge(), answer, ExpectedCeremony(("keyed",), approval=True)
         )
     await wire.user("ann", device)
     assert await records(broker, app) == []

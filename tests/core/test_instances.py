@@ -68,7 +68,7 @@ async def test_a_ceremony_goes_from_one_to_the_other(
         for broker, wire in both:
             with refused(broker, "transaction_not_found", "handle_unknown"):
                 assert (await wire.finish(step, handle, answer, transaction)).status == 404
-            with refused(broker, "invalid_nonce", "nonce_unknown"):
+            with refused(broker, "invalid_nonce", "nonce_replayed"):
                 assert (await wire.redeem(nonce)).status == 401
     assert (await both[0][0].events(both[0][1].app_id)).count(("passkey.used", "done", None)) == 2
 

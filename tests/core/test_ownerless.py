@@ -11,6 +11,7 @@ import asyncio
 
 import pytest
 
+from broker.broker import Nonce
 from broker.ceremony import parse_authentication, parse_registration
 from broker.errors import (
     DiscoverableRefused,
@@ -19,21 +20,37 @@ from broker.errors import (
     UnknownNonce,
     UnknownPasskey,
 )
-from broker.model import CeremonyOptions, Policy, RelyingParty
+from broker.model import (
+    ANYONE,
+    ByTransaction,
+    Caller,
+    CeremonyOptions,
+    ExpectedReceipt,
+    Names,
+    Policy,
+    RelyingParty,
+    Unowned,
+)
 from tests.conftest import OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator
 from tests.support.golden import golden
 from tests.support.signals import refused
+from tests.support.verbs import PAGE, by_handle, keyed, nonce_of
 from tests.support.wire import ORIGIN, Wire
 
 
 async def ownerless(broker: Started, wire: Wire, device: Authenticator) -> tuple[RelyingParty, str]:
     """A passkey of nobody; the app and the passkey's id."""
     app = await broker.parts.directory.app(wire.app_id)
-    transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
+    transaction = await broker.parts.broker.open_registration(
+        keyed(app), ANYONE, Names("Somebody", "Somebody", "Somebody")
+    )
     nonce = await wire.register(transaction, device)
-    receipt = await broker.parts.broker.redeem(app, nonce, ownerless=True)
-    assert receipt.external_id == receipt.passkey_id, "it stands for itself"
+    receipt = (
+        await broker.parts.broker.redeem(keyed(app), nonce, ExpectedReceipt(unowned=True))
+    ).receipt
+    assert isinstance(receipt.subject, Unowned)
+    assert receipt.external_id is None
     return app, receipt.passkey_id
 
 
@@ -179,10 +196,16 @@ async def test_a_page_that_never_finishes_leaves_nobody_behind(broker: Started, 
     device = Authenticator()
     await wire.user("ann", device)
     for how in ({"uv": False}, {"credential_id": next(iter(device.held))}):
-        transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
-        begun = await broker.parts.broker.begin_registration(app, transaction, None, opener="page")
-        made = Authenticator().register(begun.options, ORIGIN, **how)
-        assert (await wire.finish("register", begun.handle, made, transaction)).status == 401
+        transaction = await broker.parts.broker.open_registration(
+            keyed(app), ANYONE, Names("Somebody", "Somebody", "Somebody")
+        )
+        begun = await broker.parts.broker.begin_registration(
+            Caller(app), ByTransaction(transaction), "page"
+        )
+        made = Authenticator().register(begun.public_key, ORIGIN, **how)
+        assert (
+            await wire.finish("register", by_handle(begun).handle, made, transaction)
+        ).status == 401
     assert await users(broker, app) == [("ann", "active")]
 
 
@@ -192,14 +215,16 @@ async def test_one_that_waits_for_redemption_makes_nobody_active(
     """With policy `live_at=redemption` an owner alone does not make it sign in; its nonce does."""
     wire = await open_app(Policy(live_at="redemption"))
     app = await broker.parts.directory.app(wire.app_id)
-    transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
+    transaction = await broker.parts.broker.open_registration(
+        keyed(app), ANYONE, Names("Somebody", "Somebody", "Somebody")
+    )
     nonce = await wire.register(transaction, device)
     [listed] = (await wire.keyed("GET", "/passkeys")).json["passkeys"]
     await broker.parts.directory.assign(app, listed["id"], "ann")
     assert await users(broker, app) == [("ann", "pending")]
     with pytest.raises(NoPasskeys):
-        await broker.parts.broker.open_authentication(app, "ann")
-    await broker.parts.broker.redeem(app, nonce, ownerless=True)
+        await broker.parts.broker.open_authentication(keyed(app), "ann")
+    await broker.parts.broker.redeem(keyed(app), nonce, ExpectedReceipt(unowned=True))
     assert await users(broker, app) == [("ann", "active")]
     assert (await wire.redeem(await wire.authenticate(None, device))).json["external_id"] == "ann"
 
@@ -214,27 +239,33 @@ async def test_where_it_is_asked_for_it_stands_for_itself(
     app, passkey = await ownerless(broker, wire, device)
     verbs = broker.parts.broker
     for asked, may in (
-        (CeremonyOptions(ownerless=True), True),
-        (CeremonyOptions(ownerless=True), False),
+        (CeremonyOptions(unowned=True), True),
+        (CeremonyOptions(unowned=True), False),
         (CeremonyOptions(), False),
     ):
-        begun = await verbs.begin_authentication(app, None, asked=asked, opener="page")
-        answer = parse_authentication(device.authenticate(begun.options, ORIGIN))
-        if asked.ownerless:
-            nonce = await verbs.finish_authentication(
-                app, begun.handle, None, answer, opener="page"
+        begun = await verbs.begin_authentication(Caller(app), ANYONE, "page", options=asked)
+        answer = parse_authentication(device.authenticate(begun.public_key, ORIGIN))
+        if asked.unowned:
+            nonce = nonce_of(
+                await verbs.finish_authentication(
+                    Caller(app), by_handle(begun), answer, PAGE, Nonce()
+                )
             )
             if may:
-                receipt = await verbs.redeem(app, nonce, ownerless=True)
-                assert receipt.external_id == receipt.passkey_id == passkey
-                assert receipt.ownerless
+                receipt = (
+                    await verbs.redeem(keyed(app), nonce, ExpectedReceipt(unowned=True))
+                ).receipt
+                assert isinstance(receipt.subject, Unowned)
+                assert receipt.passkey_id == passkey
                 continue
             for _ in range(2):
                 with pytest.raises(UnknownNonce):
-                    await verbs.redeem(app, nonce)
+                    await verbs.redeem(keyed(app), nonce)
         else:
             with pytest.raises(DiscoverableRefused):
-                await verbs.finish_authentication(app, begun.handle, None, answer, opener="page")
+                await verbs.finish_authentication(
+                    Caller(app), by_handle(begun), answer, PAGE, Nonce()
+                )
 
 
 async def test_two_devices_of_one_page_are_two_nobodies(broker: Started, wire: Wire) -> None:
@@ -246,11 +277,14 @@ async def test_two_devices_of_one_page_are_two_nobodies(broker: Started, wire: W
     for _ in range(2):
         options = (
             await broker.parts.broker.begin_registration(
-                app,
-                await broker.parts.broker.open_registration(app, None, "Somebody"),
-                None,
-                opener="page",
+                Caller(app),
+                ByTransaction(
+                    await broker.parts.broker.open_registration(
+                        keyed(app), ANYONE, Names("Somebody", "Somebody", "Somebody")
+                    )
+                ),
+                "page",
             )
-        ).options
+        ).public_key
         parse_registration(device.register(options, ORIGIN))
     assert len(device.credentials(app.rp_id)) == 2

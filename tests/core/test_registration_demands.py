@@ -304,7 +304,7 @@ def test_attachment_by_what_was_asked(wanted: Any, said: object, good: bool) -> 
 @pytest.mark.parametrize(("second_factor", "said", "good"), EXTENSIONS)
 def test_discoverability_by_what_was_asked(second_factor: bool, said: object, good: bool) -> None:
     pending = pending_registration(relying_party())._replace(
-        asked=CeremonyOptions(second_factor=second_factor)
+        options=CeremonyOptions(second_factor=second_factor)
     )
     judged(pending, "resident_key", {"clientExtensionResults": said}, good=good)
 

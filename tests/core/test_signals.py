@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from broker.model import base64url
+from broker.model import ANYONE, Names, base64url
 from broker.signals import TICKET_LIFE
 from tests.conftest import SKEW, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, b64
 from tests.support.golden import golden
 from tests.support.signals import refused, same_answer
 from tests.support.stall import stalled
+from tests.support.verbs import keyed
 from tests.support.wire import ORIGIN, RP_ID, Answer, Wire
 
 KINDS = ["update", "delete", "prune"]
@@ -114,7 +115,9 @@ async def test_a_passkey_that_gets_its_owner_meanwhile_is_deleted(
     between the look and the deletion.
     """
     app = await broker.parts.directory.app(wire.app_id)
-    transaction = await broker.parts.broker.open_registration(app, None, "Somebody")
+    transaction = await broker.parts.broker.open_registration(
+        keyed(app), ANYONE, Names("Somebody", "Somebody", "Somebody")
+    )
     await wire.register(transaction, device)
     await wire.open_registration("bob")
     [passkey] = (await wire.keyed("GET", "/passkeys")).json["passkeys"]

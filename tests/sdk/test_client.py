@@ -356,6 +356,7 @@ REQUIRED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("verify_nonce", (...,), {"purpose": "authenticate"}),
     ("create_register_transaction", (..., "Ada"), {}),
     ("create_register_transaction", ("ada", ...), {}),
+    ("cancel_transaction", (...,), {}),
     ("get_user", (...,), {}),
     ("list_passkeys", (...,), {}),
     ("revoke_passkey", (..., "P" * 24), {}),

@@ -78,7 +78,7 @@ async def transactions(call: Caller, broker: Started, wire: Wire, device: Authen
         2,
     )
     assert [key["alg"] for key in (await call("get_key_set"))["keys"]] == ["ES256"]
-    with refused(broker, "invalid_nonce", "nonce_unknown"), pytest.raises(sdk.InvalidNonce):
+    with refused(broker, "invalid_nonce", "nonce_replayed"), pytest.raises(sdk.InvalidNonce):
         await call("verify_nonce", nonce)
     transaction = await call(
         "create_authenticate_transaction", "ada", mediation="conditional", **options
@@ -93,6 +93,13 @@ async def transactions(call: Caller, broker: Started, wire: Wire, device: Authen
     nonce = await wire.authenticate(transaction, device)
     receipt = await call("verify_nonce", nonce, purpose="authenticate", transaction_id=transaction)
     assert (receipt.external_id, receipt.second_factor) == ("ada", False)
+    transaction = await call("create_authenticate_transaction", "ada")
+    for _ in range(2):
+        assert await call("cancel_transaction", transaction) is None
+    begun = await wire.page(
+        "/authenticate/transactions/webauthn/start", {"transaction_id": transaction}
+    )
+    assert begun.code == "transaction_not_found"
 
 
 async def keyed_ceremonies(call: Caller, broker: Started, device: Authenticator) -> None:

@@ -250,6 +250,7 @@ CREDENTIAL = {"id": "x"}
 WRITES: list[tuple[str, tuple[Any, ...]]] = [
     ("create_register_transaction", ("ada", "Ada")),
     ("create_authenticate_transaction", ("ada",)),
+    ("cancel_transaction", ("pbt_1",)),
     ("verify_nonce", ("pbn_1",)),
     ("start_registration", ("ada", "Ada")),
     ("finish_registration", (CREDENTIAL,)),

@@ -25,10 +25,13 @@ from broker.model import (
     Approval,
     CeremonyOptions,
     Credential,
+    Named,
     PendingRegistration,
     Policy,
     RelyingParty,
     SignInOutcome,
+    Unowned,
+    UserEntity,
     VerifiedAuthentication,
     VerifiedRegistration,
 )
@@ -80,13 +83,9 @@ def pending(app: RelyingParty, user_id: str, **changes: Any) -> PendingRegistrat
         app_id=app.id,
         challenge=b"c" * 32,
         transaction=b"t" * 32,
-        user_id=user_id,
-        external_id="ann",
-        user_handle="h" * 43,
-        user_name="ann",
-        user_display_name="Ann",
-        nickname="Ann's key",
-        asked=CeremonyOptions(),
+        subject=Named(user_id, "ann"),
+        entity=UserEntity("h" * 43, "ann", "Ann", "Ann's key"),
+        options=CeremonyOptions(),
         user_verification="required",
         algorithms=(-7,),
         begun_at=0.0,
@@ -589,7 +588,7 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         algorithm=-257,
     )
     outcome = await durable.ceremonies.add(
-        pending(app, user_id, user_name="🔒", user_display_name="🔑", nickname="🗝"),
+        pending(app, user_id, entity=UserEntity("h" * 43, "🔒", "🔑", "🗝")),
         answer,
         new_id="i" * 24,
         live=False,
@@ -894,7 +893,8 @@ async def test_a_passkey_of_nobody_that_somebody_had_first_leaves_no_row(
             await other.execute(
                 f"INSERT INTO credentials ({', '.join(row)}) VALUES ({places})", *row.values()
             )
-            made = pending(app, MINT.id(), external_id=None, user_handle=MINT.user_handle())
+            entity = UserEntity(MINT.user_handle(), "ann", "Ann", "Ann's key")
+            made = pending(app, "", subject=Unowned(MINT.id()), entity=entity)
             adding = asyncio.create_task(
                 durable.ceremonies.add(
                     made, verified(b"same"), new_id=MINT.id(), live=True, now=NOW

@@ -22,10 +22,12 @@ from broker.ephemeral import Answer, Ephemeral, Taken, Unknown, one_time, stores
 from broker.ephemeral.transport import ByClient, Commands, Script
 from broker.errors import TooManyCeremonies, Unavailable
 from broker.model import (
+    ANYONE,
     AllowedCredential,
     BegunCeremony,
     CeremonyOptions,
     FinishKind,
+    Named,
     Opener,
     Pending,
     PendingAuthentication,
@@ -34,6 +36,8 @@ from broker.model import (
     Receipt,
     Redeemable,
     Transaction,
+    Unowned,
+    UserEntity,
     Verifications,
     base64url,
     finish_kind,
@@ -174,15 +178,17 @@ async def proxy(real: Place) -> AsyncIterator[RedisProxy]:
 STRANGE = "Åsa\u0301 \u202e<ne:x> 'quoted\" %s 🔑 " + "\N{GREEK SMALL LETTER ALPHA}" * 200
 
 
-ASKED = CeremonyOptions(
+OPTIONS = CeremonyOptions(
     user_verification="discouraged",
     life=12.5,
     exclude=("a" * 24,),
     allow=(),
     second_factor=True,
-    ownerless=True,
+    unowned=True,
     mediation="conditional",
 )
+
+ENTITY = UserEntity(MINT.user_handle(), STRANGE, STRANGE + "!", "")
 
 
 def transaction(place: Place, **changes: Any) -> Transaction:
@@ -190,14 +196,10 @@ def transaction(place: Place, **changes: Any) -> Transaction:
     made = Transaction(
         APP,
         "register",
-        MINT.id(),
-        STRANGE,
-        MINT.user_handle(),
-        STRANGE,
-        STRANGE + "!",
-        "",
+        Named(MINT.id(), STRANGE),
+        ENTITY,
         (),
-        ASKED,
+        OPTIONS,
         ends,
     )
     return made._replace(**changes)
@@ -209,13 +211,9 @@ def registration(place: Place, **changes: Any) -> PendingRegistration:
         app_id=APP,
         challenge=bytes(range(32)),
         transaction=None,
-        user_id=MINT.id(),
-        external_id=STRANGE,
-        user_handle=MINT.user_handle(),
-        user_name=STRANGE,
-        user_display_name=STRANGE + "!",
-        nickname="",
-        asked=CeremonyOptions(),
+        subject=Named(MINT.id(), STRANGE),
+        entity=ENTITY,
+        options=CeremonyOptions(),
         user_verification="preferred",
         algorithms=(-7, -8),
         begun_at=now,
@@ -230,12 +228,11 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
         app_id=APP,
         challenge=b"\xff" * 32,
         transaction=name,
-        user_id=MINT.id() if name else None,
-        external_id=STRANGE if name else None,
+        subject=Named(MINT.id(), STRANGE) if name else ANYONE,
         offered=(),
         allowed=("a", "b") if name else (),
         approval=STRANGE,
-        asked=ASKED,
+        options=OPTIONS,
         user_verification="required",
         begun_at=now,
         expires_at=now + 300,
@@ -264,8 +261,7 @@ def offered(user_id: str, credential_id: bytes) -> AllowedCredential:
 def redeemable(place: Place, **changes: Any) -> Redeemable:
     now = place.clock()
     receipt = Receipt(
-        external_id=STRANGE,
-        user_id=MINT.id(),
+        subject=Named(MINT.id(), STRANGE),
         purpose="authenticate",
         passkey_id=MINT.id(),
         credential_id=bytes(range(256)) * 3 + b"\0",
@@ -305,8 +301,8 @@ async def peek_transaction(
     return (name, found) if found else None
 
 
-def take_transaction(store: Ephemeral, name: bytes) -> Awaitable[bool]:
-    return store.transactions.take(name)
+async def take_transaction(store: Ephemeral, name: bytes) -> bool:
+    return await store.transactions.take(name) is not None
 
 
 async def begin(
@@ -430,17 +426,17 @@ async def put_open(store: Ephemeral, place: Place, *, cap: int = 9, **changes: A
     "changes",
     [
         {},
-        {"external_id": None, "user_id": None, "asked": CeremonyOptions()},
-        {"purpose": "authenticate", "user_handle": "", "user_name": "", "user_display_name": ""},
+        {"subject": Unowned("u" * 24), "options": CeremonyOptions()},
+        {"purpose": "authenticate", "subject": ANYONE, "entity": None},
+        {"purpose": "authenticate", "entity": None},
     ],
 )
 async def test_a_transaction_comes_back_as_it_was(place: Place, changes: dict[str, Any]) -> None:
     store, token, put = place.store(), MINT.token("transaction"), transaction(place, **changes)
-    if put.purpose == "authenticate" and put.user_id is not None:
-        known = offered(put.user_id, b"\xff")._replace(
-            aaguid="ea9b8d66-4d01-1d21-3ce4-b6b48cb575d4"
-        )
-        put = put._replace(offered=(offered(put.user_id, b"\0" * 32), known))
+    if put.purpose == "authenticate" and isinstance(put.subject, Named):
+        user_id = put.subject.user_id
+        known = offered(user_id, b"\xff")._replace(aaguid="ea9b8d66-4d01-1d21-3ce4-b6b48cb575d4")
+        put = put._replace(offered=(offered(user_id, b"\0" * 32), known))
     await put_transaction(store, token, put)
     name = digest("transaction", APP, token)
     assert await peek_transaction(store, APP, token) == (name, put)
@@ -458,13 +454,10 @@ async def test_a_begun_ceremony_comes_back_with_its_transaction(
     store, token = place.store(), MINT.token("transaction")
     put = transaction(place, purpose=purpose)
     if purpose == "authenticate":
-        assert put.user_id is not None
         held = (
-            (offered(put.user_id, b"\0" * 32), offered(put.user_id, b"\xff"))
-            if allowed is None
-            else ()
+            (offered("u" * 24, b"\0" * 32), offered("u" * 24, b"\xff")) if allowed is None else ()
         )
-        put = put._replace(user_handle="", user_name="", user_display_name="", offered=held)
+        put = put._replace(entity=None, offered=held)
     await put_transaction(store, token, put)
     made = beginning(place, allowed=allowed, challenge=b"\xff" * 31 + b"+")
     begun = await begin(store, APP, token, "page", purpose, MINT.token("handle"), made)
@@ -490,7 +483,7 @@ def test_a_begun_ceremony_is_what_transaction_and_policy_make_of_it(place: Place
     assert made.offered == opened.offered
     assert made.expires_at == now + 12.5, "what was asked"
     assert made.user_verification == "discouraged", "of second factors, and weaker is allowed"
-    plain = opened._replace(asked=CeremonyOptions(), expires_at=now + 100)
+    plain = opened._replace(options=CeremonyOptions(), expires_at=now + 100)
     made = begun.pending(name, plain)
     assert (made.expires_at, made.user_verification) == (now + 100, "preferred")
     made = begun.pending(name, plain._replace(expires_at=now + 600))
@@ -516,7 +509,7 @@ async def test_a_begin_leaves_a_transaction_of_another_purpose_as_it_was(place: 
 async def test_a_begin_waits_until_it_is_known_who_may_answer(place: Place) -> None:
     """A look-up that finds nobody must leave the earlier ceremony alone."""
     store = place.store()
-    token, _ = await open_one(store, place, purpose="authenticate", user_id=None, external_id=None)
+    token, _ = await open_one(store, place, purpose="authenticate", subject=ANYONE)
     known = beginning(place, allowed=("x" * 24,))
     first = await begin(store, APP, token, "page", "authenticate", MINT.token("handle"), known)
     assert first is not None
@@ -548,10 +541,14 @@ async def test_nothing_begins_without_its_transaction(place: Place) -> None:
 PENDING: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: registration(place),
     "authentication": lambda place: authentication(
-        place, None, user_id="u" * 24, allowed=("x" * 24,)
+        place, None, subject=Named("u" * 24, STRANGE), allowed=("x" * 24,)
     ),
     "offered": lambda place: authentication(
-        place, None, user_id="u" * 24, allowed=("a", "b"), offered=(offered("u" * 24, b"1"),)
+        place,
+        None,
+        subject=Named("u" * 24, STRANGE),
+        allowed=("a", "b"),
+        offered=(offered("u" * 24, b"1"),),
     ),
     "hundreds": lambda place: authentication(place, None, allowed=("x" * 24,) * 300),
     "discoverable": lambda place: authentication(place, None),
@@ -591,7 +588,7 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
 NAMED: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: registration(place),
     "authentication": lambda place: authentication(
-        place, None, user_id="u" * 24, allowed=("x" * 24,)
+        place, None, subject=Named("u" * 24, STRANGE), allowed=("x" * 24,)
     ),
 }
 

@@ -18,7 +18,7 @@ import pytest
 from broker.durable import Durable, Postgres, housekeeping, instant
 from broker.durable.housekeeping import BATCH, Housekeeping
 from broker.embedded import EmbeddedStores
-from broker.model import Approval, RelyingParty
+from broker.model import Approval, RelyingParty, Unowned
 from broker.telemetry import CONTEXT, Context, Log
 from tests.conftest import Starter
 from tests.stores.test_durable import MINT, NOW, add, ensure, new_app, verified
@@ -215,7 +215,7 @@ async def test_a_user_without_a_name_ends_with_its_passkey(house: House) -> None
     app = await new_app(house.durable)
     nobody = MINT.id()
     outcome = await house.durable.ceremonies.add(
-        pending_of(app, nobody, external_id=None),
+        pending_of(app, nobody, subject=Unowned(nobody)),
         verified(b"1"),
         new_id=MINT.id(),
         live=False,

@@ -16,17 +16,22 @@ from broker.ceremony.response_json import _bytes
 from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.errors import InvalidRequest
 from broker.model import (
+    ANYONE,
     AllowedCredential,
     Attachment,
     BegunCeremony,
     CeremonyOptions,
+    Named,
     PendingAuthentication,
     PendingRegistration,
     Purpose,
     Receipt,
     Redeemable,
+    Subject,
     Transaction,
     Trust,
+    Unowned,
+    UserEntity,
     UserVerification,
     Verifications,
 )
@@ -114,21 +119,24 @@ AAGUIDS = st.sampled_from(
 ATTACHMENTS = st.none() | st.sampled_from(get_args(Attachment))
 MANY = st.lists(IDS, max_size=3).map(tuple)
 ALGORITHMS = st.lists(st.sampled_from([-7, -8, -35, -53, -257]), max_size=4).map(tuple)
-ASKED = st.just(CeremonyOptions()) | st.builds(
+OPTIONS = st.just(CeremonyOptions()) | st.builds(
     CeremonyOptions,
     user_verification=st.none() | VERIFICATIONS,
     life=st.none() | TIMES,
     exclude=st.none() | MANY,
     allow=st.none() | MANY,
     second_factor=st.booleans(),
-    ownerless=st.booleans(),
+    unowned=st.booleans(),
     mediation=st.sampled_from(["required", "conditional"]),
 )
-USERS = st.none() | IDS
+NAMED = st.builds(Named, IDS, WORDS)
+UNOWNED = st.builds(Unowned, IDS)
+ENTITIES = st.builds(UserEntity, WORDS, WORDS, WORDS, WORDS)
 
 
-def offered(user_id: str | None) -> st.SearchStrategy[tuple[AllowedCredential, ...]]:
-    """Passkeys of this user, as all that are offered are; none without one."""
+def offered(subject: Subject) -> st.SearchStrategy[tuple[AllowedCredential, ...]]:
+    """Passkeys of a named user, as all that are offered are; none of another subject."""
+    user_id = subject.user_id if isinstance(subject, Named) else None
     one = st.builds(
         AllowedCredential,
         id=IDS,
@@ -151,20 +159,16 @@ def offered(user_id: str | None) -> st.SearchStrategy[tuple[AllowedCredential, .
 @st.composite
 def transactions(draw: st.DrawFn) -> Transaction:
     purpose: Purpose = draw(st.sampled_from(get_args(Purpose)))
-    user_id = draw(USERS)
     registers = purpose == "register"
-    text = WORDS if registers else st.just("")
+    others: st.SearchStrategy[Subject] = UNOWNED if registers else st.just(ANYONE)
+    subject: Subject = draw(NAMED | others)
     return Transaction(
         app_id=APP,
         purpose=purpose,
-        user_id=user_id,
-        external_id=draw(st.none() | WORDS),
-        user_handle=draw(text),
-        user_name=draw(text),
-        user_display_name=draw(text),
-        nickname=draw(text),
-        offered=() if registers else draw(offered(user_id)),
-        asked=draw(ASKED),
+        subject=subject,
+        entity=draw(ENTITIES) if registers else None,
+        offered=() if registers else draw(offered(subject)),
+        options=draw(OPTIONS),
         expires_at=draw(TIMES),
     )
 
@@ -178,19 +182,16 @@ BEGINNINGS = st.builds(
     algorithms=ALGORITHMS,
     allowed=st.none() | MANY,
     attachment=ATTACHMENTS,
+    approval=st.none() | WORDS,
 )
 REGISTRATIONS = st.builds(
     PendingRegistration,
     app_id=st.just(APP),
     challenge=BLOBS,
     transaction=st.none(),
-    user_id=IDS,
-    external_id=st.none() | WORDS,
-    user_handle=WORDS,
-    user_name=WORDS,
-    user_display_name=WORDS,
-    nickname=WORDS,
-    asked=ASKED,
+    subject=NAMED | UNOWNED,
+    entity=ENTITIES,
+    options=OPTIONS,
     user_verification=VERIFICATIONS,
     algorithms=ALGORITHMS,
     begun_at=TIMES,
@@ -201,18 +202,17 @@ REGISTRATIONS = st.builds(
 
 @st.composite
 def authentications(draw: st.DrawFn) -> PendingAuthentication:
-    user_id = draw(USERS)
-    held = draw(offered(user_id))
+    subject = draw(NAMED | st.just(ANYONE))
+    held = draw(offered(subject))
     return PendingAuthentication(
         app_id=APP,
         challenge=draw(BLOBS),
         transaction=None,
-        user_id=user_id,
-        external_id=draw(st.none() | WORDS),
+        subject=subject,
         allowed=draw(MANY | st.just(tuple(one.id for one in held))),
         offered=held,
         approval=draw(st.none() | WORDS),
-        asked=draw(ASKED),
+        options=draw(OPTIONS),
         user_verification=draw(VERIFICATIONS),
         begun_at=draw(TIMES),
         expires_at=draw(TIMES),
@@ -221,8 +221,7 @@ def authentications(draw: st.DrawFn) -> PendingAuthentication:
 
 RECEIPTS = st.builds(
     Receipt,
-    external_id=WORDS,
-    user_id=IDS,
+    subject=NAMED | UNOWNED,
     purpose=st.sampled_from(get_args(Purpose)),
     passkey_id=IDS,
     credential_id=BLOBS,
@@ -238,7 +237,6 @@ RECEIPTS = st.builds(
     second_factor=st.booleans(),
     approval=st.none() | WORDS,
     at=TIMES,
-    ownerless=st.booleans(),
 )
 
 
@@ -258,7 +256,9 @@ def test_a_transaction_comes_back(made: Transaction) -> None:
         Verifications("required", "preferred", False),
         allowed=tuple("a" * 24 for _ in range(64)),
     ),
-    Transaction(APP, "register", None, None, "", "", "", "", (), CeremonyOptions(), 0.0),
+    Transaction(
+        APP, "register", Unowned("u" * 24), UserEntity("", "", "", ""), (), CeremonyOptions(), 0.0
+    ),
 )
 def test_a_begun_ceremony_comes_back_with_its_transaction(
     made: BegunCeremony, of: Transaction

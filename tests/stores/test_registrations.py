@@ -18,7 +18,7 @@ from broker.durable import Durable, Postgres
 from broker.durable.ceremonies import Outcome
 from broker.embedded import EmbeddedStores
 from broker.errors import UnknownApp
-from broker.model import CeremonyOptions, RelyingParty
+from broker.model import CeremonyOptions, RelyingParty, UserEntity
 from broker.telemetry import CONTEXT, Context
 from tests.stores.test_durable import (
     LATER,
@@ -73,8 +73,8 @@ async def test_many_registrations_share_statements_and_each_is_told_of(
             pending(
                 app,
                 user_id,
-                nickname=f"🗝 {number}",
-                asked=CeremonyOptions(second_factor=number % 5 == 0),
+                entity=UserEntity("h" * 43, "ann", "Ann", f"🗝 {number}"),
+                options=CeremonyOptions(second_factor=number % 5 == 0),
             ),
             verified(
                 b"\0passkey-%d" % number,

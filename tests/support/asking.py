@@ -68,6 +68,8 @@ async def _flex(wire: Wire) -> None:
         ]
         ok(await wire.redeem(await wire.authenticate(transaction, device)))
     ok(await wire.redeem(await wire.authenticate(None, device)))
+    cancelled = {"transaction_id": await wire.open_authentication("ann")}
+    assert (await wire.keyed("POST", "/transactions/cancel", cancelled)).status == 200
     for path in ("", "/", "/.well-known/jwks.json"):
         ok(await wire.send("GET", wire.base + path))
 

@@ -50,6 +50,7 @@ PAGES |= {(method, APP + "/signals/exchange") for method in ("POST", "OPTIONS")}
 KEYED = {
     ("POST", APP + "/transactions/register"),
     ("POST", APP + "/transactions/authenticate"),
+    ("POST", APP + "/transactions/cancel"),
     ("POST", APP + "/authenticate/verify"),
     ("GET", APP + "/users"),
     ("GET", APP + "/users/{user_id}"),

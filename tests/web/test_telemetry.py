@@ -397,7 +397,15 @@ async def test_labels_are_from_fixed_sets(
     }
     results = {
         "broker_ceremonies": {"ok", "refused", "unavailable"},
-        "broker_redemptions": {"ok", "unknown", "mismatch"},
+        "broker_redemptions": {
+            "ok",
+            "malformed",
+            "unknown",
+            "expired",
+            "replayed",
+            "foreign",
+            "mismatch",
+        },
     }
     seen = _series(broker)
     for metric, label, value in seen:

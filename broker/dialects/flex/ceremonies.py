@@ -29,19 +29,32 @@ from __future__ import annotations
 from aiohttp import web
 
 from broker import ceremony
+from broker.broker import Outcome
 from broker.dialects.flex.canonical import approval_digest, canonical
 from broker.dialects.flex.fields import (
     Body,
-    asked_of_authentication,
-    asked_of_registration,
     attachment,
+    authentication_options,
+    registration_options,
     switch,
 )
 from broker.dialects.flex.objects import receipt_object
 from broker.errors import InvalidRequest
-from broker.model import Approval, Caller, CeremonyOptions, validate_text
+from broker.model import (
+    ANYONE,
+    Approval,
+    ByChallenge,
+    ByUser,
+    Caller,
+    CeremonyOptions,
+    ExpectedCeremony,
+    Names,
+    validate_text,
+)
 from broker.web import BROKER, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
+
+_BY_USER = ExpectedCeremony(("keyed",))
 
 # -- joined by the user ----------------------------------------------------------------------------
 
@@ -50,52 +63,37 @@ async def begin_registration_of(request: web.Request, caller: Caller) -> web.Str
     """`{external_id, user_name, user_display_name?, passkey_display_name?,
     authenticator_attachment?, …}` to `{options}`.
     """
-    return await _begin_registration(request, caller, by_user=True)
+    body = await read_object(request)
+    options = registration_options(body)
+    _judge_by_user(options)
+    return await _begin_registration(
+        request, caller, ByUser(text_field(body, "external_id")), body, options
+    )
 
 
 async def finish_registration_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, credential}` to the receipt."""
     body = await read_object(request)
-    external_id, answer = (
-        text_field(body, "external_id"),
-        ceremony.parse_registration(body.get("credential")),
-    )
-    return json_answer(
-        receipt_object(
-            await request.app[BROKER].finish_registration_of(
-                caller.app, external_id, answer, opener="keyed"
-            )
-        )
-    )
+    link = ByUser(text_field(body, "external_id"))
+    answer = ceremony.parse_registration(body.get("credential"))
+    return _receipt(await request.app[BROKER].finish_registration(caller, link, answer, _BY_USER))
 
 
 async def begin_authentication_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, …}` to `{options}`."""
     body = await read_object(request)
-    external_id, asked = text_field(body, "external_id"), asked_of_authentication(body)[1]
-    _judge_by_user(asked)
-    options = await request.app[BROKER].begin_authentication_of(
-        caller.app, external_id, opener="keyed", asked=asked
-    )
-    return json_answer({"options": options})
+    link, options = ByUser(text_field(body, "external_id")), authentication_options(body)[1]
+    _judge_by_user(options)
+    begun = await request.app[BROKER].begin_authentication(caller, link, "keyed", options=options)
+    return json_answer({"options": begun.public_key})
 
 
 async def finish_authentication_of(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id, credential}` to the receipt."""
     body = await read_object(request)
-    external_id, answer = (
-        text_field(body, "external_id"),
-        ceremony.parse_authentication(body.get("credential")),
-    )
-    return json_answer(
-        receipt_object(
-            (
-                await request.app[BROKER].finish_authentication_of(
-                    caller.app, external_id, answer, opener="keyed"
-                )
-            ).receipt()
-        )
-    )
+    link = ByUser(text_field(body, "external_id"))
+    answer = ceremony.parse_authentication(body.get("credential"))
+    return _receipt(await request.app[BROKER].finish_authentication(caller, link, answer, _BY_USER))
 
 
 # -- joined by the challenge -----------------------------------------------------------------------
@@ -103,35 +101,36 @@ async def finish_authentication_of(request: web.Request, caller: Caller) -> web.
 
 async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """As `begin_registration_of`."""
-    return await _begin_registration(request, caller, by_user=False)
+    body = await read_object(request)
+    options = registration_options(body)
+    return await _begin_registration(
+        request, caller, ByChallenge(text_field(body, "external_id")), body, options
+    )
 
 
 async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{credential, second_factor?}` to the receipt."""
     body = await read_object(request)
-    second_factor, answer = (
-        switch(body, "second_factor"),
-        ceremony.parse_registration(body.get("credential")),
+    expect = ExpectedCeremony(("keyed",), switch(body, "second_factor"))
+    answer = ceremony.parse_registration(body.get("credential"))
+    return _receipt(
+        await request.app[BROKER].finish_registration(caller, ByChallenge(), answer, expect)
     )
-    receipt = await request.app[BROKER].finish_registration_by(
-        caller.app, answer, openers=("keyed",), second_factor=second_factor, confirmed=True
-    )
-    return json_answer(receipt_object(receipt))
 
 
 async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{external_id?, passkeys?, discoverable?, approval?, …}` to `{options}`."""
     body = await read_object(request)
-    external_id, asked = asked_of_authentication(body)
+    external_id, options = authentication_options(body)
     approval = _approval(body["approval"]) if "approval" in body else None
-    if approval is not None and external_id is None:
+    if approval is not None and external_id is ANYONE:
         raise InvalidRequest(
             "approval needs external_id: somebody is asked to approve.", reason="scope"
         )
-    options = await request.app[BROKER].begin_authentication_of(
-        caller.app, external_id, opener="keyed", asked=asked, by="challenge", approval=approval
+    begun = await request.app[BROKER].begin_authentication(
+        caller, ByChallenge(external_id), "keyed", options=options, approval=approval
     )
-    return json_answer({"options": options})
+    return json_answer({"options": begun.public_key})
 
 
 async def finish_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
@@ -139,40 +138,45 @@ async def finish_authentication(request: web.Request, caller: Caller) -> web.Str
     approved.
     """
     body = await read_object(request)
-    second_factor, approved = switch(body, "second_factor"), switch(body, "approval")
+    expect = ExpectedCeremony(("keyed",), switch(body, "second_factor"), switch(body, "approval"))
     answer = ceremony.parse_authentication(body.get("credential"))
-    receipt = await request.app[BROKER].finish_authentication_by(
-        caller.app, answer, openers=("keyed",), second_factor=second_factor, approved=approved
+    return _receipt(
+        await request.app[BROKER].finish_authentication(caller, ByChallenge(), answer, expect)
     )
-    return json_answer(receipt_object(receipt))
 
 
 async def _begin_registration(
-    request: web.Request, caller: Caller, *, by_user: bool
+    request: web.Request,
+    caller: Caller,
+    link: ByUser | ByChallenge,
+    body: Body,
+    options: CeremonyOptions,
 ) -> web.StreamResponse:
-    body = await read_object(request)
-    asked = asked_of_registration(body)
-    if by_user:
-        _judge_by_user(asked)
-    options = await request.app[BROKER].begin_registration_of(
-        caller.app,
-        text_field(body, "external_id"),
-        opener="keyed",
-        user_name=text_field(body, "user_name"),
-        user_display_name=optional_text(body, "user_display_name"),
-        nickname=optional_text(body, "passkey_display_name"),
-        attachment=attachment(body, caller.app, second_factor=asked.second_factor),
-        asked=asked,
-        by="user" if by_user else "challenge",
+    user_name = text_field(body, "user_name")
+    begun = await request.app[BROKER].begin_registration(
+        caller,
+        link,
+        "keyed",
+        names=Names(
+            user_name,
+            optional_text(body, "user_display_name") or user_name,
+            optional_text(body, "passkey_display_name") or "",
+        ),
+        attachment=attachment(body),
+        options=options,
     )
-    return json_answer({"options": options})
+    return json_answer({"options": begun.public_key})
 
 
-def _judge_by_user(asked: CeremonyOptions) -> None:
+def _receipt(outcome: Outcome) -> web.StreamResponse:
+    return json_answer(receipt_object(outcome.receipt))
+
+
+def _judge_by_user(options: CeremonyOptions) -> None:
     """One pending ceremony of each purpose: a second factor's would be the sign-in's, and finish
     could not tell them apart.
     """
-    if asked.second_factor:
+    if options.second_factor:
         raise InvalidRequest(
             "second_factor is for transactions and for the routes below ceremonies/.",
             reason="scope",

@@ -1,8 +1,8 @@
 """What a request of the Flex API asks for, read strictly: a field is missing, or it is
 exactly what its name says.
 
-What a caller asks of one ceremony (`CeremonyOptions`) has one set of names on every route that
-begins one:
+The ceremony options (`CeremonyOptions`) have one set of names on every route that begins a
+ceremony:
 
     user_verification   "required", "preferred" or "discouraged"
     timeout             milliseconds, as in WebAuthn's options; the app's `ceremony_life` is the
@@ -26,12 +26,13 @@ from aiohttp import web
 
 from broker.errors import InvalidRequest
 from broker.model import (
+    ANYONE,
     ID,
     NO_OPTIONS,
-    Attachment,
+    Anyone,
+    AttachmentPolicy,
     CeremonyOptions,
     Mediation,
-    RelyingParty,
     UserVerification,
 )
 from broker.web.body import read_query, text_field
@@ -42,19 +43,12 @@ _TIMEOUT = (1_000, 600_000)  # milliseconds
 _LIST = 1000  # a user has no more
 
 
-def attachment(body: Body, app: RelyingParty, *, second_factor: bool = False) -> Attachment | None:
-    """The authenticator attachment asked for, the policy's where the caller names none; None means
-    any.
-
-    For a second factor that nobody said anything about, None as well: that policy is the core's to
-    apply.
-    """
-    wanted = body.get("authenticator_attachment")
-    if wanted is None:
-        wanted = "any" if second_factor else app.policy.authenticator_attachment
-    if wanted not in ("platform", "cross-platform", "any"):
+def attachment(body: Body) -> AttachmentPolicy | None:
+    """The authenticator attachment, None for the policy's."""
+    value = body.get("authenticator_attachment")
+    if value is not None and value not in get_args(AttachmentPolicy):
         raise InvalidRequest('authenticator_attachment is "platform", "cross-platform" or "any".')
-    return None if wanted == "any" else cast("Attachment", wanted)
+    return cast("AttachmentPolicy | None", value)
 
 
 def switch(body: Body, name: str) -> bool:
@@ -83,8 +77,8 @@ def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
 _PLAIN = {"external_id"}  # most ask for nothing more
 
 
-def asked_of_registration(body: Body, *, at_a_page: bool = False) -> CeremonyOptions:
-    """What the caller asks of a registration; of one at a page also whether conditional create is
+def registration_options(body: Body, *, at_a_page: bool = False) -> CeremonyOptions:
+    """The ceremony options of a registration; of one at a page also whether conditional create is
     permitted.
     """
     return CeremonyOptions(
@@ -98,15 +92,16 @@ def asked_of_registration(body: Body, *, at_a_page: bool = False) -> CeremonyOpt
     )
 
 
-def asked_of_authentication(body: Body) -> tuple[str | None, CeremonyOptions]:
-    """The external id, None for whoever answers, and what the caller asks of an authentication.
+def authentication_options(body: Body) -> tuple[str | Anyone, CeremonyOptions]:
+    """The external id, and the ceremony options of an authentication.
 
-    Whom it is about is said: by `external_id`, `passkeys` or both, or else by `discoverable: true`.
-    A request that says none of it lacks its external id: it never means anybody.
+    The request says whom it is about: by `external_id`, `passkeys` or both, or else by
+    `discoverable: true`. A request that says none of them lacks its external id and never means
+    anyone.
     """
     if body.keys() == _PLAIN:
         return text_field(body, "external_id"), NO_OPTIONS
-    asked = CeremonyOptions(
+    options = CeremonyOptions(
         user_verification=_user_verification(body),
         life=_life(body),
         allow=passkey_ids(body, "passkeys") if "passkeys" in body else None,
@@ -114,22 +109,22 @@ def asked_of_authentication(body: Body) -> tuple[str | None, CeremonyOptions]:
         mediation=_mediation(body),
     )
     discoverable = switch(body, "discoverable")
-    if discoverable and ("external_id" in body or asked.allow is not None):
+    if discoverable and ("external_id" in body or options.allow is not None):
         raise InvalidRequest(
             "Give external_id, passkeys or both, or else discoverable: true.", reason="scope"
         )
     if "external_id" in body:
-        return text_field(body, "external_id"), asked
-    if not discoverable and asked.allow is None:
+        return text_field(body, "external_id"), options
+    if not discoverable and options.allow is None:
         raise InvalidRequest(
             "external_id is missing; for whoever answers, say discoverable: true.",
             reason="missing_field",
         )
-    if asked.second_factor:
+    if options.second_factor:
         raise InvalidRequest(
             "second_factor needs external_id: it is asked of somebody who is known.", reason="scope"
         )
-    return None, asked
+    return ANYONE, options
 
 
 def _user_verification(body: Body) -> UserVerification | None:

@@ -44,7 +44,7 @@ def receipt_object(receipt: Receipt) -> dict[str, Any]:
     """
     return {
         "external_id": receipt.external_id,
-        "user_id": receipt.user_id,
+        "user_id": receipt.subject.user_id,
         "purpose": receipt.proof,
         "passkey_id": receipt.passkey_id,
         "credential_id": base64url(receipt.credential_id),

@@ -26,11 +26,12 @@ from urllib.parse import quote, urlencode, urlsplit
 from aiohttp import hdrs, web
 
 from broker import ceremony, errors
+from broker.broker import Begun, Nonce
 from broker.dialects.flex import ceremonies, mail, signals, signed
 from broker.dialects.flex.fields import (
-    asked_of_authentication,
-    asked_of_registration,
     attachment,
+    authentication_options,
+    registration_options,
     switch,
     whole,
 )
@@ -45,7 +46,18 @@ from broker.dialects.flex.objects import (
 )
 from broker.durable import UserOrder, instant
 from broker.errors import InvalidRequest, Refusal
-from broker.model import Caller, Proof, base64url
+from broker.model import (
+    ANYONE,
+    ByHandle,
+    ByTransaction,
+    Caller,
+    ExpectedCeremony,
+    ExpectedReceipt,
+    Names,
+    Proof,
+    base64url,
+    validate_text,
+)
 from broker.web import (
     BROKER,
     DIRECTORY,
@@ -66,6 +78,8 @@ PATHS = re.compile(r"/v1(?:/|\Z)")
 _APP = "/v1/apps/{app_id}"
 _PAGE_HEADERS = "content-type, passage-flex-version"
 _PROOFS = frozenset(get_args(Proof))
+_LOGINS: tuple[Proof, ...] = ("register", "authenticate")
+_NONCE = Nonce()
 _NO_FILTERS = frozenset({"login_count", "created_at", "updated_at", "last_login_at"})
 
 STATUS: Mapping[type[Refusal], int] = {
@@ -111,12 +125,13 @@ async def open_registration(request: web.Request, caller: Caller) -> web.StreamR
     """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and what
     `fields` takes, to 201 `{transaction_id}`."""
     body = await read_object(request)
+    external_id, shown = text_field(body, "external_id"), text_field(body, "passkey_display_name")
+    validate_text(shown, "passkey_display_name")
     transaction_id = await request.app[BROKER].open_registration(
-        caller.app,
-        text_field(body, "external_id"),
-        text_field(body, "passkey_display_name"),
-        user_name=optional_text(body, "user_name"),
-        asked=asked_of_registration(body, at_a_page=True),
+        caller,
+        external_id,
+        Names(optional_text(body, "user_name") or shown, shown, shown),
+        registration_options(body, at_a_page=True),
     )
     return json_answer({"transaction_id": transaction_id}, status=201)
 
@@ -125,11 +140,18 @@ async def open_authentication(request: web.Request, caller: Caller) -> web.Strea
     """M2. `{external_id}`, and beyond the contract what `fields` takes, to 201
     `{transaction_id}`.
     """
-    external_id, asked = asked_of_authentication(await read_object(request))
-    transaction_id = await request.app[BROKER].open_authentication(
-        caller.app, external_id, asked=asked
-    )
+    external_id, options = authentication_options(await read_object(request))
+    transaction_id = await request.app[BROKER].open_authentication(caller, external_id, options)
     return json_answer({"transaction_id": transaction_id}, status=201)
+
+
+async def cancel(request: web.Request, caller: Caller) -> web.StreamResponse:
+    """Beyond the contract: `{transaction_id}` to 200 with an empty body, also for a transaction
+    that is unknown, used or ended.
+    """
+    body = await read_object(request)
+    await request.app[BROKER].cancel(caller, text_field(body, "transaction_id"))
+    return web.Response(status=200)
 
 
 async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
@@ -139,30 +161,25 @@ async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
     nonce = text_field(body, "nonce")
     # A stated expectation is never empty: a check that was meant must not vanish because a variable
     # was unset.
-    expected = {
-        name: text_field(body, name)
+    purpose, transaction_id, external_id = (
+        text_field(body, name) if name in body else None
         for name in ("purpose", "transaction_id", "external_id")
-        if name in body
-    }
-    purpose = expected.get("purpose")
+    )
     if purpose is not None and purpose not in _PROOFS:
         raise InvalidRequest(
             'purpose is "register" or "authenticate"; of a second factor "register_second_factor" or'
             ' "authenticate_second_factor", of an approval "approve".'
         )
-    sign = switch(body, "signed")
-    if sign:
-        await signed.make_ready(request, caller)
-    receipt = await request.app[BROKER].redeem(
-        caller.app,
+    proofs = _LOGINS if purpose is None else (cast("Proof", purpose),)
+    outcome = await request.app[BROKER].redeem(
+        caller,
         nonce,
-        purpose=cast("Proof | None", purpose),
-        transaction_id=expected.get("transaction_id"),
-        external_id=expected.get("external_id"),
+        ExpectedReceipt(proofs, external_id, transaction_id),
+        signed.receipt_token(request, caller.app) if switch(body, "signed") else None,
     )
-    answer = receipt_object(receipt)
-    if sign:
-        answer["token"] = await signed.token(request, caller, receipt, nonce)
+    answer = receipt_object(outcome.receipt)
+    if outcome.token is not None:
+        answer["token"] = outcome.token
     return json_answer(answer)
 
 
@@ -281,25 +298,18 @@ async def begin_registration(request: web.Request, caller: Caller) -> web.Stream
     body = await read_object(request)
     transaction_id = text_field(body, "transaction_id")
     begun = await request.app[BROKER].begin_registration(
-        caller.app, transaction_id, attachment(body, caller.app), opener="page"
+        caller, ByTransaction(transaction_id), "page", attachment=attachment(body)
     )
-    return json_answer(
-        {
-            "handshake": {"id": begun.handle, "challenge": {"publicKey": begun.options}},
-            "transaction_id": transaction_id,
-        }
-    )
+    return json_answer({"handshake": _handshake(begun), "transaction_id": transaction_id})
 
 
 async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A2. `{handshake_id, handshake_response, transaction_id}` to `{nonce}`."""
     body = await read_object(request)
-    handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
+    link, expect = _finished(body)
     answer = ceremony.parse_registration(body.get("handshake_response"))
-    nonce = await request.app[BROKER].finish_registration(
-        caller.app, handle, transaction_id, answer, opener="page"
-    )
-    return json_answer({"nonce": nonce})
+    outcome = await request.app[BROKER].finish_registration(caller, link, answer, expect, _NONCE)
+    return json_answer({"nonce": outcome.nonce})
 
 
 async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
@@ -307,13 +317,9 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
     `publicKey` stands `mediation`, where the transaction asks for a conditional one."""
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
-    begun = await request.app[BROKER].begin_authentication(
-        caller.app, transaction_id, opener="page"
-    )
-    challenge: dict[str, Any] = {"publicKey": begun.options}
-    if begun.mediation != "required":
-        challenge["mediation"] = begun.mediation
-    answer: dict[str, Any] = {"handshake": {"id": begun.handle, "challenge": challenge}}
+    link = ANYONE if transaction_id is None else ByTransaction(transaction_id)
+    begun = await request.app[BROKER].begin_authentication(caller, link, "page")
+    answer: dict[str, Any] = {"handshake": _handshake(begun)}
     if transaction_id is not None:
         answer["transaction_id"] = transaction_id
     return json_answer(answer)
@@ -322,12 +328,25 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
 async def finish_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A4. `{handshake_id, handshake_response, transaction_id?}` to `{nonce}`."""
     body = await read_object(request)
-    handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
+    link, expect = _finished(body)
     answer = ceremony.parse_authentication(body.get("handshake_response"))
-    nonce = await request.app[BROKER].finish_authentication(
-        caller.app, handle, transaction_id, answer, opener="page"
+    outcome = await request.app[BROKER].finish_authentication(caller, link, answer, expect, _NONCE)
+    return json_answer({"nonce": outcome.nonce})
+
+
+def _handshake(begun: Begun) -> dict[str, Any]:
+    challenge: dict[str, Any] = {"publicKey": begun.public_key}
+    if begun.mediation != "required":
+        challenge["mediation"] = begun.mediation
+    return {"id": begun.handle, "challenge": challenge}
+
+
+def _finished(body: dict[str, Any]) -> tuple[ByHandle, ExpectedCeremony]:
+    """The ceremony that a page finishes, about second factors or not, of this transaction."""
+    handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
+    return ByHandle(handle), ExpectedCeremony(
+        ("page",), second_factor=None, transaction_id=transaction_id
     )
-    return json_answer({"nonce": nonce})
 
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
@@ -348,6 +367,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
             web.post(f"{_APP}/transactions/authenticate", keyed(open_authentication)),
             web.post(f"{_APP}/authenticate/verify", keyed(redeem)),
             web.post(f"{_APP}/transactions/register", keyed(open_registration)),
+            web.post(f"{_APP}/transactions/cancel", keyed(cancel)),
             web.get(f"{_APP}/users", keyed(list_users), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}", keyed(get_user), allow_head=False),
             web.get(f"{_APP}/users/{{user_id}}/devices", keyed(list_devices), allow_head=False),

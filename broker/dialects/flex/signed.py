@@ -21,10 +21,11 @@ from typing import Any
 
 from aiohttp import web
 
+from broker.broker import Signed
 from broker.dialects.flex import RECEIPT_TOKEN_LIFE
 from broker.dialects.flex.objects import receipt_object
-from broker.errors import InvalidRequest, Unavailable
-from broker.model import Caller, Receipt, TokenAlgorithm, base64url
+from broker.errors import InvalidRequest
+from broker.model import Caller, Receipt, RelyingParty, TokenAlgorithm, base64url
 from broker.signing import JWKS_MAX_AGE
 from broker.tokens import digest
 from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, public_app
@@ -32,44 +33,32 @@ from broker.web import DIRECTORY, PUBLIC_URL, SETTINGS, SIGNING, json_answer, pu
 ALGORITHM: TokenAlgorithm = "ES256"
 
 
-async def make_ready(request: web.Request, caller: Caller) -> None:
-    """Before the nonce is taken: find out that a token can be made.
+def receipt_token(request: web.Request, app: RelyingParty) -> Signed:
+    """The reward of a redemption with `signed`: the receipt as a token.
 
     Raises:
         InvalidRequest: the broker has no secret key, so it signs nothing.
-        Unavailable.
     """
-    if not request.app[SETTINGS].secret_key:
+    settings = request.app[SETTINGS]
+    if not settings.secret_key:
         raise InvalidRequest(
             "This broker signs nothing; leave out signed.",
             reason="no_secret_key",
             hint="The setting BROKER_SECRET_KEY is missing; signed receipts need it.",
         )
-    await request.app[SIGNING].ready(caller.app, ALGORITHM)
 
+    def claims(receipt: Receipt, nonce: str) -> dict[str, Any]:
+        issued = int(request.app[DIRECTORY].now().timestamp())
+        return {
+            "iss": f"{request.app[PUBLIC_URL]}/v1/apps/{app.id}",
+            "sub": receipt.external_id,
+            "aud": [app.id],
+            "iat": issued,
+            "exp": issued + settings[RECEIPT_TOKEN_LIFE],
+            "jti": base64url(digest("nonce", app.id, nonce)),
+        } | receipt_object(receipt)
 
-async def token(request: web.Request, caller: Caller, receipt: Receipt, nonce: str) -> str:
-    """The receipt of a nonce that was just redeemed, signed.
-
-    Raises:
-        Unavailable: the nonce is spent; start again.
-    """
-    issued = int(request.app[DIRECTORY].now().timestamp())
-    claims: dict[str, Any] = {
-        "iss": f"{request.app[PUBLIC_URL]}/v1/apps/{caller.app.id}",
-        "sub": receipt.external_id,
-        "aud": [caller.app.id],
-        "iat": issued,
-        "exp": issued + request.app[SETTINGS][RECEIPT_TOKEN_LIFE],
-        "jti": base64url(digest("nonce", caller.app.id, nonce)),
-    }
-    try:
-        return await request.app[SIGNING].sign(
-            caller.app, ALGORITHM, claims | receipt_object(receipt)
-        )
-    except Unavailable as fault:
-        fault.retry = "backend"
-        raise
+    return Signed(app, ALGORITHM, claims)
 
 
 async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:

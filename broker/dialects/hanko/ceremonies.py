@@ -16,12 +16,26 @@ from urllib.parse import urlsplit
 from aiohttp import hdrs, web
 
 from broker import ceremony
+from broker.broker import Signed
 from broker.dialects.hanko import ALGORITHM, TOKEN_LIFE
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
 from broker.errors import InvalidKey, InvalidRequest
-from broker.model import NO_OPTIONS, Approval, Caller, CeremonyOptions, Receipt, base64url
-from broker.web import BROKER, SETTINGS, SIGNING, authorise, header, json_answer, read_object
+from broker.model import (
+    ANYONE,
+    NO_OPTIONS,
+    Anyone,
+    Approval,
+    ByChallenge,
+    Caller,
+    CeremonyOptions,
+    ExpectedCeremony,
+    Names,
+    Receipt,
+    RelyingParty,
+    base64url,
+)
+from broker.web import BROKER, SETTINGS, authorise, header, json_answer, read_object
 from broker.web.body import parse_object, read_bytes
 
 KEY = header("apiKey")
@@ -36,10 +50,7 @@ async def begin_registration(request: web.Request, caller: Caller) -> web.Stream
     """`{user_id, username, display_name?, icon?}` to the creation options. The user is made if
     there is none.
     """
-    attachment = caller.app.policy.authenticator_attachment
-    return await _begin_registration(
-        request, caller, NO_OPTIONS, attachment=None if attachment == "any" else attachment
-    )
+    return await _begin_registration(request, caller, NO_OPTIONS)
 
 
 async def begin_second_factor_registration(
@@ -52,7 +63,7 @@ async def begin_second_factor_registration(
 
 
 async def _begin_registration(
-    request: web.Request, caller: Caller, asked: CeremonyOptions, **more: Any
+    request: web.Request, caller: Caller, options: CeremonyOptions
 ) -> web.StreamResponse:
     body = await bound(request)
     faults: list[str] = []
@@ -63,72 +74,61 @@ async def _begin_registration(
     if icon and not _is_url(icon):
         faults.append("icon must be a valid URL")
     judge(faults)
-    options = await request.app[BROKER].begin_registration_of(
-        caller.app,
-        user_id,
-        opener="hanko",
-        user_name=user_name,
-        user_display_name=display_name if display_name.strip() else None,
-        asked=asked,
-        by="challenge",
-        **more,
+    names = Names(user_name, display_name if display_name.strip() else user_name)
+    begun = await request.app[BROKER].begin_registration(
+        caller, ByChallenge(user_id), "hanko", names=names, options=options
     )
     if icon:
-        options["user"]["icon"] = icon
-    return json_answer({"publicKey": options})
+        begun.public_key["user"]["icon"] = icon
+    return json_answer({"publicKey": begun.public_key})
 
 
 async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
-    answer = ceremony.parse_registration(await read_object(request))
-    await _ready(request, caller)
-    receipt = await request.app[BROKER].finish_registration_by(
-        caller.app, answer, openers=("hanko",), second_factor=False, confirmed=False
-    )
-    return await _token(request, caller, receipt)
+    return await _finish_registration(request, caller, ExpectedCeremony(("hanko",)))
 
 
 async def finish_second_factor_registration(
     request: web.Request, caller: Caller
 ) -> web.StreamResponse:
     """The same, keyed: so the passkey is confirmed."""
+    return await _finish_registration(request, caller, ExpectedCeremony(("hanko",), True))
+
+
+async def _finish_registration(
+    request: web.Request, caller: Caller, expect: ExpectedCeremony
+) -> web.StreamResponse:
     answer = ceremony.parse_registration(await read_object(request))
-    await _ready(request, caller)
-    receipt = await request.app[BROKER].finish_registration_by(
-        caller.app, answer, openers=("hanko",), second_factor=True, confirmed=True
+    outcome = await request.app[BROKER].finish_registration(
+        caller, ByChallenge(), answer, expect, _token(request, caller.app)
     )
-    return await _token(request, caller, receipt)
+    return json_answer({"token": outcome.token})
 
 
 # -- login -----------------------------------------------------------------------------------------
 
 
 async def begin_login(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{user_id?}` or nothing to the request options; without a user it is discoverable. For
-    callers whose key was seen.
+    """`{user_id?}` or nothing to the request options; without a user it is discoverable. A page
+    that names a user needs a key.
     """
-    return await _begin_login(request, caller, await _user_of_login(request))
+    user_id = await _user_of_login(request)
+    if user_id is not ANYONE and caller.key_id is None:
+        caller = await authorise(request, KEY)
+    return await _begin_login(request, caller, user_id)
 
 
 async def begin_login_of_anyone(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The same for anybody: who names a user needs a key."""
-    user_id = await _user_of_login(request)
-    if user_id is not None:
-        caller = await authorise(request, KEY)
-    return await _begin_login(request, caller, user_id, keyless=user_id is None)
-
-
-async def begin_login_of_nobody(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The same where no key is taken: nobody can name a user."""
-    if await _user_of_login(request) is not None:
+    """The same where no key is taken: no caller can name a user."""
+    if await _user_of_login(request) is not ANYONE:
         raise InvalidKey(reason="key_not_taken_here")
-    return await _begin_login(request, caller, None, keyless=True)
+    return await _begin_login(request, caller, ANYONE)
 
 
-async def _user_of_login(request: web.Request) -> str | None:
+async def _user_of_login(request: web.Request) -> str | Anyone:
     body = await bound(request)
     if body.get("user_id") is None:
-        return None
+        return ANYONE
     faults: list[str] = []
     if body["user_id"] == "":
         faults.append("user_id must at least have 1 entry")
@@ -140,30 +140,23 @@ async def _user_of_login(request: web.Request) -> str | None:
 async def _begin_login(
     request: web.Request,
     caller: Caller,
-    user_id: str | None,
-    asked: CeremonyOptions | None = None,
-    *,
-    keyless: bool = False,
+    user_id: str | Anyone,
+    options: CeremonyOptions = NO_OPTIONS,
+    approval: Approval | None = None,
 ) -> web.StreamResponse:
-    options = await request.app[BROKER].begin_authentication_of(
-        caller.app,
-        user_id,
-        opener="hanko_keyless" if keyless else "hanko",
-        asked=asked or NO_OPTIONS,
-        by="challenge",
-        keyless=keyless,
+    begun = await request.app[BROKER].begin_authentication(
+        caller,
+        ByChallenge(user_id),
+        "hanko" if caller.key_id else "hanko_keyless",
+        options=options,
+        approval=approval,
     )
-    return json_answer({"publicKey": options})
+    return json_answer({"publicKey": begun.public_key})
 
 
 async def finish_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
-    answer = ceremony.parse_authentication(await read_object(request))
-    await _ready(request, caller)
-    receipt = await request.app[BROKER].finish_authentication_by(
-        caller.app, answer, openers=("hanko", "hanko_keyless")
-    )
-    return await _token(request, caller, receipt)
+    return await _finish_login(request, caller, ExpectedCeremony(("hanko", "hanko_keyless")))
 
 
 async def begin_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
@@ -177,12 +170,7 @@ async def begin_second_factor_login(request: web.Request, caller: Caller) -> web
 
 async def finish_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
-    answer = ceremony.parse_authentication(await read_object(request))
-    await _ready(request, caller)
-    receipt = await request.app[BROKER].finish_authentication_by(
-        caller.app, answer, openers=("hanko",), second_factor=True
-    )
-    return await _token(request, caller, receipt)
+    return await _finish_login(request, caller, ExpectedCeremony(("hanko",), second_factor=True))
 
 
 # -- transaction: a payload that the user approves -------------------------------------------------
@@ -201,14 +189,8 @@ async def begin_approval(request: web.Request, caller: Caller) -> web.StreamResp
     judge(faults)
     data = go_json_again(await read_bytes(request), "transaction_data")
     digest = hashlib.sha256((identifier + data).encode()).digest()
-    options = await request.app[BROKER].begin_authentication_of(
-        caller.app,
-        user_id,
-        opener="hanko",
-        by="challenge",
-        approval=Approval(identifier, data, digest),
-    )
-    return json_answer({"publicKey": options})
+    approval = Approval(identifier, data, digest)
+    return await _begin_login(request, caller, user_id, approval=approval)
 
 
 def _is_given(data: object) -> bool:
@@ -220,43 +202,42 @@ def _is_given(data: object) -> bool:
 
 async def finish_approval(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`, whose `trans` is the transaction's id."""
-    answer = ceremony.parse_authentication(await read_object(request))
-    await _ready(request, caller)
-    receipt = await request.app[BROKER].finish_authentication_by(
-        caller.app, answer, openers=("hanko",), approved=True
-    )
-    return await _token(request, caller, receipt)
+    return await _finish_login(request, caller, ExpectedCeremony(("hanko",), approval=True))
 
 
 # -- token -----------------------------------------------------------------------------------------
 
 
-async def _ready(request: web.Request, caller: Caller) -> None:
-    """Before the challenge is taken: find out that a token can be made.
+async def _finish_login(
+    request: web.Request, caller: Caller, expect: ExpectedCeremony
+) -> web.StreamResponse:
+    answer = ceremony.parse_authentication(await read_object(request))
+    outcome = await request.app[BROKER].finish_authentication(
+        caller, ByChallenge(), answer, expect, _token(request, caller.app)
+    )
+    return json_answer({"token": outcome.token})
 
-    Raises:
-        Unavailable.
+
+def _token(request: web.Request, app: RelyingParty) -> Signed:
+    """The reward of a finalize. The token's `jti` is a nonce that lives as long and can be redeemed
+    once.
     """
-    await request.app[SIGNING].ready(caller.app, caller.app.policy[ALGORITHM])
-
-
-async def _token(request: web.Request, caller: Caller, receipt: Receipt) -> web.StreamResponse:
-    """`{token}`. Its `jti` is a nonce that lives as long and can be redeemed once."""
     life = request.app[SETTINGS][TOKEN_LIFE]
-    issued = int(receipt.at)
-    claims: dict[str, Any] = {
-        "aud": [caller.app.rp_id],
-        "cred": base64url(receipt.credential_id),
-        "exp": issued + life,
-        "iat": issued,
-        "jti": await request.app[BROKER].hand_out(caller.app, receipt, life),
-        "purpose": receipt.proof,
-        "sub": receipt.external_id,
-    }
-    if receipt.approval is not None:
-        claims["trans"] = receipt.approval
-    token = await request.app[SIGNING].sign(caller.app, caller.app.policy[ALGORITHM], claims)
-    return json_answer({"token": token})
+
+    def claims(receipt: Receipt, nonce: str) -> dict[str, Any]:
+        issued = int(receipt.at)
+        found: dict[str, Any] = {
+            "aud": [app.rp_id],
+            "cred": base64url(receipt.credential_id),
+            "exp": issued + life,
+            "iat": issued,
+            "jti": nonce,
+            "purpose": receipt.proof,
+            "sub": receipt.external_id,
+        }
+        return found if receipt.approval is None else found | {"trans": receipt.approval}
+
+    return Signed(app, app.policy[ALGORITHM], claims, life)
 
 
 # -- fields ----------------------------------------------------------------------------------------

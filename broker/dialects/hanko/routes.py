@@ -46,7 +46,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     keyed_here = dict(_KEYED)
     if browser:
         found.append(web.options(_KEYS, preflight_any(_PAGE_HEADERS)))
-        begin = ceremonies.begin_login_of_anyone if management else ceremonies.begin_login_of_nobody
+        begin = ceremonies.begin_login if management else ceremonies.begin_login_of_anyone
         posts = {
             f"{_TENANT}/{path}": handler for path, handler in {**_SHARED, _LOGIN: begin}.items()
         }

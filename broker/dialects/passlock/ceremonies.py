@@ -6,7 +6,7 @@ or checks the id_token.
     verification   page      -> code: a nonce; id_token: a signed token
     principal      keyed     code -> who, once
 
-Clients before the backend's part (2.0 to 2.4) send the ceremony's wishes from the page instead of a
+Clients before the backend's part (2.0 to 2.4) send the ceremony options from the page instead of a
 token. As a page has no key, such an authentication is a discoverable one, and `allowCredentials`
 narrows whom it takes without being read back. Such a registration makes a passkey that nobody owns;
 it needs the policy `passlock_open_registration`.
@@ -23,26 +23,39 @@ from typing import Any
 from aiohttp import web
 
 from broker import ceremony
-from broker.broker import Begun
+from broker.broker import Outcome, Signed
 from broker.dialects.passlock import CODE_LIFE, TOKEN_LIFE
 from broker.dialects.passlock.fields import (
     Body,
     as_a_page_may,
-    asked_of_authentication,
-    asked_of_registration,
+    authentication_options,
     judge_rp_id,
     judge_rp_name,
     milliseconds,
     optional_short_text,
+    registration_options,
     short_text,
     switch,
 )
 from broker.errors import InvalidRequest, OperationNotAllowed
-from broker.model import OWNERLESS_HINT, Attachment, Caller, Receipt, RelyingParty, base64url
-from broker.web import BROKER, DIRECTORY, SETTINGS, SIGNING, Handler, json_answer, read_object
+from broker.model import (
+    ANYONE,
+    OWNERLESS_HINT,
+    ByHandle,
+    ByTransaction,
+    Caller,
+    ExpectedCeremony,
+    ExpectedReceipt,
+    Names,
+    Receipt,
+    RelyingParty,
+    base64url,
+)
+from broker.web import BROKER, DIRECTORY, SETTINGS, Handler, json_answer, read_object
 from broker.web.body import text_field
 
 _ISSUER = "passlock.dev"  # whoever signs: the vendor's verifier takes no other
+_EXPECTED = ExpectedCeremony(("passlock",))
 
 # -- authorize -------------------------------------------------------------------------------------
 
@@ -55,12 +68,9 @@ def authorize_registration(tag: str) -> Handler:
         body = await read_object(request)
         judge_rp_id(body, caller.app)
         judge_rp_name(body)
-        user_id, user_name = short_text(body, "userId"), short_text(body, "username")
-        display_name = optional_short_text(body, "displayName") or user_name
-        asked, ends = asked_of_registration(body), _transaction_ends(request, caller)
-        token = await request.app[BROKER].open_registration(
-            caller.app, user_id, display_name, user_name=user_name, asked=asked
-        )
+        user_id, names = short_text(body, "userId"), _names(body)
+        options, ends = registration_options(body), _transaction_ends(request, caller)
+        token = await request.app[BROKER].open_registration(caller, user_id, names, options)
         return json_answer({"_tag": tag, "registrationToken": token, "expiresAt": ends})
 
     return handle
@@ -74,25 +84,28 @@ def authorize_authentication(tag: str) -> Handler:
     async def handle(request: web.Request, caller: Caller) -> web.StreamResponse:
         body = await read_object(request)
         judge_rp_id(body, caller.app)
-        user_id, asked = (
-            optional_short_text(body, "userId"),
-            asked_of_authentication(body, caller.app),
-        )
-        discoverable, scoped = (
-            switch(body, "discoverable"),
-            user_id is not None or asked.allow is not None,
-        )
-        if discoverable == scoped:
+        user_id = optional_short_text(body, "userId")
+        options = authentication_options(body, caller.app)
+        discoverable = switch(body, "discoverable")
+        if discoverable == (user_id is not None or options.allow is not None):
             raise InvalidRequest(
                 "Give userId, allowCredentials or both, or else discoverable: true.", reason="scope"
             )
-        if asked.mediation == "conditional" and not discoverable:
+        if options.mediation == "conditional" and not discoverable:
             raise InvalidRequest("mediation: conditional needs discoverable: true.", reason="scope")
         ends = _transaction_ends(request, caller)
-        token = await request.app[BROKER].open_authentication(caller.app, user_id, asked=asked)
+        token = await request.app[BROKER].open_authentication(
+            caller, ANYONE if user_id is None else user_id, options
+        )
         return json_answer({"_tag": tag, "authenticationToken": token, "expiresAt": ends})
 
     return handle
+
+
+def _names(body: Body) -> Names:
+    user_name = short_text(body, "username")
+    display_name = optional_short_text(body, "displayName") or user_name
+    return Names(user_name, display_name, display_name)
 
 
 def _transaction_ends(request: web.Request, caller: Caller) -> int:
@@ -103,53 +116,49 @@ def _transaction_ends(request: web.Request, caller: Caller) -> int:
 # -- options ---------------------------------------------------------------------------------------
 
 
-async def registration_options(request: web.Request, caller: Caller) -> web.StreamResponse:
+async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{registrationToken}`, or `{username, displayName?, excludeCredentials?, userVerification?,
     timeout?}` where pages may register, to `{sessionToken, optionsJSON}`."""
     body, broker = await read_object(request), request.app[BROKER]
-    attachment = caller.app.policy.authenticator_attachment
-    wanted: Attachment | None = None if attachment == "any" else attachment
     if "registrationToken" in body or "username" not in body:
-        begun = await broker.begin_registration(
-            caller.app,
-            text_field(body, "registrationToken"),
-            wanted,
-            opener="passlock",
-            second_factors=False,
-        )
+        link = _transaction(body, "registrationToken")
+        begun = await broker.begin_registration(caller, link, "passlock")
     else:
         judge_open(caller.app)
-        user_name = short_text(body, "username")
-        display_name = optional_short_text(body, "displayName") or user_name
-        asked = as_a_page_may(asked_of_registration(body), caller.app)
-        begun = await broker.begin_registration_of_nobody(
-            caller.app, user_name, display_name, wanted, opener="passlock", asked=asked
+        names = _names(body)
+        options = as_a_page_may(registration_options(body), caller.app)
+        begun = await broker.begin_registration(
+            caller, ANYONE, "passlock", names=names, options=options
         )
-    return json_answer(_begun(begun))
+    return json_answer({"sessionToken": begun.handle, "optionsJSON": begun.public_key})
 
 
-async def authentication_options(request: web.Request, caller: Caller) -> web.StreamResponse:
+async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{authenticationToken}`, or `{allowCredentials?, userVerification?, rpId?, timeout?}` for a
     discoverable authentication, to `{sessionToken, optionsJSON, mediation}`."""
-    body = await read_object(request)
-    broker = request.app[BROKER]
+    body, broker = await read_object(request), request.app[BROKER]
     if "authenticationToken" in body:
-        begun = await broker.begin_authentication(
-            caller.app,
-            text_field(body, "authenticationToken"),
-            opener="passlock",
-            second_factors=False,
-        )
+        link = _transaction(body, "authenticationToken")
+        begun = await broker.begin_authentication(caller, link, "passlock")
     else:
         if body.get("rpId") is not None:
             judge_rp_id(body, caller.app)
-        asked = as_a_page_may(asked_of_authentication(body, caller.app), caller.app)
-        begun = await broker.begin_authentication(caller.app, None, opener="passlock", asked=asked)
-    return json_answer(_begun(begun) | {"mediation": begun.mediation})
+        options = as_a_page_may(authentication_options(body, caller.app), caller.app)
+        begun = await broker.begin_authentication(caller, ANYONE, "passlock", options=options)
+    return json_answer(
+        {
+            "sessionToken": begun.handle,
+            "optionsJSON": begun.public_key,
+            "mediation": begun.mediation,
+        }
+    )
 
 
-def _begun(begun: Begun) -> Body:
-    return {"sessionToken": begun.handle, "optionsJSON": begun.options}
+def _transaction(body: Body, name: str) -> ByTransaction:
+    """The transaction of a token. One of a second factor is unknown: this wire has no word for
+    it.
+    """
+    return ByTransaction(text_field(body, name), second_factor=False)
 
 
 def judge_open(app: RelyingParty) -> None:
@@ -169,84 +178,67 @@ def judge_open(app: RelyingParty) -> None:
 # -- verification ----------------------------------------------------------------------------------
 
 
-async def verify_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
+async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{sessionToken, response}` to `{principal, id_token, code}`."""
     body = await read_object(request)
-    handle, answer = (
-        text_field(body, "sessionToken"),
-        ceremony.parse_registration(body.get("response")),
+    link = ByHandle(text_field(body, "sessionToken"))
+    answer = ceremony.parse_registration(body.get("response"))
+    outcome = await request.app[BROKER].finish_registration(
+        caller, link, answer, _EXPECTED, _proofs(request, caller.app)
     )
-    await _judge_signing(request)
-    code, receipt = await request.app[BROKER].finish_registration_with_receipt(
-        caller.app,
-        handle,
-        None,
-        answer,
-        opener="passlock",
-        nonce_life=request.app[SETTINGS][CODE_LIFE],
-    )
-    return await _verified(request, caller, "RegistrationSuccess", code, receipt)
+    return _verified("RegistrationSuccess", outcome)
 
 
-async def verify_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
+async def finish_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{sessionToken, response}` to `{principal, id_token, code}`."""
     body = await read_object(request)
-    handle, answer = (
-        text_field(body, "sessionToken"),
-        ceremony.parse_authentication(body.get("response")),
+    link = ByHandle(text_field(body, "sessionToken"))
+    answer = ceremony.parse_authentication(body.get("response"))
+    outcome = await request.app[BROKER].finish_authentication(
+        caller, link, answer, _EXPECTED, _proofs(request, caller.app)
     )
-    await _judge_signing(request)
-    code, receipt = await request.app[BROKER].finish_authentication_with_receipt(
-        caller.app,
-        handle,
-        None,
-        answer,
-        opener="passlock",
-        nonce_life=request.app[SETTINGS][CODE_LIFE],
-    )
-    return await _verified(request, caller, "AuthenticationSuccess", code, receipt)
+    return _verified("AuthenticationSuccess", outcome)
 
 
-async def _judge_signing(request: web.Request) -> None:
-    """Before anything is taken: find out whether there is a key to sign with.
-
-    Raises:
-        Unavailable.
-    """
-    await request.app[SIGNING].ready(None, "RS256")
-
-
-async def _verified(
-    request: web.Request, caller: Caller, tag: str, code: str, receipt: Receipt
-) -> web.StreamResponse:
-    claims = _claims(caller.app, receipt, code, request.app[SETTINGS][TOKEN_LIFE])
+def _verified(tag: str, outcome: Outcome) -> web.StreamResponse:
+    receipt = outcome.receipt
     return json_answer(
         {
             "_tag": tag,
-            "principal": {"authenticatorId": receipt.passkey_id, "userId": receipt.external_id},
-            "id_token": await request.app[SIGNING].sign(None, "RS256", claims),
-            "code": code,
+            "principal": {"authenticatorId": receipt.passkey_id, "userId": _user_id(receipt)},
+            "id_token": outcome.token,
+            "code": outcome.nonce,
         }
     )
 
 
-def _claims(app: RelyingParty, receipt: Receipt, code: str, life: int) -> dict[str, Any]:
-    """Those that the vendor's verifier requires, each of exactly this type, and the ceremony's
-    purpose.
+def _proofs(request: web.Request, app: RelyingParty) -> Signed:
+    """The reward of a verification: the code, and the id_token with the claims that the vendor's
+    verifier requires, each of exactly this type, and the ceremony's purpose.
     """
-    issued = int(receipt.at)
-    return {
-        "iss": _ISSUER,
-        "aud": app.id,
-        "sub": receipt.external_id,
-        "jti": _principal_id(code),
-        "iat": issued,
-        "exp": issued + life,
-        "a:id": receipt.passkey_id,
-        "a:typ": "passkey",
-        "pk:uv": receipt.user_verified,
-        "purpose": receipt.purpose,
-    }
+    settings = request.app[SETTINGS]
+
+    def claims(receipt: Receipt, code: str) -> dict[str, Any]:
+        issued = int(receipt.at)
+        return {
+            "iss": _ISSUER,
+            "aud": app.id,
+            "sub": _user_id(receipt),
+            "jti": _principal_id(code),
+            "iat": issued,
+            "exp": issued + settings[TOKEN_LIFE],
+            "a:id": receipt.passkey_id,
+            "a:typ": "passkey",
+            "pk:uv": receipt.user_verified,
+            "purpose": receipt.purpose,
+        }
+
+    return Signed(None, "RS256", claims, settings[CODE_LIFE])
+
+
+def _user_id(receipt: Receipt) -> str:
+    """The owner; a passkey that nobody owns yet stands for itself, as the vendor had it."""
+    return receipt.passkey_id if receipt.external_id is None else receipt.external_id
 
 
 def _principal_id(code: str) -> str:
@@ -259,31 +251,31 @@ def _principal_id(code: str) -> str:
 
 async def exchange_code(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The code in the path to its principal, once."""
-    code = request.match_info["code"]
-    return _principal(request, code, await _redeem(request, caller, code))
+    receipt = await _redeem(request, caller)
+    return _principal(request, receipt, _user_id(receipt))
 
 
 async def exchange_code_for(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{userId}`: the same, of this user's passkey; one that nobody owned is this user's from now
     on.
     """
-    body = await read_object(request)
-    code, user_id = request.match_info["code"], short_text(body, "userId")
-    receipt = await _redeem(request, caller, code)
-    if receipt.external_id != user_id:
+    user_id = short_text(await read_object(request), "userId")
+    receipt = await _redeem(request, caller)
+    if _user_id(receipt) != user_id:
         await request.app[DIRECTORY].assign(caller.app, receipt.passkey_id, user_id)
-    return _principal(request, code, receipt._replace(external_id=user_id))
+    return _principal(request, receipt, user_id)
 
 
-async def _redeem(request: web.Request, caller: Caller, code: str) -> Receipt:
-    """What nobody owns signs in here, while the policy stands."""
-    return await request.app[BROKER].redeem(
-        caller.app, code, ownerless=caller.app.policy.ownerless_registration
-    )
+async def _redeem(request: web.Request, caller: Caller) -> Receipt:
+    """The receipt of the code in the path, once. A passkey that nobody owns signs in here, while
+    the policy stands.
+    """
+    expect = ExpectedReceipt(unowned=caller.app.policy.ownerless_registration)
+    return (await request.app[BROKER].redeem(caller, request.match_info["code"], expect)).receipt
 
 
-def _principal(request: web.Request, code: str, receipt: Receipt) -> web.StreamResponse:
-    """`metadata` is empty: no address and no user agent of anybody is kept here."""
+def _principal(request: web.Request, receipt: Receipt, user_id: str) -> web.StreamResponse:
+    """`metadata` is empty: no address and no user agent is kept here."""
     passkey: Body = {"verified": True, "userVerified": receipt.user_verified}
     if receipt.authenticator_name_claimed is not None:
         passkey["platformName"] = receipt.authenticator_name_claimed
@@ -291,10 +283,10 @@ def _principal(request: web.Request, code: str, receipt: Receipt) -> web.StreamR
     return json_answer(
         {
             "_tag": "ExtendedPrincipal",
-            "id": _principal_id(code),
+            "id": _principal_id(request.match_info["code"]),
             "authenticatorId": receipt.passkey_id,
             "authenticatorType": "passkey",
-            "userId": receipt.external_id,
+            "userId": user_id,
             "createdAt": issued,
             "expiresAt": issued + request.app[SETTINGS][TOKEN_LIFE] * 1000,
             "passkey": passkey,

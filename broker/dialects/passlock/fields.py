@@ -126,8 +126,10 @@ def switch(body: Body, name: str) -> bool:
     return value
 
 
-def asked_of_registration(body: Body) -> CeremonyOptions:
-    """What `userVerification`, `timeout` and `excludeCredentials` ask of a registration."""
+def registration_options(body: Body) -> CeremonyOptions:
+    """The ceremony options of a registration: `userVerification`, `timeout`,
+    `excludeCredentials`.
+    """
     return CeremonyOptions(
         user_verification=user_verification(body),
         life=life(body),
@@ -135,9 +137,10 @@ def asked_of_registration(body: Body) -> CeremonyOptions:
     )
 
 
-def asked_of_authentication(body: Body, app: RelyingParty) -> CeremonyOptions:
-    """What `userVerification`, `timeout`, `allowCredentials` and `mediation` ask of an
-    authentication. A passkey that nobody owns yet may answer where pages may register one."""
+def authentication_options(body: Body, app: RelyingParty) -> CeremonyOptions:
+    """The ceremony options of an authentication: `userVerification`, `timeout`, `allowCredentials`,
+    `mediation`. A passkey that nobody owns yet may answer where pages may register one.
+    """
     mediation = "required" if body.get("mediation") is None else body["mediation"]
     if mediation not in get_args(Mediation):
         raise InvalidRequest("mediation is required or conditional.", reason="field_type")
@@ -145,12 +148,12 @@ def asked_of_authentication(body: Body, app: RelyingParty) -> CeremonyOptions:
         user_verification=user_verification(body),
         life=life(body),
         allow=passkey_ids(body, "allowCredentials"),
-        ownerless=app.policy.ownerless_registration,
+        unowned=app.policy.ownerless_registration,
         mediation=cast("Mediation", mediation),
     )
 
 
-def as_a_page_may(asked: CeremonyOptions, app: RelyingParty) -> CeremonyOptions:
+def as_a_page_may(options: CeremonyOptions, app: RelyingParty) -> CeremonyOptions:
     """What a caller without a key may ask: few passkeys, by their ids alone, for the store keeps
     them while the ceremony lasts; no less user verification than the policy, also where keyed
     callers may.
@@ -158,17 +161,17 @@ def as_a_page_may(asked: CeremonyOptions, app: RelyingParty) -> CeremonyOptions:
     Raises:
         InvalidRequest: too many passkeys, or text that is no passkey's id.
     """
-    for name, ids in (("allowCredentials", asked.allow), ("excludeCredentials", asked.exclude)):
+    for name, ids in (("allowCredentials", options.allow), ("excludeCredentials", options.exclude)):
         if ids is not None and (len(ids) > _MOST_OF_A_PAGE or not all(map(ID.match, ids))):
             raise InvalidRequest(
                 f"{name} of a page is a list of at most {_MOST_OF_A_PAGE} passkey ids"
                 " (24 letters and digits each).",
                 reason="field_type",
             )
-    wish = asked.user_verification
+    wish = options.user_verification
     if wish is not None and is_weaker(wish, app.policy.user_verification):
-        return asked._replace(user_verification=None)
-    return asked
+        return options._replace(user_verification=None)
+    return options
 
 
 # -- passkeys in answers ---------------------------------------------------------------------------

@@ -214,10 +214,10 @@ def _page_routes() -> list[web.RouteDef]:
         f"{tenancy}/passkey/{kind}": handler
         for tenancy in (_V2, _V1)
         for kind, handler in (
-            ("registration/options", ceremonies.registration_options),
-            ("registration/verification", ceremonies.verify_registration),
-            ("authentication/options", ceremonies.authentication_options),
-            ("authentication/verification", ceremonies.verify_authentication),
+            ("registration/options", ceremonies.begin_registration),
+            ("registration/verification", ceremonies.finish_registration),
+            ("authentication/options", ceremonies.begin_authentication),
+            ("authentication/verification", ceremonies.finish_authentication),
         )
     } | {
         f"{_V2}/passkeys/update/exchange": management.exchange_update,

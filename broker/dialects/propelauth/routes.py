@@ -21,7 +21,17 @@ from aiohttp import hdrs, web
 
 from broker import ceremony, errors
 from broker.errors import InvalidRequest, InvalidSetting, OperationNotAllowed, Refusal
-from broker.model import MAX_TEXT, Caller, RelyingParty, base64url, is_origin, web_origin
+from broker.model import (
+    MAX_TEXT,
+    ByUser,
+    Caller,
+    ExpectedCeremony,
+    Names,
+    RelyingParty,
+    base64url,
+    is_origin,
+    web_origin,
+)
 from broker.tokens import PREFIX as KEY_PREFIXES
 from broker.web import BROKER, DIRECTORY, bearer, edge, json_answer, keyed, read_object
 from broker.web.body import optional_text, parse_object, text_field
@@ -31,6 +41,7 @@ PATHS = re.compile(rf"{PREFIX}(?:/|\Z)")
 _UNEXPECTED = "UnexpectedError"
 _KEY_PREFIX = KEY_PREFIXES["key"]
 _COMMAND = web.RequestKey("COMMAND", str)
+_EXPECTED = ExpectedCeremony(("propelauth",))
 
 STATUS: Mapping[type[Refusal], int] = {
     **edge.STATUS,
@@ -138,54 +149,40 @@ async def start_registration(request: web.Request, caller: Caller, data: Data) -
     """`{userId, emailOrUsername, userDisplayName?, passkeyDisplayName?, additionalAllowedOrigin?}`
     to `{registrationOptions}`.
     """
-    user_id, user_name = _text(data, "userId"), _text(data, "emailOrUsername")
-    display_name, nickname = (
-        _optional(data, "userDisplayName"),
-        _optional(data, "passkeyDisplayName"),
+    link, user_name = ByUser(_text(data, "userId")), _text(data, "emailOrUsername")
+    names = Names(
+        user_name,
+        _optional(data, "userDisplayName") or user_name,
+        _optional(data, "passkeyDisplayName") or "",
     )
     _additional_origin(data)
-    attachment = caller.app.policy.authenticator_attachment
-    options = await request.app[BROKER].begin_registration_of(
-        caller.app,
-        user_id,
-        opener="propelauth",
-        user_name=user_name,
-        user_display_name=display_name,
-        nickname=nickname,
-        attachment=None if attachment == "any" else attachment,
-    )
-    return {"registrationOptions": options}
+    begun = await request.app[BROKER].begin_registration(caller, link, "propelauth", names=names)
+    return {"registrationOptions": begun.public_key}
 
 
 async def finish_registration(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`; `publicKey` is the whole answer of
     the browser.
     """
-    user_id, answer = _text(data, "userId"), ceremony.parse_registration(_credential(data))
+    link, answer = ByUser(_text(data, "userId")), ceremony.parse_registration(_credential(data))
     _judge_registered(_additional_origin(data), caller.app)
-    await request.app[BROKER].finish_registration_of(
-        caller.app, user_id, answer, opener="propelauth"
-    )
+    await request.app[BROKER].finish_registration(caller, link, answer, _EXPECTED)
     return {}
 
 
 async def start_authentication(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, additionalAllowedOrigin?}` to `{authenticationOptions}`."""
-    user_id = _text(data, "userId")
+    link = ByUser(_text(data, "userId"))
     _additional_origin(data)
-    options = await request.app[BROKER].begin_authentication_of(
-        caller.app, user_id, opener="propelauth"
-    )
-    return {"authenticationOptions": options}
+    begun = await request.app[BROKER].begin_authentication(caller, link, "propelauth")
+    return {"authenticationOptions": begun.public_key}
 
 
 async def finish_authentication(request: web.Request, caller: Caller, data: Data) -> Data:
     """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`."""
-    user_id, answer = _text(data, "userId"), ceremony.parse_authentication(_credential(data))
+    link, answer = ByUser(_text(data, "userId")), ceremony.parse_authentication(_credential(data))
     _judge_registered(_additional_origin(data), caller.app)
-    await request.app[BROKER].finish_authentication_of(
-        caller.app, user_id, answer, opener="propelauth"
-    )
+    await request.app[BROKER].finish_authentication(caller, link, answer, _EXPECTED)
     return {}
 
 

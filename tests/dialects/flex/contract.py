@@ -318,6 +318,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     "PATCH /users/{id}": {200: {"passkeys": [PASSKEY]}},
     "GET /users/{id}/approvals": {200: {"approvals": [APPROVAL]}},
     "GET /events": {200: {"events": [EVENT], **_PAGE}},
+    "POST /transactions/cancel": {200: NOTHING},
     "POST /mail_codes": {
         201: {"mail_code": _NEW_MAIL_CODE},
         400: error("invalid_request"),

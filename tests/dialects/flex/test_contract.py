@@ -85,7 +85,7 @@ async def test_3_statuses_of_success(broker: Started, wire: Wire, device: Authen
         await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
     ).status == 201
     assert (await wire.redeem(nonce)).status == 200
-    with refused(broker, "invalid_nonce", "nonce_unknown"):
+    with refused(broker, "invalid_nonce", "nonce_replayed"):
         again = await wire.redeem(nonce)
     assert (again.status, again.json["error"]) == (
         401,

@@ -99,8 +99,8 @@ async def test_m3_redeem_again(broker: Started, wire: Wire, device: Authenticato
     body = {"nonce": await wire.register(await wire.open_registration("ann"), device)}
     assert (await wire.redeem(body["nonce"])).status == 200
     with (
-        refused(broker, "invalid_nonce", "nonce_unknown"),
-        counted(broker, "broker_redemptions_total", result="unknown"),
+        refused(broker, "invalid_nonce", "nonce_replayed"),
+        counted(broker, "broker_redemptions_total", result="replayed"),
     ):
         answer = await golden(
             wire, "flex/m3-again", "POST", "/authenticate/verify", body, headers=key(wire)

@@ -570,7 +570,7 @@ async def test_a_refused_redemption_is_never_signed(
     nonce = await wire.authenticate(None, device)
     for body, reason in (
         ({"nonce": nonce, "signed": True, "purpose": "register"}, "nonce_mismatch"),
-        ({"nonce": nonce, "signed": True}, "nonce_unknown"),
+        ({"nonce": nonce, "signed": True}, "nonce_replayed"),
     ):
         with refused(broker, "invalid_nonce", reason):
             answer = await wire.keyed("POST", "/authenticate/verify", body)

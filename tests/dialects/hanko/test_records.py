@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from broker.model import Policy
+from broker.model import ANYONE, Names, Policy
 from tests.conftest import SKEW, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, b64, unb64
 from tests.support.hanko import (
@@ -22,6 +22,7 @@ from tests.support.hanko import (
     Hanko,
 )
 from tests.support.signals import lines, refused
+from tests.support.verbs import keyed
 from tests.support.wire import ORIGIN, Wire
 
 QUICK = Policy(declared={"hanko_algorithm": "ES256"})  # keys that are made at once
@@ -141,7 +142,10 @@ async def test_a_passkey_that_nobody_owns_yet(
     """Is listed without a user, and signs in nowhere."""
     app = await broker.parts.directory.app(hanko.wire.app_id)
     await hanko.wire.register(
-        await broker.parts.broker.open_registration(app, None, "Somebody"), device
+        await broker.parts.broker.open_registration(
+            keyed(app), ANYONE, Names("Somebody", "Somebody", "Somebody")
+        ),
+        device,
     )
     [listed] = await hanko.get("/credentials")
     assert "user_id" not in listed

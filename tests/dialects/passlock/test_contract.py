@@ -475,7 +475,7 @@ async def test_lives_are_settings(
     done = await passlock.register("ann", device)
     assert claims(done["id_token"])["exp"] - claims(done["id_token"])["iat"] == 60
     started.clock.ahead += 31 + SKEW
-    with refused(started, "invalid_nonce", "nonce_unknown"):
+    with refused(started, "invalid_nonce", "nonce_expired"):
         answer = await passlock.keyed("GET", f"/principal/{done['code']}")
     assert (answer.status, answer.json["_tag"]) == (404, "@error/InvalidCode")
 

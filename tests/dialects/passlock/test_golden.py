@@ -108,7 +108,7 @@ async def test_passlock_authentication(
     code = f"/principal/{done.json['code']}"
     with counted(broker, "broker_redemptions_total", result="ok"):
         await sent(passlock, "principal", "GET", code)
-    with refused(broker, "invalid_nonce", "nonce_unknown"):
+    with refused(broker, "invalid_nonce", "nonce_replayed"):
         await sent(passlock, "principal-again", "GET", code)
     with refused(broker, "user_not_found", "user_not_found"):
         body = {"rpId": RP_ID, "userId": "eve"}

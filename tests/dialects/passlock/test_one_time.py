@@ -74,7 +74,7 @@ async def test_of_50_exchanges_one_succeeds(
     method, body = ("POST", {"userId": "ann"}) if with_user else ("GET", None)
     with (
         counted(broker, "broker_redemptions_total", result="ok"),
-        refused(broker, "invalid_nonce", "nonce_unknown", times=PARALLEL - 1),
+        refused(broker, "invalid_nonce", "nonce_replayed", times=PARALLEL - 1),
     ):
         answers = await asyncio.gather(
             *(passlock.keyed(method, f"/principal/{code}", body) for _ in range(PARALLEL))
@@ -289,7 +289,7 @@ async def test_a_code_of_another_app(
 ) -> None:
     elsewhere = Passlock(await open_app())
     code = (await elsewhere.register("ann", Authenticator()))["code"]
-    with refused(broker, "invalid_nonce", "nonce_unknown"):
+    with refused(broker, "invalid_nonce", "nonce_foreign"):
         answer = await passlock.keyed("GET", f"/principal/{code}")
     assert (answer.status, answer.json["_tag"]) == (404, "@error/InvalidCode")
     assert (await elsewhere.exchange(code))["userId"] == "ann"
@@ -319,12 +319,12 @@ async def test_tokens_of_the_flex_api_buy_no_more_here(
     registered = await wire.register(await wire.open_registration("ann"), device)
     who = await passlock.exchange(registered)
     assert (who["userId"], who["purpose"]) == ("ann", "register")
-    with refused(broker, "invalid_nonce", "nonce_unknown"):
+    with refused(broker, "invalid_nonce", "nonce_replayed"):
         assert (await wire.redeem(registered)).status == 401
     code = (await passlock.register("ann", Authenticator()))["code"]
     with refused(broker, "invalid_nonce", "nonce_mismatch"):
         assert (await wire.redeem(code, purpose="authenticate")).status == 401
-    with refused(broker, "invalid_nonce", "nonce_unknown"):
+    with refused(broker, "invalid_nonce", "nonce_replayed"):
         assert (await passlock.keyed("GET", f"/principal/{code}")).status == 404
     transaction = await wire.open_authentication("ann")
     with refused(broker, "transaction_not_found", "transaction_wrong_kind"):

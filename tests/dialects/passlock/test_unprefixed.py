@@ -240,7 +240,7 @@ async def test_a_code_is_exchanged_for_its_owner_only(
     with refused(broker, "passkey_has_owner", "passkey_has_owner"):
         answer = await passlock.keyed("POST", f"/principal/{done['code']}", {"userId": "bob"})
     assert (answer.status, answer.json["_tag"]) == (403, "@error/Forbidden")
-    with refused(broker, "invalid_nonce", "nonce_unknown"):
+    with refused(broker, "invalid_nonce", "nonce_replayed"):
         await passlock.keyed("POST", f"/principal/{done['code']}", {"userId": "ann"})
     done = await other.authenticate("ann", device)
     assert (
@@ -336,7 +336,7 @@ async def test_what_nobody_owns_proves_nothing_elsewhere(
         nonce = (await opened.finish(kind, session, answer)).json["code"]
         for expected in ({}, {"purpose": purpose}):
             with refused(
-                broker, "invalid_nonce", "nonce_unknown" if expected else "nonce_mismatch"
+                broker, "invalid_nonce", "nonce_replayed" if expected else "nonce_mismatch"
             ):
                 assert (await wire.redeem(nonce, **expected)).status == 401
 

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from broker import ceremony, errors
 from broker.errors import Refusal
-from broker.model import Caller, Opener
+from broker.model import ByUser, Caller, ExpectedCeremony, Opener
 from broker.web import BROKER, SETTINGS, edge, json_answer, keyed, read_object
 from broker.web.body import text_field
 from tests.support.fifth import KEEP, LETTERS
@@ -47,16 +47,18 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
 
 async def start(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{user}` to the request options."""
-    user = text_field(await read_object(request), "user")
-    options = await request.app[BROKER].begin_authentication_of(caller.app, user, opener=OPENER)
-    return json_answer(["yes", options])
+    link = ByUser(text_field(await read_object(request), "user"))
+    begun = await request.app[BROKER].begin_authentication(caller, link, OPENER)
+    return json_answer(["yes", begun.public_key])
 
 
 async def finish(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{user, answer}` to `{name, keep}`."""
     body = await read_object(request)
     user, answer = text_field(body, "user"), ceremony.parse_authentication(body.get("answer"))
-    await request.app[BROKER].finish_authentication_of(caller.app, user, answer, opener=OPENER)
+    await request.app[BROKER].finish_authentication(
+        caller, ByUser(user), answer, ExpectedCeremony((OPENER,))
+    )
     name = user.upper() if caller.app.policy[LETTERS] == "capital" else user.lower()
     return json_answer(["yes", {"name": name, "keep": request.app[SETTINGS][KEEP]}])
 

@@ -109,6 +109,19 @@ class Ceremonies(Connection):
         )
         return self._transaction("/transactions/authenticate", body)
 
+    def cancel_transaction(self, transaction_id: str) -> None:
+        """End a transaction, and the ceremony that the page has begun with it.
+
+        Sent again, or for a transaction that is unknown, used or ended, it changes nothing. A
+        nonce that the page holds already can still be redeemed.
+
+        Raises:
+            InvalidRequest
+        """
+        arguments.require_texts(transaction_id=transaction_id)
+        body = {"transaction_id": transaction_id}
+        answers.accept(self._answer(Request("POST", "/transactions/cancel", body)))
+
     def verify_nonce(
         self,
         nonce: str,

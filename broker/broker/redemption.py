@@ -1,0 +1,136 @@
+"""Redemption: what a finished ceremony gives its caller, and the exchange of a nonce for its
+receipt.
+
+A signing key is made ready before anything is taken, and signs after the last write: a broker that
+can't sign spends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from broker.broker.steps import Steps
+from broker.durable import instant
+from broker.ephemeral import Answer, Replayed, Taken
+from broker.errors import UnknownNonce
+from broker.model import (
+    LONGEST_NONCE,
+    ExpectedReceipt,
+    Receipt,
+    Redeemable,
+    RelyingParty,
+    TokenAlgorithm,
+)
+from broker.tokens import digest, well_formed
+
+# The reason of a refused nonce, by its result in metrics.
+_REASONS = {
+    "malformed": "nonce_malformed",
+    "expired": "nonce_expired",
+    "foreign": "nonce_foreign",
+    "replayed": "nonce_replayed",
+    "unknown": "nonce_unknown",
+}
+
+
+class Nonce(NamedTuple):
+    """A reward: a nonce. `life` is in seconds, at most 600; None: the policy's."""
+
+    life: int | None = None
+
+
+class Signed(NamedTuple):
+    """A reward: a nonce, and a token signed with a key of the app's set, or of the broker's
+    (`signer` None). `claims` makes the token's claims from the receipt and the nonce.
+    """
+
+    signer: RelyingParty | None
+    algorithm: TokenAlgorithm
+    claims: Callable[[Receipt, str], dict[str, Any]]
+    life: int | None = None
+
+
+class Outcome(NamedTuple):
+    """A finished ceremony or a redemption: the receipt, and what the caller asked for."""
+
+    receipt: Receipt
+    nonce: str | None = None
+    token: str | None = None
+
+
+class Redemption(Steps):
+    """The steps behind a receipt."""
+
+    async def ready(self, reward: Nonce | Signed | None) -> None:
+        """Make the signing key ready, if the reward needs one.
+
+        Raises:
+            Unavailable.
+        """
+        if isinstance(reward, Signed):
+            await self._signing.ready(reward.signer, reward.algorithm)
+
+    async def reward(
+        self,
+        app: RelyingParty,
+        receipt: Receipt,
+        transaction: bytes | None,
+        reward: Nonce | Signed | None,
+    ) -> Outcome:
+        """The outcome of a finished ceremony. `transaction` is the digest of its id."""
+        if reward is None:
+            return Outcome(receipt)
+        nonce = self._mint.token("nonce")
+        ends = receipt.at + min(reward.life or app.policy.nonce_life, LONGEST_NONCE)
+        await self._ephemeral.nonces.put(app.id, nonce, Redeemable(receipt, transaction, ends))
+        return await self._signed(receipt, nonce, reward)
+
+    async def redeem(
+        self, app: RelyingParty, nonce: str, expect: ExpectedReceipt, reward: Signed | None
+    ) -> Outcome:
+        """Take a nonce; confirm a new passkey, or see that the passkey is live."""
+        found = await self._taken(app, nonce)
+        receipt, now = found.receipt, self._clock()
+        life = found.expires_at - receipt.at
+        self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
+        if (
+            receipt.proof not in expect.proofs
+            or (receipt.external_id is None and not expect.unowned)
+            or expect.external_id not in (None, receipt.external_id)
+            or (
+                expect.transaction_id is not None
+                and digest("transaction", app.id, expect.transaction_id) != found.transaction
+            )
+        ):
+            self._metrics.redemptions.inc("mismatch")
+            raise UnknownNonce(reason="nonce_mismatch")
+        ceremonies = self._durable.ceremonies
+        if not await (
+            ceremonies.confirm(app.id, receipt.passkey_id, instant(now))
+            if receipt.purpose == "register"
+            else ceremonies.is_live(app.id, receipt.passkey_id)
+        ):
+            self._metrics.redemptions.inc("revoked")
+            raise UnknownNonce(reason="passkey_revoked")
+        self._metrics.redemptions.inc("ok")
+        return await self._signed(receipt, nonce, reward)
+
+    async def _taken(self, app: RelyingParty, nonce: str) -> Redeemable:
+        cause = "malformed"
+        if well_formed(nonce, "nonce"):
+            answer: Answer[Redeemable] = await self._ephemeral.nonces.take(app.id, nonce)
+            if isinstance(answer, Taken):
+                found: Redeemable = answer.value
+                return found
+            cause = "replayed" if isinstance(answer, Replayed) else answer.reason
+        result = cause if cause in _REASONS else "unknown"
+        self._metrics.redemptions.inc(result)
+        raise UnknownNonce(reason=_REASONS[result])
+
+    async def _signed(self, receipt: Receipt, nonce: str, reward: Nonce | Signed | None) -> Outcome:
+        token = None
+        if isinstance(reward, Signed):
+            claims = reward.claims(receipt, nonce)
+            token = await self._signing.sign(reward.signer, reward.algorithm, claims)
+        return Outcome(receipt, nonce, token)
