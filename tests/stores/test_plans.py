@@ -52,7 +52,7 @@ GROWS = {
     "relying_parties",
     "signing_keys",
 }
-APPS = 40
+APPS = 80
 SIZE = seed.Size(users=10_000, credentials=15_000, events=30_000)
 
 # What no request brings about, with who does.

@@ -59,7 +59,8 @@ async def grow(session: Session, apps: Sequence[str], size: Size) -> None:
     numbers = "generate_series(0, {} - 1) n"
     tables = {
         "users": (
-            "(SELECT u.* FROM users u JOIN template t ON u.id = t.user_id LIMIT 1) t"
+            "(SELECT u.* FROM users u JOIN template t ON u.id = t.user_id"
+            " WHERE u.status = 'active' LIMIT 1) t"
             f" CROSS JOIN {numbers.format(size.users)}",
             {
                 "id": _ID.format("n", "user"),

@@ -1093,7 +1093,9 @@ async def test_a_thousand_requests_leave_nothing(place: Place, line: Line) -> No
 
     await ask(100)
     before = await ask(100)
-    assert await ask(1000) - before < 100
+    # A kind of request that left one object would leave 180 more; caches of the process grow a
+    # little.
+    assert await ask(1000) - before < 180
 
 
 # -- without the fast path -------------------------------------------------------------------------
