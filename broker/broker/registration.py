@@ -1,7 +1,6 @@
 """Registration: permit one, begin it, store the credential of a verified answer.
 
-What is to be refused at begin is refused before anything is written, so a refused begin leaves an
-earlier pending ceremony alone.
+A begin refuses before it writes, so a refused begin leaves the earlier pending ceremony alone.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ async def start(
 
 
 def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
-    """What binding met, as a sentence."""
+    """The fault of binding an address, as a sentence."""
     ports = f"port {settings.port}" + (
         f" or {settings.management_port}" if settings.management_port else ""
     )

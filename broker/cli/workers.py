@@ -414,7 +414,7 @@ async def _work(settings: Settings, arguments: _Arguments, log: Log) -> None:
 
 
 async def _hear(channel: socket.socket) -> bytes:
-    """What the supervisor says; nothing when it is gone."""
+    """The bytes that the supervisor sent; empty when the supervisor has ended."""
     with suppress(OSError):
         return await asyncio.get_running_loop().sock_recv(channel, 1)
     return b""

@@ -359,7 +359,7 @@ async def checked_server(edge: Edge, limits: Limits) -> Server:
         answers.count(b"HTTP/1.1 200 OK\r\n") != _PROBES
         or answers.count(b"\r\n\r\nping") != _PROBES
     ):
-        raise NotImplementedError(f"the probe was answered by {len(answers)} bytes")
+        raise RuntimeError(f"the probe was answered by {len(answers)} bytes")
     return Server(edge, limits)
 
 

@@ -151,7 +151,7 @@ def passkey_object(owned: Owned) -> dict[str, Any]:
 
 
 def approval_object(record: ApprovalRecord) -> dict[str, Any]:
-    """What a user was asked to approve, under the caller's own id; `approved_at` is null until
+    """An approval that a user was asked for, under the caller's own id; `approved_at` is null until
     somebody signed it.
     """
     return {
@@ -190,7 +190,7 @@ def _device_type(credential: Credential) -> Literal["passkey", "security_key", "
 
 
 def public_app_object(app: RelyingParty, origin: str | None = None) -> dict[str, Any]:
-    """What anybody may know of an app. `auth_origin` is `origin` where that is one of the app's for
+    """The public fields of an app. `auth_origin` is `origin` where that is one of the app's for
     pages, else the first of those.
     """
     known = app.web_origins or ("",)

@@ -12,7 +12,8 @@ of the nonce: a nonce buys one token, so a `jti` is never repeated, and nobody g
 nonce. The others are the receipt's, `purpose` among them: a registration is no login.
 
 A token that is checked offline can be replayed until `exp`, `BROKER_RECEIPT_TOKEN_LIFE` seconds
-after `iat`. Whoever must act on it once keeps its `jti` until then, or redeems a nonce instead.
+after `iat`. A backend that must act on it once keeps its `jti` until then, or redeems a nonce
+instead.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 
 _LOGIN = "login/initialize"
-# What pages may call, and, where no page is served, keyed callers.
+# Routes for pages, and for keyed callers where no page is served.
 _SHARED: dict[str, Handler] = {
     "registration/finalize": ceremonies.finish_registration,
     _LOGIN: ceremonies.begin_login,
