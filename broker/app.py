@@ -8,7 +8,6 @@ pages on one port, and keyed callers, health and metrics on the other.
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -294,13 +293,6 @@ class Service:
         self._listeners = listeners
         self._stack = stack
 
-    async def accept_no_more(self) -> None:
-        """Take no new connections: other processes on the same ports take them. `close` ends the
-        open connections.
-        """
-        for listener in self._listeners:
-            await listener.accept_no_more()
-
     async def close(self) -> None:
         """Refuse new work, let running requests end (`drain_seconds` at most), then close the
         stores.
@@ -313,44 +305,14 @@ async def _close_all(listeners: Sequence[Listener]) -> None:
     await asyncio.gather(*(listener.close() for listener in listeners))
 
 
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """Listening sockets of the port for pages and of the management port, if there is one. They may
-    be `shared` with other processes.
-    """
-
-    pages: Sequence[socket.socket]
-    management: Sequence[socket.socket] = ()
-    shared: bool = False
-
-    @classmethod
-    def bind(cls, settings: Settings) -> Ports:
-        """Bind the ports of the settings.
-
-        Raises:
-            OSError: an address is in use, or not of this machine.
-        """
-        pages = bind(settings.host, settings.port)
-        if not settings.management_port:
-            return cls(pages)
-        try:
-            return cls(pages, bind(settings.host, settings.management_port))
-        except OSError:
-            for opened in pages:
-                opened.close()
-            raise
-
-
 async def serve(
     parts: Parts,
     *,
-    ports: Ports | None = None,
     prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
     limits: Limits | None = None,
 ) -> Service:
-    """Listen on `ports`, or on the ports of the settings. Before the first request is answered,
-    `prepare` takes the port and returns further applications by path prefix. `limits` bounds slow
-    callers.
+    """Listen on the ports of the settings. Before the first request is answered, `prepare` takes
+    the port and returns further applications by path prefix. `limits` bounds slow callers.
 
     Raises:
         OSError: an address is in use, or not of this machine.
@@ -361,20 +323,22 @@ async def serve(
     stack.push_async_callback(parts.close)
     parts.housekeeping.start()
     try:
-        ports = ports or Ports.bind(settings)
-        extra = await prepare(ports.pages[0].getsockname()[1]) if prepare else {}
-        if ports.management:
+        numbers = [settings.port, *filter(None, [settings.management_port])]
+        opened = []
+        for number in numbers:
+            opened.append(bind(settings.host, number))
+            for listening in opened[-1]:
+                stack.enter_context(listening)
+        extra = await prepare(opened[0][0].getsockname()[1]) if prepare else {}
+        if settings.management_port:
             pages = application(parts, management=False, browser=True, subapps=extra, limits=limits)
             keyed = application(parts, management=True, browser=False, limits=limits)
-            plan = [(ports.pages, pages), (ports.management, keyed)]
+            apps = [pages, keyed]
         else:
-            combined = application(
-                parts, management=True, browser=True, subapps=extra, limits=limits
-            )
-            plan = [(ports.pages, combined)]
+            apps = [application(parts, management=True, browser=True, subapps=extra, limits=limits)]
         listeners: list[Listener] = []
         stack.push_async_callback(_close_all, listeners)
-        for opened, app in plan:
+        for sockets, app in zip(opened, apps, strict=True):
             edge = Edge(
                 app,
                 renderers=[(found.PATHS, found.render) for found in wire_formats],
@@ -383,10 +347,9 @@ async def serve(
                 log=parts.log,
                 docs_url=settings.docs_url,
             )
-            listener = await listen(
-                app, opened, edge=edge, drain_seconds=settings.drain_seconds, shared=ports.shared
+            listeners.append(
+                await listen(app, sockets, edge=edge, drain_seconds=settings.drain_seconds)
             )
-            listeners.append(listener)
     except BaseException:
         await stack.aclose()
         raise

@@ -197,7 +197,6 @@ class Settings:
     port: int = _setting(whole(0, 65535), 8080)
     management_port: int = _setting(whole(0, 65535), 0)  # 0: keyed routes share `port`
     metrics: str = _setting(choice("management", "public"), "management")  # the port of /metrics
-    workers: int = _setting(whole(1, 64), 1)  # processes of `serve`
     public_url: str = _setting(
         _web_address("the address callers use, like https://passkeys.example.com", "/"), ""
     )

@@ -49,7 +49,6 @@ _LONGEST = (
     "test_wheel",
     "test_embedded",
     "test_outages",
-    "test_workers",
     "test_dev",
     "test_serve",
 )

@@ -24,7 +24,7 @@ if (
 ):  # the service is imported when a command needs it: `dev` does so while its stores start
     from aiohttp import web
 
-    from broker.app import Parts, Ports, Service
+    from broker.app import Parts, Service
 
 T = TypeVar("T")
 
@@ -48,11 +48,9 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(main)
 
 
-def run_with_log(
-    main: Callable[[Log], Coroutine[Any, Any, None]], settings: Settings, **always: Any
-) -> None:
-    """Run a serving process. Its log holds lines for `LOG_HOLD` and has `always` in each."""
-    log = Log(level=settings.log_level, hold=LOG_HOLD, **always)
+def run_with_log(main: Callable[[Log], Coroutine[Any, Any, None]], settings: Settings) -> None:
+    """Run a serving process. Its log holds lines for `LOG_HOLD`."""
+    log = Log(level=settings.log_level, hold=LOG_HOLD)
     capture_library_records(log)
     try:
         run(main(log))
@@ -105,10 +103,8 @@ async def tell_until_migrated(
 async def start(
     parts: Parts,
     prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
-    *,
-    ports: Ports | None = None,
 ) -> Service:
-    """Listen, on `ports` where somebody else has bound them.
+    """Listen on the ports of the settings.
 
     Raises:
         ServingFault: an address is in use or not ours; everything opened is closed again.
@@ -117,7 +113,7 @@ async def start(
 
     settings = parts.settings
     try:
-        service = await serve(parts, prepare=prepare, ports=ports)
+        service = await serve(parts, prepare=prepare)
         gc.set_threshold(*_GARBAGE)
         gc.freeze()  # what was made so far stays: no collection need look at it again
         return service
@@ -137,28 +133,17 @@ def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
     return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
 
 
-def until_told(at_once: Callable[[], None] | None = None) -> asyncio.Future[None]:
+def until_told() -> asyncio.Future[None]:
     """A future that ends with SIGTERM or SIGINT, which are handled from this call on. A second one
     ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
-    exception, which would come up in whatever runs at that moment and may be lost there. `at_once`
-    is what to do before that."""
+    exception, which would come up in whatever runs at that moment and may be lost there."""
     loop = asyncio.get_running_loop()
     told: asyncio.Future[None] = loop.create_future()
-
-    def end(number: int, _: object) -> None:
-        if at_once:
-            at_once()
-        if number == signal.SIGINT:
-            os._exit(130)
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
 
     def tell() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        signal.signal(signal.SIGINT, end)
-        if at_once:
-            signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         if not told.done():
             told.set_result(None)
 

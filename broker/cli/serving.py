@@ -25,7 +25,7 @@ def add_commands(commands: Commands) -> None:
     says = "run the service; settings come from BROKER_… variables"
     examples = (
         "serve --host 0.0.0.0 --port 8000",
-        "serve --workers 4 --management-port 9000 --migrate",
+        "serve --management-port 9000 --migrate",
     )
     command = add_command(commands, "serve", says, examples)
     command.add_argument("--host", help="address to listen on (BROKER_HOST; default localhost)")
@@ -35,18 +35,15 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--management-port", type=int, help="port for keyed callers, health and metrics"
     )
-    command.add_argument(
-        "--workers", type=int, help="processes that serve (BROKER_WORKERS; default 1)"
-    )
     command.add_argument("--migrate", action="store_true", help="apply missing migrations first")
     command.set_defaults(run=run_serve)
 
 
 def listening(environment: Mapping[str, str], options: argparse.Namespace) -> dict[str, str]:
-    """The environment with what the command line said about host, ports and workers."""
+    """The environment with what the command line said about host and ports."""
     given = {
         f"BROKER_{name.upper()}": str(value)
-        for name in ("host", "port", "management_port", "workers")
+        for name in ("host", "port", "management_port")
         if (value := getattr(options, name, None)) is not None
     }
     return {**environment, **given}
@@ -54,14 +51,8 @@ def listening(environment: Mapping[str, str], options: argparse.Namespace) -> di
 
 def run_serve(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    environment = listening(os.environ, options)
-    settings = load_settings(environment)
-    if settings.workers > 1:
-        from broker.cli.workers import supervise
-
-        supervise(settings, environment, migrate=options.migrate)
-    else:
-        run_with_log(lambda log: _serve(settings, log, migrate=options.migrate), settings)
+    settings = load_settings(listening(os.environ, options))
+    run_with_log(lambda log: _serve(settings, log, migrate=options.migrate), settings)
     return 0
 
 

@@ -14,14 +14,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from broker.telemetry.log import Log, capture_library_records, fault
-from broker.telemetry.metrics import Metrics, SharedTally
+from broker.telemetry.metrics import Metrics
 
 __all__ = [
     "CONTEXT",
     "Context",
     "Log",
     "Metrics",
-    "SharedTally",
     "Stopwatch",
     "capture_library_records",
     "context",

@@ -39,15 +39,15 @@ _Line: TypeAlias = tuple[float, int, str, dict[str, Any]]  # time, severity, eve
 
 
 class Log:
-    """Writes one JSON line per call; `always` is in each. Lines below a warning may be held for
-    `hold` seconds, while an event loop runs; 0 holds none."""
+    """Writes one JSON line per call. Lines below a warning may be held for `hold` seconds, while an
+    event loop runs; 0 holds none.
+    """
 
     def __init__(
-        self, stream: TextIO | None = None, *, level: str = "info", hold: float = 0.0, **always: Any
+        self, stream: TextIO | None = None, *, level: str = "info", hold: float = 0.0
     ) -> None:
         self._stream = stream or sys.stderr
         self._hold = hold
-        self._always = always
         self._held: list[_Line] = []
         self.level = logging.getLevelName(level.upper())
 
@@ -79,7 +79,6 @@ class Log:
             "at": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
             "level": logging.getLevelName(severity).lower(),
             "event": event,
-            **self._always,
             **values,
         }
         return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)

@@ -5,31 +5,18 @@ prometheus_client's own counters take a lock, look children up under a lock and 
 to 4 microseconds an observation, and a login has some twenty. One event loop runs all that counts
 here, so no lock is needed, and a binary search finds the bucket. The library still writes the text:
 `Tally` is a collector like any other.
-
-**Several processes that are one service** add their figures up through files in a private folder
-(0700), which hold counts and labels only. Each process publishes its figures about once a second in
-the file of its place: another name first, then renamed, so that a reader finds old figures or new
-ones. A process that is asked publishes its own and adds those of the other files. So figures never
-go down, whichever process is asked: what one answer told of a process, its file has held since. A
-process that ends leaves its file, and the next process in its place counts on from there. What a
-process counted after it published last is lost when it is killed.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
-import orjson
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-Dump = Mapping[str, Sequence[tuple[Sequence[str], Sequence[float]]]]
 _ASIDE = 256
 Values = dict[tuple[str, ...], list[float]]
 
@@ -53,10 +40,10 @@ class Counts:
         else:
             found[0] += number
 
-    def family(self, values: Values) -> Metric:
-        """These values as Prometheus has them."""
+    def family(self) -> Metric:
+        """The values as Prometheus has them."""
         family = CounterMetricFamily(self.name, self._help, labels=self._labels)
-        for labels, (number,) in values.items():
+        for labels, (number,) in self.values.items():
             family.add_metric(labels, number)
         return family
 
@@ -96,16 +83,11 @@ class Times:
         self._sort_in()
         return self._sorted
 
-    @values.setter
-    def values(self, values: Values) -> None:
-        self._sort_in()
-        self._sorted = values
-
-    def family(self, values: Values) -> Metric:
-        """These values as Prometheus has them: each bucket holds the ones below it as well."""
+    def family(self) -> Metric:
+        """The values as Prometheus has them: each bucket holds the ones below it as well."""
         family = HistogramMetricFamily(self.name, self._help, labels=self._labels)
         bounds = [*map(str, self._buckets), "+Inf"]
-        for labels, numbers in values.items():
+        for labels, numbers in self.values.items():
             family.add_metric(
                 labels, list(zip(bounds, accumulate(numbers[:-1]), strict=True)), numbers[-1]
             )
@@ -113,78 +95,14 @@ class Times:
 
 
 class Tally(Collector):
-    """The figures of this process, and of others whose dumps `others` gives."""
+    """The figures of this process."""
 
-    def __init__(
-        self, metrics: Sequence[Counts | Times], others: Callable[[], Iterable[Dump]] = lambda: ()
-    ) -> None:
-        self._metrics = {metric.name: metric for metric in metrics}
-        self.others = others
-
-    def dump(self) -> dict[str, Any]:
-        """This process's figures, as JSON may hold them."""
-        return {name: list(metric.values.items()) for name, metric in self._metrics.items()}
-
-    def absorb(self, dump: Dump) -> None:
-        """Add a dump's figures to this process's, for good."""
-        for name, metric in self._metrics.items():
-            metric.values = added([metric.values, _values(dump.get(name, ()))])
+    def __init__(self, metrics: Sequence[Counts | Times]) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
         """Every metric, also those that nothing happened to yet."""
-        others = list(self.others())
-        for name, metric in self._metrics.items():
-            yield metric.family(
-                added([metric.values, *(_values(dump.get(name, ())) for dump in others)])
-            )
-
-
-def _values(dumped: Sequence[tuple[Sequence[str], Sequence[float]]]) -> Values:
-    return {tuple(labels): list(numbers) for labels, numbers in dumped}
-
-
-def added(several: Iterable[Values]) -> Values:
-    """The sums. Lists of another length, of other code's buckets, are left out."""
-    total: Values = {}
-    for values in several:
-        for labels, numbers in values.items():
-            known = total.get(labels)
-            if known is None:
-                total[labels] = list(numbers)
-            elif len(known) == len(numbers):
-                total[labels] = [a + b for a, b in zip(known, numbers, strict=True)]
-    return total
-
-
-class SharedTally:
-    """The figures of one process among several. No two processes that run have the same `place`."""
-
-    def __init__(self, folder: Path, place: int, tally: Tally) -> None:
-        self._file = folder / f"{place}.json"
-        self._tally = tally
-        tally.absorb(_read(self._file))
-        tally.others = self._others
-
-    def publish(self) -> None:
-        """Let the others see this process's figures. Without the folder, whose end is the
-        service's, nothing happens.
-        """
-        fresh = self._file.with_suffix(".new")
-        with suppress(OSError):
-            fresh.write_bytes(orjson.dumps(self._tally.dump()))
-            fresh.replace(self._file)
-
-    def _others(self) -> list[Dump]:
-        self.publish()
-        return [_read(file) for file in self._file.parent.glob("*.json") if file != self._file]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The figures in a file; nothing where there is none."""
-    with suppress(OSError, ValueError):
-        found = orjson.loads(file.read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
+        return [metric.family() for metric in self._metrics]
 
 
 _STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
@@ -227,9 +145,6 @@ class Metrics:
         )
         self.housekeeping_failures = Counts(
             "broker_housekeeping_failures", "Batches of the periodic clean-up that failed.", "chore"
-        )
-        self.worker_restarts = Counts(
-            "broker_worker_restarts", "Workers that were replaced.", "cause"
         )
         self.tally = Tally(
             [metric for metric in vars(self).values() if isinstance(metric, Counts | Times)]

@@ -23,7 +23,6 @@ from typing import Any
 from aiohttp import web
 
 from broker.telemetry import fault
-from broker.web.accept_balance import Acceptor
 from broker.web.answer import as_response
 from broker.web.body import LIMITS, MAX_BODY, Incoming, Limits
 from broker.web.edge import Edge
@@ -120,23 +119,15 @@ class Listener:
         drain_seconds: float,
     ) -> None:
         self.server = server
-        self.acceptors: list[asyncio.AbstractServer | Acceptor] = []
+        self.acceptors: list[asyncio.AbstractServer] = []
         self.ports = tuple(dict.fromkeys(s.getsockname()[1] for s in sockets))
         self._app = app
         self._drain_seconds = drain_seconds
 
-    async def accept_no_more(self) -> None:
-        """Take no new connections; those there are go on."""
-        while self.acceptors:
-            acceptor = self.acceptors.pop()
-            if isinstance(acceptor, Acceptor):
-                await acceptor.close()
-            else:
-                acceptor.close()
-
     async def close(self) -> None:
         """Refuse new connections, let running requests end (up to the drain limit), then close."""
-        await self.accept_no_more()
+        for acceptor in self.acceptors:
+            acceptor.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds + 1):  # for peers that do not read
                 await asyncio.sleep(0)
@@ -200,10 +191,9 @@ async def listen(
     *,
     edge: Edge,
     drain_seconds: float,
-    shared: bool = False,
 ) -> Listener:
-    """Serve `app` behind `edge` on bound sockets, which may be `shared` with other processes. How
-    long callers may take is `app[LIMITS]`, where it is set.
+    """Serve `app` behind `edge` on bound sockets. How long callers may take is `app[LIMITS]`, where
+    it is set.
     """
     app.on_startup.freeze()
     await app.startup()
@@ -220,9 +210,6 @@ async def listen(
     listener = Listener(app, server, sockets, drain_seconds)
     loop = asyncio.get_running_loop()
     for listening in sockets:
-        listener.acceptors.append(
-            Acceptor(listening, server, lambda: len(server.connections))
-            if shared
-            else await loop.create_server(server, sock=listening, backlog=_BACKLOG)
-        )
+        acceptor = await loop.create_server(server, sock=listening, backlog=_BACKLOG)
+        listener.acceptors.append(acceptor)
     return listener

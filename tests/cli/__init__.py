@@ -1,1 +1,1 @@
-"""Tests of the command line: commands, settings, `dev`, `serve` and its workers."""
+"""Tests of the command line: commands, settings, `dev`, `serve`."""

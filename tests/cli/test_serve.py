@@ -367,18 +367,6 @@ async def test_the_log_says_what_to_do_until_the_database_is_migrated(
     ]
 
 
-@pytest.mark.parametrize("workers", ["2", "3"])
-def test_one_of_several_workers_says_that_the_database_is_not_migrated(
-    serve: Start, fresh_database: str, workers: str
-) -> None:
-    started = serve(workers=workers, database_url=fresh_database).begun()
-    until(lambda: "not_migrated" in started.events, "one says so")
-    assert started.ready()["http"] == 503
-    started.tell(signal.SIGTERM)
-    assert started.end() == 0
-    assert started.events.count("not_migrated") == 1
-
-
 async def test_several_may_migrate_at_once(serve: Start, fresh_database: str) -> None:
     several = [serve("--migrate", database_url=fresh_database) for _ in range(3)]
     assert [each.begun().ready()["http"] for each in several] == [200, 200, 200]
@@ -440,12 +428,11 @@ async def test_a_management_port_takes_the_keyed_routes_away(serve: Start) -> No
     ("management", "metrics", "told"),
     [(False, "", "nowhere"), (False, "public", "public"), (True, "", "management")],
 )
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_start_tells_where_metrics_are(
-    serve: Start, management: bool, metrics: str, told: str, workers: str
+    serve: Start, management: bool, metrics: str, told: str
 ) -> None:
     port = str(free_port()) if management else ""
-    started = serve(management_port=port, metrics=metrics, workers=workers).begun()
+    started = serve(management_port=port, metrics=metrics).begun()
     (line,) = [line for line in started.log if line["event"] == "listening"]
     assert line["metrics"] == told
     assert get(started.port, "/metrics") == (200 if told == "public" else 404)

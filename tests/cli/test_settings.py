@@ -55,8 +55,6 @@ GOOD: list[tuple[str, str, object]] = [
     ("management_port", "9090", 9090),
     ("metrics", "management", "management"),
     ("metrics", "public", "public"),
-    ("workers", "1", 1),
-    ("workers", "64", 64),
     ("event_retention_days", "0", 0),
     ("event_retention_days", "36500", 36_500),
     ("public_url", "https://passkeys.example.com/", "https://passkeys.example.com"),
@@ -124,9 +122,6 @@ BAD: list[tuple[str, str]] = [
     ("port", "9" * 5000),
     ("management_port", "http"),
     ("metrics", "none"),
-    ("workers", "0"),
-    ("workers", "65"),
-    ("workers", "auto"),
     ("event_retention_days", "36501"),
     ("event_retention_days", "-1"),
     ("public_url", "passkeys.example.com"),
@@ -257,7 +252,6 @@ def test_old_deployments_need_no_new_setting() -> None:
     """Two URLs have been enough from the start, and must stay so."""
     settings = Settings.load(STORES)
     assert (settings.host, settings.port, settings.management_port) == ("localhost", 8080, 0)
-    assert settings.workers == 1
     assert (settings.metrics, settings.metrics_at) == ("management", "nowhere")
 
 

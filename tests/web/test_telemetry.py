@@ -28,7 +28,6 @@ from broker.telemetry import (
     Context,
     Log,
     Metrics,
-    SharedTally,
     Stopwatch,
     capture_library_records,
     context,
@@ -126,13 +125,11 @@ async def test_what_is_written_at_once_is_whole_lines_that_a_pipe_takes_whole() 
             return super().write(text)
 
     stream = Pipe()
-    log = Log(stream, hold=60, pid=7)
+    log = Log(stream, hold=60)
     for number in range(250):
         log("request", number=number, route="/é" * (number % 60))
     log.flush()
-    assert [(line["number"], line["pid"]) for line in lines(stream)] == [
-        (number, 7) for number in range(250)
-    ]
+    assert [line["number"] for line in lines(stream)] == list(range(250))
     assert all(piece.endswith("\n") and len(piece.encode()) <= 4096 for piece in pieces)
     assert len(pieces) < 25
     log("request", route="x" * 5000)
@@ -256,64 +253,6 @@ def test_a_bucket_holds_what_is_at_most_its_bound() -> None:
     assert metrics.registry.get_sample_value("broker_store_seconds_sum", labels) == pytest.approx(
         3.0011
     )
-
-
-def test_processes_add_up() -> None:
-    one, other = Metrics(), Metrics()
-    for metrics in (one, other):
-        metrics.ceremonies.inc("register", "begin", "ok")
-        metrics.store_seconds.observe(0.004, "redis", "take")
-    other.refusals.inc("not_found", "not_found")
-    dumped = json.loads(json.dumps(other.tally.dump()))
-    dumped["of_newer_code"] = [[["label"], [1.0]]]
-    dumped["broker_request_seconds"] = [[["/", "200"], [1.0, 2.0]]]  # other buckets
-    one.requests.observe(0.1, "/", "200")
-    one.tally.others = lambda: [dumped]
-    value = one.registry.get_sample_value
-    assert (
-        value("broker_ceremonies_total", {"kind": "register", "step": "begin", "result": "ok"}) == 2
-    )
-    assert value("broker_store_seconds_count", {"store": "redis", "operation": "take"}) == 2
-    assert value("broker_store_seconds_sum", {"store": "redis", "operation": "take"}) == 0.008
-    assert value("broker_refusals_total", {"code": "not_found", "reason": "not_found"}) == 1
-    assert value("broker_request_seconds_count", {"route": "/", "status": "200"}) == 1
-
-
-def test_figures_of_several_processes_never_go_down(tmp_path: Path) -> None:
-    """Whichever is asked, before one of them has died and after another has its place."""
-
-    def begin(place: int) -> tuple[Metrics, SharedTally]:
-        metrics = Metrics()
-        return metrics, SharedTally(tmp_path, place, metrics.tally)
-
-    def value(metrics: Metrics) -> float | None:
-        return metrics.registry.get_sample_value("broker_events_lost_total")
-
-    one, _ = begin(1)
-    two, _ = begin(2)
-    one.events_lost.inc()
-    assert value(one) == 1
-    assert value(two) == 1, "what an answer told is known to the next one"
-    two.events_lost.inc()
-    assert [value(two), value(one)] == [2, 2]
-    two.events_lost.inc()  # and it is killed before it tells the others
-    assert value(one) == 2
-    again, shared = begin(2)
-    assert [value(again), value(one)] == [2, 2]
-    again.events_lost.inc()
-    shared.publish()
-    assert [value(one), value(again)] == [3, 3]
-    (tmp_path / "3.json").write_bytes(b"[")
-    (tmp_path / "4.json").write_bytes(b"[]")
-    assert value(one) == 3
-    assert value(begin(5)[0]) == 3
-
-
-def test_figures_without_a_folder_are_ones_own(tmp_path: Path) -> None:
-    metrics = Metrics()
-    SharedTally(tmp_path / "gone", 1, metrics.tally)
-    metrics.events_lost.inc()
-    assert metrics.registry.get_sample_value("broker_events_lost_total") == 1
 
 
 def _words(*modules: str) -> set[str]:
