@@ -1,11 +1,11 @@
-"""The parts of a machine that tests need besides Python: a Chromium, Node with npm, and the npm
-packages in tests/sdk.
+"""The parts of a machine that tests need besides Python: a Chromium, programs of the machine, Node
+with npm, and the npm packages in tests/sdk.
 
 Run as a program (`make test` does) it installs what is missing where that needs no question:
-Chromium through apt as root, Node from a pinned wheel into this virtual environment, npm packages
-from their lock file. Imported, it only finds: `chromium()`, `node()` and `npm_packages()` return
-what is there or raise `MissingPart`, whose sentence names the package to install. A missing part
-fails the run; it never skips a test.
+Chromium and programs through apt as root, Node from a pinned wheel into this virtual environment,
+npm packages from their lock file. Imported, it only finds: `chromium()`, `program()`, `node()` and
+`npm_packages()` return what is there or raise `MissingPart`, whose sentence names the package to
+install. A missing part fails the run; it never skips a test.
 
 Node comes from the machine when it has version 20 or newer with npm, else from the wheel: 200 MB
 unpacked, hence not in the lock file that everybody installs.
@@ -34,6 +34,9 @@ CHROMIUM_NAMES = (
     "chrome",
 )
 CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"),)
+
+# Programs by the package that has them on Debian.
+PROGRAMS = {"haproxy": "haproxy", "nginx": "nginx"}
 
 
 class MissingPart(Exception):
@@ -76,6 +79,17 @@ def chromium() -> str:
     )
 
 
+def program(name: str) -> str:
+    """The path of one of `PROGRAMS`, on PATH or where Debian has servers. Raises MissingPart."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
+    if found:
+        return found
+    package = PROGRAMS[name]
+    raise MissingPart(
+        f"The tests need {name}; install the package {package} (Debian: apt install {package})."
+    )
+
+
 def node() -> Node:
     """Node 20 or newer with npm, the machine's or the wheel's. Raises MissingPart."""
     found, npm = shutil.which("node"), shutil.which("npm")
@@ -113,8 +127,15 @@ def install() -> None:
     try:
         chromium()
     except MissingPart:
-        _install_chromium()
+        if not os.environ.get("CHROMIUM"):
+            _apt_install(*CHROMIUM_PACKAGES)
         chromium()
+    for name, package in PROGRAMS.items():
+        try:
+            program(name)
+        except MissingPart:
+            _apt_install(package)
+            program(name)
     install_node()
     install_npm(SDK)
 
@@ -151,14 +172,15 @@ def install_npm(place: Path) -> None:
         )
 
 
-def _install_chromium() -> None:
-    if os.environ.get("CHROMIUM") or os.geteuid() != 0 or not shutil.which("apt-get"):
+def _apt_install(*packages: str) -> None:
+    """Install the first of `packages` that apt has, as root."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
         return
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for refresh in (False, True):
         if refresh:
             _run("apt-get", "-q", "update", environment=environment, needed=False)
-        for package in CHROMIUM_PACKAGES:
+        for package in packages:
             _say(f"Installing {package}.")
             argv = ("apt-get", "-q", "-y", "--no-install-recommends", "install", package)
             if _run(*argv, environment=environment, needed=False):

@@ -1,0 +1,212 @@
+"""Three brokers behind the load balancers that `deploy/` configures."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yarl
+
+from broker.app import application
+from tests.conftest import Started, Starter
+from tests.support.authenticator import Authenticator
+from tests.support.load_balancers import DEPLOY, LoadBalancer, haproxy, haproxy_environment
+from tests.support.parts import program
+from tests.support.processes import free_port
+from tests.support.wire import Wire
+
+Balance = Callable[..., AbstractContextManager[LoadBalancer]]
+KINDS = {"haproxy": haproxy}
+
+
+@pytest.fixture(params=KINDS)
+def balance(request: pytest.FixtureRequest) -> Balance:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+async def brokers(start_broker: Starter) -> list[Started]:
+    """Three brokers, each with a management port."""
+    return [await start_broker(management_port=free_port()) for _ in range(3)]
+
+
+@pytest.fixture
+async def proxy(
+    balance: Balance, brokers: list[Started], tmp_path: Path
+) -> AsyncIterator[LoadBalancer]:
+    pages = [each.service.port for each in brokers]
+    management = [each.service.management_port for each in brokers]
+    with balance(tmp_path, pages=pages, management=management) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(proxy: LoadBalancer) -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(ssl=proxy.trust, limit=0)
+    async with aiohttp.ClientSession(connector=connector) as opened:
+        yield opened
+
+
+@dataclass(slots=True)
+class Dying:
+    """A server in a broker's place: ready, and closes the connection behind any other request that
+    it has read. `heads` are those requests.
+    """
+
+    port: int = 0
+    heads: list[str] = field(default_factory=list)
+    ready: bool = True
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = re.search(r"(?i)^content-length: (\d+)\r$", head, re.M)
+            await reader.readexactly(int(length[1]) if length else 0)
+            if "/health/ready " in head:
+                status = "200 OK" if self.ready else "503 Service Unavailable"
+                writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+                await writer.drain()
+            else:
+                self.heads.append(head)
+        writer.close()
+
+
+@pytest.fixture
+async def dying() -> AsyncIterator[list[Dying]]:
+    """Three of them."""
+    made = [Dying() for _ in range(3)]
+    servers = [await asyncio.start_server(each.serve, "127.0.0.1", 0) for each in made]
+    for each, server in zip(made, servers, strict=True):
+        each.port = server.sockets[0].getsockname()[1]
+    yield made
+    for server in servers:
+        server.close()
+
+
+def test_haproxy_accepts_its_file_without_a_warning(tmp_path: Path) -> None:
+    environment = haproxy_environment(tmp_path, pages=[1, 2, 3], management=[4, 5, 6])
+    argv = [program("haproxy"), "-c", "-f", str(DEPLOY / "haproxy.cfg")]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, re.findall(r"WARNING|ALERT", done.stderr)) == (0, []), done.stderr
+
+
+async def test_people_sign_in_through_it(
+    brokers: list[Started],
+    proxy: LoadBalancer,
+    client: aiohttp.ClientSession,
+    device: Authenticator,
+) -> None:
+    """Pages and backend each at their own address, and every broker takes part."""
+    wire = await Wire.open(brokers[0].service, client)
+    page = replace(wire, url=f"https://localhost:{proxy.pages}")
+    backend = replace(wire, url=f"https://localhost:{proxy.management}")
+    transaction = await backend.open_registration("ann")
+    nonce = await page.register(transaction, device)
+    assert (await backend.redeem(nonce)).of(200)["external_id"] == "ann"
+    for _ in range(3):
+        nonce = await page.authenticate(await backend.open_authentication("ann"), device)
+        assert (await backend.redeem(nonce)).of(200)["purpose"] == "authenticate"
+        assert (await backend.redeem(nonce)).status == 401
+    for each in brokers:
+        assert [line for line in each.log if line["event"] == "request"]
+
+
+async def test_keyed_routes_and_metrics_are_not_exposed(
+    brokers: list[Started], proxy: LoadBalancer, client: aiohttp.ClientSession
+) -> None:
+    """Each route of the management port, called with a valid key at the address for pages."""
+    wire = await Wire.open(brokers[0].service, client)
+    parts = brokers[0].parts
+    exposed = application(parts, management=False, browser=True).router.routes()
+    told = {(route.method, route.resource.canonical) for route in exposed if route.resource}
+    called = 0
+    for route in application(parts, management=True, browser=False).router.routes():
+        assert route.resource
+        if (route.method, route.resource.canonical) in told or route.method in ("HEAD", "*"):
+            continue
+        path = re.sub(r"\{[^}]*\}", "x", route.resource.canonical.replace("{app_id}", wire.app_id))
+        keys = {"Authorization": f"Bearer {wire.key}", "apiKey": wire.key}
+        answer = await client.request(
+            route.method, f"https://localhost:{proxy.pages}{path}", json={}, headers=keys
+        )
+        assert answer.status in (403, 404, 405), (route.method, path, await answer.text())
+        called += 1
+    assert called > 40
+    for port in (proxy.pages, proxy.management):
+        for path in ("/metrics", "/%6detrics", "//metrics", "/health/live", "/health/ready"):
+            url = yarl.URL(f"https://localhost:{port}{path}", encoded=True)
+            assert (await client.get(url)).status == 404, path
+
+
+@pytest.mark.parametrize(
+    "path", ["authenticate/transactions/webauthn/finish", "authenticate/verify"]
+)
+async def test_a_request_that_a_broker_has_read_is_not_repeated(
+    balance: Balance, dying: list[Dying], tmp_path: Path, path: str
+) -> None:
+    """Also on a connection that had another request before."""
+    ports = [each.port for each in dying]
+    with balance(tmp_path, pages=ports, management=ports) as proxy:
+        connector = aiohttp.TCPConnector(ssl=proxy.trust)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            for sent in (1, 2):
+                url = f"https://localhost:{proxy.pages}/v1/apps/{'A' * 24}/{path}"
+                with suppress(aiohttp.ServerDisconnectedError):
+                    answer = await client.post(url, json={"nonce": "x"})
+                    assert answer.status in (502, 503)
+                assert sum(len(each.heads) for each in dying) == sent
+
+
+async def test_headers_of_proxies_come_from_it_alone(
+    balance: Balance, dying: list[Dying], tmp_path: Path
+) -> None:
+    ports = [each.port for each in dying]
+    forged = {
+        "X-Forwarded-For": "192.0.2.1",
+        "X-Forwarded-Proto": "gopher",
+        "X-Forwarded-Host": "evil.example",
+        "Forwarded": "for=192.0.2.1",
+    }
+    with balance(tmp_path, pages=ports, management=ports) as proxy:
+        connector = aiohttp.TCPConnector(ssl=proxy.trust)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            for port in (proxy.pages, proxy.management):
+                with suppress(aiohttp.ServerDisconnectedError):
+                    await client.get(f"https://localhost:{port}/x", headers=forged)
+    heads = [head for each in dying for head in each.heads]
+    for head in heads:
+        lines = [line.lower() for line in head.split("\r\n") if "orwarded" in line.lower()]
+        assert sorted(lines) == ["x-forwarded-for: 127.0.0.1", "x-forwarded-proto: https"]
+    assert len(heads) == 2
+
+
+async def test_a_broker_that_is_gone_costs_no_request(
+    brokers: list[Started],
+    proxy: LoadBalancer,
+    client: aiohttp.ClientSession,
+    device: Authenticator,
+) -> None:
+    wire = await Wire.open(brokers[0].service, client)
+    page = replace(wire, url=f"https://localhost:{proxy.pages}")
+    backend = replace(wire, url=f"https://localhost:{proxy.management}")
+    nonce = await page.register(await backend.open_registration("ann"), device)
+    assert (await backend.redeem(nonce)).status == 200
+    await brokers[2].service.close()
+    for _ in range(3):
+        nonce = await page.authenticate(await backend.open_authentication("ann"), device)
+        assert (await backend.redeem(nonce)).status == 200
+
+
+async def test_a_body_above_64_kib_is_refused(
+    brokers: list[Started], proxy: LoadBalancer, client: aiohttp.ClientSession
+) -> None:
+    url = f"https://localhost:{proxy.pages}/v1/apps/{'A' * 24}/authenticate/verify"
+    assert (await client.post(url, data=b"x" * 65_537)).status == 413
+    assert [line for each in brokers for line in each.log if line["event"] == "request"] == []

@@ -1,0 +1,139 @@
+"""Load balancers as `deploy/` configures them, in front of brokers on loopback.
+
+    with haproxy(tmp_path, pages=[8001, 8002, 8003], management=[9001, 9002, 9003]) as proxy:
+        ...  # https://localhost:{proxy.pages}, https://localhost:{proxy.management}
+
+The files of `deploy/` are used as they are; addresses come from the environment.
+"""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import os
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.support.parts import ROOT, program
+from tests.support.processes import free_port, until
+
+DEPLOY = ROOT / "deploy"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBalancer:
+    """A running load balancer: its port for pages, its port for keyed callers, its log."""
+
+    process: subprocess.Popen[bytes]
+    pages: int
+    management: int
+    certificate: Path
+    log: Path
+
+    @property
+    def trust(self) -> ssl.SSLContext:
+        """A client's TLS context that trusts the certificate of this load balancer only."""
+        return ssl.create_default_context(cafile=str(self.certificate))
+
+    def open(self) -> bool:
+        """True if both ports accept connections."""
+        assert self.process.poll() is None, self.log.read_text()
+        for port in (self.pages, self.management):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) != 0:
+                    return False
+        return True
+
+
+def certificate(home: Path) -> Path:
+    """A PEM file with a certificate for localhost that signs itself, and its private key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=7))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = home / "certificate.pem"
+    path.write_bytes(
+        made.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return path
+
+
+def haproxy_environment(
+    home: Path, *, pages: Sequence[int], management: Sequence[int]
+) -> dict[str, str]:
+    """The variables of `deploy/haproxy.cfg` for three brokers on these ports of loopback."""
+    named = {
+        f"{kind}_{number}": f"127.0.0.1:{port}"
+        for kind, ports in (("PAGES", pages), ("MANAGEMENT", management))
+        for number, port in enumerate(ports, 1)
+    }
+    return {
+        **os.environ,
+        **named,
+        "TLS_CERTIFICATE": str(certificate(home)),
+        "PAGES_BIND": f"127.0.0.1:{free_port()}",
+        "MANAGEMENT_BIND": f"127.0.0.1:{free_port()}",
+        "PROXY_METRICS_BIND": f"127.0.0.1:{free_port()}",
+        "CONNECTIONS": "2000",
+        "PROXY_USER": getpass.getuser(),
+    }
+
+
+@contextmanager
+def haproxy(
+    home: Path, *, pages: Sequence[int], management: Sequence[int], **variables: str
+) -> Iterator[LoadBalancer]:
+    """HAProxy with `deploy/haproxy.cfg`. `variables` are further ones of that file."""
+    environment = haproxy_environment(home, pages=pages, management=management) | variables
+    ports = [
+        int(environment[name].rpartition(":")[2]) for name in ("PAGES_BIND", "MANAGEMENT_BIND")
+    ]
+    argv = [program("haproxy"), "-f", str(DEPLOY / "haproxy.cfg")]
+    with _running(argv, environment, home, *ports) as running:
+        yield running
+
+
+@contextmanager
+def _running(
+    argv: Sequence[str], environment: dict[str, str], home: Path, pages: int, management: int
+) -> Iterator[LoadBalancer]:
+    log = home / "load-balancer.log"
+    with log.open("wb") as written:
+        process = subprocess.Popen(
+            argv, env=environment, stdin=subprocess.DEVNULL, stdout=written, stderr=written
+        )
+    running = LoadBalancer(process, pages, management, home / "certificate.pem", log)
+    try:
+        until(running.open, "the load balancer listens")
+        yield running
+    finally:
+        process.terminate()
+        process.wait(30)
