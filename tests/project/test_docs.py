@@ -24,6 +24,7 @@ from tests.support.pages import ROOT
 
 PAGES = pages.pages()
 TROUBLESHOOTING, OPERATE = "broker/TROUBLESHOOTING.md", "deploy/README.md"
+MONITORING = "deploy/MONITORING.md"
 SOURCES = {path: path.read_text() for path in (ROOT / "broker").rglob("*.py")}
 MOST_LINES, MOST_WORDS = 400, 4000
 README_LINES, README_WORDS = 150, 1500
@@ -88,9 +89,9 @@ def setting_names() -> list[str]:
 NAMED: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "setting": (OPERATE, lambda: [PREFIX + name.upper() for name in setting_names()]),
     "policy key": (OPERATE, lambda: [key.name for key in policy_keys()]),
-    "metric": (OPERATE, metric_names),
-    "log event": (OPERATE, log_events),
-    "event": (OPERATE, audit_actions),
+    "metric": (MONITORING, metric_names),
+    "log event": (MONITORING, log_events),
+    "event": (MONITORING, audit_actions),
 }
 
 
@@ -205,4 +206,10 @@ def test_the_layout_shows_where_things_are() -> None:
 def test_no_page_names_a_machine() -> None:
     for page, text in PAGES.items():
         assert not re.search(r"(?<![\w.])/(?:work|root|home)/", text), page
-        assert Path(page).name in {"README.md", "TROUBLESHOOTING.md", "CHANGES.md", "DECISIONS.md"}
+        assert Path(page).name in {
+            "README.md",
+            "TROUBLESHOOTING.md",
+            "CHANGES.md",
+            "DECISIONS.md",
+            "MONITORING.md",
+        }
