@@ -81,6 +81,7 @@ class Parts:
     refused_origins: RefusedOrigins
     metrics: Metrics
     log: Log
+    ending: bool = False  # the process serves on, and is not ready for more
 
     async def close(self) -> None:
         """End the background tasks, then close the connections of the stores."""
@@ -215,10 +216,10 @@ def _health(parts: Parts) -> list[web.RouteDef]:
 
     @public
     async def ready(_: web.Request) -> web.StreamResponse:
-        """The stores answer, and the database has every migration."""
+        """The stores answer, the database has every migration, and the process goes on."""
         checks = {"postgres": parts.postgres.check(), "redis": parts.ephemeral.check()}
         results = await asyncio.gather(*checks.values(), return_exceptions=True)
-        missing = []
+        missing = ["draining"] if parts.ending else []
         for name, result in zip(checks, results, strict=True):
             if isinstance(result, Unavailable):
                 missing.append(result.reason if result.reason.startswith(name) else name)

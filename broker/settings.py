@@ -212,6 +212,7 @@ class Settings:
     redis_connections: int = _setting(whole(1, 2000), 64)  # no effect: old deployments set it
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # that an app or a key stays cached
     event_retention_days: int = _setting(whole(0, 36_500), 90)  # 0: events stay for ever
+    lame_duck_seconds: float = _setting(_seconds(0, 60), 5)  # SIGTERM: serves on, not ready
     drain_seconds: float = _setting(_seconds(0, 60), 10)
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info")
     # The values of the dialects' settings. A setting that is missing has its default.

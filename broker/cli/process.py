@@ -133,20 +133,21 @@ def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
     return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
 
 
-def until_told() -> asyncio.Future[None]:
-    """A future that ends with SIGTERM or SIGINT, which are handled from this call on. A second one
-    ends the process at once: SIGTERM by its default, SIGINT with status 130 and not by an
-    exception, which would come up in whatever runs at that moment and may be lost there."""
+def until_told() -> asyncio.Future[signal.Signals]:
+    """The first SIGTERM or SIGINT, which are handled from this call on. A second one ends the
+    process at once: SIGTERM by its default, SIGINT with status 130 and not by an exception, which
+    would come up in whatever runs at that moment and may be lost there.
+    """
     loop = asyncio.get_running_loop()
-    told: asyncio.Future[None] = loop.create_future()
+    told: asyncio.Future[signal.Signals] = loop.create_future()
 
-    def tell() -> None:
+    def tell(received: signal.Signals) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         if not told.done():
-            told.set_result(None)
+            told.set_result(received)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, tell)
+        loop.add_signal_handler(number, tell, number)
     return told

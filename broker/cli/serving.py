@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 from collections.abc import Mapping
 
 from broker.cli.parsing import Commands, add_command
@@ -78,7 +79,10 @@ async def _serve(settings: Settings, log: Log, *, migrate: bool) -> None:
         metrics=settings.metrics_at,
     )
     looking = asyncio.create_task(tell_until_migrated(parts))
-    await told
+    if await told == signal.SIGTERM and settings.lame_duck_seconds:
+        parts.ending = True
+        log("lame_duck", seconds=settings.lame_duck_seconds)
+        await asyncio.sleep(settings.lame_duck_seconds)
     looking.cancel()
     log("draining", seconds=settings.drain_seconds)
     await service.close()

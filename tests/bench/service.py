@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -217,7 +218,7 @@ def _listening(
                 raise AssertionError(f"{' '.join(command)} ended: {log.read()[-2000:].decode()}")
             yield process.pid
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # after SIGTERM a broker serves on for a while
 
 
 @contextmanager

@@ -38,7 +38,12 @@ from tests.support.wire import ORIGIN, RP_ID, Wire
 BROKER = Path(sys.executable).with_name("broker")
 BODY = b'{"external_id": "ann", "passkey_display_name": "Ann"}'
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")}
-SERVING = {"BROKER_HOST": "127.0.0.1", "BROKER_PORT": "0", "BROKER_SECRET_KEY": SECRET_KEY}
+SERVING = {
+    "BROKER_HOST": "127.0.0.1",
+    "BROKER_PORT": "0",
+    "BROKER_SECRET_KEY": SECRET_KEY,
+    "BROKER_LAME_DUCK_SECONDS": "0",
+}
 
 
 class Serve:
@@ -531,6 +536,34 @@ def test_finishes_what_runs_and_refuses_the_new(
     assert started.events == ["listening", "draining", "stopped"]
     assert started.process.stdout is not None
     assert started.process.stdout.read() == ""
+
+
+def test_serves_on_without_being_ready_before_it_drains(serve: Start, app: dict[str, str]) -> None:
+    """Until a second signal, here."""
+    started = serve(lame_duck_seconds="60").begun()
+    started.tell(signal.SIGTERM)
+    until(lambda: started.ready()["http"] == 503, "readiness ends")
+    assert started.ready()["missing"] == ["draining"]
+    assert get(started.port, "/health/live") == 200
+    with in_flight(started.port, app) as running:
+        assert finish(running) == b"HTTP/1.1 201 Created\r\n"
+    assert started.events == ["listening", "lame_duck"]
+    started.tell(signal.SIGTERM)
+    assert started.end() == -signal.SIGTERM
+
+
+def test_a_terminals_signal_ends_no_readiness(serve: Start) -> None:
+    started = serve(lame_duck_seconds="60").begun()
+    started.tell(signal.SIGINT)
+    assert started.end() == 0
+    assert started.events == ["listening", "draining", "stopped"]
+
+
+def test_drains_when_it_was_not_ready_for_long_enough(serve: Start) -> None:
+    started = serve(lame_duck_seconds="0.01").begun()
+    started.tell(signal.SIGTERM)
+    assert started.end() == 0
+    assert started.events == ["listening", "lame_duck", "draining", "stopped"]
 
 
 def test_draining_has_a_limit(serve: Start, app: dict[str, str]) -> None:

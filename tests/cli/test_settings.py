@@ -77,6 +77,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("redis_connections", "2000", 2000),
     ("cache_seconds", "0", 0.0),
     ("cache_seconds", "1", 1.0),
+    ("lame_duck_seconds", "0", 0.0),
     ("drain_seconds", "60", 60.0),
     ("log_level", "debug", "debug"),
 ]
@@ -161,6 +162,7 @@ BAD: list[tuple[str, str]] = [
     ("redis_connections", "0"),
     ("cache_seconds", "1.01"),
     ("cache_seconds", "-0.1"),
+    ("lame_duck_seconds", "61"),
     ("drain_seconds", "61"),
     ("drain_seconds", "ten"),
     ("log_level", "INFO"),

@@ -237,7 +237,9 @@ def test_serve(dev: Dev) -> None:
     script = script.replace("0.0.0.0", "127.0.0.1").replace("broker serve", "exec broker serve")
     script = script.replace("cat secret-key", "cat .broker/secret-key")
     process = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=dev.folder, env={**os.environ, "PATH": PATH}
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=dev.folder,
+        env={**os.environ, "PATH": PATH, "BROKER_LAME_DUCK_SECONDS": "0"},
     )
     try:
         wait_ready(f"http://127.0.0.1:{page}", process)
