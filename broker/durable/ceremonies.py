@@ -170,8 +170,10 @@ class Ceremonies:
             f"SELECT a.number, u.id AS owner, {_ALLOWED} FROM {_LOOK_UPS.table}"
             # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all
             # users: it takes a batch for 100 rows.
-            " JOIN LATERAL (SELECT id FROM users WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
-            " LEFT JOIN credentials c ON c.user_id = u.id AND c.live AND (a.second_factor OR NOT c.second_factor)"
+            " JOIN LATERAL (SELECT id FROM users"
+            " WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
+            " LEFT JOIN credentials c ON c.user_id = u.id AND c.live"
+            " AND (a.second_factor OR NOT c.second_factor)"
             " ORDER BY a.number, c.created_at, c.id",
             _LOOK_UPS.encode(look_ups),
         )
@@ -229,7 +231,8 @@ class Ceremonies:
             reason="CASE WHEN regressed THEN 'counter' END",
         )
         approve = (
-            ", approve AS (UPDATE approvals p SET approved_at = u.at FROM used u WHERE p.app_id = u.app_id AND p.identifier = u.approval)"
+            ", approve AS (UPDATE approvals p SET approved_at = u.at FROM used u"
+            " WHERE p.app_id = u.app_id AND p.identifier = u.approval)"
             if any(use.approval is not None for use in uses)
             else ""
         )
@@ -238,7 +241,8 @@ class Ceremonies:
             f"""
             WITH old AS (
                 SELECT a.*, c.user_id, c.backed_up AS was_backed_up,
-                       NOT (c.sign_count < a.sign_count OR (c.sign_count = 0 AND a.sign_count = 0)) AS regressed
+                       NOT (c.sign_count < a.sign_count
+                            OR (c.sign_count = 0 AND a.sign_count = 0)) AS regressed
                 FROM {_USES.table}
                 CROSS JOIN LATERAL (
                     SELECT c.user_id, c.backed_up, c.sign_count FROM credentials c
@@ -246,9 +250,12 @@ class Ceremonies:
                 ) c
             ), used AS (
                 UPDATE credentials c
-                SET sign_count = greatest(c.sign_count, old.sign_count), backed_up = old.backed_up, last_used_at = old.at,
-                    updated_at = old.at, use_count = c.use_count + 1
-                FROM old WHERE c.id = ANY (ARRAY(SELECT id FROM old)) AND c.id = old.id AND (old.flag_counter OR NOT old.regressed)
+                SET sign_count = greatest(c.sign_count, old.sign_count),
+                    backed_up = old.backed_up, last_used_at = old.at, updated_at = old.at,
+                    use_count = c.use_count + 1
+                FROM old
+                WHERE c.id = ANY (ARRAY(SELECT id FROM old)) AND c.id = old.id
+                    AND (old.flag_counter OR NOT old.regressed)
                 RETURNING old.*
             ), event AS ({event}){approve}
             SELECT number, regressed, was_backed_up <> backed_up AS backup_changed FROM used
@@ -271,7 +278,8 @@ class Ceremonies:
         rows = await self._pg.rows(
             "is_live",
             f"SELECT a.number FROM {_REDEEMED.table} JOIN LATERAL ("
-            " SELECT FROM credentials c WHERE c.id = a.id AND c.app_id = a.app_id AND c.live LIMIT 1) c ON true",
+            " SELECT FROM credentials c"
+            " WHERE c.id = a.id AND c.app_id = a.app_id AND c.live LIMIT 1) c ON true",
             _REDEEMED.encode(redeemed),
         )
         live = {number for (number,) in rows}
@@ -286,7 +294,8 @@ class Ceremonies:
         rows = await self._pg.rows(
             "held_by",
             "SELECT credential_id, transports, live FROM credentials"
-            " WHERE user_id = $2 AND app_id = $1 AND (live OR created_at > $3) ORDER BY created_at, id",
+            " WHERE user_id = $2 AND app_id = $1 AND (live OR created_at > $3)"
+            " ORDER BY created_at, id",
             app_id,
             user_id,
             now - UNCONFIRMED,
@@ -348,8 +357,13 @@ class Ceremonies:
             new,
             f"""
             SELECT a.number, u.id FROM a
-            CROSS JOIN LATERAL (SELECT id FROM relying_parties WHERE id = a.app_id FOR KEY SHARE {_skip(own)}) app
-            CROSS JOIN LATERAL (SELECT id FROM users WHERE id = a.user_id AND app_id = app.id FOR NO KEY UPDATE {_skip(own)}) u
+            CROSS JOIN LATERAL (
+                SELECT id FROM relying_parties WHERE id = a.app_id FOR KEY SHARE {_skip(own)}
+            ) app
+            CROSS JOIN LATERAL (
+                SELECT id FROM users WHERE id = a.user_id AND app_id = app.id
+                FOR NO KEY UPDATE {_skip(own)}
+            ) u
             """,
             own,
         )
@@ -372,7 +386,10 @@ class Ceremonies:
             """
             INSERT INTO users (id, app_id, handle, status, created_at, updated_at)
             SELECT a.user_id, a.app_id, a.user_handle, 'pending', a.at, a.at FROM a
-            WHERE NOT EXISTS (SELECT FROM credentials c WHERE c.app_id = a.app_id AND c.credential_id = a.key_id)
+            WHERE NOT EXISTS (
+                SELECT FROM credentials c
+                WHERE c.app_id = a.app_id AND c.credential_id = a.key_id
+            )
             RETURNING 0 AS number, id
             """,
             own=True,
@@ -401,26 +418,35 @@ class Ceremonies:
         return await self._pg.rows(
             "add_credential",
             f"""
-            WITH a AS (SELECT *, decode(credential_id, 'hex') AS key_id FROM {_NEW.table}), owner AS ({owners}),
-            counted AS MATERIALIZED (
+            WITH a AS (
+                SELECT *, decode(credential_id, 'hex') AS key_id FROM {_NEW.table}
+            ), owner AS ({owners}), counted AS MATERIALIZED (
                 SELECT o.number, o.id, counted_passkeys(o.id, a.counted_from)
-                    + row_number() OVER (PARTITION BY o.id ORDER BY o.number) <= a.max_passkeys AS fits
+                    + row_number() OVER (PARTITION BY o.id ORDER BY o.number)
+                    <= a.max_passkeys AS fits
                 FROM owner o JOIN a ON a.number = o.number
             ), new AS (
                 INSERT INTO credentials AS c (
-                    id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
-                    backed_up, transports, attachment, aaguid, attestation_format, attestation_trust, user_name,
-                    user_display_name, nickname, live, created_at, updated_at, confirmed_at, second_factor)
-                SELECT a.id, a.app_id, o.id, a.key_id, a.user_handle, decode(a.public_key, 'hex'), a.algorithm, a.sign_count,
-                    a.backup_eligible, a.backed_up, a.transports, a.attachment, a.aaguid, a.attestation_format, a.attestation_trust,
-                    a.user_name, a.user_display_name, a.nickname, a.live, a.at, a.at, a.confirmed_at, a.second_factor
+                    id, app_id, user_id, credential_id, user_handle, public_key, algorithm,
+                    sign_count, backup_eligible, backed_up, transports, attachment, aaguid,
+                    attestation_format, attestation_trust, user_name, user_display_name, nickname,
+                    live, created_at, updated_at, confirmed_at, second_factor)
+                SELECT
+                    a.id, a.app_id, o.id, a.key_id, a.user_handle, decode(a.public_key, 'hex'),
+                    a.algorithm, a.sign_count, a.backup_eligible, a.backed_up, a.transports,
+                    a.attachment, a.aaguid, a.attestation_format, a.attestation_trust, a.user_name,
+                    a.user_display_name, a.nickname, a.live, a.at, a.at, a.confirmed_at,
+                    a.second_factor
                 FROM a JOIN counted o ON o.number = a.number AND o.fits ORDER BY a.app_id, a.key_id
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
-                UPDATE users SET status = 'active', updated_at = a.at FROM new JOIN a ON a.id = new.id
-                WHERE users.id = ANY (ARRAY(SELECT user_id FROM new)) AND users.id = new.user_id AND a.live
+                UPDATE users SET status = 'active', updated_at = a.at
+                FROM new JOIN a ON a.id = new.id
+                WHERE users.id = ANY (ARRAY(SELECT user_id FROM new)) AND users.id = new.user_id
+                    AND a.live
             ), event AS ({event})
-            SELECT o.number, o.fits, new.id IS NOT NULL AS added FROM counted o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
+            SELECT o.number, o.fits, new.id IS NOT NULL AS added
+            FROM counted o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
             """,
             _NEW.encode(new),
             app_id=new[0].app_id if own else None,
@@ -445,15 +471,23 @@ class Ceremonies:
             WITH held AS (
                 SELECT a.*, u.id AS user_id FROM {_CONFIRMATIONS.table}
                 CROSS JOIN LATERAL (
-                    SELECT user_id FROM credentials WHERE id = a.id AND app_id = a.app_id FOR NO KEY UPDATE {_skip(own)}
+                    SELECT user_id FROM credentials WHERE id = a.id AND app_id = a.app_id
+                    FOR NO KEY UPDATE {_skip(own)}
                 ) c
-                CROSS JOIN LATERAL (SELECT id FROM users WHERE id = c.user_id FOR NO KEY UPDATE {_skip(own)}) u
+                CROSS JOIN LATERAL (
+                    SELECT id FROM users WHERE id = c.user_id FOR NO KEY UPDATE {_skip(own)}
+                ) u
             ), kept AS (
-                UPDATE credentials c SET confirmed_at = coalesce(c.confirmed_at, held.at), live = true, updated_at = held.at
-                FROM held WHERE c.id = ANY (ARRAY(SELECT id FROM held)) AND c.id = held.id RETURNING held.*
+                UPDATE credentials c
+                SET confirmed_at = coalesce(c.confirmed_at, held.at), live = true,
+                    updated_at = held.at
+                FROM held
+                WHERE c.id = ANY (ARRAY(SELECT id FROM held)) AND c.id = held.id
+                RETURNING held.*
             ), active AS (
                 UPDATE users SET status = 'active', updated_at = kept.at FROM kept
-                WHERE users.id = ANY (ARRAY(SELECT user_id FROM kept)) AND users.id = kept.user_id AND users.status <> 'active'
+                WHERE users.id = ANY (ARRAY(SELECT user_id FROM kept)) AND users.id = kept.user_id
+                    AND users.status <> 'active'
             ), event AS ({event})
             SELECT number FROM kept
             """,

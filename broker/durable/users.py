@@ -27,11 +27,13 @@ _ORDERS: dict[UserOrder, str] = {
 }
 _USER = """
     u.id, u.app_id, u.external_id, u.handle, u.status, u.created_at, u.updated_at,
-    u.past_logins + coalesce(k.uses, 0)::bigint AS login_count, greatest(u.past_login_at, k.used_at) AS last_login_at
+    u.past_logins + coalesce(k.uses, 0)::bigint AS login_count,
+    greatest(u.past_login_at, k.used_at) AS last_login_at
 """
 _USES = """
     LEFT JOIN LATERAL (
-        SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at FROM credentials c WHERE c.user_id = u.id
+        SELECT sum(c.use_count) AS uses, max(c.last_used_at) AS used_at
+        FROM credentials c WHERE c.user_id = u.id
     ) k ON true
 """
 
@@ -68,11 +70,15 @@ class Users:
                         UPDATE users SET opened_at = greatest(users.opened_at, $5) FROM old
                         WHERE users.id = old.id AND old.status <> 'active' RETURNING users.id
                     ), new AS (
-                        INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at, opened_at)
-                        SELECT $3, $1, $2, $4, 'pending', $5, $5, $5 WHERE NOT EXISTS (SELECT FROM old)
+                        INSERT INTO users (
+                            id, app_id, external_id, handle, status, created_at, updated_at,
+                            opened_at)
+                        SELECT $3, $1, $2, $4, 'pending', $5, $5, $5
+                        WHERE NOT EXISTS (SELECT FROM old)
                         ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
                     ), event AS ({event})
-                    SELECT id, handle FROM old WHERE status = 'active' OR id IN (SELECT id FROM opened)
+                    SELECT id, handle FROM old
+                    WHERE status = 'active' OR id IN (SELECT id FROM opened)
                     UNION ALL SELECT id, handle FROM new
                     """,
                     app_id,
@@ -96,7 +102,8 @@ class Users:
         """One user, by our id or by the caller's."""
         row = await self._pg.row(
             "user",
-            f"SELECT {_USER} FROM users u {_USES} WHERE u.app_id = $1 AND u.external_id IS NOT NULL AND "
+            f"SELECT {_USER} FROM users u {_USES}"
+            " WHERE u.app_id = $1 AND u.external_id IS NOT NULL AND "
             + ("u.id = $2" if user_id is not None else "u.external_id = $2"),
             app_id,
             user_id if user_id is not None else external_id,

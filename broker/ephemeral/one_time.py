@@ -142,7 +142,8 @@ local function judge(key, kinds, opener, proof)
     return 'other_kind', v, at
   elseif state == 's' then
     return 'replayed', v, at
-  elseif ends + {TOLERANCE} <= tonumber(ARGV[1]) or redis.call('PTTL', key) <= tonumber(ARGV[2]) then
+  elseif ends + {TOLERANCE} <= tonumber(ARGV[1])
+      or redis.call('PTTL', key) <= tonumber(ARGV[2]) then
     return 'expired'
   end
   return 'live', v, at
@@ -176,7 +177,8 @@ for i = 2, #KEYS do
   local limit = tonumber(ARGV[3 * i - 2])
   local count = redis.call('ZCOUNT', KEYS[i], '(' .. ARGV[3], '+inf')
   if ARGV[3 * i] == 'refuse' and count >= limit then
-    local found = redis.call('ZRANGEBYSCORE', KEYS[i], '(' .. ARGV[3], '+inf', 'WITHSCORES', 'LIMIT', count - limit, 1)
+    local found = redis.call('ZRANGEBYSCORE', KEYS[i], '(' .. ARGV[3], '+inf', 'WITHSCORES',
+      'LIMIT', count - limit, 1)
     wait = math.max(wait, tonumber(found[2]) - now)
   end
 end
