@@ -42,7 +42,10 @@ def policy_hint(key: str, value: str) -> str:
     """The hint of a refusal that a policy key causes: the key, and how to set it to what would let
     the request pass.
     """
-    return f"The app's policy {key} decides that; `broker app update --app A --set {key}={value}` changes it."
+    return (
+        f"The app's policy {key} decides that; "
+        f"`broker app update --app A --set {key}={value}` changes it."
+    )
 
 
 class Fault(Exception):

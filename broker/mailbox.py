@@ -239,7 +239,8 @@ def _check(
 ) -> None:
     if len(email) > _MAX_EMAIL or not email.isprintable() or not _EMAIL.match(email):
         raise InvalidRequest(
-            f"The e-mail address is not of the form name@example.org, or has more than {_MAX_EMAIL} characters.",
+            "The e-mail address is not of the form name@example.org, or has more than "
+            f"{_MAX_EMAIL} characters.",
             reason="email",
         )
     if not _PURPOSE.match(purpose):
@@ -264,9 +265,11 @@ def _message(name: str, digits: str) -> Message:
     unasked = "If you did not ask for it, ignore this mail: without the code nothing happens."
     return Message(
         html=(
-            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Your code</title></head>'
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            "<title>Your code</title></head>"
             '<body style="font:16px/1.5 sans-serif">'
-            f'<p>{html.escape(before)}</p><p style="font:bold 28px monospace;letter-spacing:4px">{digits}</p>'
+            f"<p>{html.escape(before)}</p>"
+            f'<p style="font:bold 28px monospace;letter-spacing:4px">{digits}</p>'
             f"<p>{after}</p><p>{unasked}</p></body></html>"
         ),
         text=f"{before}\n\n{digits}\n\n{after}\n\n{unasked}\n",

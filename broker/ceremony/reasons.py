@@ -63,16 +63,18 @@ REASONS: dict[Reason, str] = {
     "public_key": "the public key is malformed, weak or not on its curve",
     "algorithm": "an algorithm that was not offered",
     "credential_id": "the credential id is too long or not the one answered",
-    "attachment": "platform or cross-platform, and the options (the page, or the policy `authenticator_attachment` or "
-    "`second_factor_attachment`) asked for the other",
+    "attachment": "platform or cross-platform, and the options (the page, or the policy "
+    "`authenticator_attachment` or `second_factor_attachment`) asked for the other",
     "resident_key": "not discoverable (credProps.rk is false), and a passkey is",
     "not_offered": "a passkey that this ceremony does not allow, or of another user",
     "user_handle": "no user handle, or not the one registered",
     "signature": "the signature does not verify",
     "attestation": "the attestation statement does not verify or is of no supported format",
     "attestation_trust": "the attestation chain leads to none of the configured roots",
-    "attestation_missing": "no attestation statement, and the policy `attestation_required` asks for one",
-    "attestation_unverified": "self attestation or the like, and the policy `attestation_required` asks for a chain to a root",
+    "attestation_missing": "no attestation statement, "
+    "and the policy `attestation_required` asks for one",
+    "attestation_unverified": "self attestation or the like, "
+    "and the policy `attestation_required` asks for a chain to a root",
     "counter": "the signature counter did not rise: the authenticator may be cloned",
 }
 
@@ -99,11 +101,14 @@ _SENTENCES: dict[Reason, str] = {
     "origin": _ELSEWHERE,
     "cross_origin": _ELSEWHERE,
     "top_origin": _ELSEWHERE,
-    "user_presence": "The device did not notice you; try again and touch or unlock it when it asks.",
-    "user_verification": "The device did not check that it is you; set up a PIN, fingerprint or face on it and try again.",
+    "user_presence": "The device did not notice you; "
+    "try again and touch or unlock it when it asks.",
+    "user_verification": "The device did not check that it is you; "
+    "set up a PIN, fingerprint or face on it and try again.",
     "algorithm": _UNUSABLE,
     "public_key": _UNUSABLE,
-    "attachment": "The site asked for another kind of authenticator; use a device that it asks for.",
+    "attachment": "The site asked for another kind of authenticator; "
+    "use a device that it asks for.",
     "resident_key": _UNUSABLE,
     "attestation": _UNUSABLE,
     "attestation_trust": _UNUSABLE,
@@ -111,7 +116,8 @@ _SENTENCES: dict[Reason, str] = {
     "attestation_unverified": _UNUSABLE,
     "not_offered": "This passkey is not for this sign-in; choose another one.",
     "user_handle": "This passkey is not for this sign-in; choose another one.",
-    "backup_eligibility": "This passkey can't be used any more; sign in another way and add a new one.",
+    "backup_eligibility": "This passkey can't be used any more; "
+    "sign in another way and add a new one.",
     "counter": "This passkey can't be used any more; sign in another way and add a new one.",
 }
 REMEDIES: dict[Reason, str] = {
@@ -119,7 +125,8 @@ REMEDIES: dict[Reason, str] = {
     "cross_origin": policy_hint("allow_cross_origin", "true"),
     "top_origin": policy_hint("top_origins", "ORIGIN"),
     "user_verification": policy_hint("user_verification", "preferred")
-    + " For second factors it is second_factor_user_verification; a caller may have asked for more.",
+    + " For second factors it is second_factor_user_verification; "
+    "a caller may have asked for more.",
     "algorithm": policy_hint("algorithms", "NAMES"),
     "attachment": policy_hint("authenticator_attachment", "any")
     + " For second factors it is second_factor_attachment; the page may have asked for one.",

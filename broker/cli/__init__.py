@@ -33,7 +33,8 @@ from broker.settings import Settings, SettingsFault
 
 _UNAVAILABLE = {
     "redis": "Redis does not answer; check BROKER_REDIS_URL.",
-    "signing_key_sealed": "The signing key was sealed under another BROKER_SECRET_KEY; run `broker doctor`.",
+    "signing_key_sealed": "The signing key was sealed under another BROKER_SECRET_KEY; "
+    "run `broker doctor`.",
     "postgres_not_migrated": "The database lacks a migration; run `broker migrate`.",
     "postgres_denied": "The database's role may not do that; make it the owner of the tables.",
 }

@@ -38,7 +38,8 @@ def add_commands(commands: Commands) -> None:
         ),
         examples=(
             "app create --name Shop --rp-id example.com --origin https://example.com",
-            "app create --name Shop --rp-id example.com --origin https://example.com --set nonce_life=120 --json",
+            "app create --name Shop --rp-id example.com --origin https://example.com"
+            " --set nonce_life=120 --json",
         ),
     )
     add(
@@ -204,7 +205,8 @@ async def update_app(records: Records, options: argparse.Namespace) -> Row:
         options.set or options.add_origin or options.remove_origin
     ):
         raise InvalidSetting(
-            "Nothing to change; give --name, --rp-id, --origin, --add-origin, --remove-origin, --related-origin or --set."
+            "Nothing to change; give --name, --rp-id, --origin, --add-origin, --remove-origin, "
+            "--related-origin or --set."
         )
     app: RelyingParty = options.app
     app = replace(

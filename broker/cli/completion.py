@@ -92,9 +92,11 @@ def _options(found: list[Place]) -> list[tuple[str, str, list[str] | None]]:
 def _bash(found: list[Place]) -> str:
     lines = [
         "_broker() {",
-        '    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" at=broker word words=""',
+        '    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"'
+        ' at=broker word words=""',
         '    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do',
-        f'        case "$at $word" in {_any([place.at for place in found[1:]])}) at="$at $word" ;; esac',
+        f'        case "$at $word" in {_any([place.at for place in found[1:]])})'
+        ' at="$at $word" ;; esac',
         "    done",
         '    case "$at $previous" in',
         f"        {_any(_free(found))}) return ;;",
@@ -124,7 +126,8 @@ def _zsh(found: list[Place]) -> str:
         "_broker() {",
         "    local at=broker word; local -a choices",
         '    for word in "${(@)words[2,CURRENT-1]}"; do',
-        f'        case "$at $word" in ({_any([place.at for place in found[1:]])}) at="$at $word" ;; esac',
+        f'        case "$at $word" in ({_any([place.at for place in found[1:]])})'
+        ' at="$at $word" ;; esac',
         "    done",
         '    case "$at ${words[CURRENT-1]}" in',
         f"        ({_any(_free(found))}) _default; return ;;",

@@ -267,8 +267,8 @@ def _kept_secret(data: Path) -> str:
         Settings.load({"BROKER_SECRET_KEY": found}, needed=("secret_key",))
     except SettingsFault:
         raise SecretFault(
-            f"{place} is not a secret key that only this user can read; put it right, or move it away for a new one"
-            " and make new signing keys with `broker signing-key rotate --now`."
+            f"{place} is not a secret key that only this user can read; put it right, or move it "
+            "away for a new one and make new signing keys with `broker signing-key rotate --now`."
         ) from None
     return found
 

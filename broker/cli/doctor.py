@@ -202,7 +202,8 @@ def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | No
             check,
             False,
             f"{lost} of {many} signing keys were sealed under another BROKER_SECRET_KEY.",
-            "Name it after a comma in BROKER_SECRET_KEY, or make new keys: `broker signing-key rotate --now` for each --app and --algorithm.",
+            "Name it after a comma in BROKER_SECRET_KEY, or make new keys: "
+            "`broker signing-key rotate --now` for each --app and --algorithm.",
         )
     if not settings.secret_key:
         without = (
@@ -212,7 +213,10 @@ def secret_key(settings: Settings, left: Sequence[str], seals: Sequence[int | No
         )
         return Finding(check, True, f"none{without}")
     if older := many - seals.count(0):
-        says = f"{older} of {many} signing keys are sealed under an older one; `broker signing-key reseal` changes that"
+        says = (
+            f"{older} of {many} signing keys are sealed under an older one; "
+            "`broker signing-key reseal` changes that"
+        )
         return Finding(check, True, says)
     return Finding(
         check, True, f"opens all {many} signing keys" if many else "set; no signing keys yet"

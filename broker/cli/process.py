@@ -91,7 +91,10 @@ async def tell_until_migrated(
         except Unavailable as fault:
             if fault.reason == "postgres_not_migrated":
                 told = True
-                todo = "Run `broker migrate`, or start `broker serve --migrate`; until then requests that need the database get 503."
+                todo = (
+                    "Run `broker migrate`, or start `broker serve --migrate`; "
+                    "until then requests that need the database get 503."
+                )
                 parts.log("not_migrated", severity=logging.WARNING, todo=todo)
         else:
             if told:
@@ -128,7 +131,8 @@ def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
     )
     if fault.errno == errno.EADDRINUSE:
         return ServingFault(
-            f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; stop what uses it or choose another one."
+            f"{ports[0].upper()}{ports[1:]} on {settings.host} is in use; "
+            "stop what uses it or choose another one."
         )
     return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
 

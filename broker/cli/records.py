@@ -169,7 +169,8 @@ def add(
             and getattr(options, "passkey", None) is None
         ):
             raise NotConfirmed(
-                "This can't be undone, and there is no terminal to ask at; give --yes to do it without a question."
+                "This can't be undone, and there is no terminal to ask at; "
+                "give --yes to do it without a question."
             )
         # The deletion of a large app takes longer than the time limit of a request.
         settings = replace(settings_for_data(*needed), store_timeout=PATIENCE)

@@ -233,7 +233,8 @@ class Accounts:
     def session(self, db: sqlite3.Connection, token: str) -> Session | None:
         """The live session of a cookie's token."""
         row = db.execute(
-            "SELECT s.token_hash, s.passkey_id, a.external_id, a.name, a.created_at, a.opened_at IS NOT NULL"
+            "SELECT s.token_hash, s.passkey_id, a.external_id, a.name, a.created_at,"
+            " a.opened_at IS NOT NULL"
             " FROM session s LEFT JOIN account a ON a.external_id = s.external_id"
             " WHERE s.token_hash = ? AND s.expires_at > ?",
             (hash_token(token), self._clock()),
@@ -257,7 +258,8 @@ class Accounts:
             "DELETE FROM session WHERE token_hash = ? RETURNING expires_at", (old_hash,)
         ).fetchone()
         db.execute(
-            "DELETE FROM account WHERE opened_at IS NULL AND (reserved_until <= ? OR reserved_by = ?)",
+            "DELETE FROM account WHERE opened_at IS NULL"
+            " AND (reserved_until <= ? OR reserved_by = ?)",
             (now, old_hash),
         )
         account, passkey_id, end = None, None, now + VISIT_LIFE
@@ -277,7 +279,8 @@ class Accounts:
         """
         token, now = secrets.token_urlsafe(32), self._clock()
         opened = db.execute(
-            "UPDATE account SET opened_at = coalesce(opened_at, ?), reserved_by = NULL, reserved_until = NULL"
+            "UPDATE account"
+            " SET opened_at = coalesce(opened_at, ?), reserved_by = NULL, reserved_until = NULL"
             " WHERE external_id = ?",
             (now, external_id),
         )
@@ -310,7 +313,8 @@ class Accounts:
         now = self._clock()
         db.execute("DELETE FROM account WHERE opened_at IS NULL AND reserved_until <= ?", (now,))
         row = db.execute(
-            "INSERT INTO account (external_id, name, name_key, created_at, reserved_by, reserved_until)"
+            "INSERT INTO account"
+            " (external_id, name, name_key, created_at, reserved_by, reserved_until)"
             " VALUES (?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (name_key) DO NOTHING"
             " RETURNING external_id, name, created_at",
@@ -343,7 +347,8 @@ class Accounts:
     ) -> None:
         """Store a begun ceremony of the session. A later one of the same kind replaces it."""
         db.execute(
-            "INSERT OR REPLACE INTO ceremony (token_hash, kind, external_id, transaction_hash, expires_at)"
+            "INSERT OR REPLACE INTO ceremony"
+            " (token_hash, kind, external_id, transaction_hash, expires_at)"
             " VALUES (?, ?, ?, ?, ?)",
             (
                 session.token_hash,
@@ -406,8 +411,6 @@ def _insert_session(
 def _open_account(
     db: sqlite3.Connection, column: Literal["name_key", "external_id"], value: str
 ) -> Account | None:
-    row = db.execute(
-        f"SELECT external_id, name, created_at FROM account WHERE {column} = ? AND opened_at IS NOT NULL",  # noqa: S608  one of two columns
-        (value,),
-    ).fetchone()
+    open_accounts = "SELECT external_id, name, created_at FROM account WHERE opened_at IS NOT NULL"
+    row = db.execute(f"{open_accounts} AND {column} = ?", (value,)).fetchone()
     return None if row is None else Account(row[0], row[1], row[2], open=True)

@@ -156,7 +156,8 @@ async def _welcome(
         raise DemoRefusal(
             404,
             "no_such_account",
-            "This passkey is good, but its account isn't on this site any more. Sign up to make a new one.",
+            "This passkey is good, but its account isn't on this site any more. "
+            "Sign up to make a new one.",
         )
     request.app[REDEMPTIONS].keep(hash_token(token), redemption)
     response = answer(account=_person(account), receipt=_highlights(receipt))
@@ -283,7 +284,8 @@ async def redeem_again(request: web.Request) -> web.Response:
         raise DemoRefusal(
             409,
             "no_nonce_kept",
-            "This site doesn't keep that nonce any more. Sign in again, then redeem it twice at once.",
+            "This site doesn't keep that nonce any more. "
+            "Sign in again, then redeem it twice at once.",
         )
     try:
         await redemption.send(request.app[CLIENT])
@@ -295,7 +297,8 @@ async def redeem_again(request: web.Request) -> web.Response:
     raise DemoRefusal(
         502,
         "redeemed_twice",
-        "The broker redeemed the nonce a second time, which must never happen. Its operator has to know.",
+        "The broker redeemed the nonce a second time, which must never happen. "
+        "Its operator has to know.",
     )
 
 

@@ -54,8 +54,9 @@ _HOST = re.compile(r"(?:([A-Za-z0-9._~-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5})
 
 HEADERS = {
     # Own files only, and no inline code: an injected tag or attribute has no effect.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
-    " base-uri 'none'; frame-ancestors 'none'; form-action 'self'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; frame-ancestors 'none'; "
+    "form-action 'self'; require-trusted-types-for 'script'; trusted-types 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
     # Passkeys in own pages only, never in a frame of another site, and no other feature.
@@ -140,7 +141,8 @@ def _refusal_of(
             return DemoRefusal(
                 502,
                 "broker_refused",
-                "The passkey service refused this site's request. The site's operator has to look into it.",
+                "The passkey service refused this site's request. "
+                "The site's operator has to look into it.",
             )
         case sqlite3.Error():
             log.error("the accounts file can't be used: %s", type(error).__name__)

@@ -23,7 +23,8 @@ class ApiKeys:
             f"""
             WITH key AS (
                 INSERT INTO api_keys (id, app_id, hash, hint, name, created_at)
-                SELECT $1, a.id, $3, $4, $5, $6 FROM relying_parties a WHERE a.id = $2 RETURNING app_id
+                SELECT $1, a.id, $3, $4, $5, $6 FROM relying_parties a WHERE a.id = $2
+                RETURNING app_id
             ), event AS ({event})
             SELECT app_id FROM key
             """,
@@ -41,7 +42,8 @@ class ApiKeys:
         """The app's keys, oldest first."""
         rows = await self._pg.rows(
             "keys",
-            "SELECT id, app_id, hint, name, created_at, revoked_at FROM api_keys WHERE app_id = $1 ORDER BY created_at, id",
+            "SELECT id, app_id, hint, name, created_at, revoked_at FROM api_keys"
+            " WHERE app_id = $1 ORDER BY created_at, id",
             app_id,
         )
         return [ApiKey(**dict(row)) for row in rows]
@@ -53,7 +55,9 @@ class ApiKeys:
             "revoke_key",
             f"""
             WITH key AS (
-                UPDATE api_keys SET revoked_at = $3 WHERE app_id = $1 AND id = $2 AND revoked_at IS NULL RETURNING id, app_id
+                UPDATE api_keys SET revoked_at = $3
+                WHERE app_id = $1 AND id = $2 AND revoked_at IS NULL
+                RETURNING id, app_id
             ), event AS ({event})
             SELECT id FROM key
             """,

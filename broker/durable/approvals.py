@@ -31,7 +31,8 @@ class Approvals:
         try:
             row = await self._pg.row(
                 "add_approval",
-                "INSERT INTO approvals (id, app_id, user_id, identifier, data, created_at) VALUES ($1, $2, $3, $4, $5, $6)"
+                "INSERT INTO approvals (id, app_id, user_id, identifier, data, created_at)"
+                " VALUES ($1, $2, $3, $4, $5, $6)"
                 " ON CONFLICT (app_id, identifier) DO NOTHING RETURNING id",
                 new_id,
                 app_id,

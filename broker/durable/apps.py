@@ -29,10 +29,12 @@ class Apps:
             "create_app",
             f"""
             WITH app AS (
-                INSERT INTO relying_parties (id, name, rp_id, origins, related_origins, policy, created_at, updated_at)
+                INSERT INTO relying_parties (
+                    id, name, rp_id, origins, related_origins, policy, created_at, updated_at)
                 VALUES ($1, $2, $3, $4, $5, $6, $7, $7) RETURNING id
             ), key AS (
-                INSERT INTO api_keys (id, app_id, hash, hint, name, created_at) SELECT $8, id, $9, $10, $11, $7 FROM app
+                INSERT INTO api_keys (id, app_id, hash, hint, name, created_at)
+                SELECT $8, id, $9, $10, $11, $7 FROM app
             ) {event}
             """,
             app.id,
@@ -61,11 +63,13 @@ class Apps:
             "update_app",
             f"""
             WITH app AS (
-                UPDATE relying_parties SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6,
-                       updated_at = greatest($7, updated_at + interval '1 microsecond')
+                UPDATE relying_parties
+                SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6,
+                    updated_at = greatest($7, updated_at + interval '1 microsecond')
                 WHERE id = $1 AND updated_at = $8 RETURNING id, updated_at
             ), event AS ({event})
-            SELECT r.id, (SELECT updated_at FROM app) AS updated_at FROM relying_parties r WHERE r.id = $1
+            SELECT r.id, (SELECT updated_at FROM app) AS updated_at
+            FROM relying_parties r WHERE r.id = $1
             """,
             app.id,
             app.name,

@@ -59,7 +59,8 @@ class Credentials:
         """The user's credentials, oldest first."""
         rows = await self._pg.rows(
             "credentials",
-            f"SELECT {_CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2 ORDER BY c.created_at, c.id",
+            f"SELECT {_CREDENTIAL} FROM credentials c WHERE c.app_id = $1 AND c.user_id = $2"
+            " ORDER BY c.created_at, c.id",
             app_id,
             user_id,
         )
@@ -82,7 +83,8 @@ class Credentials:
         """
         row = await self._pg.row(
             "held",
-            "SELECT EXISTS (SELECT FROM relying_parties r JOIN credentials c ON c.app_id = r.id AND c.credential_id = $2"
+            "SELECT EXISTS (SELECT FROM relying_parties r"
+            " JOIN credentials c ON c.app_id = r.id AND c.credential_id = $2"
             " WHERE r.rp_id = $1) AS held",
             rp_id,
             credential_id,
@@ -165,7 +167,8 @@ class Credentials:
             "rename",
             f"""
             WITH changed AS (
-                UPDATE credentials c SET {column} = $3, updated_at = $4 {where} RETURNING c.app_id, c.user_id, c.id
+                UPDATE credentials c SET {column} = $3, updated_at = $4 {where}
+                RETURNING c.app_id, c.user_id, c.id
             ), event AS ({event})
             SELECT id FROM changed
             """,
@@ -197,14 +200,18 @@ class Credentials:
             "revoke_credentials",
             f"""
             WITH gone AS (
-                DELETE FROM credentials WHERE app_id = $1 AND user_id = $2 AND ($3::text[] IS NULL OR id = ANY($3))
+                DELETE FROM credentials
+                WHERE app_id = $1 AND user_id = $2 AND ($3::text[] IS NULL OR id = ANY($3))
                 RETURNING id, app_id, user_id, use_count, last_used_at
             ), kept AS (
-                UPDATE users SET past_logins = past_logins + (SELECT sum(use_count) FROM gone)::bigint,
-                       past_login_at = greatest(past_login_at, (SELECT max(last_used_at) FROM gone)), updated_at = $4
+                UPDATE users
+                SET past_logins = past_logins + (SELECT sum(use_count) FROM gone)::bigint,
+                    past_login_at = greatest(past_login_at, (SELECT max(last_used_at) FROM gone)),
+                    updated_at = $4
                 WHERE id = $2 AND external_id IS NOT NULL AND EXISTS (SELECT FROM gone)
             ), nobody AS (
-                DELETE FROM users WHERE id = $2 AND external_id IS NULL AND EXISTS (SELECT FROM gone)
+                DELETE FROM users
+                WHERE id = $2 AND external_id IS NULL AND EXISTS (SELECT FROM gone)
             ), event AS ({event})
             SELECT id FROM gone
             """,
@@ -257,7 +264,10 @@ class Credentials:
                 if await connection.fetchval(owned, old["user_id"]):
                     return False
                 user_id = await self._user(connection, app_id, external_id, new_id, new_handle, now)
-                update = "UPDATE credentials SET user_id = $3, updated_at = $4 WHERE app_id = $1 AND id = $2"
+                update = (
+                    "UPDATE credentials SET user_id = $3, updated_at = $4"
+                    " WHERE app_id = $1 AND id = $2"
+                )
                 await connection.execute(update, app_id, passkey_id, user_id, now)
                 if old["live"]:
                     activate = "UPDATE users SET status = 'active', updated_at = $2 WHERE id = $1"
@@ -291,8 +301,10 @@ class Credentials:
             if found is not None:
                 return found
             make = (
-                "INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)"
-                " VALUES ($1, $2, $3, $4, 'pending', $5, $5) ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id"
+                "INSERT INTO users"
+                " (id, app_id, external_id, handle, status, created_at, updated_at)"
+                " VALUES ($1, $2, $3, $4, 'pending', $5, $5)"
+                " ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id"
             )
             if await connection.fetchval(make, new_id, app_id, external_id, new_handle, now):
                 await connection.execute(event, now, app_id, *actor(), new_id)

@@ -37,14 +37,19 @@ ERASE = """
     WHERE user_id = ANY ($1::text[]) AND (request_id <> '' OR payload IS NOT NULL)
 """
 
-_EVENT = "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason, e.request_id"
+_EVENT = (
+    "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason,"
+    " e.request_id"
+)
 # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the
 # order would be that of ids, and a plan for any app may walk through everybody's events for the few
 # of a quiet one.
 _OF_APP = "e.app_id BETWEEN $1 AND $1"
 _WRITERS = """
-    SELECT virtualtransaction FROM pg_locks WHERE relation = 'events'::regclass AND mode = 'RowExclusiveLock' AND granted
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid IS DISTINCT FROM pg_backend_pid()
+    SELECT virtualtransaction FROM pg_locks
+    WHERE relation = 'events'::regclass AND mode = 'RowExclusiveLock' AND granted
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND pid IS DISTINCT FROM pg_backend_pid()
 """
 
 
@@ -71,8 +76,10 @@ def insert_event(
     columns, as `actor()` gives them.
     """
     return (
-        "INSERT INTO events (at, app_id, actor, request_id, action, user_id, passkey_id, result, reason, payload)"
-        f" SELECT {at}, {app_id}, {by}, {action}, {user_id}, {passkey_id}, {result}, {reason}, {payload} {source}"
+        "INSERT INTO events"
+        " (at, app_id, actor, request_id, action, user_id, passkey_id, result, reason, payload)"
+        f" SELECT {at}, {app_id}, {by}, {action}, {user_id}, {passkey_id}, {result}, {reason},"
+        f" {payload} {source}"
     )
 
 
@@ -99,7 +106,8 @@ class Events:
         """
         event = insert_event(
             "$3",
-            "FROM relying_parties a LEFT JOIN users u ON u.app_id = a.id AND u.id = $4 WHERE a.id = $2",
+            "FROM relying_parties a LEFT JOIN users u ON u.app_id = a.id AND u.id = $4"
+            " WHERE a.id = $2",
             at="$1",
             app_id="a.id",
             by="$9, $10",
@@ -116,7 +124,8 @@ class Events:
         """The newest `limit` events of an app, oldest first."""
         rows = await self._pg.rows(
             "events",
-            f"SELECT {_EVENT} FROM events e WHERE {_OF_APP} ORDER BY e.app_id DESC, e.id DESC LIMIT $2",
+            f"SELECT {_EVENT} FROM events e WHERE {_OF_APP}"
+            " ORDER BY e.app_id DESC, e.id DESC LIMIT $2",
             app_id,
             limit,
         )
@@ -130,7 +139,8 @@ class Events:
             return [], cursor
         rows = await self._pg.rows(
             "events_after",
-            f"SELECT {_EVENT}, u.external_id FROM events e LEFT JOIN users u ON u.id = e.user_id AND u.app_id = $1"
+            f"SELECT {_EVENT}, u.external_id FROM events e"
+            " LEFT JOIN users u ON u.id = e.user_id AND u.app_id = $1"
             f" WHERE {_OF_APP} AND e.id > $2 AND e.id <= $3 ORDER BY e.app_id, e.id LIMIT $4",
             app_id,
             cursor,
@@ -197,7 +207,8 @@ class Events:
         assert counted is not None, "an aggregate has one row"
         rows = await self._pg.rows(
             "audit",
-            f"SELECT {_EVENT}, u.external_id {source} ORDER BY e.app_id DESC, e.id DESC LIMIT ${len(values) + 1} OFFSET ${len(values) + 2}",
+            f"SELECT {_EVENT}, u.external_id {source} ORDER BY e.app_id DESC, e.id DESC"
+            f" LIMIT ${len(values) + 1} OFFSET ${len(values) + 2}",
             *values,
             limit,
             offset,

@@ -158,8 +158,12 @@ class Housekeeping:
         clocks differ the time of a later event is not earlier."""
         row = await connection.fetchrow(
             """
-            WITH oldest AS MATERIALIZED (SELECT id, at FROM events WHERE id > $1 ORDER BY id LIMIT $2),
-            gone AS (DELETE FROM events WHERE id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3)) RETURNING id)
+            WITH oldest AS MATERIALIZED (
+                SELECT id, at FROM events WHERE id > $1 ORDER BY id LIMIT $2
+            ), gone AS (
+                DELETE FROM events WHERE id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3))
+                RETURNING id
+            )
             SELECT (SELECT max(id) FROM oldest) AS last, (SELECT count(*) FROM oldest) AS seen,
                    (SELECT count(*) FROM gone) AS gone
             """,
@@ -176,23 +180,34 @@ class Housekeeping:
     async def _unconfirmed_passkeys(
         self, connection: Connection, now: datetime, size: int
     ) -> _Batch:
-        """Delete passkeys that were to be confirmed and can't be any more. Their users are pending
-        again if they have no other one; a user without an external id was there for its one
-        passkey, and goes with it."""
+        """Delete passkeys whose time to be confirmed is over.
+
+        A user without another passkey is pending again. A user without an external id is deleted
+        with its passkey."""
         rows = await connection.fetch(
-            "SELECT c.id, c.user_id FROM credentials c JOIN users u ON u.id = c.user_id WHERE NOT c.live AND c.created_at < $1"
+            "SELECT c.id, c.user_id FROM credentials c JOIN users u ON u.id = c.user_id"
+            " WHERE NOT c.live AND c.created_at < $1"
             " ORDER BY c.created_at LIMIT $2 FOR UPDATE SKIP LOCKED",
             now - UNCONFIRMED,
             size,
         )
         if not rows:
             return _Batch(0, more=False)
-        # None of them is live: the locks waited for nobody. Statements of their own see what was
-        # committed before the locks.
+        # These rows are locked. Statements of their own see what was committed before the locks.
+        event = insert_event(
+            "'passkey.expired'",
+            "FROM gone",
+            at="$2",
+            by="$3, $4",
+            user_id="user_id",
+            passkey_id="id",
+        )
         await connection.execute(
             f"""
-            WITH gone AS (DELETE FROM credentials WHERE id = ANY ($1::text[]) RETURNING app_id, user_id, id)
-            {insert_event("'passkey.expired'", "FROM gone", at="$2", by="$3, $4", user_id="user_id", passkey_id="id")}
+            WITH gone AS (
+                DELETE FROM credentials WHERE id = ANY ($1::text[]) RETURNING app_id, user_id, id
+            )
+            {event}
             """,
             [row["id"] for row in rows],
             now,
@@ -202,8 +217,11 @@ class Housekeeping:
             """
             WITH without AS (
                 SELECT u.id, u.external_id IS NULL AS nobody FROM users u
-                WHERE u.id = ANY ($1::text[]) AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)
-            ), nobody AS (DELETE FROM users WHERE id = ANY (ARRAY(SELECT id FROM without WHERE nobody)))
+                WHERE u.id = ANY ($1::text[])
+                    AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)
+            ), nobody AS (
+                DELETE FROM users WHERE id = ANY (ARRAY(SELECT id FROM without WHERE nobody))
+            )
             UPDATE users SET status = 'pending', opened_at = $2, updated_at = $2
             WHERE id = ANY (ARRAY(SELECT id FROM without WHERE NOT nobody)) AND status <> 'pending'
             """,
@@ -216,10 +234,12 @@ class Housekeeping:
 
     async def _pending_users(self, connection: Connection, now: datetime, size: int) -> _Batch:
         """Delete users who have nothing and for whom no registration was opened during `_PENDING`.
-        Whoever opens one, or adds a passkey, locks the user's row: who is first decides, and the
-        other one sees it."""
+        Opening a registration and adding a passkey lock the user's row, so the later transaction
+        sees the result of the earlier one."""
         rows = await connection.fetch(
-            f"SELECT u.id FROM users u WHERE u.status = 'pending' AND coalesce(u.opened_at, u.created_at) < $1 AND {_HAS_NOTHING}"
+            "SELECT u.id FROM users u"
+            " WHERE u.status = 'pending' AND coalesce(u.opened_at, u.created_at) < $1"
+            f" AND {_HAS_NOTHING}"
             " ORDER BY coalesce(u.opened_at, u.created_at) LIMIT $2 FOR UPDATE SKIP LOCKED",
             now - _PENDING,
             size,
@@ -227,10 +247,13 @@ class Housekeeping:
         if not rows:
             return _Batch(0, more=False)
         # Statements of their own see what was committed before the locks.
+        event = insert_event("'user.expired'", "FROM gone", at="$2", by="$3, $4", user_id="id")
         gone = await connection.fetch(
             f"""
-            WITH gone AS (DELETE FROM users u WHERE u.id = ANY ($1::text[]) AND {_HAS_NOTHING} RETURNING u.id, u.app_id),
-            event AS ({insert_event("'user.expired'", "FROM gone", at="$2", by="$3, $4", user_id="id")})
+            WITH gone AS (
+                DELETE FROM users u WHERE u.id = ANY ($1::text[]) AND {_HAS_NOTHING}
+                RETURNING u.id, u.app_id
+            ), event AS ({event})
             SELECT id FROM gone
             """,
             [row["id"] for row in rows],

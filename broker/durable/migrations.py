@@ -152,7 +152,8 @@ class _Migrating:
             return [name for _, name, _ in missing]
         except asyncpg.InsufficientPrivilegeError as fault:
             raise MigrationFault(
-                "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
+                "The database's role may not make tables; migrate as their owner, or grant it "
+                "CREATE on the schema."
             ) from fault
         except _FAULTS as fault:
             raise MigrationFault(
@@ -168,14 +169,16 @@ class _Migrating:
         ):
             if time() >= ends:
                 raise MigrationFault(
-                    f"Another session has migrated for {self._patience.turn:g} s ({await self._holder()});"
-                    " wait for it or end it, then run `broker migrate` again."
+                    f"Another session has migrated for {self._patience.turn:g} s "
+                    f"({await self._holder()}); "
+                    "wait for it or end it, then run `broker migrate` again."
                 )
             await asyncio.sleep(self._patience.poll)
 
     async def _missing(self) -> Sequence[tuple[int, str, str]]:
         await self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS schema_migrations (version integer PRIMARY KEY, name text NOT NULL,"
+            "CREATE TABLE IF NOT EXISTS schema_migrations"
+            " (version integer PRIMARY KEY, name text NOT NULL,"
             " sha256 text NOT NULL, applied_at timestamptz NOT NULL)"
         )
         rows = await self._connection.fetch("SELECT version, sha256 FROM schema_migrations")
@@ -212,7 +215,8 @@ class _Migrating:
             except _LOCKED as fault:
                 if not left:
                     raise MigrationFault(
-                        f"{self._step} found its tables locked {patience.tries} times; {await self._oldest()}."
+                        f"{self._step} found its tables locked {patience.tries} times; "
+                        f"{await self._oldest()}."
                     ) from fault
             await asyncio.sleep(pause)
             pause = min(2 * pause, patience.longest_pause)
@@ -230,12 +234,14 @@ class _Migrating:
             await self._connection.execute(statement)
         except _LOCKED as fault:
             raise MigrationFault(
-                f"{self._step} waited {self._patience.build:g} s for other transactions; {await self._oldest()}."
+                f"{self._step} waited {self._patience.build:g} s for other transactions; "
+                f"{await self._oldest()}."
             ) from fault
 
     async def _record(self, version: int, name: str, text: str) -> None:
         await self._connection.execute(
-            "INSERT INTO schema_migrations (version, name, sha256, applied_at) VALUES ($1, $2, $3, $4)",
+            "INSERT INTO schema_migrations (version, name, sha256, applied_at)"
+            " VALUES ($1, $2, $3, $4)",
             version,
             name,
             _digest(text),
@@ -245,8 +251,10 @@ class _Migrating:
     async def _holder(self) -> str:
         """The session that holds the advisory lock, for a person who looks for it."""
         row = await self._connection.fetchrow(
-            f"SELECT {_SESSION} FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.locktype = 'advisory'"
-            " AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            f"SELECT {_SESSION} FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+            " WHERE l.locktype = 'advisory'"
+            " AND l.granted"
+            " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
             " AND (l.classid::bigint << 32) + l.objid::bigint = $1 AND l.objsubid = 1",
             MIGRATION_LOCK,
         )
@@ -255,7 +263,8 @@ class _Migrating:
     async def _oldest(self) -> str:
         """What to do about the session whose transaction is the oldest."""
         row = await self._connection.fetchrow(
-            f"SELECT {_SESSION} FROM pg_stat_activity a WHERE a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid()"
+            f"SELECT {_SESSION} FROM pg_stat_activity a"
+            " WHERE a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid()"
             " AND a.datname = current_database() ORDER BY a.xact_start LIMIT 1"
         )
         return f"end the oldest transaction ({_as_text(row)}) and run `broker migrate` again"

@@ -185,7 +185,9 @@ class Postgres:
         """
         row = await self.row(
             "check",
-            "SELECT max(version) AS version, current_setting('transaction_read_only')::boolean AS read_only FROM schema_migrations",
+            "SELECT max(version) AS version,"
+            " current_setting('transaction_read_only')::boolean AS read_only"
+            " FROM schema_migrations",
         )
         assert row is not None, "an aggregate without GROUP BY has one row"
         if row["read_only"]:  # a standby, too
@@ -197,7 +199,8 @@ class Postgres:
         """For `broker doctor`: version, and seconds since the epoch by the server's clock."""
         row = await self.row(
             "facts",
-            "SELECT current_setting('server_version_num')::int / 10000 AS version, extract(epoch FROM clock_timestamp())::float8 AS clock",
+            "SELECT current_setting('server_version_num')::int / 10000 AS version,"
+            " extract(epoch FROM clock_timestamp())::float8 AS clock",
         )
         assert row is not None, "a SELECT without FROM has one row"
         return dict(row)

@@ -58,7 +58,8 @@ class SigningKeys:
         """
         rows = await self._pg.rows(
             "signing_keys",
-            "SELECT id, app_id, algorithm, generation, sealed, public, created_at, signs_from, retires_at"
+            "SELECT id, app_id, algorithm, generation, sealed, public, created_at,"
+            " signs_from, retires_at"
             " FROM signing_keys WHERE scope = $1 ORDER BY algorithm, generation",
             app_id or "",
         )
@@ -68,7 +69,8 @@ class SigningKeys:
         """The keys of every set."""
         rows = await self._pg.rows(
             "all_signing_keys",
-            "SELECT id, app_id, algorithm, generation, sealed, public, created_at, signs_from, retires_at"
+            "SELECT id, app_id, algorithm, generation, sealed, public, created_at,"
+            " signs_from, retires_at"
             " FROM signing_keys ORDER BY scope, algorithm, generation",
         )
         return [StoredKey(**dict(row)) for row in rows]
@@ -85,10 +87,15 @@ class SigningKeys:
                 "add_signing_key",
                 f"""
                 WITH new AS (
-                    INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
+                    INSERT INTO signing_keys (
+                        id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
                     SELECT $1, $2::text, $3::text, 1, $4, $5, $6, $7
-                    WHERE NOT EXISTS (SELECT FROM signing_keys WHERE scope = coalesce($2, '') AND algorithm = $3)
-                    ON CONFLICT (scope, algorithm, generation) DO NOTHING RETURNING app_id, created_at
+                    WHERE NOT EXISTS (
+                        SELECT FROM signing_keys
+                        WHERE scope = coalesce($2, '') AND algorithm = $3
+                    )
+                    ON CONFLICT (scope, algorithm, generation) DO NOTHING
+                    RETURNING app_id, created_at
                 )
                 {_insert_rotated("FROM new WHERE $8")}
                 """,
@@ -125,16 +132,21 @@ class SigningKeys:
             "rotate_signing_key",
             f"""
             WITH line AS (
-                SELECT id, generation, retires_at FROM signing_keys WHERE scope = coalesce($2::text, '') AND algorithm = $3::text
+                SELECT id, generation, retires_at FROM signing_keys
+                WHERE scope = coalesce($2::text, '') AND algorithm = $3::text
             ), new AS (
-                INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
-                SELECT $1, $2, $3, (SELECT coalesce(max(generation), 0) + 1 FROM line), $4, $5, $6::timestamptz, $7
-                ON CONFLICT (scope, algorithm, generation) DO NOTHING RETURNING id, app_id, created_at
+                INSERT INTO signing_keys (
+                    id, app_id, algorithm, generation, sealed, public, created_at, signs_from)
+                SELECT $1, $2, $3, (SELECT coalesce(max(generation), 0) + 1 FROM line),
+                    $4, $5, $6::timestamptz, $7
+                ON CONFLICT (scope, algorithm, generation) DO NOTHING
+                RETURNING id, app_id, created_at
             ), older AS (
                 UPDATE signing_keys k SET retires_at = least(k.retires_at, $8) FROM line, new
                 WHERE k.id = line.id AND (k.retires_at IS NULL OR k.retires_at > $6)
             ), gone AS (
-                DELETE FROM signing_keys k USING new WHERE k.scope = coalesce($2, '') AND k.retires_at <= $6
+                DELETE FROM signing_keys k USING new
+                WHERE k.scope = coalesce($2, '') AND k.retires_at <= $6
             ), event AS ({_insert_rotated("FROM new")})
             SELECT id FROM new
             """,

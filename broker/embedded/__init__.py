@@ -237,8 +237,9 @@ class EmbeddedStores:
             closed = not account.can_enter(self.data.parent)
             if closed and has_data:
                 raise EmbeddedFault(
-                    f"{self.data} has data, but the servers' user {account.name} can no longer enter {self.data.parent}; "
-                    "let others enter that directory again, or move the data directory to where they can."
+                    f"{self.data} has data, but the servers' user {account.name} can no longer "
+                    f"enter {self.data.parent}; let others enter that directory again, or move the "
+                    "data directory to where they can."
                 )
             if closed or (not has_data and not all(binaries.reachable for binaries in found)):
                 which = self.data.parent if closed else "the directory of the installed binaries"
@@ -374,8 +375,8 @@ def _until_ready(starting: list[tuple[Server, Callable[[], bool]]]) -> None:
                 raise server.failed()
             if time.monotonic() > deadline:
                 raise EmbeddedFault(
-                    f"{server.title} was not ready within {READY_WITHIN:.0f} s: {server.log.last_words()}; "
-                    f"its log is {server.log.path}."
+                    f"{server.title} was not ready within {READY_WITHIN:.0f} s: "
+                    f"{server.log.last_words()}; its log is {server.log.path}."
                 )
         time.sleep(0.004)  # between two looks
 

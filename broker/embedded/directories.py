@@ -120,10 +120,11 @@ def server_account() -> Account:
         entry = pwd.getpwnam("nobody") if switched else pwd.getpwuid(uid)
     except KeyError:
         raise EmbeddedFault(
-            "The broker runs as root and there is no user `nobody` to run PostgreSQL and Valkey as; run the broker as a normal user."
+            "The broker runs as root and there is no user `nobody` to run PostgreSQL and Valkey "
+            "as; run the broker as a normal user."
             if switched
-            else f"The user id {uid} has no entry in the password database, which PostgreSQL needs; "
-            "run as an existing user, or set BROKER_DATABASE_URL and BROKER_REDIS_URL."
+            else f"The user id {uid} has no entry in the password database, which PostgreSQL "
+            "needs; run as an existing user, or set BROKER_DATABASE_URL and BROKER_REDIS_URL."
         ) from None
     return Account(
         entry.pw_name, entry.pw_uid, entry.pw_gid if switched else os.getegid(), switched
@@ -214,7 +215,8 @@ def claim(data: Path) -> Claim:
             names = os.listdir(directory)
             if names and "lock" not in names:
                 raise EmbeddedFault(
-                    f"The directory {path} is not empty and was not made by the broker; name another data directory."
+                    f"The directory {path} is not empty and was not made by the broker; "
+                    "name another data directory."
                 )
             lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=directory)
             try:
@@ -236,7 +238,8 @@ def _hold(lock: int, path: Path) -> None:
         owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
         process = f" (process {owner})" if owner.isdigit() else ""
         raise EmbeddedFault(
-            f"Another broker{process} runs on the data directory {path}; stop it or name another data directory."
+            f"Another broker{process} runs on the data directory {path}; "
+            "stop it or name another data directory."
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
@@ -276,8 +279,8 @@ def entered(directory: Path, account: Account) -> Iterator[int]:
         owner = os.fstat(descriptor).st_uid
         if owner not in (account.uid, os.geteuid()):
             raise EmbeddedFault(
-                f"{directory} belongs to the user {user_name(owner)}, not to {account.name}, whom the servers run as; "
-                "give it back or name another data directory."
+                f"{directory} belongs to the user {user_name(owner)}, not to {account.name}, whom "
+                "the servers run as; give it back or name another data directory."
             )
         yield descriptor
     finally:
@@ -291,7 +294,8 @@ def require_sole_file(descriptor: int, path: Path) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         raise EmbeddedFault(
-            f"{path} is not a file with a single name, so the embedded stores can't use it; remove it."
+            f"{path} is not a file with a single name, so the embedded stores can't use it; "
+            "remove it."
         )
 
 
@@ -332,7 +336,8 @@ def recorded_directory(data: Path) -> Path | None:
         return None
     if servers.parent != STATE or not _FOLDER_NAME.fullmatch(servers.name):
         raise EmbeddedFault(
-            f"{data / 'where'} names {servers}, which is not a folder of the broker's; remove the file {data / 'where'} or restore it."
+            f"{data / 'where'} names {servers}, which is not a folder of the broker's; "
+            f"remove the file {data / 'where'} or restore it."
         )
     return servers
 
@@ -405,8 +410,8 @@ def socket_directory(servers: Path, account: Account) -> Path:
                 own(short, account)
                 return short
     raise EmbeddedFault(
-        f"The path {inside} is too long for a Unix socket and no short directory could be made in {', '.join(filter(None, bases))}; "
-        "name a data directory with a shorter path."
+        f"The path {inside} is too long for a Unix socket and no short directory could be made in "
+        f"{', '.join(filter(None, bases))}; name a data directory with a shorter path."
     )
 
 

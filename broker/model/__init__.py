@@ -229,7 +229,8 @@ class RelyingParty:
         host = urlsplit(canonical).hostname or ""
         if host != rp_id and not host.endswith("." + rp_id):
             raise InvalidSetting(
-                f"The host of {canonical} is neither {rp_id} nor below it; list it as a related origin or change the RP ID."
+                f"The host of {canonical} is neither {rp_id} nor below it; "
+                "list it as a related origin or change the RP ID."
             )
         return canonical
 

@@ -317,13 +317,14 @@ class Policy:
         """
         if self.attestation_required != "none" and self.attestation == "none":
             raise InvalidSetting(
-                f"attestation_required={self.attestation_required} needs attestation=direct (or indirect, "
-                "enterprise): unless asked, browsers remove the attestation statement, and nobody could register."
+                f"attestation_required={self.attestation_required} needs attestation=direct (or "
+                "indirect, enterprise): unless asked, browsers remove the attestation statement, "
+                "and nobody could register."
             )
         if self.attestation_required == "verified" and not self.attestation_roots:
             raise InvalidSetting(
-                "attestation_required=verified needs attestation_roots: without roots no attestation is "
-                "verified, and nobody could register."
+                "attestation_required=verified needs attestation_roots: without roots no "
+                "attestation is verified, and nobody could register."
             )
         return self
 

@@ -172,7 +172,8 @@ async def _admitted(request: web.Request) -> Caller:
         as_incoming(request).cors = {**allowed, "Vary": "Origin"}
         if not admitted:
             raise OperationNotAllowed(
-                f"This page's origin {origin} is not registered for the app; tell whoever runs this site."
+                f"This page's origin {origin} is not registered for the app; "
+                "tell whoever runs this site."
                 if readable
                 else None,
                 reason="origin",

@@ -167,8 +167,8 @@ async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
     )
     if purpose is not None and purpose not in _PROOFS:
         raise InvalidRequest(
-            'purpose is "register" or "authenticate"; of a second factor "register_second_factor" or'
-            ' "authenticate_second_factor", of an approval "approve".'
+            'purpose is "register" or "authenticate"; of a second factor "register_second_factor" '
+            'or "authenticate_second_factor", of an approval "approve".'
         )
     proofs = _LOGINS if purpose is None else (cast("Proof", purpose),)
     outcome = await request.app[BROKER].redeem(

@@ -88,4 +88,5 @@ def _number(value: float) -> str:
         padded = digits.ljust(point, "0")
         return sign + padded[:point] + (f".{padded[point:]}" if len(padded) > point else "")
     power = point - 1
-    return f"{sign}{digits[0]}{'.' + digits[1:] if len(digits) > 1 else ''}e{'+' if power > 0 else '-'}{abs(power)}"
+    fraction = "." + digits[1:] if len(digits) > 1 else ""
+    return f"{sign}{digits[0]}{fraction}e{'+' if power > 0 else '-'}{abs(power)}"

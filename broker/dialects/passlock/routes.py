@@ -195,7 +195,8 @@ def _keyed_routes() -> list[web.RouteDef]:
     found = [web.post(path, keyed(handler)) for path, handler in (authorized | changed).items()]
     for tenancy in (_V2, _V1):
         code, passkey = f"{tenancy}/principal/{{code}}", f"{tenancy}/passkeys/{{passkey_id}}"
-        user = f"{tenancy}/users/{{user_id:.+}}/passkeys/"  # clients put the user id there as it is, slashes and all
+        # Clients put the user id into the path unescaped, with its slashes.
+        user = f"{tenancy}/users/{{user_id:.+}}/passkeys/"
         found += [
             web.get(code, keyed(ceremonies.exchange_code), allow_head=False),
             web.post(code, keyed(ceremonies.exchange_code_for)),
