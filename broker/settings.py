@@ -1,8 +1,10 @@
 """Settings: the environment as one frozen object.
 
 The name of every setting begins with `BROKER_`. A new setting has a default that keeps old
-deployments running. All faults are found in one pass and reported together, because an operator who
-mends one fault at a time restarts the service once per fault. `repr` omits values that carry a
+deployments running. A variable that names no setting is kept for a warning: an older release meets
+the settings of a newer one after a roll-back. Variables that Kubernetes adds for a Service called
+`broker` are ignored. All faults are found in one pass and reported together, because an operator
+who mends one fault at a time restarts the service once per fault. `repr` omits values that carry a
 secret (the URLs of the stores, the secret key), and no sentence quotes a value.
 
 A setting of the core is a field of `Settings`. A setting of a dialect is a `Setting` in the
@@ -107,6 +109,21 @@ def _target_is_sound(parts: SplitResult) -> bool:
     return (
         all(host and 0 < int(host[1] or 1) <= 65535 for host in hosts)
         and _PATH.get(parts.scheme, _ANY_PATH).fullmatch(parts.path) is not None
+    )
+
+
+# Environment variables that Kubernetes adds for a Service called `broker`, or `broker-…`:
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_SERVICE = re.compile(
+    r"BROKER_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://[^/@]+:[0-9]+")
+
+
+def _is_of_kubernetes(variable: str, text: str) -> bool:
+    return bool(
+        _SERVICE.fullmatch(variable)
+        or (variable.endswith("_PORT") and _SERVICE_PORT.fullmatch(text))
     )
 
 
@@ -217,6 +234,7 @@ class Settings:
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info")
     # The values of the dialects' settings. A setting that is missing has its default.
     declared: Mapping[str, object] = field(default_factory=dict, repr=False)
+    unknown: tuple[str, ...] = ()  # names of variables that name no setting
 
     def __getitem__(self, setting: Setting[T]) -> T:
         """The value of a dialect's setting."""
@@ -243,19 +261,20 @@ class Settings:
         of dialects.
 
         Raises:
-            SettingsFault: with a sentence for every missing, malformed or unknown `BROKER_`
-                variable.
+            SettingsFault: with a sentence for every missing or malformed `BROKER_` variable, and
+                then for every unknown one too.
         """
         faults: list[str] = []
+        unknown: list[str] = []
         values: dict[str, Any] = {}
         parsers = {f.name: f.metadata["parse"] for f in fields(cls) if f.metadata}
         parsers |= {setting.name: setting.parse for setting in declared}
         known = {PREFIX + name.upper(): name for name in parsers}
         for variable, text in environment.items():
-            if not variable.startswith(PREFIX):
+            if not variable.startswith(PREFIX) or _is_of_kubernetes(variable, text):
                 continue
             if variable not in known:
-                faults.append(f"{variable} is not a setting.")
+                unknown.append(variable)
             elif text != "":
                 try:
                     values[known[variable]] = parsers[known[variable]](text)
@@ -265,10 +284,12 @@ class Settings:
             variable = PREFIX + name.upper()
             if not values.get(name) and not any(f.startswith(variable) for f in faults):
                 faults.append(f"{variable} is missing.")
-        if faults:
-            raise SettingsFault(faults)
+        if faults:  # an unknown variable may be the misspelt name of a missing one
+            raise SettingsFault([*faults, *(f"{name} is not a setting." for name in unknown)])
         settings = cls(
-            declared={s.name: values.pop(s.name) for s in declared if s.name in values}, **values
+            declared={s.name: values.pop(s.name) for s in declared if s.name in values},
+            unknown=tuple(sorted(unknown)),
+            **values,
         )
         if settings.management_port and settings.management_port == settings.port:
             raise SettingsFault(["BROKER_MANAGEMENT_PORT must not be the port of BROKER_PORT."])

@@ -57,7 +57,7 @@ def run_doctor(options: argparse.Namespace) -> int:
         settings = settings_for_data("database_url", "redis_url", given=listening({}, options))
         with progress("broker doctor"):
             findings = [
-                Finding("settings", True, "all readable"),
+                readable(settings),
                 *run(with_parts(settings, _look)),
             ]
     except SettingsFault as fault:
@@ -84,6 +84,14 @@ async def _look(parts: Parts) -> list[Finding]:
         *await _signing(parts),
         *await _origins(parts),
     ]
+
+
+def readable(settings: Settings) -> Finding:
+    """All settings are readable; unknown variables are named."""
+    ignored = ", ".join(settings.unknown)
+    return Finding(
+        "settings", True, f"all readable; ignored: {ignored}" if ignored else "all readable"
+    )
 
 
 def ports(settings: Settings) -> Finding:

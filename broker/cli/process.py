@@ -115,6 +115,8 @@ async def start(
     from broker.app import serve
 
     settings = parts.settings
+    if settings.unknown:
+        parts.log("unknown_settings", severity=logging.WARNING, variables=settings.unknown)
     try:
         service = await serve(parts, prepare=prepare)
         gc.set_threshold(*_GARBAGE)

@@ -105,7 +105,10 @@ def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> S
         environment["BROKER_SECRET_KEY"] = environment.get("BROKER_SECRET_KEY") or read_secret(
             Path(DATA)
         )
-    return load_settings(environment, needed=needed or ("database_url",))
+    settings = load_settings(environment, needed=needed or ("database_url",))
+    for name in settings.unknown:
+        say(f"{name} is not a setting; it has no effect.")
+    return settings
 
 
 # -- declaring a command ---------------------------------------------------------------------------

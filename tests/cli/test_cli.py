@@ -1176,15 +1176,22 @@ def test_doctor_tells_every_missing_setting(cli: Cli, monkeypatch: pytest.Monkey
     done = cli("doctor", "--json")
     assert (done.status, done.err) == (1, "")
     assert _findings(done.out) == [
-        Finding("settings", False, "BROKER_PROT is not a setting.", "Set it right and run again."),
         Finding(
             "settings", False, "BROKER_DATABASE_URL is missing.", "Set it right and run again."
         ),
         Finding("settings", False, "BROKER_REDIS_URL is missing.", "Set it right and run again."),
+        Finding("settings", False, "BROKER_PROT is not a setting.", "Set it right and run again."),
     ]
     assert cli("doctor").out.startswith(
-        "FAIL settings: BROKER_PROT is not a setting. Set it right and run"
+        "FAIL settings: BROKER_DATABASE_URL is missing. Set it right and run"
     )
+
+
+def test_an_unknown_setting_is_told_of(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKER_PROT", "1")
+    done = cli("doctor", "--json")
+    assert Finding("settings", True, "all readable; ignored: BROKER_PROT") in _findings(done.out)
+    assert "BROKER_PROT is not a setting; it has no effect." in done.err
 
 
 def test_doctor_tells_of_a_dialect_that_can_not_answer(

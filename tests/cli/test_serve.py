@@ -227,6 +227,14 @@ def test_needs_both_stores(serve: Start) -> None:
     ]
 
 
+def test_an_unknown_setting_is_a_warning(serve: Start) -> None:
+    """And a Service called `broker` is none."""
+    started = serve(prot="zq9w", port_8080_tcp="tcp://10.0.0.11:8080").begun()
+    (said,) = [line for line in started.log if line["event"] == "unknown_settings"]
+    assert (said["level"], said["variables"]) == ("warning", ["BROKER_PROT"])
+    assert "zq9w" not in "".join(started.lines)
+
+
 @pytest.mark.parametrize("option", ["--port", "--management-port"])
 def test_a_busy_port_is_one_sentence(serve: Start, option: str) -> None:
     with socket.socket() as taken:

@@ -219,9 +219,37 @@ def test_tells_every_fault_at_once() -> None:
         "BROKER_DATABASE_URL must be a URL that begins with postgresql:// or postgres://.",
         "BROKER_PORT must be a whole number from 0 to 65535.",
         "BROKER_LOG_LEVEL must be one of debug, info, warning, error.",
-        "BROKER_PROT is not a setting.",
         "BROKER_REDIS_URL is missing.",
+        "BROKER_PROT is not a setting.",
     )
+
+
+def test_an_unknown_variable_is_no_fault() -> None:
+    """An older release meets a newer one's settings after a roll-back."""
+    assert load(prot="8080", newer="x").unknown == ("BROKER_NEWER", "BROKER_PROT")
+    assert load().unknown == ()
+
+
+SERVICES = {  # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+    f"{name}{end}": value
+    for name in ("BROKER", "BROKER_MANAGEMENT")
+    for end, value in {
+        "_SERVICE_HOST": "10.0.0.11",
+        "_SERVICE_PORT": "8080",
+        "_SERVICE_PORT_HTTP": "8080",
+        "_PORT": "tcp://10.0.0.11:8080",
+        "_PORT_8080_TCP": "tcp://10.0.0.11:8080",
+        "_PORT_8080_TCP_PROTO": "tcp",
+        "_PORT_8080_TCP_PORT": "8080",
+        "_PORT_8080_TCP_ADDR": "10.0.0.11",
+    }.items()
+}
+
+
+def test_what_kubernetes_adds_for_a_service_is_ignored() -> None:
+    assert load_settings(STORES | SERVICES) == load()
+    with pytest.raises(SettingsFault, match="BROKER_PORT must be a whole number"):
+        load(port="http://10.0.0.11:8080")
 
 
 def test_only_what_is_needed_may_be_missing() -> None:
