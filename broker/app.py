@@ -35,6 +35,7 @@ from broker.telemetry import Log, Metrics, context
 from broker.tokens import Mint, SystemMint
 from broker.web import (
     BROKER,
+    CLIENT_ADDRESS,
     DIRECTORY,
     LIMITS,
     MAILBOX,
@@ -44,6 +45,7 @@ from broker.web import (
     SETTINGS,
     SIGNALS,
     SIGNING,
+    ClientAddress,
     Edge,
     Limits,
     Listener,
@@ -186,6 +188,7 @@ def application(
     """The routes of one port."""
     app = web.Application(client_max_size=MAX_BODY)
     app[BROKER] = parts.broker
+    app[CLIENT_ADDRESS] = ClientAddress(parts.settings.trusted_proxies)
     app[DIRECTORY] = parts.directory
     app[SIGNALS] = parts.signals
     app[MAILBOX] = parts.mailbox
@@ -348,9 +351,14 @@ async def serve(
                 log=parts.log,
                 docs_url=settings.docs_url,
             )
-            listeners.append(
-                await listen(app, sockets, edge=edge, drain_seconds=settings.drain_seconds)
+            listener = await listen(
+                app,
+                sockets,
+                edge=edge,
+                drain_seconds=settings.drain_seconds,
+                proxy_protocol=settings.proxy_protocol and sockets is opened[0],
             )
+            listeners.append(listener)
     except BaseException:
         await stack.aclose()
         raise

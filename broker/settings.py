@@ -16,10 +16,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from broker.model.values import choice, whole
+from broker.model.values import SWITCH, choice, items, whole
 
 T = TypeVar("T")
 PREFIX = "BROKER_"
@@ -174,6 +175,15 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.split(",")))
 
 
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    try:
+        return tuple(dict.fromkeys(ip_network(item) for item in items(text)))
+    except ValueError:
+        raise ValueError(
+            "networks with commas between, like 10.0.0.0/8,2001:db8::1, without host bits"
+        ) from None
+
+
 def _secrets(text: str) -> tuple[str, ...]:
     # A short secret can be guessed, and so can a secret of few different characters.
     given = text.split(",")
@@ -214,6 +224,9 @@ class Settings:
     port: int = _setting(whole(0, 65535), 8080)
     management_port: int = _setting(whole(0, 65535), 0)  # 0: keyed routes share `port`
     metrics: str = _setting(choice("management", "public"), "management")  # the port of /metrics
+    # Networks of the proxies whose X-Forwarded-For or Forwarded header counts.
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting(_networks, ())
+    proxy_protocol: bool = _setting(SWITCH, False)  # every connection to `port` begins with it
     public_url: str = _setting(
         _web_address("the address callers use, like https://passkeys.example.com", "/"), ""
     )

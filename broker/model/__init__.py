@@ -250,12 +250,13 @@ ALL_SCOPES = frozenset({"*"})  # of an API key: today each key has them all
 
 class Caller(NamedTuple):
     """The caller of a verb: a backend with an API key of the app, or an anonymous caller, such as a
-    page, with neither key nor scopes.
+    page, with neither key nor scopes. `address` is an anonymous caller's network, for rate limits.
     """
 
     app: RelyingParty
     key_id: str | None = None
     scopes: frozenset[str] = frozenset()
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ answers, the HTTP server.
 body     bytes -> an object every JSON parser agrees on; limits of size and time
 guards   who may call a route: API key, registered origin, anybody; CORS
 edge     one place where requests get an id, a deadline, a log line, and refusals a status
+client_address  the network that rate limits count a request under
+proxy_protocol  the client's address at the beginning of a connection
 refused_origins  an event and a line for the operator, rate-limited
 server   aiohttp's protocol with limits on slow heads, and error answers that hold no request bytes
 """
@@ -12,9 +14,11 @@ from __future__ import annotations
 
 from broker.web.answer import json_answer
 from broker.web.body import LIMITS, Limits, read_object
+from broker.web.client_address import ClientAddress
 from broker.web.edge import Edge, Renderer
 from broker.web.guards import (
     BROKER,
+    CLIENT_ADDRESS,
     DIRECTORY,
     MAILBOX,
     METRICS,
@@ -40,6 +44,7 @@ from broker.web.server import Listener, listen
 
 __all__ = [
     "BROKER",
+    "CLIENT_ADDRESS",
     "DIRECTORY",
     "LIMITS",
     "MAILBOX",
@@ -50,6 +55,7 @@ __all__ = [
     "SIGNALS",
     "SIGNING",
     "Access",
+    "ClientAddress",
     "Edge",
     "Handler",
     "Limits",

@@ -14,6 +14,7 @@ turns, six pairs, 2026-11-30).
   more data to send'") gets the answers to its whole requests.
 - During shutdown the body of a request that is being answered may still come.
 - An offer to upgrade is ignored.
+- A header of the PROXY protocol, where one is expected, says the peer's address.
 
 **What it rests on.** Private names of aiohttp occur in this module only. `BaseProtocol`, with
 `_buffer_paused`, `_pause_reading_for_buffer` and `_resume_reading_for_buffer`, lets readers and
@@ -45,6 +46,7 @@ from aiohttp.web_protocol import ERROR
 from broker.web.answer import Answer
 from broker.web.body import MAX_BODY, Incoming, Limits
 from broker.web.edge import Edge
+from broker.web.proxy_protocol import read_header
 
 QUEUE = 32  # requests of one connection that wait; then the peer waits
 LINGER_SECONDS = 1.0  # for the rest of a body that no handler has read
@@ -69,6 +71,7 @@ class Connection(BaseProtocol):
         self._queue: deque[tuple[RawRequestMessage | str, StreamReader]] = deque()
         self._received = self._answered = 0  # requests
         self._last_body: StreamReader = EMPTY_PAYLOAD  # of the last request whose head is here
+        self._header = b"" if server.proxy_protocol else None  # of the PROXY protocol, incomplete
         self._unparsed = b""  # the last byte that came, where the parser can't take it yet
         self._broken = False  # what came can't be parsed
         self._ending = False  # no further request is read
@@ -106,6 +109,10 @@ class Connection(BaseProtocol):
         """
         if data and self._ending and self._last_body.is_eof():
             return
+        if self._header is not None:
+            data = self._without_header(self._header + data)
+            if not data:
+                return
         before, begun = self._received, False
         data, self._unparsed = self._unparsed + data, b""
         if data.endswith(_EMPTY_LINE):
@@ -122,6 +129,21 @@ class Connection(BaseProtocol):
             self._stop("head")
         if begun and "head" not in self._timers:
             self._start("head", self._server.limits.head, self._head_is_late)
+
+    def _without_header(self, data: bytes) -> bytes:
+        """What follows on the header of the PROXY protocol that `data` begins with."""
+        self._header = data
+        try:
+            found = read_header(data)
+        except ValueError:
+            self._refuse_the_rest("ProxyHeader")
+            return b""
+        if found is None:
+            return b""
+        self._header = None
+        if found.source is not None:
+            self.peername = (found.source, 0)
+        return data[found.length :]
 
     def _parse(self, data: bytes) -> None:
         """Queue the requests whose heads end in `data`."""
@@ -313,11 +335,14 @@ class Connection(BaseProtocol):
 
 
 class Server:
-    """Makes a `Connection` of each accepted socket."""
+    """Makes a `Connection` of each accepted socket. With `proxy_protocol` each begins with its
+    header.
+    """
 
-    def __init__(self, edge: Edge, limits: Limits) -> None:
+    def __init__(self, edge: Edge, limits: Limits, *, proxy_protocol: bool = False) -> None:
         self.edge = edge
         self.limits = limits
+        self.proxy_protocol = proxy_protocol
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
 
@@ -334,7 +359,7 @@ class Server:
         await asyncio.gather(*(each.shutdown(timeout) for each in list(self.connections)))
 
 
-async def checked_server(edge: Edge, limits: Limits) -> Server:
+async def checked_server(edge: Edge, limits: Limits, *, proxy_protocol: bool) -> Server:
     """A `Server`, if the fast path works with the aiohttp that is installed.
 
     Raises:
@@ -360,7 +385,7 @@ async def checked_server(edge: Edge, limits: Limits) -> Server:
         or answers.count(b"\r\n\r\nping") != _PROBES
     ):
         raise RuntimeError(f"the probe was answered by {len(answers)} bytes")
-    return Server(edge, limits)
+    return Server(edge, limits, proxy_protocol=proxy_protocol)
 
 
 _CHECK_SECONDS = 5.0

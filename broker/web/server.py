@@ -26,6 +26,7 @@ from broker.telemetry import fault
 from broker.web.answer import as_response
 from broker.web.body import LIMITS, MAX_BODY, Incoming, Limits
 from broker.web.edge import Edge
+from broker.web.proxy_protocol import read_header
 
 _BACKLOG = 1024
 
@@ -33,8 +34,8 @@ _BACKLOG = 1024
 class _PlainServer(web.Server):
     """aiohttp's server behind the edge."""
 
-    def __init__(self, edge: Edge, limits: Limits) -> None:
-        self.edge, self.limits = edge, limits
+    def __init__(self, edge: Edge, limits: Limits, *, proxy_protocol: bool) -> None:
+        self.edge, self.limits, self.proxy_protocol = edge, limits, proxy_protocol
         self.loop = asyncio.get_running_loop()
         super().__init__(self._answer, request_factory=self._request)  # type: ignore[arg-type]  # an `Incoming`
 
@@ -53,12 +54,16 @@ class _PlainServer(web.Server):
 
 
 class _PlainConnection(web.RequestHandler):
-    """aiohttp's connection, with a limit on the time of a head."""
+    """aiohttp's connection, with a limit on the time of a head, and behind a header of the PROXY
+    protocol where one is expected.
+    """
 
     timer: asyncio.TimerHandle | None = None
 
     def __init__(self, server: _PlainServer) -> None:
         self.server = server
+        self.header = b"" if server.proxy_protocol else None  # incomplete
+        self.source: str | None = None  # the address in the header
         super().__init__(
             server,
             loop=server.loop,
@@ -79,7 +84,25 @@ class _PlainConnection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self.timer is None:
             self.timer = self.server.loop.call_later(self.server.limits.head, self.force_close)
+        if self.header is not None:
+            self.header += data
+            try:
+                found = read_header(self.header)
+            except ValueError:
+                self.server.edge.malformed("ProxyHeader")
+                self.force_close()
+                return
+            if found is None:
+                return
+            self.source, data, self.header = found.source, self.header[found.length :], None
         super().data_received(data)
+
+    @property
+    def peername(self) -> Any:
+        """The address of the client, of whom `web.Request.remote` tells."""
+        if self.source is not None:
+            return (self.source, 0)
+        return self.transport and self.transport.get_extra_info("peername")
 
     def stop_timer(self) -> None:
         """A head is complete. The next one is awaited when this request is answered."""
@@ -191,9 +214,10 @@ async def listen(
     *,
     edge: Edge,
     drain_seconds: float,
+    proxy_protocol: bool = False,
 ) -> Listener:
     """Serve `app` behind `edge` on bound sockets. How long callers may take is `app[LIMITS]`, where
-    it is set.
+    it is set. With `proxy_protocol` a connection begins with its header.
     """
     app.on_startup.freeze()
     await app.startup()
@@ -203,10 +227,10 @@ async def listen(
     try:
         from broker.web.fast_path import checked_server
 
-        server = await checked_server(edge, limits)
+        server = await checked_server(edge, limits, proxy_protocol=proxy_protocol)
     except Exception as changed:  # noqa: BLE001 - whatever another aiohttp does, the service runs
         edge.log("fast_path_off", severity=logging.WARNING, **fault(changed))
-        server = _PlainServer(edge, limits)
+        server = _PlainServer(edge, limits, proxy_protocol=proxy_protocol)
     listener = Listener(app, server, sockets, drain_seconds)
     loop = asyncio.get_running_loop()
     for listening in sockets:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from ipaddress import ip_network
 
 import pytest
 
@@ -57,6 +58,12 @@ GOOD: list[tuple[str, str, object]] = [
     ("metrics", "public", "public"),
     ("event_retention_days", "0", 0),
     ("event_retention_days", "36500", 36_500),
+    (
+        "trusted_proxies",
+        "10.0.0.0/8, 2001:db8::1,10.0.0.0/8",
+        (ip_network("10.0.0.0/8"), ip_network("2001:db8::1/128")),
+    ),
+    ("proxy_protocol", "true", True),
     ("public_url", "https://passkeys.example.com/", "https://passkeys.example.com"),
     ("public_url", "http://localhost:8080/broker", "http://localhost:8080/broker"),
     ("docs_url", "https://docs.example.com/refusals/", "https://docs.example.com/refusals/"),
@@ -125,6 +132,10 @@ BAD: list[tuple[str, str]] = [
     ("metrics", "none"),
     ("event_retention_days", "36501"),
     ("event_retention_days", "-1"),
+    ("trusted_proxies", "proxy.example"),
+    ("trusted_proxies", "10.0.0.9/8"),
+    ("trusted_proxies", "10.0.0.0/33"),
+    ("proxy_protocol", "yes"),
     ("public_url", "passkeys.example.com"),
     ("public_url", "ftp://h"),
     ("public_url", "https://"),

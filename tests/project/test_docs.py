@@ -179,6 +179,7 @@ QUESTIONS = {
     "lost passkeys": (TROUBLESHOOTING, "**People lost their passkeys.**"),
     "back up and restore": (OPERATE, "## Back up and restore"),
     "behind Cloudflare": (OPERATE, "**Behind Cloudflare**"),
+    "many people behind one NAT": ("deploy/LIMITS.md", "## Client address"),
     "upgrade and roll back": (OPERATE, "## Upgrade and roll back"),
     "CSP for my page": ("broker/sdk/README.md", "Content-Security-Policy"),
 }
@@ -212,4 +213,5 @@ def test_no_page_names_a_machine() -> None:
             "CHANGES.md",
             "DECISIONS.md",
             "MONITORING.md",
+            "LIMITS.md",
         }
