@@ -88,6 +88,7 @@ class Parts:
     async def close(self) -> None:
         """End the background tasks, then close the connections of the stores."""
         await self.housekeeping.close()
+        await self.broker.close()
         await self.ephemeral.close()
         await self.postgres.close()
 
@@ -155,6 +156,7 @@ async def assemble(
             durable=durable,
             signing=signing,
             metrics=metrics,
+            log=log,
             clock=clock,
             mint=mint,
         ),

@@ -51,7 +51,8 @@ from broker.model import RelyingParty, TokenAlgorithm
 from broker.settings import TOKEN_LIFE_LIMIT
 from broker.telemetry import remaining
 from broker.tokens import Mint, SystemMint
-from broker.tokens.signed import PrivateKey, Seal, SealBroken, generate, public_jwk, sign
+from broker.tokens.sealed import SealBroken
+from broker.tokens.signed import PrivateKey, Seal, generate, public_jwk, sign
 
 JWKS_MAX_AGE = 600  # seconds
 SKEW = 60  # seconds

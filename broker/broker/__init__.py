@@ -72,7 +72,7 @@ from broker.model import (
     RegistrationAnswer,
 )
 from broker.signing import Signing
-from broker.telemetry import Metrics
+from broker.telemetry import Log, Metrics
 from broker.tokens import Mint, SystemMint
 
 __all__ = ["Begun", "Broker", "Nonce", "Outcome", "Signed"]
@@ -92,14 +92,19 @@ class Broker:
         durable: Durable,
         signing: Signing,
         metrics: Metrics,
+        log: Log,
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
     ) -> None:
         parts = (ephemeral, durable, signing, metrics, clock, mint or SystemMint())
         self._registration = Registration(*parts)
         self._authentication = Authentication(*parts)
-        self._redemption = Redemption(*parts)
+        self._redemption = Redemption(*parts, log=log)
         self._metrics = metrics
+
+    async def close(self) -> None:
+        """Write the events that wait for the end of their minute."""
+        await self._redemption.close()
 
     # -- open and cancel ---------------------------------------------------------------------------
 

@@ -3,16 +3,24 @@ receipt.
 
 A signing key is made ready before anything is taken, and signs after the last write: a broker that
 can't sign spends nothing.
+
+**Replay alarm.** The second redemption of a nonce is refused like any unknown nonce. For the
+operator and the backend it is an event `nonce.replayed` with the user, a metric and a warning in
+the log. Event and warning name the first redemption: its time, request id and actor. So the backend
+finds the session that the first redemption opened. Any other refused redemption is an event
+`nonce.refused` with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from broker.broker.limited_events import LimitedEvents
 from broker.broker.steps import Steps
 from broker.durable import instant
-from broker.ephemeral import Answer, Replayed, Taken
+from broker.ephemeral import Answer, FirstTake, Replayed, Taken
 from broker.errors import UnknownNonce
 from broker.model import (
     LONGEST_NONCE,
@@ -22,6 +30,7 @@ from broker.model import (
     RelyingParty,
     TokenAlgorithm,
 )
+from broker.telemetry import Log, context
 from broker.tokens import digest, well_formed
 
 # The reason of a refused nonce, by its result in metrics.
@@ -62,6 +71,15 @@ class Outcome(NamedTuple):
 class Redemption(Steps):
     """The steps behind a receipt."""
 
+    def __init__(self, *parts: Any, log: Log) -> None:
+        super().__init__(*parts)
+        self._log = log
+        self._refusals = LimitedEvents(self._tell)
+
+    async def close(self) -> None:
+        """Write the events that the rate limit counted."""
+        await self._refusals.close()
+
     async def ready(self, reward: Nonce | Signed | None) -> None:
         """Make the signing key ready, if the reward needs one.
 
@@ -90,7 +108,7 @@ class Redemption(Steps):
         self, app: RelyingParty, nonce: str, expect: ExpectedReceipt, reward: Signed | None
     ) -> Outcome:
         """Take a nonce; confirm a new passkey, or see that the passkey is live."""
-        found = await self._taken(app, nonce)
+        found = await self._take_nonce(app, nonce)
         receipt, now = found.receipt, self._clock()
         life = found.expires_at - receipt.at
         self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
@@ -104,7 +122,7 @@ class Redemption(Steps):
             )
         ):
             self._metrics.redemptions.inc("mismatch")
-            raise UnknownNonce(reason="nonce_mismatch")
+            raise await self._refused(app, "nonce_mismatch", receipt)
         ceremonies = self._durable.ceremonies
         if not await (
             ceremonies.confirm(app.id, receipt.passkey_id, instant(now))
@@ -112,21 +130,64 @@ class Redemption(Steps):
             else ceremonies.is_live(app.id, receipt.passkey_id)
         ):
             self._metrics.redemptions.inc("revoked")
-            raise UnknownNonce(reason="passkey_revoked")
+            raise await self._refused(app, "passkey_revoked", receipt)
         self._metrics.redemptions.inc("ok")
         return await self._signed(receipt, nonce, reward)
 
-    async def _taken(self, app: RelyingParty, nonce: str) -> Redeemable:
-        cause = "malformed"
+    async def _take_nonce(self, app: RelyingParty, nonce: str) -> Redeemable:
+        cause, replayed = "malformed", None
         if well_formed(nonce, "nonce"):
             answer: Answer[Redeemable] = await self._ephemeral.nonces.take(app.id, nonce)
             if isinstance(answer, Taken):
                 found: Redeemable = answer.value
                 return found
-            cause = "replayed" if isinstance(answer, Replayed) else answer.reason
+            if isinstance(answer, Replayed):
+                cause, replayed = "replayed", answer
+            else:
+                cause = answer.reason
         result = cause if cause in _REASONS else "unknown"
         self._metrics.redemptions.inc(result)
-        raise UnknownNonce(reason=_REASONS[result])
+        if replayed is not None:
+            raise await self._replayed(app, replayed.first, replayed.value.receipt)
+        raise await self._refused(app, _REASONS[result])
+
+    async def _replayed(
+        self, app: RelyingParty, first: FirstTake, receipt: Receipt
+    ) -> UnknownNonce:
+        """The refusal of a second redemption, which is told: event and log line."""
+        told = {
+            "first_at": instant(first.at).isoformat(timespec="milliseconds"),
+            "first_request_id": first.request_id,
+            "first_actor": first.actor,
+        }
+        self._log(
+            "nonce_replayed",
+            severity=logging.WARNING,
+            app=app.id,
+            request_id=context().request_id,
+            user_id=receipt.subject.user_id,
+            **told,
+        )
+        return await self._refused(app, "nonce_replayed", receipt, "nonce.replayed", told)
+
+    async def _refused(
+        self,
+        app: RelyingParty,
+        reason: str,
+        receipt: Receipt | None = None,
+        action: str = "nonce.refused",
+        payload: Mapping[str, Any] | None = None,
+    ) -> UnknownNonce:
+        """The refusal of a redemption, after its event."""
+        await self._refusals.add(
+            app,
+            action,
+            reason,
+            user_id=receipt.subject.user_id if receipt else None,
+            passkey_id=receipt.passkey_id if receipt else None,
+            payload=payload,
+        )
+        return UnknownNonce(reason=reason)
 
     async def _signed(self, receipt: Receipt, nonce: str, reward: Nonce | Signed | None) -> Outcome:
         token = None

@@ -8,7 +8,7 @@ was taken, so no answer is judged twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -292,6 +292,7 @@ class Steps:
         user_id: str | None,
         reason: str | None = None,
         passkey_id: str | None = None,
+        payload: Mapping[str, Any] | None = None,
     ) -> None:
         """Write an event, of a refusal if it has a reason. What was decided stands also when the
         event can't be written; a metric counts that.
@@ -304,6 +305,7 @@ class Steps:
                 reason=reason,
                 user_id=user_id,
                 passkey_id=passkey_id,
+                payload=payload,
                 now=instant(self._clock()),
             )
         except Unavailable:

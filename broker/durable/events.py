@@ -39,7 +39,7 @@ ERASE = """
 
 _EVENT = (
     "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason,"
-    " e.request_id"
+    " e.request_id, e.payload"
 )
 # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the
 # order would be that of ids, and a plan for any app may walk through everybody's events for the few

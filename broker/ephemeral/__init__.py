@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.ephemeral.mail_codes import MailCodes
-from broker.ephemeral.one_time import Answer, OneTimeStore, Replayed, Taken, Unknown
+from broker.ephemeral.one_time import Answer, FirstTake, OneTimeStore, Replayed, Taken, Unknown
 from broker.ephemeral.stores import Ceremonies, Nonces, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
 from broker.telemetry import Log, Metrics
 
-__all__ = ["Answer", "Ephemeral", "Replayed", "Taken", "Unknown", "connect"]
+__all__ = ["Answer", "Ephemeral", "FirstTake", "Replayed", "Taken", "Unknown", "connect"]
 
 
 class Ephemeral:

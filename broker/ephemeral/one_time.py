@@ -19,8 +19,8 @@ or `Unknown`. `Unknown.reason` is for operators; callers get one answer for all 
 much longer, in which a take says that it has expired.
 
 **Spent values.** A spent value is deleted, or leaves a tombstone in place: an envelope with state
-`s` whose payload is the first take. The script deletes before it writes the tombstone, so that a
-full server still redeems.
+`s` whose payload is the msgpack array of the first take and of the value's content. The script
+deletes before it writes the tombstone, so that a full server still redeems.
 
 **Groups.** A put may count the value in groups: sorted sets of keys, scored by the end in ms. A
 group that is full refuses the put, or loses its oldest values. The set and its values share a hash
@@ -36,12 +36,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from broker.ephemeral.codec import DecodeError, decode
+from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.ephemeral.transport import Script, Transport
 
 T = TypeVar("T")
 
-VERSION = b"\x01"  # not the first byte of any earlier format
+VERSION = b"\x02"  # not the first byte of any earlier format
 TOLERANCE = 5000  # ms
 TOMBSTONE = 600_000  # ms that a tombstone stays
 
@@ -106,10 +106,11 @@ class Taken(NamedTuple, Generic[T]):
     value: T
 
 
-class Replayed(NamedTuple):
+class Replayed(NamedTuple, Generic[T]):
     """The value was spent before, by this take."""
 
     first: FirstTake
+    value: T
 
 
 class Unknown(NamedTuple):
@@ -121,7 +122,7 @@ class Unknown(NamedTuple):
     value: Any = None
 
 
-Answer: TypeAlias = Taken[T] | Replayed | Unknown
+Answer: TypeAlias = Taken[T] | Replayed[T] | Unknown
 
 
 # ARGV of every script but the puts: 1 now in ms, 2 grace in ms, 3 kinds, each between bars, 4
@@ -149,7 +150,7 @@ local function judge(key, kinds, opener, proof)
   return 'live', v, at
 end
 """
-# ARGV: 6 payload of a tombstone, or ''.
+# ARGV: 6 what a tombstone puts before the content, or ''.
 _SPEND = (
     _JUDGE
     + f"""
@@ -160,7 +161,7 @@ local function take(key)
   elseif verdict == 'live' then
     redis.call('DEL', key)
     if ARGV[6] ~= '' then
-      redis.call('SET', key, string.sub(v, 1, at - 3) .. 's|' .. ARGV[6], 'PX', {TOMBSTONE})
+      redis.call('SET', key, string.sub(v, 1, at - 3) .. 's|' .. ARGV[6] .. string.sub(v, at), 'PX', {TOMBSTONE})
     end
   end
   return {{verdict, at and string.sub(v, at + #ARGV[5])}}
@@ -365,9 +366,12 @@ class OneTimeStore:
         type_: type[T],
         expected: Expected,
         *,
-        tombstone: bytes = b"",
+        first: FirstTake | None = None,
     ) -> Awaitable[Answer[T]]:
-        """Take the value under the first key; the other keys are deleted with it."""
+        """Take the value under the first key; the other keys are deleted with it. `first` describes
+        this take in a tombstone; None leaves none. A value with a proof leaves none.
+        """
+        tombstone = b"\x92" + encode(first) if first else b""  # an array of two
         return self._run(operation, _TAKE, keys, type_, expected, tombstone)
 
     def take_beside(
@@ -416,7 +420,8 @@ class OneTimeStore:
         verdict, *payload = await self._transport.run(operation, script, keys, args)
         try:
             if verdict == b"replayed":
-                return Replayed(decode(FirstTake, *payload))
+                pair: Any = tuple[FirstTake, type_]  # type: ignore[valid-type]
+                return Replayed(*decode(pair, *payload))
             value = decode(type_, *payload) if payload else None
         except DecodeError as fault:
             self._transport.tell(operation, fault)

@@ -22,7 +22,8 @@ prove. One script writes `{T}:c` while `{T}:t` lives and is of an expected kind.
 transaction stays until it is taken, and its ceremony ends with it.
 
 **Nonces.** The name of a nonce lacks the app, so that a nonce of another app is told apart
-(`foreign`); it stays. A nonce is known for 10 minutes after it was taken or has ended.
+(`foreign`); it stays. A nonce is known for 10 minutes after it was taken or has ended. What it
+stands for is sealed under a key derived from the nonce, which Redis lacks.
 
 An operator can compute: keys = open transactions + pending ceremonies + tickets + nonces of the
 last 11 minutes + one set per app with open discoverable ceremonies. A request without a key stores
@@ -36,7 +37,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, get_args
 
-from broker.ephemeral.codec import encode
+from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.ephemeral.one_time import (
     TOLERANCE,
     TOMBSTONE,
@@ -46,6 +47,7 @@ from broker.ephemeral.one_time import (
     FirstTake,
     Group,
     OneTimeStore,
+    Replayed,
     Taken,
     Unknown,
 )
@@ -67,6 +69,7 @@ from broker.model import (
 )
 from broker.telemetry import context
 from broker.tokens import FoundBy, ceremony_digest, digest
+from broker.tokens.sealed import SealBroken, seal, unseal
 
 _SECRET = len("pbh_") + 43  # characters of a handle before the transaction's digest
 _HANDLE = _SECRET + 43
@@ -220,7 +223,7 @@ class Ceremonies:
             Expected((kind,), opener, digest("handle", app_id, handle)),
         )
         if not isinstance(found, Taken):
-            return found
+            return found if isinstance(found, Unknown) else Unknown("unknown")
         begun, transaction = found.value
         pending = begun.pending(name, transaction)
         # The life that the caller asked for is not known to the script of the begin.
@@ -249,20 +252,30 @@ class Nonces:
 
     def put(self, app_id: str, nonce: str, redeemable: Redeemable) -> Awaitable[None]:
         """Put what a nonce stands for until `expires_at`."""
-        value = Envelope("nonce", app_id, redeemable.expires_at, encode(redeemable))
+        content = encode(seal(nonce, encode(redeemable)))
+        value = Envelope("nonce", app_id, redeemable.expires_at, content)
         key = b"n:" + digest("nonce", nonce)
         return self._store.put("put_nonce", key, value, grace=TOMBSTONE)
 
-    def take(self, app_id: str, nonce: str) -> Awaitable[Answer[Redeemable]]:
+    async def take(self, app_id: str, nonce: str) -> Answer[Redeemable]:
         """Take what a nonce stands for."""
         now = context()
-        return self._store.take(
+        found = await self._store.take(
             "take_nonce",
             [b"n:" + digest("nonce", nonce)],
-            Redeemable,
+            bytes,
             Expected(("nonce",), app_id, grace=TOMBSTONE),
-            tombstone=encode(FirstTake(self._clock(), now.request_id, now.actor)),
+            first=FirstTake(self._clock(), now.request_id, now.actor),
         )
+        if isinstance(found, Unknown):
+            return found
+        try:
+            redeemable = decode(Redeemable, unseal(nonce, found.value))
+        except (DecodeError, SealBroken):
+            return Unknown("unreadable")
+        if isinstance(found, Replayed):
+            return Replayed(found.first, redeemable)
+        return Taken(redeemable)
 
 
 class Tickets:

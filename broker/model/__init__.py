@@ -273,7 +273,9 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, and was true when it was committed."""
+    """Something that happened, and was true when it was committed. `payload` is JSON, of actions
+    that have one.
+    """
 
     id: int
     at: datetime
@@ -285,6 +287,7 @@ class Event:
     result: str
     reason: str | None
     request_id: str
+    payload: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from broker.model import TokenAlgorithm
+from broker.tokens.sealed import SealBroken
 
 PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
@@ -45,13 +46,6 @@ _NONCE = 12  # bytes: the length that GCM is made for
 _TAG = 16
 _FORMAT = b"\x01"  # first byte of a sealed key: the version of the format
 _PURPOSE = b"passkey-broker: sealing of signing keys"
-
-
-class SealBroken(Exception):
-    """No secret opens a sealed key: it was sealed under another secret, or changed since.
-
-    Sealed keys are the broker's own values, so this is never a caller's fault.
-    """
 
 
 def generate(algorithm: TokenAlgorithm) -> PrivateKey:
@@ -120,7 +114,7 @@ class Seal:
         """The private key, and the number of the secret that opened it (0 seals new keys).
 
         Raises:
-            SealBroken: no secret opens it.
+            SealBroken: no secret opens it. It was sealed under another secret, or changed since.
         """
         if sealed[:1] != _FORMAT or len(sealed) <= 1 + _NONCE + _TAG:
             raise SealBroken

@@ -768,7 +768,8 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
     await run("passkey", "revoke", "--app", wire.app_id, "--user", "ann", "--all", "--yes")
     events = (await run("events", "--app", wire.app_id, "--json")).json
     assert list(events[0]) == [
-        "id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason", "request_id"
+        "id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason", "request_id",
+        "payload",
     ]  # fmt: skip
     (key,) = (await run("key", "list", "--app", wire.app_id, "--json")).json
     assert [(e["actor"], e["action"], e["result"], e["reason"]) for e in events] == [

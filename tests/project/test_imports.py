@@ -87,6 +87,7 @@ SHORTEST = 60
 
 # Modules below `SHORTEST` lines, each with words of its docstring that say why it stands alone.
 SHORT = {
+    "tokens/sealed.py": "Apart from `broker.tokens`, which needs no third party",
     "dialects/flex/canonical.py": "stands alone as the specification",
     "__init__.py": "Reading order",
     "durable/approvals.py": "The table of approvals",

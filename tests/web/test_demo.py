@@ -958,7 +958,7 @@ async def test_redeeming_again_shows_the_refusal(
         assert nonce.encode() not in again.body
     assert await ada.account() == "Ada"
     said = ada.site.log.getvalue()
-    assert said.count('"nonce_replayed"') == 2
+    assert said.count('"reason":"nonce_replayed"') == 2
     assert nonce not in said + caplog.text
 
 

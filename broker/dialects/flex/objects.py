@@ -178,6 +178,7 @@ def event_object(row: AuditRow) -> dict[str, Any]:
         "user_id": event.user_id,
         "passkey_id": event.passkey_id,
         "request_id": event.request_id,
+        "payload": event.payload,
     }
 
 

@@ -215,6 +215,8 @@ class Event:
         result: "done" or "refused", which has a `reason`.
         external_id: None if the event concerns no user, or a deleted one.
         request_id: finds the request in the broker's log.
+        payload: facts of some actions; None if there are none. Of "nonce.replayed" the first
+            redemption: `first_at`, `first_request_id`, `first_actor`.
     """
 
     id: int
@@ -227,6 +229,7 @@ class Event:
     user_id: str | None
     passkey_id: str | None
     request_id: str | None
+    payload: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

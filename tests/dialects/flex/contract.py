@@ -253,6 +253,7 @@ EVENT: Shape = {
     "user_id": Maybe(ID),
     "passkey_id": Maybe(ID),
     "request_id": ID,
+    "payload": Maybe(OBJECT),
 }
 APPROVAL: Shape = {"id": str, "data": OBJECT, "created_at": TIME, "approved_at": Maybe(TIME)}
 TICKET: Shape = {"ticket": text("<ticket>"), "expires_at": TIME, "missing": [ID], "empty": bool}

@@ -1,0 +1,81 @@
+"""Rate limit for events of refused redemptions: a window of a minute for each app and action.
+
+A holder of an API key can present any number of wrong nonces. So an app gets `LIMIT` events of one
+action a minute from each process. One further event carries the number of the rest (`limited` in
+its payload), when the minute ends or the process stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any
+
+from broker.model import RelyingParty
+
+LIMIT = 60  # events of one action in a window
+WINDOW = 60.0  # seconds
+
+# App, action, user id, reason, passkey id, payload.
+Write = Callable[
+    [RelyingParty, str, str | None, str | None, str | None, Mapping[str, Any] | None],
+    Awaitable[None],
+]
+
+
+@dataclass(slots=True)
+class _Window:
+    app: RelyingParty
+    timer: asyncio.TimerHandle
+    events: int = 0
+
+
+class LimitedEvents:
+    """Passes events of refusals on to `write`, within the limit."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._windows: dict[tuple[str, str], _Window] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def add(
+        self,
+        app: RelyingParty,
+        action: str,
+        reason: str,
+        *,
+        user_id: str | None,
+        passkey_id: str | None,
+        payload: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the event, or count it where the window of its app and action is full."""
+        key = (app.id, action)
+        window = self._windows.get(key)
+        if window is None:
+            # An empty context: the event of the rest belongs to no request.
+            timer = asyncio.get_running_loop().call_later(
+                WINDOW, self._end_soon, key, context=Context()
+            )
+            window = self._windows[key] = _Window(app, timer)
+        window.events += 1
+        if window.events <= LIMIT:
+            await self._write(app, action, user_id, reason, passkey_id, payload)
+
+    async def close(self) -> None:
+        """End every window now."""
+        ends = [self._end(key) for key in tuple(self._windows)]
+        await asyncio.gather(*ends, *self._tasks)
+
+    def _end_soon(self, key: tuple[str, str]) -> None:
+        task = asyncio.get_running_loop().create_task(self._end(key))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end(self, key: tuple[str, str]) -> None:
+        window = self._windows.pop(key)
+        window.timer.cancel()
+        rest = window.events - LIMIT
+        if rest > 0:
+            await self._write(window.app, key[1], None, "limited", None, {"limited": rest})
