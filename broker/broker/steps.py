@@ -1,9 +1,9 @@
 """Steps that both ceremonies share: open a transaction, put a pending ceremony at begin, take it at
-finish, count and tell a refusal.
+finish, count a refused finish and write its event.
 
-A step that takes is one atomic script, and everything after it fails closed. `retry_from` notes on
-an unavailable store where the person starts again. Steps that judge get the pending ceremony as it
-was taken, so no answer is judged twice.
+A step that takes is one atomic script, and every later failure fails closed. `retry_from` records
+on an unavailable store from where the person starts again. The steps that verify an answer get the
+taken ceremony as an argument, so no answer is verified twice.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _BEGIN_AGAIN = "There is no begun ceremony {}, or it is expired or already used;
 
 class Begun(NamedTuple):
     """A begun ceremony: the JSON for `publicKey` of `navigator.credentials`, the mediation, and the
-    handle where finish needs one.
+    handle, if finish needs a handle.
     """
 
     handle: str | None
@@ -97,7 +97,7 @@ class Steps:
     # -- begin -------------------------------------------------------------------------------------
 
     async def put_transaction(self, app: RelyingParty, transaction: Transaction) -> str:
-        """Store a transaction, which lives as long as the policy says; its id."""
+        """Store a transaction for the policy's `transaction_life`. Returns the transaction's id."""
         transaction_id = self._mint.token("transaction")
         ends = self._clock() + app.policy.transaction_life
         await self._ephemeral.transactions.put(
@@ -106,7 +106,7 @@ class Steps:
         return transaction_id
 
     async def cancel(self, app: RelyingParty, transaction_id: str) -> None:
-        """End a transaction and its pending ceremony; an event if it lived."""
+        """End a transaction and its pending ceremony. A live transaction gives an event."""
         if not well_formed(transaction_id, "transaction"):
             return
         name = digest("transaction", app.id, transaction_id)
@@ -117,7 +117,7 @@ class Steps:
     async def _peek(
         self, app: RelyingParty, link: ByTransaction, purpose: Purpose
     ) -> tuple[bytes, Transaction]:
-        """The digest of a transaction's id, and the transaction, if its kind is expected."""
+        """Peek at a transaction of the expected kind: the digest of its id, and the transaction."""
         name = _transaction_name(app, link)
         found = await self._ephemeral.transactions.peek(name)
         return name, await self._expected(found, name, kinds_of(purpose, link.second_factor))
@@ -130,9 +130,10 @@ class Steps:
         opener: Opener,
         begun: BegunCeremony,
     ) -> tuple[str, bytes, Transaction]:
-        """Store the pending ceremony of a transaction, in place of its earlier one: the handle, the
-        digest of the transaction's id, and the transaction. While its credentials must be queried
-        the handle finds nothing.
+        """Store the pending ceremony of a transaction, in place of its earlier ceremony.
+
+        Returns the handle, the digest of the transaction's id, and the transaction. If the
+        transaction's credentials must be queried, nothing is stored under the handle.
         """
         name, secret = _transaction_name(app, link), self._mint.token("handle")
         kinds = kinds_of(purpose, link.second_factor)
@@ -145,10 +146,10 @@ class Steps:
     async def _expected(
         self, transaction: Transaction | None, name: bytes, kinds: tuple[FinishKind, ...]
     ) -> Transaction:
-        """The transaction, if there is one and its kind is expected.
+        """The transaction, if it exists and has an expected kind.
 
         Raises:
-            UnknownTransaction: `reason` tells the operator what was wrong.
+            UnknownTransaction: `reason` tells the operator the cause.
         """
         if transaction is None:
             ended = await self._ephemeral.transactions.refusals(name) >= MAX_REFUSALS
@@ -161,11 +162,11 @@ class Steps:
     async def _put_alone(
         self, caller: Caller, link: ByUser | ByChallenge | Anyone, opener: Opener, pending: Pending
     ) -> str | None:
-        """Store a pending ceremony that has no transaction; its handle where that finds it. The cap
-        of the app's open ceremonies counts those of anonymous callers.
+        """Store a pending ceremony that has no transaction. Returns the handle, if finish finds the
+        ceremony by handle. The app's cap of open ceremonies counts those of anonymous callers.
         """
         cap = None if caller.key_id else caller.app.policy.discoverable_limit
-        # The lists are done with, and long.
+        # Finish needs neither list, and both may be long.
         pending = pending._replace(options=pending.options._replace(allow=None, exclude=None))
         put = self._ephemeral.ceremonies.put
         match link:
@@ -193,7 +194,7 @@ class Steps:
         """Take the pending ceremony, before any cryptography.
 
         Raises:
-            InvalidRequest; UnknownTransaction: no such ceremony, or not what the finish expects.
+            InvalidRequest; UnknownTransaction: no such ceremony, or not of the expected kind.
         """
         purpose = _PURPOSES[type_]
         kinds = kinds_of(purpose, expect.second_factor, approved=expect.approval)
@@ -226,8 +227,8 @@ class Steps:
         return _reapply_policy(app, pending)
 
     async def _take_transaction(self, name: bytes | None) -> None:
-        """Take the transaction, if there is one, before any durable write: one transaction, one
-        success.
+        """Take the ceremony's transaction, if any, before any durable write: one transaction gives
+        one success.
         """
         if name is not None and await self._ephemeral.transactions.take(name) is None:
             raise UnknownTransaction(reason="transaction_spent")
@@ -235,9 +236,9 @@ class Steps:
     # -- refusals ----------------------------------------------------------------------------------
 
     async def _count_refusal(self, pending: Pending) -> bool:
-        """Count a refused finish of the ceremony's transaction, if it has one; the last that it may
-        have ends it. False for refusals beyond the last, which are no events. A refusal stands also
-        when it can't be counted.
+        """Count a refused finish of the ceremony's transaction, if any. The last permitted refusal
+        ends the transaction. False: a refusal beyond the last, which is no event. A refusal stands
+        even if it can't be counted.
         """
         name = pending.transaction
         if name is None:
@@ -251,11 +252,11 @@ class Steps:
         return refusals <= MAX_REFUSALS
 
     async def _orphan(self, app: RelyingParty, credential_id: bytes) -> Signal | None:
-        """The signal that no user of the RP ID has this credential, where that is proved; a store
-        that can't tell proves nothing.
+        """The signal that no user of the RP ID has this credential. None: a user has it, or the
+        store is unavailable.
 
-        Of the RP ID, not of the app: the signal reaches an authenticator, which knows no apps, and
-        two apps may share an RP ID.
+        The query covers the RP ID, not the app: authenticators know no apps, and two apps may share
+        an RP ID.
         """
         try:
             held = await self._durable.credentials.exists(app.rp_id, credential_id)
@@ -272,8 +273,8 @@ class Steps:
     ) -> None:
         """Write the event of a refused finish.
 
-        Without a named user any caller can have answers refused: an event is worth only what a
-        genuine passkey signed.
+        Without a named user any caller can produce refusals. Such a refusal is an event only if a
+        genuine passkey signed the answer.
         """
         named = isinstance(pending.subject, Named)
         if named or refusal.reason in _SIGNED:
@@ -294,8 +295,8 @@ class Steps:
         passkey_id: str | None = None,
         payload: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an event, of a refusal if it has a reason. What was decided stands also when the
-        event can't be written; a metric counts that.
+        """Write an event; with a reason, an event of a refusal. The decision stands even if the
+        event can't be written; a metric counts lost events.
         """
         try:
             await self._durable.events.add(
@@ -314,7 +315,7 @@ class Steps:
 
 @contextmanager
 def retry_from(place: Retry) -> Iterator[None]:
-    """Note on an unavailable store inside: start again at `place`. The innermost place counts."""
+    """Set `retry` of an `Unavailable` raised inside, unless an inner block has set it."""
     try:
         yield
     except Unavailable as fault:
@@ -341,15 +342,15 @@ def _transaction_name(app: RelyingParty, link: ByTransaction) -> bytes:
 def kinds_of(
     purpose: Purpose, second_factor: bool | None, *, approved: bool = False
 ) -> tuple[FinishKind, ...]:
-    """The kinds of ceremony of this purpose; with `second_factor` None those of either factor."""
+    """The kinds of ceremony of a purpose; `second_factor` None gives those of both factors."""
     factors = (False, True) if second_factor is None else (second_factor,)
     return tuple([finish_kind(purpose, second_factor=f, approved=approved) for f in factors])
 
 
 def _reapply_policy(app: RelyingParty, pending: P) -> P:
-    """The pending ceremony as strict as one that begins now: a stricter policy is effective at
-    once. It asks for no less user verification, and takes an unowned passkey only where the policy
-    still does.
+    """Apply the current policy to a pending ceremony, so that a stricter policy is effective at
+    once. User verification is never lowered. An unowned passkey needs a policy that still allows
+    it.
     """
     if not app.policy.ownerless_registration:
         by_page = pending.transaction is None

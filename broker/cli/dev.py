@@ -1,11 +1,11 @@
 """`broker dev`: the same service as `serve`, with embedded stores and the demo site.
 
-The stores are started first and stopped last. The dev app (RP ID `localhost`) and its key are made
-once and found again in `dev.json`, readable by its owner only; each start adds its own origin to
-the app. So is the secret key under which signing keys are sealed: made once, kept in `secret-key`,
-so that tokens and key sets outlive a restart. A first start says at a terminal what it does, step
-by step. SIGINT and SIGTERM stop everything; when the process is killed, the kernel stops the stores
-(`broker.embedded`).
+The stores start first and stop last. The first start creates the dev app (RP ID `localhost`) and
+its key, and keeps them in `dev.json`. Each start adds its own origin to the app. The first start
+also creates the secret key under which signing keys are sealed, and keeps it in `secret-key`. So
+tokens and key sets survive a restart. Only their owner can read the two files. A first start
+prints its steps on a terminal. SIGINT and SIGTERM stop everything. After SIGKILL the kernel stops
+the stores (`broker.embedded`).
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ NAME = "Passkey broker demo"
 
 
 class ExtraFault(Fault):
-    """A package that only `dev` needs is not installed; the sentence names the extra that has
-    it.
-    """
+    """A package that only `dev` needs is not installed; the sentence names its extra."""
 
 
 class SecretFault(Fault):
@@ -76,7 +74,7 @@ def run_dev(options: argparse.Namespace) -> int:
         if value is not None:
             environment[f"BROKER_{name.upper()}"] = str(value)
             said[f"BROKER_{name.upper()}"] = given
-    environment.setdefault("BROKER_LOG_LEVEL", "warning")  # the banner is what a person looks for
+    environment.setdefault("BROKER_LOG_LEVEL", "warning")  # the banner stays visible
     stores = {
         name: environment.get(f"BROKER_{name.upper()}") or None
         for name in ("database_url", "redis_url")
@@ -85,9 +83,7 @@ def run_dev(options: argparse.Namespace) -> int:
         load_settings(environment, needed=())  # faults are reported before anything is started
     except SettingsFault as fault:
         raise SettingsFault([_as_given(sentence, said) for sentence in fault.faults]) from None
-    if (
-        importlib.util.find_spec("httpx") is None
-    ):  # and the stores look for servers before they make anything
+    if importlib.util.find_spec("httpx") is None:
         raise ExtraFault(
             f"The demo of `broker dev` needs httpx, which is not installed; run {INSTALL}."
         )
@@ -107,13 +103,13 @@ def run_dev(options: argparse.Namespace) -> int:
 
 
 def _as_given(sentence: str, said: Mapping[str, str]) -> str:
-    """A fault, naming what the person typed instead of the setting it became."""
+    """A fault, with the option or variable that was given in place of the setting's name."""
     name, _, rest = sentence.partition(" ")
     return f"{said.get(name, name)} {rest}"
 
 
 def _load() -> None:
-    """Import the service: as long as Postgres takes to start, so it is done meanwhile."""
+    """Import the service. This takes as long as Postgres takes to start, so it runs meanwhile."""
     import broker.app
     import broker.demo  # noqa: F401
 
@@ -139,7 +135,7 @@ async def _dev(
         raise
 
     async def prepare(port: int) -> dict[str, web.Application]:
-        """Whoever finds the service ready finds this start's origin and `dev.json` too."""
+        """Add this start's origin and write `dev.json` before the service is ready."""
         url = f"http://localhost:{port}"
         if url not in app.origins:
             await parts.directory.update_app(replace(app, origins=(*app.origins, url)))
@@ -176,8 +172,8 @@ async def _dev(
 
 
 class RefusedOnTheTerminal:
-    """Prints a refused origin once, with the command that allows it, or why none does; the first
-    hundred of a run.
+    """Prints a refused origin once, with the command that allows it, or the reason why no command
+    does. At most a hundred origins a run.
     """
 
     MOST = 100
@@ -204,8 +200,8 @@ def _what_to_do(app: RelyingParty, origin: str) -> str:
 
 
 async def _dev_app(parts: Parts, place: Path) -> tuple[RelyingParty, str]:
-    """The dev app and its key: those of `dev.json` where they still hold, else the same app with a
-    new key, else a new app.
+    """The dev app and its key: those of `dev.json` if they are valid, otherwise the same app with a
+    new key, otherwise a new app.
     """
     stored = read(place) or {}
     app_id, key = str(stored.get("app_id", "")), str(stored.get("api_key", ""))
@@ -222,8 +218,8 @@ async def _dev_app(parts: Parts, place: Path) -> tuple[RelyingParty, str]:
 
 
 def _with_loopback(host: str) -> str:
-    """`host`, and loopback too: passkeys of `localhost` need a page there, and so do the demo's
-    backend and `dev.json`.
+    """`host` and loopback: passkeys of `localhost` need a page on loopback, and the demo's backend
+    and readers of `dev.json` connect to loopback.
     """
     if host in ("localhost", "0.0.0.0", "::", "127.0.0.1", "::1"):  # noqa: S104 - compared, not bound
         return host
@@ -236,7 +232,7 @@ def _reachable(host: str) -> str:
 
 
 def read(place: Path) -> dict[str, Any] | None:
-    """A `dev.json`; None where there is none or it is not one."""
+    """The content of `dev.json`. None: no file, or not JSON of the right form."""
     try:
         value = json.loads(_text_of(place) or "")
     except (OSError, ValueError):
@@ -245,7 +241,7 @@ def read(place: Path) -> dict[str, Any] | None:
 
 
 def read_secret(data: Path) -> str:
-    """The secret key that `dev` keeps in a data directory, "" where there is none of ours."""
+    """The secret key that `dev` keeps in a data directory. "": no file, or not the owner's."""
     try:
         return (_text_of(data / SECRET) or "").strip()
     except (OSError, ValueError):
@@ -253,11 +249,11 @@ def read_secret(data: Path) -> str:
 
 
 def _kept_secret(data: Path) -> str:
-    """The same, made if there is none. What is there is never replaced: keys may be sealed under
-    it.
+    """The secret key of a data directory, created if there is no file. A file is never replaced:
+    signing keys may be sealed under its key.
 
     Raises:
-        SecretFault: there is something, and it is not a secret key of ours.
+        SecretFault: the file has no valid secret key, or others may read it.
     """
     place = data / SECRET
     if not place.exists() and not place.is_symlink():
@@ -274,8 +270,8 @@ def _kept_secret(data: Path) -> str:
 
 
 def _text_of(place: Path) -> str | None:
-    """A file of ours; None for somebody else's, who would choose where our commands, passwords and
-    keys go.
+    """The text of a file that only this user owns and reads; None for any other file. The owner of
+    `dev.json` chooses the server that receives commands and keys.
     """
     with open(os.open(place, os.O_RDONLY | os.O_NOFOLLOW)) as file:
         return file.read() if _is_ours(os.fstat(file.fileno())) else None
@@ -286,9 +282,8 @@ def _is_ours(file: os.stat_result) -> bool:
 
 
 def _write(place: Path, text: str) -> None:
-    """Replace a file in one step, mode 0600 from the first byte; it is on the disk before it has
-    its name.
-    """
+    """Replace a file atomically, with mode 0600 from the first byte, and fsync before the
+    rename."""
     fresh = place.with_name(place.name + ".new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

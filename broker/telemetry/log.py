@@ -1,23 +1,23 @@
-"""Logs: JSON, one object a line, on standard error.
+"""Structured logs: one JSON object a line, on standard error.
 
-A request makes one line, with the route's template (never the path), status, duration, app and
-request id. Nothing that came from a caller is logged except a well-formed request id, the app id of
-a route that matched, and a refused origin in the form that browsers write
-(`broker.web.refused_origins`); so no token, key, body, query or other header can reach a log. Of a
-library's record only what its source code says is kept: the logger, the place, the template of a
-message that has arguments, and an exception's type and trace. Arguments, finished messages and the
-texts of exceptions are dropped: aiohttp reports malformed requests with the bytes it could not
-parse, asyncio reports callbacks with their arguments, and either may hold an Authorization header.
-A log that can't be written to stops no request.
+**One line a request**: the route's template (never the path), status, duration, app and request id.
 
-**Lines may be held** for a moment (`hold`, in seconds) and then be made and written together: a
-line by itself costs a request as much as its look-ups. Nothing overtakes: a warning or an error
-takes what is held along and is written at once. A process that is killed loses what it held, so
-those who end by themselves call `flush`.
+**Redaction.** Three values of a caller are logged: a well-formed request id, the app id of a route
+that matched, and a refused origin in the form that browsers write (`broker.web.refused_origins`).
+So no token, key, body, query or other header reaches a log. Of a library's record only constants of
+its source code are kept: the logger, the place, the template of a message that has arguments, and
+an exception's type and trace. Arguments, formatted messages and texts of exceptions are dropped.
+aiohttp reports malformed requests with their bytes, and asyncio reports callbacks with their
+arguments; either may contain an Authorization header.
 
-**Lines of several processes stay whole** on one standard error: what is written at once is whole
-lines of at most 4096 bytes together, which a pipe takes in one piece (pipe(7), PIPE_BUF on Linux),
-and so do files and sockets. Nothing logged makes a longer line.
+**Buffering.** Lines may be held for `hold` seconds, then serialized and written together: a line
+by itself costs a request as much as its look-ups. Order is kept: a warning or an error flushes the
+buffer and is written at once. A killed process loses its buffer, so a process that exits calls
+`flush`. A failed write stops no request.
+
+**Atomic lines.** Several processes may share one standard error. A write is whole lines of at most
+4096 bytes together, which a pipe takes in one piece (pipe(7), PIPE_BUF on Linux), as files and
+sockets do. No logged line is longer.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _Line: TypeAlias = tuple[float, int, str, dict[str, Any]]  # time, severity, eve
 
 
 class Log:
-    """Writes one JSON line per call. Lines below a warning may be held for `hold` seconds, while an
-    event loop runs; 0 holds none.
+    """JSON logger: one line a call. While an event loop runs, lines below a warning are buffered
+    for `hold` seconds; 0 buffers none.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Log:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffered lines."""
         held, self._held = self._held, []
         if not held:
             return
-        with suppress(OSError):  # the reader of our standard error went away, or its disk is full
+        with suppress(OSError):  # the pipe is closed, or the disk is full
             for piece in _pieces(map(self._serialize, held)):
                 self._stream.write(piece)
                 self._stream.flush()
@@ -85,7 +85,7 @@ class Log:
 
 
 def _pieces(lines: Iterable[bytes]) -> Iterator[str]:
-    """The lines, joined as far as they may be written at once."""
+    """The lines joined to pieces of at most `_AT_ONCE` bytes."""
     joined = b""
     for line in lines:
         if joined and len(joined) + len(line) > _AT_ONCE:
@@ -96,7 +96,7 @@ def _pieces(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 class _LibraryRecords(logging.Handler):
-    """Library records as JSON lines, without anything that was known only when they were made."""
+    """Handler that writes library records as JSON lines, without values of the running process."""
 
     def __init__(self, log: Log) -> None:
         super().__init__(log.level)
@@ -115,8 +115,8 @@ class _LibraryRecords(logging.Handler):
 
 
 def fault(error: BaseException | None) -> dict[str, str]:
-    """An exception as log fields: its type and where it was raised. Its text may quote a caller's
-    bytes, so it is left out.
+    """An exception as log fields: its type and the place that raised it. The text of an exception
+    may quote a caller's bytes, so it is left out.
     """
     places = []
     trace = error.__traceback__ if error else None
@@ -128,7 +128,7 @@ def fault(error: BaseException | None) -> dict[str, str]:
 
 
 def capture_library_records(log: Log) -> None:
-    """Send what libraries log through `log`. Called once, by the process's entry point."""
+    """Send the records of libraries through `log`. Called once, by the process's entry point."""
     root = logging.getLogger()
     root.handlers = [_LibraryRecords(log)]
     root.setLevel(max(logging.WARNING, log.level))

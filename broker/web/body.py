@@ -1,11 +1,11 @@
-"""Request bodies: bounded, and read in the one way that every JSON parser agrees on.
+"""Request bodies: size limit, read timeout and strict JSON parsing.
 
-Two parsers that read one body differently are a hole: the proxy in front sees one user, the broker
-another. So what RFC 8259 leaves open is refused here: duplicate keys (§4), lone surrogates (§8.2),
-numbers beyond a double (§6), NaN, invalid UTF-8, NUL in strings, deep nesting. orjson refuses most
-of it. Duplicate keys it merges silently; they are found without a second parse where the body is
-exactly what orjson would write (as browsers' `JSON.stringify` bodies are), because a merged key
-would be missing there.
+Two parsers may read one body differently: a proxy in front sees one user, the broker another. So
+JSON that RFC 8259 leaves open is refused: duplicate keys (§4), lone surrogates (§8.2), numbers
+beyond a double (§6), NaN, invalid UTF-8, NUL in strings, deep nesting. orjson refuses most of this,
+but merges duplicate keys silently. A body that equals orjson's own output has no duplicate keys,
+for a merged key would be missing there. `JSON.stringify` in browsers writes such bodies. Only other
+bodies are parsed a second time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a caller may take, in seconds: for a whole head, for a whole body, between two
-    requests of a connection.
+    """Timeouts of a connection in seconds: to receive a whole head, to receive a whole body, and
+    between two requests.
     """
 
     head: float = 10.0
@@ -48,8 +48,8 @@ _DEFAULT = Limits()
 
 
 class Incoming(web.Request):
-    """A request with what the broker has found out: the body where it came whole with the head, the
-    body that was read and judged, the CORS headers of its answer, and the route.
+    """A request with further attributes: the body if it came whole with the head, the body that was
+    read and checked, the CORS headers of the response, and the route.
     """
 
     ATTRS = web.Request.ATTRS | {"whole_body", "judged_body", "cors", "match_info"}
@@ -64,16 +64,16 @@ class Incoming(web.Request):
 
 
 def as_incoming(request: web.Request) -> Incoming:
-    """The request as the broker's server makes it."""
-    return request  # type: ignore[return-value]  # and a cast is a call
+    """The request under the type that the broker's server creates. No `cast`: that is a call."""
+    return request  # type: ignore[return-value]
 
 
 def only_header(request: web.Request, name: str) -> str | None:
-    """A header that decides something: who may do what, how a body is read. Sent twice it is
-    refused: a proxy may have read the other one.
+    """A header that authorises a request or says how its body is read. Of two, a proxy may have
+    read the other, so a duplicate is refused.
 
     Raises:
-        InvalidRequest: it is sent twice.
+        InvalidRequest: the header is sent twice.
     """
     values = request.headers.getall(name, ())
     if len(values) > 1:
@@ -82,8 +82,8 @@ def only_header(request: web.Request, name: str) -> str | None:
 
 
 async def read_bytes(request: web.Request) -> bytes:
-    """The body, at most 64 KiB, complete in time and not compressed. The deadline of the answer
-    starts when it is here.
+    """The body, at most 64 KiB, complete in time and not compressed. The deadline of the response
+    starts when the body is complete.
 
     Raises:
         RequestTooLarge, RequestTimeout, UnsupportedEncoding, InvalidRequest (broken framing, two
@@ -98,7 +98,7 @@ async def read_bytes(request: web.Request) -> bytes:
 
 
 def _at_hand(incoming: Incoming) -> bytes | None:
-    """The body where it came whole with its head, or was read before; as `read_bytes` judges it."""
+    """The body if it came whole with its head, or was read before; checked as by `read_bytes`."""
     if incoming.judged_body is not None:
         return incoming.judged_body
     encoding = only_header(incoming, hdrs.CONTENT_ENCODING)
@@ -124,17 +124,17 @@ async def _read(request: web.Request) -> bytes:
         raise RequestTimeout from None
     except web.RequestPayloadError:
         raise InvalidRequest("The body is not framed as HTTP/1.1 asks.", reason="framing") from None
-    except ConnectionError:  # nobody is there to read the answer; it is no defect of ours
+    except ConnectionError:  # the peer is gone, which is no defect
         raise InvalidRequest("The body ended early.", reason="disconnected") from None
 
 
 async def read_object(request: web.Request, *, empty: bool = False) -> dict[str, Any]:
-    """The body as a JSON object, whatever its content type says. With `empty`, no body at all is
+    """The body as a JSON object; the content type is ignored. With `empty`, an empty body gives
     `{}`.
 
     Raises:
-        InvalidRequest: not JSON, not an object, or JSON that parsers disagree on; and what
-            `read_bytes` raises.
+        InvalidRequest: not JSON, not an object, or JSON that parsers read differently.
+        As `read_bytes`.
     """
     body = _at_hand(as_incoming(request))
     if body is None:
@@ -145,7 +145,7 @@ async def read_object(request: web.Request, *, empty: bool = False) -> dict[str,
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """`body` as a JSON object.
+    """Parse a JSON object strictly.
 
     Raises:
         InvalidRequest: see `read_object`.
@@ -215,7 +215,7 @@ def read_query(request: web.Request) -> MultiDict[str]:
 
 
 def text_field(body: dict[str, Any], name: str) -> str:
-    """A field that must be a non-empty string.
+    """A required field: a non-empty string.
 
     Raises:
         InvalidRequest: missing, null, empty or of another type.
@@ -231,7 +231,7 @@ def text_field(body: dict[str, Any], name: str) -> str:
 
 
 def optional_text(body: dict[str, Any], name: str) -> str | None:
-    """A field that may be missing, null or "" (all None), and is otherwise a string.
+    """An optional string field. A missing field, null and "" give None.
 
     Raises:
         InvalidRequest: of another type.

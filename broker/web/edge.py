@@ -1,13 +1,14 @@
-"""The edge: the one place between HTTP and everything else.
+"""Outermost request handler: routing, request ids, the request log, and error responses.
 
-Each request gets an id (the caller's `X-Request-Id` where well-formed), a deadline, one log line
-and one observation in the metrics. Each `Refusal` becomes an answer in the shape of the dialect
-whose path was asked, on every path: also 404, 405, 413, 415, 500 and 503; its headers, and whether
-the connection ends with it, are the edge's. What is not a refusal is a defect of ours: it is logged
-by type and place, and answered with 500 and nothing else.
+Each request gets an id (the caller's `X-Request-Id` if well-formed), a deadline, one log line and
+one observation in the metrics. Each `Refusal` becomes a response in the shape of the dialect whose
+path was requested. This includes 404, 405, 413, 415, 500 and 503. The edge sets the headers of a
+refusal, and decides whether the connection closes after it. Any other exception is a defect: its
+type and place are logged, and the response is a bare 500.
 
-The edge asks aiohttp's router itself and runs the middlewares, so what aiohttp raises on that way
-(no route, wrong method, an odd Expect header, whose bytes it would echo) is answered here as well.
+The edge calls aiohttp's router and the middlewares itself. So it also answers the exceptions that
+aiohttp raises there: no route, wrong method, an unknown Expect header (aiohttp would echo its
+bytes).
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from broker.web.answer import HEADERS, NO_HEADERS, REQUEST_ID, Answer, as_respon
 from broker.web.body import ANSWER_SECONDS, Incoming
 from broker.web.route_cache import RouteCache
 
-# A refusal in a dialect's shape. The request is there for shapes that depend on it; None where the
-# bytes were no HTTP.
+# Writes a refusal in a dialect's shape, which may depend on the request. The request is None if the
+# bytes were not HTTP.
 Renderer = Callable[[Refusal, web.Request | None], web.Response]
 
-# Refusals whose status depends on no vendor (RFC 9110 §15). Each dialect's table has these rows,
-# and its own.
+# Status of each refusal that is the same in every dialect (RFC 9110 §15). Each dialect adds rows of
+# its own.
 STATUS: Mapping[type[Refusal], int] = {
     InvalidRequest: 400,
     InvalidSetting: 400,
@@ -69,17 +70,16 @@ STATUS: Mapping[type[Refusal], int] = {
     Unavailable: 503,
 }
 
-# Not one of our tokens, should a caller use one to tell requests apart: a request id goes to logs
-# and events.
+# Request ids reach logs and events, so the broker's own tokens are not well-formed request ids.
 _WELL_FORMED_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
 _REQUEST_ID_HEADER = istr(REQUEST_ID)
-_CHANCE = random.Random()  # noqa: S311 - ids tell requests apart, no more
+_CHANCE = random.Random()  # noqa: S311 - request ids are no secrets
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def _headers_of(refusal: Refusal) -> dict[str, str]:
-    """Headers that a refusal carries in every dialect, unless that has said otherwise: Retry-After
-    in seconds (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
+    """Response headers of a refusal, which a dialect may override: Retry-After in seconds
+    (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
     if isinstance(refusal, Unavailable | TooManyCeremonies | MailCodeRate):
         return {"Retry-After": str(refusal.retry_after)}
     if isinstance(refusal, InvalidKey):
@@ -88,15 +88,17 @@ def _headers_of(refusal: Refusal) -> dict[str, str]:
 
 
 def _words_of(refusal: Refusal) -> dict[str, str]:
-    """A refusal in the log."""
+    """Log fields of a refusal."""
     told = {"code": refusal.code, "reason": refusal.reason}
     return {**told, "hint": refusal.hint} if refusal.hint else told
 
 
 class Edge:
-    """Wraps an aiohttp application. `renderers` pairs the paths that are a dialect's own with its
-    shape; no path is two dialects'. `default` is the shape of all other paths, and of bytes that
-    are no HTTP. `docs_url` is the page of refusal codes.
+    """Request handler around an aiohttp application.
+
+    `renderers` pairs each dialect's paths with its renderer; no path belongs to two dialects.
+    `default` renders refusals on all other paths, and of bytes that are not HTTP. `docs_url` is the
+    page of refusal codes.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class Edge:
                 if name in raised.headers
             }
             response = web.Response(status=raised.status, headers=allow)
-        except Exception as error:  # noqa: BLE001 - the last line: a defect is logged and answered, never shown
+        except Exception as error:  # noqa: BLE001 - the outermost handler: 500, without details
             self.log(
                 "defect",
                 severity=logging.ERROR,
@@ -153,7 +155,7 @@ class Edge:
             )
             refusal = InternalFault()
         if refusal is not None:
-            if refusal.hint and now.actor.startswith("key:"):  # a backend reads it, not a page
+            if refusal.hint and now.actor.startswith("key:"):  # no hints for pages
                 refusal.sentence = f"{refusal.sentence} {refusal.hint}"
             response = self._render(refusal, request)
             if allow:
@@ -176,8 +178,8 @@ class Edge:
         return response
 
     def malformed(self, kind: str) -> web.Response:
-        """The answer to bytes that are not HTTP. Nothing of them is in it, nor in the log: `kind`
-        is the parser's word.
+        """Response to bytes that are not HTTP. `kind` is the parser's name of the fault. The bytes
+        reach neither the response nor the log.
         """
         refusal = InvalidRequest("The request is not well-formed HTTP/1.1.", reason="http")
         response = self._render(refusal, None)
@@ -187,14 +189,14 @@ class Edge:
         return response
 
     def late_head(self) -> None:
-        """Count and log a request whose head was not complete in time. Its connection ends without
-        an answer.
+        """Count and log a request whose head was not complete in time. Its connection closes
+        without a response.
         """
         self._metrics.refusals.inc(RequestTimeout.code, "head")
         self.log("late_head", request_id=_request_id(None))
 
     def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
-        """The answer to a refusal, which is counted."""
+        """Response to a refusal. The refusal is counted in the metrics."""
         self._metrics.refusals.inc(refusal.code, refusal.reason)
         if self._docs_url:
             refusal.doc = f"{self._docs_url}#{refusal.code}"
@@ -203,7 +205,7 @@ class Edge:
             response.headers.setdefault(name, value)
         if isinstance(refusal, RequestTimeout | RequestTooLarge):
             response = as_response(response)
-            response.force_close()  # what is left of the body would be read as the next request
+            response.force_close()  # the rest of the body would be read as the next request
         return response
 
     def _renderer(self, request: web.Request | None) -> Renderer:
@@ -215,12 +217,12 @@ class Edge:
 
 
 def _request_id(given: str | None) -> str:
-    """The caller's id where it is well-formed, else a new one."""
+    """The caller's request id if well-formed, otherwise a new random id."""
     return given if given and _WELL_FORMED_ID.match(given) else f"{_CHANCE.getrandbits(96):024x}"
 
 
 def _finish(response: web.StreamResponse, request_id: str, cors: Mapping[str, str]) -> None:
-    """The headers that every answer carries, and those for pages."""
+    """Add the request id, the security headers and the CORS headers to a response."""
     if isinstance(response, Answer):
         response.finish(request_id, cors)
     elif not response.prepared:
@@ -230,10 +232,10 @@ def _finish(response: web.StreamResponse, request_id: str, cors: Mapping[str, st
 
 
 async def _meet_expectation(request: web.Request) -> None:
-    """Write "100 Continue" where it is awaited (RFC 9110 §10.1.1)."""
+    """Write "100 Continue" if the request expects it (RFC 9110 §10.1.1)."""
     expectation = request.headers[hdrs.EXPECT]
     if not expectation.isascii():
-        raise InvalidRequest(reason="http_417")  # aiohttp fails over saying it back
+        raise InvalidRequest(reason="http_417")  # aiohttp fails to echo it
     if expectation:
         try:
             await request.match_info.expect_handler(request)
@@ -242,7 +244,7 @@ async def _meet_expectation(request: web.Request) -> None:
 
 
 def _of_aiohttp(raised: web.HTTPException) -> Refusal | None:
-    """What aiohttp refused by itself, as a refusal of ours. None: a redirect, which stands."""
+    """The refusal for an HTTP error that aiohttp raised. None: a redirect, which stays."""
     if raised.status < 400:
         return None
     if raised.status == 404:

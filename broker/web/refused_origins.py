@@ -1,14 +1,14 @@
 """Rate-limited notices of refused origins: an event, and a line for the operator.
 
-A page whose origin the app doesn't list is refused. The metric of refusals counts each of these.
-What names the origin is a notice: one event `origin.refused`, and one line of the log (`serve`) or
-of the terminal (`dev`).
+A page whose origin the app doesn't list is refused. The metric of refusals counts each refusal. A
+notice names the origin: one event `origin.refused`, and one line of the log (`serve`) or of the
+terminal (`dev`).
 
-An `Origin` header is a stranger's text. A notice names it only in the form that browsers write
-(`page_origin`), else as "null" or "malformed". An app gets one notice a minute for an origin, and
-ten a minute in all; notices are kept apart for a thousand apps, and further apps get none
-meanwhile. So ten rows a minute of each app are the most that strangers can write through one
-process, and a few megabytes the most that they can fill.
+The `Origin` header is untrusted text. A notice names the origin only in the form that browsers
+write (`page_origin`), otherwise as "null" or "malformed". Limits of one process: one notice a
+minute for each origin of an app, ten a minute for each app, and notices for a thousand apps at a
+time. So untrusted callers write at most ten rows a minute for each app, and fill at most a few
+megabytes of memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Notify = Callable[[RelyingParty, str], None]
 
 
 class RefusedOrigins:
-    """Passes notices on, few enough. `notify` is given the app and the judged origin; `clock` is
+    """Rate limiter of notices. `notify` gets the app and the printable origin; `clock` is
     monotonic.
     """
 
@@ -45,10 +45,10 @@ class RefusedOrigins:
         self._directory = directory
         self._metrics = metrics
         self._clock = clock
-        self._told: dict[str, dict[str, float]] = {}  # by app: when each origin was told of
+        self._told: dict[str, dict[str, float]] = {}  # by app: time of each origin's notice
 
     async def tell(self, app: RelyingParty, origin: str) -> None:
-        """A page of `origin`, as its browser sent it, was refused. The refusal stands also when the
+        """Notify of a page that was refused; `origin` is its header. The refusal stands even if the
         event can't be written.
         """
         shown = origin if origin == "null" or page_origin(origin) else "malformed"
