@@ -49,12 +49,15 @@ _TLS = _PLAIN | {
     "ssl_keyfile",
     "ssl_check_hostname",
 }
+_SENTINEL = {f"sentinel_{name}" for name in _TLS - {"db"}} | {"sentinel_tls"}
 _REDIS = {
     "redis": _PLAIN,
     "rediss": _TLS,
     "unix": _PLAIN,
     "redis+cluster": _PLAIN,
     "rediss+cluster": _TLS,
+    "redis+sentinel": _PLAIN | _SENTINEL,
+    "rediss+sentinel": _TLS | _SENTINEL,
 }
 _ONE_HOST = frozenset(("redis", "rediss", "unix"))
 _HOST_AND_PORT = re.compile(r"(?:\[[^\[\]@]+\]|[^\[\]:@]*)(?::([0-9]{1,5}))?")
@@ -63,6 +66,8 @@ _PATH = {
     "rediss": re.compile(r"(/[0-9]{0,5})?"),
     "redis+cluster": re.compile(r"/?"),  # a cluster has one database
     "rediss+cluster": re.compile(r"/?"),
+    "redis+sentinel": re.compile(r"/[A-Za-z0-9._-]{1,128}"),  # the name of the primary
+    "rediss+sentinel": re.compile(r"/[A-Za-z0-9._-]{1,128}"),
     "unix": re.compile(r"/[^@]+"),
 }
 _ANY_PATH = re.compile(r"[^@]*")
@@ -90,8 +95,10 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
             raise ValueError(f"a URL without an option other than {', '.join(sorted(known))}")
         if parts.scheme in _ONE_HOST and "," in parts.netloc.rpartition("@")[2]:
             raise ValueError(
-                "a URL with one host; redis+cluster:// and rediss+cluster:// take several"
+                "a URL with one host; those of redis+sentinel:// and redis+cluster:// take several"
             )
+        if not all(value in ("yes", "no") for name, value in given if name == "sentinel_tls"):
+            raise ValueError("a URL whose sentinel_tls is yes or no")
         numbers = [value for name, value in given if name in ("port", "db")]
         if not all(re.fullmatch(r"[0-9]{1,5}", number) for number in numbers):
             raise ValueError(malformed)

@@ -2,7 +2,7 @@
 
 Read in this order: `one_time` (envelope, scripts, the answer of a take), `stores` (keys; the stores
 of transactions, ceremonies, nonces and tickets), `mail_codes`. Below them: `transport` (limits and
-failures), `connection` and `cluster` (the way to a server), `codec`, `faults`.
+failures), `connection`, `sentinel` and `cluster` (the way to a server), `codec`, `faults`.
 """
 
 from __future__ import annotations

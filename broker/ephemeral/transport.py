@@ -1,5 +1,5 @@
-"""Redis transport: one server over a multiplexed connection, or a cluster through a router with one
-such connection for each node.
+"""Redis transport: one server over a multiplexed connection, the primary that Sentinels name, or a
+cluster through a router with one such connection for each node.
 
 Both answer alike: `ask` gives the raw reply within a limit or raises one of `DOWN`, and no command
 runs twice. TLS and credentials are redis-py's part.
@@ -23,6 +23,7 @@ from redis.exceptions import NoScriptError, RedisError
 from broker.ephemeral.cluster import Address, ClusterRouter
 from broker.ephemeral.connection import PROBE, Batch, MultiplexedConnection
 from broker.ephemeral.faults import Faults
+from broker.ephemeral.sentinel import sentinel_pool
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics, remaining
 
@@ -139,8 +140,10 @@ class ByClient:
 
 
 def connect(url: str, *, timeout: float) -> Commands:
-    """Commands to the server that `url` names, or to the cluster (`redis+cluster://`,
-    `rediss+cluster://`; one or more of its nodes). Nothing is connected yet."""
+    """Commands to the server that `url` names, to the primary of `redis+sentinel://` or
+    `rediss+sentinel://` (`broker.ephemeral.sentinel`), or to the cluster (`redis+cluster://`,
+    `rediss+cluster://`; one or more of its nodes). Nothing is connected yet.
+    """
     limits: dict[str, Any] = {
         # `ask` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a
         # cancelled asyncio.wait_for returns what happens to be there, and the wait goes on past the
@@ -152,6 +155,8 @@ def connect(url: str, *, timeout: float) -> Commands:
         # data for sound.
         "protocol": 2,
     }
+    if "+sentinel://" in url:
+        return MultiplexedConnection(sentinel_pool(url, limits, timeout=timeout), timeout=timeout)
     if "+cluster://" not in url:
         return MultiplexedConnection(ConnectionPool.from_url(url, **limits), timeout=timeout)
     parts = urlsplit(url.replace("+cluster://", "://"))

@@ -68,19 +68,40 @@ class Valkey:
 
     process: subprocess.Popen[bytes]
     port: int
+    password: str | None = None
 
     @classmethod
-    def start(cls, home: Path, *settings: str, binary: Path | None = None, port: int = 0) -> Self:
-        """Start one in `home`, in memory only. `settings` are further command-line words."""
+    def start(
+        cls,
+        home: Path,
+        *settings: str,
+        binary: Path | None = None,
+        port: int = 0,
+        config: Path | None = None,
+        password: str = "",
+    ) -> Self:
+        """Start one in `home`, in memory only. `settings` are further command-line words. With
+        `config`, a file that it may write, it is a Sentinel.
+        """
         if binary is None:
             found = find_redis(server_account())
             binary = found.directory / found.server
         home.mkdir(exist_ok=True)
         port = port or free_port()
-        argv = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(home)]
+        argv = [
+            str(binary),
+            *([str(config), "--sentinel"] if config else []),
+            "--port",
+            str(port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(home),
+        ]
         argv += ["--save", "", "--appendonly", "no", "--logfile", str(home / "log"), *settings]
+        argv += ["--requirepass", password] if password else []
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
-        server = cls(process, port)
+        server = cls(process, port, password or None)
         try:
             until(server._answers, "Valkey answers")
         except BaseException:
@@ -107,11 +128,11 @@ class Valkey:
 
     def client(self) -> redis.Redis:
         """A plain client of the node."""
-        return redis.Redis(port=self.port, decode_responses=False, protocol=2)
+        return redis.Redis(port=self.port, password=self.password, protocol=2)
 
     def ask(self, *command: Any) -> Any:
         """The raw reply to one command."""
-        with redis.Redis(port=self.port, protocol=2) as client:
+        with self.client() as client:
             client.response_callbacks.clear()
             return client.execute_command(*command)
 
@@ -239,6 +260,84 @@ class Cluster:
     def stop(self) -> None:
         for node in self.nodes:
             node.stop()
+
+
+@dataclass(slots=True)
+class Sentinels:
+    """A primary, `nodes[0]` at first, its replicas and as many Sentinels, which fail over by the
+    votes of most. `service` is the primary's name.
+    """
+
+    nodes: list[Valkey]
+    watchers: list[Valkey]
+    service: str = "main"
+
+    @classmethod
+    def start(cls, home: Path, *settings: str, secret: str = "", count: int = 3) -> Self:
+        """Start them. `settings` are those of the servers. `secret` is the Sentinels' password, and
+        the servers have the same one reversed.
+        """
+        home.mkdir(exist_ok=True)
+        made = cls([], [])
+        words = [*settings, "--repl-diskless-sync-delay", "0"]
+        if secret:
+            words += ["--masterauth", secret[::-1]]
+        try:
+            for number in range(count):
+                after = ["--replicaof", f"127.0.0.1 {made.nodes[0].port}"] if made.nodes else []
+                node = Valkey.start(home / f"node{number}", *words, *after, password=secret[::-1])
+                made.nodes.append(node)
+            for number in range(count):
+                made.watchers.append(made.watch(home / f"sentinel{number}", secret))
+            until(made.whole, "the Sentinels know each other and the replicas")
+        except BaseException:
+            made.stop()
+            raise
+        return made
+
+    def watch(self, home: Path, secret: str = "", primary: Valkey | None = None) -> Valkey:
+        """Start a Sentinel, of this primary or of the first one."""
+        home.mkdir()
+        port, name = (primary or self.nodes[0]).port, self.service
+        lines = [f"sentinel monitor {name} 127.0.0.1 {port} {len(self.nodes) // 2 + 1}"]
+        lines.append(f"sentinel down-after-milliseconds {name} 500")
+        lines.append(f"sentinel failover-timeout {name} 3000")
+        if secret:
+            lines.append(f"sentinel auth-pass {name} {secret[::-1]}")
+            lines.append(f"sentinel sentinel-pass {secret}")
+        file = home / "sentinel.conf"
+        file.write_text("\n".join(lines) + "\n")
+        return Valkey.start(home, config=file, password=secret)
+
+    def whole(self) -> bool:
+        """Whether each Sentinel knows all others and every replica."""
+        for watcher in self.watchers:
+            words = watcher.ask("SENTINEL", "MASTER", self.service)
+            state = dict(zip(words[::2], words[1::2], strict=True))
+            if int(state[b"num-other-sentinels"]) < len(self.watchers) - 1:
+                return False
+            if int(state[b"num-slaves"]) < len(self.nodes) - 1:
+                return False
+        return True
+
+    def primary(self) -> Valkey:
+        """The primary that most Sentinels name."""
+        ports = [
+            int(w.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
+            for w in self.watchers
+        ]
+        port = max(set(ports), key=ports.count)
+        return next(node for node in self.nodes if node.port == port)
+
+    @property
+    def url(self) -> str:
+        """The URL for the broker, without passwords."""
+        hosts = ",".join(f"127.0.0.1:{watcher.port}" for watcher in self.watchers)
+        return f"redis+sentinel://{hosts}/{self.service}"
+
+    def stop(self) -> None:
+        for server in (*self.watchers, *self.nodes):
+            server.stop()
 
 
 Which = Literal["PostgreSQL", "Valkey"]

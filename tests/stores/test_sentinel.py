@@ -1,0 +1,153 @@
+"""Redis Sentinel (`broker.ephemeral.sentinel`): three servers and three Sentinels, real ones."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
+
+from broker.ephemeral import connect
+from broker.ephemeral.connection import MultiplexedConnection
+from broker.ephemeral.sentinel import SentinelPool
+from broker.ephemeral.transport import DOWN, Commands
+from tests.support.processes import DEADLINE, until
+from tests.support.servers import Sentinels, Valkey
+
+LIMIT = 0.8
+SECRET = "sentinel-word"
+
+
+@pytest.fixture(scope="module")
+def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
+    made = Sentinels.start(tmp_path_factory.mktemp("sentinels"), secret=SECRET)
+    yield made
+    made.stop()
+
+
+def url_of(sentinels: Sentinels, *more: Valkey) -> str:
+    """The URL with both passwords; `more` Sentinels are named first."""
+    parts = urlsplit(sentinels.url)
+    hosts = "".join(f"127.0.0.1:{watcher.port}," for watcher in more) + parts.netloc
+    named = parts._replace(netloc=f":{SECRET[::-1]}@{hosts}", query=f"sentinel_password={SECRET}")
+    return named.geturl()
+
+
+@asynccontextmanager
+async def commands(url: str) -> AsyncIterator[Commands]:
+    made = connect(url, timeout=LIMIT)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def written(made: Commands, key: str) -> None:
+    """Write until a primary takes it."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            assert await made.ask("SET", key, "1", limit=LIMIT) == b"OK"
+        except DOWN:
+            assert time.monotonic() < deadline, "no primary takes a write"
+        else:
+            return
+
+
+async def test_commands_go_to_the_primary_with_the_passwords_of_both(sentinels: Sentinels) -> None:
+    async with commands(url_of(sentinels)) as made:
+        await written(made, "a")
+        assert sentinels.primary().ask("EXISTS", "a") == 1
+
+
+@pytest.mark.parametrize("name", ["sentinel_password=wrong", "sentinel_username=nobody"])
+async def test_without_the_sentinels_own_credentials_nothing_is_found(
+    sentinels: Sentinels, name: str
+) -> None:
+    url = url_of(sentinels).replace(f"sentinel_password={SECRET}", name)
+    async with commands(url) as made:
+        with pytest.raises(DOWN) as caught:
+            await made.ask("PING", limit=LIMIT)
+    assert SECRET not in repr(caught.value)
+
+
+async def test_failovers_are_followed(sentinels: Sentinels) -> None:
+    """The primary is killed, then the next one hangs."""
+    async with commands(url_of(sentinels)) as made:
+        await written(made, "before")
+        first = sentinels.primary()
+        first.process.kill()
+        await written(made, "after")
+        second = sentinels.primary()
+        assert second is not first
+        assert second.ask("EXISTS", "after") == 1
+        with stopped(second):
+            await written(made, "later")
+            third = sentinels.primary()
+            assert third not in (first, second)
+            assert third.ask("EXISTS", "later") == 1
+
+
+async def test_a_sentinel_that_hangs_hides_no_primary(sentinels: Sentinels) -> None:
+    with stopped(sentinels.watchers[0]):
+        async with commands(url_of(sentinels)) as made:
+            await written(made, "beside")
+
+
+async def test_the_newest_configuration_counts(sentinels: Sentinels, tmp_path: Path) -> None:
+    """A Sentinel that is cut off with a primary of its own, and is named first, misleads nobody."""
+    lone = Valkey.start(tmp_path / "lone", password=SECRET[::-1])
+    cut_off = sentinels.watch(tmp_path / "cut off", SECRET, lone)
+    try:
+        until(lambda: newest(sentinels.watchers[0]) > newest(cut_off), "there was a failover")
+        async with commands(url_of(sentinels, cut_off)) as made:
+            await written(made, "newest")
+        assert lone.ask("EXISTS", "newest") == 0
+    finally:
+        cut_off.stop()
+        lone.stop()
+
+
+async def test_tls_and_credentials_of_sentinels_are_apart() -> None:
+    def pool(url: str) -> SentinelPool:
+        made = connect(url, timeout=LIMIT)
+        assert isinstance(made, MultiplexedConnection)
+        assert isinstance(made._pool, SentinelPool)
+        return made._pool
+
+    options = "db=3&ssl_ca_certs=/ca&sentinel_username=s&sentinel_password=q%26"
+    both = pool(f"rediss+sentinel://u:p%2F@a,[::1]:7/main?{options}")
+    kwargs = both.connection_kwargs
+    assert both.connection_class is SentinelManagedSSLConnection
+    assert (kwargs["username"], kwargs["password"], kwargs["db"]) == ("u", "p/", 3)
+    assert kwargs["ssl_ca_certs"] == "/ca"
+    assert both._sentinels == [
+        f"rediss://{host}?ssl_ca_certs=%2Fca&username=s&password=q%26"
+        for host in ("a:26379", "[::1]:7")
+    ]
+    plain = pool("rediss+sentinel://a/main?sentinel_tls=no")._sentinels
+    assert plain == ["redis://a:26379?"]
+    other = pool("redis+sentinel://a/main?sentinel_tls=yes&sentinel_ssl_ca_certs=/x")
+    assert other.connection_class is SentinelManagedConnection
+    assert other._sentinels == ["rediss://a:26379?ssl_ca_certs=%2Fx"]
+
+
+def newest(watcher: Valkey) -> int:
+    """The configuration epoch that a Sentinel knows."""
+    words = watcher.ask("SENTINEL", "MASTER", "main")
+    return int(words[words.index(b"config-epoch") + 1])
+
+
+@contextmanager
+def stopped(server: Valkey) -> Iterator[None]:
+    """The process hangs inside."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
