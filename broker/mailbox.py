@@ -190,7 +190,8 @@ class Mailbox:
             return code
         if verdict == "exhausted" and code is not None and code.external_id is not None:
             await self._record_exhausted(app, code.external_id)
-        self._refuse(verdict, _REFUSALS[verdict]())
+        reason = verdict if verdict == "term_over" else None
+        self._refuse(verdict, _REFUSALS[verdict](reason=reason))
 
     async def delete(self, app: RelyingParty, code_id: str) -> None:
         """Delete a code, if it exists.
@@ -231,6 +232,7 @@ _REFUSALS: dict[Verdict, type[Refusal]] = {
     "expired": MailCodeExpired,
     "exhausted": MailCodeAttempts,
     "spent": MailCodeAttempts,
+    "term_over": UnknownMailCode,
 }
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from broker.durable import Durable, instant
-from broker.ephemeral import Ephemeral
+from broker.ephemeral import TERM_OVER, Ephemeral, Taken
 from broker.errors import UnknownTicket
 from broker.model import ID, Credential, RelyingParty, base64url, validate_text
 from broker.tokens import Mint, well_formed
@@ -158,11 +158,14 @@ class Signals:
         Raises:
             UnknownTicket, Unavailable.
         """
-        found = None
-        if well_formed(ticket, "ticket"):
-            found = await self._ephemeral.tickets.take(app.id, ticket)
-        if found is None or found["kind"] != kind:
+        if not well_formed(ticket, "ticket"):
             raise UnknownTicket
+        answer = await self._ephemeral.tickets.take(app.id, ticket)
+        if answer == TERM_OVER:
+            raise UnknownTicket(reason="term_over")
+        if not isinstance(answer, Taken) or answer.value["kind"] != kind:
+            raise UnknownTicket
+        found = answer.value
         return Instructions(tuple(found["calls"]), tuple(found["missing"]), not found["calls"])
 
     async def _by_ids(self, app: RelyingParty, passkey_ids: Sequence[str]) -> list[Credential]:

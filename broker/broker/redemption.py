@@ -39,6 +39,7 @@ _REASONS = {
     "expired": "nonce_expired",
     "foreign": "nonce_foreign",
     "replayed": "nonce_replayed",
+    "term_over": "term_over",
     "unknown": "nonce_unknown",
 }
 

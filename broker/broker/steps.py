@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from broker import ceremony
 from broker.durable import Durable, instant
-from broker.ephemeral import Ephemeral, Taken, Unknown
+from broker.ephemeral import TERM_OVER, Ephemeral, Taken, Unknown
 from broker.errors import Refusal, Retry, Signal, Unavailable, UnknownTransaction
 from broker.model import (
     MAX_REFUSALS,
@@ -110,9 +110,9 @@ class Steps:
         if not well_formed(transaction_id, "transaction"):
             return
         name = digest("transaction", app.id, transaction_id)
-        transaction = await self._ephemeral.transactions.take(name)
-        if transaction is not None:
-            await self._tell(app, "transaction.cancelled", user_id_of(transaction.subject))
+        found = await self._ephemeral.transactions.take(name)
+        if isinstance(found, Taken):
+            await self._tell(app, "transaction.cancelled", user_id_of(found.value.subject))
 
     async def _peek(
         self, app: RelyingParty, link: ByTransaction, purpose: Purpose
@@ -141,17 +141,19 @@ class Steps:
         if not isinstance(found, Unknown):
             handle, transaction = found
             return handle, name, transaction
-        return secret, name, await self._expected(found.value, name, kinds)
+        return secret, name, await self._expected(found.value or found, name, kinds)
 
     async def _expected(
-        self, transaction: Transaction | None, name: bytes, kinds: tuple[FinishKind, ...]
+        self, transaction: Transaction | Unknown, name: bytes, kinds: tuple[FinishKind, ...]
     ) -> Transaction:
         """The transaction, if it exists and has an expected kind.
 
         Raises:
             UnknownTransaction: `reason` tells the operator the cause.
         """
-        if transaction is None:
+        if transaction == TERM_OVER:
+            raise UnknownTransaction(reason="term_over")
+        if isinstance(transaction, Unknown):
             ended = await self._ephemeral.transactions.refusals(name) >= MAX_REFUSALS
             raise UnknownTransaction(reason="too_many_refusals" if ended else "transaction_unknown")
         if transaction.kind not in kinds:
@@ -219,6 +221,8 @@ class Steps:
         if not isinstance(pending, type_) or finish_kind_of(pending) not in kinds:
             if pending is not None or found in _OTHER_FINISH:
                 unknown.reason = "other_finish"
+            elif found == TERM_OVER:
+                unknown.reason = "term_over"
             raise unknown
         name = expect.transaction_id
         if name is not None and digest("transaction", app.id, name) != pending.transaction:
@@ -230,8 +234,13 @@ class Steps:
         """Take the ceremony's transaction, if any, before any durable write: one transaction gives
         one success.
         """
-        if name is not None and await self._ephemeral.transactions.take(name) is None:
-            raise UnknownTransaction(reason="transaction_spent")
+        if name is None:
+            return
+        found = await self._ephemeral.transactions.take(name)
+        if not isinstance(found, Taken):
+            raise UnknownTransaction(
+                reason="term_over" if found == TERM_OVER else "transaction_spent"
+            )
 
     # -- refusals ----------------------------------------------------------------------------------
 

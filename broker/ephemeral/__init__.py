@@ -11,12 +11,29 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.ephemeral.mail_codes import MailCodes
-from broker.ephemeral.one_time import Answer, FirstTake, OneTimeStore, Replayed, Taken, Unknown
+from broker.ephemeral.one_time import (
+    TERM_OVER,
+    Answer,
+    FirstTake,
+    OneTimeStore,
+    Replayed,
+    Taken,
+    Unknown,
+)
 from broker.ephemeral.stores import Ceremonies, Nonces, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
 from broker.telemetry import Log, Metrics
 
-__all__ = ["Answer", "Ephemeral", "FirstTake", "Replayed", "Taken", "Unknown", "connect"]
+__all__ = [
+    "TERM_OVER",
+    "Answer",
+    "Ephemeral",
+    "FirstTake",
+    "Replayed",
+    "Taken",
+    "Unknown",
+    "connect",
+]
 
 
 class Ephemeral:
@@ -57,9 +74,7 @@ class Ephemeral:
         }
 
 
-def _info(reply: bytes | dict[str, Any]) -> dict[str, str]:
-    """An INFO reply, of either client."""
-    if isinstance(reply, dict):
-        return {name: str(value) for name, value in reply.items()}
+def _info(reply: bytes) -> dict[str, str]:
+    """An INFO reply."""
     lines = (line.partition(":") for line in reply.decode().splitlines())
     return {name: value for name, colon, value in lines if colon}

@@ -96,18 +96,10 @@ class ClusterRouter:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + limit
-        if not self._owners:
-            await self._first_read(limit)
-            limit = deadline - loop.time()
-            if limit <= 0:
-                raise TimeoutError
         key = _key(command)
         slot = 0 if key is None else key_slot(key)
-        owner = self._owners[slot]
-        if owner is None:
-            self._doubt()
-            raise ClusterDownError("no node owns the slot")
-        address, asking, sends, postponed = owner, False, 0, False
+        address, limit = await self._owner(slot, limit)
+        asking, sends, postponed = False, 0, False
         while True:
             sends += 1
             try:
@@ -131,6 +123,36 @@ class ClusterRouter:
             limit = deadline - loop.time()
             if limit <= 0 or not self._owners:  # none: closed meanwhile
                 raise TimeoutError
+
+    async def term(self, key: bytes, *, limit: float) -> bytes:
+        """The term of the node that owns the key's slot. A value that is put while its slot moves
+        may be stamped with the other node's term, and is unknown then.
+
+        Raises:
+            TimeoutError, OSError, RedisError: no reply.
+        """
+        address, limit = await self._owner(key_slot(key), limit)
+        return await self._node(address).term(key, limit=limit)
+
+    def forget_terms(self) -> None:
+        """Have the terms of the nodes read anew."""
+        for node in self._nodes.values():
+            node.forget_terms()
+
+    async def _owner(self, slot: int, limit: float) -> tuple[Address, float]:
+        """The owner of a slot, and what is left of the limit."""
+        if not self._owners:
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + limit
+            await self._first_read(limit)
+            limit = deadline - loop.time()
+            if limit <= 0:
+                raise TimeoutError
+        owner = self._owners[slot]
+        if owner is None:
+            self._doubt()
+            raise ClusterDownError("no node owns the slot")
+        return owner, limit
 
     async def check(self, *, limit: float) -> None:
         """Raise what `ask` raises unless every master that owns slots takes a write."""

@@ -27,6 +27,7 @@ new connection resolves the name again.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,10 +41,18 @@ from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
 from broker.batching import FlushPolicy
 
 _TICK = 0.05
+_TERM_AGE = 1.0  # seconds after which the term is read again
+_TERM = re.compile(rb"role:master\r\n.*?master_replid:([0-9a-f]{16})", re.DOTALL)
 _NOT_YET = object()
 _ASKING: bytes = hiredis.pack_command(("ASKING",))
 
 PROBE = b"ready"  # the key that `check` writes
+
+
+def term_of(info: bytes) -> bytes:
+    """The term of a server by its INFO replication, b"" if it is no primary."""
+    found = _TERM.search(info)
+    return found[1] if found else b""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +100,8 @@ class _Stream(asyncio.Protocol):
         self._postponed = False
         self._over = asyncio.Event()
         self.ended = False
+        self.term = b""
+        self.term_until = 0.0  # by the loop's time
         batch.streams.add(self)
         self._life = self._loop.create_task(self._live(), name="redis")
 
@@ -286,12 +297,34 @@ class MultiplexedConnection:
             TimeoutError, OSError, RedisError: no reply, or one that refuses. It is not known
             whether the server acted.
         """
+        packed: bytes = hiredis.pack_command(command)
+        return self._open().ask(packed, limit, asking)
+
+    async def term(self, key: bytes, *, limit: float) -> bytes:
+        """The server's term (`term_of`): read when the connection is made, and again by the first
+        caller after a second. Callers beside that one get the earlier term.
+
+        Raises:
+            TimeoutError, OSError, RedisError: no reply.
+        """
+        stream, now = self._open(), asyncio.get_running_loop().time()
+        if not stream.term or stream.term_until <= now:
+            stream.term_until = now + _TERM_AGE
+            stream.term = term_of(await self.ask("INFO", "replication", limit=limit))
+        return stream.term
+
+    def forget_terms(self) -> None:
+        """Have `term` read anew."""
+        if self._stream is not None:
+            self._stream.term = b""
+
+    def _open(self) -> _Stream:
+        """The stream, a new one if it has ended."""
         stream = self._stream
         if stream is None or stream.ended:
             made = cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py
             stream = self._stream = _Stream(made, self._timeout, self._batch, self._on_end)
-        packed: bytes = hiredis.pack_command(command)
-        return stream.ask(packed, limit, asking)
+        return stream
 
     async def check(self, *, limit: float) -> None:
         """Raise what `ask` raises unless the server takes a write."""

@@ -49,7 +49,7 @@ WINDOW = 900  # seconds that the rate is counted over
 PER_MAILBOX = 5  # codes of one purpose for one mailbox in a window
 PER_USER = 10  # codes for one user in a window, of whatever purpose
 
-Verdict = Literal["right", "wrong", "exhausted", "spent", "expired", "unknown"]
+Verdict = Literal["right", "wrong", "exhausted", "spent", "expired", "term_over", "unknown"]
 
 _DIGESTS = 64  # bytes before the msgpack: the digests of the secret and of the code
 
@@ -132,6 +132,7 @@ class MailCodes:
 
             unknown    no such code, or not its secret: nothing was counted
             expired    it is past its end
+            term_over  it was put in another term: unknown to the caller
             spent      it was guessed wrong too often before
             wrong      counted; another guess is allowed
             exhausted  counted, and it was the last: of N parallel guesses one is told so
@@ -152,7 +153,7 @@ class MailCodes:
             case Unknown("wrong", code):
                 code = code._replace(id=code_id, app_id=app_id)
                 return ("wrong" if code.attempts_left else "exhausted"), code
-            case Unknown("spent" | "expired" as verdict):
+            case Unknown("spent" | "expired" | "term_over" as verdict):
                 return verdict, None
         return "unknown", None
 

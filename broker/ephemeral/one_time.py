@@ -7,12 +7,35 @@ or `Unknown`. `Unknown.reason` is for operators; callers get one answer for all 
 **Envelope.** A value in Redis is a header in ASCII and a payload:
 
     version   one byte; a value of another version is unknown
-    term      empty; room for the identity of the server that accepted the value
+    term      the term in which the value was put: 16 hex digits
     kind      what may take it: a purpose, "nonce", "ticket", …
     opener    the opener of a ceremony, the app of a nonce, else empty
     end       end of life in ms by the broker's clock
     state     `l` (live) or `s` (spent)
     payload   where the taker must prove something, 32 bytes of digest; then msgpack
+
+**Terms.** Redis replicates asynchronously, so a value that was taken may exist elsewhere: on a
+replica that was promoted, on a primary that was isolated, in a snapshot. A term is the `role` and
+the first 16 digits of the `master_replid` of a primary. A server draws the id at random whenever it
+begins to be primary: at its start, at a promotion, when its first replica attaches, when its
+backlog was freed. No id returns. A put stamps the value with the term. Each script that spends or
+peeks compares that term with its server's, in the same atomic step: `term_over` if they differ.
+
+- *Invariant.* All successful takes of a value happen in one term, so in the memory of one process,
+  which goes forward. The first take there ends the value.
+- *It rests on* the random id, the atomic script, and a server that draws a new id before it serves
+  data that is not its own latest. Replication, persistence, clocks, and what the broker believes
+  about servers don't matter. `run_id` would not do: a server that is demoted, resynchronised and
+  promoted again keeps it.
+- *Stale stamps.* A plain put stamps what its connection knew at most a second ago
+  (`Commands.term`). A stale stamp ends the value, and can't duplicate it. A ceremony that is put
+  beside its transaction gets the transaction's stamp.
+- *Cost to people.* A change of term ends the logins in flight.
+- *Not covered.* Old data written into a living primary: `DEBUG RELOAD NOSAVE`, `RESTORE REPLACE`,
+  `MIGRATE … REPLACE` of a left-over copy, the restored memory of a virtual machine.
+- A tombstone of any term is believed. A tombstone that was lost makes a second redemption
+  `unknown` or `term_over` instead of `Replayed`.
+- *Cost*: 15 to 17 us of the server's CPU a take, against 4 us without the comparison.
 
 **Time.** Redis's TTL decides about the life. `end` guards against a restored snapshot, with
 `TOLERANCE` for skew between the clocks of the broker's instances. A value with a `grace` stays that
@@ -45,8 +68,11 @@ VERSION = b"\x02"  # not the first byte of any earlier format
 TOLERANCE = 5000  # ms
 TOMBSTONE = 600_000  # ms that a tombstone stays
 
-# `foreign`: of another opener or app. `wrong`: the guess. `spent`: the guesses are used up.
-Reason = Literal["unknown", "expired", "foreign", "other_kind", "wrong", "spent", "unreadable"]
+# `foreign`: of another opener or app. `term_over`: put in another term. `wrong`: the guess.
+# `spent`: the guesses are used up.
+Reason = Literal[
+    "unknown", "expired", "foreign", "term_over", "other_kind", "wrong", "spent", "unreadable"
+]
 Action = Literal["refuse", "evict", "replace"]
 
 
@@ -58,11 +84,12 @@ class Envelope(NamedTuple):
     ends: float
     payload: bytes
 
-    def serialize(self) -> bytes:
-        """The value as Redis holds it."""
+    def serialize(self, term: bytes = b"") -> bytes:
+        """The value as Redis holds it. Without a term, a script stamps it (`_STAMP`)."""
         kind, opener, ends, payload = self
-        return b"%b|%b|%b|%d|l|%b" % (
+        return b"%b%b|%b|%b|%d|l|%b" % (
             VERSION,
+            term,
             kind.encode(),
             opener.encode(),
             int(ends * 1000),
@@ -122,23 +149,43 @@ class Unknown(NamedTuple):
     value: Any = None
 
 
+TERM_OVER = Unknown("term_over")
+
 Answer: TypeAlias = Taken[T] | Replayed[T] | Unknown
 
 
+# The server's term, nil unless it is the primary; and a value with a term.
+_STAMP = f"""
+local known, read
+local function term()
+  if not read then
+    local info = redis.call('INFO', 'replication')
+    read, known = true, string.match(info, 'role:master\\r.-master_replid:({"%x" * 16})')
+  end
+  return known
+end
+local function stamped(value, term)
+  return string.sub(value, 1, {len(VERSION)}) .. term .. string.sub(value, {len(VERSION)} + 1)
+end
+"""
 # ARGV of every script but the puts: 1 now in ms, 2 grace in ms, 3 kinds, each between bars, 4
 # opener, 5 digest. `judge` answers a verdict, the value and where its payload begins.
-_JUDGE = f"""
+_JUDGE = (
+    _STAMP
+    + f"""
 local function judge(key, kinds, opener, proof)
   local v = redis.call('GET', key)
   if not v then
     return 'unknown'
   end
-  local kind, by, ends, state, at =
-    string.match(v, '^{VERSION.decode()}%x*|([%w_]*)|([%w_]*)|(%d+)|([ls])|()')
+  local stamp, kind, by, ends, state, at =
+    string.match(v, '^{VERSION.decode()}(%x*)|([%w_]*)|([%w_]*)|(%d+)|([ls])|()')
   if not at or string.sub(v, at, at + #proof - 1) ~= proof then
     return 'unknown'
   elseif opener ~= '' and opener ~= by then
     return 'foreign'
+  elseif state == 'l' and stamp ~= term() then
+    return 'term_over'
   elseif kinds ~= '' and not string.find(kinds, '|' .. kind .. '|', 1, true) then
     return 'other_kind', v, at
   elseif state == 's' then
@@ -150,6 +197,7 @@ local function judge(key, kinds, opener, proof)
   return 'live', v, at
 end
 """
+)
 # ARGV: 6 what a tombstone puts before the content, or ''.
 _SPEND = (
     _JUDGE
@@ -172,7 +220,9 @@ end
 # KEYS: the value, groups. ARGV: 1 value, 2 life in ms, 3 now in ms, then of each group its limit,
 # score and action. Answers the ms to wait for; 0: stored. SET is the first write: a full server
 # refuses it, and would let later ones go on.
-_PUT = Script("""
+_PUT = Script(
+    _STAMP
+    + """
 local now, wait = tonumber(ARGV[3]), 0
 for i = 2, #KEYS do
   local limit = tonumber(ARGV[3 * i - 2])
@@ -186,7 +236,7 @@ end
 if wait > 0 then
   return wait
 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[1], stamped(ARGV[1], term() or ''), 'PX', ARGV[2])
 for i = 2, #KEYS do
   local score, action = ARGV[3 * i - 1], ARGV[3 * i]
   redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', ARGV[3])
@@ -205,7 +255,8 @@ for i = 2, #KEYS do
   redis.call('PEXPIRE', KEYS[i], score - now, 'NX')
 end
 return 0
-""")
+"""
+)
 
 # KEYS: a value, the value to put beside it. ARGV: 6 the latter, 7 its life in ms, which ends with
 # the former's.
@@ -214,7 +265,8 @@ _PUT_BESIDE = Script(
     + """
 local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
 if verdict == 'live' then
-  redis.call('SET', KEYS[2], ARGV[6], 'PX', math.min(ARGV[7], redis.call('PTTL', KEYS[1])))
+  local life = math.min(ARGV[7], redis.call('PTTL', KEYS[1]))
+  redis.call('SET', KEYS[2], stamped(ARGV[6], term()), 'PX', life)
 end
 return {verdict, at and string.sub(v, at)}
 """
@@ -313,12 +365,11 @@ class OneTimeStore:
         self._transport = transport
         self._clock = clock
 
-    def put(
-        self, operation: str, key: bytes, value: Envelope, *, grace: int = 0
-    ) -> Awaitable[None]:
+    async def put(self, operation: str, key: bytes, value: Envelope, *, grace: int = 0) -> None:
         """Put a value, in place of an earlier one."""
+        term = await self._transport.term(operation, key)
         life = self._life(value.ends) + grace
-        return self._transport.ask(operation, "SET", key, value.serialize(), "PX", life)
+        await self._transport.ask(operation, "SET", key, value.serialize(term), "PX", life)
 
     async def put_counted(
         self,
@@ -428,6 +479,8 @@ class OneTimeStore:
             return Unknown("unreadable")
         if verdict == b"live" and value is not None:
             return Taken(value)
+        if verdict == b"term_over":
+            self._transport.forget_terms()
         return Unknown(verdict.decode(), value)
 
 

@@ -100,17 +100,15 @@ class Transactions:
         name = digest("transaction", transaction.app_id, transaction_id)
         return self._store.put("put_transaction", _transaction_key(name), value)
 
-    async def peek(self, name: bytes) -> Transaction | None:
+    async def peek(self, name: bytes) -> Transaction | Unknown:
         """A transaction, which stays."""
         key = _transaction_key(name)
-        found = await self._store.peek("peek_transaction", key, Transaction, Expected(()))
-        return None if isinstance(found, Unknown) else found
+        return await self._store.peek("peek_transaction", key, Transaction, Expected(()))
 
-    async def take(self, name: bytes) -> Transaction | None:
-        """Take a transaction, with its pending ceremony; None if it was not there."""
+    def take(self, name: bytes) -> Awaitable[Answer[Transaction]]:
+        """Take a transaction, with its pending ceremony."""
         keys = [_transaction_key(name), _begun_key(name)]
-        found = await self._store.take("take_transaction", keys, Transaction, Expected(()))
-        return found.value if isinstance(found, Taken) else None
+        return self._store.take("take_transaction", keys, Transaction, Expected(()))
 
     async def count_refusal(self, name: bytes) -> int:
         """Count a refused finish of a transaction; how many there were."""
@@ -289,12 +287,11 @@ class Tickets:
         key = b"s:" + digest("ticket", app_id, ticket)
         return self._store.put("put_ticket", key, Envelope("ticket", "", ends, encode(value)))
 
-    async def take(self, app_id: str, ticket: str) -> Any | None:
+    def take(self, app_id: str, ticket: str) -> Awaitable[Answer[Any]]:
         """Take what a ticket stands for."""
         keys = [b"s:" + digest("ticket", app_id, ticket)]
         type_: Any = Any
-        found = await self._store.take("take_ticket", keys, type_, Expected(("ticket",)))
-        return found.value if isinstance(found, Taken) else None
+        return self._store.take("take_ticket", keys, type_, Expected(("ticket",)))
 
 
 def _transaction_key(name: bytes) -> bytes:

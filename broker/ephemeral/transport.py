@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from broker.ephemeral.cluster import Address, ClusterRouter
-from broker.ephemeral.connection import PROBE, Batch, MultiplexedConnection
+from broker.ephemeral.connection import PROBE, Batch, MultiplexedConnection, term_of
 from broker.ephemeral.faults import Faults
 from broker.ephemeral.sentinel import sentinel_pool
 from broker.errors import Unavailable
@@ -56,6 +56,18 @@ class Commands(Protocol):
         """
         ...
 
+    async def term(self, key: bytes, *, limit: float) -> bytes:
+        """The term of the server that has the key (`connection.term_of`), at most a second old.
+
+        Raises:
+            DOWN: see `ask`.
+        """
+        ...
+
+    def forget_terms(self) -> None:
+        """Have `term` read anew, of every server."""
+        ...
+
     async def check(self, *, limit: float) -> None:
         """Raise `DOWN` unless every server that has keys takes a write."""
         ...
@@ -76,6 +88,7 @@ class Transport:
         self._metrics = metrics
         self._faults = Faults(metrics, log, time.monotonic)
         self.tell = self._faults.tell
+        self.forget_terms = commands.forget_terms
 
     def ask(self, operation: str, *command: Any) -> Awaitable[Any]:
         """The reply to one command.
@@ -100,6 +113,18 @@ class Transport:
         except NoScriptError:  # nothing was run
             return await self.ask(operation, "EVAL", script.text, len(keys), *keys, *args)
 
+    async def term(self, operation: str, key: bytes) -> bytes:
+        """The term of the server that has the key.
+
+        Raises:
+            Unavailable: see `ask`.
+        """
+        try:
+            return await self._commands.term(key, limit=remaining(self._timeout))
+        except DOWN as fault:
+            self.tell(operation, fault)
+            raise Unavailable(reason="redis") from fault
+
     async def check(self) -> None:
         """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: a
         full server or a replica answers PING and takes nothing."""
@@ -123,14 +148,21 @@ class Transport:
 
 
 class ByClient:
-    """A client of redis-py that stands in for a server in tests. It gives INFO as a dict."""
+    """A client of redis-py that stands in for a server in tests."""
 
     def __init__(self, client: Redis) -> None:
+        client.response_callbacks.clear()  # replies stay raw
         self._client = client
 
     async def ask(self, *command: Any, limit: float) -> Any:
         async with asyncio.timeout(limit):
             return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def term(self, key: bytes, *, limit: float) -> bytes:
+        return term_of(await self.ask("INFO", "replication", limit=limit))
+
+    def forget_terms(self) -> None:
+        pass
 
     async def check(self, *, limit: float) -> None:
         await self.ask("SET", PROBE, b"", "PX", 1000, limit=limit)

@@ -25,7 +25,7 @@ from redis.crc import key_slot
 from redis.exceptions import ClusterDownError, MovedError, RedisError, ResponseError, TryAgainError
 from redis.exceptions import ConnectionError as Lost
 
-from broker.ephemeral import Ephemeral, Unknown, connect
+from broker.ephemeral import Ephemeral, Taken, Unknown, connect
 from broker.ephemeral.cluster import Address, ClusterRouter, _Answer, _Claim, _parsed
 from broker.ephemeral.transport import DOWN
 from broker.errors import Unavailable
@@ -598,7 +598,8 @@ class Calls:
             ticket = MINT.token("nonce")
             await self._told(ticket, self.store.tickets.put("app", ticket, 1, time.time() + 60))
             for _ in range(2):
-                if await self._told(ticket, self.store.tickets.take("app", ticket)) is not None:
+                taken = await self._told(ticket, self.store.tickets.take("app", ticket))
+                if isinstance(taken, Taken):
                     self.taken[ticket] += 1
             await asyncio.sleep(0.02)  # not to starve the cluster
 

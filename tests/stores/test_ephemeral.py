@@ -47,6 +47,7 @@ from broker.model import (
 from broker.telemetry import CONTEXT, Context, Log, Metrics
 from broker.tokens import SystemMint, ceremony_digest, digest
 from tests.conftest import Clock
+from tests.support.fake_redis import fake_client
 from tests.support.proxy import Fate, RedisProxy, of_command, redis_proxy
 from tests.support.servers import Cluster, Valkey, eventually, reached
 from tests.support.waited import Waited
@@ -84,7 +85,7 @@ class Place:
         """Another instance's store; `through` a proxy where one is given."""
         client: Commands
         if self.server is None:
-            client = ByClient(fakeredis.FakeAsyncRedis(server=self.fake))
+            client = ByClient(fake_client(self.fake))
         else:
             client = self.server.commands(timeout=timeout, through=through)
         store = Ephemeral(
@@ -298,11 +299,11 @@ async def peek_transaction(
 ) -> tuple[bytes, Transaction] | None:
     name = digest("transaction", app_id, token)
     found = await store.transactions.peek(name)
-    return (name, found) if found else None
+    return None if isinstance(found, Unknown) else (name, found)
 
 
 async def take_transaction(store: Ephemeral, name: bytes) -> bool:
-    return await store.transactions.take(name) is not None
+    return isinstance(await store.transactions.take(name), Taken)
 
 
 async def begin(

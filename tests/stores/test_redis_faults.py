@@ -17,6 +17,7 @@ import redis
 from redis.asyncio.connection import DefaultParser
 
 from broker.ephemeral import Ephemeral, Unknown, connect
+from broker.ephemeral.connection import term_of
 from broker.ephemeral.faults import CAUSES, Faults, cause_of
 from broker.ephemeral.one_time import Envelope
 from broker.ephemeral.transport import Script
@@ -290,7 +291,8 @@ async def test_a_value_that_is_none_of_ours(
     with valkey.client() as client:
         key = b"n:" + digest("nonce", nonce)
         value = Envelope("nonce", "app", 60.0, payload)
-        client.set(key, value.serialize(), px=700_000)
+        term = term_of(valkey.ask("INFO", "replication"))
+        client.set(key, value.serialize(term), px=700_000)
     assert await operator.store.nonces.take("app", nonce) == Unknown("unreadable")
     assert operator.counted() == {"unreadable": 1.0}
     (line,) = operator.lines

@@ -79,6 +79,7 @@ TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     | {
         (errors.UnknownTransaction, "user_has_no_ceremony"): "NoRegistrationChallengeFound",
         (errors.UnknownTransaction, "other_finish"): "NoRegistrationChallengeFound",
+        (errors.UnknownTransaction, "term_over"): "NoRegistrationChallengeFound",
         (errors.CeremonyRefused, "challenge"): "NoRegistrationChallengeFound",
         (errors.CeremonyRefused, "origin"): "OriginNotAllowed",
         (errors.OperationNotAllowed, "additional_origin"): "OriginNotAllowed",
@@ -93,6 +94,7 @@ TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     | {
         (errors.UnknownTransaction, "user_has_no_ceremony"): "NoAuthenticationChallengeFound",
         (errors.UnknownTransaction, "other_finish"): "NoAuthenticationChallengeFound",
+        (errors.UnknownTransaction, "term_over"): "NoAuthenticationChallengeFound",
         (errors.CeremonyRefused, "challenge"): "NoAuthenticationChallengeFound",
         (errors.CeremonyRefused, "origin"): "OriginNotAllowed",
         (errors.OperationNotAllowed, "additional_origin"): "OriginNotAllowed",
