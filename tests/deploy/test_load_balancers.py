@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -17,13 +18,20 @@ import yarl
 from broker.app import application
 from tests.conftest import Started, Starter
 from tests.support.authenticator import Authenticator
-from tests.support.load_balancers import DEPLOY, LoadBalancer, haproxy, haproxy_environment
+from tests.support.load_balancers import (
+    DEPLOY,
+    LoadBalancer,
+    haproxy,
+    nginx,
+    nginx_command,
+    variables,
+)
 from tests.support.parts import program
-from tests.support.processes import free_port
+from tests.support.processes import DEADLINE, free_port
 from tests.support.wire import Wire
 
 Balance = Callable[..., AbstractContextManager[LoadBalancer]]
-KINDS = {"haproxy": haproxy}
+KINDS = {"haproxy": haproxy, "nginx": nginx}
 
 
 @pytest.fixture(params=KINDS)
@@ -90,11 +98,17 @@ async def dying() -> AsyncIterator[list[Dying]]:
         server.close()
 
 
-def test_haproxy_accepts_its_file_without_a_warning(tmp_path: Path) -> None:
-    environment = haproxy_environment(tmp_path, pages=[1, 2, 3], management=[4, 5, 6])
-    argv = [program("haproxy"), "-c", "-f", str(DEPLOY / "haproxy.cfg")]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, re.findall(r"WARNING|ALERT", done.stderr)) == (0, []), done.stderr
+def test_both_accept_their_files_without_a_warning(tmp_path: Path) -> None:
+    given = variables(tmp_path, pages=[1, 2, 3], management=[4, 5, 6])
+    for argv in (
+        [program("haproxy"), "-c", "-f", str(DEPLOY / "haproxy.cfg")],
+        [*nginx_command(tmp_path, given), "-t"],
+    ):
+        done = subprocess.run(
+            argv, env=os.environ | given, capture_output=True, text=True, check=False
+        )
+        judged = re.findall(r"(?i)warn|alert|emerg", done.stdout + done.stderr)
+        assert (done.returncode, judged) == (0, []), done.stderr
 
 
 async def test_people_sign_in_through_it(
@@ -179,7 +193,7 @@ async def test_headers_of_proxies_come_from_it_alone(
         async with aiohttp.ClientSession(connector=connector) as client:
             for port in (proxy.pages, proxy.management):
                 with suppress(aiohttp.ServerDisconnectedError):
-                    await client.get(f"https://localhost:{port}/x", headers=forged)
+                    await client.post(f"https://localhost:{port}/x", headers=forged)
     heads = [head for each in dying for head in each.heads]
     for head in heads:
         lines = [line.lower() for line in head.split("\r\n") if "orwarded" in line.lower()]
@@ -202,6 +216,27 @@ async def test_a_broker_that_is_gone_costs_no_request(
     for _ in range(3):
         nonce = await page.authenticate(await backend.open_authentication("ann"), device)
         assert (await backend.redeem(nonce)).status == 200
+
+
+async def test_haproxy_sends_nothing_to_a_broker_that_is_not_ready(
+    dying: list[Dying], tmp_path: Path
+) -> None:
+    """HAProxy's own metrics tell when it has noticed."""
+    ports = [each.port for each in dying]
+    dying[0].ready = False
+    down = 'haproxy_server_status{proxy="pages",server="broker-1",state="DOWN"} 1'
+    with haproxy(tmp_path, pages=ports, management=ports) as proxy:
+        connector = aiohttp.TCPConnector(ssl=proxy.trust)
+        async with aiohttp.ClientSession(connector=connector) as client, asyncio.timeout(DEADLINE):
+            scraped = ""
+            while down not in scraped:
+                await asyncio.sleep(0.02)  # between two looks
+                answer = await client.get(f"http://127.0.0.1:{proxy.metrics}/metrics")
+                scraped = await answer.text()
+            for _ in range(6):
+                with suppress(aiohttp.ServerDisconnectedError):
+                    await client.post(f"https://localhost:{proxy.pages}/x")
+    assert [len(each.heads) for each in dying] == [0, 3, 3]
 
 
 async def test_a_body_above_64_kib_is_refused(

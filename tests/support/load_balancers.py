@@ -14,11 +14,12 @@ import os
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from string import Template
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -33,18 +34,34 @@ DEPLOY = ROOT / "deploy"
 
 @dataclass(frozen=True, slots=True)
 class LoadBalancer:
-    """A running load balancer: its port for pages, its port for keyed callers, its log."""
+    """A running load balancer, the variables of its file, and its log."""
 
     process: subprocess.Popen[bytes]
-    pages: int
-    management: int
-    certificate: Path
+    given: Mapping[str, str]
     log: Path
+
+    @property
+    def pages(self) -> int:
+        """The port for pages."""
+        return self._port("PAGES_BIND")
+
+    @property
+    def management(self) -> int:
+        """The port for keyed callers."""
+        return self._port("MANAGEMENT_BIND")
+
+    @property
+    def metrics(self) -> int:
+        """The port of HAProxy's own metrics."""
+        return self._port("PROXY_METRICS_BIND")
+
+    def _port(self, name: str) -> int:
+        return int(self.given[name].rpartition(":")[2])
 
     @property
     def trust(self) -> ssl.SSLContext:
         """A client's TLS context that trusts the certificate of this load balancer only."""
-        return ssl.create_default_context(cafile=str(self.certificate))
+        return ssl.create_default_context(cafile=self.given["TLS_CERTIFICATE"])
 
     def open(self) -> bool:
         """True if both ports accept connections."""
@@ -86,17 +103,14 @@ def certificate(home: Path) -> Path:
     return path
 
 
-def haproxy_environment(
-    home: Path, *, pages: Sequence[int], management: Sequence[int]
-) -> dict[str, str]:
-    """The variables of `deploy/haproxy.cfg` for three brokers on these ports of loopback."""
+def variables(home: Path, *, pages: Sequence[int], management: Sequence[int]) -> dict[str, str]:
+    """The variables of both files, for three brokers on these ports of loopback."""
     named = {
         f"{kind}_{number}": f"127.0.0.1:{port}"
         for kind, ports in (("PAGES", pages), ("MANAGEMENT", management))
         for number, port in enumerate(ports, 1)
     }
     return {
-        **os.environ,
         **named,
         "TLS_CERTIFICATE": str(certificate(home)),
         "PAGES_BIND": f"127.0.0.1:{free_port()}",
@@ -108,29 +122,42 @@ def haproxy_environment(
 
 
 @contextmanager
-def haproxy(
-    home: Path, *, pages: Sequence[int], management: Sequence[int], **variables: str
-) -> Iterator[LoadBalancer]:
-    """HAProxy with `deploy/haproxy.cfg`. `variables` are further ones of that file."""
-    environment = haproxy_environment(home, pages=pages, management=management) | variables
-    ports = [
-        int(environment[name].rpartition(":")[2]) for name in ("PAGES_BIND", "MANAGEMENT_BIND")
-    ]
+def haproxy(home: Path, **ports: Sequence[int]) -> Iterator[LoadBalancer]:
+    """HAProxy with `deploy/haproxy.cfg`, in front of the `pages` and `management` ports."""
     argv = [program("haproxy"), "-f", str(DEPLOY / "haproxy.cfg")]
-    with _running(argv, environment, home, *ports) as running:
+    with _running(argv, variables(home, **ports), home) as running:
         yield running
 
 
 @contextmanager
-def _running(
-    argv: Sequence[str], environment: dict[str, str], home: Path, pages: int, management: int
-) -> Iterator[LoadBalancer]:
+def nginx(home: Path, **ports: Sequence[int]) -> Iterator[LoadBalancer]:
+    """nginx with `deploy/nginx.conf`, in front of the `pages` and `management` ports."""
+    given = variables(home, **ports)
+    argv = [*nginx_command(home, given), "-g", "daemon off;"]
+    with _running(argv, given, home) as running:
+        yield running
+
+
+def nginx_command(home: Path, given: Mapping[str, str]) -> list[str]:
+    """The command of an nginx whose file has the values `given`, as `envsubst` puts them in."""
+    configuration = home / "nginx.conf"
+    filled = Template((DEPLOY / "nginx.conf").read_text()).safe_substitute(given)
+    configuration.write_text(filled)
+    return [program("nginx"), "-p", str(home), "-c", str(configuration)]
+
+
+@contextmanager
+def _running(argv: Sequence[str], given: Mapping[str, str], home: Path) -> Iterator[LoadBalancer]:
     log = home / "load-balancer.log"
     with log.open("wb") as written:
         process = subprocess.Popen(
-            argv, env=environment, stdin=subprocess.DEVNULL, stdout=written, stderr=written
+            argv,
+            env=os.environ | dict(given),
+            stdin=subprocess.DEVNULL,
+            stdout=written,
+            stderr=written,
         )
-    running = LoadBalancer(process, pages, management, home / "certificate.pem", log)
+    running = LoadBalancer(process, given, log)
     try:
         until(running.open, "the load balancer listens")
         yield running
