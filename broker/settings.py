@@ -5,7 +5,8 @@ deployments running. A variable that names no setting is kept for a warning: an 
 the settings of a newer one after a roll-back. Variables that Kubernetes adds for a Service called
 `broker` are ignored. All faults are found in one pass and reported together, because an operator
 who mends one fault at a time restarts the service once per fault. `repr` omits values that carry a
-secret (the URLs of the stores, the secret key), and no sentence quotes a value.
+secret (the URLs of the stores, the secret key), and no sentence quotes a value. A secret may be in
+a file instead, which `BROKER_…_FILE` names: other processes can read an environment.
 
 A setting of the core is a field of `Settings`. A setting of a dialect is a `Setting` in the
 dialect's package.
@@ -17,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -24,6 +26,7 @@ from broker.model.values import SWITCH, choice, items, whole
 
 T = TypeVar("T")
 PREFIX = "BROKER_"
+_FILE = "_FILE"
 TOKEN_LIFE_LIMIT = 3600  # seconds: no setting lets a signed token live longer
 
 
@@ -286,12 +289,19 @@ class Settings:
         """
         faults: list[str] = []
         unknown: list[str] = []
+        try:
+            environment = with_secrets(environment)
+        except SettingsFault as fault:
+            faults += fault.faults
         values: dict[str, Any] = {}
         parsers = {f.name: f.metadata["parse"] for f in fields(cls) if f.metadata}
         parsers |= {setting.name: setting.parse for setting in declared}
         known = {PREFIX + name.upper(): name for name in parsers}
+        files = {variable + _FILE for variable in _secret_variables()}
         for variable, text in environment.items():
             if not variable.startswith(PREFIX) or _is_of_kubernetes(variable, text):
+                continue
+            if variable in files:
                 continue
             if variable not in known:
                 unknown.append(variable)
@@ -314,3 +324,31 @@ class Settings:
         if settings.management_port and settings.management_port == settings.port:
             raise SettingsFault(["BROKER_MANAGEMENT_PORT must not be the port of BROKER_PORT."])
         return settings
+
+
+def _secret_variables() -> list[str]:
+    return [PREFIX + f.name.upper() for f in fields(Settings) if f.metadata and not f.repr]
+
+
+def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment, with the content of each secret's file in place of the file's name.
+
+    Raises:
+        SettingsFault: a file can't be read, or a secret is also given by itself.
+    """
+    found, faults = dict(environment), []
+    for variable in _secret_variables():
+        path = found.pop(variable + _FILE, "")
+        if path and found.get(variable):
+            faults.append(f"{variable}{_FILE} and {variable} are both set; remove one.")
+        elif path:
+            try:
+                found[variable] = Path(path).read_text("utf-8").strip()
+            except (OSError, ValueError) as fault:
+                faults.append(f"{variable}{_FILE} can't be read ({type(fault).__name__}).")
+            else:
+                if not found[variable]:
+                    faults.append(f"{variable}{_FILE} names an empty file.")
+    if faults:
+        raise SettingsFault(faults)
+    return found

@@ -30,7 +30,7 @@ from broker.dialects import load_settings
 from broker.embedded import INSTALL, EmbeddedStores, is_new
 from broker.errors import Fault, InvalidKey, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
-from broker.settings import Settings, SettingsFault
+from broker.settings import Settings, SettingsFault, with_secrets
 from broker.telemetry import CONTEXT, Context, Log, capture_library_records
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def add_commands(commands: Commands) -> None:
 
 def run_dev(options: argparse.Namespace) -> int:
     """Start the stores, serve until told to stop, stop the stores."""
-    environment, said = dict(os.environ), {}
+    environment, said = with_secrets(os.environ), {}
     for name in ("host", "port"):
         given, value = f"--{name}", getattr(options, name)
         if value is None:

@@ -29,7 +29,7 @@ from broker.cli.process import run
 from broker.dialects import load_settings
 from broker.errors import Fault, InvalidSetting, UnknownApp
 from broker.model import RelyingParty
-from broker.settings import Settings
+from broker.settings import Settings, with_secrets
 from broker.telemetry import CONTEXT, Context
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> S
         SettingsFault: a setting can't be used, or one of `needed` (default: the database's URL) is
             missing.
     """
-    environment = {**os.environ, **(given or {})}
+    environment = with_secrets({**os.environ, **(given or {})})
     if not environment.get("BROKER_DATABASE_URL") and (stored := read(Path(DATA) / "dev.json")):
         say(f"acting on the dev instance of {DATA}/dev.json.")
         environment["BROKER_DATABASE_URL"] = str(stored.get("database_url", ""))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from ipaddress import ip_network
+from pathlib import Path
 
 import pytest
 
@@ -283,6 +284,46 @@ def test_only_what_is_needed_may_be_missing() -> None:
     assert Settings.load({}, needed=()) == Settings()
     one = {"BROKER_DATABASE_URL": STORES["BROKER_DATABASE_URL"]}
     assert Settings.load(one, needed=("database_url",)).redis_url == ""
+
+
+def test_a_secret_may_be_in_a_file(tmp_path: Path) -> None:
+    files = {}
+    for name, content in (STORES | {"BROKER_SECRET_KEY": f"{S1},{S2}"}).items():
+        (tmp_path / name).write_text(f"{content}\n")
+        files[f"{name}_FILE"] = str(tmp_path / name)
+    assert load_settings(files | {"BROKER_PORT": "1"}) == load(secret_key=f"{S1},{S2}", port="1")
+    assert load(secret_key_file="") == load()
+
+
+def test_a_setting_that_is_no_secret_has_no_file() -> None:
+    assert load(port_file="/dev/null").unknown == ("BROKER_PORT_FILE",)
+
+
+def test_faults_of_a_secret_s_file_are_told_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("zq9w")
+    (tmp_path / "empty").write_text("\n")
+    environment = {
+        "BROKER_DATABASE_URL_FILE": str(tmp_path / "empty"),
+        "BROKER_REDIS_URL": STORES["BROKER_REDIS_URL"],
+        "BROKER_REDIS_URL_FILE": str(tmp_path / "key"),
+        "BROKER_SECRET_KEY_FILE": str(tmp_path / "absent"),
+        "BROKER_PORT": "x",
+    }
+    with pytest.raises(SettingsFault) as caught:
+        load_settings(environment)
+    assert caught.value.faults == (
+        "BROKER_DATABASE_URL_FILE names an empty file.",
+        "BROKER_REDIS_URL_FILE and BROKER_REDIS_URL are both set; remove one.",
+        "BROKER_SECRET_KEY_FILE can't be read (FileNotFoundError).",
+        "BROKER_PORT must be a whole number from 0 to 65535.",
+    )
+
+
+def test_the_content_of_a_secret_s_file_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("zq9w")
+    with pytest.raises(SettingsFault, match="BROKER_SECRET_KEY must be a random text") as caught:
+        load(secret_key_file=str(tmp_path / "key"))
+    assert "zq9w" not in str(caught.value)
 
 
 def test_an_empty_value_is_the_default() -> None:
