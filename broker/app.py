@@ -199,7 +199,9 @@ def application(
     app[REFUSED_ORIGINS] = parts.refused_origins
     app[SETTINGS] = parts.settings
     app[SIGNING] = parts.signing
-    app[LIMITS] = limits or Limits()
+    app[LIMITS] = limits or Limits(
+        connections=parts.settings.max_connections, requests=parts.settings.max_requests
+    )
     for dialect in chosen(parts.settings):
         app.add_routes(dialect.load().routes(management=management, browser=browser))
     app.add_routes(_health(parts))

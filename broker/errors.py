@@ -290,8 +290,8 @@ class UnsupportedEncoding(Refusal):
 
 
 class Unavailable(Refusal):
-    """A store is down, slow or full, or a migration is missing. `retry` says where to start again,
-    if a step was begun.
+    """A store is down, slow or full, a migration is missing, or the process is above its caps.
+    `retry` says where to start again, if a step was begun.
     """
 
     code = "service_unavailable"

@@ -252,6 +252,8 @@ class Settings:
     redis_connections: int = _setting(whole(1, 2000), 64)  # no effect: old deployments set it
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # that an app or a key stays cached
     event_retention_days: int = _setting(whole(0, 36_500), 90)  # 0: events stay for ever
+    max_connections: int = _setting(whole(16, 1_000_000), 4096)  # of one port
+    max_requests: int = _setting(whole(1, 1_000_000), 2048)  # in flight, of one port
     lame_duck_seconds: float = _setting(_seconds(0, 60), 5)  # SIGTERM: serves on, not ready
     drain_seconds: float = _setting(_seconds(0, 60), 10)
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info")

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 LOG_HOLD = 0.05  # seconds
 LOOK_SECONDS = 60.0  # between two looks whether the database is migrated
+OTHER_FILES = 64  # open files besides connections of callers and of Postgres
 # Thresholds of the garbage collector: allocations, and younger collections. A request leaves hardly
 # any cycles. The default (a search for each 700 objects) takes a twelfth of a login's time.
 _GARBAGE = (50_000, 20, 1000)
@@ -117,6 +118,7 @@ async def start(
     settings = parts.settings
     if settings.unknown:
         parts.log("unknown_settings", severity=logging.WARNING, variables=settings.unknown)
+    _allow_descriptors(parts)
     try:
         service = await serve(parts, prepare=prepare)
         gc.set_threshold(*_GARBAGE)
@@ -124,6 +126,31 @@ async def start(
         return service
     except OSError as fault:
         raise cannot_listen(settings, fault) from None
+
+
+def _allow_descriptors(parts: Parts) -> None:
+    """Raise the process's soft limit of open files to what its connections may need, as far as the
+    hard limit goes. Connections above the limit of open files wait in the kernel, unanswered.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    from broker.web.body import SPARE_CONNECTIONS
+
+    settings = parts.settings
+    ports = 2 if settings.management_port else 1
+    need = (
+        ports * (settings.max_connections + SPARE_CONNECTIONS)
+        + settings.database_connections
+        + OTHER_FILES
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = need if hard == resource.RLIM_INFINITY else min(need, hard)
+    if resource.RLIM_INFINITY != soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < need:
+        parts.log("few_descriptors", severity=logging.WARNING, allowed=allowed, needed=need)
 
 
 def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:

@@ -30,17 +30,20 @@ from broker.telemetry import context
 MAX_BODY = 64 * 1024
 ANSWER_SECONDS = 1.8
 MAX_DEPTH = 32
+SPARE_CONNECTIONS = 64  # above the cap: for health checks, and for answers of 503
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Timeouts of a connection in seconds: to receive a whole head, to receive a whole body, and
-    between two requests.
+    between two requests. And the caps of a port: `connections`, and `requests` in flight.
     """
 
     head: float = 10.0
     body: float = 10.0
     idle: float = 75.0
+    connections: int = 4096
+    requests: int = 2048
 
 
 LIMITS = web.AppKey("LIMITS", Limits)
@@ -49,13 +52,15 @@ _DEFAULT = Limits()
 
 class Incoming(web.Request):
     """A request with further attributes: the body if it came whole with the head, the body that was
-    read and checked, the CORS headers of the response, and the route.
+    read and checked, the CORS headers of the response, the route, and whether the connection is
+    above the cap.
     """
 
-    ATTRS = web.Request.ATTRS | {"whole_body", "judged_body", "cors", "match_info"}
+    ATTRS = web.Request.ATTRS | {"whole_body", "judged_body", "cors", "match_info", "is_surplus"}
     whole_body: bytes | None = None
     judged_body: bytes | None = None
     cors: Mapping[str, str] | None = None
+    is_surplus: bool = False
     match_info: UrlMappingMatchInfo = MatchInfoError(web.HTTPNotFound())  # until the edge sets it
 
     @property

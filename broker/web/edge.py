@@ -6,6 +6,9 @@ path was requested. This includes 404, 405, 413, 415, 500 and 503. The edge sets
 refusal, and decides whether the connection closes after it. Any other exception is a defect: its
 type and place are logged, and the response is a bare 500.
 
+A request above the caps of its port (`Limits.connections`, `Limits.requests`) gets 503 with
+Retry-After, unless its route tells of the process's health.
+
 The edge calls aiohttp's router and the middlewares itself. So it also answers the exceptions that
 aiohttp raises there: no route, wrong method, an unknown Expect header (aiohttp would echo its
 bytes).
@@ -13,11 +16,13 @@ bytes).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from aiohttp import ClientConnectionResetError, hdrs, web
 from multidict import istr
@@ -43,7 +48,7 @@ from broker.errors import (
 )
 from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
 from broker.web.answer import HEADERS, NO_HEADERS, REQUEST_ID, Answer, as_response
-from broker.web.body import ANSWER_SECONDS, Incoming
+from broker.web.body import ANSWER_SECONDS, LIMITS, Incoming, Limits
 from broker.web.route_cache import RouteCache
 
 # Writes a refusal in a dialect's shape, which may depend on the request. The request is None if the
@@ -74,6 +79,8 @@ STATUS: Mapping[type[Refusal], int] = {
 _WELL_FORMED_ID = re.compile(r"(?!pb[a-z]_)[A-Za-z0-9._-]{8,64}\Z")
 _REQUEST_ID_HEADER = istr(REQUEST_ID)
 _CHANCE = random.Random()  # noqa: S311 - request ids are no secrets
+# Routes that answer above the caps: a load balancer and an operator must see an overloaded process.
+_NOT_CAPPED = frozenset({"/health/live", "/health/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -117,6 +124,8 @@ class Edge:
         self._default = default
         self._metrics = metrics
         self._docs_url = docs_url
+        self._most_requests = app.get(LIMITS, Limits()).requests
+        self._in_flight = 0
 
     async def __call__(self, request: Incoming) -> web.StreamResponse:
         began = time.monotonic()
@@ -129,9 +138,12 @@ class Edge:
         response: web.StreamResponse
         allow: Mapping[str, str] = NO_HEADERS
         route = "unmatched"
+        self._in_flight += 1
         try:
             found = self._routes.find(request) or await self._routes.resolve(request)
             request.match_info, route = found.match, found.template
+            if request.is_surplus or self._in_flight > self._most_requests:
+                _refuse_above_caps(request, route)
             if hdrs.EXPECT in headers:
                 await _meet_expectation(request)
             response = await found.handler(request)
@@ -154,12 +166,17 @@ class Edge:
                 **fault(error),
             )
             refusal = InternalFault()
+        finally:
+            self._in_flight -= 1
         if refusal is not None:
             if refusal.hint and now.actor.startswith("key:"):  # no hints for pages
                 refusal.sentence = f"{refusal.sentence} {refusal.hint}"
             response = self._render(refusal, request)
             if allow:
                 response.headers.update(allow)
+        if request.is_surplus:
+            response = as_response(response)
+            response.force_close()
         _finish(response, now.request_id, request.cors or NO_HEADERS)
         seconds = time.monotonic() - began
         status = response.status
@@ -195,6 +212,11 @@ class Edge:
         self._metrics.refusals.inc(RequestTimeout.code, "head")
         self.log("late_head", request_id=_request_id(None))
 
+    def refuse_connection(self) -> asyncio.BaseProtocol:
+        """Count a connection that is so far above the cap that it ends without an answer."""
+        self._metrics.refusals.inc(Unavailable.code, "connections")
+        return _EndedConnection()
+
     def _render(self, refusal: Refusal, request: web.Request | None) -> web.Response:
         """Response to a refusal. The refusal is counted in the metrics."""
         self._metrics.refusals.inc(refusal.code, refusal.reason)
@@ -214,6 +236,19 @@ class Edge:
                 if paths.match(request.path):
                     return renderer
         return self._default
+
+
+class _EndedConnection(asyncio.Protocol):
+    """A connection that ends at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast("asyncio.Transport", transport).abort()
+
+
+def _refuse_above_caps(request: Incoming, route: str) -> None:
+    """Raise `Unavailable`, before anything is read or taken."""
+    if route not in _NOT_CAPPED:
+        raise Unavailable(reason="connections" if request.is_surplus else "requests_in_flight")
 
 
 def _request_id(given: str | None) -> str:

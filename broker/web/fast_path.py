@@ -44,7 +44,7 @@ from aiohttp.http import HttpProcessingError, HttpRequestParser, RawRequestMessa
 from aiohttp.web_protocol import ERROR
 
 from broker.web.answer import Answer
-from broker.web.body import MAX_BODY, Incoming, Limits
+from broker.web.body import MAX_BODY, SPARE_CONNECTIONS, Incoming, Limits
 from broker.web.edge import Edge
 from broker.web.proxy_protocol import read_header
 
@@ -55,9 +55,9 @@ _EMPTY_LINE = b"\r\n\r\n"
 
 
 class Connection(BaseProtocol):
-    """One HTTP/1.1 connection."""
+    """One HTTP/1.1 connection. `is_surplus`: it is above the cap."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, is_surplus: bool) -> None:
         self._http: Any = HttpRequestParser(
             self,
             server.loop,
@@ -68,6 +68,7 @@ class Connection(BaseProtocol):
         )
         super().__init__(server.loop, self._http)
         self._server = server
+        self._is_surplus = is_surplus
         self._queue: deque[tuple[RawRequestMessage | str, StreamReader]] = deque()
         self._received = self._answered = 0  # requests
         self._last_body: StreamReader = EMPTY_PAYLOAD  # of the last request whose head is here
@@ -235,6 +236,7 @@ class Connection(BaseProtocol):
         request = Incoming(
             message, body, cast("Any", self), writer, self._task, loop, client_max_size=MAX_BODY
         )
+        request.is_surplus = self._is_surplus
         response: web.StreamResponse
         if kind is not None:
             response = edge.malformed(kind)
@@ -346,8 +348,11 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
 
-    def __call__(self) -> Connection:
-        return Connection(self)
+    def __call__(self) -> asyncio.BaseProtocol:
+        count, cap = len(self.connections), self.limits.connections
+        if count >= cap + SPARE_CONNECTIONS:
+            return self.edge.refuse_connection()
+        return Connection(self, is_surplus=count >= cap)
 
     def pre_shutdown(self) -> None:
         """Close idle connections, and begin no further request."""

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from broker.telemetry import fault
 from broker.web.answer import as_response
-from broker.web.body import LIMITS, MAX_BODY, Incoming, Limits
+from broker.web.body import LIMITS, MAX_BODY, SPARE_CONNECTIONS, Incoming, Limits
 from broker.web.edge import Edge
 from broker.web.proxy_protocol import read_header
 
@@ -39,15 +39,20 @@ class _PlainServer(web.Server):
         self.loop = asyncio.get_running_loop()
         super().__init__(self._answer, request_factory=self._request)  # type: ignore[arg-type]  # an `Incoming`
 
-    def __call__(self) -> web.RequestHandler:
-        return _PlainConnection(self)
+    def __call__(self) -> Any:
+        count, cap = len(self.connections), self.limits.connections
+        if count >= cap + SPARE_CONNECTIONS:
+            return self.edge.refuse_connection()
+        return _PlainConnection(self, is_surplus=count >= cap)
 
     def _request(
         self, message: Any, body: Any, connection: Any, writer: Any, task: Any
     ) -> Incoming:
         connection.stop_timer()
         make = partial(Incoming, client_max_size=MAX_BODY)
-        return make(message, body, connection, writer, task, self.loop)
+        request = make(message, body, connection, writer, task, self.loop)
+        request.is_surplus = connection.is_surplus
+        return request
 
     async def _answer(self, request: Incoming) -> web.StreamResponse:
         return as_response(await self.edge(request))
@@ -60,10 +65,11 @@ class _PlainConnection(web.RequestHandler):
 
     timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, server: _PlainServer) -> None:
+    def __init__(self, server: _PlainServer, *, is_surplus: bool) -> None:
         self.server = server
         self.header = b"" if server.proxy_protocol else None  # incomplete
         self.source: str | None = None  # the address in the header
+        self.is_surplus = is_surplus
         super().__init__(
             server,
             loop=server.loop,

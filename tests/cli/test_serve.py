@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -449,6 +450,28 @@ def test_the_start_tells_where_metrics_are(
     (line,) = [line for line in started.log if line["event"] == "listening"]
     assert line["metrics"] == told
     assert get(started.port, "/metrics") == (200 if told == "public" else 404)
+
+
+# -- caps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hard", "warned"), [(512, [(512, 708)]), (4096, [])])
+def test_a_low_limit_of_open_files_is_raised(
+    stores: EmbeddedStores, hard: int, warned: list[tuple[int, int]]
+) -> None:
+    """708: two ports of 250 + 64, 16 for Postgres, 64 others. Else a warning."""
+    urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
+    caps = {"BROKER_MAX_CONNECTIONS": "250", "BROKER_MANAGEMENT_PORT": str(free_port())}
+    script = f'ulimit -Sn 128 && ulimit -Hn {hard} && exec "$0" serve'
+    started = Serve(urls | caps, command=("bash", "-c", script, str(BROKER))).begun()
+    try:
+        allowed, _ = resource.prlimit(started.process.pid, resource.RLIMIT_NOFILE)
+        assert allowed == min(hard, 708)
+        lines = [line for line in started.log if line["event"] == "few_descriptors"]
+        assert [(line["allowed"], line["needed"]) for line in lines] == warned
+    finally:
+        started.tell(signal.SIGTERM)
+        assert started.end() == 0
 
 
 # -- half-closed connections -----------------------------------------------------------------------

@@ -32,7 +32,7 @@ from broker.errors import NotFound
 from broker.telemetry import Log, Metrics, capture_library_records
 from broker.web import LIMITS, Edge, Limits, Listener, json_answer, listen
 from broker.web.answer import Answer, as_response
-from broker.web.body import MAX_BODY, read_bytes
+from broker.web.body import MAX_BODY, SPARE_CONNECTIONS, read_bytes
 from broker.web.fast_path import Connection, Server
 from broker.web.server import bind
 from tests.conftest import Started
@@ -78,6 +78,7 @@ class Place:
             ("GET", "/plain", self.plain),
             ("GET", "/text", self.text),
             ("GET", "/large", self.large),
+            ("GET", "/health/live", self.plain),
         ]
         routes += [
             ("POST", "/echo", self.echo),
@@ -1094,6 +1095,64 @@ async def test_a_thousand_requests_leave_nothing(place: Place, line: Line) -> No
     await ask(1000)  # fills the caches of the process
     before = await ask(100)
     assert await ask(1000) - before < 100
+
+
+# -- caps ------------------------------------------------------------------------------------------
+
+HEALTH = request("GET", "/health/live")
+
+
+@pytest.fixture(params=["the fast path", "aiohttp's server"])
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two servers."""
+    if request.param == "aiohttp's server":
+        monkeypatch.delattr("broker.web.fast_path.checked_server")
+
+
+def refusals(place: Place, reason: str) -> float | None:
+    labels = {"code": "service_unavailable", "reason": reason}
+    return place.metrics.registry.get_sample_value("broker_refusals_total", labels)
+
+
+@pytest.mark.usefixtures("server")
+async def test_above_the_cap_of_connections_only_health_answers(start: Open, dial: Dial) -> None:
+    place = await start(Limits(connections=2))
+    port = place.listener.ports[0]
+    first, second = await used(await dial(port)), await used(await dial(port))
+    for data, status in ((PLAIN, 503), (HEALTH, 200)):
+        surplus = await dial(port)
+        await surplus.send(data)
+        got, headers, _ = await surplus.answer()
+        assert (got, headers["connection"]) == (status, "close")
+        assert headers.get("retry-after") == ("1" if status == 503 else None)
+        assert await surplus.ends() == b""
+    assert refusals(place, "connections") == 1
+    spare = [await dial(port) for _ in range(SPARE_CONNECTIONS)]
+    assert await (await dial(port)).ends() == b""
+    assert refusals(place, "connections") == 2
+    await used(first)
+    for line in (*spare, second):
+        line.writer.close()
+    await eventually(lambda: len(place.listener.server.connections) == 1, "the others ended")
+    await used(await used(await dial(port)))
+
+
+@pytest.mark.usefixtures("server")
+async def test_above_the_cap_of_requests_only_health_answers(start: Open, dial: Dial) -> None:
+    place = await start(Limits(requests=1))
+    port = place.listener.ports[0]
+    held, other = await dial(port), await dial(port)
+    await held.send(request("POST", "/held", body=b"x"))
+    await eventually(lambda: place.entered == 1, "a request is in flight")
+    for data, status in ((PLAIN, 503), (HEALTH, 200), (PLAIN, 503)):
+        await other.send(data)
+        got, headers, _ = await other.answer()
+        assert (got, headers.get("retry-after")) == (status, "1" if status == 503 else None)
+    assert refusals(place, "requests_in_flight") == 2
+    place.release.set()
+    assert await told(held) == {"held": "x"}
+    await used(other)
+    await used(held)
 
 
 # -- without the fast path -------------------------------------------------------------------------
