@@ -20,5 +20,5 @@ def _load() -> WireFormat:
     return routes
 
 
-# Without a secret key it answers, and signs no receipt.
+# Without a secret key the dialect answers, and signs no receipt.
 FLEX = Dialect("flex", _load, settings=(RECEIPT_TOKEN_LIFE,))

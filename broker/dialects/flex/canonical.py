@@ -1,18 +1,17 @@
-"""Canonical JSON (RFC 8785): the form in which an approval is hashed.
+"""Canonical JSON (RFC 8785), and the hash of an approval in that form.
 
-A passkey signs a challenge of 64 bytes for an approval: 32 random ones and then SHA-256 of the
-canonical form of
+The challenge of an approval has 64 bytes: 32 random bytes, then SHA-256 of the canonical form of
 
     {"data": …, "id": …}
 
-the two members of `approval` as the caller gave them. A caller that keeps the authenticator's
-answer can prove later what was approved: take the challenge out of the client data, compute the
-digest of the expected approval, and compare the last 32 bytes.
+the two members of `approval` in the caller's request. A caller that keeps the authenticator's
+answer can prove the content of the approval later: take the challenge out of the client data,
+compute the digest of the expected approval, and compare the last 32 bytes.
 
 For text, lists, objects with ASCII names and whole numbers, Python's
 `json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` gives the same form.
 
-The module stands alone as the specification of these bytes.
+This module stands alone as the specification of these bytes.
 """
 
 from __future__ import annotations

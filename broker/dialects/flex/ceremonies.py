@@ -1,13 +1,12 @@
-"""Keyed ceremonies in the Flex API, beyond the contract: a backend carries the page's
-messages itself. No transaction, no nonce.
+"""Keyed ceremonies in the Flex API, beyond the contract: a backend relays the page's messages,
+without a transaction and without a nonce.
 
     POST /register/start                  {external_id, user_name, …} -> {options}
     POST /register/finish                 {external_id, credential} -> the receipt
     POST /authenticate/start              {external_id, …} -> {options}
     POST /authenticate/finish             {external_id, credential} -> the receipt
 
-are joined by the user: each has one pending ceremony of each purpose, and finish says again whose
-it is.
+Finish finds these by the user: a user has one pending ceremony of each purpose.
 
     POST /ceremonies/register/start       the same and `second_factor`
     POST /ceremonies/register/finish      {credential, second_factor?} -> the receipt
@@ -16,12 +15,11 @@ it is.
     POST /ceremonies/authenticate/finish  {credential, second_factor?, approval?: true} -> the
                                           receipt
 
-are joined by the challenge: any number may be open for a user, and the receipt says who it was.
-Finish says what kind of ceremony it is for, so that a second factor never passes for a sign-in and
-what was signed as an approval is nothing else. The optional fields of `broker.dialects.flex.fields`
-hold for every start.
+Finish finds these by the challenge: a user may have any number of them, and the receipt names the
+user. Finish states the kind of ceremony that it expects. So a second factor or an approval never
+passes for a sign-in. Every start takes the optional fields of `broker.dialects.flex.fields`.
 
-The finish is the redemption: a new passkey is confirmed, and live under any policy.
+Finish redeems at once: a new passkey is confirmed, and live under any policy.
 """
 
 from __future__ import annotations
@@ -134,8 +132,8 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
 
 
 async def finish_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{credential, second_factor?, approval?}` to the receipt, whose `approval` says what was
-    approved.
+    """`{credential, second_factor?, approval?}` to the receipt, whose `approval` is the id of the
+    approval.
     """
     body = await read_object(request)
     expect = ExpectedCeremony(("keyed",), switch(body, "second_factor"), switch(body, "approval"))
@@ -173,8 +171,8 @@ def _receipt(outcome: Outcome) -> web.StreamResponse:
 
 
 def _judge_by_user(options: CeremonyOptions) -> None:
-    """One pending ceremony of each purpose: a second factor's would be the sign-in's, and finish
-    could not tell them apart.
+    """Refuse a second factor: a user has one pending ceremony of each purpose, and finish could not
+    distinguish a second factor from a sign-in.
     """
     if options.second_factor:
         raise InvalidRequest(
@@ -184,7 +182,7 @@ def _judge_by_user(options: CeremonyOptions) -> None:
 
 
 def _approval(value: object) -> Approval:
-    """`{id, data}`: the caller's id, new in the app, and any JSON value."""
+    """`{id, data}`: an id of the caller, unique in the app, and any JSON value."""
     if not isinstance(value, dict) or "data" not in value:
         raise InvalidRequest("approval is an object of id and data.", reason="field_type")
     approval: Body = value

@@ -1,21 +1,20 @@
-"""What a request of the Flex API asks for, read strictly: a field is missing, or it is
-exactly what its name says.
+"""Strict validation of the Flex API's request fields: a field is missing, or has exactly the type
+and values below.
 
 The ceremony options (`CeremonyOptions`) have one set of names on every route that begins a
 ceremony:
 
     user_verification   "required", "preferred" or "discouraged"
-    timeout             milliseconds, as in WebAuthn's options; the app's `ceremony_life` is the
-                        most it gets
+    timeout             milliseconds, as in WebAuthn's options; limited by the app's `ceremony_life`
     passkeys            ids of the only passkeys that may answer; never empty, for an empty list
-                        would ask for any
-    exclude_passkeys    ids of passkeys whose authenticator shall make no other one, besides the
-                        user's own
-    second_factor       true: the ceremony is about second factors
+                        would allow any passkey
+    exclude_passkeys    ids of passkeys, besides the user's own, whose authenticators must not
+                        create another passkey
+    second_factor       true: the ceremony is for second factors
     mediation           "required" or "conditional", for the page
 
-Null counts as missing, but for `passkeys`: a list that was meant to narrow must not vanish because
-a variable was unset.
+Null counts as missing, except for `passkeys`: an unset variable of the caller must not remove the
+restriction.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _LIST = 1000  # a user has no more
 
 
 def attachment(body: Body) -> AttachmentPolicy | None:
-    """The authenticator attachment, None for the policy's."""
+    """The authenticator attachment. None: the policy's."""
     value = body.get("authenticator_attachment")
     if value is not None and value not in get_args(AttachmentPolicy):
         raise InvalidRequest('authenticator_attachment is "platform", "cross-platform" or "any".')
@@ -52,7 +51,7 @@ def attachment(body: Body) -> AttachmentPolicy | None:
 
 
 def switch(body: Body, name: str) -> bool:
-    """True or false; a missing one is false."""
+    """A boolean field; a missing field is false."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise InvalidRequest(f"{name} is true or false.", reason="field_type")
@@ -60,7 +59,7 @@ def switch(body: Body, name: str) -> bool:
 
 
 def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
-    """A list of 1 to 1000 ids of passkeys, as lists and receipts show them."""
+    """A list of 1 to 1000 passkey ids. Lists and receipts have the same ids."""
     value = body.get(name)
     if not isinstance(value, list) or not all(
         isinstance(item, str) and ID.match(item) for item in value
@@ -74,12 +73,12 @@ def passkey_ids(body: Body, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-_PLAIN = {"external_id"}  # most ask for nothing more
+_PLAIN = {"external_id"}  # most requests have no other field
 
 
 def registration_options(body: Body, *, at_a_page: bool = False) -> CeremonyOptions:
-    """The ceremony options of a registration; of one at a page also whether conditional create is
-    permitted.
+    """The ceremony options of a registration. With `at_a_page` the request may ask for conditional
+    create.
     """
     return CeremonyOptions(
         user_verification=_user_verification(body),
@@ -95,9 +94,8 @@ def registration_options(body: Body, *, at_a_page: bool = False) -> CeremonyOpti
 def authentication_options(body: Body) -> tuple[str | Anyone, CeremonyOptions]:
     """The external id, and the ceremony options of an authentication.
 
-    The request says whom it is about: by `external_id`, `passkeys` or both, or else by
-    `discoverable: true`. A request that says none of them lacks its external id and never means
-    anyone.
+    The request names its user or passkeys by `external_id`, `passkeys` or both. Only
+    `discoverable: true` lets any user answer. A request with none of the three is refused.
     """
     if body.keys() == _PLAIN:
         return text_field(body, "external_id"), NO_OPTIONS
@@ -144,7 +142,7 @@ def _mediation(body: Body) -> Mediation:
 
 
 def _life(body: Body) -> float | None:
-    """Seconds."""
+    """The life of the ceremony in seconds, from `timeout`."""
     value = body.get("timeout")
     if value is None:
         return None
@@ -160,8 +158,8 @@ def _life(body: Body) -> float | None:
 
 
 def query_of(request: web.Request, *names: str) -> dict[str, str]:
-    """The query's fields. One that is not offered is refused: an answer as if it had not been asked
-    would be a wrong one.
+    """The fields of the query. An unknown field is refused: a list that ignores a filter would be
+    wrong.
     """
     query = read_query(request)
     for name in query:
@@ -177,7 +175,7 @@ def query_of(request: web.Request, *names: str) -> dict[str, str]:
 
 
 def whole(value: str | None, name: str, default: int, low: int, high: int) -> int:
-    """A whole number in decimal digits, `default` where there is none."""
+    """A whole number in decimal digits; `default` if missing or empty."""
     if value is None or value == "":
         return default
     if (
@@ -191,7 +189,7 @@ def whole(value: str | None, name: str, default: int, low: int, high: int) -> in
 
 
 def page_and_limit(query: dict[str, str]) -> dict[str, int]:
-    """Which page, and how much is on one."""
+    """The number of the page, and the items a page."""
     return {
         "page": whole(query.get("page"), "page", 1, 1, 1_000_000),
         "limit": whole(query.get("limit"), "limit", 10, 1, 500),

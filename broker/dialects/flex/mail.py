@@ -4,10 +4,10 @@
            skip_rate_limit?} -> 201 {mail_code}
     POST   /mail_codes/verify   {id, secret, code} -> {mail_code}
     GET    /mail_codes/{id}     -> {mail_code}
-    DELETE /mail_codes/{id}     -> 200, empty, also where there is none
+    DELETE /mail_codes/{id}     -> 200, empty, also for an unknown id
 
-Only the first answer has `secret`, `code` and `message`. `external_id` and `metadata` are null
-where none was given.
+Only the response to the creation has `secret`, `code` and `message`. `external_id` and `metadata`
+are null if the request had none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from broker.web.body import optional_text, text_field
 
 
 async def create(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """Make a code and its message; the caller mails it."""
+    """Create a mail code and its message. The caller sends the mail."""
     body = await read_object(request)
     metadata = body.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
@@ -50,7 +50,7 @@ async def create(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 async def verify(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """Redeem a code with what the person typed."""
+    """Redeem a mail code with the digits that the person typed."""
     body = await read_object(request)
     code_id, secret, digits = (text_field(body, name) for name in ("id", "secret", "code"))
     return json_answer(
@@ -63,13 +63,13 @@ async def verify(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 async def get(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A code that has not ended."""
+    """Read a live mail code."""
     code = await request.app[MAILBOX].get(caller.app, request.match_info["mail_code_id"])
     return json_answer({"mail_code": mail_code_object(code)})
 
 
 async def delete(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """End a code."""
+    """End a mail code."""
     await request.app[MAILBOX].delete(caller.app, request.match_info["mail_code_id"])
     return web.Response(status=200)
 
@@ -85,7 +85,7 @@ def routes(base: str) -> list[web.RouteDef]:
 
 
 def mail_code_object(code: MailCode) -> dict[str, Any]:
-    """What is known of a code, but for its secret and its digits."""
+    """A mail code without its secret and its digits."""
     return {
         "id": code.id,
         "purpose": code.purpose,

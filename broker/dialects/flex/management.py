@@ -13,10 +13,10 @@ owners, approvals, events. Every route is keyed.
     GET    /users/{user_id}/approvals      -> {approvals}
     GET    /events                         a page: after?, before?, user?, action?, page?, limit? ->
            {events, page, limit, total}
-                                           or what follows: cursor, limit? -> {events, next_cursor}
+                                           or the next: cursor, limit? -> {events, next_cursor}
 
-Each handler reads, calls one verb and renders. A list refuses an unknown field, because a misspelt
-filter would list everything. A rename changes lists; signals tell authenticators.
+Each handler parses, calls one verb and renders. A list refuses an unknown field, because a misspelt
+filter would list everything. A rename changes the broker's lists; signals update authenticators.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ORDERS = {"created_at": False, "created_at:ASC": False, "created_at:DESC": True
 
 
 async def list_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A page of the app's passkeys, or of one user's; the oldest first, unless asked otherwise."""
+    """A page of the passkeys of the app or of one user, oldest first by default."""
     query = query_of(request, "page", "limit", "external_id", "order_by")
     order = query.get("order_by") or "created_at"
     if order not in _ORDERS:
@@ -60,7 +60,7 @@ async def get_passkey(request: web.Request, caller: Caller) -> web.StreamRespons
 
 
 async def rename_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """What lists show of it."""
+    """Rename a passkey in the broker's lists."""
     nickname, passkey_id = (
         text_field(await read_object(request), "nickname"),
         request.match_info["passkey_id"],
@@ -71,13 +71,15 @@ async def rename_passkey(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 async def revoke_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """It never signs in again."""
+    """Revoke a passkey."""
     await request.app[DIRECTORY].revoke_passkey(caller.app, request.match_info["passkey_id"])
     return web.Response(status=200)
 
 
 async def give_owner(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """Of two at once one is told, the other is refused. The user is made if there is none."""
+    """Give an ownerless passkey its owner. Of two parallel requests one succeeds, the other is
+    refused. A missing user is created.
+    """
     external_id = text_field(await read_object(request), "external_id")
     owned = await request.app[DIRECTORY].assign(
         caller.app, request.match_info["passkey_id"], external_id
@@ -89,7 +91,7 @@ async def give_owner(request: web.Request, caller: Caller) -> web.StreamResponse
 
 
 async def rename_user(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A user's name stands on each passkey, for that is where an authenticator shows it."""
+    """Rename a user on each passkey: authenticators show the name of the passkey's user."""
     user_name = text_field(await read_object(request), "user_name")
     directory = request.app[DIRECTORY]
     user = await directory.user(caller.app, user_id=request.match_info["user_id"])
@@ -101,7 +103,7 @@ async def rename_user(request: web.Request, caller: Caller) -> web.StreamRespons
 
 
 async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """What the user was asked to approve, the oldest first, approved or not."""
+    """The user's approvals, signed or not, oldest first."""
     directory = request.app[DIRECTORY]
     user = await directory.user(caller.app, user_id=request.match_info["user_id"])
     return json_answer(
@@ -113,9 +115,9 @@ async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 async def list_events(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A page of what happened in the app, the newest first. `after` and `before` are exclusive;
-    `user` is a part of the external id. With `cursor` what follows it, the oldest first, none
-    skipped; it stands alone with `limit`."""
+    """A page of the app's events, newest first. `after` and `before` are exclusive; `user` is a
+    part of the external id. With `cursor`, which permits only `limit` besides, the events after the
+    cursor, oldest first and without a gap."""
     query = query_of(request, "page", "limit", "after", "before", "user", "action", "cursor")
     place = page_and_limit(query)
     if "cursor" in query:
@@ -147,7 +149,7 @@ async def _events_after(
 
 
 def _moment(query: dict[str, str], name: str) -> datetime | None:
-    """A time as answers show it: RFC 3339, in UTC or with an offset."""
+    """A time in RFC 3339, in UTC or with an offset."""
     value = query.get(name)
     if not value:
         return None

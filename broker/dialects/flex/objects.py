@@ -1,9 +1,9 @@
 """The Flex API's objects: receipts, users, devices and apps as JSON; passkeys, approvals and
 events, beyond the contract.
 
-Strict clients fail on a missing or null field, so every object is whole, also where it tells of
-things that the broker has none of; it may carry more than the contract names, never less. What
-differs from the contract is in DECISIONS.md.
+Strict clients fail on a missing or null field. So every object has all fields of the contract,
+with empty values for features that the broker lacks. An object may have more fields than the
+contract. DECISIONS.md lists the differences from the contract.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _INT32 = 2**31 - 1
 
 
 def rfc3339(value: datetime) -> str:
-    """RFC 3339 in UTC, with microseconds. orjson writes it in a fifth of `isoformat`'s time; a
-    whole second without a fraction.
+    """RFC 3339 in UTC, with microseconds. orjson needs a fifth of `isoformat`'s time, but omits the
+    fraction of a whole second.
     """
     moment = orjson.dumps(value.astimezone(UTC), option=orjson.OPT_UTC_Z).decode()
     return moment[1:-1] if value.microsecond else f"{moment[1:-2]}.000000Z"
 
 
 def receipt_object(receipt: Receipt) -> dict[str, Any]:
-    """The receipt of a redemption. `purpose` is what it proves: a second factor or an approval is
-    no login, and has its own word.
+    """The receipt of a redemption. `purpose` tells the kind of proof: a second factor and an
+    approval have values of their own, for neither is a login.
     """
     return {
         "external_id": receipt.external_id,
@@ -64,7 +64,7 @@ def receipt_object(receipt: Receipt) -> dict[str, Any]:
 
 
 def listed_user_object(user: User) -> dict[str, Any]:
-    """A user as lists show it. A user who never signed in shows the time of creation: strict
+    """A user in a list. `last_login_at` of a user without a login is the time of creation: strict
     clients need a string.
     """
     return {
@@ -84,7 +84,7 @@ def listed_user_object(user: User) -> dict[str, Any]:
 
 
 def user_object(user: User, credentials: list[Credential]) -> dict[str, Any]:
-    """A user with devices."""
+    """A user with all devices."""
     return {
         **listed_user_object(user),
         "recent_events": [],
@@ -96,7 +96,7 @@ def user_object(user: User, credentials: list[Credential]) -> dict[str, Any]:
 
 
 def device_object(credential: Credential) -> dict[str, Any]:
-    """A passkey, as the contract's device; what the contract lacks stands behind."""
+    """A passkey as the contract's device. Fields beyond the contract follow the contract's."""
     return {
         "id": credential.id,
         "cred_id": base64url(credential.credential_id),
@@ -121,8 +121,8 @@ def device_object(credential: Credential) -> dict[str, Any]:
 
 
 def passkey_object(owned: Owned) -> dict[str, Any]:
-    """A passkey in the broker's own words, whoever owns it. Without an owner `external_id` and
-    `user_id` are null.
+    """A passkey in the broker's own terms. Without an owner `external_id` and `user_id` are
+    null.
     """
     credential = owned.credential
     return {
@@ -151,9 +151,7 @@ def passkey_object(owned: Owned) -> dict[str, Any]:
 
 
 def approval_object(record: ApprovalRecord) -> dict[str, Any]:
-    """An approval that a user was asked for, under the caller's own id; `approved_at` is null until
-    somebody signed it.
-    """
+    """An approval, with the caller's own id. `approved_at` is null until the user has signed."""
     return {
         "id": record.identifier,
         "data": json.loads(record.data),
@@ -163,9 +161,7 @@ def approval_object(record: ApprovalRecord) -> dict[str, Any]:
 
 
 def event_object(row: AuditRow) -> dict[str, Any]:
-    """Something that happened. `external_id` is null where it concerns no user, or one who was
-    deleted since.
-    """
+    """An audit event. `external_id` is null for an event without a user, or of a deleted user."""
     event = row.event
     return {
         "id": event.id,
@@ -191,8 +187,8 @@ def _device_type(credential: Credential) -> Literal["passkey", "security_key", "
 
 
 def public_app_object(app: RelyingParty, origin: str | None = None) -> dict[str, Any]:
-    """The public fields of an app. `auth_origin` is `origin` where that is one of the app's for
-    pages, else the first of those.
+    """The public fields of an app. `auth_origin` is `origin` if the app lists it as a web origin,
+    otherwise the first web origin.
     """
     known = app.web_origins or ("",)
     first = origin if origin in known else known[0]
@@ -207,8 +203,8 @@ def public_app_object(app: RelyingParty, origin: str | None = None) -> dict[str,
 
 
 def app_object(app: RelyingParty) -> dict[str, Any]:
-    """The whole app: every field a strict old client needs, most of them about things the broker
-    has none of.
+    """The app with every field that strict old clients need. Most fields describe features that the
+    broker lacks.
     """
     off = {"enabled": False, "ttl": 300, "ttl_display_unit": "s"}
     return {

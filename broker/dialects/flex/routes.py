@@ -103,7 +103,7 @@ STATUS: Mapping[type[Refusal], int] = {
 
 
 def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
-    """`{code, error}`, with `doc`, `retry` or `signal` where the refusal has one."""
+    """`{code, error}`, and `doc`, `retry` or `signal` if the refusal has them."""
     body: dict[str, Any] = {"code": refusal.code, "error": refusal.sentence}
     if refusal.doc:
         body["doc"] = refusal.doc
@@ -122,8 +122,8 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
 
 
 async def open_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and what
-    `fields` takes, to 201 `{transaction_id}`."""
+    """M1. `{external_id, passkey_display_name}`, and beyond the contract `user_name?` and the
+    options of `fields`, to 201 `{transaction_id}`."""
     body = await read_object(request)
     external_id, shown = text_field(body, "external_id"), text_field(body, "passkey_display_name")
     validate_text(shown, "passkey_display_name")
@@ -137,7 +137,7 @@ async def open_registration(request: web.Request, caller: Caller) -> web.StreamR
 
 
 async def open_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """M2. `{external_id}`, and beyond the contract what `fields` takes, to 201
+    """M2. `{external_id}`, and beyond the contract the options of `fields`, to 201
     `{transaction_id}`.
     """
     external_id, options = authentication_options(await read_object(request))
@@ -159,8 +159,7 @@ async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
     200 with the receipt; with `signed` also as a token."""
     body = await read_object(request)
     nonce = text_field(body, "nonce")
-    # A stated expectation is never empty: a check that was meant must not vanish because a variable
-    # was unset.
+    # An empty expectation is refused: an unset variable of the caller must not remove a check.
     purpose, transaction_id, external_id = (
         text_field(body, name) if name in body else None
         for name in ("purpose", "transaction_id", "external_id")
@@ -184,8 +183,8 @@ async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 async def list_users(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """M4. A page of users; `identifier` is an external id, literal and exact. An unknown one is an
-    empty list.
+    """M4. A page of users. `identifier` is an external id, compared exactly; an unknown external id
+    gives an empty list.
     """
     query = read_query(request)
     for name in query:
@@ -230,8 +229,7 @@ async def list_users(request: web.Request, caller: Caller) -> web.StreamResponse
                 "previous": link(min(page - 1, last)) if page > 1 else {"href": ""},
                 "self": link(page),
             },
-            # Rounded up, so that a later page asked for with it leaves out nobody whom this one
-            # counts.
+            # Rounded up: a later page with this value includes every user that this page counts.
             "created_before": created_before
             if created_before is not None
             else math.ceil(directory.now().timestamp()),
@@ -268,13 +266,13 @@ async def revoke_device(request: web.Request, caller: Caller) -> web.StreamRespo
 
 
 async def get_app(_: web.Request, caller: Caller) -> web.StreamResponse:
-    """M8. The whole app, for old clients that read it at start."""
+    """M8. The whole app, which old clients read at start."""
     return json_answer({"app": app_object(caller.app)})
 
 
 async def get_app_public(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A5. The public subset; old browser clients compare `auth_origin` with the page's, so a
-    registered origin reads itself there.
+    """A5. The public subset of the app. Old browser clients compare `auth_origin` with the page's
+    origin, so a page of a registered origin gets its own origin there.
     """
     shown = public_app_object(caller.app, request.headers.get(hdrs.ORIGIN))
     return json_answer({"app": shown}, headers={"Vary": "Origin"})
@@ -286,7 +284,7 @@ _public_app = public_app(get_app_public)
 
 @public
 async def either_app(request: web.Request) -> web.StreamResponse:
-    """M8 with a key, A5 without, where both APIs share a port."""
+    """M8 with a key, A5 without a key, for a port that serves both APIs."""
     return await (_keyed_app if bearer(request) else _public_app)(request)
 
 
@@ -313,8 +311,8 @@ async def finish_registration(request: web.Request, caller: Caller) -> web.Strea
 
 
 async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A3. `{transaction_id?}`, `{}` or nothing to `{handshake, transaction_id?}`. Beside
-    `publicKey` stands `mediation`, where the transaction asks for a conditional one."""
+    """A3. `{transaction_id?}`, `{}` or an empty body to `{handshake, transaction_id?}`. Conditional
+    mediation adds `mediation` beside `publicKey`."""
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
     link = ANYONE if transaction_id is None else ByTransaction(transaction_id)
@@ -342,7 +340,9 @@ def _handshake(begun: Begun) -> dict[str, Any]:
 
 
 def _finished(body: dict[str, Any]) -> tuple[ByHandle, ExpectedCeremony]:
-    """The ceremony that a page finishes, about second factors or not, of this transaction."""
+    """The handle of the ceremony that a page finishes, and the expected transaction. Either factor
+    may answer.
+    """
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     return ByHandle(handle), ExpectedCeremony(
         ("page",), second_factor=None, transaction_id=transaction_id
@@ -351,7 +351,7 @@ def _finished(body: dict[str, Any]) -> tuple[ByHandle, ExpectedCeremony]:
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     """The routes of a port that serves keyed callers, pages, or both."""
-    found: list[web.RouteDef] = []  # the router looks along them in this order: sign-ins first
+    found: list[web.RouteDef] = []  # the router searches in this order: sign-ins first
     if browser:
         found += browser_routes(
             {

@@ -1,17 +1,17 @@
-"""Signals in the Flex API, beyond the contract: what an authenticator should hear of its
-passkeys (WebAuthn's Signal API).
+"""WebAuthn's Signal API in the Flex API, beyond the contract: pages tell authenticators of renamed
+and deleted passkeys.
 
     POST /signals/update    keyed     {external_id, user_name, user_display_name?} -> 201 {ticket,
                             expires_at, missing, empty}
-    POST /signals/delete    keyed     {passkeys} or {external_id} -> the same; they never sign in
-                            again
-    POST /signals/prune     keyed     {external_id} -> the same; changes nothing here
+    POST /signals/delete    keyed     {passkeys} or {external_id} -> the same; deletes the passkeys
+    POST /signals/prune     keyed     {external_id} -> the same; changes nothing in the broker
     POST /signals/exchange  page      {kind, ticket} -> {calls}
 
-The backend prepares, which makes the change at once, and gives the ticket to the page; the page
-exchanges it, once, and hands each of `calls` to the method of `PublicKeyCredential` for the kind:
-`signalCurrentUserDetails`, `signalUnknownCredential` or `signalAllAcceptedCredentials`. `missing`
-are the ids that are no passkeys of the app; `empty` says that there is nothing to tell.
+The backend calls one of the first three, which changes the broker's passkeys at once, and gives the
+ticket to the page. The page exchanges the ticket once. It passes each of `calls` to the method of
+`PublicKeyCredential` for the kind: `signalCurrentUserDetails`, `signalUnknownCredential` or
+`signalAllAcceptedCredentials`. `missing` lists the ids that are no passkeys of the app. `empty` is
+true if there are no calls.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from broker.signals import SignalKind, SignalTicket
 from broker.web import SIGNALS, Handler, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
-# The members of each call: the argument of the Signal API's method (WebAuthn L3 §5.1.10), and
-# nothing besides.
+# The members of each call: exactly the argument of the Signal API's method (WebAuthn L3 §5.1.10).
 _MEMBERS: dict[SignalKind, tuple[str, ...]] = {
     "update": ("rpId", "userId", "name", "displayName"),
     "delete": ("rpId", "credentialId"),
@@ -39,7 +38,7 @@ _MEMBERS: dict[SignalKind, tuple[str, ...]] = {
 
 
 async def prepare_update(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The name is stored on all the user's passkeys; the display name travels behind the ticket
+    """Store the user name on all passkeys of the user. The display name is stored with the ticket
     only.
     """
     body = await read_object(request)
@@ -54,7 +53,7 @@ async def prepare_update(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 async def prepare_delete(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """Those of the list, or all of a user: one of the two is said, and not both."""
+    """Delete the passkeys of the list, or all of a user. The request has exactly one of the two."""
     body = await read_object(request)
     if ("passkeys" in body) == ("external_id" in body):
         raise InvalidRequest("Give either passkeys or external_id.", reason="scope")
@@ -70,7 +69,7 @@ async def prepare_delete(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 async def prepare_prune(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """All that the user still has; an authenticator forgets the others."""
+    """List all passkeys that the user has. Authenticators drop the others."""
     body = await read_object(request)
     return _prepared(
         await request.app[SIGNALS].prepare_prune(caller.app, text_field(body, "external_id"))
@@ -90,8 +89,8 @@ def _prepared(prepared: SignalTicket) -> web.Response:
 
 
 async def exchange(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """For the page. A ticket of another kind is spent, too: its page is not the one it was made
-    for.
+    """Exchange a ticket for its calls. A ticket of another kind is refused, and spent: a page
+    presented it for which it was not issued.
     """
     body = await read_object(request)
     kind = text_field(body, "kind")

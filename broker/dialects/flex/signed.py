@@ -1,18 +1,21 @@
-"""Signed receipts in the Flex API, beyond the contract: what a redemption proved, for others
-to check offline.
+"""Signed receipts in the Flex API, beyond the contract: JSON Web Tokens (RFC 7519) that other
+services verify offline.
 
 A backend that redeems a nonce with `"signed": true` gets the receipt and, as `token`, the same
-receipt as a JSON Web Token (RFC 7519), signed with ES256 by the app's own key. It gives the token
-to services that must know who signed in and that have no API key; they verify it with the app's key
-set, `GET /.well-known/jwks.json` below the app, which anybody may read.
+receipt as a JWT, signed with ES256 by the app's own key. The backend passes the token to services
+without an API key. These verify it with the app's public key set, `GET /.well-known/jwks.json`
+below the app.
 
-Of the token's claims `iss` is the app's address (`BROKER_PUBLIC_URL` and the path; the path alone
-without that setting), `sub` the external id, `aud` a list of one, the app's id. `jti` is the digest
-of the nonce: a nonce buys one token, so a `jti` is never repeated, and nobody gets from it to the
-nonce. The others are the receipt's, `purpose` among them: a registration is no login.
+    iss     the app's address: `BROKER_PUBLIC_URL` and the path, or the path alone
+    sub     the external id
+    aud     a list of the app's id alone
+    jti     the digest of the nonce, which doesn't reveal the nonce
 
-A token that is checked offline can be replayed until `exp`, `BROKER_RECEIPT_TOKEN_LIFE` seconds
-after `iat`. A backend that must act on it once keeps its `jti` until then, or redeems a nonce
+A nonce gives one token, so no `jti` repeats. The other claims are the receipt's. A verifier must
+compare `purpose`: a registration is no login.
+
+A verifier offline can't see a replay before `exp`, `BROKER_RECEIPT_TOKEN_LIFE` seconds after `iat`.
+A backend that must act only once on a token stores its `jti` until then, or redeems a nonce
 instead.
 """
 
@@ -35,7 +38,7 @@ ALGORITHM: TokenAlgorithm = "ES256"
 
 
 def receipt_token(request: web.Request, app: RelyingParty) -> Signed:
-    """The reward of a redemption with `signed`: the receipt as a token.
+    """The signed token of a redemption with `signed`.
 
     Raises:
         InvalidRequest: the broker has no secret key, so it signs nothing.
@@ -63,8 +66,8 @@ def receipt_token(request: web.Request, app: RelyingParty) -> Signed:
 
 
 async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The public keys of the app, for any page and any service. Without a secret key: those that
-    are left, which may be none.
+    """The public keys of the app, for any page and any service. Without a secret key the set has
+    only earlier keys, and may be empty.
     """
     signing = request.app[SIGNING]
     if request.app[SETTINGS].secret_key:
