@@ -1,8 +1,11 @@
-"""`broker events`: the audit log of an app, once or followed.
+"""`broker events`: the audit log of an app: shown, followed or exported.
 
 **Following.** `--follow` goes on from a cursor. No event is ever committed behind a cursor
 (`broker.durable.events`), so none is skipped, however transactions overlap. Ctrl-C ends it with
 status 130. With `--json` each event is one object on one line.
+
+**Exporting.** `export` prints every event, oldest first, with the user's external id: one JSON
+object on one line (NDJSON). `--after` goes on behind the last one of an earlier export.
 
 **Filters.** `--action` and `--user` (a whole external id) filter each page here, so they mean the
 same with and without `--follow`. Events of a deleted user have no external id.
@@ -14,6 +17,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 
 from broker.cli.output import as_json_text, has_colour, table
 from broker.cli.parsing import Commands, app_option, option, whole
@@ -50,6 +54,18 @@ def add_commands(commands: Commands) -> None:
                 type=whole(0, 2**63 - 1),
                 metavar="ID",
             ),
+            option(
+                "export",
+                "print all of them, oldest first, as one JSON object a line",
+                nargs="?",
+                choices=("export",),
+            ),
+            option(
+                "--since",
+                "only those from this time on, like 2026-11-30 or 2026-11-30T12:00:00Z (UTC)",
+                type=_time,
+                metavar="TIME",
+            ),
             option("--action", "only these, like passkey.used", metavar="ACTION"),
             option("--user", "only those of this user", metavar="EXTERNAL_ID"),
             option(
@@ -62,12 +78,17 @@ def add_commands(commands: Commands) -> None:
             "events --app Shop",
             "events --action passkey.used --limit 20",
             "events --follow --json --user user-7",
+            "events export --since 2026-11-01",
         ),
     )
 
 
-async def list_events(records: Records, options: argparse.Namespace) -> list[dict[str, object]]:
-    """The newest events, or the first ones after `--after`; oldest first. Also of a deleted app."""
+async def list_events(
+    records: Records, options: argparse.Namespace
+) -> list[dict[str, object]] | None:
+    """The newest events, or the first ones after `--after`; oldest first. Also of a deleted app.
+    None: they were exported.
+    """
     if options.user is not None and "\0" in options.user:
         raise InvalidSetting("An external id has no NUL character.")
     app_id = await _app_id(records, options.app)
@@ -76,6 +97,10 @@ async def list_events(records: Records, options: argparse.Namespace) -> list[dic
             options.after if options.after is not None else await _start(records, app_id, options)
         )
         await _follow(records, app_id, start, options)
+    if options.export:
+        await _export(records, app_id, options)
+        options.json = False  # the answer is printed
+        return None
     if options.after is None:
         found = await _newest(records, app_id, options)
     else:
@@ -130,8 +155,29 @@ def _wanted(rows: Sequence[AuditRow], options: argparse.Namespace) -> list[Audit
     return [
         row
         for row in rows
-        if options.action in (None, row.event.action) and options.user in (None, row.external_id)
+        if options.action in (None, row.event.action)
+        and options.user in (None, row.external_id)
+        and (options.since is None or row.event.at >= options.since)
     ]
+
+
+async def _export(records: Records, app_id: str, options: argparse.Namespace) -> None:
+    """Print all events that are there now."""
+    async for rows in _pages(records, app_id, options.after or 0):
+        if not rows:
+            return
+        for row in _wanted(rows, options):
+            line = as_json_text({**as_dict(row.event), "external_id": row.external_id})
+            print(line)  # noqa: T201 - the command's answer
+
+
+def _time(text: str) -> datetime:
+    """A time in ISO 8601; without a zone it is in UTC."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("a time like 2026-11-30T12:00:00Z is needed") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 async def _start(records: Records, app_id: str, options: argparse.Namespace) -> int:

@@ -58,15 +58,29 @@ class Apps:
         Raises:
             Conflict: there is another version meanwhile.
         """
-        event = insert_event("'app.updated'", "FROM app", at="$7", app_id="id", by="$9, $10")
+        event = insert_event(
+            "'app.updated'",
+            "FROM app JOIN was ON true",
+            at="$7",
+            app_id="id",
+            by="$9, $10",
+            payload="""(
+                SELECT jsonb_build_object('changed', jsonb_agg(key ORDER BY key))
+                FROM jsonb_each(was.facts) AS a FULL JOIN jsonb_each(app.facts) AS b USING (key)
+                WHERE a.value IS DISTINCT FROM b.value
+            )""",
+        )
+        facts = "to_jsonb(r) - '{id,created_at,updated_at,policy}'::text[] || r.policy AS facts"
         row = await self._pg.row(
             "update_app",
             f"""
-            WITH app AS (
-                UPDATE relying_parties
+            WITH was AS (
+                SELECT {facts} FROM relying_parties r WHERE r.id = $1 AND r.updated_at = $8
+            ), app AS (
+                UPDATE relying_parties r
                 SET name = $2, rp_id = $3, origins = $4, related_origins = $5, policy = $6,
                     updated_at = greatest($7, updated_at + interval '1 microsecond')
-                WHERE id = $1 AND updated_at = $8 RETURNING id, updated_at
+                WHERE id = $1 AND updated_at = $8 RETURNING id, updated_at, {facts}
             ), event AS ({event})
             SELECT r.id, (SELECT updated_at FROM app) AS updated_at
             FROM relying_parties r WHERE r.id = $1

@@ -155,6 +155,8 @@ def test_the_version(cli: Cli) -> None:
         ("user", "delete", "--app", UNKNOWN),
         ("user", "list", "--status", "asleep"),
         ("events", "--app", UNKNOWN, "--limit", "0"),
+        ("events", "--app", UNKNOWN, "--since", "yesterday"),
+        ("events", "--app", UNKNOWN, "later"),
         ("events", "--app", UNKNOWN, "--limit", "-1"),
         ("events", "--app", UNKNOWN, "--limit", "10001"),
         ("events", "--app", UNKNOWN, "--limit", "many"),
@@ -520,10 +522,11 @@ def test_policy_keys_that_contradict_each_other_are_refused(cli: Cli, app: str) 
         "https://example.org",
     )
     assert "needs attestation=direct" in refusal(cli(*created, *verified))
-    assert [e["action"] for e in cli("events", "--app", app, "--json").json] == [
-        "app.created",
-        "app.updated",
-    ]
+    created, updated = cli("events", "--app", app, "--json").json
+    assert [e["action"] for e in (created, updated)] == ["app.created", "app.updated"]
+    assert updated["payload"] == {
+        "changed": ["attestation", "attestation_required", "attestation_roots"]
+    }
 
 
 def test_delete_an_app(cli: Cli, app: str) -> None:
@@ -798,6 +801,25 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
         await run("events", "--app", wire.app_id, "--after", str(2**63 - 1), "--json")
     ).json == []
     assert (await run("events", "--app", wire.app_id)).out.count("\n") == 1 + len(events)
+
+
+async def test_events_are_exported_as_lines(cli: Cli, wire: Wire, device: Authenticator) -> None:
+    run = beside(cli)
+    await wire.user("user-7", device)
+    shown = (await run("events", "--app", wire.app_id, "--json")).json
+    assert [event["action"] for event in shown[-2:]] == ["passkey.registered", "passkey.confirmed"]
+    for flags in ((), ("--json",)):
+        lines = (await run("events", "export", "--app", wire.app_id, *flags)).out.splitlines()
+        exported = [json.loads(line) for line in lines]
+        names = [event.pop("external_id") for event in exported]
+        assert exported == shown
+        assert names[-2:] == ["user-7", "user-7"]
+    last = shown[-1]["at"]
+    since = ("events", "export", "--app", wire.app_id, "--since")
+    times = [json.loads(line)["at"] for line in (await run(*since, last)).out.splitlines()]
+    assert times == [event["at"] for event in shown if event["at"] >= last]
+    assert (await run(*since, "2999-01-01")).out == ""
+    assert (await run(*since, "1999-01-01", "--after", str(shown[-2]["id"]))).out.count("\n") == 1
 
 
 # -- signing keys ----------------------------------------------------------------------------------
