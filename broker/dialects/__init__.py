@@ -18,7 +18,7 @@ from broker.dialects.propelauth import PROPELAUTH
 from broker.model import POLICY_KEYS, PolicyKey
 from broker.settings import Settings, SettingsFault
 
-# The first one's shape is that of answers on paths which no dialect has.
+# The first dialect renders the refusals on paths that belong to no dialect.
 DIALECTS: tuple[Dialect, ...] = (FLEX, HANKO, PASSLOCK, PROPELAUTH)
 
 
@@ -40,7 +40,7 @@ def load_settings(
 
 
 def chosen(settings: Settings) -> tuple[Dialect, ...]:
-    """The dialects that answer. Without a secret key the dialects that sign tokens do not, unless
+    """The dialects that answer. Without a secret key, dialects that sign tokens don't answer unless
     the setting names them.
 
     Raises:

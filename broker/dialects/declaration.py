@@ -29,7 +29,7 @@ class WireFormat(Protocol):
         """The routes of a port that serves keyed callers, pages, or both."""
 
     def render(self, refusal: Refusal, request: web.Request | None = None) -> web.Response:
-        """A refusal in the dialect's shape. `request` is None where the bytes were no HTTP."""
+        """A refusal in the dialect's shape. `request` is None if the bytes were not HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,6 @@ class Dialect:
 
     name: str
     load: Callable[[], WireFormat]
-    signs: bool = False  # signs tokens, so it answers only where there is a secret key
+    signs: bool = False  # signs tokens, which needs a secret key
     settings: tuple[Setting[Any], ...] = ()
     policy_keys: tuple[PolicyKey[Any], ...] = ()

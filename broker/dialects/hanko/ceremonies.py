@@ -1,9 +1,9 @@
 """Hanko's ceremonies: initialize and finalize of registration, login, second factor and
-transaction, and the token they end with.
+transaction, and the signed token of finalize.
 
-The options are WebAuthn's JSON inside `{"publicKey": …}`. Finalize takes the bare answer of the
-browser; the challenge in it finds the pending ceremony, which is taken before anything is verified.
-Nothing here looks at a signature or at a time.
+The options are WebAuthn's JSON inside `{"publicKey": …}`. The body of finalize is the browser's
+answer. The challenge in the answer finds the pending ceremony, which is taken before verification.
+This module verifies no signature and no time.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _SECOND_FACTOR = CeremonyOptions(second_factor=True)
 
 
 async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{user_id, username, display_name?, icon?}` to the creation options. The user is made if
-    there is none.
+    """`{user_id, username, display_name?, icon?}` to the creation options. A missing user is
+    created.
     """
     return await _begin_registration(request, caller, NO_OPTIONS)
 
@@ -56,8 +56,8 @@ async def begin_registration(request: web.Request, caller: Caller) -> web.Stream
 async def begin_second_factor_registration(
     request: web.Request, caller: Caller
 ) -> web.StreamResponse:
-    """As `begin_registration`, for a credential that is only a second factor; the app's policy for
-    those holds.
+    """As `begin_registration`, for a credential that is only a second factor, under the app's
+    policy for second factors.
     """
     return await _begin_registration(request, caller, _SECOND_FACTOR)
 
@@ -91,7 +91,7 @@ async def finish_registration(request: web.Request, caller: Caller) -> web.Strea
 async def finish_second_factor_registration(
     request: web.Request, caller: Caller
 ) -> web.StreamResponse:
-    """The same, keyed: so the passkey is confirmed."""
+    """The browser's answer to `{token}`. The call is keyed, so the passkey is confirmed."""
     return await _finish_registration(request, caller, ExpectedCeremony(("hanko",), True))
 
 
@@ -109,8 +109,8 @@ async def _finish_registration(
 
 
 async def begin_login(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{user_id?}` or nothing to the request options; without a user it is discoverable. A page
-    that names a user needs a key.
+    """`{user_id?}` or an empty body to the request options. Without a user the login is
+    discoverable. A page that names a user needs a key.
     """
     user_id = await _user_of_login(request)
     if user_id is not ANYONE and caller.key_id is None:
@@ -119,7 +119,9 @@ async def begin_login(request: web.Request, caller: Caller) -> web.StreamRespons
 
 
 async def begin_login_of_anyone(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The same where no key is taken: no caller can name a user."""
+    """An empty body to the request options, on a port that takes no keys: a named user is
+    refused.
+    """
     if await _user_of_login(request) is not ANYONE:
         raise InvalidKey(reason="key_not_taken_here")
     return await _begin_login(request, caller, ANYONE)
@@ -160,7 +162,7 @@ async def finish_login(request: web.Request, caller: Caller) -> web.StreamRespon
 
 
 async def begin_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{user_id}` to the request options; all the user's credentials may answer."""
+    """`{user_id}` to the request options. All credentials of the user may answer."""
     body = await bound(request)
     faults: list[str] = []
     user_id = required(body, "user_id", faults)
@@ -177,9 +179,9 @@ async def finish_second_factor_login(request: web.Request, caller: Caller) -> we
 
 
 async def begin_approval(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{user_id, transaction_id, transaction_data}` to the request options, whose challenge ends
-    with the payload's hash: SHA-256(UTF-8 of the transaction id, then the data as `serialised`
-    writes it)."""
+    """`{user_id, transaction_id, transaction_data}` to the request options. The challenge ends with
+    the payload's hash: SHA-256(UTF-8 of the transaction id, then the data as `serialised` writes
+    it)."""
     body = await bound(request)
     faults: list[str] = []
     user_id = required(body, "user_id", faults)
@@ -194,14 +196,14 @@ async def begin_approval(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 def _is_given(data: object) -> bool:
-    """The vendor takes null, false, zero and "" for missing, and empty objects and lists for
-    given.
+    """True if the vendor treats the payload as present. The vendor treats null, false, zero and ""
+    as missing, and empty objects and lists as present.
     """
     return isinstance(data, dict | list) or bool(data)
 
 
 async def finish_approval(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The browser's answer to `{token}`, whose `trans` is the transaction's id."""
+    """The browser's answer to `{token}`. The token's claim `trans` is the transaction's id."""
     return await _finish_login(request, caller, ExpectedCeremony(("hanko",), approval=True))
 
 
@@ -219,8 +221,8 @@ async def _finish_login(
 
 
 def _token(request: web.Request, app: RelyingParty) -> Signed:
-    """The reward of a finalize. The token's `jti` is a nonce that lives as long and can be redeemed
-    once.
+    """The signed token of a finalize. The token's `jti` is a nonce with the same life, which can be
+    redeemed once.
     """
     life = request.app[SETTINGS][TOKEN_LIFE]
 
@@ -244,11 +246,11 @@ def _token(request: web.Request, app: RelyingParty) -> Signed:
 
 
 async def bound(request: web.Request) -> dict[str, Any]:
-    """The body of a route that is not a finalize: none at all is `{}`, and any other is labelled as
-    JSON.
+    """The body of a route other than finalize. An empty body is `{}`; any other needs the content
+    type of JSON.
 
     Raises:
-        InvalidRequest: another label, or as `read_object`.
+        InvalidRequest: another content type, or as `read_object`.
     """
     body = await read_bytes(request)
     if not body:
@@ -261,8 +263,8 @@ async def bound(request: web.Request) -> dict[str, Any]:
 def required(
     body: Mapping[str, Any], name: str, faults: list[str], *, limit: int | None = None
 ) -> str:
-    """A field that must be a non-empty string; what is wrong with it joins `faults`, but for a
-    wrong type.
+    """A required field: a non-empty string. Faults are appended to `faults`, except a wrong type,
+    which is refused at once.
     """
     value = _optional(body, name, faults, limit=limit)
     if not value:
@@ -271,7 +273,7 @@ def required(
 
 
 def judge(faults: list[str]) -> None:
-    """Refuse a request with all the faults of its fields at once."""
+    """Refuse a request that has faults. The refusal lists them all."""
     if faults:
         raise InvalidRequest(" and ".join(faults), reason=FIELDS)
 
@@ -279,7 +281,7 @@ def judge(faults: list[str]) -> None:
 def _optional(
     body: Mapping[str, Any], name: str, faults: list[str], *, limit: int | None = None
 ) -> str:
-    """A field that may be missing or null (both "")."""
+    """An optional field; missing and null give ""."""
     value = body.get(name)
     if value is None:
         return ""

@@ -1,7 +1,7 @@
 """Hanko's credentials, transactions and audit log for backends, and the public key set.
 
 A list is a bare array, newest first, 20 items a page, with the headers `Link` and `X-Total-Count`.
-A credential id finds a credential of its own tenant only.
+A credential id finds credentials of its own tenant only.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from broker.web.body import read_query
 _PAGE = 20
 _LONGEST_PAGE = 1000
 _MAX_AGE = f"max-age={JWKS_MAX_AGE}"
-_TRANSACTIONS = UUID(
-    "b34c2af2-d2e6-4efa-b12b-8983ca954943"
-)  # a namespace (RFC 9562 §6.6), drawn once
+# A namespace (RFC 9562 §6.6), drawn at random and then fixed.
+_TRANSACTIONS = UUID("b34c2af2-d2e6-4efa-b12b-8983ca954943")
 
 
 # -- credentials -----------------------------------------------------------------------------------
 
 
 async def list_credentials(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A page of credentials, of one user (`user_id`, also "", who is nobody) or of all."""
+    """A page of credentials of one user (`user_id`) or of all users. `user_id` "" matches no
+    user.
+    """
     query = read_query(request)
     page, limit = _page(query)
     order = _one(query, "order") or "desc"
@@ -79,9 +80,12 @@ async def revoke_credential(request: web.Request, caller: Caller) -> web.StreamR
 
 
 async def _credential(request: web.Request, caller: Caller) -> Owned:
-    """The credential of the path, whose id is base64url without padding and compared as text. With
-    `user_id` in the query it is that user's: a backend that was told the id by a page need not look
-    it up first."""
+    """The credential of the path. Its id is base64url without padding, and compared as text. With
+    `user_id` in the query it must be that user's, so that a backend can trust an id from a page.
+
+    Raises:
+        UnknownPasskey.
+    """
     wanted = request.match_info["credential_id"]
     try:
         credential_id = urlsafe_b64decode(wanted.encode("ascii") + b"=" * (-len(wanted) % 4))
@@ -96,8 +100,8 @@ async def _credential(request: web.Request, caller: Caller) -> Owned:
 
 
 def credential_object(owned: Owned) -> dict[str, Any]:
-    """A credential. One that nobody owns yet has no `user_id`; one that was never used shows the
-    time of its creation.
+    """A credential. An ownerless credential has no `user_id`. `last_used_at` of an unused
+    credential is the time of its creation.
     """
     credential = owned.credential
     credential_id = base64url(credential.credential_id)
@@ -123,7 +127,7 @@ def credential_object(owned: Owned) -> dict[str, Any]:
 
 
 async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The transactions of a user, named by our own id of the user; of nobody there are none."""
+    """The transactions of a user, by the broker's own id of the user. An unknown user has none."""
     user_id = request.match_info["user_id"]
     if not ID.match(user_id):
         raise InvalidRequest("A user's own id has 24 letters and digits.", reason="user_id")
@@ -132,8 +136,9 @@ async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 def approval_object(record: ApprovalRecord) -> dict[str, Any]:
-    """A transaction; it changed last when it was approved, if it was. The vendor's ids are UUIDs
-    (its schema: 36 characters) and nobody looks one up by it, so this is made of ours."""
+    """A transaction. `updated_at` is the time of its approval, if any. The vendor's ids are UUIDs
+    (its schema: 36 characters). No route looks a transaction up by it, so the UUID is derived from
+    the broker's id."""
     return {
         "id": str(uuid5(_TRANSACTIONS, record.id)),
         "identifier": record.identifier,
@@ -145,8 +150,8 @@ def approval_object(record: ApprovalRecord) -> dict[str, Any]:
 
 # -- audit log -------------------------------------------------------------------------------------
 
-# The vendor's types by action and result. Other events of ours have no counterpart, and the
-# vendor's "init" types none of ours: what was only begun has changed nothing.
+# The vendor's types by action and result. Other events of the broker have no counterpart. The
+# vendor's "init" types have none here: a begin is no event.
 _TYPES: Mapping[tuple[str, str], str] = {
     ("passkey.registered", "done"): "webauthn_registration_final_succeeded",
     ("passkey.registered", "refused"): "webauthn_registration_final_failed",
@@ -165,8 +170,8 @@ _TYPES: Mapping[tuple[str, str], str] = {
 
 async def list_audit_logs(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A page of events, filtered by `type` (may be repeated), `start_time` and `end_time`
-    (exclusive), and by parts of the user's id (`actor_user_id`, `q`). No address is kept, so none
-    has a given `meta_source_ip` in it."""
+    (exclusive), and by parts of the user's id (`actor_user_id`, `q`). No address is stored, so a
+    filter by `meta_source_ip` matches no event."""
     query = read_query(request)
     page, limit = _page(query)
     start, end = _instant(query, "start_time"), _instant(query, "end_time")
@@ -190,7 +195,7 @@ async def list_audit_logs(request: web.Request, caller: Caller) -> web.StreamRes
 
 
 def audit_object(row: AuditRow, app: RelyingParty) -> dict[str, Any]:
-    """An event. Addresses, user agents and transactions are not kept with it."""
+    """An event, without addresses, user agents and transactions, which are not stored."""
     event = row.event
     shown = {
         "id": str(event.id),
@@ -211,7 +216,7 @@ def audit_object(row: AuditRow, app: RelyingParty) -> dict[str, Any]:
 
 
 def _instant(query: MultiDict[str], name: str) -> datetime | None:
-    """A time as RFC 3339 has it."""
+    """A time in RFC 3339."""
     value = _one(query, name)
     if not value:
         return None
@@ -239,7 +244,7 @@ async def key_set(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 def _page(query: MultiDict[str]) -> tuple[int, int]:
-    """The page asked for and how many a page has."""
+    """The number of the page, and the items a page."""
     return _whole(query, "page", 1, 1_000_000), _whole(query, "per_page", _PAGE, _LONGEST_PAGE)
 
 
@@ -253,7 +258,7 @@ def _whole(query: MultiDict[str], name: str, default: int, high: int) -> int:
 
 
 def _one(query: MultiDict[str], name: str) -> str | None:
-    """A field that is given once or not at all."""
+    """A field of the query that may not be repeated."""
     values = query.getall(name, [])
     if len(values) > 1:
         raise InvalidRequest(f"{name} is given twice.", reason=FIELDS)
@@ -265,7 +270,7 @@ def _one(query: MultiDict[str], name: str) -> str | None:
 def _listed(
     request: web.Request, query: MultiDict[str], items: list[dict[str, Any]], total: int
 ) -> web.StreamResponse:
-    """A page as an array, with the ways on in its headers (RFC 8288)."""
+    """A page as an array, with links to the other pages in its headers (RFC 8288)."""
     page, limit = _page(query)
     last = max(1, -(-total // limit))
     places = {"first": 1, "last": last}

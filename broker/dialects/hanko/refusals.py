@@ -21,7 +21,7 @@ from broker import errors
 from broker.errors import Refusal
 from broker.web import edge, json_answer
 
-FIELDS = "fields"  # the reason of a refusal that lists what is wrong with a request's fields
+FIELDS = "fields"  # the reason of a refusal that lists the faults of a request's fields
 
 STATUS: Mapping[type[Refusal], int] = {
     **edge.STATUS,
@@ -44,8 +44,8 @@ STATUS: Mapping[type[Refusal], int] = {
 
 
 class _Told(NamedTuple):
-    """How a refusal is told. None: the title of the status, our sentence, the status of
-    `STATUS`.
+    """The vendor's title, details and status of a refusal. None: the name of the status, the
+    refusal's sentence, the status of `STATUS`.
     """
 
     title: str | None = None
@@ -57,7 +57,7 @@ _Row = tuple[type[Refusal], str | None]
 _SEND_A_KEY = "Send one of the app's API keys in the header apiKey."
 _NO_CHALLENGE = "received challenge does not match with any stored one"
 
-# By refusal and reason (None: any reason). First those that every operation may answer …
+# By refusal and reason (None: any reason). First the rows of every operation …
 _ANYWHERE: Mapping[_Row, _Told] = {
     (errors.InvalidRequest, None): _Told("unable to process request"),
     (errors.InvalidRequest, FIELDS): _Told("unable to validate request"),
@@ -80,7 +80,7 @@ _REGISTRATION: Mapping[_Row, _Told] = {
     (errors.CeremonyRefused, "no_user"): _Told("user not found", status=404),
 }
 _LOGIN: Mapping[_Row, _Told] = {(errors.InvalidRequest, None): _Told("unable to finish login")}
-# … then those of one operation, by its path below the tenant.
+# … then the rows of one operation, by its path below the tenant.
 TITLES: Mapping[str, Mapping[_Row, _Told]] = {
     "registration/finalize": _REGISTRATION,
     "mfa/registration/finalize": _REGISTRATION,
@@ -110,12 +110,12 @@ _RENAMED = {413: "Request Entity Too Large"}
 
 
 def status_name(status: int) -> str:
-    """The name of a status, the same with every Python."""
+    """The name of a status, the same on every Python version."""
     return _RENAMED.get(status) or HTTPStatus(status).phrase
 
 
 def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
-    """`{title, details, status}`, in the words of the operation that was asked for."""
+    """`{title, details, status}`, in the vendor's words for the requested operation."""
     told = _told(refusal, _operation(request))
     status = told.status or STATUS[type(refusal)]
     title = told.title or status_name(status)
@@ -132,8 +132,8 @@ def render(refusal: Refusal, request: web.Request | None = None) -> web.Response
 
 
 def _told(refusal: Refusal, operation: str) -> _Told:
-    """The first row that fits: the operation's before anybody's, a class before its base, a reason
-    before any reason.
+    """The most specific row: the operation's before every operation's, a class before its base, a
+    reason before any reason.
     """
     kinds = [kind for kind in type(refusal).__mro__ if issubclass(kind, Refusal)]
     for rows in (TITLES.get(operation, {}), _ANYWHERE):
@@ -145,8 +145,6 @@ def _told(refusal: Refusal, operation: str) -> _Told:
 
 
 def _operation(request: web.Request | None) -> str:
-    """The path below the tenant that the request was routed by, as a template; "" where there is
-    none.
-    """
+    """The route's template below the tenant; "" without a route."""
     resource = request.match_info.route.resource if request is not None else None
     return resource.canonical.partition("{app_id}/")[2] if resource is not None else ""

@@ -38,9 +38,9 @@ _PAGE_HEADERS = "content-type, apikey"  # the SDK sends both with every request
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     """The routes of a port that serves keyed callers, pages, or both.
 
-    The routes for pages are open on the port for pages. A login that names a user needs a key
-    there, where that port takes keys at all. On a port for keyed callers alone the same paths need
-    a key, so that the vendor's SDK on a backend has one address for everything.
+    A port for pages serves the pages' routes without a key. If such a port also takes keys, a login
+    that names a user needs a key. A port for keyed callers alone serves the same paths with a key,
+    so that the vendor's SDK on a backend needs one address only.
     """
     found = [web.get(_KEYS, public_app(records.key_set), allow_head=False)]
     keyed_here = dict(_KEYED)
@@ -63,7 +63,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 
 _LOGIN = "login/initialize"
-# Routes for pages, and for keyed callers where no page is served.
+# Routes for pages, or for keyed callers on a port without pages.
 _SHARED: dict[str, Handler] = {
     "registration/finalize": ceremonies.finish_registration,
     _LOGIN: ceremonies.begin_login,

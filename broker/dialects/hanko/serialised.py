@@ -19,15 +19,15 @@ from __future__ import annotations
 import json
 import re
 
-# Python's `json` writes none of these as Go does: Go escapes what HTML and JavaScript would read,
-# and U+007F not at all.
+# Python's `json` writes none of these as Go does: Go escapes characters with a meaning in HTML and
+# JavaScript, and does not escape U+007F.
 _ESCAPED = re.compile('[\\x00-\\x1f"\\\\<>&\u2028\u2029]')
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def go_json(value: object) -> str:
-    """`value` (of `json.loads` with `parse_int=float`, or with integers, which become doubles) as
-    Go's `json.Marshal` writes it.
+    """Serialise a value as Go's `json.Marshal` does. The value comes from `json.loads`; integers
+    become doubles.
 
     Raises:
         ValueError: not a JSON value: NaN, an infinity, or an object of another kind.
@@ -52,8 +52,8 @@ def go_json(value: object) -> str:
 
 
 def go_json_again(body: bytes, name: str) -> str:
-    """The member `name` of a JSON object that was judged before, read with Go's numbers and written
-    again.
+    """Parse a JSON object that has passed `broker.web.body` with Go's numbers, and serialise its
+    member `name`.
     """
     return go_json(json.loads(body, parse_int=float)[name])
 
@@ -67,8 +67,8 @@ def _text(value: str) -> str:
 
 
 def _number(value: float) -> str:
-    """The shortest digits that give the double again: plain between 1e-6 and 1e21, else with an
-    exponent, as ECMAScript does.
+    """The shortest digits that parse to the same double: plain between 1e-6 and 1e21, otherwise
+    with an exponent, as in ECMAScript.
     """
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("no JSON number")

@@ -1,18 +1,18 @@
-"""Passlock's ceremonies: a backend authorises one, the page runs it, the backend exchanges the code
-or checks the id_token.
+"""Passlock's ceremonies: a backend authorises a ceremony, the page runs it, the backend exchanges
+the code or verifies the id_token.
 
     authorize      keyed     -> registrationToken, authenticationToken: a transaction's id
     options        page      -> sessionToken: the handle of the pending ceremony
     verification   page      -> code: a nonce; id_token: a signed token
-    principal      keyed     code -> who, once
+    principal      keyed     code -> the principal, once
 
-Clients before the backend's part (2.0 to 2.4) send the ceremony options from the page instead of a
-token. As a page has no key, such an authentication is a discoverable one, and `allowCredentials`
-narrows whom it takes without being read back. Such a registration makes a passkey that nobody owns;
-it needs the policy `passlock_open_registration`.
+Clients 2.0 to 2.4 have no call by the backend. Their pages send the ceremony options instead of a
+token. A page has no key, so such an authentication is discoverable. `allowCredentials` narrows the
+passkeys that may answer, and is not echoed. Such a registration creates an ownerless passkey, which
+needs the policy `passlock_open_registration`.
 
-Code and id_token are two proofs of one ceremony, and `id` of the one is `jti` of the other: a
-backend that may be shown both can tell.
+Code and id_token are two proofs of one ceremony. `id` of the principal equals `jti` of the token,
+so a backend that gets both recognises them as the same proof.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from broker.model import (
 from broker.web import BROKER, DIRECTORY, SETTINGS, Handler, json_answer, read_object
 from broker.web.body import text_field
 
-_ISSUER = "passlock.dev"  # whoever signs: the vendor's verifier takes no other
+_ISSUER = "passlock.dev"  # the vendor's verifier accepts no other issuer
 _EXPECTED = ExpectedCeremony(("passlock",))
 
 # -- authorize -------------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ def authorize_registration(tag: str) -> Handler:
 
 def authorize_authentication(tag: str) -> Handler:
     """`{rpId, userId?, allowCredentials?, discoverable?, mediation?, userVerification?, timeout?}`
-    to `{authenticationToken, expiresAt}`. Whom it is about is said once: by `userId`,
-    `allowCredentials` or both, or by `discoverable`."""
+    to `{authenticationToken, expiresAt}`. The request has `userId`, `allowCredentials` or both, or
+    else `discoverable`."""
 
     async def handle(request: web.Request, caller: Caller) -> web.StreamResponse:
         body = await read_object(request)
@@ -109,7 +109,7 @@ def _names(body: Body) -> Names:
 
 
 def _transaction_ends(request: web.Request, caller: Caller) -> int:
-    """When a transaction that is opened now ends."""
+    """The end of a transaction that is opened now."""
     return milliseconds(request.app[DIRECTORY].now()) + caller.app.policy.transaction_life * 1000
 
 
@@ -118,7 +118,7 @@ def _transaction_ends(request: web.Request, caller: Caller) -> int:
 
 async def begin_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{registrationToken}`, or `{username, displayName?, excludeCredentials?, userVerification?,
-    timeout?}` where pages may register, to `{sessionToken, optionsJSON}`."""
+    timeout?}` if the policy lets pages register, to `{sessionToken, optionsJSON}`."""
     body, broker = await read_object(request), request.app[BROKER]
     if "registrationToken" in body or "username" not in body:
         link = _transaction(body, "registrationToken")
@@ -155,14 +155,14 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
 
 
 def _transaction(body: Body, name: str) -> ByTransaction:
-    """The transaction of a token. One of a second factor is unknown: this wire has no word for
-    it.
+    """The transaction of a token. A transaction of a second factor is unknown here: this wire
+    format has no second factor.
     """
     return ByTransaction(text_field(body, name), second_factor=False)
 
 
 def judge_open(app: RelyingParty) -> None:
-    """What a page may do without a backend's word, it may where the policy says so.
+    """Require the policy `passlock_open_registration` for a page without a backend's token.
 
     Raises:
         OperationNotAllowed.
@@ -213,8 +213,8 @@ def _verified(tag: str, outcome: Outcome) -> web.StreamResponse:
 
 
 def _proofs(request: web.Request, app: RelyingParty) -> Signed:
-    """The reward of a verification: the code, and the id_token with the claims that the vendor's
-    verifier requires, each of exactly this type, and the ceremony's purpose.
+    """The signed token of a verification: the id_token, whose claims have exactly the types that
+    the vendor's verifier requires, and the ceremony's purpose. The code is its nonce.
     """
     settings = request.app[SETTINGS]
 
@@ -237,12 +237,12 @@ def _proofs(request: web.Request, app: RelyingParty) -> Signed:
 
 
 def _user_id(receipt: Receipt) -> str:
-    """The owner; a passkey that nobody owns yet stands for itself, as the vendor had it."""
+    """The owner's id. An ownerless passkey has its own id there, as with the vendor."""
     return receipt.passkey_id if receipt.external_id is None else receipt.external_id
 
 
 def _principal_id(code: str) -> str:
-    """What code and id_token have in common: 256 bits from which nobody gets to the code."""
+    """The id that code and id_token share: 256 bits that don't reveal the code."""
     return base64url(hashlib.sha256(f"principal:{code}".encode()).digest())
 
 
@@ -250,14 +250,14 @@ def _principal_id(code: str) -> str:
 
 
 async def exchange_code(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The code in the path to its principal, once."""
+    """Exchange the code in the path for its principal, once."""
     receipt = await _redeem(request, caller)
     return _principal(request, receipt, _user_id(receipt))
 
 
 async def exchange_code_for(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{userId}`: the same, of this user's passkey; one that nobody owned is this user's from now
-    on.
+    """`{userId}`: exchange the code of this user's passkey. An ownerless passkey gets this user as
+    its owner.
     """
     user_id = short_text(await read_object(request), "userId")
     receipt = await _redeem(request, caller)
@@ -267,15 +267,17 @@ async def exchange_code_for(request: web.Request, caller: Caller) -> web.StreamR
 
 
 async def _redeem(request: web.Request, caller: Caller) -> Receipt:
-    """The receipt of the code in the path, once. A passkey that nobody owns signs in here, while
-    the policy stands.
+    """The receipt of the code in the path, once. Ownerless passkeys sign in while the policy
+    permits them.
     """
     expect = ExpectedReceipt(unowned=caller.app.policy.ownerless_registration)
     return (await request.app[BROKER].redeem(caller, request.match_info["code"], expect)).receipt
 
 
 def _principal(request: web.Request, receipt: Receipt, user_id: str) -> web.StreamResponse:
-    """`metadata` is empty: no address and no user agent is kept here."""
+    """The principal of a receipt. `metadata` is empty: the broker stores no address and no user
+    agent.
+    """
     passkey: Body = {"verified": True, "userVerified": receipt.user_verified}
     if receipt.authenticator_name_claimed is not None:
         passkey["platformName"] = receipt.authenticator_name_claimed

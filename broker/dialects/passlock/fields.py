@@ -1,9 +1,9 @@
-"""What Passlock's bodies and answers have in common: fields that several calls take, and passkeys
-as its clients read them.
+"""Passlock's shared request fields and response objects: ceremony options, limits, and passkeys as
+the vendor's clients read them.
 
-The vendor's server SDK decodes by schema: a required field that is missing, or a null where a field
-is merely optional, breaks it. So what is absent is left out, always. All times are whole
-milliseconds since the epoch. Binary values are base64url without padding.
+The vendor's server SDK decodes by schema: a missing required field and a null in an optional field
+both fail. So an absent optional field is always left out. All times are whole milliseconds since
+the epoch. Binary values are base64url without padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Body = dict[str, Any]
 
 
 def milliseconds(at: datetime) -> int:
-    """Since the epoch, whole."""
+    """Whole milliseconds since the epoch."""
     return int(at.timestamp() * 1000)
 
 
@@ -43,18 +43,18 @@ def milliseconds(at: datetime) -> int:
 
 
 def judge_rp_id(body: Body, app: RelyingParty) -> None:
-    """The RP ID is the app's setting and never the caller's: another one is a mistake that the
-    caller wants to hear of.
+    """Compare `rpId` with the app's RP ID, which no caller can change. Case makes no difference, as
+    in host names.
 
     Raises:
-        InvalidRequest: missing, or another one. Case makes no difference, as in host names.
+        InvalidRequest: missing, or another RP ID.
     """
     if text_field(body, "rpId").lower() != app.rp_id:
         raise InvalidRequest(f"rpId is not {app.rp_id}, the RP ID of this tenancy.", reason="rp_id")
 
 
 def judge_rp_name(body: Body) -> None:
-    """`rpName` may be absent and may not be blank. What authenticators show is the app's name.
+    """`rpName` may be absent but not blank. Authenticators show the app's name instead.
 
     Raises:
         InvalidRequest.
@@ -64,20 +64,22 @@ def judge_rp_name(body: Body) -> None:
 
 
 def short_text(body: Body, name: str) -> str:
-    """1 to 256 characters; judged here, so that the sentence has the caller's name of the field."""
+    """A required string of 1 to 256 characters. Checked here, so that the refusal has the vendor's
+    name of the field.
+    """
     value = text_field(body, name)
     validate_text(value, name)
     return value
 
 
 def optional_short_text(body: Body, name: str) -> str | None:
-    """The same; None where it is absent, null or empty."""
+    """An optional string of up to 256 characters. None: absent, null or empty."""
     return short_text(body, name) if optional_text(body, name) is not None else None
 
 
 def user_verification(body: Body) -> UserVerification | None:
-    """`required`, `preferred` or `discouraged`; absent, as every optional field, also where it is
-    null.
+    """`required`, `preferred` or `discouraged`. Null counts as absent, as in every optional
+    field.
     """
     value = body.get("userVerification")
     if value is not None and value not in get_args(UserVerification):
@@ -88,7 +90,7 @@ def user_verification(body: Body) -> UserVerification | None:
 
 
 def life(body: Body) -> float | None:
-    """`timeout`, in milliseconds, as seconds."""
+    """The ceremony's life in seconds, from `timeout` in milliseconds."""
     value = body.get("timeout")
     if value is None:
         return None
@@ -103,7 +105,7 @@ def life(body: Body) -> float | None:
 
 
 def passkey_ids(body: Body, name: str, *, most: int = 100) -> tuple[str, ...] | None:
-    """A list of passkey ids, at most so many; None where it is absent or empty."""
+    """A list of at most `most` passkey ids. None: absent or empty."""
     value = body.get(name)
     if value is None:
         return None
@@ -119,7 +121,7 @@ def passkey_ids(body: Body, name: str, *, most: int = 100) -> tuple[str, ...] | 
 
 
 def switch(body: Body, name: str) -> bool:
-    """A boolean; absent is false."""
+    """A boolean field; an absent field is false."""
     value = body.get(name) or False
     if not isinstance(value, bool):
         raise InvalidRequest(f"{name} is true or false.", reason="field_type")
@@ -139,7 +141,7 @@ def registration_options(body: Body) -> CeremonyOptions:
 
 def authentication_options(body: Body, app: RelyingParty) -> CeremonyOptions:
     """The ceremony options of an authentication: `userVerification`, `timeout`, `allowCredentials`,
-    `mediation`. A passkey that nobody owns yet may answer where pages may register one.
+    `mediation`. An ownerless passkey may answer if the policy lets pages register passkeys.
     """
     mediation = "required" if body.get("mediation") is None else body["mediation"]
     if mediation not in get_args(Mediation):
@@ -154,9 +156,10 @@ def authentication_options(body: Body, app: RelyingParty) -> CeremonyOptions:
 
 
 def as_a_page_may(options: CeremonyOptions, app: RelyingParty) -> CeremonyOptions:
-    """What a caller without a key may ask: few passkeys, by their ids alone, for the store keeps
-    them while the ceremony lasts; no less user verification than the policy, also where keyed
-    callers may.
+    """Restrict the options of a caller without a key.
+
+    The number of passkeys is limited, because Redis stores their ids until the ceremony ends. User
+    verification is never lower than the policy's.
 
     Raises:
         InvalidRequest: too many passkeys, or text that is no passkey's id.
@@ -178,17 +181,17 @@ def as_a_page_may(options: CeremonyOptions, app: RelyingParty) -> CeremonyOption
 
 
 def user_id_of(owned: Owned) -> str:
-    """The owner; a passkey that nobody owns yet stands for itself, as the vendor had it."""
+    """The owner's id. An ownerless passkey has its own id there, as with the vendor."""
     return owned.external_id if owned.external_id is not None else owned.credential.id
 
 
 def handle_of(credential: Credential) -> str:
-    """The user handle as WebAuthn's JSON has it, base64url of its bytes."""
+    """The user handle in base64url, as in WebAuthn's JSON."""
     return base64url(credential.user_handle.encode())
 
 
 def summary_object(owned: Owned) -> Body:
-    """A passkey as the list shows it."""
+    """A passkey in a list."""
     credential = owned.credential
     found: Body = {
         "_tag": "PasskeySummary",
@@ -202,8 +205,8 @@ def summary_object(owned: Owned) -> Body:
 
 
 def passkey_object(owned: Owned, app: RelyingParty) -> Body:
-    """A whole passkey. `platform.name` is what the authenticator says of itself; there is no
-    `platform.icon`, for we have no icons.
+    """A whole passkey. `platform.name` is the authenticator's claimed name. `platform.icon` is
+    absent: the broker has no icons.
     """
     credential = owned.credential
     name = ceremony.authenticator_name(credential.aaguid)

@@ -4,7 +4,7 @@
     POST   …/challenges          -> 201 ChallengeCreated: facts, secret, code, message
     GET    …/challenges/{id}     -> Challenge
     POST   …/challenges/verify   -> ChallengeVerified: a whole Challenge, its tag too
-    DELETE …/challenges/{id}     -> ChallengeDeleted, also where there is none: no client expects a
+    DELETE …/challenges/{id}     -> ChallengeDeleted, also for an unknown id: no client expects a
                                  refusal
 
 The vendor's server SDK decodes by schema. So an absent optional field is left out, and `metadata`
@@ -60,7 +60,7 @@ STATUS: Mapping[type[Refusal], int] = {
 
 
 def details(refusal: Refusal) -> dict[str, Any]:
-    """What an error of this module carries besides tag and message."""
+    """The fields of an error besides tag and message."""
     return {"retryAfterSeconds": refusal.retry_after} if isinstance(refusal, MailCodeRate) else {}
 
 
@@ -93,10 +93,10 @@ async def create(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 async def get(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """The facts of a challenge that has not ended."""
+    """Read a live challenge."""
     try:
         code = await request.app[MAILBOX].get(caller.app, request.match_info["challenge_id"])
-    except UnknownMailCode as unknown:  # the vendor has another word for it here than at verify
+    except UnknownMailCode as unknown:  # the vendor's tag differs from that of verify
         raise NotFound("There is no such challenge.", reason=unknown.reason) from None
     return json_answer(challenge_object(code))
 
@@ -131,8 +131,8 @@ def routes(guard: Callable[[Handler], AnyHandler]) -> list[web.RouteDef]:
 
 
 def challenge_object(code: MailCode) -> dict[str, Any]:
-    """A challenge as it may be read again, by itself or within another answer. The one that was
-    just created has no tag.
+    """A challenge without its secret and its digits. The challenge in the response of create has no
+    tag.
     """
     return {"_tag": "Challenge", **_facts(code)}
 
@@ -149,5 +149,5 @@ def _facts(code: MailCode) -> dict[str, Any]:
 
 
 def _string(body: dict[str, Any], name: str) -> str:
-    """A string, which may be empty: so is the field of a form that somebody sends off too early."""
+    """A string field. It may be empty, as a form's field that is submitted too early."""
     return text_field(body, name) if body.get(name) != "" else ""

@@ -1,14 +1,13 @@
-"""Passlock's management of passkeys: keyed lists and changes, and what pages tell authenticators of
-them.
+"""Passlock's management of passkeys: keyed lists and changes, and the page's calls of the WebAuthn
+Signal API.
 
-Passkeys change in the broker and authenticators don't know. So a change gives a one-time token
-besides, which the page exchanges for what the WebAuthn Signal API wants to hear (update: names;
-delete: credentials that are gone; prune: all that are left). A name or an id that nobody has is a
-warning, not an error: the change is done as far as it can be.
+A change in the broker does not reach authenticators. So each change also gives a one-time token.
+The page exchanges the token for the arguments of the Signal API (update: names; delete: deleted
+credentials; prune: all remaining credentials). An unknown user or id is a warning, not an error:
+the rest of the change is made.
 
-Clients before that (2.0 to 2.8) change single passkeys, or all of a user, and get the changed
-passkeys back. Those before 2.5 have pages read a passkey's ids without a key, which the app's
-policy has to allow.
+Clients 2.0 to 2.8 change single passkeys, or all of a user, and get the changed passkeys back.
+Pages of clients before 2.5 read a passkey's ids without a key, which needs a policy of the app.
 """
 
 from __future__ import annotations
@@ -67,7 +66,9 @@ async def list_passkeys(request: web.Request, caller: Caller) -> web.StreamRespo
 
 
 def _cursor(last: Owned) -> str:
-    """Where the next page begins: behind this passkey, whatever is added or deleted meanwhile."""
+    """The cursor of the next page: the position after this passkey, which inserts and deletions
+    don't move.
+    """
     made = last.credential.created_at
     micros = int(made.timestamp()) * _MICROSECONDS + made.microsecond
     return base64url(f"{micros}.{last.credential.id}".encode())
@@ -105,8 +106,8 @@ async def update_passkeys(request: web.Request, caller: Caller) -> web.StreamRes
 
 
 async def delete_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{passkeyIds}` or `{userId}` to 202 `{deletePasskeysToken, expiresAt, warnings}`. They never
-    sign in again.
+    """`{passkeyIds}` or `{userId}` to 202 `{deletePasskeysToken, expiresAt, warnings}`. Deletes the
+    passkeys.
     """
     body = await read_object(request)
     user_id = optional_short_text(body, "userId")
@@ -122,7 +123,9 @@ async def delete_passkeys(request: web.Request, caller: Caller) -> web.StreamRes
 
 
 async def prune_passkeys(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{userId}` to 202 `{prunePasskeysToken, expiresAt, warnings}`. Deletes nothing here."""
+    """`{userId}` to 202 `{prunePasskeysToken, expiresAt, warnings}`. Deletes nothing in the
+    broker.
+    """
     body = await read_object(request)
     prepared = await request.app[SIGNALS].prepare_prune(caller.app, short_text(body, "userId"))
     return _prepared("PreparedPasskeyPruning", "prunePasskeysToken", prepared)
@@ -141,7 +144,7 @@ def _prepared(tag: str, token: str, prepared: SignalTicket) -> web.Response:
 
 
 def _warnings(told: SignalTicket | Instructions) -> list[Body]:
-    """What was asked for and is not there."""
+    """Warnings about unknown users and passkeys of the request."""
     if told.empty and not told.missing:
         return [{"code": "NO_PASSKEYS_FOUND", "message": "This user has no passkeys."}]
     return [
@@ -184,8 +187,8 @@ exchange_pruning = _exchange("prune", "prunePasskeysToken", "PasskeyPruningInstr
 
 
 async def change_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{userId}`, `{username}` or both to the passkey: gives it its owner, once, and the name that
-    authenticators show.
+    """`{userId}`, `{username}` or both to the passkey. `userId` gives an ownerless passkey its
+    owner; `username` is the name that authenticators show.
     """
     body = await read_object(request)
     user_id, user_name = optional_short_text(body, "userId"), optional_short_text(body, "username")
@@ -202,7 +205,7 @@ async def change_passkey(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 async def delete_passkey(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """202 with the passkey as it was."""
+    """Delete a passkey; 202 with its last state."""
     owned = await request.app[DIRECTORY].revoke_passkey(
         caller.app, request.match_info["passkey_id"]
     )
@@ -210,7 +213,9 @@ async def delete_passkey(request: web.Request, caller: Caller) -> web.StreamResp
 
 
 async def rename_user(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{username}` to `{updated}`: all passkeys of the user in the path; nobody has none."""
+    """`{username}` to `{updated}`: all passkeys of the user in the path; empty for an unknown
+    user.
+    """
     body = await read_object(request)
     user_id, user_name = _user_in(request, body), short_text(body, "username")
     await request.app[DIRECTORY].rename_user(caller.app, user_id, user_name)
@@ -219,8 +224,8 @@ async def rename_user(request: web.Request, caller: Caller) -> web.StreamRespons
 
 
 async def delete_user(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{userId?}`, or nothing, to 202 `{deleted}`: all passkeys of the user in the path, as they
-    were; nobody has none.
+    """`{userId?}` or an empty body to 202 `{deleted}`: the last state of all passkeys of the user
+    in the path; empty for an unknown user.
     """
     user_id = _user_in(request, await read_object(request, empty=True))
     deleted = await _passkeys_of(request, caller, user_id)
@@ -236,7 +241,7 @@ async def _passkeys_of(request: web.Request, caller: Caller, user_id: str) -> li
 
 
 def _user_in(request: web.Request, body: Body) -> str:
-    """The user in the path; the body may say it again, and can't say otherwise."""
+    """The user in the path. `userId` of the body must be the same user, if present."""
     user_id = request.match_info["user_id"]
     validate_text(user_id, "userId")
     if optional_text(body, "userId") not in (None, user_id):
@@ -248,7 +253,7 @@ def _user_in(request: web.Request, body: Body) -> str:
 
 
 async def read_credential(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """What a page needs to signal one passkey: `{credentialId, userId, rpId}`."""
+    """The ids that a page needs to signal one passkey: `{credentialId, userId, rpId}`."""
     judge_open(caller.app)
     owned = await request.app[DIRECTORY].passkey(caller.app, request.match_info["passkey_id"])
     credential = owned.credential
@@ -262,8 +267,8 @@ async def read_credential(request: web.Request, caller: Caller) -> web.StreamRes
 
 
 async def read_credentials(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """What a page needs to prune: of the passkeys in the path, which must be one user's, `{rpId,
-    userId, allAcceptedCredentialIds}`.
+    """The ids that a page needs to prune: `{rpId, userId, allAcceptedCredentialIds}` of the
+    passkeys in the path, which must have one owner.
     """
     judge_open(caller.app)
     wanted = request.match_info["passkey_ids"].split(",")

@@ -1,14 +1,14 @@
-"""Passlock's API, at the root of the origin, since its server SDK drops the path of the address it
-is given.
+"""Passlock's API, at the root of the origin, because the vendor's server SDK drops the path of its
+configured address.
 
     /v2/{tenancy}/…                              clients from 2.5 on: a backend authorises every
                                                  ceremony
     /{tenancy}/…                                 clients 2.0 to 2.4: the page begins
     /v2/.well-known/jwks.json, /.well-known/…    the key set of id_tokens, which names no tenancy
-    /aaguid/{aaguid}/icon.svg                    no icons, said in the vendor's words
+    /aaguid/{aaguid}/icon.svg                    the vendor's error: the broker has no icons
 
-A tenancy is an app, and its id is the app's. A path with an id that can't be an app's is answered
-by 403, because an SDK with a wrong tenancy reads that status and no other. The first segments of
+A tenancy is an app, and its id is the app's. A path whose id can't be an app's gets 403, the only
+status that an SDK with a wrong tenancy handles. The first segments of
 `_OTHERS` belong to other dialects and to the service. `ceremonies`, `management` and `mailbox`
 translate the vendor's words; this module has the routes and renders refusals. README.md summarises
 the wire contract, with every decision where the contract is open.
@@ -37,7 +37,7 @@ from broker.web.body import as_incoming
 
 # First segments of the root that are no tenancy. A test compares them with the router.
 _OTHERS = r"(?:v1|v2|hanko|propelauth|health|metrics|sdk|demo|aaguid|\.well-known)/"
-# A segment that can't be an app's id, in the place of one. An escaped slash makes two segments.
+# A segment in the tenancy's place that can't be an app's id. An escaped slash makes two segments.
 _NO_TENANCY = r"(?![A-Za-z0-9]{24}/)(?:(?!%2[Ff])[^/])+"
 # The unprefixed paths below a tenancy.
 _BELOW = (
@@ -88,13 +88,13 @@ TAGS: Mapping[type[Refusal], str] = {
 }
 
 
-# Reasons of a sign-in with a passkey that no user has, or has any more.
+# Reasons of a refused sign-in with an unknown or deleted passkey.
 _ORPHANS = frozenset({"unknown_credential", "revoked_or_counter"})
 
 
 def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
-    """`{_tag, message}`; with `credentialId` and `rpId` where it is proved that nobody has the
-    passkey that was to sign in.
+    """`{_tag, message}`, and `credentialId` and `rpId` if no user has the passkey of the refused
+    sign-in.
     """
     body: dict[str, Any] = {
         "_tag": TAGS[type(refusal)],
@@ -115,8 +115,8 @@ def render(refusal: Refusal, _: web.Request | None = None) -> web.Response:
 
 @public
 async def key_set(request: web.Request) -> web.StreamResponse:
-    """The broker's own key set. A verifier must compare `aud` with its tenancy: the set signs for
-    all of them.
+    """The broker's own key set. Its keys sign for all tenancies, so a verifier must compare `aud`
+    with its own tenancy.
     """
     keys = await request.app[SIGNING].key_set(None)
     as_incoming(request).cors = {"Access-Control-Allow-Origin": "*"}
@@ -125,13 +125,13 @@ async def key_set(request: web.Request) -> web.StreamResponse:
 
 @public
 async def icon(_: web.Request) -> web.StreamResponse:
-    """Never: we have no icons."""
+    """The error of a missing icon: the broker has no icons."""
     raise NotFound("There are no icons here.", reason="no_icon")
 
 
 @public
 async def no_tenancy(_: web.Request) -> web.StreamResponse:
-    """Never: the id in the path can't be an app's."""
+    """The error of a path whose id can't be an app's."""
     raise UnknownApp(
         "There is no such tenancy; its id has 24 letters and digits.", reason="tenancy"
     )
@@ -157,8 +157,8 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 
 def _without_tenancy(routes: list[web.RouteDef]) -> list[web.RouteDef]:
-    """The paths of `routes` that have a tenancy, for any method, where the id is none. They match
-    nothing that `routes` match.
+    """The paths of `routes` with a segment that can't be a tenancy, for any method. No path matches
+    both lists.
     """
     paths = dict.fromkeys(route.path for route in routes if _TENANCY in route.path)
     places = (

@@ -62,15 +62,15 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.DuplicateApproval: 409,
 }
 
-# Types by refusal and its reason; what has no row is UnexpectedError. First those that any command
-# may answer:
+# Types by refusal and reason; a refusal without a row is UnexpectedError. First the rows of every
+# command:
 _KEY_TYPES: Mapping[tuple[type[Refusal], str], str] = {
     (errors.InvalidKey, "key_missing"): "NoIntegrationKeyFoundInHeader",
     (errors.InvalidKey, "key_malformed"): "InvalidPrefix",
     (errors.InvalidKey, "key_unknown"): "IntegrationKeyNotFound",
     (errors.UnknownApp, "app_not_found"): "IntegrationKeyNotFound",
 }
-# … and those that only some commands declare.
+# … then the rows of some commands.
 _ORIGIN_FORM = {(errors.InvalidRequest, "additional_origin"): "CannotParseAdditionalAllowedOrigin"}
 TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     "StartPasskeyRegistration": _ORIGIN_FORM
@@ -104,13 +104,13 @@ TYPES: Mapping[str, Mapping[tuple[type[Refusal], str], str]] = {
     "DeregisterAllPasskeysForUser": {},
     "Ping": {},
 }
-# Types with a better status than their refusal's.
+# Types whose status differs from their refusal's.
 _TYPE_STATUS = {"OriginNotAllowed": 403, "PasskeyForUserAlreadyExists": 409}
 
 
 def render(refusal: Refusal, request: web.Request | None = None) -> web.Response:
-    """`{type}` or `{type, details}`: the word that the request's command declares for this refusal,
-    else UnexpectedError.
+    """`{type}` or `{type, details}`: the type that the request's command declares for this refusal,
+    otherwise UnexpectedError.
     """
     command = request.get(_COMMAND, "") if request is not None else ""
     row = (type(refusal), refusal.reason)
@@ -133,8 +133,8 @@ def render(refusal: Refusal, request: web.Request | None = None) -> web.Response
 
 
 def _limit_details(refusal: errors.TooManyPasskeys, agent: str) -> dict[str, int]:
-    """The vendor's Python client reads other names than its others, and its Java client takes no
-    name that it doesn't know.
+    """The details of the limit, by client: the vendor's Python client reads other names than the
+    others, and the Java client rejects unknown names.
     """
     details = {"max_passkeys": refusal.limit, "current_count": refusal.count}
     if not agent.startswith("Java-http-client/"):
@@ -163,8 +163,8 @@ async def start_registration(request: web.Request, caller: Caller, data: Data) -
 
 
 async def finish_registration(request: web.Request, caller: Caller, data: Data) -> Data:
-    """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`; `publicKey` is the whole answer of
-    the browser.
+    """`{userId, publicKey, additionalAllowedOrigin?}` to `{}`. `publicKey` is the browser's whole
+    answer.
     """
     link, answer = ByUser(_text(data, "userId")), ceremony.parse_registration(_credential(data))
     _judge_registered(_additional_origin(data), caller.app)
@@ -189,7 +189,7 @@ async def finish_authentication(request: web.Request, caller: Caller, data: Data
 
 
 async def fetch_all(request: web.Request, caller: Caller, data: Data) -> Data:
-    """`{userId}` to `{passkeys: [{credentialId, displayName?}]}`; nobody has none."""
+    """`{userId}` to `{passkeys: [{credentialId, displayName?}]}`; empty for an unknown user."""
     passkeys = await request.app[DIRECTORY].credentials_of(caller.app, _text(data, "userId"))
     return {
         "passkeys": [
@@ -231,8 +231,8 @@ _COMMANDS = {
 
 
 async def run(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """`{command, data?}` to the command's answer. Missing and null `data` are `{}`; fields that a
-    command doesn't know are ignored.
+    """`{command, data?}` to the command's answer. Missing and null `data` are `{}`; unknown fields
+    are ignored.
     """
     body = await read_object(request)
     command = text_field(body, "command")
@@ -246,7 +246,7 @@ async def run(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
-    """The one route, where keyed callers are served."""
+    """The route of all commands, on a port that serves keyed callers."""
     return [web.post(f"{PREFIX}/run-command", keyed(run))] if management else []
 
 
@@ -254,7 +254,9 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
 
 
 def _text(data: Data, name: str) -> str:
-    """1 to 256 characters; here, so that the sentence has the caller's name of the field."""
+    """A required string of 1 to 256 characters. Checked here, so that the refusal has the vendor's
+    name of the field.
+    """
     return _short(text_field(data, name), name)
 
 
@@ -292,8 +294,8 @@ def _additional_origin(data: Data) -> str | None:
 
 
 def _judge_registered(origin: str | None, app: RelyingParty) -> None:
-    """A call can't add an origin to the app's: one that is registered changes nothing, any other is
-    refused, and spends nothing.
+    """Refuse an additional origin that the app doesn't list: a call can't add an origin. The
+    refusal takes no pending ceremony.
     """
     if origin is None or origin in app.accepted_origins:
         return
