@@ -162,6 +162,13 @@ class UnknownNonce(Refusal):
     default = "nonce is invalid, expired, or cannot be found"
 
 
+class IdempotencyConflict(Refusal):
+    """Keyed callers only: this Idempotency-Key came with another request before."""
+
+    code = "idempotency_key_reused"
+    default = "This Idempotency-Key was sent with another request; use a new one for each request."
+
+
 class UnknownTicket(Refusal):
     """The ticket is unknown, expired, used, of another kind or of another app: all alike."""
 

@@ -36,6 +36,10 @@ the sign-in. That write, not what was read before it, decides about revocation, 
 duplicates.
 
 The steps stand in `registration`, `authentication` and `redemption`; what they share in `steps`.
+**Idempotent requests.** An open or a redemption that is repeated with the same Idempotency-Key by
+the same API key gets the same answer for a minute. A repeated redemption still asks Postgres
+whether the passkey is live. A finish is never repeated.
+
 Clock and chance are arguments.
 """
 
@@ -65,6 +69,7 @@ from broker.model import (
     ExpectedCeremony,
     ExpectedReceipt,
     FinishLink,
+    Idempotency,
     Names,
     Opener,
     PendingAuthentication,
@@ -114,6 +119,7 @@ class Broker:
         external_id: str | Anyone,
         names: Names,
         options: CeremonyOptions = NO_OPTIONS,
+        idempotency: Idempotency | None = None,
     ) -> str:
         """Permit one registration for a user, who is made if the app has none with this external
         id. Returns a transaction id: a bearer right to add a passkey until it is used or ends.
@@ -122,25 +128,33 @@ class Broker:
         ones may, until `Directory.assign` gives it one.
 
         Raises:
-            InvalidRequest.
+            InvalidRequest, IdempotencyConflict.
         """
-        transaction = await self._registration.permit(caller.app, external_id, names, options)
-        return await self._registration.put_transaction(caller.app, transaction)
+        app, steps = caller.app, self._registration
+        if (answer := await steps.earlier_answer(idempotency)) is not None:
+            return answer
+        transaction = await steps.permit(app, external_id, names, options)
+        return await steps.put_transaction(app, transaction, idempotency)
 
     async def open_authentication(
         self,
         caller: Caller,
         external_id: str | Anyone,
         options: CeremonyOptions = NO_OPTIONS,
+        idempotency: Idempotency | None = None,
     ) -> str:
         """Permit one authentication: of a user, or (`ANYONE`) of any user with a passkey that
         answers, one of `options.allow` if given. Returns a transaction id.
 
         Raises:
-            InvalidRequest, UnknownUser; NoPasskeys: the user has none, or no live one is allowed.
+            InvalidRequest, UnknownUser, IdempotencyConflict; NoPasskeys: the user has none, or no
+                live one is allowed.
         """
-        transaction, _ = await self._authentication.permit(caller.app, external_id, options)
-        return await self._authentication.put_transaction(caller.app, transaction)
+        app, steps = caller.app, self._authentication
+        if (answer := await steps.earlier_answer(idempotency)) is not None:
+            return answer
+        transaction, _ = await steps.permit(app, external_id, options)
+        return await steps.put_transaction(app, transaction, idempotency)
 
     async def cancel(self, caller: Caller, transaction_id: str) -> None:
         """End a transaction and its pending ceremony. A transaction that is unknown, used or ended
@@ -261,6 +275,7 @@ class Broker:
         nonce: str,
         expect: ExpectedReceipt = _ANY_RECEIPT,
         reward: Signed | None = None,
+        idempotency: Idempotency | None = None,
     ) -> Outcome:
         """Exchange a nonce for its receipt, once. A mismatch with what the caller expects spends
         the nonce. Redeeming a registration's nonce confirms the passkey
@@ -268,11 +283,12 @@ class Broker:
 
         Raises:
             UnknownNonce: unknown, expired, redeemed, of another app, not what the caller expects,
-                or its passkey was revoked: all alike. Unavailable: the nonce may be spent.
+                or its passkey was revoked: all alike. IdempotencyConflict. Unavailable: the nonce
+                may be spent; the same idempotent request still gets the receipt.
         """
         await self._redemption.ready(reward)
         with retry_from("backend"):
-            return await self._redemption.redeem(caller.app, nonce, expect, reward)
+            return await self._redemption.redeem(caller.app, nonce, expect, reward, idempotency)
 
 
 class _Counted:

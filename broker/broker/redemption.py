@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 from broker.broker.limited_events import LimitedEvents
 from broker.broker.steps import Steps
 from broker.durable import instant
-from broker.ephemeral import Answer, FirstTake, Replayed, Taken
+from broker.ephemeral import FirstTake, Replayed, Taken
 from broker.errors import UnknownNonce
 from broker.model import (
     LONGEST_NONCE,
     ExpectedReceipt,
+    Idempotency,
     Receipt,
     Redeemable,
     RelyingParty,
@@ -106,10 +107,15 @@ class Redemption(Steps):
         return await self._signed(receipt, nonce, reward)
 
     async def redeem(
-        self, app: RelyingParty, nonce: str, expect: ExpectedReceipt, reward: Signed | None
+        self,
+        app: RelyingParty,
+        nonce: str,
+        expect: ExpectedReceipt,
+        reward: Signed | None,
+        idempotency: Idempotency | None,
     ) -> Outcome:
         """Take a nonce; confirm a new passkey, or see that the passkey is live."""
-        found = await self._take_nonce(app, nonce)
+        found, repeated = await self._take_nonce(app, nonce, idempotency)
         receipt, now = found.receipt, self._clock()
         life = found.expires_at - receipt.at
         self._metrics.redemption_age.observe(min(1.0, max(0.0, (now - receipt.at) / life)))
@@ -132,16 +138,17 @@ class Redemption(Steps):
         ):
             self._metrics.redemptions.inc("revoked")
             raise await self._refused(app, "passkey_revoked", receipt)
-        self._metrics.redemptions.inc("ok")
+        self._metrics.redemptions.inc("repeated" if repeated else "ok")
         return await self._signed(receipt, nonce, reward)
 
-    async def _take_nonce(self, app: RelyingParty, nonce: str) -> Redeemable:
+    async def _take_nonce(
+        self, app: RelyingParty, nonce: str, idempotency: Idempotency | None
+    ) -> Taken[Redeemable]:
         cause, replayed = "malformed", None
         if well_formed(nonce, "nonce"):
-            answer: Answer[Redeemable] = await self._ephemeral.nonces.take(app.id, nonce)
+            answer = await self._ephemeral.nonces.take(app.id, nonce, idempotency)
             if isinstance(answer, Taken):
-                found: Redeemable = answer.value
-                return found
+                return answer
             if isinstance(answer, Replayed):
                 cause, replayed = "replayed", answer
             else:

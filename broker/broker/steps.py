@@ -32,6 +32,7 @@ from broker.model import (
     ExpectedCeremony,
     FinishKind,
     FinishLink,
+    Idempotency,
     Mediation,
     Named,
     Opener,
@@ -96,14 +97,28 @@ class Steps:
 
     # -- begin -------------------------------------------------------------------------------------
 
-    async def put_transaction(self, app: RelyingParty, transaction: Transaction) -> str:
-        """Store a transaction for the policy's `transaction_life`. Returns the transaction's id."""
+    async def earlier_answer(self, idempotency: Idempotency | None) -> str | None:
+        """The id of the transaction that the same request opened before.
+
+        Raises:
+            IdempotencyConflict: another request had this key.
+        """
+        return None if idempotency is None else await self._ephemeral.open_answers.find(idempotency)
+
+    async def put_transaction(
+        self, app: RelyingParty, transaction: Transaction, idempotency: Idempotency | None = None
+    ) -> str:
+        """Store a transaction for the policy's `transaction_life`. Returns the transaction's id; if
+        the same request has opened another one meanwhile, the id of that, and this one expires.
+        """
         transaction_id = self._mint.token("transaction")
         ends = self._clock() + app.policy.transaction_life
         await self._ephemeral.transactions.put(
             transaction_id, transaction._replace(expires_at=ends)
         )
-        return transaction_id
+        if idempotency is None:
+            return transaction_id
+        return await self._ephemeral.open_answers.keep(idempotency, transaction_id)
 
     async def cancel(self, app: RelyingParty, transaction_id: str) -> None:
         """End a transaction and its pending ceremony. A live transaction gives an event."""

@@ -20,7 +20,7 @@ from broker.ephemeral.one_time import (
     Taken,
     Unknown,
 )
-from broker.ephemeral.stores import Ceremonies, Nonces, Tickets, Transactions
+from broker.ephemeral.stores import Ceremonies, Nonces, OpenAnswers, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
 from broker.telemetry import Log, Metrics
 
@@ -55,6 +55,7 @@ class Ephemeral:
         self.transactions = Transactions(store, self._transport)
         self.ceremonies = Ceremonies(store, self._transport, clock)
         self.nonces = Nonces(store, clock)
+        self.open_answers = OpenAnswers(self._transport)
         self.tickets = Tickets(store)
         self.mail_codes = MailCodes(store)
         self.check = self._transport.check

@@ -120,17 +120,22 @@ class Group(NamedTuple):
 
 
 class FirstTake(NamedTuple):
-    """The take that spent a value: time, request and actor (`Context.actor`)."""
+    """The take that spent a value: time, request and actor (`Context.actor`). Of an idempotent
+    request also the digests of its key and of the request, else b"".
+    """
 
     at: float
     request_id: str
     actor: str
+    idempotency_key: bytes = b""
+    request: bytes = b""
 
 
 class Taken(NamedTuple, Generic[T]):
-    """The value, which is spent now."""
+    """The value, which is spent now. `repeated`: the same idempotent request took it before."""
 
     value: T
+    repeated: bool = False
 
 
 class Replayed(NamedTuple, Generic[T]):

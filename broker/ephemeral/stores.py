@@ -11,6 +11,8 @@ Only digests are stored (`tokens.digest`, which hashes in the kind and, but for 
     d:{app}           the open ceremonies of an app that its cap counts, by end of life
     n:H               a nonce
     s:H               a ticket for signals
+    i:K               the answer to an idempotent open: K is the digest of API key and
+                      Idempotency-Key
     f:T               a counter: refused finishes of a transaction; it outlives the transaction
 
 **Ceremonies.** Opener and kind are part of the name of a ceremony (`tokens.ceremony_digest`); in
@@ -25,9 +27,15 @@ transaction stays until it is taken, and its ceremony ends with it.
 (`foreign`); it stays. A nonce is known for 10 minutes after it was taken or has ended. What it
 stands for is sealed under a key derived from the nonce, which Redis lacks.
 
+**Idempotent requests.** The tombstone of a nonce is the record of an idempotent redemption: it has
+the digests of key and request, and the sealed content. An idempotent open has a record of its own,
+which is no one-time value. The record is written after the transaction, by SET NX, so the answer of
+the first of two concurrent requests is that of both. It is sealed under a key derived from API key
+and Idempotency-Key, which Redis lacks.
+
 An operator can compute: keys = open transactions + pending ceremonies + tickets + nonces of the
-last 11 minutes + one set per app with open discoverable ceremonies. A request without a key stores
-6 KiB at most.
+last 11 minutes + idempotent opens of the last minute + one set per app with open discoverable
+ceremonies. A request without a key stores 6 KiB at most.
 """
 
 from __future__ import annotations
@@ -52,10 +60,12 @@ from broker.ephemeral.one_time import (
     Unknown,
 )
 from broker.ephemeral.transport import Script, Transport
-from broker.errors import TooManyCeremonies
+from broker.errors import IdempotencyConflict, TooManyCeremonies
 from broker.model import (
+    IDEMPOTENCY_LIFE,
     BegunCeremony,
     FinishKind,
+    Idempotency,
     Opener,
     Pending,
     PendingAuthentication,
@@ -255,15 +265,24 @@ class Nonces:
         key = b"n:" + digest("nonce", nonce)
         return self._store.put("put_nonce", key, value, grace=TOMBSTONE)
 
-    async def take(self, app_id: str, nonce: str) -> Answer[Redeemable]:
-        """Take what a nonce stands for."""
+    async def take(
+        self, app_id: str, nonce: str, idempotency: Idempotency | None = None
+    ) -> Answer[Redeemable]:
+        """Take what a nonce stands for; again for the same idempotent request.
+
+        Raises:
+            IdempotencyConflict: an idempotent request with this key, and another body, took it.
+        """
         now = context()
+        key, request = (
+            (_idempotency_name(idempotency), idempotency.request) if idempotency else (b"", b"")
+        )
         found = await self._store.take(
             "take_nonce",
             [b"n:" + digest("nonce", nonce)],
             bytes,
             Expected(("nonce",), app_id, grace=TOMBSTONE),
-            first=FirstTake(self._clock(), now.request_id, now.actor),
+            first=FirstTake(self._clock(), now.request_id, now.actor, key, request),
         )
         if isinstance(found, Unknown):
             return found
@@ -272,8 +291,42 @@ class Nonces:
         except (DecodeError, SealBroken):
             return Unknown("unreadable")
         if isinstance(found, Replayed):
-            return Replayed(found.first, redeemable)
+            first = found.first
+            fresh = self._clock() - first.at < IDEMPOTENCY_LIFE
+            if key and key == first.idempotency_key and fresh:
+                if request != first.request:
+                    raise IdempotencyConflict
+                return Taken(redeemable, repeated=True)
+            return Replayed(first, redeemable)
         return Taken(redeemable)
+
+
+class OpenAnswers:
+    """Answers to idempotent opens: transaction ids."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def find(self, idempotency: Idempotency) -> str | None:
+        """The answer to an earlier request with this key.
+
+        Raises:
+            IdempotencyConflict: to another request.
+        """
+        found = await self._transport.ask("find_open", "GET", _open_key(idempotency))
+        return _opened(idempotency, found)
+
+    async def keep(self, idempotency: Idempotency, transaction_id: str) -> str:
+        """Keep the answer, unless there is one by now: the answer that is kept.
+
+        Raises:
+            IdempotencyConflict: that is the answer to another request.
+        """
+        key, life = _open_key(idempotency), IDEMPOTENCY_LIFE * 1000
+        value = idempotency.request + seal(idempotency.key, transaction_id.encode())
+        ask = self._transport.ask
+        found = await ask("keep_open", "SET", key, value, "PX", life, "NX", "GET")
+        return _opened(idempotency, found) or transaction_id
 
 
 class Tickets:
@@ -300,6 +353,23 @@ def _transaction_key(name: bytes) -> bytes:
 
 def _begun_key(name: bytes) -> bytes:
     return b"{%b}:c" % base64url(name).encode()
+
+
+def _idempotency_name(idempotency: Idempotency) -> bytes:
+    return digest("idempotency", idempotency.key)
+
+
+def _open_key(idempotency: Idempotency) -> bytes:
+    return b"i:" + _idempotency_name(idempotency)
+
+
+def _opened(idempotency: Idempotency, found: bytes | None) -> str | None:
+    if found is None:
+        return None
+    size = len(idempotency.request)
+    if found[:size] != idempotency.request:
+        raise IdempotencyConflict
+    return unseal(idempotency.key, found[size:]).decode()
 
 
 def _key(by: FoundBy, app_id: str, opener: Opener, kind: FinishKind, token: str) -> bytes:

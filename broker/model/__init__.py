@@ -84,6 +84,7 @@ __all__ = [
     "ALL_SCOPES",
     "ANYONE",
     "ID",
+    "IDEMPOTENCY_LIFE",
     "LONGEST_NONCE",
     "MAX_REFUSALS",
     "MAX_TEXT",
@@ -116,6 +117,7 @@ __all__ = [
     "FinishKind",
     "FinishLink",
     "Hint",
+    "Idempotency",
     "LiveAt",
     "Mediation",
     "Named",
@@ -159,6 +161,7 @@ __all__ = [
     "web_origin",
 ]
 
+IDEMPOTENCY_LIFE = 60  # seconds in which a repeated idempotent request gets the same answer
 MAX_TEXT = 256  # characters of what a caller chooses: external ids, names
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 ID = re.compile(r"[A-Za-z0-9]{24}\Z")
@@ -257,6 +260,15 @@ class Caller(NamedTuple):
     key_id: str | None = None
     scopes: frozenset[str] = frozenset()
     address: str = ""
+
+
+class Idempotency(NamedTuple):
+    """Makes a request idempotent for `IDEMPOTENCY_LIFE`. `key` is the caller's API key with its
+    Idempotency-Key, so it is secret; `request` is the digest of the request's path and body.
+    """
+
+    key: str
+    request: bytes
 
 
 @dataclass(frozen=True, slots=True)

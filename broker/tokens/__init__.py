@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 from broker.model import FinishKind, Opener, base64url
 
 FoundBy = Literal["handle", "challenge", "user"]  # the key by which finish finds its ceremony
-OneTime = Literal["transaction", "nonce", "ticket"] | FoundBy
+OneTime = Literal["transaction", "nonce", "ticket", "idempotency"] | FoundBy
 Kind = Literal["transaction", "handle", "nonce", "ticket", "key"]
 
 PREFIX: dict[Kind, str] = {

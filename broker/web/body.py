@@ -11,8 +11,10 @@ bodies are parsed a second time.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ from urllib.parse import parse_qsl
 import orjson
 from aiohttp import hdrs, web
 from aiohttp.web_urldispatcher import MatchInfoError, UrlMappingMatchInfo
-from multidict import MultiDict
+from multidict import MultiDict, istr
 
 from broker.errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedEncoding
+from broker.model import Idempotency
 from broker.telemetry import context
 
 MAX_BODY = 64 * 1024
@@ -46,6 +49,8 @@ class Limits:
     requests: int = 2048
 
 
+_IDEMPOTENCY_KEY = istr("Idempotency-Key")
+_VISIBLE = re.compile(r"[!-~]{1,255}")
 LIMITS = web.AppKey("LIMITS", Limits)
 _DEFAULT = Limits()
 
@@ -131,6 +136,26 @@ async def _read(request: web.Request) -> bytes:
         raise InvalidRequest("The body is not framed as HTTP/1.1 asks.", reason="framing") from None
     except ConnectionError:  # the peer is gone, which is no defect
         raise InvalidRequest("The body ended early.", reason="disconnected") from None
+
+
+async def idempotency_of(request: web.Request, api_key: str) -> Idempotency | None:
+    """What makes the request idempotent: its header Idempotency-Key, 1 to 255 visible ASCII
+    characters. None without it.
+
+    Source: draft-ietf-httpapi-idempotency-key-header; the value is taken as it stands, quotes too.
+
+    Raises:
+        InvalidRequest: the header has another form, or is sent twice.
+    """
+    key = only_header(request, _IDEMPOTENCY_KEY)
+    if key is None:
+        return None
+    if not _VISIBLE.fullmatch(key):
+        raise InvalidRequest(
+            "Idempotency-Key has 1 to 255 visible ASCII characters.", reason="idempotency_key"
+        )
+    digest = hashlib.sha256(f"{request.path}\n".encode() + await read_bytes(request)).digest()
+    return Idempotency(f"{api_key}:{key}", digest)
 
 
 async def read_object(request: web.Request, *, empty: bool = False) -> dict[str, Any]:

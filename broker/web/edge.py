@@ -29,6 +29,7 @@ from multidict import istr
 
 from broker.errors import (
     Conflict,
+    IdempotencyConflict,
     InternalFault,
     InvalidKey,
     InvalidRequest,
@@ -69,6 +70,7 @@ STATUS: Mapping[type[Refusal], int] = {
     MailCodeAttempts: 410,
     RequestTooLarge: 413,
     UnsupportedEncoding: 415,
+    IdempotencyConflict: 422,
     TooManyCeremonies: 429,
     MailCodeRate: 429,
     InternalFault: 500,

@@ -536,21 +536,25 @@ async def test_answers_of_somebody_else(
     assert len(scripted.seen) == 1, "a redirect was followed or the request repeated"
 
 
-CALLS: list[tuple[str, tuple[str, ...]]] = [
+IDEMPOTENT: list[tuple[str, tuple[str, ...]]] = [
     ("verify_nonce", ("pbn_1",)),
     ("create_register_transaction", ("ada", "Ada")),
     ("create_authenticate_transaction", ("ada",)),
+]
+ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("get_user", ("ada",)),
     ("list_passkeys", ("ada",)),
     ("revoke_passkey", ("ada", "P" * 24)),
 ]
 
 
-@pytest.mark.parametrize(("method", "arguments"), CALLS, ids=[row[0] for row in CALLS])
+@pytest.mark.parametrize(("method", "arguments"), IDEMPOTENT + ONCE, ids=lambda part: str(part))
 @pytest.mark.parametrize("fault", ["lost answer", "half an answer", "503"])
-async def test_nothing_is_sent_twice(
+async def test_only_idempotent_requests_are_repeated_and_once(
     call: Caller, scripted: ScriptedBroker, method: str, arguments: tuple[str, ...], fault: str
 ) -> None:
+    """The repeated request is the same, with the same Idempotency-Key, which no other one has."""
+
     async def lose(request: web.BaseRequest) -> web.StreamResponse:
         if fault == "half an answer":
             half = web.StreamResponse(headers={"Content-Length": "1000"})
@@ -560,17 +564,34 @@ async def test_nothing_is_sent_twice(
         request.transport.close()
         return web.Response()
 
-    if fault == "503":
-        scripted.says(503, {"code": "service_unavailable", "error": "Briefly."}, Retry_After="1")
-    else:
-        scripted.does(lose)
+    for _ in range(2):
+        if fault == "503":
+            scripted.says(503, {"code": "service_unavailable", "error": "Down."}, Retry_After="0")
+        else:
+            scripted.does(lose)
     with pytest.raises(sdk.BrokerError) as caught:
         await call(method, *arguments)
     assert type(caught.value) is (
         sdk.BrokerUnavailable if fault == "503" else sdk.BrokerUnreachable
     )
     assert (caught.value.status is None) == (fault != "503")
-    assert len(scripted.seen) == 1
+    keys = [seen.headers.get("Idempotency-Key") for seen in scripted.seen]
+    if (method, arguments) not in IDEMPOTENT:
+        assert keys == [None]
+        return
+    first, second = scripted.seen
+    assert first == second
+    assert keys[0] is not None
+    scripted.says(404, {"code": "user_not_found", "error": "No."})
+    with pytest.raises(sdk.UserNotFound):
+        await call(method, *arguments)
+    assert scripted.seen[-1].headers["Idempotency-Key"] not in keys
+
+
+async def test_the_second_answer_is_the_callers(call: Caller, scripted: ScriptedBroker) -> None:
+    scripted.says(503, {"code": "service_unavailable", "error": "Briefly."}, Retry_After="0")
+    scripted.says(201, {"transaction_id": "pbt_1"})
+    assert await call("create_authenticate_transaction", "ada") == "pbt_1"
 
 
 async def test_an_idle_connection_that_the_server_closed_is_no_error(
@@ -604,7 +625,7 @@ async def test_timeout(
     call = Caller(kind(scripted.url, APP, KEY, timeout=1.0))
     try:
         with pytest.raises(sdk.BrokerUnreachable) as caught:
-            await asyncio.wait_for(call("verify_nonce", "pbn_1"), 30)
+            await asyncio.wait_for(call("cancel_transaction", "pbt_1"), 30)
     finally:
         given_up.set()
         await call("close")

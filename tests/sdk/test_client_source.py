@@ -62,6 +62,7 @@ def test_its_version_is_the_servers() -> None:
 PLAIN = {
     "conflict": "command line",
     "invalid_setting": "command line",
+    "idempotency_key_reused": "a fault of the client",
     "internal_server_error": "a status from 500",
     "service_unavailable": "a status from 500",
     "operation_not_allowed": "pages",

@@ -72,7 +72,7 @@ from broker.web import (
     public_app,
     read_object,
 )
-from broker.web.body import optional_text, read_query, text_field
+from broker.web.body import idempotency_of, optional_text, read_query, text_field
 
 PATHS = re.compile(r"/v1(?:/|\Z)")
 _APP = "/v1/apps/{app_id}"
@@ -132,6 +132,7 @@ async def open_registration(request: web.Request, caller: Caller) -> web.StreamR
         external_id,
         Names(optional_text(body, "user_name") or shown, shown, shown),
         registration_options(body, at_a_page=True),
+        await idempotency_of(request, bearer(request)),
     )
     return json_answer({"transaction_id": transaction_id}, status=201)
 
@@ -141,7 +142,10 @@ async def open_authentication(request: web.Request, caller: Caller) -> web.Strea
     `{transaction_id}`.
     """
     external_id, options = authentication_options(await read_object(request))
-    transaction_id = await request.app[BROKER].open_authentication(caller, external_id, options)
+    idempotency = await idempotency_of(request, bearer(request))
+    transaction_id = await request.app[BROKER].open_authentication(
+        caller, external_id, options, idempotency
+    )
     return json_answer({"transaction_id": transaction_id}, status=201)
 
 
@@ -175,6 +179,7 @@ async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
         nonce,
         ExpectedReceipt(proofs, external_id, transaction_id),
         signed.receipt_token(request, caller.app) if switch(body, "signed") else None,
+        await idempotency_of(request, bearer(request)),
     )
     answer = receipt_object(outcome.receipt)
     if outcome.token is not None:

@@ -8,13 +8,14 @@
 
 `AsyncBrokerClient` has the same methods as coroutines.
 
-Guarantees. Every request is sent once, no redirect is followed, and only reads are ever repeated
-(`read_retries`). So this code never redeems a nonce twice. A lost answer is an error, after which
-the person signs in again. Every failure is a `BrokerError`. A receipt is returned only if all of it
-could be read, and if it agrees with the purpose and the external id that the caller stated. The API
-key is in one header, and in no message, repr or exception. An argument that is not a text where the
-broker expects one (a session's missing field is None) is `InvalidRequest` before anything is sent.
-An answer is read up to `LARGEST_ANSWER` bytes and within `timeout` seconds.
+Guarantees. No redirect is followed. Opening a transaction and redeeming a nonce are repeated once
+after a lost answer, with an Idempotency-Key: the broker redeems once and answers both alike. Reads
+are repeated on request (`read_retries`), and nothing else. Every failure is a `BrokerError`. A
+receipt is returned only if all of it could be read, and if it agrees with the purpose and the
+external id that the caller stated. The API key is in one header, and in no message, repr or
+exception. An argument that is not a text where the broker expects one (a session's missing field is
+None) is `InvalidRequest` before anything is sent. An answer is read up to `LARGEST_ANSWER` bytes
+and within `timeout` seconds.
 
 The package needs httpx and the standard library, and no other part of the broker. All its imports
 are relative: its name is `passkey_broker` if installed, and `broker.sdk.passkey_broker` within the

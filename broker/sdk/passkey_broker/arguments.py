@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +33,12 @@ class Request:
     path: str  # below /v1/apps/{app_id}, percent-encoded
     body: dict[str, Any] | None = None
     query: dict[str, str] | None = None
+    idempotency_key: str | None = None  # the broker answers repetitions with the same answer
+
+    @classmethod
+    def idempotent(cls, path: str, body: dict[str, Any]) -> Request:
+        """A POST with an Idempotency-Key of its own."""
+        return cls("POST", path, body, idempotency_key=secrets.token_urlsafe(24))
 
     def encoded(self) -> bytes | None:
         """The body as JSON.

@@ -1,8 +1,10 @@
-"""Transport of requests over httpx: address, headers, limits of size and time, read retries.
+"""Transport of requests over httpx: address, headers, limits of size and time, retries.
 
-Every request is sent once, and no redirect is followed, so this code never redeems a nonce twice. A
-lost answer is `BrokerUnreachable`. Only reads (GET) are repeated, and only if the caller asked for
-it with `read_retries`. The API key is in one header, and in no message, repr or exception.
+A request is repeated after a lost answer or a 503. Opening a transaction and redeeming a nonce are
+repeated once, with the same Idempotency-Key: the broker answers both alike and redeems once. Reads
+(GET) are repeated if the caller asked for it with `read_retries`. Any other request is sent once. A
+lost answer is `BrokerUnreachable`. No redirect is followed. The API key is in one header, and in no
+message, repr or exception.
 """
 
 from __future__ import annotations
@@ -123,6 +125,8 @@ class Address:
         headers = self._headers.copy()
         if content is not None:
             headers["Content-Type"] = "application/json"
+        if request.idempotency_key is not None:
+            headers["Idempotency-Key"] = request.idempotency_key
         return {
             "method": request.method,
             "url": self._base + request.path,
@@ -151,9 +155,14 @@ class Address:
     ) -> float | None:
         """Seconds until the request is repeated. None: it is not.
 
-        Only a GET is repeated, after no answer or a 503, at most `read_retries` times.
+        After no answer or a 503 an idempotent request is repeated once, and a GET at most
+        `read_retries` times.
         """
-        if request.method != "GET" or attempt >= self.read_retries:
+        if request.idempotency_key is not None:
+            retries = 1
+        else:
+            retries = self.read_retries if request.method == "GET" else 0
+        if attempt >= retries:
             return None
         wanted = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
         if isinstance(outcome, Answer):

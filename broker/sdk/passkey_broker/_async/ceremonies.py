@@ -133,8 +133,8 @@ class AsyncCeremonies(AsyncConnection):
         """Redeem a page's nonce, once. Sign in `receipt.external_id` and no other user.
 
         Always state purpose, transaction and user of the session. A mismatch spends the nonce. The
-        request is sent once: after `BrokerUnreachable` or `BrokerUnavailable` the nonce may be
-        spent, and the person signs in again.
+        request is repeated once after a lost answer. After `BrokerUnreachable` or
+        `BrokerUnavailable` the nonce may be spent, and the person signs in again.
 
         Args:
             nonce: the nonce from the page.
@@ -156,7 +156,7 @@ class AsyncCeremonies(AsyncConnection):
             ),
             **arguments.flags(signed=signed),
         }
-        answer = await self._answer(Request("POST", "/authenticate/verify", body))
+        answer = await self._answer(Request.idempotent("/authenticate/verify", body))
         return answers.expected_receipt(answer, purpose, external_id, signed=signed)
 
     # -- keyed, identified by the challenge: a user may have any number open
@@ -355,7 +355,7 @@ class AsyncCeremonies(AsyncConnection):
         return answers.finished_receipt(answer, "authenticate", external_id)
 
     async def _transaction(self, path: str, body: dict[str, Any]) -> str:
-        answer = await self._answer(Request("POST", path, body))
+        answer = await self._answer(Request.idempotent(path, body))
         return answers.Fields(answer).text("transaction_id")
 
     async def _options(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

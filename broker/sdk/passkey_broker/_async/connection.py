@@ -1,4 +1,4 @@
-"""Connection of a client: the httpx client, the app's address, and the retries of reads."""
+"""Connection of a client: the httpx client, the app's address, and its retries."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class AsyncConnection:
                 return body.answer(response)
 
     async def _answer(self, request: Request) -> Answer:
-        """Send a request. A read is repeated up to `read_retries` times."""
+        """Send a request, again where `Address.pause_after` says so."""
         for attempt in count():
             outcome: Answer | BrokerUnreachable
             try:

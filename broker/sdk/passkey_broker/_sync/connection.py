@@ -1,5 +1,5 @@
 # Generated from _async/connection.py by `python tests/support/sync_client.py`: change that one.
-"""Connection of a client: the httpx client, the app's address, and the retries of reads."""
+"""Connection of a client: the httpx client, the app's address, and its retries."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Connection:
                 return body.answer(response)
 
     def _answer(self, request: Request) -> Answer:
-        """Send a request. A read is repeated up to `read_retries` times."""
+        """Send a request, again where `Address.pause_after` says so."""
         for attempt in count():
             outcome: Answer | BrokerUnreachable
             try:
