@@ -31,7 +31,7 @@ from broker.model import RelyingParty
 from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
-from broker.telemetry import Log, Metrics, context
+from broker.telemetry import Log, LoopLag, Metrics, context
 from broker.tokens import Mint, SystemMint
 from broker.web import (
     BROKER,
@@ -130,6 +130,7 @@ async def assemble(
         mint=mint,
         cache_seconds=settings.cache_seconds,
         monotonic=monotonic,
+        metrics=metrics,
     )
     signing = Signing(
         durable.signing_keys,
@@ -138,6 +139,7 @@ async def assemble(
         mint=mint,
         cache_seconds=settings.cache_seconds,
         monotonic=monotonic,
+        metrics=metrics,
     )
     return Parts(
         settings=settings,
@@ -329,6 +331,7 @@ async def serve(
     wire_formats = [dialect.load() for dialect in chosen(settings)]
     stack = AsyncExitStack()
     stack.push_async_callback(parts.close)
+    stack.callback(LoopLag(parts.metrics.loop_lag).stop)
     parts.housekeeping.start()
     try:
         numbers = [settings.port, *filter(None, [settings.management_port])]
@@ -363,6 +366,7 @@ async def serve(
                 proxy_protocol=settings.proxy_protocol and sockets is opened[0],
             )
             listeners.append(listener)
+            parts.metrics.connections.add(listener.count_connections)
     except BaseException:
         await stack.aclose()
         raise

@@ -30,6 +30,7 @@ from broker.model import (
     base64url,
     validate_text,
 )
+from broker.telemetry import Metrics
 from broker.tokens import Mint, SystemMint, key_digest, key_hint, well_formed
 
 
@@ -45,12 +46,16 @@ class Directory:
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
         monotonic: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         self._durable = durable
         self._clock = clock
         self._mint = mint or SystemMint()
         self._apps: Cache[RelyingParty] = Cache(cache_seconds, monotonic)
         self._keys: Cache[tuple[str, str]] = Cache(cache_seconds, monotonic)
+        if metrics is not None:
+            self._apps.report("apps", metrics)
+            self._keys.report("keys", metrics)
 
     def now(self) -> datetime:
         """The server's time."""

@@ -49,7 +49,7 @@ from broker.durable.signing_keys import SigningKeys, StoredKey
 from broker.errors import InvalidSetting, Unavailable
 from broker.model import RelyingParty, TokenAlgorithm
 from broker.settings import TOKEN_LIFE_LIMIT
-from broker.telemetry import remaining
+from broker.telemetry import Metrics, remaining
 from broker.tokens import Mint, SystemMint
 from broker.tokens.sealed import SealBroken
 from broker.tokens.signed import PrivateKey, Seal, generate, public_jwk, sign
@@ -107,12 +107,15 @@ class Signing:
         mint: Mint | None = None,
         cache_seconds: float = 0.9,
         monotonic: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         self._keys = keys
         self._seal = Seal(secret_keys)
         self._clock = clock
         self._mint = mint or SystemMint()
         self._sets: Cache[_KeySet] = Cache(cache_seconds, monotonic)
+        if metrics is not None:
+            self._sets.report("signing_keys", metrics)
         self._generation = asyncio.Lock()
 
     async def sign(

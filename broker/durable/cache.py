@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+from broker.telemetry import Metrics
+
 _MOST = 10_000
 
 V = TypeVar("V")
@@ -28,14 +30,24 @@ class Cache(Generic[V]):
         self._seconds = seconds
         self.now = monotonic
         self._values: dict[Hashable, tuple[float, V]] = {}
+        self.hits = self.misses = 0
 
     def get(self, key: Hashable) -> V | None:
         """The value, unless its time is over."""
         found = self._values.get(key)
-        return found[1] if found and self.now() - found[0] < self._seconds else None
+        if found and self.now() - found[0] < self._seconds:
+            self.hits += 1
+            return found[1]
+        return None
+
+    def report(self, name: str, metrics: Metrics) -> None:
+        """Let scrapes read hits and misses of this cache."""
+        metrics.cache_lookups.add(lambda: self.hits, name, "hit")
+        metrics.cache_lookups.add(lambda: self.misses, name, "miss")
 
     def put(self, key: Hashable, value: V, asked_at: float) -> None:
-        """Store a value that the store was asked for at `asked_at`, by `now`."""
+        """Store a value that the store was asked for at `asked_at`, by `now`: a miss."""
+        self.misses += 1
         if len(self._values) >= _MOST:
             self._values.clear()
         self._values[key] = (asked_at, value)

@@ -75,6 +75,7 @@ class GroupCommit(Generic[A, T]):
         self._running: set[asyncio.Task[None]] = set()
         self._own: set[asyncio.Task[None]] = set()
         self._policy = FlushPolicy(self._waiting, self._running, self._begin, patience=_PATIENCE)
+        metrics.queued.add(lambda: len(self._waiting), operation)
 
     async def submit(self, item: A) -> T:
         """The answer for `item`, within the caller's limit.

@@ -104,6 +104,10 @@ class Postgres:
                 "statement_timeout": str(max(1, round(self._timeout * 1000))),  # ms
             },
         )
+        pool, readings = self._pool, self._metrics.postgres_connections
+        readings.add(pool.get_idle_size, "idle")
+        readings.add(lambda: pool.get_size() - pool.get_idle_size(), "busy")
+        self._metrics.postgres_connections_limit.add(pool.get_max_size)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -53,7 +53,7 @@ class Ephemeral:
         self._transport = Transport(commands, timeout=timeout, metrics=metrics, log=log)
         store = OneTimeStore(self._transport, clock)
         self.transactions = Transactions(store, self._transport)
-        self.ceremonies = Ceremonies(store, self._transport, clock)
+        self.ceremonies = Ceremonies(store, self._transport, clock, metrics)
         self.nonces = Nonces(store, clock)
         self.open_answers = OpenAnswers(self._transport)
         self.tickets = Tickets(store)

@@ -105,7 +105,7 @@ class MailCodes:
         if counted:
             groups += [Group(_group(b"w", app, p), limit, window, "refuse") for limit, p in rated]
         digests = _secret(app, code.id, secret) + _code(app, code.id, secret, digits)
-        wait = await self._store.put_counted(
+        outcome = await self._store.put_counted(
             "put_mail_code",
             _key(app, code.id),
             Envelope(
@@ -114,7 +114,7 @@ class MailCodes:
             groups,
             grace=GRACE * 1000,
         )
-        return min(WINDOW, math.ceil(wait / 1000))  # the clock may have been set back
+        return min(WINDOW, math.ceil(outcome.wait / 1000))  # the clock may have been set back
 
     async def peek(self, app_id: str, code_id: str) -> MailCode | None:
         """A code that has not ended, left where it is."""

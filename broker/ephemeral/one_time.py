@@ -73,7 +73,7 @@ TOMBSTONE = 600_000  # ms that a tombstone stays
 Reason = Literal[
     "unknown", "expired", "foreign", "term_over", "other_kind", "wrong", "spent", "unreadable"
 ]
-Action = Literal["refuse", "evict", "replace"]
+Action = Literal["refuse", "cap", "evict", "replace"]
 
 
 class Envelope(NamedTuple):
@@ -110,13 +110,25 @@ class Expected(NamedTuple):
 
 class Group(NamedTuple):
     """A sorted set of keys that a put joins with `score` (ms since the epoch). When it has `limit`
-    members: `refuse` the put, or `evict` the oldest values; `replace` deletes all others.
+    members: `refuse` the put, or `evict` the oldest values; `replace` deletes all others. `cap`
+    refuses too, and keeps members that have ended for an hour, so that the next put counts them.
     """
 
     key: bytes
     limit: int
     score: int
     action: Action
+
+
+class Counted(NamedTuple):
+    """A put that groups count. `wait`: the ms after which a full group may take the value; 0: it
+    was put. Then `members` are the live ones of the first group, and `ended` those that had ended
+    since the put before.
+    """
+
+    wait: int
+    members: int
+    ended: int
 
 
 class FirstTake(NamedTuple):
@@ -223,43 +235,47 @@ end
 )
 
 # KEYS: the value, groups. ARGV: 1 value, 2 life in ms, 3 now in ms, then of each group its limit,
-# score and action. Answers the ms to wait for; 0: stored. SET is the first write: a full server
-# refuses it, and would let later ones go on.
+# score and action. Answers `Counted`. SET is the first write: a full server refuses it, and would
+# let later ones go on.
 _PUT = Script(
     _STAMP
     + """
-local now, wait = tonumber(ARGV[3]), 0
+local now, wait, members, ended = tonumber(ARGV[3]), 0, 0, 0
 for i = 2, #KEYS do
   local limit = tonumber(ARGV[3 * i - 2])
   local count = redis.call('ZCOUNT', KEYS[i], '(' .. ARGV[3], '+inf')
-  if ARGV[3 * i] == 'refuse' and count >= limit then
+  if (ARGV[3 * i] == 'refuse' or ARGV[3 * i] == 'cap') and count >= limit then
     local found = redis.call('ZRANGEBYSCORE', KEYS[i], '(' .. ARGV[3], '+inf', 'WITHSCORES',
       'LIMIT', count - limit, 1)
     wait = math.max(wait, tonumber(found[2]) - now)
   end
 end
 if wait > 0 then
-  return wait
+  return {wait, 0, 0}
 end
 redis.call('SET', KEYS[1], stamped(ARGV[1], term() or ''), 'PX', ARGV[2])
 for i = 2, #KEYS do
   local score, action = ARGV[3 * i - 1], ARGV[3 * i]
-  redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', ARGV[3])
+  local gone = redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', ARGV[3])
   local over = redis.call('ZCARD', KEYS[i])
+  if i == 2 then
+    members, ended = over + 1, gone
+  end
   if action == 'evict' then
     over = over + 1 - tonumber(ARGV[3 * i - 2])
   end
-  if action ~= 'refuse' and over > 0 then
+  if (action == 'evict' or action == 'replace') and over > 0 then
     for _, key in ipairs(redis.call('ZRANGE', KEYS[i], 0, over - 1)) do
       redis.call('DEL', key)
     end
     redis.call('ZREMRANGEBYRANK', KEYS[i], 0, over - 1)
   end
   redis.call('ZADD', KEYS[i], score, KEYS[1])
-  redis.call('PEXPIRE', KEYS[i], score - now, 'GT')
-  redis.call('PEXPIRE', KEYS[i], score - now, 'NX')
+  local life = score - now + (action == 'cap' and 3600000 or 0)
+  redis.call('PEXPIRE', KEYS[i], life, 'GT')
+  redis.call('PEXPIRE', KEYS[i], life, 'NX')
 end
-return 0
+return {0, members, ended}
 """
 )
 
@@ -384,16 +400,13 @@ class OneTimeStore:
         groups: Sequence[Group],
         *,
         grace: int = 0,
-    ) -> int:
-        """Put a value that groups count: 0, or the ms after which a full group may take it; then
-        nothing was put.
-        """
+    ) -> Counted:
+        """Put a value that groups count, unless a full one refuses it."""
         args = [value.serialize(), self._life(value.ends) + grace, int(self._clock() * 1000)]
         for group in groups:
             args += group[1:]
         keys = [key, *[group.key for group in groups]]
-        wait: int = await self._transport.run(operation, _PUT, keys, args)
-        return wait
+        return Counted(*await self._transport.run(operation, _PUT, keys, args))
 
     async def put_beside(
         self,

@@ -77,7 +77,7 @@ from broker.model import (
     finish_kind_of,
     purpose_of,
 )
-from broker.telemetry import context
+from broker.telemetry import Metrics, context
 from broker.tokens import FoundBy, ceremony_digest, digest
 from broker.tokens.sealed import SealBroken, seal, unseal
 
@@ -135,11 +135,18 @@ class Ceremonies:
     """Pending ceremonies. `clock` gives seconds since the epoch."""
 
     def __init__(
-        self, store: OneTimeStore, transport: Transport, clock: Callable[[], float]
+        self,
+        store: OneTimeStore,
+        transport: Transport,
+        clock: Callable[[], float],
+        metrics: Metrics,
     ) -> None:
         self._store = store
         self._transport = transport
         self._clock = clock
+        self._open: dict[str, tuple[float, int]] = {}  # by app: the last one's end, and how many
+        self._abandoned = metrics.ceremonies_abandoned
+        metrics.ceremonies_open.add(self._count_open)
 
     async def begin(
         self,
@@ -190,9 +197,12 @@ class Ceremonies:
         if cap is None:
             await self._store.put("put_pending", key, value)
             return
-        group = Group(_cap_key(app_id), cap, int(ends * 1000), "refuse")
-        if await self._store.put_counted("put_pending", key, value, [group]):
+        group = Group(_cap_key(app_id), cap, int(ends * 1000), "cap")
+        put = await self._store.put_counted("put_pending", key, value, [group])
+        if put.wait:
             raise TooManyCeremonies(reason="discoverable_limit")
+        self._open[app_id] = (ends, put.members)
+        self._abandoned.add(put.ended)
 
     async def take(
         self, by: FoundBy, app_id: str, token: str, openers: Sequence[Opener], kind: FinishKind
@@ -216,6 +226,11 @@ class Ceremonies:
         if found == Unknown("unknown") and await self._waits(by, app_id, token, kind):
             return Unknown("foreign")
         return found
+
+    def _count_open(self) -> float:
+        now = self._clock()
+        self._open = {app: known for app, known in self._open.items() if known[0] > now}
+        return sum(count for _, count in self._open.values())
 
     async def _take_begun(
         self, app_id: str, handle: str, opener: Opener, kind: FinishKind

@@ -87,6 +87,8 @@ class Transport:
         self._timeout = timeout
         self._metrics = metrics
         self._faults = Faults(metrics, log, time.monotonic)
+        self._unanswered = 0
+        metrics.queued.add(lambda: self._unanswered, "redis")
         self.tell = self._faults.tell
         self.forget_terms = commands.forget_terms
 
@@ -136,6 +138,7 @@ class Transport:
 
     async def _watched(self, operation: str, reply: Awaitable[Any]) -> Any:
         began = time.perf_counter()
+        self._unanswered += 1
         try:
             return await reply
         except NoScriptError:
@@ -144,6 +147,7 @@ class Transport:
             self.tell(operation, fault)
             raise Unavailable(reason="redis") from fault
         finally:
+            self._unanswered -= 1
             self._metrics.store_seconds.observe(time.perf_counter() - began, "redis", operation)
 
 

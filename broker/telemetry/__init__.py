@@ -14,12 +14,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from broker.telemetry.log import Log, capture_library_records, fault
-from broker.telemetry.metrics import Metrics
+from broker.telemetry.metrics import LoopLag, Metrics
 
 __all__ = [
     "CONTEXT",
     "Context",
     "Log",
+    "LoopLag",
     "Metrics",
     "Stopwatch",
     "capture_library_records",

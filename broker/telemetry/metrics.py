@@ -3,19 +3,30 @@ stores, route templates; never an app, a user or an origin.
 
 prometheus_client's own counters take a lock, look children up under a lock and walk the buckets: 2
 to 4 microseconds an observation, and a login has some twenty. One event loop runs all that counts
-here, so no lock is needed, and a binary search finds the bucket. The library still writes the text:
-`Tally` is a collector like any other.
+here, so no lock is needed, and a binary search finds the bucket. The library still writes the text,
+and reads the figures of the process and of the garbage collector: `Tally` is a collector like any
+other. What a part of the broker holds at a moment is read at the scrape (`Readings`), so it costs a
+request nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import platform
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+
+from broker import __version__
 
 _ASIDE = 256
 Values = dict[tuple[str, ...], list[float]]
@@ -94,10 +105,62 @@ class Times:
         return family
 
 
+class Readings:
+    """Figures that parts of the broker hold, read at the scrape: gauges, or counters where `family`
+    says so. Readings with the same labels add up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        help_: str,
+        *labels: str,
+        family: type[GaugeMetricFamily | CounterMetricFamily] = GaugeMetricFamily,
+    ) -> None:
+        self._name, self._help, self._labels, self._family = name, help_, labels, family
+        self._sources: list[tuple[tuple[str, ...], Callable[[], float]]] = []
+
+    def add(self, read: Callable[[], float], *labels: str) -> None:
+        """Read one more figure at each scrape."""
+        self._sources.append((labels, read))
+
+    def family(self) -> Metric:
+        """The values as Prometheus has them."""
+        sums: dict[tuple[str, ...], float] = {} if self._labels else {(): 0.0}
+        for labels, read in self._sources:
+            sums[labels] = sums.get(labels, 0.0) + read()
+        family = self._family(self._name, self._help, labels=self._labels)
+        for labels, number in sums.items():
+            family.add_metric(labels, number)
+        return family
+
+
+class LoopLag:
+    """Measures how late the event loop runs its timers: every `LAG_SECONDS`."""
+
+    def __init__(self, lag: Times) -> None:
+        self._lag = lag
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0
+        self._schedule()
+
+    def _schedule(self) -> None:
+        self._due = self._loop.time() + LAG_SECONDS
+        self._timer = self._loop.call_at(self._due, self._observe)
+
+    def _observe(self) -> None:
+        self._lag.observe(max(0.0, self._loop.time() - self._due))
+        self._schedule()
+
+    def stop(self) -> None:
+        """Measure no more."""
+        self._timer.cancel()
+
+
 class Tally(Collector):
     """The figures of this process."""
 
-    def __init__(self, metrics: Sequence[Counts | Times]) -> None:
+    def __init__(self, metrics: Sequence[Counts | Times | Readings]) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
@@ -105,6 +168,7 @@ class Tally(Collector):
         return [metric.family() for metric in self._metrics]
 
 
+LAG_SECONDS = 0.25
 _STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
@@ -146,8 +210,44 @@ class Metrics:
         self.housekeeping_failures = Counts(
             "broker_housekeeping_failures", "Batches of the periodic clean-up that failed.", "chore"
         )
+        self.ceremonies_open = Readings(
+            "broker_ceremonies_open",
+            "Open ceremonies without a transaction, as Redis counted at the latest begin of each app.",
+        )
+        self.ceremonies_abandoned = Counts(
+            "broker_ceremonies_abandoned", "Ceremonies without a transaction that ended unfinished."
+        )
+        self.cache_lookups = Readings(
+            "broker_cache_lookups",
+            "Look-ups in a cache.",
+            "cache",
+            "result",
+            family=CounterMetricFamily,
+        )
+        self.postgres_connections = Readings(
+            "broker_postgres_connections", "Connections of the pool.", "state"
+        )
+        self.postgres_connections_limit = Readings(
+            "broker_postgres_connections_limit", "Connections that the pool may have."
+        )
+        self.queued = Readings(
+            "broker_queued",
+            "Commands and rows that wait for a store's answer or the next batch.",
+            "queue",
+        )
+        self.connections = Readings("broker_connections", "Connections of callers.")
+        self.requests_in_flight = Readings("broker_requests_in_flight", "Requests in flight.")
+        self.loop_lag = Times(
+            "broker_loop_lag_seconds", "How late the event loop runs a timer.", buckets=_STEPS
+        )
+        self.build_info = Readings(
+            "broker_build_info", "1, with the release and Python's version.", "version", "python"
+        )
+        self.build_info.add(lambda: 1.0, __version__, platform.python_version())
         self.tally = Tally(
-            [metric for metric in vars(self).values() if isinstance(metric, Counts | Times)]
+            [m for m in vars(self).values() if isinstance(m, Counts | Times | Readings)]
         )
         self.registry = CollectorRegistry()
         self.registry.register(self.tally)
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)

@@ -128,6 +128,7 @@ class Edge:
         self._docs_url = docs_url
         self._most_requests = app.get(LIMITS, Limits()).requests
         self._in_flight = 0
+        metrics.requests_in_flight.add(lambda: self._in_flight)
 
     async def __call__(self, request: Incoming) -> web.StreamResponse:
         began = time.monotonic()

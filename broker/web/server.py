@@ -153,6 +153,10 @@ class Listener:
         self._app = app
         self._drain_seconds = drain_seconds
 
+    def count_connections(self) -> int:
+        """How many connections are open."""
+        return len(self.server.connections)
+
     async def close(self) -> None:
         """Refuse new connections, let running requests end (up to the drain limit), then close."""
         for acceptor in self.acceptors:

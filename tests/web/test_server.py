@@ -850,6 +850,12 @@ async def test_metrics(
             "operation",
             "route",
             "status",
+            "cache",
+            "queue",
+            "state",
+            "generation",
+            "version",
+            "python",
         )
         assert len(value) < 80
     assert wire.app_id not in text

@@ -10,6 +10,7 @@ import contextvars
 import io
 import json
 import logging
+import platform
 import re
 import secrets
 import time
@@ -20,13 +21,16 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from broker import __version__
 from broker.app import application
 from broker.ceremony.reasons import REASONS
+from broker.durable.cache import Cache
 from broker.errors import Refusal
 from broker.telemetry import (
     CONTEXT,
     Context,
     Log,
+    LoopLag,
     Metrics,
     Stopwatch,
     capture_library_records,
@@ -34,9 +38,12 @@ from broker.telemetry import (
     fault,
     remaining,
 )
+from broker.telemetry.metrics import LAG_SECONDS
 from tests.conftest import Started
 from tests.support.authenticator import Authenticator
 from tests.support.processes import DEADLINE
+from tests.support.servers import eventually
+from tests.support.stall import stalled
 from tests.support.wire import Wire
 
 BROKER = Path(__file__).parents[2] / "broker"
@@ -333,9 +340,16 @@ async def test_labels_are_from_fixed_sets(
         "operation": _words("ephemeral/*.py", "durable/*.py"),
         "route": routes | {"unmatched"},
         "status": {str(status) for status in range(200, 600)},
+        "cache": {"apps", "keys", "signing_keys"},
+        "queue": {"redis"} | _words("durable/*.py"),
+        "state": {"idle", "busy"},
+        "generation": {"0", "1", "2"},
+        "version": {__version__},
+        "python": {platform.python_version()},
     }
     results = {
         "broker_ceremonies": {"ok", "refused", "unavailable"},
+        "broker_cache_lookups": {"hit", "miss"},
         "broker_redemptions": {
             "ok",
             "malformed",
@@ -358,6 +372,69 @@ async def test_labels_are_from_fixed_sets(
         "broker_request_seconds",
     ):
         assert any(metric == name for metric, _, _ in seen), name
+
+
+async def test_open_and_abandoned_ceremonies(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
+    """Those without a transaction: the others end with it."""
+    await wire.user("ann", device)
+    for _ in range(3):
+        await wire.begin("authenticate", None)
+    await wire.authenticate(None, device)
+    assert broker.metric("broker_ceremonies_open") == 4, "of the latest begin"
+    broker.clock.ahead += 301
+    assert broker.metric("broker_ceremonies_open") == 0
+    assert broker.metric("broker_ceremonies_abandoned_total") == 0, "not known yet"
+    await wire.begin("authenticate", None)
+    assert broker.metric("broker_ceremonies_open") == 1
+    assert broker.metric("broker_ceremonies_abandoned_total") == 3
+
+
+async def test_what_a_process_holds(broker: Started, wire: Wire) -> None:
+    """Connections, requests, the pool, caches and queues, as a scrape finds them."""
+    await wire.keyed("GET", "/users?identifier=ann")
+    assert broker.metric("broker_cache_lookups_total", cache="keys", result="miss") == 1
+    assert broker.metric("broker_connections") == 1
+    assert broker.metric("broker_requests_in_flight") == 0
+    limit = broker.metric("broker_postgres_connections_limit")
+    assert limit == broker.parts.settings.database_connections
+    async with stalled(broker, "users") as stall:
+        busy = broker.metric("broker_postgres_connections", state="busy")
+        asking = asyncio.create_task(wire.open_registration("ann"))
+        await stall.waiting(1)
+        assert broker.metric("broker_postgres_connections", state="busy") == busy + 1
+        assert broker.metric("broker_requests_in_flight") == 1
+    await asking
+    assert broker.metric("broker_queued", queue="redis") == 0
+    build = {"version": __version__, "python": platform.python_version()}
+    assert broker.metric("broker_build_info", **build) == 1
+    assert broker.metric("process_open_fds") > 0
+
+
+def test_a_cache_reports_hits_and_misses() -> None:
+    metrics, cache = Metrics(), Cache[str](1.0, lambda: 0.0)
+    cache.report("apps", metrics)
+    assert cache.get("a") is None
+    cache.put("a", "value", 0.0)
+    assert [cache.get("a"), cache.get("a")] == ["value", "value"]
+    found = {
+        result: metrics.registry.get_sample_value(
+            "broker_cache_lookups_total", {"cache": "apps", "result": result}
+        )
+        for result in ("hit", "miss")
+    }
+    assert found == {"hit": 2, "miss": 1}
+
+
+async def test_the_lag_of_the_event_loop() -> None:
+    """One late timer is one observation above the time that blocked the loop."""
+    lag = Metrics().loop_lag
+    measured = LoopLag(lag)
+    time.sleep(LAG_SECONDS + 0.1)  # noqa: ASYNC251 - blocks the loop
+    await eventually(lambda: sum(lag.values[()][:-1]) >= 1, "a timer ran")
+    measured.stop()
+    assert lag.values[()][-1] >= 0.1
 
 
 def wire_routes(broker: Started) -> list[web.AbstractResource]:
