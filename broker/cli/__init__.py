@@ -33,6 +33,8 @@ from broker.settings import Settings, SettingsFault
 
 _UNAVAILABLE = {
     "redis": "Redis does not answer; check BROKER_REDIS_URL.",
+    "redis_term": "The replication id of Redis can't be read in a script, or differs between "
+    "connections; run `broker doctor`.",
     "signing_key_sealed": "The signing key was sealed under another BROKER_SECRET_KEY; "
     "run `broker doctor`.",
     "postgres_not_migrated": "The database lacks a migration; run `broker migrate`.",

@@ -9,10 +9,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from broker.cli.output import GREEN, RED, has_colour, painted, progress
+from broker.cli.findings import Finding, clock, redis_findings
+from broker.cli.output import GREEN, RED, YELLOW, has_colour, painted, progress
 from broker.cli.parsing import JSON, Commands, add_command, option
 from broker.cli.process import run, with_parts
 from broker.cli.records import settings_for_data
@@ -24,19 +25,7 @@ from broker.settings import Settings, SettingsFault
 if TYPE_CHECKING:
     from broker.app import Parts
 
-MAX_SKEW = 2.0
 MIN_POSTGRES = 15
-MIN_REDIS = (7, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of a check. `todo` is the remedy, "" if all is well."""
-
-    check: str
-    ok: bool
-    found: str
-    todo: str = ""
 
 
 def add_commands(commands: Commands) -> None:
@@ -70,6 +59,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     else:
         for finding in findings:
             mark, code = ("ok  ", GREEN) if finding.ok else ("FAIL", RED)
+            if finding.ok and finding.todo:
+                mark, code = "warn", YELLOW
             mark = painted(mark, code, colour=has_colour(sys.stdout))
             print(f"{mark} {finding.check}: {finding.found} {finding.todo}".rstrip())  # noqa: T201
     return 0 if all(f.ok for f in findings) else 1
@@ -149,11 +140,7 @@ async def _redis(parts: Parts) -> list[Finding]:
                 "redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`."
             )
         ]
-    return [
-        redis_version(facts["version"]),
-        clock("redis", facts["clock"] - time.time()),
-        eviction(facts["eviction"]),
-    ]
+    return redis_findings(facts)
 
 
 def postgres_version(major: int) -> Finding:
@@ -161,34 +148,6 @@ def postgres_version(major: int) -> Finding:
     if major >= MIN_POSTGRES:
         return Finding("postgres", True, f"version {major}")
     return Finding("postgres", False, f"version {major}.", f"Use Postgres {MIN_POSTGRES} or newer.")
-
-
-def redis_version(version: str) -> Finding:
-    """Check that Redis or Valkey is new enough. Valkey's first version is above Redis's minimum."""
-    if tuple(int(part) for part in version.split(".")[:2]) >= MIN_REDIS:
-        return Finding("redis", True, f"version {version}")
-    return Finding("redis", False, f"version {version}.", "Use Redis 7.0, Valkey 7.2 or newer.")
-
-
-def eviction(policy: str) -> Finding:
-    """Check that a full Redis refuses writes instead of dropping one-time values."""
-    if policy == "noeviction":
-        return Finding("eviction", True, policy)
-    return Finding(
-        "eviction",
-        False,
-        f"maxmemory-policy is {policy}: one-time values may vanish early.",
-        "Set it to noeviction; a full Redis then answers 503.",
-    )
-
-
-def clock(store: str, ahead: float) -> Finding:
-    """Check that a store's clock, `ahead` of ours by these seconds, agrees with ours."""
-    if abs(ahead) <= MAX_SKEW:
-        return Finding("clock", True, f"within {MAX_SKEW:g} s of {store}'s")
-    return Finding(
-        "clock", False, f"{abs(ahead):.0f} s off {store}'s.", "Run NTP on both machines."
-    )
 
 
 async def _signing(parts: Parts) -> list[Finding]:

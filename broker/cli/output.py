@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 Row = Mapping[str, object]
 
-BOLD, RED, GREEN = "1", "31", "32"  # ECMA-48 §8.3.117, SGR
+BOLD, RED, GREEN, YELLOW = "1", "31", "32", "33"  # ECMA-48 §8.3.117, SGR
 PROGRESS_AFTER = 1.0  # seconds
 
 

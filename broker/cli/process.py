@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from broker.cli.findings import NEEDED, redis_findings
 from broker.errors import Fault, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, capture_library_records
@@ -111,11 +112,13 @@ async def start(
     """Listen on the ports of the settings.
 
     Raises:
-        ServingFault: an address is in use or not ours; everything opened is closed again.
+        ServingFault: Redis is not fit, or an address is in use or not ours; everything opened is
+            closed again.
     """
     from broker.app import serve
 
     settings = parts.settings
+    await _judge_redis(parts)
     if settings.unknown:
         parts.log("unknown_settings", severity=logging.WARNING, variables=settings.unknown)
     _allow_descriptors(parts)
@@ -126,6 +129,36 @@ async def start(
         return service
     except OSError as fault:
         raise cannot_listen(settings, fault) from None
+
+
+async def _judge_redis(parts: Parts) -> None:
+    """Log what `broker doctor` would warn of in Redis. A Redis that does not answer may come later:
+    readiness waits for it.
+
+    Raises:
+        ServingFault: one-time values would not be safe there; the stores are closed.
+    """
+    try:
+        await parts.ephemeral.check()
+    except Unavailable as fault:
+        if fault.reason != "redis_term":
+            return
+    try:
+        findings = redis_findings(await parts.ephemeral.facts())
+    except Unavailable:
+        return
+    if faults := [f for f in findings if not f.ok and f.check in NEEDED]:
+        await parts.close()
+        raise ServingFault(" ".join(f"Redis: {fault.found} {fault.todo}" for fault in faults))
+    for finding in findings:
+        if finding.todo:
+            parts.log(
+                "redis_setting",
+                severity=logging.WARNING,
+                check=finding.check,
+                found=finding.found,
+                todo=finding.todo,
+            )
 
 
 def _allow_descriptors(parts: Parts) -> None:

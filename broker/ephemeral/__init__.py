@@ -7,8 +7,8 @@ failures), `connection`, `sentinel` and `cluster` (the way to a server), `codec`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from broker.ephemeral.mail_codes import MailCodes
 from broker.ephemeral.one_time import (
@@ -22,6 +22,7 @@ from broker.ephemeral.one_time import (
 )
 from broker.ephemeral.stores import Ceremonies, Nonces, OpenAnswers, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
+from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics
 
 __all__ = [
@@ -29,11 +30,35 @@ __all__ = [
     "Answer",
     "Ephemeral",
     "FirstTake",
+    "RedisFacts",
     "Replayed",
     "Taken",
     "Unknown",
     "connect",
 ]
+
+
+# Settings of Redis that `broker doctor` checks.
+_SETTINGS = (
+    "enable-debug-command",
+    "replica-read-only",
+    "repl-backlog-ttl",
+    "min-replicas-to-write",
+)
+
+
+class RedisFacts(NamedTuple):
+    """Facts about Redis, or about the primaries of a cluster. `clock` in seconds since the epoch,
+    by the server that differs most. `replicas` of the server that has most. `settings` have the
+    values of all servers, and lack what the broker's user may not read.
+    """
+
+    version: str
+    clock: float
+    eviction: str
+    replicas: int
+    settings: Mapping[str, Sequence[str]]
+    term_readable: bool
 
 
 class Ephemeral:
@@ -51,6 +76,7 @@ class Ephemeral:
         clock: Callable[[], float],
     ) -> None:
         self._transport = Transport(commands, timeout=timeout, metrics=metrics, log=log)
+        self._clock = clock
         store = OneTimeStore(self._transport, clock)
         self.transactions = Transactions(store, self._transport)
         self.ceremonies = Ceremonies(store, self._transport, clock, metrics)
@@ -58,21 +84,41 @@ class Ephemeral:
         self.open_answers = OpenAnswers(self._transport)
         self.tickets = Tickets(store)
         self.mail_codes = MailCodes(store)
-        self.check = self._transport.check
+        self._store = store
+        self._term_proved = False
         self.close = self._transport.close
 
-    async def facts(self) -> dict[str, Any]:
-        """For `broker doctor`: version, seconds since the epoch by the server's clock, eviction
-        policy.
+    async def check(self) -> None:
+        """Raise `Unavailable` unless the server, or every primary of a cluster, takes a write, and
+        its term can be read (reason `redis_term`).
         """
-        server = _info(await self._transport.ask("facts", "INFO", b"server"))
-        memory = _info(await self._transport.ask("facts", "INFO", b"memory"))
-        now = await self._transport.ask("facts", "TIME")
-        return {
-            "version": server.get("valkey_version") or server["redis_version"],
-            "clock": int(now[0]) + int(now[1]) / 1e6,
-            "eviction": memory.get("maxmemory_policy", "noeviction"),
-        }
+        await self._transport.check()
+        if not self._term_proved:
+            self._term_proved = await self._store.is_term_readable()
+        if not self._term_proved:
+            raise Unavailable(reason="redis_term")
+
+    async def facts(self) -> RedisFacts:
+        """The facts for `broker doctor`. Raises `Unavailable`."""
+        info = await self._transport.survey("facts", "INFO") or [[b""]]
+        servers = [_info(reply) for [reply] in info]
+        times = await self._transport.survey("facts", "TIME") or []
+        clocks = [int(now[0]) + int(now[1]) / 1e6 for [now] in times]
+        given = await self._transport.survey("facts", "CONFIG", "GET", *_SETTINGS) or []
+        settings: dict[str, list[str]] = {}
+        for [reply] in given:
+            for name, value in zip(reply[::2], reply[1::2], strict=True):
+                settings.setdefault(name.decode(), []).append(value.decode())
+        first = servers[0]
+        policies = {server.get("maxmemory_policy", "noeviction") for server in servers}
+        return RedisFacts(
+            version=first.get("valkey_version") or first.get("redis_version") or "0",
+            clock=max(clocks, key=lambda clock: abs(clock - self._clock()), default=self._clock()),
+            eviction=", ".join(sorted(policies)),
+            replicas=max(int(server.get("connected_slaves", 0)) for server in servers),
+            settings={name: sorted(set(values)) for name, values in settings.items()},
+            term_readable=await self._store.is_term_readable(),
+        )
 
 
 def _info(reply: bytes) -> dict[str, str]:

@@ -139,6 +139,18 @@ class ClusterRouter:
         for node in self._nodes.values():
             node.forget_terms()
 
+    async def survey(self, *command: Any, connections: int, limit: float) -> list[list[Any]]:
+        """The replies to a command without keys, of each master that owns slots, over so many new
+        connections.
+
+        Raises:
+            TimeoutError, OSError, RedisError: no reply, or one that refuses.
+        """
+        await self._owner(0, limit)
+        masters = [self._node(address) for address in self._masters]
+        told = [node.survey(*command, connections=connections, limit=limit) for node in masters]
+        return [replies for (replies,) in await asyncio.gather(*told)]
+
     async def _owner(self, slot: int, limit: float) -> tuple[Address, float]:
         """The owner of a slot, and what is left of the limit."""
         if not self._owners:

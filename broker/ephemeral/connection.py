@@ -318,6 +318,21 @@ class MultiplexedConnection:
         if self._stream is not None:
             self._stream.term = b""
 
+    async def survey(self, *command: Any, connections: int, limit: float) -> list[list[Any]]:
+        """The replies to a command over so many new connections, in a list of one.
+
+        Raises:
+            TimeoutError, OSError, RedisError: no reply, or one that refuses.
+        """
+        made = [
+            MultiplexedConnection(self._pool, timeout=self._timeout) for _ in range(connections)
+        ]
+        try:
+            return [await asyncio.gather(*(one.ask(*command, limit=limit) for one in made))]
+        finally:
+            for one in made:
+                await one.close()
+
     def _open(self) -> _Stream:
         """The stream, a new one if it has ended."""
         stream = self._stream

@@ -60,6 +60,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from broker.ephemeral.codec import DecodeError, decode, encode
+from broker.ephemeral.connection import term_of
 from broker.ephemeral.transport import Script, Transport
 
 T = TypeVar("T")
@@ -185,6 +186,8 @@ local function stamped(value, term)
   return string.sub(value, 1, {len(VERSION)}) .. term .. string.sub(value, {len(VERSION)} + 1)
 end
 """
+_TERM = _STAMP + "return term() or ''"
+_CONNECTIONS = 3  # that must read the same term
 # ARGV of every script but the puts: 1 now in ms, 2 grace in ms, 3 kinds, each between bars, 4
 # opener, 5 digest. `judge` answers a verdict, the value and where its payload begins.
 _JUDGE = (
@@ -465,6 +468,19 @@ class OneTimeStore:
     ) -> Awaitable[Answer[T]]:
         """Take a value if the guess (a digest) is right, else count it."""
         return self._run(operation, _GUESS, [key], type_, expected, guess)
+
+    async def is_term_readable(self) -> bool:
+        """True if several connections read one term of each server, in a script and outside.
+
+        A proxy may send connections to several servers, and an access control list may refuse INFO.
+        """
+        survey = self._transport.survey
+        scripts = await survey("term", "EVAL", _TERM, 0, connections=_CONNECTIONS)
+        infos = await survey("term", "INFO", "replication", connections=_CONNECTIONS)
+        return bool(scripts and infos) and all(
+            read[0] and {*read, *map(term_of, told)} == {read[0]}
+            for read, told in zip(scripts or (), infos or (), strict=False)
+        )
 
     def drop(self, operation: str, key: bytes) -> Awaitable[int]:
         """Delete a value: how many were there."""

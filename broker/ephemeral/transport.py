@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from broker.ephemeral.cluster import Address, ClusterRouter
 from broker.ephemeral.connection import PROBE, Batch, MultiplexedConnection, term_of
@@ -66,6 +66,15 @@ class Commands(Protocol):
 
     def forget_terms(self) -> None:
         """Have `term` read anew, of every server."""
+        ...
+
+    async def survey(self, *command: Any, connections: int, limit: float) -> list[list[Any]]:
+        """The replies to a command without keys: of each server that has keys, one over each of so
+        many new connections.
+
+        Raises:
+            DOWN: see `ask`.
+        """
         ...
 
     async def check(self, *, limit: float) -> None:
@@ -127,6 +136,24 @@ class Transport:
             self.tell(operation, fault)
             raise Unavailable(reason="redis") from fault
 
+    async def survey(
+        self, operation: str, *command: Any, connections: int = 1
+    ) -> list[list[Any]] | None:
+        """The replies of each server that has keys, over so many new connections; None if a server
+        refuses the command.
+
+        Raises:
+            Unavailable: see `ask`.
+        """
+        limit = remaining(self._timeout)
+        try:
+            return await self._commands.survey(*command, connections=connections, limit=limit)
+        except ResponseError:
+            return None
+        except DOWN as fault:
+            self.tell(operation, fault)
+            raise Unavailable(reason="redis") from fault
+
     async def check(self) -> None:
         """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: a
         full server or a replica answers PING and takes nothing."""
@@ -167,6 +194,9 @@ class ByClient:
 
     def forget_terms(self) -> None:
         pass
+
+    async def survey(self, *command: Any, connections: int, limit: float) -> list[list[Any]]:
+        return [[await self.ask(*command, limit=limit) for _ in range(connections)]]
 
     async def check(self, *, limit: float) -> None:
         await self.ask("SET", PROBE, b"", "PX", 1000, limit=limit)

@@ -24,8 +24,8 @@ import asyncpg
 import pytest
 
 from broker import __version__
-from broker.cli import dev, doctor
-from broker.cli.doctor import Finding
+from broker.cli import dev, doctor, findings
+from broker.cli.findings import Finding
 from broker.dialects import policy_keys
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
@@ -1135,7 +1135,7 @@ def test_doctor_finds_all_well(
     findings = _findings(done.out)
     assert all(f.ok and f.todo == "" for f in findings)
     assert [f.check for f in findings] == [
-        "settings", "ports", "metrics", "postgres", "clock", "migrations", "redis", "clock", "eviction", "secret key", "apps"
+        "settings", "ports", "metrics", "postgres", "clock", "migrations", "redis", "clock", "eviction", "term", "debug command", "secret key", "apps"
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
@@ -1249,20 +1249,21 @@ def test_doctor_tells_which_store_is_down(cli: Cli, monkeypatch: pytest.MonkeyPa
     [
         (doctor.postgres_version(15), True, "version 15"),
         (doctor.postgres_version(14), False, "version 14."),
-        (doctor.redis_version("7.0.0"), True, "version 7.0.0"),
-        (doctor.redis_version("7.2.4-rc1"), True, "version 7.2.4-rc1"),
-        (doctor.redis_version("10.0"), True, "version 10.0"),
-        (doctor.redis_version("6.2.14"), False, "version 6.2.14."),
-        (doctor.eviction("noeviction"), True, "noeviction"),
+        (findings.redis_version("7.0.0"), True, "version 7.0.0"),
+        (findings.redis_version("7.2.4-rc1"), True, "version 7.2.4-rc1"),
+        (findings.redis_version("10.0"), True, "version 10.0"),
+        (findings.redis_version("6.2.14"), False, "version 6.2.14."),
+        (findings.eviction("noeviction"), True, "noeviction"),
         (
-            doctor.eviction("allkeys-lru"),
+            findings.eviction("allkeys-lru"),
             False,
             "maxmemory-policy is allkeys-lru: one-time values may vanish early.",
         ),
-        (doctor.clock("redis", 2.0), True, "within 2 s of redis's"),
-        (doctor.clock("redis", -1.9), True, "within 2 s of redis's"),
-        (doctor.clock("postgres", 3.4), False, "3 s off postgres's."),
-        (doctor.clock("postgres", -7200.0), False, "7200 s off postgres's."),
+        (findings.clock("redis", 1.0), True, "within 1 s of redis's"),
+        (findings.clock("redis", -0.9), True, "within 1 s of redis's"),
+        (findings.clock("redis", 1.6), False, "2 s off redis's."),
+        (findings.clock("postgres", 3.4), False, "3 s off postgres's."),
+        (findings.clock("postgres", -7200.0), False, "7200 s off postgres's."),
     ],
 )
 def test_what_doctor_makes_of_a_fact(finding: Finding, ok: bool, found: str) -> None:
@@ -1272,6 +1273,6 @@ def test_what_doctor_makes_of_a_fact(finding: Finding, ok: bool, found: str) -> 
 
 def test_what_is_to_be_done_is_said_wherever_something_is() -> None:
     assert "Postgres 15 or newer" in doctor.postgres_version(14).todo
-    assert "Redis 7.0, Valkey 7.2 or newer" in doctor.redis_version("6.2").todo
-    assert "noeviction" in doctor.eviction("volatile-ttl").todo
-    assert "NTP" in doctor.clock("redis", 60).todo
+    assert "Redis 7.0, Valkey 7.2 or newer" in findings.redis_version("6.2").todo
+    assert "noeviction" in findings.eviction("volatile-ttl").todo
+    assert "NTP" in findings.clock("redis", 60).todo

@@ -1293,6 +1293,9 @@ async def test_a_server_that_takes_no_writes_is_unavailable(tmp_path: Path, trou
 
 async def test_facts_for_the_operator(real: Place) -> None:
     facts = await real.store().facts()
-    assert facts["eviction"] == "noeviction"
-    assert abs(facts["clock"] - time.time()) < 60
-    assert int(facts["version"].split(".")[0]) >= 7
+    assert facts.eviction == "noeviction"
+    assert abs(facts.clock - time.time()) < 60
+    assert int(facts.version.split(".")[0]) >= 7
+    assert facts.term_readable
+    assert facts.settings["enable-debug-command"] == ["no"]
+    assert facts.replicas == (real.kind == "cluster")

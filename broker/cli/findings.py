@@ -1,0 +1,138 @@
+"""Findings about a store, which `doctor` prints and a start asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from broker.ephemeral import RedisFacts
+
+MIN_REDIS = (7, 0)
+MAX_SKEW = 1.0  # seconds
+NEEDED = ("term", "eviction", "debug command")  # checks without which no process serves
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of a check. `todo` is the remedy, "" if all is well. A finding that is `ok` and
+    has a remedy is a warning.
+    """
+
+    check: str
+    ok: bool
+    found: str
+    todo: str = ""
+
+
+def redis_findings(facts: RedisFacts) -> list[Finding]:
+    """Checks of Redis: of each primary, if there are several."""
+    found = [
+        redis_version(facts.version),
+        clock("redis", facts.clock - time.time()),
+        eviction(facts.eviction),
+        term(readable=facts.term_readable),
+        configured(
+            "debug command",
+            facts.settings.get("enable-debug-command", ()),
+            lambda value: value == "no",
+            Finding(
+                "debug command",
+                False,
+                "enable-debug-command is {}: DEBUG RELOAD can bring back a value that was taken.",
+                "Set enable-debug-command no.",
+            ),
+        ),
+    ]
+    if not facts.replicas:
+        return found
+    return found + [
+        configured(
+            name,
+            facts.settings.get(name, ()),
+            right,
+            Finding(name, True, f"{name} is {{}}: {reason}", todo),
+        )
+        for name, right, reason, todo in _OF_REPLICAS
+    ]
+
+
+# Of servers with replicas: the setting, the right values, what another value means, the remedy.
+_OF_REPLICAS: tuple[tuple[str, Callable[[str], bool], str, str], ...] = (
+    (
+        "replica-read-only",
+        lambda value: value == "yes",
+        "a replica takes writes that are lost.",
+        "Set replica-read-only yes, also on the replicas.",
+    ),
+    (
+        "repl-backlog-ttl",
+        lambda value: value == "0",
+        "logins in flight end when all replicas were gone for that many seconds.",
+        "Set repl-backlog-ttl 0.",
+    ),
+    (
+        "min-replicas-to-write",
+        lambda value: value != "0",
+        "a primary that is cut off takes logins that end with it.",
+        "Set min-replicas-to-write 1, if two replicas or more are there.",
+    ),
+)
+
+
+def configured(
+    check: str, values: Sequence[str], right: Callable[[str], bool], wrong: Finding
+) -> Finding:
+    """Check a setting of Redis, by its values on all servers. No values: it can't be seen."""
+    if not values:
+        name = wrong.found.partition(" ")[0]
+        return Finding(
+            check,
+            True,
+            "unseen: the broker's user may not read it.",
+            f"Check {name} on the server, or allow +config|get.",
+        )
+    faults = [value for value in values if not right(value)]
+    if not faults:
+        return Finding(check, True, ", ".join(values))
+    return Finding(check, wrong.ok, wrong.found.format(", ".join(faults)), wrong.todo)
+
+
+def redis_version(version: str) -> Finding:
+    """Check that Redis or Valkey is new enough. Valkey's first version is above Redis's minimum."""
+    if tuple(int(part) for part in version.split(".")[:2]) >= MIN_REDIS:
+        return Finding("redis", True, f"version {version}")
+    return Finding("redis", False, f"version {version}.", "Use Redis 7.0, Valkey 7.2 or newer.")
+
+
+def eviction(policy: str) -> Finding:
+    """Check that a full Redis refuses writes instead of dropping one-time values."""
+    if policy == "noeviction":
+        return Finding("eviction", True, policy)
+    return Finding(
+        "eviction",
+        False,
+        f"maxmemory-policy is {policy}: one-time values may vanish early.",
+        "Set it to noeviction; a full Redis then answers 503.",
+    )
+
+
+def term(*, readable: bool) -> Finding:
+    """Check that the term can be read, on which at-most-once rests."""
+    if readable:
+        return Finding("term", True, "readable in scripts, the same on each connection")
+    return Finding(
+        "term",
+        False,
+        "the replication id of Redis can't be read in a script, or differs between connections.",
+        "Allow +info and +eval, and connect to the primary itself, not through a proxy.",
+    )
+
+
+def clock(store: str, ahead: float) -> Finding:
+    """Check that a store's clock, `ahead` of ours by these seconds, agrees with ours."""
+    if abs(ahead) <= MAX_SKEW:
+        return Finding("clock", True, f"within {MAX_SKEW:g} s of {store}'s")
+    return Finding(
+        "clock", False, f"{abs(ahead):.0f} s off {store}'s.", "Run NTP on both machines."
+    )
