@@ -380,6 +380,18 @@ class Directory:
             user=user,
         )
 
+    async def disable_user(self, app: RelyingParty, external_id: str, *, disabled: bool) -> None:
+        """Disable a user, or enable a disabled one. A disabled user neither signs in nor registers;
+        what was begun before, and nonces, end. The passkeys stay.
+
+        Raises:
+            UnknownUser, Unavailable.
+        """
+        if not await self._durable.users.set_disabled(
+            app.id, external_id, self.now(), disabled=disabled
+        ):
+            raise UnknownUser
+
     async def delete_user(self, app: RelyingParty, external_id: str) -> None:
         """Delete a user with passkeys and approvals; events keep kind, time and our ids.
 

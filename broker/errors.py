@@ -106,6 +106,13 @@ class UnknownUser(Refusal):
     default = "The app has no such user."
 
 
+class UserDisabled(Refusal):
+    """Keyed callers only."""
+
+    code = "user_disabled"
+    default = "The user is disabled; enable the user first."
+
+
 class NoPasskeys(Refusal):
     """Keyed callers only."""
 

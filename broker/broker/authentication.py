@@ -21,6 +21,7 @@ from broker.errors import (
     Retry,
     UnknownTransaction,
     UnknownUser,
+    UserDisabled,
     policy_hint,
 )
 from broker.model import (
@@ -45,6 +46,7 @@ from broker.model import (
     Transaction,
     Unowned,
     action_of,
+    epoch_of,
     validate_text,
 )
 
@@ -63,7 +65,8 @@ class Authentication(Steps):
         user's, or those of `options.allow`; an empty list allows any.
 
         Raises:
-            InvalidRequest, UnknownUser, Unavailable; NoPasskeys: no live passkey is left.
+            InvalidRequest, UnknownUser, UserDisabled, Unavailable; NoPasskeys: no live passkey is
+                left.
         """
         subject: Named | Anyone = ANYONE
         inlined: tuple[AllowedCredential, ...] = ()
@@ -75,8 +78,10 @@ class Authentication(Steps):
             )
             if found is None:
                 raise UnknownUser
-            user_id, held = found
-            subject = Named(user_id, external_id)
+            user_id, epoch, disabled, held = found
+            if disabled:
+                raise UserDisabled
+            subject = Named(user_id, external_id, epoch)
             mine = [c for c in held if options.allow is None or c.id in options.allow]
             allowed, inlined = mine, tuple(mine) if len(mine) <= _INLINED else ()
         elif options.allow is not None:
@@ -84,6 +89,7 @@ class Authentication(Steps):
                 owned.credential
                 for owned in await self._durable.credentials.by_ids(app.id, options.allow)
                 if owned.credential.live
+                and not owned.disabled
                 and (options.second_factor or not owned.credential.second_factor)
                 and (options.unowned or owned.external_id is not None)
             ]
@@ -156,9 +162,12 @@ class Authentication(Steps):
         subject = transaction.subject
         external_id = subject.external_id if isinstance(subject, Named) else ANYONE
         try:
-            return (await self.permit(app, external_id, transaction.options))[1]
-        except (UnknownUser, NoPasskeys):
+            now, allowed = await self.permit(app, external_id, transaction.options)
+        except (UnknownUser, UserDisabled, NoPasskeys):
             raise UnknownTransaction(reason="no_passkey_left") from None
+        if now.subject != subject:
+            raise UnknownTransaction(reason="epoch_over")
+        return allowed
 
     async def _record_approval(self, app: RelyingParty, user: Named, approval: Approval) -> None:
         """Record what a user is asked to approve.
@@ -184,7 +193,9 @@ class Authentication(Steps):
                 break
         try:
             if credential is None:
-                credential, owner = await self._owned(app, pending, answer)
+                credential, found = await self._owned(app, pending, answer)
+                # The epoch of a named user is the one in which the ceremony was permitted.
+                owner = found if owner is ANYONE else owner
             verified = ceremony.finish_authentication(pending, app, credential, answer)
         except CeremonyRefused as refusal:
             if await self._count_refusal(pending):
@@ -196,6 +207,7 @@ class Authentication(Steps):
             outcome = await self._durable.ceremonies.use(
                 credential,
                 verified,
+                epoch=epoch_of(owner),
                 flag_counter=app.policy.counter == "flag",
                 action=action_of(pending),
                 approval=pending.approval,
@@ -205,7 +217,7 @@ class Authentication(Steps):
             refused = CeremonyRefused(
                 reason="revoked_or_counter",
                 signal=await self._orphan(app, answer.credential_id),
-                hint="The passkey was revoked meanwhile, or its counter went back. "
+                hint="The passkey was revoked, its user disabled, or its counter went back. "
                 + policy_hint("counter", "flag"),
             )
             await self._tell_refusal(app, pending, refused, credential)
@@ -239,6 +251,8 @@ class Authentication(Steps):
             signal = await self._orphan(app, answer.credential_id)
             raise CeremonyRefused(reason="unknown_credential", signal=signal)
         credential, external_id = owned.credential, owned.external_id
+        if owned.disabled:
+            raise CeremonyRefused(reason="user_disabled")
         if not credential.live:
             raise CeremonyRefused(
                 reason="not_live",
@@ -248,7 +262,7 @@ class Authentication(Steps):
         if credential.second_factor and not pending.options.second_factor:
             raise CeremonyRefused(reason="second_factor")
         if external_id is not None:
-            return credential, Named(credential.user_id, external_id)
+            return credential, Named(credential.user_id, external_id, owned.epoch)
         if not pending.options.unowned:
             raise CeremonyRefused(reason="ownerless", hint=OWNERLESS_HINT)
         return credential, Unowned(credential.user_id)

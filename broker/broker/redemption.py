@@ -30,6 +30,7 @@ from broker.model import (
     Redeemable,
     RelyingParty,
     TokenAlgorithm,
+    epoch_of,
 )
 from broker.telemetry import Log, context
 from broker.tokens import digest, well_formed
@@ -130,11 +131,11 @@ class Redemption(Steps):
         ):
             self._metrics.redemptions.inc("mismatch")
             raise await self._refused(app, "nonce_mismatch", receipt)
-        ceremonies = self._durable.ceremonies
+        ceremonies, epoch = self._durable.ceremonies, epoch_of(receipt.subject)
         if not await (
-            ceremonies.confirm(app.id, receipt.passkey_id, instant(now))
+            ceremonies.confirm(app.id, receipt.passkey_id, epoch, instant(now))
             if receipt.purpose == "register"
-            else ceremonies.is_live(app.id, receipt.passkey_id)
+            else ceremonies.is_live(app.id, receipt.passkey_id, epoch)
         ):
             self._metrics.redemptions.inc("revoked")
             raise await self._refused(app, "passkey_revoked", receipt)

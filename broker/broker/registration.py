@@ -9,8 +9,8 @@ import math
 
 from broker import ceremony
 from broker.broker.steps import Begun, Steps, retry_from
-from broker.durable import instant
-from broker.errors import CeremonyRefused, Signal, TooManyPasskeys
+from broker.durable import ExcludedCredential, instant
+from broker.errors import CeremonyRefused, Signal, TooManyPasskeys, UnknownTransaction
 from broker.model import (
     ANYONE,
     Anyone,
@@ -35,7 +35,7 @@ from broker.model import (
 
 _NOT_ADDED = {
     "duplicate": "This passkey can't be added; use another device or security key.",
-    "no_user": "This registration has ended; start again.",
+    **dict.fromkeys(("no_user", "epoch_over"), "This registration has ended; start again."),
     "too_many_passkeys": TooManyPasskeys.default,
 }
 
@@ -54,7 +54,7 @@ class Registration(Steps):
         this external id. Without one the passkey's user is stored with the passkey.
 
         Raises:
-            InvalidRequest, Unavailable.
+            InvalidRequest, UserDisabled, Unavailable.
         """
         if names.nickname:
             validate_text(names.nickname, "nickname")
@@ -65,10 +65,9 @@ class Registration(Steps):
         if external_id is not ANYONE:
             validate_text(external_id, "external_id")
             now = instant(self._clock())
-            user_id, handle = await self._durable.users.ensure(
+            subject, handle = await self._durable.users.ensure(
                 app.id, external_id, new_id=user_id, new_handle=handle, now=now
             )
-            subject = Named(user_id, external_id)
         entity = UserEntity(handle, *names)
         return Transaction(app.id, "register", subject, entity, (), options, math.inf)
 
@@ -137,11 +136,15 @@ class Registration(Steps):
         caller excludes.
 
         Raises:
-            TooManyPasskeys.
+            TooManyPasskeys; UnknownTransaction: it is of an earlier epoch of the user.
         """
-        held = await self._durable.ceremonies.excluded(
-            app.id, pending.subject.user_id, now=instant(self._clock())
-        )
+        held: list[ExcludedCredential] | None = []
+        if isinstance(pending.subject, Named):
+            user_id, _, epoch = pending.subject
+            now = instant(self._clock())
+            held = await self._durable.ceremonies.excluded(app.id, user_id, epoch, now=now)
+        if held is None:
+            raise UnknownTransaction(reason="epoch_over")
         if len(held) >= app.policy.max_passkeys:
             raise TooManyPasskeys(limit=app.policy.max_passkeys, count=len(held))
         # A passkey that was never confirmed is not excluded: its authenticator may replace it.

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from broker.durable.api_keys import ApiKeys
 from broker.durable.approvals import Approvals
 from broker.durable.apps import Apps
-from broker.durable.ceremonies import Ceremonies
+from broker.durable.ceremonies import Ceremonies, ExcludedCredential
 from broker.durable.credentials import Credentials
 from broker.durable.events import Events
 from broker.durable.migrations import MigrationFault, Patience, sql_files
@@ -33,6 +33,7 @@ from broker.durable.users import UserOrder, Users
 
 __all__ = [
     "Durable",
+    "ExcludedCredential",
     "MigrationFault",
     "Patience",
     "Postgres",

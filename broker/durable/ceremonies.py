@@ -7,7 +7,13 @@ several callers a statement waits for no row: a row that another transaction hol
 Only a caller with a statement of its own waits, and learns that there is no such row. So no row
 delays other callers, and no two statements wait for each other in a circle. What no statement can
 pass over is the uncommitted insert of the same credential id: such inserts come in the order of
-their ids. The app is locked before the user, as a deletion of the app goes.
+their ids. The app is locked before the user, and the user before the passkey, as deletions go.
+
+**The epoch of a user** ends what was begun before. Revoke-all and disable raise it, and a deletion
+ends the row. A transaction, a ceremony and a nonce carry the epoch in which they were made. A new
+passkey needs the user's epoch as locked. A sign-in and a redemption need at least the epoch of the
+passkey's row, which disable raises too. So a login locks and reads no further row. A user is told
+to be disabled where an epoch is read, and nowhere else.
 
 The look-up of a login is batched as well; the one of a registration is a plain statement.
 """
@@ -34,9 +40,10 @@ from broker.model import (
     VerifiedAuthentication,
     VerifiedRegistration,
     action_of,
+    epoch_of,
 )
 
-Outcome = Literal["added", "duplicate", "no_user", "too_many_passkeys"]
+Outcome = Literal["added", "duplicate", "no_user", "epoch_over", "too_many_passkeys"]
 
 # For how long after its registration a passkey that is not confirmed may still be: its nonce lives
 # no longer, by any instance's clock.
@@ -49,6 +56,8 @@ class UserCredentials(NamedTuple):
     """A user, and the passkeys that may answer for a login."""
 
     user_id: str
+    epoch: int
+    disabled: bool
     allowed: list[AllowedCredential]
 
 
@@ -73,6 +82,7 @@ class _Use(NamedTuple):
 
     id: str
     app_id: str
+    epoch: int
     sign_count: int
     backed_up: bool
     at: datetime
@@ -89,6 +99,7 @@ class _New(NamedTuple):
     id: str
     app_id: str
     user_id: str
+    epoch: int
     credential_id: str
     user_handle: str
     public_key: str
@@ -120,6 +131,7 @@ class _Confirmation(NamedTuple):
 
     id: str
     app_id: str
+    epoch: int
     at: datetime
     actor: str
     request_id: str
@@ -130,6 +142,7 @@ class _Redeemed(NamedTuple):
 
     id: str
     app_id: str
+    epoch: int
 
 
 _LOOK_UPS, _USES, _NEW, _CONFIRMATIONS, _REDEEMED = map(
@@ -167,10 +180,11 @@ class Ceremonies:
     ) -> list[UserCredentials | None]:
         rows = await self._pg.rows(
             "user_to_sign_in",
-            f"SELECT a.number, u.id AS owner, {_ALLOWED} FROM {_LOOK_UPS.table}"
+            "SELECT a.number, u.id AS owner, u.epoch, u.disabled_at IS NOT NULL AS disabled,"
+            f" {_ALLOWED} FROM {_LOOK_UPS.table}"
             # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all
             # users: it takes a batch for 100 rows.
-            " JOIN LATERAL (SELECT id FROM users"
+            " JOIN LATERAL (SELECT id, epoch, disabled_at FROM users"
             " WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
             " LEFT JOIN credentials c ON c.user_id = u.id AND c.live"
             " AND (a.second_factor OR NOT c.second_factor)"
@@ -181,7 +195,8 @@ class Ceremonies:
         for row in rows:
             user = found[row["number"]]
             if user is None:
-                user = found[row["number"]] = UserCredentials(row["owner"], [])
+                user = UserCredentials(row["owner"], row["epoch"], row["disabled"], [])
+                found[row["number"]] = user
             if row["id"] is not None:
                 user.allowed.append(_allowed_of(row))
         return found
@@ -191,13 +206,14 @@ class Ceremonies:
         credential: Credential | AllowedCredential,
         verified: VerifiedAuthentication,
         *,
+        epoch: int,
         flag_counter: bool,
         action: str = "passkey.used",
         approval: str | None = None,
         now: datetime,
     ) -> Awaitable[SignInOutcome | None]:
-        """Record a sign-in, and what was approved by it. None: revoked meanwhile, or the counter
-        went back (unless `flag_counter`).
+        """Record a sign-in, and what was approved by it. None: revoked meanwhile, the user disabled
+        since `epoch`, or the counter went back (unless `flag_counter`).
 
         What changed is judged against the locked row: of two clones that answer at once, one is
         told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or
@@ -207,6 +223,7 @@ class Ceremonies:
             _Use(
                 credential.id,
                 credential.app_id,
+                epoch,
                 verified.sign_count,
                 verified.backed_up,
                 now,
@@ -246,7 +263,8 @@ class Ceremonies:
                 FROM {_USES.table}
                 CROSS JOIN LATERAL (
                     SELECT c.user_id, c.backed_up, c.sign_count FROM credentials c
-                    WHERE c.id = a.id AND c.app_id = a.app_id AND c.live FOR UPDATE {_skip(own)}
+                    WHERE c.id = a.id AND c.app_id = a.app_id AND c.live AND c.epoch <= a.epoch
+                    FOR UPDATE {_skip(own)}
                 ) c
             ), used AS (
                 UPDATE credentials c
@@ -269,17 +287,17 @@ class Ceremonies:
             found[number] = SignInOutcome(regressed, backup_changed)
         return found
 
-    async def is_live(self, app_id: str, passkey_id: str) -> bool:
-        """True if the passkey still signs in, for the redemption of a login's nonce: its revocation
-        and the deletion of its user end what it proved."""
-        return await self._is_live(_Redeemed(passkey_id, app_id))
+    async def is_live(self, app_id: str, passkey_id: str, epoch: int) -> bool:
+        """True if the passkey still signs in what began in this epoch of its user, for the
+        redemption of a login's nonce: revocation, disable and deletion end what it proved."""
+        return await self._is_live(_Redeemed(passkey_id, app_id, epoch))
 
     async def _is_live_batch(self, redeemed: Sequence[_Redeemed], _: bool) -> list[bool]:
         rows = await self._pg.rows(
             "is_live",
             f"SELECT a.number FROM {_REDEEMED.table} JOIN LATERAL ("
-            " SELECT FROM credentials c"
-            " WHERE c.id = a.id AND c.app_id = a.app_id AND c.live LIMIT 1) c ON true",
+            " SELECT FROM credentials c WHERE c.id = a.id AND c.app_id = a.app_id"
+            " AND c.live AND c.epoch <= a.epoch LIMIT 1) c ON true",
             _REDEEMED.encode(redeemed),
         )
         live = {number for (number,) in rows}
@@ -288,19 +306,28 @@ class Ceremonies:
     # -- a registration ----------------------------------------------------------------------------
 
     async def excluded(
-        self, app_id: str, user_id: str, *, now: datetime
-    ) -> list[ExcludedCredential]:
-        """The user's passkeys, oldest first, without those that can't be confirmed any more."""
+        self, app_id: str, user_id: str, epoch: int, *, now: datetime
+    ) -> list[ExcludedCredential] | None:
+        """The user's passkeys, oldest first, without those that can't be confirmed any more. None:
+        the app has no such user, or the user another epoch.
+        """
         rows = await self._pg.rows(
             "held_by",
-            "SELECT credential_id, transports, live FROM credentials"
-            " WHERE user_id = $2 AND app_id = $1 AND (live OR created_at > $3)"
-            " ORDER BY created_at, id",
+            "SELECT c.credential_id, c.transports, c.live FROM users u"
+            " LEFT JOIN credentials c ON c.user_id = u.id AND (c.live OR c.created_at > $3)"
+            " WHERE u.id = $2 AND u.app_id = $1 AND u.epoch = $4 ORDER BY c.created_at, c.id",
             app_id,
             user_id,
             now - UNCONFIRMED,
+            epoch,
         )
-        return [ExcludedCredential(i, tuple(transports), live) for i, transports, live in rows]
+        if not rows:
+            return None
+        return [
+            ExcludedCredential(i, tuple(transports), live)
+            for i, transports, live in rows
+            if i is not None
+        ]
 
     async def add(
         self,
@@ -313,13 +340,14 @@ class Ceremonies:
         max_passkeys: int = 1000,
         now: datetime,
     ) -> Outcome:
-        """Insert a credential of a user who has fewer than `max_passkeys`; those that can't be
-        confirmed any more don't count. The unique index on (app, credential id) decides who was
-        first."""
+        """Insert a credential of a user who has the epoch of the ceremony and fewer than
+        `max_passkeys`; those that can't be confirmed any more don't count. The unique index on
+        (app, credential id) decides who was first."""
         new = _New(
             new_id,
             pending.app_id,
             pending.subject.user_id,
+            epoch_of(pending.subject),
             verified.credential_id.hex(),
             pending.entity.handle,
             verified.public_key.hex(),
@@ -356,12 +384,12 @@ class Ceremonies:
         rows = await self._insert(
             new,
             f"""
-            SELECT a.number, u.id FROM a
+            SELECT a.number, u.id, u.epoch = a.epoch AS current FROM a
             CROSS JOIN LATERAL (
                 SELECT id FROM relying_parties WHERE id = a.app_id FOR KEY SHARE {_skip(own)}
             ) app
             CROSS JOIN LATERAL (
-                SELECT id FROM users WHERE id = a.user_id AND app_id = app.id
+                SELECT id, epoch FROM users WHERE id = a.user_id AND app_id = app.id
                 FOR NO KEY UPDATE {_skip(own)}
             ) u
             """,
@@ -369,9 +397,11 @@ class Ceremonies:
         )
         found: list[Outcome | OwnStatement]
         found = ["no_user" if own else NEEDS_OWN_STATEMENT] * len(new)
-        for number, fits, added in rows:
+        for number, current, fits, added in rows:
             if added:
                 found[number] = "added"
+            elif not current:
+                found[number] = "epoch_over"
             elif fits:
                 found[number] = "duplicate"
             elif own:
@@ -390,7 +420,7 @@ class Ceremonies:
                 SELECT FROM credentials c
                 WHERE c.app_id = a.app_id AND c.credential_id = a.key_id
             )
-            RETURNING 0 AS number, id
+            RETURNING 0 AS number, id, true AS current
             """,
             own=True,
         )
@@ -400,8 +430,9 @@ class Ceremonies:
         return "added" if rows and rows[0]["added"] else "duplicate"
 
     async def _insert(self, new: Sequence[_New], owners: str, own: bool) -> list[asyncpg.Record]:
-        """Number, whether the owner may have it, and whether it was added, of each passkey that has
-        an owner; `owners` selects number and owner.
+        """Number, whether the ceremony's epoch is the owner's, whether the owner may have it, and
+        whether it was added, of each passkey that has an owner; `owners` selects number, owner and
+        the former.
 
         The owner's row is locked when passkeys are counted, so no other statement adds one of
         theirs meanwhile. Several of one owner in one statement count as if all before were added;
@@ -421,7 +452,8 @@ class Ceremonies:
             WITH a AS (
                 SELECT *, decode(credential_id, 'hex') AS key_id FROM {_NEW.table}
             ), owner AS ({owners}), counted AS MATERIALIZED (
-                SELECT o.number, o.id, counted_passkeys(o.id, a.counted_from)
+                SELECT o.number, o.id, o.current,
+                    o.current AND counted_passkeys(o.id, a.counted_from)
                     + row_number() OVER (PARTITION BY o.id ORDER BY o.number)
                     <= a.max_passkeys AS fits
                 FROM owner o JOIN a ON a.number = o.number
@@ -430,13 +462,13 @@ class Ceremonies:
                     id, app_id, user_id, credential_id, user_handle, public_key, algorithm,
                     sign_count, backup_eligible, backed_up, transports, attachment, aaguid,
                     attestation_format, attestation_trust, user_name, user_display_name, nickname,
-                    live, created_at, updated_at, confirmed_at, second_factor)
+                    live, created_at, updated_at, confirmed_at, second_factor, epoch)
                 SELECT
                     a.id, a.app_id, o.id, a.key_id, a.user_handle, decode(a.public_key, 'hex'),
                     a.algorithm, a.sign_count, a.backup_eligible, a.backed_up, a.transports,
                     a.attachment, a.aaguid, a.attestation_format, a.attestation_trust, a.user_name,
                     a.user_display_name, a.nickname, a.live, a.at, a.at, a.confirmed_at,
-                    a.second_factor
+                    a.second_factor, a.epoch
                 FROM a JOIN counted o ON o.number = a.number AND o.fits ORDER BY a.app_id, a.key_id
                 ON CONFLICT (app_id, credential_id) DO NOTHING RETURNING c.id, c.user_id
             ), active AS (
@@ -445,18 +477,18 @@ class Ceremonies:
                 WHERE users.id = ANY (ARRAY(SELECT user_id FROM new)) AND users.id = new.user_id
                     AND a.live
             ), event AS ({event})
-            SELECT o.number, o.fits, new.id IS NOT NULL AS added
+            SELECT o.number, o.current, o.fits, new.id IS NOT NULL AS added
             FROM counted o JOIN a ON a.number = o.number LEFT JOIN new ON new.id = a.id
             """,
             _NEW.encode(new),
             app_id=new[0].app_id if own else None,
         )
 
-    async def confirm(self, app_id: str, passkey_id: str, now: datetime) -> bool:
+    async def confirm(self, app_id: str, passkey_id: str, epoch: int, now: datetime) -> bool:
         """Record that a registration's nonce was redeemed; makes the credential live. False:
-        revoked meanwhile.
+        revoked meanwhile, or the user disabled since `epoch`.
         """
-        return await self._confirm(_Confirmation(passkey_id, app_id, now, *actor()))
+        return await self._confirm(_Confirmation(passkey_id, app_id, epoch, now, *actor()))
 
     async def _confirm_batch(
         self, confirmations: Sequence[_Confirmation], own: bool
@@ -471,12 +503,16 @@ class Ceremonies:
             WITH held AS (
                 SELECT a.*, u.id AS user_id FROM {_CONFIRMATIONS.table}
                 CROSS JOIN LATERAL (
-                    SELECT user_id FROM credentials WHERE id = a.id AND app_id = a.app_id
+                    SELECT user_id FROM credentials WHERE id = a.id AND app_id = a.app_id LIMIT 1
+                ) owned
+                CROSS JOIN LATERAL (
+                    SELECT id FROM users WHERE id = owned.user_id FOR NO KEY UPDATE {_skip(own)}
+                ) u
+                CROSS JOIN LATERAL (
+                    SELECT FROM credentials
+                    WHERE id = a.id AND user_id = u.id AND epoch <= a.epoch
                     FOR NO KEY UPDATE {_skip(own)}
                 ) c
-                CROSS JOIN LATERAL (
-                    SELECT id FROM users WHERE id = c.user_id FOR NO KEY UPDATE {_skip(own)}
-                ) u
             ), kept AS (
                 UPDATE credentials c
                 SET confirmed_at = coalesce(c.confirmed_at, held.at), live = true,

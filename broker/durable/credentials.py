@@ -20,7 +20,10 @@ from broker.model import Credential, Owned
 
 _FIELDS = tuple(field.name for field in fields(Credential))
 _CREDENTIAL = ", ".join(f"c.{name}" for name in _FIELDS)
-_OWNED = f"SELECT {_CREDENTIAL}, u.external_id FROM credentials c JOIN users u ON u.id = c.user_id"
+_OWNED = (
+    f"SELECT {_CREDENTIAL}, u.external_id, u.epoch, u.disabled_at IS NOT NULL AS disabled"
+    " FROM credentials c JOIN users u ON u.id = c.user_id"
+)
 
 
 class Credentials:
@@ -184,10 +187,12 @@ class Credentials:
     async def revoke(
         self, app_id: str, user_id: str, passkey_ids: Sequence[str] | None, now: datetime
     ) -> list[str]:
-        """Delete those of the user's credentials that have one of these ids, all for None; returns
-        the ids deleted.
+        """Delete those of the user's credentials that have one of these ids, or all (None) and with
+        them what was begun for the user before; returns the ids deleted.
 
-        A user without an external id was there for its one passkey, and goes with it."""
+        A user without an external id was there for its one passkey, and goes with it. The user's
+        row is locked first: the statement after it sees a passkey that was added meanwhile.
+        """
         event = insert_event(
             "'passkey.revoked'",
             "FROM gone",
@@ -196,9 +201,7 @@ class Credentials:
             user_id="user_id",
             passkey_id="id",
         )
-        rows = await self._pg.rows(
-            "revoke_credentials",
-            f"""
+        revoke = f"""
             WITH gone AS (
                 DELETE FROM credentials
                 WHERE app_id = $1 AND user_id = $2 AND ($3::text[] IS NULL OR id = ANY($3))
@@ -214,15 +217,20 @@ class Credentials:
                 WHERE id = $2 AND external_id IS NULL AND EXISTS (SELECT FROM gone)
             ), event AS ({event})
             SELECT id FROM gone
-            """,
-            app_id,
-            user_id,
-            passkey_ids,
-            now,
-            *actor(),
-            app_id=app_id,
-        )
-        return [row["id"] for row in rows]
+            """
+
+        async def work(connection: Connection) -> list[str]:
+            async with connection.transaction():
+                lock = (
+                    "UPDATE users SET epoch = epoch + 1 WHERE app_id = $1 AND id = $2"
+                    if passkey_ids is None
+                    else "SELECT FROM users WHERE app_id = $1 AND id = $2 FOR NO KEY UPDATE"
+                )
+                await connection.execute(lock, app_id, user_id)
+                rows = await connection.fetch(revoke, app_id, user_id, passkey_ids, now, *actor())
+            return [row["id"] for row in rows]
+
+        return await self._pg.run("revoke_credentials", work, app_id=app_id)
 
     async def assign(
         self,
@@ -252,27 +260,34 @@ class Credentials:
 
         async def give(connection: Connection) -> bool | None:
             async with connection.transaction():
-                # The lock makes a second caller wait; the statement after it sees what the first
-                # one did.
-                lock = (
-                    "SELECT user_id, live FROM credentials WHERE app_id = $1 AND id = $2 FOR UPDATE"
-                )
-                old = await connection.fetchrow(lock, app_id, passkey_id)
-                if old is None:
-                    return None
-                owned = "SELECT external_id IS NOT NULL FROM users WHERE id = $1"
-                if await connection.fetchval(owned, old["user_id"]):
-                    return False
+                # The lock on the user without an external id makes a second caller wait, whose next
+                # look sees what the first one did.
+                live, nobody = None, ""
+                while live is None:
+                    find = (
+                        "SELECT c.user_id, u.external_id IS NOT NULL AS owned FROM credentials c"
+                        " JOIN users u ON u.id = c.user_id WHERE c.app_id = $1 AND c.id = $2"
+                    )
+                    old = await connection.fetchrow(find, app_id, passkey_id)
+                    if old is None:
+                        return None
+                    if old["owned"]:
+                        return False
+                    nobody = old["user_id"]
+                    lock = "SELECT FROM users WHERE id = $1 FOR UPDATE"
+                    await connection.execute(lock, nobody)
+                    lock = "SELECT live FROM credentials WHERE user_id = $1 AND id = $2 FOR UPDATE"
+                    live = await connection.fetchval(lock, nobody, passkey_id)
                 user_id = await self._user(connection, app_id, external_id, new_id, new_handle, now)
                 update = (
-                    "UPDATE credentials SET user_id = $3, updated_at = $4"
-                    " WHERE app_id = $1 AND id = $2"
+                    "UPDATE credentials c SET user_id = u.id, epoch = u.epoch, updated_at = $4"
+                    " FROM users u WHERE c.app_id = $1 AND c.id = $2 AND u.id = $3"
                 )
                 await connection.execute(update, app_id, passkey_id, user_id, now)
-                if old["live"]:
+                if live:
                     activate = "UPDATE users SET status = 'active', updated_at = $2 WHERE id = $1"
                     await connection.execute(activate, user_id, now)
-                await connection.execute("DELETE FROM users WHERE id = $1", old["user_id"])
+                await connection.execute("DELETE FROM users WHERE id = $1", nobody)
                 await connection.execute(event, now, app_id, *actor(), user_id, passkey_id)
             return True
 
@@ -318,5 +333,5 @@ def _credential_of(row: asyncpg.Record) -> Credential:
 
 
 def _owned_of(row: asyncpg.Record) -> Owned:
-    """A credential's columns and `external_id`."""
-    return Owned(_credential_of(row), row["external_id"])
+    """A credential's columns, and its user's."""
+    return Owned(_credential_of(row), row["external_id"], row["epoch"], row["disabled"])

@@ -34,7 +34,8 @@ _PENDING = timedelta(
     days=1
 )  # after the last registration was opened for a user who never got a passkey
 _HAS_NOTHING = (
-    "u.past_logins = 0 AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)"
+    "u.past_logins = 0 AND u.disabled_at IS NULL"
+    " AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)"
     " AND NOT EXISTS (SELECT FROM approvals p WHERE p.user_id = u.id)"
 )
 _REST = 4  # times as long as a batch took

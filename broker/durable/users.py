@@ -13,8 +13,8 @@ import asyncpg
 
 from broker.durable.events import ERASE, actor, insert_event
 from broker.durable.postgres import Connection, Postgres
-from broker.errors import UnknownApp
-from broker.model import User
+from broker.errors import UnknownApp, UserDisabled
+from broker.model import Named, User
 
 UserOrder = Literal["created_at", "-created_at", "updated_at", "-updated_at", "id", "-id"]
 _ORDERS: dict[UserOrder, str] = {
@@ -25,8 +25,9 @@ _ORDERS: dict[UserOrder, str] = {
     "id": "u.id",
     "-id": "u.id DESC",
 }
-_USER = """
-    u.id, u.app_id, u.external_id, u.handle, u.status, u.created_at, u.updated_at,
+_STATUS = "CASE WHEN u.disabled_at IS NULL THEN u.status ELSE 'inactive' END"
+_USER = f"""
+    u.id, u.app_id, u.external_id, u.handle, {_STATUS} AS status, u.created_at, u.updated_at,
     u.past_logins + coalesce(k.uses, 0)::bigint AS login_count,
     greatest(u.past_login_at, k.used_at) AS last_login_at
 """
@@ -46,15 +47,15 @@ class Users:
 
     async def ensure(
         self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
-    ) -> tuple[str, str]:
-        """The id and the handle of the user with this external id, made if there is none. Two at
-        once make one row.
+    ) -> tuple[Named, str]:
+        """The user with this external id, made if there is none, and the handle. Two at once make
+        one row.
 
         A pending user is marked: a registration was opened, so the periodic clean-up passes over
         the row for another day.
 
         Raises:
-            UnknownApp: the app was deleted while the caller still remembered it.
+            UserDisabled; UnknownApp: the app was deleted while the caller still remembered it.
         """
         event = insert_event(
             "'user.created'", "FROM new", at="$5", app_id="$1", by="$6, $7", user_id="id"
@@ -65,7 +66,8 @@ class Users:
                     "ensure_user",
                     f"""
                     WITH old AS (
-                        SELECT id, handle, status FROM users WHERE app_id = $1 AND external_id = $2
+                        SELECT id, handle, status, epoch, disabled_at FROM users
+                        WHERE app_id = $1 AND external_id = $2
                     ), opened AS (
                         UPDATE users SET opened_at = greatest(users.opened_at, $5) FROM old
                         WHERE users.id = old.id AND old.status <> 'active' RETURNING users.id
@@ -75,11 +77,12 @@ class Users:
                             opened_at)
                         SELECT $3, $1, $2, $4, 'pending', $5, $5, $5
                         WHERE NOT EXISTS (SELECT FROM old)
-                        ON CONFLICT (app_id, external_id) DO NOTHING RETURNING id, handle
+                        ON CONFLICT (app_id, external_id) DO NOTHING
+                        RETURNING id, handle, epoch, disabled_at
                     ), event AS ({event})
-                    SELECT id, handle FROM old
+                    SELECT id, handle, epoch, disabled_at FROM old
                     WHERE status = 'active' OR id IN (SELECT id FROM opened)
-                    UNION ALL SELECT id, handle FROM new
+                    UNION ALL SELECT id, handle, epoch, disabled_at FROM new
                     """,
                     app_id,
                     external_id,
@@ -92,7 +95,9 @@ class Users:
             except asyncpg.ForeignKeyViolationError:
                 raise UnknownApp from None
             if row is not None:
-                return row["id"], row["handle"]
+                if row["disabled_at"] is not None:
+                    raise UserDisabled
+                return Named(row["id"], external_id, row["epoch"]), row["handle"]
             # Another request has made that user, or ended it, after our snapshot; the next look
             # sees that.
 
@@ -130,7 +135,7 @@ class Users:
         for condition, value in (
             ("u.external_id = ", external_id),
             ("u.id = ", user_id),
-            ("u.status = ", status),
+            (f"{_STATUS} = ", status),
             ("u.created_at < ", created_before),
         ):
             if value is not None:
@@ -156,6 +161,40 @@ class Users:
             if row["id"] is not None
         ]
         return users, rows[0]["total"]
+
+    async def set_disabled(
+        self, app_id: str, external_id: str, now: datetime, *, disabled: bool
+    ) -> bool:
+        """Disable or enable a user. A change raises the epoch, so what was begun before ends.
+        False: no such user.
+
+        A statement of its own marks the passkeys: it sees those that were added while the first
+        one waited for the user's row.
+        """
+        action = "'user.disabled'" if disabled else "'user.enabled'"
+        event = insert_event(action, "", at="$1", app_id="$2", by="$3, $4", user_id="$5")
+
+        async def change(connection: Connection) -> bool:
+            async with connection.transaction():
+                find = (
+                    "SELECT id, disabled_at IS NOT NULL AS disabled FROM users"
+                    " WHERE app_id = $1 AND external_id = $2 FOR NO KEY UPDATE"
+                )
+                user = await connection.fetchrow(find, app_id, external_id)
+                if user is None or user["disabled"] == disabled:
+                    return user is not None
+                update = (
+                    "UPDATE users SET disabled_at = $2, updated_at = $3, epoch = epoch + 1"
+                    " WHERE id = $1 RETURNING epoch"
+                )
+                since = now if disabled else None
+                epoch = await connection.fetchval(update, user["id"], since, now)
+                mark = "UPDATE credentials SET epoch = $2 WHERE user_id = $1"
+                await connection.execute(mark, user["id"], epoch)
+                await connection.execute(event, now, app_id, *actor(), user["id"])
+            return True
+
+        return await self._pg.run("disable_user", change, app_id=app_id)
 
     async def delete(self, app_id: str, external_id: str, now: datetime) -> bool:
         """Delete a user with credentials and approvals. Events keep kind, time and our ids; of what

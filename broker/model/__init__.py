@@ -40,6 +40,7 @@ from broker.model.ceremonies import (
     Unowned,
     UserEntity,
     action_of,
+    epoch_of,
     finish_kind,
     finish_kind_of,
     purpose_of,
@@ -150,6 +151,7 @@ __all__ = [
     "action_of",
     "as_dict",
     "base64url",
+    "epoch_of",
     "finish_kind",
     "finish_kind_of",
     "is_origin",
@@ -315,14 +317,15 @@ class User:
     """One of the app's users: the caller's `external_id` (compared byte for byte) and our random
     `handle` (43 ASCII characters).
 
-    `login_count` and `last_login_at` include passkeys revoked since.
+    `login_count` and `last_login_at` include passkeys revoked since. A disabled user neither signs
+    in nor registers; the passkeys stay.
     """
 
     id: str
     app_id: str
     external_id: str
     handle: str
-    status: Literal["pending", "active"]
+    status: Literal["pending", "active", "inactive"]  # inactive: disabled
     login_count: int
     last_login_at: datetime | None
     created_at: datetime
@@ -368,10 +371,12 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A credential with its user's external id. None: nobody owns it yet."""
+    """A credential with its user's external id (None: nobody owns it yet) and epoch."""
 
     credential: Credential
     external_id: str | None
+    epoch: int
+    disabled: bool  # the user is
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,13 @@ MAX_REFUSALS = 10  # refused finishes of one transaction; the last of them ends 
 
 
 class Named(NamedTuple):
-    """A user that the app knows by an external id."""
+    """A user that the app knows by an external id. `epoch` is the user's at that moment: what was
+    begun in an earlier epoch neither adds nor uses a passkey.
+    """
 
     user_id: str
     external_id: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +258,11 @@ class PendingAuthentication(NamedTuple):
 
 
 Pending = PendingRegistration | PendingAuthentication
+
+
+def epoch_of(subject: Subject) -> int:
+    """The epoch of a ceremony's user. A user without an external id has one epoch."""
+    return subject.epoch if isinstance(subject, Named) else 0
 
 
 def action_of(pending: Pending) -> str:

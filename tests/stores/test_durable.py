@@ -17,6 +17,7 @@ import asyncpg
 import pytest
 
 from broker.durable import Durable, Postgres
+from broker.durable.ceremonies import UserCredentials
 from broker.durable.events import ERASE
 from broker.embedded import EmbeddedStores
 from broker.errors import Conflict, Unavailable, UnknownApp
@@ -71,11 +72,10 @@ async def app(durable: Durable) -> RelyingParty:
 
 async def ensure(durable: Durable, app: RelyingParty, external_id: str, now: datetime = NOW) -> str:
     """The user's id."""
-    return (
-        await durable.users.ensure(
-            app.id, external_id, new_id=MINT.id(), new_handle=MINT.user_handle(), now=now
-        )
-    )[0]
+    user, _ = await durable.users.ensure(
+        app.id, external_id, new_id=MINT.id(), new_handle=MINT.user_handle(), now=now
+    )
+    return user.user_id
 
 
 def pending(app: RelyingParty, user_id: str, **changes: Any) -> PendingRegistration:
@@ -83,7 +83,7 @@ def pending(app: RelyingParty, user_id: str, **changes: Any) -> PendingRegistrat
         app_id=app.id,
         challenge=b"c" * 32,
         transaction=b"t" * 32,
-        subject=Named(user_id, "ann"),
+        subject=Named(user_id, "ann", 0),
         entity=UserEntity("h" * 43, "ann", "Ann", "Ann's key"),
         options=CeremonyOptions(),
         user_verification="required",
@@ -469,7 +469,7 @@ async def test_a_user_becomes_active_with_the_first_live_passkey(
     assert await status() == ("pending", False)
     waiting = await add(durable, app, user_id, b"1", live=False)
     assert await status() == ("pending", False)
-    assert await durable.ceremonies.confirm(app.id, waiting.id, LATER)
+    assert await durable.ceremonies.confirm(app.id, waiting.id, 0, LATER)
     assert await status() == ("active", True)
     assert await durable.credentials.revoke(app.id, user_id, None, LATER) == [waiting.id]
     assert await status() == ("active", False)
@@ -492,7 +492,7 @@ async def test_of_a_deleted_user_events_keep_our_ids_alone(
         key = await add(durable, app, user_id)
         approval = Approval("payment-" + chosen, "data-" + chosen, b"")
         assert await durable.approvals.add(app.id, user_id, approval, new_id=MINT.id(), now=NOW)
-        await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
+        await durable.ceremonies.use(key, signed_in(), epoch=0, flag_counter=False, now=LATER)
         refusal: dict[str, Any] = {
             "result": "refused",
             "user_id": user_id,
@@ -564,10 +564,15 @@ async def found_in(stores: EmbeddedStores, text: str) -> dict[str, int]:
 async def blocked(
     stores: EmbeddedStores, holder: asyncpg.Connection[asyncpg.Record], times: int = 1
 ) -> None:
-    """Return when that many sessions wait for a lock that `holder` has."""
+    """Return when that many sessions wait for a lock that `holder` has, also behind each other."""
     deadline = time.monotonic() + 30
     async with session_of(stores) as session:
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid))"
+        waiting = (
+            "WITH RECURSIVE waiting AS ("
+            " SELECT pid FROM pg_stat_activity WHERE $1 = ANY (pg_blocking_pids(pid)) UNION"
+            " SELECT a.pid FROM pg_stat_activity a JOIN waiting w"
+            " ON w.pid = ANY (pg_blocking_pids(a.pid))) SELECT count(*) FROM waiting"
+        )
         while await session.fetchval(waiting, holder.get_server_pid()) < times:
             assert time.monotonic() < deadline, "nobody waits for the lock"
             await asyncio.sleep(0.01)  # between two looks
@@ -626,7 +631,9 @@ async def test_a_credential_comes_back_as_it_was(durable: Durable, app: RelyingP
         use_count=0,
     )
     assert await durable.credentials.of_user(app.id, user_id) == [owned.credential]
-    assert await durable.ceremonies.allowed(app.id, "Ann") == (user_id, []), "it is not live"
+    assert await durable.ceremonies.allowed(app.id, "Ann") == UserCredentials(
+        user_id, 0, disabled=False, allowed=[]
+    ), "it is not live"
     assert await durable.credentials.find(app.id, credential_id=credential_id[:-1]) is None
     outcome = await durable.ceremonies.add(
         pending(app, user_id),
@@ -757,7 +764,7 @@ async def test_the_counter_rule(
     key = await add(durable, app, user_id, sign_count=before)
     regressed = flagging and answered <= before and (answered, before) != (0, 0)
     verdict = signed_in(answered, counter_regressed=regressed)
-    used = await durable.ceremonies.use(key, verdict, flag_counter=flagging, now=LATER)
+    used = await durable.ceremonies.use(key, verdict, epoch=0, flag_counter=flagging, now=LATER)
     assert used == (SignInOutcome(regressed, not key.backed_up) if recorded else None)
     now = await stored(durable, app)
     if recorded:
@@ -780,7 +787,7 @@ async def test_the_database_judges_the_counter_and_not_what_was_read(
     key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
     done = await asyncio.gather(
         *(
-            durable.ceremonies.use(key, signed_in(6), flag_counter=False, now=LATER)
+            durable.ceremonies.use(key, signed_in(6), epoch=0, flag_counter=False, now=LATER)
             for _ in range(20)
         )
     )
@@ -795,7 +802,7 @@ async def test_of_two_clones_that_answer_at_once_one_is_told(
     key = await add(durable, app, await ensure(durable, app, "ann"), sign_count=5)
     for answered in range(6, 16):
         both = (
-            durable.ceremonies.use(key, signed_in(answered), flag_counter=True, now=LATER)
+            durable.ceremonies.use(key, signed_in(answered), epoch=0, flag_counter=True, now=LATER)
             for _ in range(2)
         )
         flagged = [
@@ -808,17 +815,19 @@ async def test_of_two_clones_that_answer_at_once_one_is_told(
 async def test_what_can_not_sign_in(durable: Durable, app: RelyingParty) -> None:
     user_id = await ensure(durable, app, "ann")
     waiting = await add(durable, app, user_id, b"waiting", live=False)
-    assert not await durable.ceremonies.use(waiting, signed_in(), flag_counter=True, now=LATER)
+    assert not await durable.ceremonies.use(
+        waiting, signed_in(), epoch=0, flag_counter=True, now=LATER
+    )
     key = await add(durable, app, user_id)
     other = await new_app(durable)
     assert not await durable.ceremonies.use(
-        replace(key, app_id=other.id), signed_in(), flag_counter=True, now=LATER
+        replace(key, app_id=other.id), signed_in(), epoch=0, flag_counter=True, now=LATER
     )
-    assert await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
+    assert await durable.ceremonies.use(key, signed_in(), epoch=0, flag_counter=False, now=LATER)
     await durable.credentials.revoke(app.id, user_id, [key.id], LATER)
-    assert not await durable.ceremonies.use(key, signed_in(), flag_counter=True, now=LATER), (
-        "revoked"
-    )
+    assert not await durable.ceremonies.use(
+        key, signed_in(), epoch=0, flag_counter=True, now=LATER
+    ), "revoked"
     assert (await told(durable, app)).count(("passkey.used", "done", None)) == 1
 
 
@@ -826,15 +835,15 @@ async def test_a_redemption_confirms_once(durable: Durable, app: RelyingParty) -
     user_id = await ensure(durable, app, "ann")
     key = await add(durable, app, user_id, live=False)
     other = await new_app(durable)
-    assert not await durable.ceremonies.confirm(other.id, key.id, LATER)
+    assert not await durable.ceremonies.confirm(other.id, key.id, 0, LATER)
     assert not (await stored(durable, app)).live
-    assert await durable.ceremonies.confirm(app.id, key.id, LATER)
+    assert await durable.ceremonies.confirm(app.id, key.id, 0, LATER)
     confirmed = await stored(durable, app)
     assert confirmed == replace(key, live=True, confirmed_at=LATER, updated_at=LATER)
-    assert await durable.ceremonies.confirm(app.id, key.id, LATER + timedelta(hours=1))
+    assert await durable.ceremonies.confirm(app.id, key.id, 0, LATER + timedelta(hours=1))
     assert (await stored(durable, app)).confirmed_at == LATER, "the first one stands"
     await durable.credentials.revoke(app.id, user_id, [key.id], LATER)
-    assert not await durable.ceremonies.confirm(app.id, key.id, LATER), (
+    assert not await durable.ceremonies.confirm(app.id, key.id, 0, LATER), (
         "a revoked one does not come back"
     )
     assert await durable.credentials.find(app.id, credential_id=b"credential") is None
@@ -849,7 +858,7 @@ async def test_revoked_passkeys_still_count_as_logins(durable: Durable, app: Rel
     for n, key in enumerate(keys):
         for _ in range(n + 1):
             await durable.ceremonies.use(
-                key, signed_in(), flag_counter=False, now=LATER + timedelta(minutes=n)
+                key, signed_in(), epoch=0, flag_counter=False, now=LATER + timedelta(minutes=n)
             )
 
     async def logins() -> tuple[int, datetime | None, list[str]]:
@@ -919,7 +928,7 @@ async def test_parallel_revocations_lose_no_login(durable: Durable, app: Relying
     user_id = await ensure(durable, app, "ann")
     keys = [await add(durable, app, user_id, bytes([n])) for n in range(8)]
     for key in keys:
-        await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
+        await durable.ceremonies.use(key, signed_in(), epoch=0, flag_counter=False, now=LATER)
     gone = await asyncio.gather(
         *(
             durable.credentials.revoke(app.id, user_id, [key.id], LATER)
@@ -984,9 +993,9 @@ CHANGES: dict[str, Callable[[Durable, RelyingParty, Credential], Awaitable[objec
     "ensure_user": lambda d, a, c: ensure(d, a, "new"),
     "add_credential": lambda d, a, c: add(d, a, c.user_id, b"new"),
     "use_credential": lambda d, a, c: d.ceremonies.use(
-        c, signed_in(), flag_counter=False, now=LATER
+        c, signed_in(), epoch=0, flag_counter=False, now=LATER
     ),
-    "confirm_credential": lambda d, a, c: d.ceremonies.confirm(a.id, c.id, LATER),
+    "confirm_credential": lambda d, a, c: d.ceremonies.confirm(a.id, c.id, 0, LATER),
     "revoke_credentials": lambda d, a, c: d.credentials.revoke(a.id, c.user_id, None, LATER),
     "delete_user": lambda d, a, c: d.users.delete(a.id, "ann", LATER),
     "delete_app": lambda d, a, c: d.apps.delete(a.id, LATER),
@@ -1097,8 +1106,8 @@ async def test_every_hot_statement_uses_an_index(
         await durable.credentials.of_user(app.id, user_id)
         await durable.credentials.find(app.id, credential_id=b"credential")
         await add(durable, app, user_id, b"second")
-        await durable.ceremonies.use(key, signed_in(), flag_counter=False, now=NOW)
-        await durable.ceremonies.confirm(app.id, key.id, NOW)
+        await durable.ceremonies.use(key, signed_in(), epoch=0, flag_counter=False, now=NOW)
+        await durable.ceremonies.confirm(app.id, key.id, 0, NOW)
         await durable.events.add(
             app.id, "x", result="refused", reason="r", user_id=user_id, passkey_id=key.id, now=NOW
         )
@@ -1306,7 +1315,9 @@ async def test_locked_rows_of_one_app_starve_no_other(
                 )
                 waiting = [
                     asyncio.ensure_future(
-                        busy.ceremonies.use(key, signed_in(), flag_counter=False, now=LATER)
+                        busy.ceremonies.use(
+                            key, signed_in(), epoch=0, flag_counter=False, now=LATER
+                        )
                     )
                     for key in keys
                 ]
@@ -1315,7 +1326,7 @@ async def test_locked_rows_of_one_app_starve_no_other(
                 async with asyncio.timeout(1.0):
                     assert await busy.apps.find(other.id) is not None
                     assert await busy.ceremonies.use(
-                        theirs, signed_in(), flag_counter=False, now=LATER
+                        theirs, signed_in(), epoch=0, flag_counter=False, now=LATER
                     )
                 assert not any(task.done() for task in waiting)
             assert None not in await asyncio.gather(*waiting)

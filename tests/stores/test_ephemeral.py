@@ -197,7 +197,7 @@ def transaction(place: Place, **changes: Any) -> Transaction:
     made = Transaction(
         APP,
         "register",
-        Named(MINT.id(), STRANGE),
+        Named(MINT.id(), STRANGE, 7),
         ENTITY,
         (),
         OPTIONS,
@@ -212,7 +212,7 @@ def registration(place: Place, **changes: Any) -> PendingRegistration:
         app_id=APP,
         challenge=bytes(range(32)),
         transaction=None,
-        subject=Named(MINT.id(), STRANGE),
+        subject=Named(MINT.id(), STRANGE, 7),
         entity=ENTITY,
         options=CeremonyOptions(),
         user_verification="preferred",
@@ -229,7 +229,7 @@ def authentication(place: Place, name: bytes | None, **changes: Any) -> PendingA
         app_id=APP,
         challenge=b"\xff" * 32,
         transaction=name,
-        subject=Named(MINT.id(), STRANGE) if name else ANYONE,
+        subject=Named(MINT.id(), STRANGE, 7) if name else ANYONE,
         offered=(),
         allowed=("a", "b") if name else (),
         approval=STRANGE,
@@ -262,7 +262,7 @@ def offered(user_id: str, credential_id: bytes) -> AllowedCredential:
 def redeemable(place: Place, **changes: Any) -> Redeemable:
     now = place.clock()
     receipt = Receipt(
-        subject=Named(MINT.id(), STRANGE),
+        subject=Named(MINT.id(), STRANGE, 7),
         purpose="authenticate",
         passkey_id=MINT.id(),
         credential_id=bytes(range(256)) * 3 + b"\0",
@@ -542,12 +542,12 @@ async def test_nothing_begins_without_its_transaction(place: Place) -> None:
 PENDING: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: registration(place),
     "authentication": lambda place: authentication(
-        place, None, subject=Named("u" * 24, STRANGE), allowed=("x" * 24,)
+        place, None, subject=Named("u" * 24, STRANGE, 7), allowed=("x" * 24,)
     ),
     "offered": lambda place: authentication(
         place,
         None,
-        subject=Named("u" * 24, STRANGE),
+        subject=Named("u" * 24, STRANGE, 7),
         allowed=("a", "b"),
         offered=(offered("u" * 24, b"1"),),
     ),
@@ -589,7 +589,7 @@ async def test_a_challenge_finds_its_ceremony_and_stands_nowhere(
 NAMED: dict[str, Callable[[Place], Pending]] = {
     "registration": lambda place: registration(place),
     "authentication": lambda place: authentication(
-        place, None, subject=Named("u" * 24, STRANGE), allowed=("x" * 24,)
+        place, None, subject=Named("u" * 24, STRANGE, 7), allowed=("x" * 24,)
     ),
 }
 

@@ -180,14 +180,14 @@ async def test_a_passkey_that_can_not_be_confirmed_any_more_ends(house: House) -
     other = await add(house.durable, app, active, b"2", live=False)
     stays = await add(house.durable, app, active, b"3")
     confirmed = await add(house.durable, app, active, b"4", live=False)
-    assert await house.durable.ceremonies.confirm(app.id, confirmed.id, NOW)
+    assert await house.durable.ceremonies.confirm(app.id, confirmed.id, 0, NOW)
     keeping = house.keeping()
     house.pass_time(seconds=660)
     assert await keeping.clean() == {}
     house.pass_time(seconds=0.001)
     assert await keeping.clean() == {"unconfirmed_passkeys": 2}
     assert house.metric("rows", "unconfirmed_passkeys") == 2
-    assert not await house.durable.ceremonies.confirm(app.id, mine.id, NOW)
+    assert not await house.durable.ceremonies.confirm(app.id, mine.id, 0, NOW)
     assert {c.id for c in await house.durable.credentials.of_user(app.id, active)} == {
         stays.id,
         confirmed.id,

@@ -320,7 +320,9 @@ async def test_a_sign_in_does_not_wait_behind_a_migration_that_waits(
                 "it waits for the table",
                 task,
             )
-            used = await durable.ceremonies.use(quick, signed_in(), flag_counter=False, now=NOW)
+            used = await durable.ceremonies.use(
+                quick, signed_in(), epoch=0, flag_counter=False, now=NOW
+            )
             assert used is not None, "signed in, in a request's time"
             assert not task.done(), "it is still to be applied"
             assert not await session.fetchval(

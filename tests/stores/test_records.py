@@ -129,7 +129,7 @@ OPTIONS = st.just(CeremonyOptions()) | st.builds(
     unowned=st.booleans(),
     mediation=st.sampled_from(["required", "conditional"]),
 )
-NAMED = st.builds(Named, IDS, WORDS)
+NAMED = st.builds(Named, IDS, WORDS, st.integers(0, 2**53))
 UNOWNED = st.builds(Unowned, IDS)
 ENTITIES = st.builds(UserEntity, WORDS, WORDS, WORDS, WORDS)
 

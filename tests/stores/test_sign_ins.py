@@ -63,7 +63,7 @@ async def use(
     approval: str | None = None,
 ) -> SignInOutcome | None:
     return await durable.ceremonies.use(
-        key, signed_in(sign_count), flag_counter=flag, approval=approval, now=LATER
+        key, signed_in(sign_count), epoch=0, flag_counter=flag, approval=approval, now=LATER
     )
 
 
@@ -84,6 +84,7 @@ async def test_many_share_statements_and_each_is_told_of(
         return await durable.ceremonies.use(
             keys[number],
             verdict,
+            epoch=0,
             flag_counter=number % 2 == 0,
             action="passkey.used" if number % 5 else "second_factor.used",
             now=LATER + timedelta(microseconds=number),
@@ -472,7 +473,9 @@ async def test_what_an_event_says_of_odd_words(
     """Actor, request and action travel as JSON too."""
     (key,) = await passkeys(durable, app, 1)
     CONTEXT.set(Context('r"\\\u2028🔑\n', "key:'{}\\u0041"))
-    await durable.ceremonies.use(key, signed_in(6), flag_counter=False, action='a"\\n', now=LATER)
+    await durable.ceremonies.use(
+        key, signed_in(6), epoch=0, flag_counter=False, action='a"\\n', now=LATER
+    )
     event = next(e for e in await durable.events.newest(app.id, limit=1000) if e.at == LATER)
     assert (event.request_id, event.actor, event.action) == (
         'r"\\\u2028🔑\n',
@@ -487,5 +490,5 @@ async def test_a_time_keeps_its_microseconds(
 ) -> None:
     (key,) = await passkeys(durable, app, 1)
     at = LATER.replace(microsecond=micro)
-    await durable.ceremonies.use(key, signed_in(6), flag_counter=False, now=at)
+    await durable.ceremonies.use(key, signed_in(6), epoch=0, flag_counter=False, now=at)
     assert (await stored(durable, app, key.credential_id)).last_used_at == at

@@ -89,6 +89,7 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.CeremonyRefused: 401,
     errors.DiscoverableRefused: 401,
     errors.WrongMailCode: 401,
+    errors.UserDisabled: 403,
     errors.UnknownApp: 404,
     errors.UnknownUser: 404,
     errors.UnknownPasskey: 404,

@@ -52,6 +52,7 @@ STATUS: Mapping[type[Refusal], int] = {
     errors.WrongMailCode: 400,
     errors.InvalidKey: 401,
     errors.UnknownApp: 401,
+    errors.UserDisabled: 403,
     errors.UnknownUser: 404,
     errors.UnknownPasskey: 404,
     errors.NoPasskeys: 404,

@@ -20,6 +20,7 @@ OPENER = cast("Opener", "fifth")
 _OF_OTHER_ROUTES = (
     errors.UnknownNonce,
     errors.UnknownUser,
+    errors.UserDisabled,
     errors.UnknownPasskey,
     errors.UnknownTicket,
     errors.UnknownMailCode,
