@@ -59,7 +59,9 @@ def add_commands(commands: Commands) -> None:
         app=True,
         options=(
             option("--user", "only this one, byte for byte", metavar="EXTERNAL_ID"),
-            option("--status", "only those with this status", choices=("active", "pending")),
+            option(
+                "--status", "only those with this status", choices=("active", "inactive", "pending")
+            ),
             option(
                 "--limit",
                 "users of a page (default 100)",
@@ -77,6 +79,24 @@ def add_commands(commands: Commands) -> None:
             "user list --app Shop --status pending --limit 50 --page 2",
             "user list --user user-7 --json",
         ),
+    )
+    add(
+        group,
+        "disable",
+        "end a user's sign-ins and registrations until the user is enabled",
+        disable_user,
+        app=True,
+        options=(_USER,),
+        examples=("user disable --app Shop --user user-7",),
+    )
+    add(
+        group,
+        "enable",
+        "enable a disabled user, with the passkeys of before",
+        enable_user,
+        app=True,
+        options=(_USER,),
+        examples=("user enable --app Shop --user user-7",),
     )
     add(
         group,
@@ -131,6 +151,18 @@ async def list_users(records: Records, options: argparse.Namespace) -> list[Row]
     if pages > 1 and not options.json:
         say(f"page {options.page} of {pages}, {total} users in all; --page shows another one.")
     return [_user_row(user) for user in users]
+
+
+async def disable_user(records: Records, options: argparse.Namespace) -> Row:
+    """`{"disabled": external id}`."""
+    await records.directory.disable_user(options.app, options.user, disabled=True)
+    return {"disabled": options.user}
+
+
+async def enable_user(records: Records, options: argparse.Namespace) -> Row:
+    """`{"enabled": external id}`."""
+    await records.directory.disable_user(options.app, options.user, disabled=False)
+    return {"enabled": options.user}
 
 
 async def ask_about_user(records: Records, options: argparse.Namespace) -> str:

@@ -552,6 +552,7 @@ def test_delete_an_app(cli: Cli, app: str) -> None:
         ("passkey", "list", "--user", "ann"),
         ("passkey", "revoke", "--user", "ann", "--all", "--yes"),
         ("user", "list"),
+        ("user", "disable", "--user", "ann"),
         ("user", "delete", "--user", "ann", "--yes"),
     ],
 )
@@ -688,10 +689,24 @@ async def test_an_unknown_user_is_one_sentence(
     for command in (
         ("passkey", "list"),
         ("passkey", "revoke", "--all", "--yes"),
+        ("user", "disable"),
+        ("user", "enable"),
         ("user", "delete", "--yes"),
     ):
         done = await beside(cli)(*command, "--app", wire.app_id, "--user", user)
         assert refusal(done) == "The app has no such user."
+
+
+async def test_a_user_is_disabled_and_enabled(cli: Cli, wire: Wire, device: Authenticator) -> None:
+    await wire.user("ann", device)
+    of_ann = ("--app", wire.app_id, "--user", "ann", "--json")
+    for verb, status, opened in (("disable", "inactive", 403), ("enable", "active", 201)):
+        done = await beside(cli)("user", verb, *of_ann)
+        assert done.json == {f"{verb}d": "ann"}
+        [user] = (await beside(cli)("user", "list", *of_ann)).json
+        assert user["status"] == status
+        answer = await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"})
+        assert answer.status == opened
 
 
 async def test_a_deleted_user_leaves_our_ids_in_events_alone(

@@ -15,6 +15,7 @@ from tests.conftest import OpenApp, Started, Starter
 from tests.core.test_openers import FINISHES, POLICY, STARTS
 from tests.support.authenticator import Authenticator, flex_wire_form
 from tests.support.byo import Byo
+from tests.support.golden import golden
 from tests.support.hanko import Hanko
 from tests.support.passlock import Passlock
 from tests.support.signals import lines, refused
@@ -162,13 +163,36 @@ async def test_a_disabled_user_is_told_to_keyed_callers(
             "/transactions/register",
             {"external_id": "ann", "passkey_display_name": "Ann"},
         ),
-        await wire.keyed("POST", "/transactions/authenticate", {"external_id": "ann"}),
+        await golden(
+            wire,
+            "flex/m2-disabled",
+            "POST",
+            "/transactions/authenticate",
+            {"external_id": "ann"},
+            headers={"Authorization": f"Bearer {wire.key}"},
+        ),
         await wire.keyed("POST", "/authenticate/start", {"external_id": "ann"}),
         await wire.keyed("POST", "/ceremonies/authenticate/start", {"external_id": "ann"}),
         await Hanko(wire).send("POST", "/registration/initialize", hanko_user),
-        await Hanko(wire).send("POST", "/login/initialize", {"user_id": "ann"}),
+        await golden(
+            wire,
+            "hanko/login-disabled",
+            "POST",
+            "/login/initialize",
+            {"user_id": "ann"},
+            headers={"apiKey": wire.key},
+            below="/hanko/{app_id}",
+        ),
         await byo.run("StartPasskeyRegistration", userId="ann", emailOrUsername="ann"),
-        await byo.run("StartPasskeyAuthentication", userId="ann"),
+        await golden(
+            wire,
+            "propelauth/start-authentication-disabled",
+            "POST",
+            "/run-command",
+            {"command": "StartPasskeyAuthentication", "data": {"userId": "ann"}},
+            headers={"Authorization": f"Bearer {wire.key}"},
+            below="/propelauth",
+        ),
         await passlock.keyed(
             "POST", "/passkey/authentication/authorize", {"rpId": RP_ID, "userId": "ann"}
         ),

@@ -177,6 +177,10 @@ async def management(call: Caller, broker: Started, wire: Wire) -> None:
     assert (await call("rename_passkey", found[0].id, "Phone")).nickname == "Phone"
     renamed = await call("rename_user", "ada", "ada@y")
     assert {passkey.user_name for passkey in renamed} == {"ada@y"}
+    assert await call("disable_user", "ada") is None
+    with pytest.raises(sdk.UserDisabled):
+        await call("create_authenticate_transaction", "ada")
+    assert await call("enable_user", "ada") is None
     with pytest.raises(sdk.PasskeyHasOwner):
         await call("set_passkey_owner", found[0].id, "bob")
     _, nobodys = await ownerless(broker, wire, Authenticator())

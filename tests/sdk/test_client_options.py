@@ -268,6 +268,8 @@ WRITES: list[tuple[str, tuple[Any, ...]]] = [
 WRITES_OF_A_USER: list[tuple[str, tuple[Any, ...]]] = [
     ("revoke_passkey", ("ada", ID)),
     ("rename_user", ("ada", "Ada L.")),
+    ("disable_user", ("ada",)),
+    ("enable_user", ("ada",)),
 ]
 
 
@@ -402,6 +404,8 @@ NEVER: list[tuple[str, tuple[Any, ...], dict[str, Any], list[Any]]] = [
     ("set_passkey_owner", (ID, ...), {}, NO_TEXTS),
     ("rename_user", (..., "Ada"), {}, NO_TEXTS),
     ("rename_user", ("ada", ...), {}, NO_TEXTS),
+    ("disable_user", (...,), {}, NO_TEXTS),
+    ("enable_user", (...,), {}, NO_TEXTS),
     ("list_approvals", (...,), {}, NO_TEXTS),
     ("get_user_by_id", (...,), {}, NO_TEXTS),
     ("list_users", (), {"created_before": ...}, [-1, True, "7", 1.5]),

@@ -114,6 +114,8 @@ async def _flex_management(wire: Wire) -> None:
     for path in ("", "/devices", "/approvals"):
         ok(await wire.keyed("GET", f"/users/{user['id']}{path}"))
     ok(await wire.keyed("PATCH", f"/users/{user['id']}", {"user_name": "mia@example.org"}))
+    for verb in ("disable", "enable"):
+        await wire.keyed("POST", f"/users/{user['id']}/{verb}")
     for query in ("", "?external_id=mia", "?order_by=created_at:DESC&page=2"):
         ok(await wire.keyed("GET", f"/passkeys{query}"))
     ok(await wire.keyed("GET", f"/passkeys/{passkey}"))

@@ -10,6 +10,8 @@ owners, approvals, events. Every route is keyed.
            owner gets its owner
     PATCH  /users/{user_id}                {user_name} -> {passkeys}: the name that authenticators
            show, on each of the user's
+    POST   /users/{user_id}/disable        -> 200, empty
+    POST   /users/{user_id}/enable         -> 200, empty
     GET    /users/{user_id}/approvals      -> {approvals}
     GET    /events                         a page: after?, before?, user?, action?, page?, limit? ->
            {events, page, limit, total}
@@ -102,6 +104,25 @@ async def rename_user(request: web.Request, caller: Caller) -> web.StreamRespons
     return json_answer({"passkeys": [passkey_object(o) for o in owned]})
 
 
+async def disable_user(request: web.Request, caller: Caller) -> web.StreamResponse:
+    """What was begun for the user before ends, as do nonces; the passkeys stay."""
+    return await _disable_user(request, caller, disabled=True)
+
+
+async def enable_user(request: web.Request, caller: Caller) -> web.StreamResponse:
+    """The user signs in and registers again, with the passkeys of before."""
+    return await _disable_user(request, caller, disabled=False)
+
+
+async def _disable_user(
+    request: web.Request, caller: Caller, *, disabled: bool
+) -> web.StreamResponse:
+    directory, user_id = request.app[DIRECTORY], request.match_info["user_id"]
+    user = await directory.user(caller.app, user_id=user_id)
+    await directory.disable_user(caller.app, user.external_id, disabled=disabled)
+    return web.Response(status=200)
+
+
 async def list_approvals(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The user's approvals, signed or not, oldest first."""
     directory = request.app[DIRECTORY]
@@ -174,6 +195,8 @@ def routes(base: str) -> list[web.RouteDef]:
         web.delete(passkey, keyed(revoke_passkey)),
         web.post(f"{passkey}/owner", keyed(give_owner)),
         web.patch(user, keyed(rename_user)),
+        web.post(f"{user}/disable", keyed(disable_user)),
+        web.post(f"{user}/enable", keyed(enable_user)),
         web.get(f"{user}/approvals", keyed(list_approvals), allow_head=False),
         web.get(f"{base}/events", keyed(list_events), allow_head=False),
     ]

@@ -53,6 +53,7 @@ from .errors import (
     TransactionNotFound,
     UnexpectedAnswer,
     UnknownCredential,
+    UserDisabled,
     UserNotFound,
     WrongMailCode,
 )
@@ -137,6 +138,7 @@ __all__ = [
     "UnexpectedAnswer",
     "UnknownCredential",
     "User",
+    "UserDisabled",
     "UserNotFound",
     "UserOrder",
     "UserPage",

@@ -100,6 +100,10 @@ class UserNotFound(BrokerError):
     """The app has no user with this external id."""
 
 
+class UserDisabled(BrokerError):
+    """The user is disabled: neither signs in nor registers until `enable_user`."""
+
+
 class NoPasskeys(BrokerError):
     """The user has no passkey to sign in with; open a register transaction first."""
 
@@ -176,6 +180,7 @@ BY_CODE: dict[str, type[BrokerError]] = {
     "too_many_passkeys": TooManyPasskeys,
     "too_many_requests": TooManyRequests,
     "transaction_not_found": TransactionNotFound,
+    "user_disabled": UserDisabled,
     "user_has_no_passkeys": NoPasskeys,
     "user_not_found": UserNotFound,
     "webauthn_login_failed": CeremonyRefused,

@@ -283,7 +283,11 @@ _NO_CODE, _NO_DEVICE, _NO_TICKET = (
 ANSWERS: dict[str, dict[int, object]] = {
     # The vendor's.
     "POST /transactions/register": {201: TRANSACTION, 401: error("invalid_access_token")},
-    "POST /transactions/authenticate": {201: TRANSACTION, 409: error("user_has_no_passkeys")},
+    "POST /transactions/authenticate": {
+        201: TRANSACTION,
+        403: error("user_disabled"),
+        409: error("user_has_no_passkeys"),
+    },
     "POST /authenticate/verify": {200: SIGNED_RECEIPT, 401: error("invalid_nonce")},
     "GET /users": {200: USERS},
     "GET /users/{id}": {200: _user(WITH_DEVICE), 404: error("user_not_found")},
@@ -317,6 +321,8 @@ ANSWERS: dict[str, dict[int, object]] = {
     "DELETE /passkeys/{id}": {200: NOTHING},
     "POST /passkeys/{id}/owner": {200: {"passkey": PASSKEY}, 409: error("passkey_has_owner")},
     "PATCH /users/{id}": {200: {"passkeys": [PASSKEY]}},
+    "POST /users/{id}/disable": {200: NOTHING},
+    "POST /users/{id}/enable": {200: NOTHING},
     "GET /users/{id}/approvals": {200: {"approvals": [APPROVAL]}},
     "GET /events": {200: {"events": [EVENT], **_PAGE}},
     "POST /transactions/cancel": {200: NOTHING},

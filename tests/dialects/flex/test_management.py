@@ -388,6 +388,17 @@ async def test_a_user_is_renamed_on_every_passkey(
     assert (await broker.events(wire.app_id)).count(("passkey.renamed", "done", None)) == 2
 
 
+async def test_a_user_is_disabled_and_enabled(wire: Wire, device: Authenticator) -> None:
+    await wire.user("ann", device)
+    user = f"/users/{await user_id(wire, 'ann')}"
+    for name, verb, status in (
+        ("flex/user-disable", "disable", "inactive"),
+        ("flex/user-enable", "enable", "active"),
+    ):
+        await golden(wire, name, "POST", f"{user}/{verb}", headers=key(wire))
+        assert (await wire.keyed("GET", user)).of(200)["user"]["status"] == status
+
+
 async def test_another_apps_ids_are_unknown_ones(
     broker: Started, wire: Wire, open_app: OpenApp, device: Authenticator
 ) -> None:
@@ -400,6 +411,8 @@ async def test_another_apps_ids_are_unknown_ones(
         ("DELETE", "/passkeys/{}", None),
         ("POST", "/passkeys/{}/owner", {"external_id": "eve"}),
         ("PATCH", "/users/{}", {"user_name": "mine"}),
+        ("POST", "/users/{}/disable", None),
+        ("POST", "/users/{}/enable", None),
         ("GET", "/users/{}/approvals", None),
     ]
     for method, path, body in ways:

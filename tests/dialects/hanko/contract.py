@@ -123,7 +123,7 @@ ANSWERS: dict[str, dict[int, object]] = {
         200: REQUEST_OPTIONS,
         400: either(BAD, NO_CREDENTIALS),
         401: error("The api key is invalid", "api key is missing"),
-        403: error("Forbidden"),
+        403: error("Forbidden", "user is disabled"),
         404: error("user not found", "tenant not found"),
         429: error("Too Many Requests"),
     },

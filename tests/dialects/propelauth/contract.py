@@ -37,6 +37,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     "StartPasskeyAuthentication": {
         200: {"authenticationOptions": REQUEST},
         400: error("CannotParseAdditionalAllowedOrigin"),
+        403: UNEXPECTED,
         404: error("NoPasskeysRegisteredForUser"),
     },
     "FinishPasskeyAuthentication": {

@@ -111,6 +111,18 @@ class AsyncManagement(AsyncConnection):
         answer = await self._answer(Request("PATCH", path, {"user_name": user_name}))
         return [answers.owned_passkey(each) for each in answers.Fields(answer).each("passkeys")]
 
+    async def disable_user(self, external_id: str) -> None:
+        """End the user's sign-ins and registrations, begun or new, until `enable_user`. The
+        passkeys stay. Raises `UserNotFound`.
+        """
+        path = f"{_user(await self._user_id(external_id))}/disable"
+        answers.accept(await self._answer(Request("POST", path)))
+
+    async def enable_user(self, external_id: str) -> None:
+        """Let a disabled user sign in and register again. Raises `UserNotFound`."""
+        path = f"{_user(await self._user_id(external_id))}/enable"
+        answers.accept(await self._answer(Request("POST", path)))
+
     async def list_approvals(self, external_id: str) -> list[Approval]:
         """The user's approvals, signed or not, oldest first. Raises `UserNotFound`."""
         path = f"{_user(await self._user_id(external_id))}/approvals"
