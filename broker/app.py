@@ -27,7 +27,7 @@ from broker.durable.housekeeping import Housekeeping
 from broker.ephemeral import Ephemeral, connect
 from broker.errors import Unavailable
 from broker.mailbox import Mailbox
-from broker.model import RelyingParty
+from broker.model import RATE_KEYS, RelyingParty
 from broker.settings import Settings
 from broker.signals import Signals
 from broker.signing import Signing
@@ -41,6 +41,7 @@ from broker.web import (
     MAILBOX,
     METRICS,
     PUBLIC_URL,
+    RATE_LIMITS,
     REFUSED_ORIGINS,
     SETTINGS,
     SIGNALS,
@@ -123,6 +124,8 @@ async def assemble(
         metrics=metrics,
         log=log,
         clock=clock,
+        rates={limit: getattr(settings, limit) for limit in RATE_KEYS},
+        monotonic=monotonic,
     )
     directory = Directory(
         durable=durable,
@@ -197,6 +200,7 @@ def application(
     app[SIGNALS] = parts.signals
     app[MAILBOX] = parts.mailbox
     app[METRICS] = parts.metrics
+    app[RATE_LIMITS] = parts.ephemeral.rate_limits
     app[PUBLIC_URL] = parts.settings.public_url
     app[REFUSED_ORIGINS] = parts.refused_origins
     app[SETTINGS] = parts.settings

@@ -228,13 +228,25 @@ class DiscoverableRefused(CeremonyRefused):
     default = "The passkey could not be verified; try again, or use another one."
 
 
-class TooManyCeremonies(Refusal):
-    """The app's cap of open discoverable ceremonies is reached. `retry_after` in seconds."""
+class TooManyRequests(Refusal):
+    """A rate limit is reached, or the app's cap of open discoverable ceremonies. Nothing was taken
+    or written. `reason` is the policy key that decided; `retry_after` in whole seconds.
+    """
 
     code = "too_many_requests"
-    default = "Too many sign-ins are open; try again in a moment."
+    default = "Too many requests; try again in a moment."
     default_hint = policy_hint("discoverable_limit", "N")
-    retry_after = 5
+
+    def __init__(
+        self,
+        sentence: str | None = None,
+        *,
+        reason: str = "discoverable_limit",
+        hint: str | None = None,
+        retry_after: int = 5,
+    ) -> None:
+        super().__init__(sentence, reason=reason, hint=hint)
+        self.retry_after = retry_after
 
 
 class UnknownMailCode(Refusal):

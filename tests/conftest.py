@@ -30,7 +30,7 @@ from broker import dialects
 from broker.app import Parts, Service, assemble, serve
 from broker.durable import Durable, Postgres, instant
 from broker.embedded import EmbeddedStores
-from broker.model import Policy
+from broker.model import RATE_KEYS, UNLIMITED, Policy
 from broker.settings import Settings
 from broker.telemetry import Log
 from tests.support.authenticator import Authenticator
@@ -188,7 +188,8 @@ def own_stores(stopped_stores: Path) -> Iterator[EmbeddedStores]:
 
 
 def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
-    """Settings for a broker on these stores, on free ports, remembering nothing between requests.
+    """Settings for a broker on these stores, on free ports, remembering nothing between requests,
+    and without rate limits: every client has one address.
     What is not about limits waits for stores as long as settings let it: a test machine's disk
     pauses."""
     values: dict[str, Any] = {
@@ -199,6 +200,7 @@ def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
         "cache_seconds": 0.0,
         "store_timeout": 1.5,
         "secret_key": (SECRET_KEY,),
+        **dict.fromkeys(RATE_KEYS, UNLIMITED),
         **changes,
     }
     declared = [setting.name for dialect in dialects.DIALECTS for setting in dialect.settings]

@@ -30,6 +30,9 @@ operator which it was.
 name under which a ceremony is stored, and so is its kind. The finish of another dialect, or of
 another kind of ceremony, finds nothing and takes nothing.
 
+**Limits come first.** A begin or a finish of a client address that is over its rate limit is
+refused before its first command (`TooManyRequests`), so it spends and writes nothing.
+
 **The write decides.** The passkeys that may answer are looked up once and travel with the one-time
 value: public keys, not secrets. A login is two statements: that look-up, and the write that records
 the sign-in. That write, not what was read before it, decides about revocation, counters and
@@ -52,7 +55,7 @@ from types import TracebackType
 from broker.broker.authentication import Authentication, metric_of, restart_of
 from broker.broker.redemption import Nonce, Outcome, Redemption, Signed
 from broker.broker.registration import Registration
-from broker.broker.steps import Begun, retry_from
+from broker.broker.steps import Begun, is_discoverable, retry_from
 from broker.durable import Durable
 from broker.ephemeral import Ephemeral
 from broker.errors import Refusal, Retry, Unavailable
@@ -105,6 +108,7 @@ class Broker:
         self._registration = Registration(*parts)
         self._authentication = Authentication(*parts)
         self._redemption = Redemption(*parts, log=log)
+        self._rate_limits = ephemeral.rate_limits
         self._metrics = metrics
 
     async def close(self) -> None:
@@ -181,8 +185,9 @@ class Broker:
         app's open ceremonies counts it.
 
         Raises:
-            InvalidRequest, UnknownTransaction, TooManyPasskeys, TooManyCeremonies.
+            InvalidRequest, UnknownTransaction, TooManyPasskeys, TooManyRequests.
         """
+        self._rate_limits.begin(caller, discoverable=is_discoverable(link))
         begun = await self._registration.begin(caller, link, opener, names, attachment, options)
         self._metrics.ceremonies.inc("register", "begin", "ok")
         return begun
@@ -206,7 +211,7 @@ class Broker:
         await self._redemption.ready(reward)
         with _Counted(self._metrics, "register", link):
             pending = await self._registration.take(
-                caller.app, link, answer, expect, PendingRegistration
+                caller, link, answer, expect, PendingRegistration
             )
             receipt = await self._registration.record(
                 caller.app, pending, answer, confirmed=caller.key_id is not None
@@ -236,8 +241,9 @@ class Broker:
 
         Raises:
             InvalidRequest, UnknownUser, NoPasskeys, UnknownTransaction, DuplicateApproval,
-                TooManyCeremonies.
+                TooManyRequests.
         """
+        self._rate_limits.begin(caller, discoverable=is_discoverable(link))
         return await self._authentication.begin(caller, link, opener, options, approval)
 
     async def finish_authentication(
@@ -258,7 +264,7 @@ class Broker:
         await self._redemption.ready(reward)
         with _Counted(self._metrics, "authenticate", link) as counted:
             pending = await self._authentication.take(
-                caller.app, link, answer, expect, PendingAuthentication
+                caller, link, answer, expect, PendingAuthentication
             )
             counted.kind = metric_of(pending)
             receipt = await self._authentication.record(caller.app, pending, answer)

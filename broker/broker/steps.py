@@ -22,6 +22,7 @@ from broker.model import (
     AllowedCredential,
     Anyone,
     AuthenticationAnswer,
+    BeginLink,
     BegunCeremony,
     ByChallenge,
     ByHandle,
@@ -202,7 +203,7 @@ class Steps:
 
     async def take(
         self,
-        app: RelyingParty,
+        caller: Caller,
         link: FinishLink,
         answer: RegistrationAnswer | AuthenticationAnswer,
         expect: ExpectedCeremony,
@@ -211,8 +212,11 @@ class Steps:
         """Take the pending ceremony, before any cryptography.
 
         Raises:
-            InvalidRequest; UnknownTransaction: no such ceremony, or not of the expected kind.
+            InvalidRequest; UnknownTransaction: no such ceremony, or not of the expected kind;
+                TooManyRequests.
         """
+        app, rate_limits = caller.app, self._ephemeral.rate_limits
+        rate_limits.finish(caller)
         purpose = _PURPOSES[type_]
         kinds = kinds_of(purpose, expect.second_factor, approved=expect.approval)
         kind: FinishKind = purpose
@@ -221,6 +225,7 @@ class Steps:
             case ByHandle(token):
                 by, unknown = "handle", UnknownTransaction(reason="handle_unknown")
                 if not well_formed(token, "handle"):
+                    rate_limits.unknown_finish(caller)
                     raise unknown
             case ByUser(token):
                 validate_text(token, "external_id")
@@ -238,6 +243,7 @@ class Steps:
                 unknown.reason = "other_finish"
             elif found == TERM_OVER:
                 unknown.reason = "term_over"
+            rate_limits.unknown_finish(caller)
             raise unknown
         name = expect.transaction_id
         if name is not None and digest("transaction", app.id, name) != pending.transaction:
@@ -350,6 +356,13 @@ def retry_from(place: Retry) -> Iterator[None]:
 def user_id_of(subject: Subject) -> str | None:
     """The id of a named user."""
     return subject.user_id if isinstance(subject, Named) else None
+
+
+def is_discoverable(link: BeginLink) -> bool:
+    """True if a begin names no transaction and no user."""
+    return isinstance(link, Anyone) or (
+        isinstance(link, ByChallenge) and isinstance(link.external_id, Anyone)
+    )
 
 
 def _transaction_name(app: RelyingParty, link: ByTransaction) -> bytes:

@@ -1,13 +1,16 @@
 """Ephemeral store: one-time values with a life, on Redis.
 
 Read in this order: `one_time` (envelope, scripts, the answer of a take), `stores` (keys; the stores
-of transactions, ceremonies, nonces and tickets), `mail_codes`. Below them: `transport` (limits and
-failures), `connection`, `sentinel` and `cluster` (the way to a server), `codec`, `faults`.
+of transactions, ceremonies, nonces and tickets), `mail_codes`, `rate_limits`. Below them:
+`transport` (limits and failures), `connection`, `sentinel` and `cluster` (the way to a server),
+`codec`, `faults`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from broker.ephemeral.mail_codes import MailCodes
@@ -20,9 +23,11 @@ from broker.ephemeral.one_time import (
     Taken,
     Unknown,
 )
+from broker.ephemeral.rate_limits import RateLimits
 from broker.ephemeral.stores import Ceremonies, Nonces, OpenAnswers, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
 from broker.errors import Unavailable
+from broker.model import Rate
 from broker.telemetry import Log, Metrics
 
 __all__ = [
@@ -63,7 +68,8 @@ class RedisFacts(NamedTuple):
 
 class Ephemeral:
     """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one
-    wait.
+    wait. `rates` are the rate limits by name, and `monotonic` is their clock; a rate that is left
+    out limits nothing.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class Ephemeral:
         metrics: Metrics,
         log: Log,
         clock: Callable[[], float],
+        rates: Mapping[str, Rate] = MappingProxyType({}),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = Transport(commands, timeout=timeout, metrics=metrics, log=log)
         self._clock = clock
@@ -86,6 +94,7 @@ class Ephemeral:
         self.mail_codes = MailCodes(store)
         self._store = store
         self._term_proved = False
+        self.rate_limits = RateLimits(self._transport, rates, monotonic)
         self.close = self._transport.close
 
     async def check(self) -> None:

@@ -60,7 +60,7 @@ from broker.ephemeral.one_time import (
     Unknown,
 )
 from broker.ephemeral.transport import Script, Transport
-from broker.errors import IdempotencyConflict, TooManyCeremonies
+from broker.errors import IdempotencyConflict, TooManyRequests
 from broker.model import (
     IDEMPOTENCY_LIFE,
     BegunCeremony,
@@ -186,7 +186,7 @@ class Ceremonies:
         purpose and opener it replaces. `cap` is None for ceremonies that no cap counts.
 
         Raises:
-            TooManyCeremonies: the app has `cap` open ceremonies that a cap counts.
+            TooManyRequests: the app has `cap` open ceremonies that a cap counts.
         """
         app_id, ends = pending.app_id, pending.expires_at
         kind = finish_kind_of(pending) if by == "challenge" else purpose_of(pending)
@@ -200,7 +200,7 @@ class Ceremonies:
         group = Group(_cap_key(app_id), cap, int(ends * 1000), "cap")
         put = await self._store.put_counted("put_pending", key, value, [group])
         if put.wait:
-            raise TooManyCeremonies(reason="discoverable_limit")
+            raise TooManyRequests(reason="discoverable_limit")
         self._open[app_id] = (ends, put.members)
         self._abandoned.add(put.ended)
 

@@ -95,6 +95,7 @@ class Transport:
         self._commands = commands
         self._timeout = timeout
         self._metrics = metrics
+        self._posted: set[asyncio.Future[Any]] = set()  # a task that nothing holds may vanish
         self._faults = Faults(metrics, log, time.monotonic)
         self._unanswered = 0
         metrics.queued.add(lambda: self._unanswered, "redis")
@@ -154,13 +155,46 @@ class Transport:
             self.tell(operation, fault)
             raise Unavailable(reason="redis") from fault
 
+    def post(
+        self,
+        operation: str,
+        script: Script,
+        keys: Sequence[bytes],
+        args: Sequence[Any],
+        then: Callable[[Any], None],
+    ) -> None:
+        """Run a Lua script whose keys share a hash tag, and wait for nothing: `then` gets the
+        reply. A failure is counted and logged.
+        """
+
+        def send(*script_words: Any) -> None:
+            command = (*script_words, len(keys), *keys, *args)
+            # A single server's reply is a future already. A cluster's takes a task.
+            reply = asyncio.ensure_future(self._commands.ask(*command, limit=self._timeout))
+            self._posted.add(reply)
+            reply.add_done_callback(done)
+
+        def done(reply: asyncio.Future[Any]) -> None:
+            self._posted.discard(reply)
+            fault = None if reply.cancelled() else reply.exception()
+            if isinstance(fault, NoScriptError):  # nothing was run
+                send("EVAL", script.text)
+            elif isinstance(fault, DOWN):
+                self.tell(operation, fault)
+            elif not reply.cancelled():
+                then(reply.result())
+
+        send("EVALSHA", script.sha1)
+
     async def check(self) -> None:
         """Raise `Unavailable` unless the server, or every master of a cluster, takes a write: a
         full server or a replica answers PING and takes nothing."""
         await self._watched("check", self._commands.check(limit=remaining(self._timeout)))
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, when the scripts that no caller waits for are answered."""
+        if self._posted:
+            await asyncio.wait(self._posted, timeout=self._timeout)
         await self._commands.close()
 
     async def _watched(self, operation: str, reply: Awaitable[Any]) -> Any:

@@ -62,6 +62,7 @@ from broker.model.policy import (
     NO_OPTIONS,
     OWNERLESS_HINT,
     POLICY_KEYS,
+    RATE_KEYS,
     Attachment,
     AttachmentPolicy,
     AttestationPreference,
@@ -79,6 +80,7 @@ from broker.model.policy import (
     is_weaker,
     verification,
 )
+from broker.model.values import UNLIMITED, Rate, rate_of
 
 __all__ = [
     "ALGORITHMS",
@@ -92,6 +94,8 @@ __all__ = [
     "NO_OPTIONS",
     "OWNERLESS_HINT",
     "POLICY_KEYS",
+    "RATE_KEYS",
+    "UNLIMITED",
     "AllowedCredential",
     "Anyone",
     "ApiKey",
@@ -132,6 +136,7 @@ __all__ = [
     "PolicyKey",
     "Proof",
     "Purpose",
+    "Rate",
     "Receipt",
     "Redeemable",
     "RegistrationAnswer",
@@ -158,6 +163,7 @@ __all__ = [
     "is_weaker",
     "page_origin",
     "purpose_of",
+    "rate_of",
     "validate_text",
     "verification",
     "web_origin",

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
 from broker.errors import InvalidSetting, policy_hint
 from broker.model.origins import web_origin
-from broker.model.values import SWITCH, Values, choice, items, whole
+from broker.model.values import DEFAULT_RATE, RATE, SWITCH, Values, choice, items, whole
 
 T = TypeVar("T")
 
@@ -216,7 +216,7 @@ class Policy:
         default=60, metadata=_key(whole(5, LONGEST_NONCE), "seconds that a nonce lives")
     )
     discoverable_limit: int = field(
-        default=10_000,
+        default=1_000_000,
         metadata=_key(
             whole(1, 1_000_000), "open ceremonies that pages began without a transaction"
         ),
@@ -245,6 +245,21 @@ class Policy:
             SWITCH,
             "whether pages of old Passlock clients may register passkeys that nobody owns yet",
         ),
+    )
+    begin_rate: str = field(
+        default=DEFAULT_RATE, metadata=_key(RATE, "begins of one client address")
+    )
+    discoverable_rate: str = field(
+        default=DEFAULT_RATE,
+        metadata=_key(RATE, "begins without a transaction of one client address"),
+    )
+    keyed_rate: str = field(
+        default=DEFAULT_RATE,
+        metadata=_key(RATE, "calls of one API key, but for finishes and redemptions"),
+    )
+    unknown_finish_rate: str = field(
+        default=DEFAULT_RATE,
+        metadata=_key(RATE, "finishes of one client address that found no ceremony"),
     )
     # The values of the dialects' keys. A key that is missing has its default.
     declared: Mapping[str, object] = field(default_factory=dict)
@@ -334,6 +349,7 @@ POLICY_KEYS: tuple[PolicyKey[Any], ...] = tuple(
     for f in fields(Policy)
     if f.metadata
 )
+RATE_KEYS: dict[str, PolicyKey[str]] = {key.name: key for key in POLICY_KEYS if key.values is RATE}
 OWNERLESS_HINT = policy_hint("passlock_open_registration", "true")
 _VERIFICATIONS: tuple[UserVerification, ...] = ("discouraged", "preferred", "required")
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import lru_cache
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -60,6 +61,54 @@ def _switch(text: str) -> bool:
 
 
 SWITCH = Values("true, false", _switch)
+
+
+class Rate(NamedTuple):
+    """A rate limit: one request each `interval` (ms), and `burst` of them at once. A burst of 0: no
+    limit.
+    """
+
+    interval: int
+    burst: int
+
+
+UNLIMITED = Rate(1, 0)
+DEFAULT_RATE = "default"  # the setting of the same name
+_RATE = re.compile(r"([1-9][0-9]{0,8})/(s|min):([1-9][0-9]{0,8})")
+_UNITS = {"s": 1000, "min": 60_000}  # ms
+_RATE_WORDS = "a rate with its burst like 600/min:300 or 200/s:400, at most 1000/s, or 0"
+
+
+def rate(text: str) -> Rate:
+    """The value of a rate.
+
+    Raises:
+        ValueError: with what it takes as a noun phrase.
+    """
+    if text == "0":
+        return UNLIMITED
+    found = _RATE.fullmatch(text)
+    if found is None or int(found[1]) > _UNITS[found[2]]:
+        raise ValueError(_RATE_WORDS)
+    return Rate(round(_UNITS[found[2]] / int(found[1])), int(found[3]))
+
+
+def _rate_text(text: str) -> str:
+    if text != DEFAULT_RATE:
+        try:
+            rate(text)
+        except ValueError:
+            raise ValueError(f"{_RATE_WORDS}, or {DEFAULT_RATE}") from None
+    return text
+
+
+@lru_cache(maxsize=256)
+def rate_of(text: str) -> Rate | None:
+    """The value of a policy key that is a rate; None: the setting decides."""
+    return None if text == DEFAULT_RATE else rate(text)
+
+
+RATE = Values(f"{_RATE_WORDS}; {DEFAULT_RATE} is the setting", _rate_text)
 
 
 def items(text: str) -> tuple[str, ...]:

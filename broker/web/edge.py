@@ -43,7 +43,7 @@ from broker.errors import (
     Refusal,
     RequestTimeout,
     RequestTooLarge,
-    TooManyCeremonies,
+    TooManyRequests,
     Unavailable,
     UnsupportedEncoding,
 )
@@ -71,7 +71,7 @@ STATUS: Mapping[type[Refusal], int] = {
     RequestTooLarge: 413,
     UnsupportedEncoding: 415,
     IdempotencyConflict: 422,
-    TooManyCeremonies: 429,
+    TooManyRequests: 429,
     MailCodeRate: 429,
     InternalFault: 500,
     Unavailable: 503,
@@ -89,7 +89,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 def _headers_of(refusal: Refusal) -> dict[str, str]:
     """Response headers of a refusal, which a dialect may override: Retry-After in seconds
     (RFC 9110 §10.2.3), the scheme of the key (RFC 6750 §3)."""
-    if isinstance(refusal, Unavailable | TooManyCeremonies | MailCodeRate):
+    if isinstance(refusal, Unavailable | TooManyRequests | MailCodeRate):
         return {"Retry-After": str(refusal.retry_after)}
     if isinstance(refusal, InvalidKey):
         return {"WWW-Authenticate": "Bearer"}

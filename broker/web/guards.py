@@ -31,6 +31,7 @@ from aiohttp.typedefs import Handler as AnyHandler
 
 from broker.broker import Broker
 from broker.directory import Directory
+from broker.ephemeral.rate_limits import RateLimits
 from broker.errors import InvalidKey, OperationNotAllowed, Unavailable
 from broker.mailbox import Mailbox
 from broker.model import ALL_SCOPES, Caller, page_origin
@@ -53,6 +54,7 @@ MAILBOX = web.AppKey("MAILBOX", Mailbox)
 SIGNALS = web.AppKey("SIGNALS", Signals)
 METRICS = web.AppKey("METRICS", Metrics)
 PUBLIC_URL = web.AppKey("PUBLIC_URL", str)
+RATE_LIMITS = web.AppKey("RATE_LIMITS", RateLimits)
 REFUSED_ORIGINS = web.AppKey("REFUSED_ORIGINS", RefusedOrigins)
 SETTINGS = web.AppKey("SETTINGS", Settings)
 SIGNING = web.AppKey("SIGNING", Signing)
@@ -131,13 +133,16 @@ def _act(key_id: str, app_id: str) -> None:
     now.actor, now.app_id = f"key:{key_id}", app_id
 
 
-def keyed(handler: Handler, key_in: KeyReader = bearer) -> AnyHandler:
+def keyed(handler: Handler, key_in: KeyReader = bearer, *, limited: bool = True) -> AnyHandler:
     """Guard a handler by an API key, which `key_in` finds in the request. The key is looked at
-    before the body, and again after a slow one.
+    before the body, and again after a slow one. The key's calls are `limited` in rate, but for
+    finishes and redemptions.
     """
 
     async def guarded(request: web.Request) -> web.StreamResponse:
         caller = await authorise(request, key_in)
+        if limited:
+            request.app[RATE_LIMITS].keyed_call(caller)
         if await _slow_body(request):
             caller = await authorise(request, key_in)  # the key may be revoked by now
         return await handler(request, caller)

@@ -35,6 +35,11 @@ SERVER_CORES = frozenset(_USABLE[-1:])
 OTHER_CORES = frozenset(_USABLE[:-1] or _USABLE)  # a single core can't be divided
 _CLI = "import sys; from broker.cli import main; sys.exit(main())"
 _NOTHING: Mapping[str, str] = {}
+# Rate limits that are charged and never reached: all clients have one address.
+_RATES = dict.fromkeys(
+    [f"BROKER_{name}_RATE" for name in ("BEGIN", "DISCOVERABLE", "KEYED", "UNKNOWN_FINISH")],
+    "1000/s:999999999",
+)
 _MANY = {"max_connections": "400"}  # each broker has a pool
 
 
@@ -154,6 +159,7 @@ def broker(
         "PYTHONPATH": str(checkout),
         "BROKER_SECRET_KEY": os.urandom(24).hex(),
         "BROKER_STORE_TIMEOUT": "1.5",  # a pause of the machine's disk is no failed login
+        **(_RATES if "begin_rate" in (checkout / "broker" / "settings.py").read_text() else {}),
         **made.database(),
         **environment,
     }

@@ -21,7 +21,7 @@ from broker import errors
 from broker.app import application
 from broker.ceremony.reasons import REASONS, REMEDIES, Reason, refuse
 from broker.dialects import policy_keys
-from broker.errors import Refusal, TooManyCeremonies
+from broker.errors import Refusal, TooManyRequests
 from broker.model import Policy
 from tests.conftest import OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, Authority, Misbehaviour
@@ -34,7 +34,7 @@ KEYS = {key.name for key in policy_keys()}
 # What only an operator can do something with. Two keys are names of fields of requests too.
 _FIELDS = {"authenticator_attachment", "user_verification"}
 FOR_OPERATORS = re.compile(
-    r"\bpolic(?:y|ies)\b|\bbroker (?:app|key|user|passkey|migrate|events|serve|dev)\b|`|BROKER_|--[a-z]|\b(?:"
+    r"\bpolic(?:y|ies)\b|\bbroker (?:app|key|user|passkey|migrate|events|serve|dev)\b|`|BROKER_|(?<![\w-])--[a-z]|\b(?:"
     + "|".join(key for key in sorted(KEYS - _FIELDS) if "_" in key)
     + r")\b"
 )
@@ -217,7 +217,7 @@ async def test_a_hint_reaches_no_answer_without_a_key(
     """
 
     async def full(*_: object) -> None:
-        raise TooManyCeremonies(hint="A hint of the `broker`.")
+        raise TooManyRequests(hint="A hint of the `broker`.")
 
     for look_up in ("app", "authorise", "owner"):
         monkeypatch.setattr(broker.parts.directory, look_up, full)

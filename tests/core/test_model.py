@@ -72,6 +72,11 @@ GOOD: list[tuple[str, str, object]] = [
     ("ceremony_life", "0600", 600),
     ("nonce_life", "5", 5),
     ("discoverable_limit", "1000000", 1_000_000),
+    ("begin_rate", "default", "default"),
+    ("begin_rate", "600/min:300", "600/min:300"),
+    ("discoverable_rate", "0", "0"),
+    ("keyed_rate", "1000/s:1", "1000/s:1"),
+    ("unknown_finish_rate", "1/min:999999999", "1/min:999999999"),
     ("max_passkeys", "1000", 1000),
     ("allow_weaker", "true", True),
     ("second_factor_user_verification", "discouraged", "discouraged"),
@@ -122,6 +127,11 @@ BAD: list[tuple[str, str, str]] = [
     ("nonce_life", "٦٠", "nonce_life is a whole number"),
     ("nonce_life", "9" * 5000, "nonce_life is a whole number"),
     ("discoverable_limit", "0", "discoverable_limit is a whole number from 1 to 1000000, not '0'."),
+    *(
+        (f"{name}_rate", text, f"{name}_rate is a rate with its burst like 600/min:300 or")
+        for name in ("begin", "discoverable", "keyed", "unknown_finish")
+        for text in ("", "10", "10/s", "10/s:0", "0/s:1", "1001/s:1", "60001/min:1", "1/h:1", "-1")
+    ),
     ("max_passkeys", "0", "max_passkeys is a whole number from 1 to 1000, not '0'."),
     ("max_passkeys", "1001", "max_passkeys is a whole number from 1 to 1000, not '1001'."),
     ("allow_weaker", "yes", "allow_weaker is true or false, not 'yes'."),

@@ -20,7 +20,7 @@ import pytest
 
 from broker.ephemeral import Answer, Ephemeral, Taken, Unknown, one_time, stores
 from broker.ephemeral.transport import ByClient, Commands, Script
-from broker.errors import TooManyCeremonies, Unavailable
+from broker.errors import TooManyRequests, Unavailable
 from broker.model import (
     ANYONE,
     AllowedCredential,
@@ -872,7 +872,7 @@ async def test_many_callers_wait_for_few_connections(real: Place) -> None:
 async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
     store = place.store()
     handles = [await put_open(store, place, cap=3) for _ in range(3)]
-    with pytest.raises(TooManyCeremonies) as refused:
+    with pytest.raises(TooManyRequests) as refused:
         await put_open(store, place, cap=3)
     assert refused.value.reason == "discoverable_limit"
     with place.client() as client:
@@ -884,12 +884,12 @@ async def test_the_cap_counts_open_ceremonies_of_the_app(place: Place) -> None:
 
     assert await take_pending(store, APP, handles[1], *SIGN_IN)
     assert await put_open(store, place, cap=3), "a take frees one"
-    with pytest.raises(TooManyCeremonies):
+    with pytest.raises(TooManyRequests):
         await put_open(store, place, cap=3)
     place.clock.ahead = 301
     for _ in range(3):
         await put_open(store, place, cap=3)
-    with pytest.raises(TooManyCeremonies):
+    with pytest.raises(TooManyRequests):
         await put_open(store, place, cap=3)
 
 
@@ -904,7 +904,7 @@ async def test_the_count_lives_an_hour_longer_than_the_longest_ceremony(place: P
         assert 4170 < client.pttl(b"d:{%s}" % APP.encode()) / 1000 <= 4200
     place.clock.ahead = 20
     await put_open(store, place, cap=3)
-    with pytest.raises(TooManyCeremonies):
+    with pytest.raises(TooManyRequests):
         await put_open(store, place, cap=3)
 
 
@@ -914,7 +914,7 @@ async def test_the_cap_is_exact_in_parallel(place: Place) -> None:
     async def put(number: int) -> bool:
         try:
             await put_open(instances[number % 4], place, cap=20)
-        except TooManyCeremonies:
+        except TooManyRequests:
             return False
         return True
 

@@ -198,11 +198,13 @@ def routes(base: str) -> list[web.RouteDef]:
     """The keyed routes below `base`, the path of an app."""
     return [
         web.post(f"{base}/register/start", keyed(begin_registration_of)),
-        web.post(f"{base}/register/finish", keyed(finish_registration_of)),
+        web.post(f"{base}/register/finish", keyed(finish_registration_of, limited=False)),
         web.post(f"{base}/authenticate/start", keyed(begin_authentication_of)),
-        web.post(f"{base}/authenticate/finish", keyed(finish_authentication_of)),
+        web.post(f"{base}/authenticate/finish", keyed(finish_authentication_of, limited=False)),
         web.post(f"{base}/ceremonies/register/start", keyed(begin_registration)),
-        web.post(f"{base}/ceremonies/register/finish", keyed(finish_registration)),
+        web.post(f"{base}/ceremonies/register/finish", keyed(finish_registration, limited=False)),
         web.post(f"{base}/ceremonies/authenticate/start", keyed(begin_authentication)),
-        web.post(f"{base}/ceremonies/authenticate/finish", keyed(finish_authentication)),
+        web.post(
+            f"{base}/ceremonies/authenticate/finish", keyed(finish_authentication, limited=False)
+        ),
     ]

@@ -371,7 +371,7 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     if management:
         found += [
             web.post(f"{_APP}/transactions/authenticate", keyed(open_authentication)),
-            web.post(f"{_APP}/authenticate/verify", keyed(redeem)),
+            web.post(f"{_APP}/authenticate/verify", keyed(redeem, limited=False)),
             web.post(f"{_APP}/transactions/register", keyed(open_registration)),
             web.post(f"{_APP}/transactions/cancel", keyed(cancel)),
             web.get(f"{_APP}/users", keyed(list_users), allow_head=False),

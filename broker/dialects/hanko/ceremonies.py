@@ -35,7 +35,7 @@ from broker.model import (
     RelyingParty,
     base64url,
 )
-from broker.web import BROKER, SETTINGS, authorise, header, json_answer, read_object
+from broker.web import BROKER, RATE_LIMITS, SETTINGS, authorise, header, json_answer, read_object
 from broker.web.body import parse_object, read_bytes
 
 KEY = header("apiKey")
@@ -115,6 +115,7 @@ async def begin_login(request: web.Request, caller: Caller) -> web.StreamRespons
     user_id = await _user_of_login(request)
     if user_id is not ANYONE and caller.key_id is None:
         caller = await authorise(request, KEY)
+        request.app[RATE_LIMITS].keyed_call(caller)
     return await _begin_login(request, caller, user_id)
 
 

@@ -56,9 +56,8 @@ def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     if management:
         for (method, path), handler in keyed_here.items():
             more = {"allow_head": False} if method == "GET" else {}
-            found.append(
-                web.route(method, f"{_TENANT}/{path}", keyed(handler, ceremonies.KEY), **more)
-            )
+            guarded = keyed(handler, ceremonies.KEY, limited=not path.endswith("/finalize"))
+            found.append(web.route(method, f"{_TENANT}/{path}", guarded, **more))
     return found
 
 

@@ -200,8 +200,8 @@ def _keyed_routes() -> list[web.RouteDef]:
         # Clients put the user id into the path unescaped, with its slashes.
         user = f"{tenancy}/users/{{user_id:.+}}/passkeys/"
         found += [
-            web.get(code, keyed(ceremonies.exchange_code), allow_head=False),
-            web.post(code, keyed(ceremonies.exchange_code_for)),
+            web.get(code, keyed(ceremonies.exchange_code, limited=False), allow_head=False),
+            web.post(code, keyed(ceremonies.exchange_code_for, limited=False)),
             web.get(f"{tenancy}/passkeys/", keyed(management.list_passkeys), allow_head=False),
             web.get(passkey, keyed(management.get_passkey), allow_head=False),
             web.patch(passkey, keyed(management.change_passkey)),

@@ -33,7 +33,7 @@ from broker.model import (
     web_origin,
 )
 from broker.tokens import PREFIX as KEY_PREFIXES
-from broker.web import BROKER, DIRECTORY, bearer, edge, json_answer, keyed, read_object
+from broker.web import BROKER, DIRECTORY, RATE_LIMITS, bearer, edge, json_answer, keyed, read_object
 from broker.web.body import optional_text, parse_object, text_field
 
 PREFIX = "/propelauth"
@@ -240,6 +240,8 @@ async def run(request: web.Request, caller: Caller) -> web.StreamResponse:
     if command not in _COMMANDS:
         raise InvalidRequest("There is no such command here.", reason="command")
     request[_COMMAND] = command
+    if not command.startswith("Finish"):
+        request.app[RATE_LIMITS].keyed_call(caller)
     data = {} if body.get("data") is None else body["data"]
     if not isinstance(data, dict):
         raise InvalidRequest("data is not an object.", reason="field_type")
@@ -248,7 +250,7 @@ async def run(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 def routes(*, management: bool, browser: bool) -> list[web.RouteDef]:
     """The route of all commands, on a port that serves keyed callers."""
-    return [web.post(f"{PREFIX}/run-command", keyed(run))] if management else []
+    return [web.post(f"{PREFIX}/run-command", keyed(run, limited=False))] if management else []
 
 
 # -- fields ----------------------------------------------------------------------------------------
