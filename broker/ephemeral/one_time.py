@@ -229,7 +229,8 @@ local function take(key)
   elseif verdict == 'live' then
     redis.call('DEL', key)
     if ARGV[6] ~= '' then
-      redis.call('SET', key, string.sub(v, 1, at - 3) .. 's|' .. ARGV[6] .. string.sub(v, at), 'PX', {TOMBSTONE})
+      local tombstone = string.sub(v, 1, at - 3) .. 's|' .. ARGV[6] .. string.sub(v, at)
+      redis.call('SET', key, tombstone, 'PX', {TOMBSTONE})
     end
   end
   return {{verdict, at and string.sub(v, at + #ARGV[5])}}

@@ -212,7 +212,8 @@ class Metrics:
         )
         self.ceremonies_open = Readings(
             "broker_ceremonies_open",
-            "Open ceremonies without a transaction, as Redis counted at the latest begin of each app.",
+            "Open ceremonies without a transaction, as Redis counted at the latest begin of each "
+            "app.",
         )
         self.ceremonies_abandoned = Counts(
             "broker_ceremonies_abandoned", "Ceremonies without a transaction that ended unfinished."

@@ -446,7 +446,10 @@ async def test_update_of_what_was_changed_meanwhile_is_refused(
                 program, stores, "app", "update", "--app", app, "--name", "Ours"
             )
             task = asyncio.create_task(update)
-            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            waiting = (
+                "SELECT count(*) FROM pg_locks"
+                " WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            )
             while not await session.fetchval(waiting):
                 assert not task.done(), task.result()
                 await asyncio.sleep(0.005)  # between two looks
@@ -644,8 +647,8 @@ async def test_passkeys_are_listed_and_revoked(cli: Cli, broker: Started, wire: 
     rows = (await run("passkey", "list", *mine, "--json")).json
     assert [row["passkey_id"] for row in rows] == ids
     assert list(rows[0]) == [
-        "passkey_id", "name", "credential_id", "sign_count", "use_count", "backup_eligible", "backed_up",
-        "attestation", "aaguid", "live", "created_at", "confirmed_at", "last_used_at",
+        "passkey_id", "name", "credential_id", "sign_count", "use_count", "backup_eligible",
+        "backed_up", "attestation", "aaguid", "live", "created_at", "confirmed_at", "last_used_at",
     ]  # fmt: skip
     assert (rows[0]["name"], rows[0]["live"], rows[0]["last_used_at"]) == (
         "Ann's passkey",
@@ -786,8 +789,8 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
     await run("passkey", "revoke", "--app", wire.app_id, "--user", "ann", "--all", "--yes")
     events = (await run("events", "--app", wire.app_id, "--json")).json
     assert list(events[0]) == [
-        "id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason", "request_id",
-        "payload",
+        "id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason",
+        "request_id", "payload",
     ]  # fmt: skip
     (key,) = (await run("key", "list", "--app", wire.app_id, "--json")).json
     assert [(e["actor"], e["action"], e["result"], e["reason"]) for e in events] == [
@@ -1118,7 +1121,10 @@ async def powerless(cli: Cli, stores: EmbeddedStores, monkeypatch: pytest.Monkey
 async def test_a_role_without_rights_is_one_sentence(cli: Cli) -> None:
     sentence = "The database's role may not do that; make it the owner of the tables."
     assert refusal(await beside(cli)("app", "list")) == sentence
-    sentence = "The database's role may not make tables; migrate as their owner, or grant it CREATE on the schema."
+    sentence = (
+        "The database's role may not make tables; migrate as their owner, or grant it CREATE "
+        "on the schema."
+    )
     assert refusal(await beside(cli)("migrate")) == sentence
     done = await beside(cli)("doctor", "--json")
     assert done.status == 1
@@ -1150,7 +1156,8 @@ def test_doctor_finds_all_well(
     findings = _findings(done.out)
     assert all(f.ok and f.todo == "" for f in findings)
     assert [f.check for f in findings] == [
-        "settings", "ports", "metrics", "postgres", "clock", "migrations", "redis", "clock", "eviction", "term", "debug command", "secret key", "apps"
+        "settings", "ports", "metrics", "postgres", "clock", "migrations", "redis", "clock",
+        "eviction", "term", "debug command", "secret key", "apps",
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
@@ -1176,8 +1183,14 @@ def test_doctor_finds_all_well(
 
 
 PARTED = "port 9090 serves keyed routes, port 8080 serves pages"
-SHARED = "no BROKER_MANAGEMENT_PORT: port 8080 serves pages and keyed routes, unless `serve --management-port` parts them"
-NOWHERE = "served nowhere; set BROKER_MANAGEMENT_PORT, or BROKER_METRICS=public where only operators reach the port"
+SHARED = (
+    "no BROKER_MANAGEMENT_PORT: port 8080 serves pages and keyed routes, "
+    "unless `serve --management-port` parts them"
+)
+NOWHERE = (
+    "served nowhere; set BROKER_MANAGEMENT_PORT, "
+    "or BROKER_METRICS=public where only operators reach the port"
+)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def test_without_a_terminal_and_without_yes_nothing_is_done(
     """Not even a look at the database."""
     monkeypatch.setenv("BROKER_DATABASE_URL", "postgresql://broker@127.0.0.1:1/x")
     assert refusal(cli(*command, "--app", UNKNOWN)) == (
-        "This can't be undone, and there is no terminal to ask at; give --yes to do it without a question."
+        "This can't be undone, and there is no terminal to ask at; "
+        "give --yes to do it without a question."
     )
     assert cli(*command, "--json").status == 1
 

@@ -275,7 +275,8 @@ async def test_users_are_listed_by_page_status_and_external_id(cli: Cli, wire: W
         ("cid", "active"),
     ]
     assert list(rows[0]) == [
-        "user_id", "external_id", "status", "login_count", "last_login_at", "created_at", "updated_at"
+        "user_id", "external_id", "status", "login_count", "last_login_at", "created_at",
+        "updated_at",
     ]  # fmt: skip
     assert re.fullmatch(ID, rows[0]["user_id"])
     page = await run(*mine, "--limit", "2", "--page", "2", "--status", "active")
@@ -404,7 +405,10 @@ async def test_a_terminal_shows_progress_until_the_end(stores: EmbeddedStores, a
 
 
 async def test_nothing_but_a_terminal_is_shown_progress(stores: EmbeddedStores, app: str) -> None:
-    waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+    waits = (
+        "SELECT count(*) FROM pg_locks"
+        " WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+    )
     async with session_of(stores) as session:
         async with session.transaction():
             await session.execute(LOCK, app)

@@ -246,7 +246,8 @@ def test_a_busy_port_is_one_sentence(serve: Start, option: str) -> None:
         assert started.end() == 1
     (sentence,) = started.lines
     assert re.fullmatch(
-        rf"broker: Port (0 or )?{port} on 127\.0\.0\.1 is in use; stop what uses it or choose another one\.\n",
+        rf"broker: Port (0 or )?{port} on 127\.0\.0\.1 is in use; "
+        r"stop what uses it or choose another one\.\n",
         sentence,
     )
 
@@ -331,7 +332,8 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
     connection = await asyncpg.connect(fresh_database)
     try:
         await connection.execute(
-            "INSERT INTO schema_migrations (version, name, sha256, applied_at) VALUES (9999, 'newer', '', now())"
+            "INSERT INTO schema_migrations (version, name, sha256, applied_at)"
+            " VALUES (9999, 'newer', '', now())"
         )
         assert started.ready()["http"] == 200
         await connection.execute("DELETE FROM schema_migrations")
@@ -642,7 +644,8 @@ def test_every_line_is_json_and_holds_nothing_of_the_request(serve: Start) -> No
     started = serve(log_level="debug").begun()
     secret = "pbk_" + "zq9w" * 11
     for request in (
-        f"GET /v1/apps/{'a' * 24}/users?{secret} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {secret}\r\n\r\n",
+        f"GET /v1/apps/{'a' * 24}/users?{secret} HTTP/1.1\r\nHost: h\r\n"
+        f"Authorization: Bearer {secret}\r\n\r\n",
         f"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {secret}\x01\r\n\r\n",
         f"{secret} / HTTP/1.1\r\nHost: h\r\n\r\n",
         f"POST /{secret} HTTP/1.1\r\nHost: {secret}\r\nTransfer-Encoding: {secret}\r\n\r\n",

@@ -123,7 +123,8 @@ async def test_a_slow_answer_is_not_remembered_longer(
         watch = await asyncpg.connect(stores.database_url)
         try:
             while not await watch.fetchval(
-                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'api_keys'::regclass"
+                "SELECT count(*) FROM pg_locks"
+                " WHERE NOT granted AND relation = 'api_keys'::regclass"
             ):
                 assert not looking.done(), "the look-up did not wait for the table"
         finally:

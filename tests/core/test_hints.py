@@ -34,7 +34,8 @@ KEYS = {key.name for key in policy_keys()}
 # What only an operator can do something with. Two keys are names of fields of requests too.
 _FIELDS = {"authenticator_attachment", "user_verification"}
 FOR_OPERATORS = re.compile(
-    r"\bpolic(?:y|ies)\b|\bbroker (?:app|key|user|passkey|migrate|events|serve|dev)\b|`|BROKER_|(?<![\w-])--[a-z]|\b(?:"
+    r"\bpolic(?:y|ies)\b|\bbroker (?:app|key|user|passkey|migrate|events|serve|dev)\b"
+    r"|`|BROKER_|(?<![\w-])--[a-z]|\b(?:"
     + "|".join(key for key in sorted(KEYS - _FIELDS) if "_" in key)
     + r")\b"
 )

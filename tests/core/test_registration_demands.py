@@ -180,8 +180,11 @@ ATTESTATIONS: list[tuple[str, Attestation, Authority, str]] = [
     ("verified", "packed-self", ROOT, "attestation_unverified"),
     ("verified", "packed", ROOT, "verified"),
     ("verified", "packed", STRANGER, "attestation_trust"),
-    *(("verified", form, ROOT, "verified") for form in ("fido-u2f", "android-key", "apple", "tpm")),
-    *(("verified", form, STRANGER, "attestation_trust") for form in ("fido-u2f", "android-key", "apple", "tpm")),
+    *(
+        ("verified", form, authority, outcome)
+        for authority, outcome in ((ROOT, "verified"), (STRANGER, "attestation_trust"))
+        for form in ("fido-u2f", "android-key", "apple", "tpm")
+    ),
 ]  # fmt: skip
 
 

@@ -125,7 +125,8 @@ async def test_a_passkey_that_gets_its_owner_meanwhile_is_deleted(
         deleting = asyncio.create_task(prepare(wire, "delete", passkeys=[passkey["id"]]))
         await stall.waiting(1)
         await stall.connection.execute(
-            "UPDATE credentials SET user_id = (SELECT id FROM users WHERE app_id = $1 AND external_id = 'bob') WHERE id = $2",
+            "UPDATE credentials SET user_id = (SELECT id FROM users"
+            " WHERE app_id = $1 AND external_id = 'bob') WHERE id = $2",
             wire.app_id,
             passkey["id"],
         )

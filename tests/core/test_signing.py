@@ -512,7 +512,8 @@ async def test_a_sealed_key_of_another_row_does_not_sign(
     await one.signer(theirs)
     async with session_of(stores) as session:
         await session.execute(
-            "UPDATE signing_keys SET sealed = (SELECT sealed FROM signing_keys WHERE app_id = $2) WHERE app_id = $1",
+            "UPDATE signing_keys SET sealed = (SELECT sealed FROM signing_keys WHERE app_id = $2)"
+            " WHERE app_id = $1",
             mine.id,
             theirs.id,
         )
@@ -645,7 +646,8 @@ async def test_serve_says_what_it_left_out(
             (),
             [0, 1],
             True,
-            "1 of 2 signing keys are sealed under an older one; `broker signing-key reseal` changes that",
+            "1 of 2 signing keys are sealed under an older one; "
+            "`broker signing-key reseal` changes that",
         ),
     ],
 )

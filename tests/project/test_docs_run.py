@@ -442,7 +442,8 @@ def hanko_site(dev: Dev) -> Iterator[str]:
         assert process.stdout is not None
         url = f"http://localhost:{process.stdout.readline().strip()}"
         bash(
-            f"broker app update --app {dev.facts['app_id']} --origin {dev.facts['url']} --origin {url}",
+            f"broker app update --app {dev.facts['app_id']} --origin {dev.facts['url']}"
+            f" --origin {url}",
             dev.folder,
         )
         wait_registered(dev, url)
@@ -506,7 +507,10 @@ def test_coming_from_passage(dev: Dev) -> None:
 @pytest.mark.parametrize("package", ["@passageidentity/passage-flex-js", "passage-flex-js-0.1"])
 def test_one_wrapper_of_fetch_moves_both_versions(dev: Dev, package: str) -> None:
     url, app = dev.facts["url"], dev.facts["app_id"]
-    module = f'import {{ PassageFlex }} from "{package}";\nexport const passage = new PassageFlex("{app}");'
+    module = (
+        f'import {{ PassageFlex }} from "{package}";\n'
+        f'export const passage = new PassageFlex("{app}");'
+    )
     backend = BrokerClient(url.replace("localhost", "127.0.0.1"), app, dev.facts["api_key"])
     with Chromium() as browser, browser.page() as page, backend:
         page.authenticator()
@@ -631,7 +635,7 @@ def test_page_and_backend(shop: Shop) -> None:
         assert said_after(page, "ann", "Sign in") == signed_in
         assert len(device.credentials()) == 1
 
-        page.reload()  # the field's autofill offers the passkey, and the virtual authenticator takes it
+        page.reload()  # the virtual authenticator takes the passkey that the field offers
         page.wait_for_text(signed_in)
         assert page.errors == []
 

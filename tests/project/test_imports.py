@@ -316,7 +316,8 @@ def test_private_names_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "web/new.py").write_text(
         "from aiohttp.http_writer import _serialize_headers\n"
         "import aiohttp._cparser\n"
-        "class New:\n    def __init__(self, app):\n        self._own = app._handle\n        self._own\n"
+        "class New:\n    def __init__(self, app):\n"
+        "        self._own = app._handle\n        self._own\n"
         "        getattr(app, '_match_info', None)\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
@@ -399,7 +400,9 @@ SPY = """
 import json, sys
 seen = []
 def hook(event, values):
-    if event.split(".")[0] not in {"open", "os", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "signal"}:
+    if event.split(".")[0] not in {
+        "open", "os", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "signal"
+    }:
         return
     frame = sys._getframe()
     while frame is not None:

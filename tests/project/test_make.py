@@ -165,7 +165,8 @@ def folder(tmp_path: Path) -> Path:
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        '#!/bin/sh\necho "$*" >> ran\ncase "$*" in *"not alone"*) exit $FIRST;; *) exit $SECOND;; esac\n'
+        '#!/bin/sh\necho "$*" >> ran\n'
+        'case "$*" in *"not alone"*) exit $FIRST;; *) exit $SECOND;; esac\n'
     )
     python.chmod(0o755)
     return tmp_path

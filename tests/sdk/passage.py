@@ -56,7 +56,8 @@ def bundle(version: str) -> bytes:
     manifest = parts.npm_packages() / package / "package.json"
     if not manifest.exists():
         raise parts.MissingPart(
-            f"tests/sdk lacks the npm package {package} (@passageidentity/passage-flex-js {version})."
+            f"tests/sdk lacks the npm package {package}"
+            f" (@passageidentity/passage-flex-js {version})."
         )
     assert json.loads(manifest.read_text())["version"] == version
     return bundled(package, "{ PassageFlex }")

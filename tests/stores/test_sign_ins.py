@@ -357,7 +357,8 @@ async def test_a_lost_connection_is_everybodys(
         signing_in = [asyncio.create_task(use(durable, key)) for key in keys]
         await blocked(stores, session)
         await session.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE $1 = ANY(pg_blocking_pids(pid))",
             session.get_server_pid(),
         )
         found = await asyncio.gather(*signing_in, return_exceptions=True)

@@ -29,7 +29,7 @@ NEW = ("app", "create", "--name", "Example", "--rp-id", RP_ID, "--origin", ORIGI
 UNKNOWN = "A" * 24
 ID = r"[A-Za-z0-9]{24}"
 KEY = r"pbk_[A-Za-z0-9_-]{43}"
-ACTING = rf"broker: acting on the app .+ \(.+, {ID}\)\.\n"  # what a command that takes something away says
+ACTING = rf"broker: acting on the app .+ \(.+, {ID}\)\.\n"  # notice of commands that delete
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,8 +103,8 @@ def node() -> Node:
             (str(carried),), (str(carried), str(home / "lib/node_modules/npm/bin/npm-cli.js"))
         )
     raise MissingPart(
-        f"The tests of the vendors' SDKs need Node {OLDEST_NODE} or newer with npm; install the package nodejs, "
-        "or run `pip install --require-hashes -r deploy/node.lock`."
+        f"The tests of the vendors' SDKs need Node {OLDEST_NODE} or newer with npm; install the "
+        "package nodejs, or run `pip install --require-hashes -r deploy/node.lock`."
     )
 
 

@@ -37,7 +37,8 @@ class Stall:
         deadline = time.monotonic() + DEADLINE
         while True:
             found = await self.connection.fetchval(
-                "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass",
+                "SELECT count(DISTINCT pid) FROM pg_locks"
+                " WHERE NOT granted AND relation = $1::text::regclass",
                 self.table,
             )
             if found >= number:

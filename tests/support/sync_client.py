@@ -30,14 +30,15 @@ WORDS = {
 }
 PHRASES = {
     "__init__.py": {
-        "The asynchronous client, source of the synchronous one: `_sync` is generated from this folder.": (
+        "The asynchronous client, source of the synchronous one: "
+        "`_sync` is generated from this folder.": (
             "The synchronous client, generated from the asynchronous one in `_async`."
         ),
         "After a change run `python tests/support/sync_client.py`. ": "",
-        "An asynchronous client of one app, for asyncio or trio. Keeps connections: make one and close\n"
-        "    it, or use it in an `async with`.": (
-            "A blocking client of one app, thread-safe. Keeps connections: make one and close it, or use\n"
-            "    it in a `with`."
+        "An asynchronous client of one app, for asyncio or trio. Keeps connections: "
+        "make one and close\n    it, or use it in an `async with`.": (
+            "A blocking client of one app, thread-safe. Keeps connections: "
+            "make one and close it, or use\n    it in a `with`."
         ),
     }
 }

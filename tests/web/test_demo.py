@@ -358,7 +358,10 @@ async def test_the_trace_tells_of_every_call_and_holds_no_secret(ada: Visitor) -
         ("pbn_" + "x" * 43, "pbn_xxxx…xx"),
         ("0d142565-22ae-43c8-b29f-d082a9337e2f", "0d142565…2f"),
         ("Ada Lovelace, Countess of", "Ada Lovelace, Countess of"),
-        ({"users": [{"id": "A" * 24, "count": 7, "last": None}]}, {"users": [{"id": "AAAAAAAA…AA", "count": 7, "last": None}]}),
+        (
+            {"users": [{"id": "A" * 24, "count": 7, "last": None}]},
+            {"users": [{"id": "AAAAAAAA…AA", "count": 7, "last": None}]},
+        ),
     ],
 )  # fmt: skip
 def test_bodies_are_shown_with_tokens_and_ids_cut(value: object, shown: object) -> None:
@@ -775,7 +778,8 @@ async def test_an_older_file_opens_and_keeps_no_transaction(
     with closing(site.database()) as db:
         db.executescript(OLD_CEREMONY)
         db.execute(
-            "INSERT INTO ceremony SELECT token_hash, 'sign-in', external_id, ?, expires_at FROM session",
+            "INSERT INTO ceremony SELECT token_hash, 'sign-in', external_id, ?, expires_at"
+            " FROM session",
             (transaction,),
         )
         db.execute("UPDATE ceremony SET transaction_id = transaction_id || '-again'")
@@ -1354,8 +1358,10 @@ async def test_the_code_in_python_runs(
 
 
 async def test_the_code_for_node_runs(site: Site, ada: Visitor) -> None:
-    given = """const { URL: url, APP_ID: appId, API_KEY: apiKey, NONCE: nonce, EXPECTS } = process.env;
-    const user = { id: process.env.USER_ID, name: process.env.USER_NAME }, session = { expects: EXPECTS };"""
+    given = """
+    const { URL: url, APP_ID: appId, API_KEY: apiKey, NONCE: nonce, EXPECTS } = process.env;
+    const user = { id: process.env.USER_ID, name: process.env.USER_NAME };
+    const session = { expects: EXPECTS };"""
     node = (*parts.node().node, "--input-type=module", "--eval")
     begun = await shell(site, *node, f"{given}\n{NODE[0]}\nconsole.log(session.expects);")
     nonce = await ada.register(begun.strip())

@@ -88,7 +88,10 @@ async def test_a_header_that_decides_is_sent_once(broker: Started, wire: Wire, n
         "/authenticate/transactions/webauthn/start" if name == "Origin" else "/authenticate/verify"
     )
     reader, writer = await asyncio.open_connection("127.0.0.1", broker.service.port)
-    head = f"POST /v1/apps/{wire.app_id}{path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: 2\r\n"
+    head = (
+        f"POST /v1/apps/{wire.app_id}{path} HTTP/1.1\r\nHost: b\r\n"
+        "Connection: close\r\nContent-Length: 2\r\n"
+    )
     with refused(broker, "invalid_request", "header_twice"):
         writer.write(f"{head}{name}: {value}\r\n{name}: {value}\r\n\r\n{{}}".encode())
         answer = await asyncio.wait_for(reader.read(), DEADLINE)

@@ -278,10 +278,12 @@ def test_what_the_terminal_of_dev_says(capsys: pytest.CaptureFixture[str]) -> No
     assert said == [
         "  Refused origin http://localhost:5173; allow it with"
         f" `broker app update --app {app.id} --add-origin http://localhost:5173`",
-        "  Refused origin http://127.0.0.1:5173; The host '127.0.0.1' is an IP address; passkeys need a domain.",
-        "  Refused origin https://evil.example; The host of https://evil.example is neither localhost nor below it;"
-        " list it as a related origin or change the RP ID.",
-        "  Refused origin null; a file, or a sandboxed frame, has no origin: serve the page from http://localhost.",
+        "  Refused origin http://127.0.0.1:5173; The host '127.0.0.1' is an IP address; "
+        "passkeys need a domain.",
+        "  Refused origin https://evil.example; The host of https://evil.example is neither "
+        "localhost nor below it; list it as a related origin or change the RP ID.",
+        "  Refused origin null; a file, or a sandboxed frame, has no origin: "
+        "serve the page from http://localhost.",
         "  Refused origin malformed; no browser writes such an Origin header.",
     ]
     for n in range(200):

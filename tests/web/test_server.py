@@ -169,7 +169,9 @@ MALFORMED: dict[str, bytes] = {
     "a space in the target": f"GET /a {SECRET} HTTP/1.1\r\n\r\n".encode(),
     "a control byte in the target": f"GET /\x01{SECRET} HTTP/1.1\r\n\r\n".encode(),
     "a target with a broken host": f"GET http://[::1/{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
-    "a target with a broken port": f"GET http://x:99999999/{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+    "a target with a broken port": (
+        f"GET http://x:99999999/{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    ),
 }
 
 

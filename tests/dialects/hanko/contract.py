@@ -116,7 +116,8 @@ ANSWERS: dict[str, dict[int, object]] = {
         ),
         404: error("user not found"),
         422: error(
-            "failed to validate attestation: the user was not verified: user verification is required"
+            "failed to validate attestation: the user was not verified: "
+            "user verification is required"
         ),
     },
     "POST /login/initialize": {

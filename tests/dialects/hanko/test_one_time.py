@@ -57,7 +57,10 @@ def gone(at: str) -> tuple[int, str, str]:
     """Status, title and details of an answer to a challenge that is not there."""
     if at.endswith(REGISTRATION):
         told, keyed = UnknownTransaction.default, at == SECOND_REGISTRATION
-        hint = "There is no begun ceremony with this challenge, or it is expired or already used; begin again."
+        hint = (
+            "There is no begun ceremony with this challenge, or it is expired or already used; "
+            "begin again."
+        )
         return 400, NO_CHALLENGE, f"{told} {hint}" if keyed else told
     details = "no transaction found for this challenge" if at == TRANSACTION else NO_CHALLENGE
     return 401, "failed to get session data", details

@@ -48,7 +48,8 @@ async def test_credentials_in_pages(start_broker: Starter, session: Any) -> None
     assert answer.headers["X-Total-Count"] == "22"
     url = f"https://passkeys.example.org/at/hanko/{hanko.wire.app_id}/credentials?"
     assert answer.headers["Link"] == (
-        f'<{url}page=1&per_page=20>; rel="first",<{url}page=2&per_page=20>; rel="last",<{url}page=2&per_page=20>; rel="next"'
+        f'<{url}page=1&per_page=20>; rel="first",'
+        f'<{url}page=2&per_page=20>; rel="last",<{url}page=2&per_page=20>; rel="next"'
     )
     seen = []
     for page in (1, 2, 3, 4):
@@ -76,8 +77,9 @@ async def test_credentials_in_pages(start_broker: Starter, session: Any) -> None
 @pytest.mark.parametrize("path", ["/credentials", "/audit_logs"])
 async def test_a_list_that_can_not_be_given(broker: Started, hanko: Hanko, path: str) -> None:
     for query in (
-        "page=0", "page=-1", "page=x", "page=1.5", "page=1000001", "per_page=0", "per_page=1001", "page=1&page=2",
-        "user_id=a&user_id=b&page=x", "page=%00", "%ff=1", "page=" + "9" * 30, "page=٣", "&".join(["a=1"] * 40),
+        "page=0", "page=-1", "page=x", "page=1.5", "page=1000001", "per_page=0", "per_page=1001",
+        "page=1&page=2", "user_id=a&user_id=b&page=x", "page=%00", "%ff=1", "page=" + "9" * 30,
+        "page=٣", "&".join(["a=1"] * 40),
     ):  # fmt: skip
         answer = await hanko.send("GET", f"{path}?{query}")
         assert answer.status == 400, query

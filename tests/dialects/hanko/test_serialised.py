@@ -129,7 +129,10 @@ async def test_the_challenge_ends_with_the_hash(wire: Wire, device: Authenticato
     hanko = Hanko(wire)
     await hanko.register("ann", device)
     bodies = {
-        "t-1": (b'{"to": "Bob & Co", "amount": 12.50, "<k>": [1e2, -0]}', r'{"\u003ck\u003e":[100,-0],"amount":12.5,"to":"Bob \u0026 Co"}'),
+        "t-1": (
+            b'{"to": "Bob & Co", "amount": 12.50, "<k>": [1e2, -0]}',
+            r'{"\u003ck\u003e":[100,-0],"amount":12.5,"to":"Bob \u0026 Co"}',
+        ),
         "ü-2": (b'"x"', '"x"'),
         "t-3": (b"[]", "[]"),
         "t-4": (b"{}", "{}"),

@@ -588,9 +588,11 @@ async def test_the_java_clients_request(broker: Started, byo: Byo, device: Authe
     ).encode()
     url = urlsplit(broker.url)
     head = (
-        f"POST {PATH} HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: {len(body)}\r\n"
-        f"Host: {url.netloc}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
-        f"User-Agent: {JAVA}\r\nAuthorization: Bearer {byo.wire.key}\r\nContent-Type: application/json\r\n\r\n"
+        f"POST {PATH} HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+        f"Content-Length: {len(body)}\r\nHost: {url.netloc}\r\n"
+        "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
+        f"User-Agent: {JAVA}\r\nAuthorization: Bearer {byo.wire.key}\r\n"
+        "Content-Type: application/json\r\n\r\n"
     )
     reader, writer = await asyncio.open_connection(url.hostname, url.port)
     try:
