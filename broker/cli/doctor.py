@@ -1,26 +1,28 @@
 """`broker doctor`: checks settings, stores, clocks, the secret key and origins, with a remedy for
-each fault.
+each fault. `broker config`: the effective settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from broker.cli.findings import Finding, clock, redis_findings
-from broker.cli.output import GREEN, RED, YELLOW, has_colour, painted, progress
+from broker.cli.output import GREEN, RED, YELLOW, has_colour, painted, print_answer, progress, say
 from broker.cli.parsing import JSON, Commands, add_command, option
 from broker.cli.process import run, with_parts
 from broker.cli.records import settings_for_data
 from broker.cli.serving import listening
-from broker.dialects import left_out
+from broker.dialects import DIALECTS, left_out, load_settings
 from broker.errors import InvalidSetting, Unavailable
-from broker.settings import Settings, SettingsFault
+from broker.settings import PREFIX, Settings, SettingsFault, with_secrets
 
 if TYPE_CHECKING:
     from broker.app import Parts
@@ -29,7 +31,7 @@ MIN_POSTGRES = 15
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `doctor`."""
+    """Add `doctor` and `config`."""
     command = add_command(
         commands,
         "doctor",
@@ -38,6 +40,47 @@ def add_commands(commands: Commands) -> None:
         (JSON, option("--management-port", "the one that `serve` is given", type=int)),
     )
     command.set_defaults(run=run_doctor)
+    command = add_command(
+        commands,
+        "config",
+        "print the effective settings without secrets",
+        ("config", "config --json"),
+        (JSON,),
+    )
+    command.set_defaults(run=run_config)
+
+
+def run_config(options: argparse.Namespace) -> int:
+    """Print every setting that `serve` would have. Of a store's URL only scheme, hosts and path are
+    shown.
+
+    Raises:
+        SettingsFault: a setting can't be used.
+    """
+    settings = load_settings(os.environ, needed=())
+    values = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.metadata}
+    secrets = {f.name for f in fields(Settings) if f.metadata and not f.repr}
+    values |= {s.name: settings[s] for dialect in DIALECTS for s in dialect.settings}
+    given = with_secrets(os.environ)
+    rows = []
+    for name, value in values.items():
+        variable = PREFIX + name.upper()
+        shown = _without_secret(value) if name in secrets else value
+        rows.append({"variable": variable, "value": shown, "set": bool(given.get(variable))})
+    print_answer(rows, as_json=options.json, empty="")
+    for name in settings.unknown:
+        say(f"{name} is not a setting; it has no effect.")
+    return 0
+
+
+def _without_secret(value: str | tuple[str, ...]) -> str:
+    """A store's URL without user, password and options. Of a secret key only whether there is
+    one.
+    """
+    if isinstance(value, tuple) or not value:
+        return "(hidden)" if value else ""
+    parts = urlsplit(value)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def run_doctor(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,10 +27,11 @@ import pytest
 from broker import __version__
 from broker.cli import dev, doctor, findings
 from broker.cli.findings import Finding
-from broker.dialects import policy_keys
+from broker.dialects import DIALECTS, policy_keys
 from broker.embedded import EmbeddedStores
 from broker.errors import Fault
 from broker.model import ALGORITHMS
+from broker.settings import Settings
 from broker.tokens import key_digest
 from tests.conftest import SECRET_KEY, Started, Starter
 from tests.core.test_model import BAD, GOOD, ROOTS
@@ -1136,6 +1138,50 @@ async def test_a_role_without_rights_is_one_sentence(cli: Cli) -> None:
             "Make the database's role the owner of the tables.",
         )
     ]
+
+
+# -- config ----------------------------------------------------------------------------------------
+
+
+def test_config_shows_every_setting_and_no_secret(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("zq9w" * 4 + "abcdefghijklmnopqrst")
+    monkeypatch.delenv("BROKER_SECRET_KEY", raising=False)
+    for name, value in {
+        "DATABASE_URL": "postgresql://zq9w:zq%409w@db-a:5432,db-b/broker?sslpassword=zq9w",
+        "REDIS_URL": "rediss://:zq9w@cache.example:6379/0?ssl_certfile=/zq9w",
+        "SECRET_KEY_FILE": str(tmp_path / "key"),
+        "DIALECTS": "flex,hanko",
+        "TRUSTED_PROXIES": "10.0.0.0/8",
+        "HANKO_TOKEN_LIFE": "60",
+        "PROT": "zq9w",
+    }.items():
+        monkeypatch.setenv(f"BROKER_{name}", value)
+    done = cli("config", "--json")
+    assert done.status == 0
+    assert "BROKER_PROT is not a setting; it has no effect." in done.err
+    rows = {row["variable"]: (row["value"], row["set"]) for row in json.loads(done.out)}
+    names = [f.name for f in fields(Settings) if f.metadata]
+    names += [setting.name for dialect in DIALECTS for setting in dialect.settings]
+    assert rows.keys() == {f"BROKER_{name.upper()}" for name in names}
+    assert rows["BROKER_DATABASE_URL"] == ("postgresql://db-a:5432,db-b/broker", True)
+    assert rows["BROKER_REDIS_URL"] == ("rediss://cache.example:6379/0", True)
+    assert rows["BROKER_SECRET_KEY"] == ("(hidden)", True)
+    assert rows["BROKER_DIALECTS"] == (["flex", "hanko"], True)
+    assert rows["BROKER_TRUSTED_PROXIES"] == (["10.0.0.0/8"], True)
+    assert rows["BROKER_HANKO_TOKEN_LIFE"] == (60, True)
+    assert rows["BROKER_PORT"] == (8080, False)
+    columns = cli("config")
+    assert "zq" not in done.out + done.err + columns.out + columns.err
+    assert re.search(r"^BROKER_PORT +8080 +false$", columns.out, re.M)
+
+
+def test_config_tells_every_fault(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKER_PORT", "zq9w")
+    done = cli("config")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "broker: BROKER_PORT must be a whole number from 0 to 65535.\n"
 
 
 # -- doctor ----------------------------------------------------------------------------------------
