@@ -113,7 +113,8 @@ class Broker:
 
     async def close(self) -> None:
         """Write the events that wait for the end of their minute."""
-        await self._redemption.close()
+        for steps in (self._registration, self._authentication, self._redemption):
+            await steps.close()
 
     # -- open and cancel ---------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""Rate limit for events of refused redemptions: a window of a minute for each app and action.
+"""Rate limit for events of refusals: a window of a minute for each app and action.
 
-A holder of an API key can present any number of wrong nonces. So an app gets `LIMIT` events of one
-action a minute from each process. One further event carries the number of the rest (`limited` in
-its payload), when the minute ends or the process stops.
+A caller can present any number of wrong answers, and the holder of a key any number of wrong
+nonces. So an app gets `LIMIT` events of one action a minute from each process. One further event
+carries the number of the rest (`limited` in its payload), when the minute ends or the process
+stops.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from broker.broker.limited_events import LimitedEvents
 from broker.broker.steps import Steps
 from broker.durable import instant
 from broker.ephemeral import FirstTake, Replayed, Taken
@@ -77,11 +76,6 @@ class Redemption(Steps):
     def __init__(self, *parts: Any, log: Log) -> None:
         super().__init__(*parts)
         self._log = log
-        self._refusals = LimitedEvents(self._tell)
-
-    async def close(self) -> None:
-        """Write the events that the rate limit counted."""
-        await self._refusals.close()
 
     async def ready(self, reward: Nonce | Signed | None) -> None:
         """Make the signing key ready, if the reward needs one.

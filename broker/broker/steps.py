@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from broker import ceremony
+from broker.broker.limited_events import LimitedEvents
 from broker.durable import Durable, instant
 from broker.ephemeral import TERM_OVER, Ephemeral, Taken, Unknown
 from broker.errors import Refusal, Retry, Signal, Unavailable, UnknownTransaction
@@ -95,6 +96,11 @@ class Steps:
         self._metrics = metrics
         self._clock = clock
         self._mint = mint
+        self._refusals = LimitedEvents(self._tell)
+
+    async def close(self) -> None:
+        """Write the events that the rate limit counted."""
+        await self._refusals.close()
 
     # -- begin -------------------------------------------------------------------------------------
 
@@ -308,12 +314,12 @@ class Steps:
         """
         named = isinstance(pending.subject, Named)
         if named or refusal.reason in _SIGNED:
-            await self._tell(
+            await self._refusals.add(
                 app,
                 action_of(pending),
-                credential.user_id if credential else user_id_of(pending.subject),
                 refusal.reason,
-                credential.id if credential else None,
+                user_id=credential.user_id if credential else user_id_of(pending.subject),
+                passkey_id=credential.id if credential else None,
             )
 
     async def _tell(

@@ -15,7 +15,8 @@ from typing import Any, cast
 import pytest
 from redis.asyncio import Redis
 
-from tests.conftest import Started, Starter
+from broker.broker import limited_events
+from tests.conftest import OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator
 from tests.support.passlock import Passlock
 from tests.support.signals import lines, refused
@@ -206,3 +207,30 @@ async def test_the_count_outlives_the_transaction_and_goes_by_itself(
         [name] = {name async for name in redis.scan_iter(match="f:*")} - before
         assert len(name) == len("f:") + 32, "a digest"
         assert 590_000 < await redis.pttl(name) <= 600_000
+
+
+async def test_events_of_refused_finishes_are_limited(
+    broker: Started,
+    wire: Wire,
+    open_app: OpenApp,
+    device: Authenticator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By app and action, over any number of transactions; one more has the number of the rest."""
+    monkeypatch.setattr(limited_events, "LIMIT", 3)
+    other = await open_app()
+    for place in (wire, other):
+        await place.user("ann", device)
+    way, registration = WAYS["flex-authenticate"], WAYS["flex-register"]
+    for _ in range(7):
+        await _refuse(way, wire, await way.open(wire), device)
+    await _refuse(way, other, await way.open(other), device)
+    await _refuse(registration, wire, await registration.open(wire), device)
+    assert await _events(broker, wire, way) == 3
+    assert await _events(broker, wire, registration) == 1
+    assert await _events(broker, other, way) == 1
+    await broker.parts.broker.close()
+    *_, rest = await broker.parts.directory.events(wire.app_id, limit=1000)
+    assert (rest.action, rest.result, rest.reason) == ("passkey.used", "refused", "limited")
+    assert await _events(broker, wire, way) == 4
+    assert await _events(broker, other, way) == 1

@@ -257,7 +257,7 @@ def test_a_cause_is_logged_once_a_second_and_counted_always() -> None:
 
 
 def test_readme_lists_the_causes() -> None:
-    text = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "deploy" / "MONITORING.md").read_text()
     (row,) = re.findall(r"\| `broker_redis_failures_total` \| cause \| (.*) \|\n", text)
     assert tuple(re.findall(r"`([a-z_]+)`", row.partition(":")[2].partition(".")[0])) == CAUSES
 
