@@ -55,7 +55,7 @@ from types import TracebackType
 from broker.broker.authentication import Authentication, metric_of, restart_of
 from broker.broker.redemption import Nonce, Outcome, Redemption, Signed
 from broker.broker.registration import Registration
-from broker.broker.steps import Begun, is_discoverable, retry_from
+from broker.broker.steps import Begun, is_discoverable, require_binding, retry_from
 from broker.durable import Durable
 from broker.ephemeral import Ephemeral
 from broker.errors import Refusal, Retry, Unavailable
@@ -136,6 +136,7 @@ class Broker:
             InvalidRequest, IdempotencyConflict.
         """
         app, steps = caller.app, self._registration
+        require_binding(app, options)
         if (answer := await steps.earlier_answer(idempotency)) is not None:
             return answer
         transaction = await steps.permit(app, external_id, names, options)
@@ -156,6 +157,7 @@ class Broker:
                 live one is allowed.
         """
         app, steps = caller.app, self._authentication
+        require_binding(app, options)
         if (answer := await steps.earlier_answer(idempotency)) is not None:
             return answer
         transaction, _ = await steps.permit(app, external_id, options)
@@ -214,13 +216,12 @@ class Broker:
             pending = await self._registration.take(
                 caller, link, answer, expect, PendingRegistration
             )
+            self._redemption.require_bound(caller.app, pending, reward)
             receipt = await self._registration.record(
                 caller.app, pending, answer, confirmed=caller.key_id is not None
             )
             with retry_from("backend"):
-                return await self._redemption.reward(
-                    caller.app, receipt, pending.transaction, reward
-                )
+                return await self._redemption.reward(caller.app, receipt, pending, reward)
 
     # -- authentication ----------------------------------------------------------------------------
 
@@ -268,11 +269,10 @@ class Broker:
                 caller, link, answer, expect, PendingAuthentication
             )
             counted.kind = metric_of(pending)
+            self._redemption.require_bound(caller.app, pending, reward)
             receipt = await self._authentication.record(caller.app, pending, answer)
             with retry_from(restart_of(pending)):
-                return await self._redemption.reward(
-                    caller.app, receipt, pending.transaction, reward
-                )
+                return await self._redemption.reward(caller.app, receipt, pending, reward)
 
     # -- redeem ------------------------------------------------------------------------------------
 

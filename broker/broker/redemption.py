@@ -13,6 +13,8 @@ finds the session that the first redemption opened. Any other refused redemption
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,15 +22,17 @@ from typing import Any, NamedTuple
 from broker.broker.steps import Steps
 from broker.durable import instant
 from broker.ephemeral import FirstTake, Replayed, Taken
-from broker.errors import UnknownNonce
+from broker.errors import UnknownNonce, UnknownTransaction, policy_hint
 from broker.model import (
     LONGEST_NONCE,
     ExpectedReceipt,
     Idempotency,
+    Pending,
     Receipt,
     Redeemable,
     RelyingParty,
     TokenAlgorithm,
+    base64url,
     epoch_of,
 )
 from broker.telemetry import Log, context
@@ -43,6 +47,19 @@ _REASONS = {
     "term_over": "term_over",
     "unknown": "nonce_unknown",
 }
+
+
+def _is_bound(app: RelyingParty, found: Redeemable, expect: ExpectedReceipt) -> bool:
+    """True if the caller brought the verifier of the nonce's challenge, or none where there is no
+    challenge and the policy requires none.
+
+    Source: RFC 7636 §4.6; RFC 9700 §2.1.1 on downgrade: a verifier without a challenge is refused.
+    """
+    challenge, verifier = found.binding_challenge, expect.binding_verifier
+    if challenge is None or verifier is None:
+        return challenge is verifier and not app.policy.binding_required
+    made = base64url(hashlib.sha256(verifier.encode()).digest())
+    return hmac.compare_digest(made, challenge)
 
 
 class Nonce(NamedTuple):
@@ -86,19 +103,37 @@ class Redemption(Steps):
         if isinstance(reward, Signed):
             await self._signing.ready(reward.signer, reward.algorithm)
 
+    def require_bound(
+        self, app: RelyingParty, pending: Pending, reward: Nonce | Signed | None
+    ) -> None:
+        """Refuse a finish whose nonce would lack the binding that the policy requires by now.
+
+        Raises:
+            UnknownTransaction.
+        """
+        bound = pending.options.binding_challenge is not None
+        if reward is not None and app.policy.binding_required and not bound:
+            raise UnknownTransaction(
+                reason="binding_missing", hint=policy_hint("binding_required", "false")
+            )
+
     async def reward(
         self,
         app: RelyingParty,
         receipt: Receipt,
-        transaction: bytes | None,
+        pending: Pending,
         reward: Nonce | Signed | None,
     ) -> Outcome:
-        """The outcome of a finished ceremony. `transaction` is the digest of its id."""
+        """The outcome of a finished ceremony."""
         if reward is None:
             return Outcome(receipt)
         nonce = self._mint.token("nonce")
         ends = receipt.at + min(reward.life or app.policy.nonce_life, LONGEST_NONCE)
-        await self._ephemeral.nonces.put(app.id, nonce, Redeemable(receipt, transaction, ends))
+        await self._ephemeral.nonces.put(
+            app.id,
+            nonce,
+            Redeemable(receipt, pending.transaction, ends, pending.options.binding_challenge),
+        )
         return await self._signed(receipt, nonce, reward)
 
     async def redeem(
@@ -125,6 +160,9 @@ class Redemption(Steps):
         ):
             self._metrics.redemptions.inc("mismatch")
             raise await self._refused(app, "nonce_mismatch", receipt)
+        if not _is_bound(app, found, expect):
+            self._metrics.redemptions.inc("mismatch")
+            raise await self._refused(app, "binding_mismatch", receipt)
         ceremonies, epoch = self._durable.ceremonies, epoch_of(receipt.subject)
         if not await (
             ceremonies.confirm(app.id, receipt.passkey_id, epoch, instant(now))

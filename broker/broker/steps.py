@@ -16,7 +16,15 @@ from broker import ceremony
 from broker.broker.limited_events import LimitedEvents
 from broker.durable import Durable, instant
 from broker.ephemeral import TERM_OVER, Ephemeral, Taken, Unknown
-from broker.errors import Refusal, Retry, Signal, Unavailable, UnknownTransaction
+from broker.errors import (
+    InvalidRequest,
+    Refusal,
+    Retry,
+    Signal,
+    Unavailable,
+    UnknownTransaction,
+    policy_hint,
+)
 from broker.model import (
     MAX_REFUSALS,
     OWNERLESS_HINT,
@@ -30,6 +38,7 @@ from broker.model import (
     ByTransaction,
     ByUser,
     Caller,
+    CeremonyOptions,
     Credential,
     ExpectedCeremony,
     FinishKind,
@@ -189,7 +198,10 @@ class Steps:
         """Store a pending ceremony that has no transaction. Returns the handle, if finish finds the
         ceremony by handle. The app's cap of open ceremonies counts those of anonymous callers.
         """
-        cap = None if caller.key_id else caller.app.policy.discoverable_limit
+        cap = None
+        if caller.key_id is None:
+            require_binding(caller.app, pending.options)
+            cap = caller.app.policy.discoverable_limit
         # Finish needs neither list, and both may be long.
         pending = pending._replace(options=pending.options._replace(allow=None, exclude=None))
         put = self._ephemeral.ceremonies.put
@@ -347,6 +359,20 @@ class Steps:
             )
         except Unavailable:
             self._metrics.events_lost.inc()
+
+
+def require_binding(app: RelyingParty, options: CeremonyOptions) -> None:
+    """Refuse a ceremony whose nonce would lack the binding that the policy requires.
+
+    Raises:
+        InvalidRequest.
+    """
+    if app.policy.binding_required and options.binding_challenge is None:
+        raise InvalidRequest(
+            "binding_challenge is missing; this app requires one.",
+            reason="binding_missing",
+            hint=policy_hint("binding_required", "false"),
+        )
 
 
 @contextmanager

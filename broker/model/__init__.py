@@ -520,13 +520,14 @@ class Receipt(NamedTuple):
 
 
 class Redeemable(NamedTuple):
-    """What a nonce stands for: the receipt, and the transaction (digest of its id) that the caller
-    may expect.
+    """What a nonce stands for: the receipt, the transaction (digest of its id) that the caller may
+    expect, and the challenge whose verifier the caller must bring (None: none).
     """
 
     receipt: Receipt
     transaction: bytes | None
     expires_at: float
+    binding_challenge: str | None = None
 
 
 def as_dict(value: object) -> dict[str, Any]:

@@ -58,10 +58,12 @@ class ExpectedCeremony(NamedTuple):
 
 class ExpectedReceipt(NamedTuple):
     """What a redemption accepts: one of `proofs`, of this user and this transaction (None: of any).
-    `unowned`: also the proof of a passkey without an owner.
+    `unowned`: also the proof of a passkey without an owner. `binding_verifier` is None for a nonce
+    without a binding.
     """
 
     proofs: tuple[Proof, ...] = ("register", "authenticate")
     external_id: str | None = None
     transaction_id: str | None = None
     unowned: bool = False
+    binding_verifier: str | None = None

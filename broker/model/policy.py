@@ -48,7 +48,8 @@ class CeremonyOptions(NamedTuple):
     `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to
     exclude besides the user's own, and the only ones that may answer. With `second_factor` the
     ceremony is about second factors: a registration makes one, an authentication takes them too.
-    With `unowned` a passkey that nobody owns yet may answer.
+    With `unowned` a passkey that nobody owns yet may answer. `binding_challenge` is the unpadded
+    base64url SHA-256 of the verifier that redemption asks for (S256 of RFC 7636 §4.2).
     """
 
     user_verification: UserVerification | None = None
@@ -58,6 +59,7 @@ class CeremonyOptions(NamedTuple):
     second_factor: bool = False
     unowned: bool = False
     mediation: Mediation = "required"
+    binding_challenge: str | None = None
 
 
 NO_OPTIONS = CeremonyOptions()
@@ -224,6 +226,12 @@ class Policy:
     max_passkeys: int = field(
         default=100,
         metadata=_key(whole(1, 1000), "passkeys of one user; a registration begins below it"),
+    )
+    binding_required: bool = field(
+        default=False,
+        metadata=_key(
+            SWITCH, "whether each nonce must be bound to the browser (binding_challenge)"
+        ),
     )
     allow_weaker: bool = field(
         default=False,

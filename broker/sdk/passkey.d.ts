@@ -71,6 +71,11 @@ export interface AuthenticateOptions {
    * before any request, if the browser lacks the capability `immediateGet`.
    */
   immediate?: boolean;
+  /**
+   * From the backend, for a sign-in without `transactionId`: the nonce is redeemed only with the
+   * verifier of this challenge, which the backend keeps in the browser's session.
+   */
+  bindingChallenge?: string;
   /** Ends the ceremony, which then rejects with "aborted". */
   signal?: AbortSignal;
 }

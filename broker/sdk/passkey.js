@@ -36,7 +36,7 @@ const SIGNALS = {
 };
 
 /** The options of `authenticate`. Another name is refused: it may be a misspelt transaction. */
-const AUTHENTICATE_OPTIONS = ["transactionId", "conditional", "immediate", "signal"];
+const AUTHENTICATE_OPTIONS = ["transactionId", "conditional", "immediate", "bindingChallenge", "signal"];
 
 /** Form fields whose autofill offers passkeys (HTML §4.10.18.7.1). */
 const AUTOFILL_FIELDS = '[autocomplete~="webauthn" i]';
@@ -124,8 +124,11 @@ export class Passkeys {
    * once where there is none. It needs a click or a key press just before. A browser without it
    * gets "unsupported" before any request.
    *
+   * `bindingChallenge` binds the nonce of a sign-in without a transaction to the browser session:
+   * the backend keeps the verifier, and redeems the nonce with it.
+   *
    * @param {{transactionId?: string, conditional?: boolean, immediate?: boolean,
-   *   signal?: AbortSignal}} [options]
+   *   bindingChallenge?: string, signal?: AbortSignal}} [options]
    * @returns {Promise<string>}
    */
   async authenticate(options = {}) {
@@ -133,12 +136,16 @@ export class Passkeys {
     const unknown = Object.keys(options).find((name) => !AUTHENTICATE_OPTIONS.includes(name));
     if (unknown !== undefined) throw invalid(`authenticate: there is no option ${unknown}.`);
     if ("transactionId" in options) requireText(options.transactionId, "authenticate: transactionId");
-    const { transactionId, conditional = false, immediate = false, signal } = options;
+    if ("bindingChallenge" in options) requireText(options.bindingChallenge, "authenticate: bindingChallenge");
+    const { transactionId, conditional = false, immediate = false, bindingChallenge, signal } = options;
+    if (transactionId !== undefined && bindingChallenge !== undefined)
+      throw invalid("authenticate: bindingChallenge is for a sign-in without a transaction.");
     if (immediate) requireImmediate(transactionId, conditional);
+    const binding = { binding_challenge: bindingChallenge };
     return ceremony(signal, async (ended) => {
-      if (conditional) return this.#autofill(transactionId, ended);
+      if (conditional) return this.#autofill(transactionId, ended, binding);
       if (immediate) await this.#requireCapability("immediateGet");
-      const begun = await this.#begin("authenticate", transactionId, ended);
+      const begun = await this.#begin("authenticate", transactionId, ended, binding);
       const how = immediate ? { uiMode: "immediate" } : {};
       return this.#finish(begun, await prompt("get", begun.options, ended, how), ended);
     });
@@ -221,16 +228,16 @@ export class Passkeys {
 
   /**
    * Offer passkeys in autofill until one is chosen, with a fresh challenge whenever four fifths of the last one's life are over.
-   * @param {string|undefined} transactionId @param {AbortSignal} ended
+   * @param {string|undefined} transactionId @param {AbortSignal} ended @param {object} binding
    */
-  async #autofill(transactionId, ended) {
+  async #autofill(transactionId, ended, binding) {
     if (!(await this.canAutofill())) throw new PasskeyError("unsupported");
     warnWithoutField();
     let life = 0;
     for (;;) {
       let begun;
       try {
-        begun = await this.#begin("authenticate", transactionId, ended);
+        begun = await this.#begin("authenticate", transactionId, ended, binding);
       } catch (error) {
         if (!life || !passes(error)) throw error;
         await pause(Math.max(1000, Math.min(10_000, life / 5)), ended);

@@ -541,7 +541,9 @@ MEANT_BUT_MISSING += [
     for value in NO_TEXTS
     for more in ("", ", conditional: true")
 ]
+MEANT_BUT_MISSING += [f"authenticate({{bindingChallenge: {value}}})" for value in NO_TEXTS]
 MEANT_BUT_MISSING += [
+    "authenticate({transactionId: 'pbt_x', bindingChallenge: 'c'})",
     "register()",
     "register({transactionId: 'pbt_x'})",
     "authenticate('pbt_x')",  # the way of register
@@ -575,6 +577,18 @@ def test_a_transaction_that_was_meant_and_is_missing_signs_nobody_in(
     assert (
         page.js("Promise.race([autofill.then(() => 'ended'), Promise.resolve('runs')])") == "runs"
     )
+
+
+@pytest.mark.parametrize("more", ["", ", conditional: true"], ids=["modal", "autofill"])
+def test_a_binding_challenge_is_passed_on(
+    page: Page, broker: ScriptedBroker, device: Authenticator, more: str
+) -> None:
+    visit(page, broker)
+    told(page, "register('pbt_r')")
+    assert "nonce" in told(page, f"authenticate({{bindingChallenge: 'made-up'{more}}})")
+    start, finish = broker.posts[-2:]
+    assert start.body == {"binding_challenge": "made-up"}
+    assert "binding_challenge" not in finish.body
 
 
 @pytest.mark.parametrize(

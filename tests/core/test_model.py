@@ -78,6 +78,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("keyed_rate", "1000/s:1", "1000/s:1"),
     ("unknown_finish_rate", "1/min:999999999", "1/min:999999999"),
     ("max_passkeys", "1000", 1000),
+    ("binding_required", "true", True),
     ("allow_weaker", "true", True),
     ("second_factor_user_verification", "discouraged", "discouraged"),
     ("second_factor_attachment", "any", "any"),
@@ -134,6 +135,7 @@ BAD: list[tuple[str, str, str]] = [
     ),
     ("max_passkeys", "0", "max_passkeys is a whole number from 1 to 1000, not '0'."),
     ("max_passkeys", "1001", "max_passkeys is a whole number from 1 to 1000, not '1001'."),
+    ("binding_required", "yes", "binding_required is true or false, not 'yes'."),
     ("allow_weaker", "yes", "allow_weaker is true or false, not 'yes'."),
     (
         "second_factor_user_verification",

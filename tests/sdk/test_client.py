@@ -118,8 +118,8 @@ async def test_opening_transactions_with_wishes(call: Caller, scripted: Scripted
     """
     for _ in range(4):
         scripted.says(201, {"transaction_id": "pbt_1"})
-    wishes = {"user_verification": "required", "ceremony_timeout": 90.5, "second_factor": True}
-    sent = {"user_verification": "required", "timeout": 90_500, "second_factor": True}
+    same = {"user_verification": "required", "second_factor": True, "binding_challenge": "c" * 43}
+    wishes, sent = {**same, "ceremony_timeout": 90.5}, {**same, "timeout": 90_500}
     await call(
         "create_register_transaction",
         "ada",
@@ -158,6 +158,7 @@ async def test_a_signed_receipt(call: Caller, scripted: ScriptedBroker) -> None:
         {},
         {"purpose": "authenticate"},
         {"purpose": "authenticate", "transaction_id": "pbt_1", "external_id": "ada"},
+        {"binding_verifier": "v" * 43},
     ],
 )
 async def test_receipt(call: Caller, scripted: ScriptedBroker, expected: dict[str, str]) -> None:

@@ -13,12 +13,13 @@ ceremony:
     second_factor       true: the ceremony is for second factors
     mediation           "required" or "conditional", for the page
 
-Null counts as missing, except for `passkeys`: an unset variable of the caller must not remove the
-restriction.
+Null counts as missing, except for `passkeys` and the fields of a browser binding: an unset variable
+of the caller must not remove the restriction.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast, get_args
 
 from aiohttp import web
@@ -38,6 +39,8 @@ from broker.web.body import read_query, text_field
 
 Body = dict[str, Any]
 
+_CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")
+_VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")
 _TIMEOUT = (1_000, 600_000)  # milliseconds
 _LIST = 1000  # a user has no more
 
@@ -123,6 +126,27 @@ def authentication_options(body: Body) -> tuple[str | Anyone, CeremonyOptions]:
             "second_factor needs external_id: it is asked of somebody who is known.", reason="scope"
         )
     return ANYONE, options
+
+
+def binding_challenge(body: Body) -> str | None:
+    """The challenge of a browser binding, SHA-256 in base64url; None without one. There is no other
+    method.
+    """
+    return _formed(body, "binding_challenge", _CHALLENGE, "43 characters of base64url, a SHA-256")
+
+
+def binding_verifier(body: Body) -> str | None:
+    """The verifier of a browser binding (RFC 7636 §4.1); None without one."""
+    return _formed(body, "binding_verifier", _VERIFIER, "43 to 128 unreserved characters")
+
+
+def _formed(body: Body, name: str, form: re.Pattern[str], described: str) -> str | None:
+    if name not in body:
+        return None
+    value = body[name]
+    if not isinstance(value, str) or not form.fullmatch(value):
+        raise InvalidRequest(f"{name} is {described}.", reason="field_type")
+    return value
 
 
 def _user_verification(body: Body) -> UserVerification | None:

@@ -31,6 +31,8 @@ from broker.dialects.flex import ceremonies, mail, signals, signed
 from broker.dialects.flex.fields import (
     attachment,
     authentication_options,
+    binding_challenge,
+    binding_verifier,
     registration_options,
     switch,
     whole,
@@ -48,9 +50,11 @@ from broker.durable import UserOrder, instant
 from broker.errors import InvalidRequest, Refusal
 from broker.model import (
     ANYONE,
+    NO_OPTIONS,
     ByHandle,
     ByTransaction,
     Caller,
+    CeremonyOptions,
     ExpectedCeremony,
     ExpectedReceipt,
     Names,
@@ -132,7 +136,9 @@ async def open_registration(request: web.Request, caller: Caller) -> web.StreamR
         caller,
         external_id,
         Names(optional_text(body, "user_name") or shown, shown, shown),
-        registration_options(body, at_a_page=True),
+        registration_options(body, at_a_page=True)._replace(
+            binding_challenge=binding_challenge(body)
+        ),
         await idempotency_of(request, bearer(request)),
     )
     return json_answer({"transaction_id": transaction_id}, status=201)
@@ -142,7 +148,10 @@ async def open_authentication(request: web.Request, caller: Caller) -> web.Strea
     """M2. `{external_id}`, and beyond the contract the options of `fields`, to 201
     `{transaction_id}`.
     """
-    external_id, options = authentication_options(await read_object(request))
+    body = await read_object(request)
+    external_id, options = authentication_options(body)
+    if "binding_challenge" in body:
+        options = options._replace(binding_challenge=binding_challenge(body))
     idempotency = await idempotency_of(request, bearer(request))
     transaction_id = await request.app[BROKER].open_authentication(
         caller, external_id, options, idempotency
@@ -160,8 +169,9 @@ async def cancel(request: web.Request, caller: Caller) -> web.StreamResponse:
 
 
 async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, to
-    200 with the receipt; with `signed` also as a token."""
+    """M3. `{nonce}`, and `purpose`, `transaction_id`, `external_id` if the caller expects them, and
+    the `binding_verifier` of a bound nonce, to 200 with the receipt; with `signed` also as a token.
+    """
     body = await read_object(request)
     nonce = text_field(body, "nonce")
     # An empty expectation is refused: an unset variable of the caller must not remove a check.
@@ -178,7 +188,9 @@ async def redeem(request: web.Request, caller: Caller) -> web.StreamResponse:
     outcome = await request.app[BROKER].redeem(
         caller,
         nonce,
-        ExpectedReceipt(proofs, external_id, transaction_id),
+        ExpectedReceipt(
+            proofs, external_id, transaction_id, binding_verifier=binding_verifier(body)
+        ),
         signed.receipt_token(request, caller.app) if switch(body, "signed") else None,
         await idempotency_of(request, bearer(request)),
     )
@@ -317,12 +329,19 @@ async def finish_registration(request: web.Request, caller: Caller) -> web.Strea
 
 
 async def begin_authentication(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """A3. `{transaction_id?}`, `{}` or an empty body to `{handshake, transaction_id?}`. Conditional
-    mediation adds `mediation` beside `publicKey`."""
+    """A3. `{transaction_id?}`, `{binding_challenge?}` or an empty body to `{handshake,
+    transaction_id?}`. Conditional mediation adds `mediation` beside `publicKey`.
+    """
     body = await read_object(request, empty=True)
     transaction_id = optional_text(body, "transaction_id")
+    challenge = binding_challenge(body)
+    if challenge is not None and transaction_id is not None:
+        raise InvalidRequest(
+            "A transaction has its own binding_challenge; leave it out here.", reason="scope"
+        )
     link = ANYONE if transaction_id is None else ByTransaction(transaction_id)
-    begun = await request.app[BROKER].begin_authentication(caller, link, "page")
+    options = NO_OPTIONS if challenge is None else CeremonyOptions(binding_challenge=challenge)
+    begun = await request.app[BROKER].begin_authentication(caller, link, "page", options=options)
     answer: dict[str, Any] = {"handshake": _handshake(begun)}
     if transaction_id is not None:
         answer["transaction_id"] = transaction_id

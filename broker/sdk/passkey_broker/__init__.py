@@ -28,7 +28,7 @@ from __future__ import annotations
 from ._async import AsyncBrokerClient
 from ._sync import BrokerClient
 from .answers import Answer
-from .arguments import Request
+from .arguments import Binding, Request, new_binding
 from .errors import (
     AppNotFound,
     ApprovalExists,
@@ -98,6 +98,7 @@ __all__ = [
     "ApprovalRequest",
     "AsyncBrokerClient",
     "Attachment",
+    "Binding",
     "BrokerClient",
     "BrokerError",
     "BrokerUnavailable",
@@ -146,4 +147,5 @@ __all__ = [
     "UserVerification",
     "WrongMailCode",
     "__version__",
+    "new_binding",
 ]

@@ -6,13 +6,15 @@ and must not become a request with another meaning. No message holds a value.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from .errors import BrokerError, InvalidRequest, MailCodeNotFound, PasskeyNotFound
@@ -178,6 +180,20 @@ def authentication(
         **milliseconds(ceremony_timeout),
         **flags(discoverable=discoverable, second_factor=second_factor),
     }
+
+
+class Binding(NamedTuple):
+    """A verifier for the browser's session, and its challenge for the broker (RFC 7636, S256)."""
+
+    verifier: str
+    challenge: str
+
+
+def new_binding() -> Binding:
+    """A new pair, which binds one nonce to one browser session."""
+    verifier = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(verifier.encode()).digest()
+    return Binding(verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode())
 
 
 def objects(**arguments: object) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Ceremonies(Connection):
         exclude_passkeys: Sequence[str] | None = None,
         second_factor: bool = False,
         mediation: Mediation | None = None,
+        binding_challenge: str | None = None,
     ) -> str:
         """Permit one new passkey for the user. A new user is created.
 
@@ -49,6 +50,7 @@ class Ceremonies(Connection):
             second_factor: the passkey signs in only as a second factor.
             mediation: "conditional" permits a passkey that the browser makes without a prompt
                 (conditional create, the page SDK's `autoRegister`).
+            binding_challenge: `Binding.challenge`; the nonce is redeemed only with its verifier.
 
         Returns:
             The transaction's id, for the page: a bearer right to add a passkey until it is used or
@@ -62,7 +64,9 @@ class Ceremonies(Connection):
         body = {
             "external_id": external_id,
             "passkey_display_name": passkey_display_name,
-            **arguments.texts(user_name=user_name, mediation=mediation),
+            **arguments.texts(
+                user_name=user_name, mediation=mediation, binding_challenge=binding_challenge
+            ),
             **arguments.registration(
                 user_verification, ceremony_timeout, exclude_passkeys, second_factor
             ),
@@ -79,6 +83,7 @@ class Ceremonies(Connection):
         ceremony_timeout: float | None = None,
         second_factor: bool = False,
         mediation: Mediation | None = None,
+        binding_challenge: str | None = None,
     ) -> str:
         """Permit one sign-in.
 
@@ -91,6 +96,7 @@ class Ceremonies(Connection):
             ceremony_timeout: seconds, 1 to 600, and never more than the app's `ceremony_life`.
             second_factor: the user's second factors are allowed too.
             mediation: "conditional" for a page that offers passkeys in its form fields.
+            binding_challenge: as in `create_register_transaction`.
 
         Returns:
             The transaction's id, for the page.
@@ -98,15 +104,18 @@ class Ceremonies(Connection):
         Raises:
             UserNotFound, NoPasskeys, InvalidRequest
         """
-        body = arguments.authentication(
-            external_id,
-            passkeys,
-            user_verification,
-            ceremony_timeout,
-            discoverable=discoverable,
-            second_factor=second_factor,
-            mediation=mediation,
-        )
+        body = {
+            **arguments.authentication(
+                external_id,
+                passkeys,
+                user_verification,
+                ceremony_timeout,
+                discoverable=discoverable,
+                second_factor=second_factor,
+                mediation=mediation,
+            ),
+            **arguments.texts(binding_challenge=binding_challenge),
+        }
         return self._transaction("/transactions/authenticate", body)
 
     def cancel_transaction(self, transaction_id: str) -> None:
@@ -129,6 +138,7 @@ class Ceremonies(Connection):
         purpose: Proof | None = None,
         transaction_id: str | None = None,
         external_id: str | None = None,
+        binding_verifier: str | None = None,
         signed: bool = False,
     ) -> Receipt:
         """Redeem a page's nonce, once. Sign in `receipt.external_id` and no other user.
@@ -143,6 +153,7 @@ class Ceremonies(Connection):
                 or of an approval is redeemed only if its own purpose is stated.
             transaction_id: refuses the nonce of another session.
             external_id: refuses the nonce of another user.
+            binding_verifier: `Binding.verifier` of the session, if the nonce is bound.
             signed: request `Receipt.token` too, for services that verify it offline with the app's
                 key set.
 
@@ -153,7 +164,10 @@ class Ceremonies(Connection):
         body = {
             "nonce": nonce,
             **arguments.texts(
-                purpose=purpose, transaction_id=transaction_id, external_id=external_id
+                purpose=purpose,
+                transaction_id=transaction_id,
+                external_id=external_id,
+                binding_verifier=binding_verifier,
             ),
             **arguments.flags(signed=signed),
         }
