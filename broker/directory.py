@@ -1,5 +1,5 @@
-"""Who there is: relying parties, their API keys, their users and passkeys. Operators and keyed
-callers ask here; ceremonies are in `broker.broker`.
+"""Directory of relying parties, API keys, users and passkeys: the look-ups and changes of operators
+and keyed callers. Ceremonies are in `broker.broker`.
 
 **Cache.** Every request needs its relying party, every keyed one its key. Both are cached for less
 than a second (`broker.durable.cache`), so a changed policy or a revoked key is effective on every
@@ -244,8 +244,8 @@ class Directory:
     async def passkeys_after(
         self, app: RelyingParty, after: tuple[datetime, str] | None, limit: int
     ) -> list[Owned]:
-        """The app's passkeys, oldest first, behind the one made at that time with that id: a page
-        that stays right while others come.
+        """The app's passkeys, oldest first, after a cursor of time and id. Inserts and deletions
+        don't move the page.
         """
         return await self._durable.credentials.after(app.id, after, limit)
 
@@ -284,7 +284,7 @@ class Directory:
         )
 
     async def rename(self, app: RelyingParty, passkey_id: str, nickname: str) -> None:
-        """Change what lists show of a passkey: 1 to 256 characters.
+        """Change a passkey's name in lists: 1 to 256 characters.
 
         Raises:
             InvalidRequest, UnknownPasskey, Unavailable.
@@ -308,7 +308,7 @@ class Directory:
         )
 
     async def rename_user_of(self, app: RelyingParty, passkey_id: str, user_name: str) -> None:
-        """The same on one passkey.
+        """Change the user's name on one passkey.
 
         Raises:
             InvalidRequest, UnknownPasskey, Unavailable.
@@ -320,7 +320,7 @@ class Directory:
             raise UnknownPasskey
 
     async def revoke_passkey(self, app: RelyingParty, passkey_id: str) -> Owned:
-        """Revoke a passkey, whoever owns it; it never signs in again. Returns what it was.
+        """Revoke a passkey of any owner or none. Returns its last state.
 
         Raises:
             UnknownPasskey, Unavailable.
@@ -333,8 +333,7 @@ class Directory:
         return owned
 
     async def assign(self, app: RelyingParty, passkey_id: str, external_id: str) -> Owned:
-        """Give a passkey that nobody owns an owner, once; the user is made if the app has none with
-        this external id.
+        """Give an ownerless passkey its owner, once. A missing user is created.
 
         Raises:
             InvalidRequest, UnknownPasskey, OwnedAlready, Unavailable.
@@ -353,7 +352,7 @@ class Directory:
         return await self.passkey(app, passkey_id)
 
     async def approvals(self, app: RelyingParty, user_id: str) -> list[ApprovalRecord]:
-        """What a user (our id) was asked to approve, oldest first."""
+        """The approvals of a user (the broker's id), signed or not, oldest first."""
         return await self._durable.approvals.of_user(app.id, user_id)
 
     async def audit(
@@ -433,7 +432,7 @@ class Directory:
         when cached look-ups have ended.
 
         Raises:
-            Conflict: somebody else has changed the app since it was read.
+            Conflict: the app was changed since it was read.
             InvalidSetting, UnknownApp, Unavailable.
         """
         try:

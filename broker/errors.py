@@ -1,4 +1,4 @@
-"""What the broker refuses, as types.
+"""The broker's refusals, as exception types.
 
 Each refusal has a stable `code` and one sentence for the person who reads it. This module knows no
 HTTP: `broker.web` and each dialect hold a table from these classes to a status and a vendor's code.
@@ -28,8 +28,8 @@ Retry = Literal["page", "backend"]
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """What a page may hand to the WebAuthn Signal API: the authenticator keeps a passkey that this
-    relying party does not.
+    """The arguments of a WebAuthn Signal API call: the authenticator has a passkey that the relying
+    party doesn't have.
 
     Source: WebAuthn L3 §5.1.10, `PublicKeyCredential.signalUnknownCredential(options)`.
     """

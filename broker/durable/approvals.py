@@ -1,5 +1,5 @@
-"""The table of approvals: what users were asked to approve by signing it, and what they
-approved."""
+"""The table of approvals: payloads that users approve by signing, and the time of each
+signature."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Approvals:
     async def add(
         self, app_id: str, user_id: str, approval: Approval, *, new_id: str, now: datetime
     ) -> bool:
-        """Insert what a user is asked to approve. False: the app has used its identifier before.
+        """Insert an approval. False: the app has used its identifier before.
 
         Raises:
             UnknownUser: deleted meanwhile.
@@ -46,7 +46,7 @@ class Approvals:
         return row is not None
 
     async def of_user(self, app_id: str, user_id: str) -> list[ApprovalRecord]:
-        """What a user was asked to approve, oldest first."""
+        """The approvals of a user, signed or not, oldest first."""
         rows = await self._pg.rows(
             "approvals",
             "SELECT id, user_id, identifier, data, created_at, approved_at FROM approvals"

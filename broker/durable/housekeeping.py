@@ -1,12 +1,11 @@
-"""Periodic clean-up: rows that nobody needs any more are deleted in batches, by one instance at a
-time.
+"""Periodic clean-up: expired rows are deleted in small batches, by one instance at a time.
 
-Each instance makes a pass every `EVERY` seconds or so. A batch is a transaction of its own that
-takes an advisory lock first, if it is free, so that of many instances one works; the others leave
-it to that one. A batch has at most `BATCH` rows, keeps within the limit of any wait for Postgres,
-waits for no row that somebody else holds, and a pause of several times its own length follows it:
-requests go first. A batch that failed ends the chore's pass, counts in
-`broker_housekeeping_failures_total`, and the next one is half as large.
+Each instance makes a pass about every `EVERY` seconds. A batch is a transaction of its own, which
+first tries to take an advisory lock. So one of many instances works, and the others skip their
+pass. A batch has at most `BATCH` rows, keeps within the limit of any wait for Postgres, and skips
+rows that another transaction has locked. A pause of several times the batch's length follows, so
+that requests go first. A failed batch ends the chore's pass and counts in
+`broker_housekeeping_failures_total`. The next batch is half as large.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ from broker.telemetry import Log, Metrics, fault
 EVERY = 600.0  # seconds between two passes of an instance, give or take half of it
 BATCH = 1000  # rows
 _SMALLEST = 10  # rows
-_PENDING = timedelta(
-    days=1
-)  # after the last registration was opened for a user who never got a passkey
+_PENDING = timedelta(days=1)  # since the last registration was opened for a user without a passkey
 _HAS_NOTHING = (
     "u.past_logins = 0 AND u.disabled_at IS NULL"
     " AND NOT EXISTS (SELECT FROM credentials c WHERE c.user_id = u.id)"
@@ -41,11 +38,11 @@ _HAS_NOTHING = (
 _REST = 4  # times as long as a batch took
 _SHORTEST_REST = 0.02  # seconds
 _LOCK = 0x636C_6561_6E75_70  # "cleanup"
-_CHANCE = random.Random()  # noqa: S311 - instances that started together shall not come together
+_CHANCE = random.Random()  # noqa: S311 - spreads the passes of instances that started together
 
 
 class _Batch(NamedTuple):
-    """What a batch did."""
+    """The result of a batch."""
 
     rows: int
     more: bool  # whether there may be further rows
@@ -73,7 +70,7 @@ class Housekeeping:
         self._metrics = metrics
         self._log = log
         self._clock = clock
-        self._seen = 0  # the newest event that this pass has looked at
+        self._seen = 0  # id of the newest event that this pass has read
         self._chores: dict[str, _Chore] = {
             "unconfirmed_passkeys": self._unconfirmed_passkeys,
             "pending_users": self._pending_users,
@@ -84,14 +81,14 @@ class Housekeeping:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; needs no server. The first pass comes later, so that a restart has its stores for
-        itself.
+        """Start the passes; needs no connection. The first pass comes later, so that it does not
+        slow a restart down.
         """
         self._task = asyncio.create_task(self._run(), name="housekeeping")
         self._task.add_done_callback(self._ended)
 
     async def close(self) -> None:
-        """End, in the middle of a batch as well: what is not committed is not done."""
+        """Stop, even during a batch: its transaction is rolled back."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -102,8 +99,8 @@ class Housekeeping:
             await self.clean()
 
     async def clean(self) -> dict[str, int]:
-        """One pass: every chore until nothing is left for it, another instance works, or a batch
-        fails. Returns rows by chore.
+        """Run one pass: each chore until no row is left, another instance works, or a batch fails.
+        Returns rows by chore.
         """
         done = {}
         self._seen = 0
@@ -154,9 +151,9 @@ class Housekeeping:
     # -- events ------------------------------------------------------------------------------------
 
     async def _old_events(self, connection: Connection, now: datetime, size: int) -> _Batch:
-        """Delete events that are older than the retention, of all apps. A look at events in the
-        order of their ids ends at the first batch without an old one: by more than the instances'
-        clocks differ the time of a later event is not earlier."""
+        """Delete events of all apps that are older than the retention. The scan goes by id and ends
+        at the first batch without an old event: event times rise with ids, but for the difference
+        of the instances' clocks."""
         row = await connection.fetchrow(
             """
             WITH oldest AS MATERIALIZED (

@@ -1,13 +1,13 @@
 """Keys that sign tokens, on Postgres: of each app, and of the broker itself.
 
-A *set* is what one app's verifiers trust, or, for wire formats whose key set names no app, what
-everybody's do (`app_id` None). In each set every algorithm has its own line of keys, numbered by
-`generation`. The write decides: no number occurs twice in a line, so of two instances that find no
-key and make one, one is stored, and the other one reads it. A rotation is one statement: the next
-key comes and the time at which each older key leaves is set in the same commit, and keys whose time
-has passed are deleted.
+A *set* has the keys that the verifiers of one app trust. Wire formats whose key set names no app
+share the broker's own set (`app_id` None). In each set every algorithm has its own line of keys,
+numbered by `generation`. The write decides: no number occurs twice in a line. So if two instances
+find no key and each generate a key, one key is stored, and the other instance reads it. A rotation
+is one statement. It inserts the next key, sets the time at which each older key leaves the set, and
+deletes keys whose time has passed.
 
-Only sealed private keys come here (`broker.tokens.signed`). An app's keys are deleted with it.
+Private keys are stored sealed only (`broker.tokens.signed`). An app's keys are deleted with it.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class SigningKeys:
         return [StoredKey(**dict(row)) for row in rows]
 
     async def add_first(self, key: StoredKey, *, rotated: bool = False) -> None:
-        """Insert a key where its line has none; whoever was first decides, so read the set
-        afterwards. Where somebody asked for it (`rotated`) the event is `signing_key.rotated`.
+        """Insert the first key of a line, unless the line has a key: read the set afterwards. If an
+        operator asked for the key (`rotated`), the event is `signing_key.rotated`.
 
         Raises:
-            UnknownApp: the app was deleted while the caller still remembered it.
+            UnknownApp: the app was deleted while a cache still had it.
         """
         try:
             await self._pg.row(
@@ -123,7 +123,7 @@ class SigningKeys:
         """
         try:
             while not await self._rotate(key, others_retire_at):
-                pass  # another rotation took the number after our snapshot; the next look sees it
+                pass  # another rotation took the number after the snapshot: read again
         except asyncpg.ForeignKeyViolationError:
             raise UnknownApp from None
 
@@ -163,7 +163,9 @@ class SigningKeys:
         return row is not None
 
     async def reseal(self, key: StoredKey, sealed: bytes) -> bool:
-        """Replace how a key is sealed. False: it was sealed anew, or deleted, since it was read."""
+        """Replace the sealed form of a key. False: the key was resealed or deleted since it was
+        read.
+        """
         row = await self._pg.row(
             "reseal_signing_key",
             "UPDATE signing_keys SET sealed = $3 WHERE id = $1 AND sealed = $2 RETURNING id",

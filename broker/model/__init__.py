@@ -1,7 +1,7 @@
-"""The words of the domain, as types that don't change. No I/O, no clock, no third-party library.
+"""Domain types, all immutable. No I/O, no clock, no third-party library.
 
-What every login makes several of is a NamedTuple, the rest are frozen dataclasses: those cost eight
-times as much to make.
+Types that every login creates several times are NamedTuples. The others are frozen dataclasses,
+whose creation costs eight times as much.
 
 Times are seconds since the epoch (float) in one-time values and timezone-aware `datetime` in
 durable ones; lives are whole seconds. Ids (`RelyingParty.id`, `User.id`, `Credential.id`) are 24
@@ -281,7 +281,7 @@ class Idempotency(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """An API key as lists show it; its secret is known to nobody."""
+    """An API key in a list. The store has no secret, only a digest."""
 
     id: str
     app_id: str
@@ -293,9 +293,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, and was true when it was committed. `payload` is JSON, of actions
-    that have one.
-    """
+    """An audit event of a change or a refusal. `payload` is JSON, if the action has a payload."""
 
     id: int
     at: datetime
@@ -312,7 +310,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """An event with the external id of the user it concerns, where that one is still there."""
+    """An event with the external id of its user, if the user still exists."""
 
     event: Event
     external_id: str | None
@@ -340,7 +338,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A public key and what we know of it: a "passkey" to people.
+    """A public key and its properties: a "passkey" to people.
 
     `public_key` is a COSE_Key (CBOR); `user_handle` the handle it was registered with, which the
     authenticator returns; `backup_eligible` is fixed at registration; `live` is false until
@@ -377,7 +375,7 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A credential with its user's external id (None: nobody owns it yet) and epoch."""
+    """A credential with its user's external id (None: ownerless) and epoch."""
 
     credential: Credential
     external_id: str | None
@@ -387,8 +385,8 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """Something that a user approves by signing it: `digest` is part of the challenge, `identifier`
-    is the caller's and unique in the app, `data` is JSON text for lists."""
+    """A payload that a user approves by signing: `digest` is part of the challenge, `identifier` is
+    the caller's and unique in the app, `data` is JSON text for lists."""
 
     identifier: str
     data: str
@@ -397,7 +395,7 @@ class Approval:
 
 @dataclass(frozen=True, slots=True)
 class ApprovalRecord:
-    """An approval as lists show it."""
+    """An approval in a list."""
 
     id: str
     user_id: str
@@ -408,10 +406,10 @@ class ApprovalRecord:
 
 
 class RegistrationAnswer(NamedTuple):
-    """What `navigator.credentials.create()` returned, decoded from base64url and not yet judged.
+    """The result of `navigator.credentials.create()`, decoded from base64url and not yet verified.
 
-    `attachment` and `resident_key` (`credProps.rk`) are None where the page does not say them, as
-    many do not.
+    `attachment` and `resident_key` (`credProps.rk`) are None if the page does not send them, as
+    many pages do not.
     """
 
     credential_id: bytes
@@ -423,8 +421,8 @@ class RegistrationAnswer(NamedTuple):
 
 
 class AuthenticationAnswer(NamedTuple):
-    """What `navigator.credentials.get()` returned, decoded and not yet judged. `user_handle` stays
-    text: see `ceremony`.
+    """The result of `navigator.credentials.get()`, decoded and not yet verified. `user_handle`
+    stays text: see `ceremony`.
     """
 
     credential_id: bytes
@@ -435,7 +433,7 @@ class AuthenticationAnswer(NamedTuple):
 
 
 class VerifiedRegistration(NamedTuple):
-    """A registration that satisfies WebAuthn L3 §7.1: all that the new credential is made of."""
+    """A registration that satisfies WebAuthn L3 §7.1: the properties of the new credential."""
 
     credential_id: bytes
     public_key: bytes
@@ -469,7 +467,7 @@ class VerifiedAuthentication(NamedTuple):
 
 
 class SignInOutcome(NamedTuple):
-    """What a recorded sign-in changed."""
+    """The changes of a recorded sign-in."""
 
     counter_regressed: bool
     backup_changed: bool

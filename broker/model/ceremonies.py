@@ -87,8 +87,8 @@ class UserEntity(NamedTuple):
 
 
 class AllowedCredential(NamedTuple):
-    """A passkey that a ceremony allows, with what judging its answer needs: what was read at begin
-    isn't read again.
+    """A passkey that a ceremony allows, with all that its verification needs: finish doesn't read
+    it again.
 
     All but `sign_count` and `backed_up` never change. Those two are judged by the write that
     records the sign-in, which also decides whether the passkey is still there and live.
@@ -140,7 +140,7 @@ class Transaction(NamedTuple):
 
 
 class BegunCeremony(NamedTuple):
-    """What a begin adds to its transaction: the rest of the pending ceremony.
+    """The part of a pending ceremony that begin adds to its transaction.
 
     `life` (seconds), `verifications` and `algorithms` (of a registration) are the policy's at that
     moment. `allowed` is None where the transaction's `offered` say it. `attachment` is what the

@@ -46,7 +46,7 @@ FinishLink = ByHandle | ByUser | ByChallenge
 
 
 class ExpectedCeremony(NamedTuple):
-    """What a finish takes: a ceremony that one of `openers` began, about second factors or not
+    """The ceremonies that a finish accepts: begun by one of `openers`, about second factors or not
     (None: either), about an approval or not, of this transaction (None: of any or none).
     """
 
@@ -57,9 +57,9 @@ class ExpectedCeremony(NamedTuple):
 
 
 class ExpectedReceipt(NamedTuple):
-    """What a redemption accepts: one of `proofs`, of this user and this transaction (None: of any).
-    `unowned`: also the proof of a passkey without an owner. `binding_verifier` is None for a nonce
-    without a binding.
+    """The receipts that a redemption accepts: of one of `proofs`, of this user and this transaction
+    (None: of any). `unowned`: also the proof of a passkey without an owner. `binding_verifier` is
+    None for a nonce without a binding.
     """
 
     proofs: tuple[Proof, ...] = ("register", "authenticate")

@@ -1,4 +1,4 @@
-"""The policy of an app: what the app asks of ceremonies, and what a caller may ask of one of them.
+"""The policy of an app: its requirements of ceremonies, and the options of a single ceremony.
 
 Each key is declared once, with its default, the values it takes and its meaning: a key of the core
 as a field of `Policy`, a key of a dialect as a `PolicyKey` in the dialect's package. Postgres holds
@@ -43,7 +43,7 @@ ALGORITHMS: dict[int, str] = {
 
 
 class CeremonyOptions(NamedTuple):
-    """What the caller asks of one ceremony, beyond the app's policy and within it.
+    """The caller's options of a single ceremony, within the app's policy.
 
     `life` is in seconds. `exclude` and `allow` hold ids of passkeys (`Credential.id`): those to
     exclude besides the user's own, and the only ones that may answer. With `second_factor` the
@@ -82,7 +82,7 @@ def verification(of: Policy | Verifications, options: CeremonyOptions) -> UserVe
     return base if wish is None or (not of.allow_weaker and is_weaker(wish, base)) else wish
 
 
-LONGEST_NONCE = 600  # seconds that a nonce lives at most, whoever asks for how long
+LONGEST_NONCE = 600  # seconds: the limit of a nonce's life
 
 
 class PolicyKey(NamedTuple, Generic[T]):
@@ -143,8 +143,8 @@ _CEREMONY_SECONDS = whole(10, 600)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a relying party asks of ceremonies. `broker app update --set key=value` sets a key, and
-    `broker policy` lists the keys.
+    """A relying party's requirements of ceremonies. `broker app update --set key=value` sets a key,
+    and `broker policy` lists the keys.
     """
 
     user_verification: UserVerification = field(
@@ -285,7 +285,7 @@ class Policy:
 
     @property
     def verifications(self) -> Verifications:
-        """What decides about the user verification of one ceremony."""
+        """The keys that decide about the user verification of a ceremony."""
         return Verifications(
             self.user_verification, self.second_factor_user_verification, self.allow_weaker
         )
@@ -306,7 +306,9 @@ class Policy:
         return cls(**known, declared=values)
 
     def dump(self) -> dict[str, Any]:
-        """Only what differs from the defaults, so that a default can change without a migration."""
+        """The keys that differ from their defaults, so that a default can change without a
+        migration.
+        """
         values = {key.name: self[key] for key in POLICY_KEYS if self[key] != key.default}
         return {
             k: list(v) if isinstance(v, tuple) else v

@@ -132,7 +132,7 @@ class Connection(BaseProtocol):
             self._start("head", self._server.limits.head, self._head_is_late)
 
     def _without_header(self, data: bytes) -> bytes:
-        """What follows on the header of the PROXY protocol that `data` begins with."""
+        """Strip the header of the PROXY protocol from the beginning of `data`."""
         self._header = data
         try:
             found = read_header(data)
@@ -150,7 +150,7 @@ class Connection(BaseProtocol):
         """Queue the requests whose heads end in `data`."""
         is_upgraded = not self._broken
         while is_upgraded:
-            self._http.set_upgraded(False)  # what came behind an offer to upgrade is HTTP
+            self._http.set_upgraded(False)  # data after an offer to upgrade is HTTP
             try:
                 messages, is_upgraded, data = self._http.feed_data(data)
             except HttpProcessingError as fault:
@@ -168,7 +168,7 @@ class Connection(BaseProtocol):
         self._go_on()
 
     def _refuse_the_rest(self, kind: str) -> None:
-        """What came is not HTTP. `kind` is the parser's word for it."""
+        """Refuse data that is not HTTP. `kind` is the parser's name of the fault."""
         self._broken = self._ending = True
         if self._last_body.is_eof():
             self._received += 1

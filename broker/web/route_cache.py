@@ -1,11 +1,11 @@
-"""Route cache: remembers which handler aiohttp's router found for a path.
+"""Route cache: the handlers that aiohttp's router found, by method and path.
 
 The router tries the resources of a path one after the other, each with a regular expression: 10 to
-20 µs a request where an API has dozens of routes. Its answer depends on method and path alone, so
-it is kept under both, as they were sent: one look-up in a dictionary finds it again.
+20 µs a request for an API with dozens of routes. Its result depends on method and path alone. So
+one dictionary look-up by the raw method and path replaces it.
 
-Kept are routes with at most one variable, the app's id, on paths of bounded length. Ids of users or
-passkeys differ from request to request and would push the routes of a login out.
+Only routes with at most one variable, the app's id, on paths of bounded length are cached. Ids of
+users or passkeys differ from request to request, and would evict the routes of a login.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LONGEST_PATH = 128  # characters
 
 
 class RouteMatch(NamedTuple):
-    """What the router found: the handler within its applications' middlewares, variables, and the
-    template ("unmatched" where no route fits). Requests share it: change nothing of it.
+    """The router's result: the handler within its applications' middlewares, the variables, and the
+    template ("unmatched" without a route). Requests share the match, so it must not be changed.
     """
 
     handler: Handler
@@ -43,7 +43,7 @@ class RouteCache:
         return self._known.get((request.method, request.raw_path))
 
     async def resolve(self, request: web.Request) -> RouteMatch:
-        """Ask the router. Where no route fits, the handler raises what aiohttp answers."""
+        """Resolve a request by the router. Without a route, the handler raises aiohttp's error."""
         match = await self._app.router.resolve(request)
         match.add_app(self._app)
         match.freeze()
