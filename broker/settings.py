@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from broker.model.values import SWITCH, Rate, choice, items, rate, whole
+from broker.model.values import SWITCH, choice, items, rate, whole
 
 T = TypeVar("T")
 PREFIX = "BROKER_"
@@ -258,10 +258,10 @@ class Settings:
     drain_seconds: float = _setting(_seconds(0, 60), 10)
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info")
     # Rate limits (`broker.ephemeral.rate_limits`): requests, and how many at once; 0: no limit.
-    begin_rate: Rate = _setting(rate, rate("600/min:300"))  # noqa: RUF009 - a field, as above
-    discoverable_rate: Rate = _setting(rate, rate("600/min:300"))  # noqa: RUF009
-    keyed_rate: Rate = _setting(rate, rate("200/s:400"))  # noqa: RUF009
-    unknown_finish_rate: Rate = _setting(rate, rate("60/min:60"))  # noqa: RUF009
+    begin_rate: str = _setting(rate, "600/min:300")
+    discoverable_rate: str = _setting(rate, "600/min:300")
+    keyed_rate: str = _setting(rate, "200/s:400")
+    unknown_finish_rate: str = _setting(rate, "60/min:60")
     # The values of the dialects' settings. A setting that is missing has its default.
     declared: Mapping[str, object] = field(default_factory=dict, repr=False)
     unknown: tuple[str, ...] = ()  # names of variables that name no setting

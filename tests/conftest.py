@@ -30,7 +30,7 @@ from broker import dialects
 from broker.app import Parts, Service, assemble, serve
 from broker.durable import Durable, Postgres, instant
 from broker.embedded import EmbeddedStores
-from broker.model import RATE_KEYS, UNLIMITED, Policy
+from broker.model import RATE_KEYS, Policy
 from broker.settings import Settings
 from broker.telemetry import Log
 from tests.support.authenticator import Authenticator
@@ -200,7 +200,7 @@ def settings_for(stores: EmbeddedStores, **changes: object) -> Settings:
         "cache_seconds": 0.0,
         "store_timeout": 1.5,
         "secret_key": (SECRET_KEY,),
-        **dict.fromkeys(RATE_KEYS, UNLIMITED),
+        **dict.fromkeys(RATE_KEYS, "0"),
         **changes,
     }
     declared = [setting.name for dialect in dialects.DIALECTS for setting in dialect.settings]

@@ -27,7 +27,6 @@ from broker.ephemeral.rate_limits import RateLimits
 from broker.ephemeral.stores import Ceremonies, Nonces, OpenAnswers, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
 from broker.errors import Unavailable
-from broker.model import Rate
 from broker.telemetry import Log, Metrics
 
 __all__ = [
@@ -68,8 +67,8 @@ class RedisFacts(NamedTuple):
 
 class Ephemeral:
     """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one
-    wait. `rates` are the rate limits by name, and `monotonic` is their clock; a rate that is left
-    out limits nothing.
+    wait. `rates` are texts of rate limits by name, and `monotonic` is their clock; a rate that is
+    left out limits nothing.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Ephemeral:
         metrics: Metrics,
         log: Log,
         clock: Callable[[], float],
-        rates: Mapping[str, Rate] = MappingProxyType({}),
+        rates: Mapping[str, str] = MappingProxyType({}),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = Transport(commands, timeout=timeout, metrics=metrics, log=log)

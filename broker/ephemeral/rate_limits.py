@@ -75,7 +75,7 @@ class RateLimits:
     """The limits. `rates` are the settings, by name. `clock` is monotonic, in seconds."""
 
     def __init__(
-        self, transport: Transport, rates: Mapping[str, Rate], clock: Callable[[], float]
+        self, transport: Transport, rates: Mapping[str, str], clock: Callable[[], float]
     ) -> None:
         self._transport = transport
         self._rates = rates
@@ -126,7 +126,8 @@ class RateLimits:
         return _Bucket(limit, key, self._rate(caller, limit))
 
     def _rate(self, caller: Caller, limit: str) -> Rate:
-        return rate_of(caller.app.policy[RATE_KEYS[limit]]) or self._rates.get(limit, UNLIMITED)
+        chosen = rate_of(caller.app.policy[RATE_KEYS[limit]])
+        return chosen or rate_of(self._rates.get(limit, "0")) or UNLIMITED
 
     def _judge(self, buckets: Sequence[_Bucket]) -> None:
         now = self._clock()

@@ -79,12 +79,15 @@ _UNITS = {"s": 1000, "min": 60_000}  # ms
 _RATE_WORDS = "a rate with its burst like 600/min:300 or 200/s:400, at most 1000/s, or 0"
 
 
-def rate(text: str) -> Rate:
-    """The value of a rate.
+@lru_cache(maxsize=256)
+def rate_of(text: str) -> Rate | None:
+    """The value of a rate's text; None: the setting decides.
 
     Raises:
         ValueError: with what it takes as a noun phrase.
     """
+    if text == DEFAULT_RATE:
+        return None
     if text == "0":
         return UNLIMITED
     found = _RATE.fullmatch(text)
@@ -93,22 +96,21 @@ def rate(text: str) -> Rate:
     return Rate(round(_UNITS[found[2]] / int(found[1])), int(found[3]))
 
 
-def _rate_text(text: str) -> str:
-    if text != DEFAULT_RATE:
-        try:
-            rate(text)
-        except ValueError:
-            raise ValueError(f"{_RATE_WORDS}, or {DEFAULT_RATE}") from None
+def rate(text: str) -> str:
+    """The text of a rate, as a setting has it."""
+    if rate_of(text) is None:
+        raise ValueError(_RATE_WORDS)
     return text
 
 
-@lru_cache(maxsize=256)
-def rate_of(text: str) -> Rate | None:
-    """The value of a policy key that is a rate; None: the setting decides."""
-    return None if text == DEFAULT_RATE else rate(text)
+def _rate_or_default(text: str) -> str:
+    try:
+        return text if text == DEFAULT_RATE else rate(text)
+    except ValueError:
+        raise ValueError(f"{_RATE_WORDS}, or {DEFAULT_RATE}") from None
 
 
-RATE = Values(f"{_RATE_WORDS}; {DEFAULT_RATE} is the setting", _rate_text)
+RATE = Values(f"{_RATE_WORDS}; {DEFAULT_RATE} is the setting", _rate_or_default)
 
 
 def items(text: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pytest
 from broker.embedded import EmbeddedStores
 from broker.ephemeral.rate_limits import RateLimits
 from broker.errors import TooManyRequests
-from broker.model import ANYONE, RATE_KEYS, UNLIMITED, Caller, Policy, Rate, RelyingParty
+from broker.model import ANYONE, RATE_KEYS, Caller, Policy, RelyingParty, rate_of
 from broker.settings import Settings
 from tests.conftest import ON_BOTH, Starter
 from tests.support.authenticator import Authenticator
@@ -25,7 +25,7 @@ from tests.support.wire import ORIGIN, Answer, Wire
 
 START = "/authenticate/transactions/webauthn/start"
 FINISH = "/authenticate/transactions/webauthn/finish"
-FEW = Rate(60_000, 3)  # three at once, then one a minute
+FEW = "1/min:3"  # three at once, then one a minute
 PROXIES = (ip_network("127.0.0.1"),)
 
 
@@ -169,7 +169,7 @@ async def test_calls_of_one_key(
     start_broker: Starter, session: aiohttp.ClientSession, device: Authenticator
 ) -> None:
     """Over the limit finishes and redemptions go on, as do other keys and pages."""
-    broker = await start_broker(keyed_rate=Rate(60_000, 5))
+    broker = await start_broker(keyed_rate="1/min:5")
     wire = await Wire.open(broker.service, session)
     nonce = await wire.register(await wire.open_registration("ann"), device)
     begun = await wire.keyed("POST", "/authenticate/start", {"external_id": "ann"})
@@ -256,7 +256,7 @@ async def test_a_bucket_empties(start_broker: Starter, session: aiohttp.ClientSe
 async def test_parallel_begins_at_one_instance_are_exact(
     start_broker: Starter, session: aiohttp.ClientSession
 ) -> None:
-    broker = await start_broker(begin_rate=Rate(60_000, 10))
+    broker = await start_broker(begin_rate="1/min:10")
     wire = await Wire.open(broker.service, session)
     answers = await asyncio.gather(*(wire.page(START, {}) for _ in range(30)))
     assert Counter(answer.status for answer in answers) == {200: 10, 429: 20}
@@ -296,7 +296,7 @@ class _Posted:
         self.charged.append((keys, args))
 
 
-def limits_of(now: list[float], **rates: Rate) -> tuple[RateLimits, _Posted]:
+def limits_of(now: list[float], **rates: str) -> tuple[RateLimits, _Posted]:
     posted = _Posted()
     return RateLimits(posted, rates, lambda: now[0]), posted  # type: ignore[arg-type]
 
@@ -304,15 +304,23 @@ def limits_of(now: list[float], **rates: Rate) -> tuple[RateLimits, _Posted]:
 APP = RelyingParty("a" * 24, "App", "example.org", (ORIGIN,))
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("600/min:300", (100, 300)), ("200/s:400", (5, 400)), ("7/min:1", (8571, 1)), ("0", (1, 0))],
+)
+def test_a_rate_is_an_interval_and_a_burst(text: str, value: tuple[int, int]) -> None:
+    assert rate_of(text) == value
+
+
 def test_one_charge_has_every_bucket_of_a_request() -> None:
-    limits, posted = limits_of([0.0], begin_rate=Rate(100, 9), discoverable_rate=Rate(7, 9))
+    limits, posted = limits_of([0.0], begin_rate="10/s:9", discoverable_rate="150/s:9")
     limits.begin(Caller(APP, address="1.2.3.4"), discoverable=True)
     name = b"l:{%b|1.2.3.4}" % APP.id.encode()
     assert posted.charged == [([name + b":b", name + b":d"], [100, 7])]
 
 
 def test_a_refused_begin_charges_no_bucket() -> None:
-    limits, posted = limits_of([0.0], begin_rate=Rate(100, 5), discoverable_rate=Rate(100, 1))
+    limits, posted = limits_of([0.0], begin_rate="10/s:5", discoverable_rate="10/s:1")
     caller = Caller(APP, address="1.2.3.4")
     limits.begin(caller, discoverable=True)
     for _ in range(9):
@@ -324,7 +332,7 @@ def test_a_refused_begin_charges_no_bucket() -> None:
 
 
 def test_no_limit_charges_nothing() -> None:
-    limits, posted = limits_of([0.0], begin_rate=UNLIMITED)
+    limits, posted = limits_of([0.0], begin_rate="0")
     for _ in range(1000):
         limits.begin(Caller(APP), discoverable=True)
         limits.unknown_finish(Caller(APP))
@@ -334,7 +342,7 @@ def test_no_limit_charges_nothing() -> None:
 
 def test_memory_holds_no_empty_bucket() -> None:
     now = [0.0]
-    limits, _ = limits_of(now, begin_rate=Rate(100, 3))
+    limits, _ = limits_of(now, begin_rate="10/s:3")
     for number in range(25_000):
         now[0] = number / 1000  # so some hundred are not empty
         limits.begin(Caller(APP, address=str(number)), discoverable=False)
