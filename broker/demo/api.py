@@ -276,9 +276,11 @@ async def sign_in_discoverable(request: web.Request) -> web.Response:
 
 @routes.post("/api/redeem-again")
 async def redeem_again(request: web.Request) -> web.Response:
-    """Repeat the session's last redemption, and answer with the broker's refusal."""
+    """Repeat the session's last redemption. The answer has the broker's refusal and its replay
+    alarm.
+    """
     await read_body(request)
-    session, _ = await _signed_in(request)
+    session, account = await _signed_in(request)
     redemption = request.app[REDEMPTIONS].of(session.token_hash)
     if redemption is None:
         raise DemoRefusal(
@@ -291,7 +293,8 @@ async def redeem_again(request: web.Request) -> web.Response:
         await redemption.send(request.app[CLIENT])
     except InvalidNonce as refusal:
         return answer(
-            refusal={"status": refusal.status, "code": refusal.code, "error": refusal.message}
+            refusal={"status": refusal.status, "code": refusal.code, "error": refusal.message},
+            alarm=await _replay_alarm(request, account),
         )
     log.error("the broker redeemed a nonce twice")
     raise DemoRefusal(
@@ -300,6 +303,19 @@ async def redeem_again(request: web.Request) -> web.Response:
         "The broker redeemed the nonce a second time, which must never happen. "
         "Its operator has to know.",
     )
+
+
+async def _replay_alarm(request: web.Request, account: Account) -> dict[str, Any] | None:
+    """The newest replay alarm of the account. A site would follow these events with a cursor, and
+    end the session that `first_request_id` opened.
+    """
+    found = await request.app[CLIENT].list_events(
+        action="nonce.replayed", user=account.external_id, limit=1
+    )
+    for event in found.events:
+        if event.payload is not None:
+            return {"first_at": event.payload["first_at"], "again_at": event.at.isoformat()}
+    return None
 
 
 @routes.post("/api/sign-out")

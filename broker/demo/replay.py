@@ -1,5 +1,5 @@
 """Replay of a redemption: keeps each session's last nonce in memory, so that a visitor can see the
-broker refuse it.
+broker refuse it and raise its replay alarm.
 
 A site of yours needs none of this. The page's button “Redeem it again” shows that a nonce is
 redeemed once. The backend sends the same redemption to the broker a second time, so it keeps the

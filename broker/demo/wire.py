@@ -107,6 +107,7 @@ class TracedClient(AsyncBrokerClient):
         hop["got"] = _shown(body, _GOT)
         if isinstance(body.get("user_verified"), bool):
             hop["got"]["person"] = "verified" if body["user_verified"] else "present"
-        if isinstance(body.get("devices"), list):
-            hop["got"]["passkeys"] = str(len(body["devices"]))
+        for name, shown in (("devices", "passkeys"), ("events", "events")):
+            if isinstance(body.get(name), list):
+                hop["got"][shown] = str(len(body[name]))
         return answer

@@ -1117,20 +1117,22 @@ def test_a_nonce_redeemed_again_is_refused(site: Page) -> None:
     nonce = finished(site, "/api/sign-up/finish")["nonce"]
     site.click(AGAIN)
     site.wait_for_text("Refused, as it should be: 401 invalid_nonce.", within="#again-notice")
-    assert site.text("#announcer") == site.text("#again-notice")
+    shown = site.text("#alarm-notice")
+    assert re.fullmatch(r"Replay alarm: this nonce was redeemed at .+ and again at .+ now\.", shown)
+    assert site.text("#announcer") == f"{site.text('#again-notice')} {shown}"
     hops = site.js(
         "[...document.querySelectorAll('#flow .exchange[open] .hop')].map((hop) => hop.textContent)"
     )
     first_words = [" ".join(hop.split(": ", 1)[1].split()[:2]) for hop in hops]
     assert first_words[:2] == ["POST /demo/api/redeem-again", "POST /authenticate/verify"]
-    assert [words.split()[0] for words in first_words[2:]] == ["401", "200"]
+    assert [words.split()[0] for words in first_words[2:]] == ["401", "GET", "200", "200"]
     assert "invalid_nonce" in hops[2]
     assert f"{nonce[:8]}…{nonce[-2:]}" in hops[1], "the nonce of the receipt"
     assert nonce not in site.js("document.documentElement.innerHTML")
     sign_out(site)
     site.click(WITHOUT)
     site.wait_for_text("You signed in without typing a name.")
-    assert site.count("#again-notice") == 0
+    assert site.count("#again-notice") == site.count("#alarm-notice") == 0
     site.click(AGAIN)
     site.wait_for_text("401 invalid_nonce", within="#again-notice")
 

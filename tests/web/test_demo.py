@@ -952,7 +952,9 @@ async def test_redeeming_again_shows_the_refusal(
         assert again.status == 200, again.body
         assert again.json["refusal"]["status"] == 401
         assert again.json["refusal"]["code"] == "invalid_nonce"
-        (hop,) = again.json["trace"]
+        assert again.json["alarm"]["first_at"] < again.json["alarm"]["again_at"]
+        hop, events = again.json["trace"]
+        assert (events["path"], events["query"]["action"]) == ("/events", "nonce.replayed")
         assert (hop["path"], hop["status"], hop["got"]) == (
             "/authenticate/verify",
             401,

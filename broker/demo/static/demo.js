@@ -245,12 +245,17 @@ async function addPasskey() {
   });
 }
 
-/** Show that a stolen nonce is worthless: the backend redeems the last nonce again, and the broker refuses. */
+/** Show that a stolen nonce is worthless: the backend redeems the last nonce again. The broker refuses, and raises its replay alarm. */
 async function redeemAgain() {
   const notice = byId("again-notice");
   await run({ step: "again", title: "Redeem the nonce again", button: byId("again"), notice }, async (exchange) => {
-    const { refusal } = await backend("POST", "/redeem-again", {}, exchange);
-    tell(notice, `Refused, as it should be: ${refusal.status} ${refusal.code}. A nonce is good once.`, "good");
+    const { refusal, alarm } = await backend("POST", "/redeem-again", {}, exchange);
+    const words = `Refused, as it should be: ${refusal.status} ${refusal.code}. A nonce is good once.`;
+    const [first, again] = [alarm?.first_at, alarm?.again_at].map((at) => new Date(at).toLocaleTimeString());
+    const alarmed = alarm ? `Replay alarm: this nonce was redeemed at ${first} and again at ${again}. A real site ends that first session now.` : "";
+    tell(byId("alarm-notice"), alarmed, "bad");
+    tell(notice, words, "good");
+    byId("announcer").textContent = `${words} ${alarmed}`;
     exchange.verdict("The broker refused: this nonce was redeemed before.");
   });
 }
