@@ -1,13 +1,13 @@
-"""What ceremonies read and write in the table of credentials: the passkeys that may answer, the
-record of a sign-in, the new passkey, its confirmation.
+"""SQL statements of ceremonies on the table of credentials: look up the passkeys that may answer,
+record a sign-in, insert a passkey, confirm a passkey.
 
-The writes are group commits (`broker.durable.group_commit`), and they decide, against the row as
-they locked it: about revocation and counters, about duplicates and the limit of passkeys. For
-several callers a statement waits for no row: a row that another transaction holds is passed over.
-Only a caller with a statement of its own waits, and learns that there is no such row. So no row
-delays other callers, and no two statements wait for each other in a circle. What no statement can
-pass over is the uncommitted insert of the same credential id: such inserts come in the order of
-their ids. The app is locked before the user, and the user before the passkey, as deletions go.
+The writes are group commits (`broker.durable.group_commit`). The write decides, against the locked
+row: about revocation and counters, about duplicates and the limit of passkeys. A statement for
+several callers waits for no row: SKIP LOCKED passes over a row that another transaction has locked.
+Only a statement for one caller waits, and then knows that a missing row doesn't exist. So no row
+delays other callers, and statements don't deadlock. SKIP LOCKED can't pass over an uncommitted
+insert of the same credential id, so a batch inserts in the order of the ids. The app is locked
+before the user, and the user before the passkey, as in deletions.
 
 **The epoch of a user** ends what was begun before. Revoke-all and disable raise it, and a deletion
 ends the row. A transaction, a ceremony and a nonce carry the epoch in which they were made. A new
@@ -15,7 +15,7 @@ passkey needs the user's epoch as locked. A sign-in and a redemption need at lea
 passkey's row, which disable raises too. So a login locks and reads no further row. A user is told
 to be disabled where an epoch is read, and nowhere else.
 
-The look-up of a login is batched as well; the one of a registration is a plain statement.
+The look-up of a login is batched too. The look-up of a registration is a plain statement.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ from broker.model import (
 
 Outcome = Literal["added", "duplicate", "no_user", "epoch_over", "too_many_passkeys"]
 
-# For how long after its registration a passkey that is not confirmed may still be: its nonce lives
-# no longer, by any instance's clock.
+# Time in which a new passkey can be confirmed: no nonce lives longer, by any instance's clock.
 UNCONFIRMED = timedelta(seconds=LONGEST_NONCE + 60)
 
 _ALLOWED = ", ".join(f"c.{name}" for name in AllowedCredential._fields)
@@ -62,7 +61,7 @@ class UserCredentials(NamedTuple):
 
 
 class ExcludedCredential(NamedTuple):
-    """A passkey that its user has: what a new registration must know of it."""
+    """A passkey of the user, which a registration excludes."""
 
     credential_id: bytes
     transports: tuple[str, ...]
@@ -182,8 +181,8 @@ class Ceremonies:
             "user_to_sign_in",
             "SELECT a.number, u.id AS owner, u.epoch, u.disabled_at IS NOT NULL AS disabled,"
             f" {_ALLOWED} FROM {_LOOK_UPS.table}"
-            # LIMIT 1 changes nothing, the pair is unique, but keeps the planner from reading all
-            # users: it takes a batch for 100 rows.
+            # The pair is unique. LIMIT 1 keeps the planner, which expects 100 rows of a batch, from
+            # reading all users.
             " JOIN LATERAL (SELECT id, epoch, disabled_at FROM users"
             " WHERE app_id = a.app_id AND external_id = a.external_id LIMIT 1) u ON true"
             " LEFT JOIN credentials c ON c.user_id = u.id AND c.live"
@@ -215,8 +214,8 @@ class Ceremonies:
         """Record a sign-in, and what was approved by it. None: revoked meanwhile, the user disabled
         since `epoch`, or the counter went back (unless `flag_counter`).
 
-        What changed is judged against the locked row: of two clones that answer at once, one is
-        told. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or
+        Changes are compared with the locked row: of two clones that answer at once, one is
+        detected. Source: WebAuthn L3 §7.2, "If authData.signCount is nonzero or
         credentialRecord.signCount is nonzero".
         """
         return self._use(
@@ -237,8 +236,8 @@ class Ceremonies:
     async def _use_batch(
         self, uses: Sequence[_Use], own: bool
     ) -> list[SignInOutcome | OwnStatement | None]:
-        """Each of another credential. The array in the update's condition keeps the planner from
-        reading the table: it takes a batch for 100 rows.
+        """Record sign-ins, each of another credential. The array in the update's condition keeps
+        the planner, which expects 100 rows of a batch, from reading the table.
         """
         event = insert_event(
             "action",
@@ -342,7 +341,7 @@ class Ceremonies:
     ) -> Outcome:
         """Insert a credential of a user who has the epoch of the ceremony and fewer than
         `max_passkeys`; those that can't be confirmed any more don't count. The unique index on
-        (app, credential id) decides who was first."""
+        (app, credential id) decides between parallel inserts."""
         new = _New(
             new_id,
             pending.app_id,
@@ -380,7 +379,7 @@ class Ceremonies:
             return "no_user"
 
     async def _add_batch(self, new: Sequence[_New], own: bool) -> list[Outcome | OwnStatement]:
-        """Each with another credential id."""
+        """Insert credentials, each with another credential id."""
         rows = await self._insert(
             new,
             f"""
@@ -410,7 +409,7 @@ class Ceremonies:
 
     async def _add_ownerless(self, new: _New) -> Outcome:
         """Insert a credential with a user without an external id. Such a user has no row before the
-        passkey: a page alone, which may try for ever, leaves none behind."""
+        passkey, so attempts of pages leave no rows."""
         rows = await self._insert(
             [new],
             """
@@ -424,7 +423,7 @@ class Ceremonies:
             """,
             own=True,
         )
-        if rows and not rows[0]["added"]:  # another request inserted it between our two inserts
+        if rows and not rows[0]["added"]:  # another request inserted it between these two inserts
             drop = "DELETE FROM users WHERE id = $1 AND external_id IS NULL"
             await self._pg.row("drop_nobody", drop, new.user_id)
         return "added" if rows and rows[0]["added"] else "duplicate"
@@ -493,8 +492,8 @@ class Ceremonies:
     async def _confirm_batch(
         self, confirmations: Sequence[_Confirmation], own: bool
     ) -> list[bool | OwnStatement]:
-        """Each of another credential. With "= 'pending'" the planner may read the whole index of
-        pending users.
+        """Confirm passkeys, each another credential. With "= 'pending'" the planner may read the
+        whole index of pending users.
         """
         event = insert_event("'passkey.confirmed'", "FROM kept", user_id="user_id", passkey_id="id")
         rows = await self._pg.rows(
@@ -538,7 +537,7 @@ class Ceremonies:
 
 
 def _skip(own: bool) -> str:
-    """What a lock does about a row that another transaction holds: wait, or pass over it."""
+    """The lock's option for a row that another transaction has locked: wait, or skip the row."""
     return "" if own else "SKIP LOCKED"
 
 

@@ -1,8 +1,8 @@
-"""The table of credentials ("passkeys"): what callers with a key look up and change. What
-ceremonies read and write is in `broker.durable.ceremonies`.
+"""The table of credentials ("passkeys"): look-ups and changes of keyed callers. The statements of
+ceremonies are in `broker.durable.ceremonies`.
 
-A credential without an owner belongs to a user without an external id, who is made and ends with
-it.
+An ownerless credential belongs to a user without an external id, which is inserted and deleted with
+the credential.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Credentials:
     async def find(
         self, app_id: str, *, passkey_id: str | None = None, credential_id: bytes | None = None
     ) -> Owned | None:
-        """The app's credential with our id (`Credential.id`) or with the authenticator's."""
+        """The app's credential with this id (`Credential.id`) or with the authenticator's id."""
         row = await self._pg.row(
             "passkey",
             f"{_OWNED} WHERE c.app_id = $1 AND "
@@ -111,7 +111,7 @@ class Credentials:
         rows = await self._pg.rows(
             "passkeys", f"{_OWNED} WHERE {where} ORDER BY {order} LIMIT $2 OFFSET $3", *values
         )
-        # Every passkey has a user, so whose they are matters only where one is asked for.
+        # Every passkey has a user, so only a filter by user needs the join.
         of_user = " JOIN users u ON u.id = c.user_id" if external_id is not None else ""
         counted = await self._pg.row(
             "passkeys",
@@ -125,7 +125,7 @@ class Credentials:
     async def after(
         self, app_id: str, after: tuple[datetime, str] | None, limit: int
     ) -> list[Owned]:
-        """The app's passkeys in the order of their making, behind `after` (when and which)."""
+        """The app's passkeys, oldest first, after the cursor `after` (time and id)."""
         rows = await self._pg.rows(
             "passkeys_after",
             f"{_OWNED} WHERE c.app_id = $1"
@@ -149,8 +149,8 @@ class Credentials:
         user_name: str | None = None,
         now: datetime,
     ) -> list[str]:
-        """Change what lists show (`nickname`), or the user's name, of one passkey or of all of a
-        user; returns the passkeys' ids.
+        """Change the `nickname` (for lists) or the user's name, of one passkey or of all of a user.
+        Returns the passkeys' ids.
         """
         column = "nickname" if nickname is not None else "user_name"
         where = (
@@ -190,8 +190,8 @@ class Credentials:
         """Delete those of the user's credentials that have one of these ids, or all (None) and with
         them what was begun for the user before; returns the ids deleted.
 
-        A user without an external id was there for its one passkey, and goes with it. The user's
-        row is locked first: the statement after it sees a passkey that was added meanwhile.
+        A user without an external id is deleted with its passkey. The user's row is locked first:
+        the next statement sees a passkey that was added meanwhile.
         """
         event = insert_event(
             "'passkey.revoked'",
@@ -242,8 +242,8 @@ class Credentials:
         new_handle: str,
         now: datetime,
     ) -> None:
-        """Give a passkey without an owner to a user, who is made with `new_id` and `new_handle` if
-        there is none. The second of two callers makes no user.
+        """Give an ownerless passkey to a user. A missing user is inserted with `new_id` and
+        `new_handle`. The second of two callers inserts no user.
 
         Raises:
             UnknownPasskey, OwnedAlready.
@@ -260,8 +260,8 @@ class Credentials:
 
         async def give(connection: Connection) -> bool | None:
             async with connection.transaction():
-                # The lock on the user without an external id makes a second caller wait, whose next
-                # look sees what the first one did.
+                # The lock on the user without an external id makes a second caller wait. Its next
+                # statement sees the result of the first.
                 live, nobody = None, ""
                 while live is None:
                     find = (
@@ -306,7 +306,7 @@ class Credentials:
         new_handle: str,
         now: datetime,
     ) -> str:
-        """The id of the user, made if there is none, and kept from being deleted until the
+        """The id of the user, inserted if missing, and locked against deletion until the
         transaction ends.
         """
         event = insert_event("'user.created'", "", at="$1", app_id="$2", by="$3, $4", user_id="$5")
@@ -324,7 +324,7 @@ class Credentials:
             if await connection.fetchval(make, new_id, app_id, external_id, new_handle, now):
                 await connection.execute(event, now, app_id, *actor(), new_id)
                 return new_id
-            # Another request was faster: the next look sees that user.
+            # Another request has inserted the user: read again.
 
 
 def _credential_of(row: asyncpg.Record) -> Credential:

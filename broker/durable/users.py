@@ -48,14 +48,14 @@ class Users:
     async def ensure(
         self, app_id: str, external_id: str, *, new_id: str, new_handle: str, now: datetime
     ) -> tuple[Named, str]:
-        """The user with this external id, made if there is none, and the handle. Two at once make
-        one row.
+        """The user with this external id, and the handle. A missing user is inserted; parallel
+        callers insert one row.
 
         A pending user is marked: a registration was opened, so the periodic clean-up passes over
         the row for another day.
 
         Raises:
-            UserDisabled; UnknownApp: the app was deleted while the caller still remembered it.
+            UserDisabled; UnknownApp: the app was deleted while a cache still had it.
         """
         event = insert_event(
             "'user.created'", "FROM new", at="$5", app_id="$1", by="$6, $7", user_id="id"
@@ -98,13 +98,12 @@ class Users:
                 if row["disabled_at"] is not None:
                     raise UserDisabled
                 return Named(row["id"], external_id, row["epoch"]), row["handle"]
-            # Another request has made that user, or ended it, after our snapshot; the next look
-            # sees that.
+            # Another request has inserted or deleted the user after the snapshot: read again.
 
     async def find(
         self, app_id: str, *, user_id: str | None = None, external_id: str | None = None
     ) -> User | None:
-        """One user, by our id or by the caller's."""
+        """A user, by the broker's id or by the external id."""
         row = await self._pg.row(
             "user",
             f"SELECT {_USER} FROM users u {_USES}"
@@ -127,7 +126,7 @@ class Users:
         created_before: datetime | None = None,
         order: UserOrder = "created_at",
     ) -> tuple[list[User], int]:
-        """A page of users and how many there are in all."""
+        """A page of users, and the number of all users."""
         conditions, values = (
             ["u.app_id = $1", "u.external_id IS NOT NULL"],
             cast("list[object]", [app_id]),
@@ -207,8 +206,8 @@ class Users:
                 user_id = await connection.fetchval(deleted, app_id, external_id)
                 if user_id is None:
                     return False
-                # A statement of its own sees what others committed while the first one waited for
-                # them.
+                # A separate statement sees events that were committed while the first statement
+                # waited.
                 await connection.execute(ERASE, [user_id])
                 await connection.execute(event, now, app_id, *actor(), user_id)
             return True
