@@ -1,5 +1,5 @@
-"""Schema migrations: numbered SQL files, applied in order and forward only, while instances of the
-service go on signing people in.
+"""Schema migrations: numbered SQL files, applied in order and forward only, while instances serve
+sign-ins.
 
 Each file of `sql/` is applied once; `schema_migrations` has a row for it, with the digest of its
 text. A schema newer than the code is fine: migrations keep old code running, so a roll-back is
@@ -12,7 +12,7 @@ until the commit, so such a file does no work that grows with the rows of a tabl
 it.
 
 **Without a transaction**: a line `-- no transaction` in the header. Such a file builds indexes with
-CREATE INDEX CONCURRENTLY, which Postgres refuses inside a transaction and which locks nobody out. A
+CREATE INDEX CONCURRENTLY, which Postgres refuses inside a transaction and which blocks no write. A
 failed try leaves an INVALID index; the next try drops it, also concurrently, and builds it again. A
 valid index of that name stays.
 
@@ -63,7 +63,7 @@ class MigrationFault(Fault):
 
 
 class Patience(NamedTuple):
-    """How long a migration waits for others, in seconds."""
+    """Limits of a migration's waits for other sessions, in seconds."""
 
     turn: float = 300.0  # for another session that migrates
     lock: float = (
@@ -261,7 +261,7 @@ class _Migrating:
         return _as_text(row)
 
     async def _oldest(self) -> str:
-        """What to do about the session whose transaction is the oldest."""
+        """The advice about the session with the oldest transaction."""
         row = await self._connection.fetchrow(
             f"SELECT {_SESSION} FROM pg_stat_activity a"
             " WHERE a.xact_start IS NOT NULL AND a.pid <> pg_backend_pid()"

@@ -65,7 +65,7 @@ _NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
 
 
 class _Connection(asyncpg.Connection):
-    """Closes without waiting: a server that was lost does not answer the farewell."""
+    """A connection that closes without waiting: a lost server answers no Terminate message."""
 
     async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncpg's
         self.terminate()

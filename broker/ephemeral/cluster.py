@@ -224,7 +224,7 @@ class ClusterRouter:
             raise Lost("no node tells the topology") from (self._fault if done else TimeoutError())
 
     async def _read_until_sound(self) -> None:
-        """Read until every master has answered, and nobody but masters is connected."""
+        """Read until every master has answered, and only masters are connected."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._next_read - loop.time())

@@ -1,9 +1,9 @@
 """Logs, metrics and the context of a request. Reading order:
 
-log       JSON lines, and libraries' records without anything that a caller sent
-metrics   what is counted and timed, with bounded labels; adds up over processes
+log       structured logs; records of libraries without a caller's data
+metrics   counters, histograms and gauges with bounded labels
 
-`Context` is who acts (an API key's id, "browser", "cli") and under which request id; the durable
+`Context` has the actor (an API key's id, "browser", "cli") and the id of a request. The durable
 store writes both into events.
 """
 
@@ -32,8 +32,8 @@ __all__ = [
 
 @dataclass(slots=True)
 class Context:
-    """Who acts (`actor` is "key:<id>", "browser" or "cli") and how long the request may still
-    take.
+    """The request id, the actor ("key:<id>", "browser" or "cli") and the deadline of a request or
+    command.
     """
 
     request_id: str
@@ -52,8 +52,8 @@ def context() -> Context:
 
 
 def remaining(limit: float) -> float:
-    """Seconds that one wait may take: `limit`, or what is left of the running request if that is
-    less.
+    """The limit of a wait in seconds: `limit`, or the time until the running request's deadline, if
+    that is less.
     """
     deadline = CONTEXT.get(_NOBODY).deadline
     if deadline is None:

@@ -1,12 +1,11 @@
-"""What is counted and timed, in plain lists. Labels are bounded: kinds, results, refusal codes,
-stores, route templates; never an app, a user or an origin.
+"""Prometheus metrics: counters, histograms and gauges. Labels are bounded: kinds, results, refusal
+codes, stores, route templates; never an app, a user or an origin.
 
-prometheus_client's own counters take a lock, look children up under a lock and walk the buckets: 2
-to 4 microseconds an observation, and a login has some twenty. One event loop runs all that counts
-here, so no lock is needed, and a binary search finds the bucket. The library still writes the text,
-and reads the figures of the process and of the garbage collector: `Tally` is a collector like any
-other. What a part of the broker holds at a moment is read at the scrape (`Readings`), so it costs a
-request nothing.
+Counters and histograms are plain lists. prometheus_client's own take a lock, look children up under
+a lock and walk the buckets: 2 to 4 microseconds an observation, and a login has about twenty. All
+observations run on one event loop, so no lock is needed, and a binary search finds the bucket. The
+library still writes the text, and reads the figures of the process and of the garbage collector:
+`Tally` is a collector. Gauges are read at the scrape (`Readings`), so they cost a request nothing.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ Values = dict[tuple[str, ...], list[float]]
 
 
 class Counts:
-    """How often something happened, by labels."""
+    """Counter, by labels."""
 
     def __init__(self, name: str, help_: str, *labels: str) -> None:
         self.name, self._help, self._labels = name, help_, labels
         self.values: Values = {} if labels else {(): [0.0]}
 
     def inc(self, *labels: str) -> None:
-        """Once more. `labels` in the order of the metric's names."""
+        """Add 1. `labels` are in the order of the metric's label names."""
         self.add(1.0, *labels)
 
     def add(self, number: float, *labels: str) -> None:
-        """So many more."""
+        """Add `number`."""
         found = self.values.get(labels)
         if found is None:
             self.values[labels] = [number]
@@ -52,7 +51,7 @@ class Counts:
             found[0] += number
 
     def family(self) -> Metric:
-        """The values as Prometheus has them."""
+        """The values in Prometheus' form."""
         family = CounterMetricFamily(self.name, self._help, labels=self._labels)
         for labels, (number,) in self.values.items():
             family.add_metric(labels, number)
@@ -60,11 +59,11 @@ class Counts:
 
 
 class Times:
-    """How values spread, by labels: a count for each bucket and one for what is above, then the
+    """Histogram, by labels: a count for each bucket and for values above the last bound, then the
     sum.
 
-    What is observed is put aside and sorted in by the hundred: what is done often in a row costs a
-    fraction of what is done now and then.
+    Observations are buffered, and sorted into the buckets by the hundred: a batch costs a fraction
+    of single insertions.
     """
 
     def __init__(self, name: str, help_: str, *labels: str, buckets: tuple[float, ...]) -> None:
@@ -74,7 +73,7 @@ class Times:
         self._aside: list[tuple[float, tuple[str, ...]]] = []
 
     def observe(self, value: float, *labels: str) -> None:
-        """One more value. A bucket holds what is at most its bound."""
+        """Observe a value. A bucket counts values up to its bound, inclusive."""
         self._aside.append((value, labels))
         if len(self._aside) >= _ASIDE:
             self._sort_in()
@@ -90,12 +89,12 @@ class Times:
 
     @property
     def values(self) -> Values:
-        """All that was observed."""
+        """The counts of all observations."""
         self._sort_in()
         return self._sorted
 
     def family(self) -> Metric:
-        """The values as Prometheus has them: each bucket holds the ones below it as well."""
+        """The values in Prometheus' form: cumulative buckets."""
         family = HistogramMetricFamily(self.name, self._help, labels=self._labels)
         bounds = [*map(str, self._buckets), "+Inf"]
         for labels, numbers in self.values.items():
@@ -106,8 +105,8 @@ class Times:
 
 
 class Readings:
-    """Figures that parts of the broker hold, read at the scrape: gauges, or counters where `family`
-    says so. Readings with the same labels add up.
+    """Gauges, or counters, whose values parts of the broker hold and a scrape reads. Readings with
+    the same labels add up.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class Readings:
         self._sources.append((labels, read))
 
     def family(self) -> Metric:
-        """The values as Prometheus has them."""
+        """The values in Prometheus' form."""
         sums: dict[tuple[str, ...], float] = {} if self._labels else {(): 0.0}
         for labels, read in self._sources:
             sums[labels] = sums.get(labels, 0.0) + read()
@@ -164,7 +163,7 @@ class Tally(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric, also those that nothing happened to yet."""
+        """Every metric, including those without an observation."""
         return [metric.family() for metric in self._metrics]
 
 
@@ -173,7 +172,7 @@ _STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 
 class Metrics:
-    """Every metric, in a registry of its own so that two brokers in one process (as in tests) do
+    """All metrics, in a registry of their own, so that two brokers in one process (as in tests) do
     not add up.
     """
 
