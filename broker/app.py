@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from broker import __version__
 from broker.broker import Broker
-from broker.dialects import DIALECTS, chosen
+from broker.dialects import DIALECTS, chosen, openers
 from broker.directory import Directory
 from broker.durable import Durable, Postgres
 from broker.durable.housekeeping import Housekeeping
@@ -124,6 +124,7 @@ async def assemble(
         metrics=metrics,
         log=log,
         clock=clock,
+        openers=openers(),
         rates={limit: getattr(settings, limit) for limit in RATE_KEYS},
         monotonic=monotonic,
     )

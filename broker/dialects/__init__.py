@@ -15,7 +15,7 @@ from broker.dialects.flex import FLEX
 from broker.dialects.hanko import HANKO
 from broker.dialects.passlock import PASSLOCK
 from broker.dialects.propelauth import PROPELAUTH
-from broker.model import POLICY_KEYS, PolicyKey
+from broker.model import POLICY_KEYS, Opener, PolicyKey
 from broker.settings import Settings, SettingsFault
 
 # The first dialect renders the refusals on paths that belong to no dialect.
@@ -25,6 +25,11 @@ DIALECTS: tuple[Dialect, ...] = (FLEX, HANKO, PASSLOCK, PROPELAUTH)
 def policy_keys() -> list[PolicyKey[Any]]:
     """Every policy key: the core's, and those that the dialects declare."""
     return [*POLICY_KEYS, *(key for dialect in DIALECTS for key in dialect.policy_keys)]
+
+
+def openers() -> frozenset[Opener]:
+    """The openers of every dialect."""
+    return frozenset(opener for dialect in DIALECTS for opener in dialect.openers)
 
 
 def load_settings(

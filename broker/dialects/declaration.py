@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from broker.errors import Refusal
-from broker.model import PolicyKey
+from broker.model import Opener, PolicyKey
 from broker.settings import Setting
 
 if TYPE_CHECKING:
@@ -34,10 +34,15 @@ class WireFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The declaration of a dialect. `name` is its word in the setting `dialects`."""
+    """The declaration of a dialect. `name` is its word in the setting `dialects`, `segments` the
+    first segments of its paths, `openers` the openers of its ceremonies. No two dialects share one
+    of these.
+    """
 
     name: str
     load: Callable[[], WireFormat]
+    segments: tuple[str, ...]
+    openers: tuple[Opener, ...]
     signs: bool = False  # signs tokens, which needs a secret key
     settings: tuple[Setting[Any], ...] = ()
     policy_keys: tuple[PolicyKey[Any], ...] = ()

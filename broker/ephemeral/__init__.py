@@ -9,7 +9,7 @@ of transactions, ceremonies, nonces and tickets), `mail_codes`, `rate_limits`. B
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from broker.ephemeral.rate_limits import RateLimits
 from broker.ephemeral.stores import Ceremonies, Nonces, OpenAnswers, Tickets, Transactions
 from broker.ephemeral.transport import Commands, Transport, connect
 from broker.errors import Unavailable
+from broker.model import Opener
 from broker.telemetry import Log, Metrics
 
 __all__ = [
@@ -67,8 +68,8 @@ class RedisFacts(NamedTuple):
 
 class Ephemeral:
     """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one
-    wait. `rates` are texts of rate limits by name, and `monotonic` is their clock; a rate that is
-    left out limits nothing.
+    wait. `openers` are all that begin a ceremony. `rates` are texts of rate limits by name, and
+    `monotonic` is their clock; a rate that is left out limits nothing.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Ephemeral:
         metrics: Metrics,
         log: Log,
         clock: Callable[[], float],
+        openers: Collection[Opener],
         rates: Mapping[str, str] = MappingProxyType({}),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,7 +88,7 @@ class Ephemeral:
         self._clock = clock
         store = OneTimeStore(self._transport, clock)
         self.transactions = Transactions(store, self._transport)
-        self.ceremonies = Ceremonies(store, self._transport, clock, metrics)
+        self.ceremonies = Ceremonies(store, self._transport, clock, metrics, openers)
         self.nonces = Nonces(store, clock)
         self.open_answers = OpenAnswers(self._transport)
         self.tickets = Tickets(store)

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import urlsafe_b64decode
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, get_args
 
 from broker.ephemeral.codec import DecodeError, decode, encode
@@ -132,7 +132,9 @@ class Transactions:
 
 
 class Ceremonies:
-    """Pending ceremonies. `clock` gives seconds since the epoch."""
+    """Pending ceremonies. `clock` gives seconds since the epoch; `openers` are all that there
+    are.
+    """
 
     def __init__(
         self,
@@ -140,10 +142,12 @@ class Ceremonies:
         transport: Transport,
         clock: Callable[[], float],
         metrics: Metrics,
+        openers: Collection[Opener],
     ) -> None:
         self._store = store
         self._transport = transport
         self._clock = clock
+        self._openers = openers
         self._open: dict[str, tuple[float, int]] = {}  # by app: the last one's end, and how many
         self._abandoned = metrics.ceremonies_abandoned
         metrics.ceremonies_open.add(self._count_open)
@@ -164,6 +168,7 @@ class Ceremonies:
         must be queried (`Transaction.to_look_up`) while `begun.allowed` is None. The answer is
         `other_kind` then, with the transaction.
         """
+        assert opener in self._openers, "a dialect declares its openers"
         handle = secret + base64url(name)
         queried = [] if begun.allowed is None else [kind + _TO_LOOK_UP for kind in kinds]
         proof = digest("handle", app_id, handle)
@@ -188,6 +193,7 @@ class Ceremonies:
         Raises:
             TooManyRequests: the app has `cap` open ceremonies that a cap counts.
         """
+        assert opener in self._openers, "a dialect declares its openers"
         app_id, ends = pending.app_id, pending.expires_at
         kind = finish_kind_of(pending) if by == "challenge" else purpose_of(pending)
         if by == "challenge":
@@ -259,7 +265,7 @@ class Ceremonies:
         ceremony of each purpose, so their other one is not meant.
         """
         kinds = (kind,) if by == "user" else _FINISHES
-        keys = [_key(by, app_id, o, k, token) for o in get_args(Opener) for k in kinds]
+        keys = [_key(by, app_id, o, k, token) for o in self._openers for k in kinds]
         # Keys with a tag share a slot, others don't.
         commands = [[key] for key in keys] if by == "user" else [keys]
         asked = [self._transport.ask("find_pending", "EXISTS", *some) for some in commands]

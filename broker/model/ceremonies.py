@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from broker.model.policy import (
     Attachment,
@@ -28,9 +28,9 @@ Proof = Literal[
 # Which finish ends a ceremony that its challenge finds; of one that a handle or a user finds, the
 # purpose says it.
 FinishKind = Proof | Literal["approve_second_factor"]
-# Who begins a ceremony: a dialect, and whether with a key. Part of the name under which a ceremony
-# is stored, so that no other dialect's finish finds it.
-Opener = Literal["page", "keyed", "hanko", "hanko_keyless", "passlock", "propelauth"]
+# The word of a dialect, and of whether its caller has a key, which a dialect declares. Part of the
+# name under which a ceremony is stored, so that no other dialect's finish finds it.
+Opener: TypeAlias = str
 
 MAX_REFUSALS = 10  # refused finishes of one transaction; the last of them ends it
 

@@ -546,7 +546,7 @@ def _signing_dialect() -> Dialect:
     wire_format = SimpleNamespace(
         PATHS=re.compile("/signs/"), STATUS=flex.STATUS, routes=routes, render=flex.render
     )
-    return Dialect("signs", lambda: cast("WireFormat", wire_format), signs=True)
+    return Dialect("signs", lambda: cast("WireFormat", wire_format), ("signs",), (), signs=True)
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ What stays apart: second factors, and passkeys that nobody owns yet.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 
+from broker.dialects import DIALECTS, openers
+from broker.dialects.declaration import Dialect
 from broker.model import Policy
 from tests.conftest import ON_BOTH, OpenApp, Started
 from tests.dialects.ways import BY_NAME, REGISTER, WITHOUT, SignIn
@@ -21,6 +24,21 @@ from tests.support.hanko import SECOND_LOGIN, SECOND_REGISTRATION, Hanko
 from tests.support.passlock import Passlock
 from tests.support.signals import refused
 from tests.support.wire import ORIGIN, UnexpectedStatus, Wire
+
+
+def test_no_two_dialects_share_a_word() -> None:
+    """An opener that two declared would let each finish the other's ceremonies."""
+    for words in ("segments", "openers"):
+        found = [word for dialect in DIALECTS for word in getattr(dialect, words)]
+        assert len(found) == len(set(found)) >= len(DIALECTS), words
+    assert all(re.fullmatch("[a-z_]+", opener) for opener in openers())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_a_dialect_declares_the_first_segments_of_its_paths(dialect: Dialect) -> None:
+    routes = dialect.load().routes(management=True, browser=True)
+    found = {route.path.split("/")[1] for route in routes if not route.path.startswith("/{")}
+    assert found == set(dialect.segments)
 
 
 @ON_BOTH

@@ -20,6 +20,7 @@ from tests.dialects.flex.test_contract import subclasses
 from tests.project import test_docs as docs
 from tests.support import fifth, golden
 from tests.support.authenticator import Authenticator
+from tests.support.byo import Byo
 from tests.support.commands import Cli, refusal
 from tests.support.fifth import routes as wire_format
 from tests.support.signals import refused
@@ -52,6 +53,8 @@ async def test_a_login_through_it(
 
     begun = await ask("start", "start", {"user": "ann"}, key)
     finish = {"user": "ann", "answer": device.authenticate(begun.json[1], ORIGIN)}
+    with refused(broker, "transaction_not_found", "other_finish"):
+        await Byo(wire).run("FinishPasskeyAuthentication", userId="ann", publicKey=finish["answer"])
     done = await ask("finish", "finish", finish, key)
     assert done.json == ["yes", {"name": "ANN", "keep": 45}]
     with refused(broker, "transaction_not_found", "user_has_no_ceremony"):

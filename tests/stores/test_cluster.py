@@ -25,6 +25,7 @@ from redis.crc import key_slot
 from redis.exceptions import ClusterDownError, MovedError, RedisError, ResponseError, TryAgainError
 from redis.exceptions import ConnectionError as Lost
 
+from broker.dialects import openers
 from broker.ephemeral import Ephemeral, Taken, Unknown, connect
 from broker.ephemeral.cluster import Address, ClusterRouter, _Answer, _Claim, _parsed
 from broker.ephemeral.transport import DOWN
@@ -122,6 +123,7 @@ async def test_a_cold_start_of_the_whole_store(cluster: Cluster) -> None:
         metrics=metrics,
         log=Log(io.StringIO()),
         clock=time.time,
+        openers=openers(),
     )
     handles = [MINT.token("handle") for _ in range(300)]
     apps = [f"app-{number}" for number in range(300)]
@@ -631,6 +633,7 @@ async def test_a_master_that_fails_is_left(
         metrics=metrics,
         log=Log(io.StringIO()),
         clock=time.time,
+        openers=openers(),
     )
     broker = await start_broker(redis_url=cluster.url, store_timeout=1.0)
     wire = await Wire.open(broker.service, session)

@@ -18,6 +18,7 @@ from typing import Any
 import fakeredis
 import pytest
 
+from broker.dialects import openers
 from broker.ephemeral import Answer, Ephemeral, Taken, Unknown, one_time, stores
 from broker.ephemeral.transport import ByClient, Commands, Script
 from broker.errors import TooManyRequests, Unavailable
@@ -89,7 +90,12 @@ class Place:
         else:
             client = self.server.commands(timeout=timeout, through=through)
         store = Ephemeral(
-            client, timeout=timeout, metrics=self.metrics, log=self.log, clock=self.clock
+            client,
+            timeout=timeout,
+            metrics=self.metrics,
+            log=self.log,
+            clock=self.clock,
+            openers=openers(),
         )
         self.made.append(store)
         return store

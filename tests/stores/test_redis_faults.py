@@ -16,6 +16,7 @@ import pytest
 import redis
 from redis.asyncio.connection import DefaultParser
 
+from broker.dialects import openers
 from broker.ephemeral import Ephemeral, Unknown, connect
 from broker.ephemeral.connection import term_of
 from broker.ephemeral.faults import CAUSES, Faults, cause_of
@@ -45,7 +46,12 @@ class Operator:
         self.metrics, self.stream = Metrics(), io.StringIO()
         commands = connect(url, timeout=timeout)
         self.store = Ephemeral(
-            commands, timeout=timeout, metrics=self.metrics, log=Log(self.stream), clock=lambda: 0.0
+            commands,
+            timeout=timeout,
+            metrics=self.metrics,
+            log=Log(self.stream),
+            clock=lambda: 0.0,
+            openers=openers(),
         )
 
     def counted(self) -> dict[str, float]:

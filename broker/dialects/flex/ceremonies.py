@@ -28,6 +28,7 @@ from aiohttp import web
 
 from broker import ceremony
 from broker.broker import Outcome
+from broker.dialects.flex import KEYED
 from broker.dialects.flex.canonical import approval_digest, canonical
 from broker.dialects.flex.fields import (
     Body,
@@ -52,7 +53,7 @@ from broker.model import (
 from broker.web import BROKER, json_answer, keyed, read_object
 from broker.web.body import optional_text, text_field
 
-_BY_USER = ExpectedCeremony(("keyed",))
+_BY_USER = ExpectedCeremony((KEYED,))
 
 # -- joined by the user ----------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ async def begin_authentication_of(request: web.Request, caller: Caller) -> web.S
     body = await read_object(request)
     link, options = ByUser(text_field(body, "external_id")), authentication_options(body)[1]
     _judge_by_user(options)
-    begun = await request.app[BROKER].begin_authentication(caller, link, "keyed", options=options)
+    begun = await request.app[BROKER].begin_authentication(caller, link, KEYED, options=options)
     return json_answer({"options": begun.public_key})
 
 
@@ -109,7 +110,7 @@ async def begin_registration(request: web.Request, caller: Caller) -> web.Stream
 async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """`{credential, second_factor?}` to the receipt."""
     body = await read_object(request)
-    expect = ExpectedCeremony(("keyed",), switch(body, "second_factor"))
+    expect = ExpectedCeremony((KEYED,), switch(body, "second_factor"))
     answer = ceremony.parse_registration(body.get("credential"))
     return _receipt(
         await request.app[BROKER].finish_registration(caller, ByChallenge(), answer, expect)
@@ -126,7 +127,7 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
             "approval needs external_id: somebody is asked to approve.", reason="scope"
         )
     begun = await request.app[BROKER].begin_authentication(
-        caller, ByChallenge(external_id), "keyed", options=options, approval=approval
+        caller, ByChallenge(external_id), KEYED, options=options, approval=approval
     )
     return json_answer({"options": begun.public_key})
 
@@ -136,7 +137,7 @@ async def finish_authentication(request: web.Request, caller: Caller) -> web.Str
     approval.
     """
     body = await read_object(request)
-    expect = ExpectedCeremony(("keyed",), switch(body, "second_factor"), switch(body, "approval"))
+    expect = ExpectedCeremony((KEYED,), switch(body, "second_factor"), switch(body, "approval"))
     answer = ceremony.parse_authentication(body.get("credential"))
     return _receipt(
         await request.app[BROKER].finish_authentication(caller, ByChallenge(), answer, expect)
@@ -154,7 +155,7 @@ async def _begin_registration(
     begun = await request.app[BROKER].begin_registration(
         caller,
         link,
-        "keyed",
+        KEYED,
         names=Names(
             user_name,
             optional_text(body, "user_display_name") or user_name,

@@ -27,7 +27,7 @@ from aiohttp import hdrs, web
 
 from broker import ceremony, errors
 from broker.broker import Begun, Nonce
-from broker.dialects.flex import ceremonies, mail, signals, signed
+from broker.dialects.flex import PAGE, ceremonies, mail, signals, signed
 from broker.dialects.flex.fields import (
     attachment,
     authentication_options,
@@ -314,7 +314,7 @@ async def begin_registration(request: web.Request, caller: Caller) -> web.Stream
     body = await read_object(request)
     transaction_id = text_field(body, "transaction_id")
     begun = await request.app[BROKER].begin_registration(
-        caller, ByTransaction(transaction_id), "page", attachment=attachment(body)
+        caller, ByTransaction(transaction_id), PAGE, attachment=attachment(body)
     )
     return json_answer({"handshake": _handshake(begun), "transaction_id": transaction_id})
 
@@ -341,7 +341,7 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
         )
     link = ANYONE if transaction_id is None else ByTransaction(transaction_id)
     options = NO_OPTIONS if challenge is None else CeremonyOptions(binding_challenge=challenge)
-    begun = await request.app[BROKER].begin_authentication(caller, link, "page", options=options)
+    begun = await request.app[BROKER].begin_authentication(caller, link, PAGE, options=options)
     answer: dict[str, Any] = {"handshake": _handshake(begun)}
     if transaction_id is not None:
         answer["transaction_id"] = transaction_id
@@ -370,7 +370,7 @@ def _finished(body: dict[str, Any]) -> tuple[ByHandle, ExpectedCeremony]:
     """
     handle, transaction_id = text_field(body, "handshake_id"), optional_text(body, "transaction_id")
     return ByHandle(handle), ExpectedCeremony(
-        ("page",), second_factor=None, transaction_id=transaction_id
+        (PAGE,), second_factor=None, transaction_id=transaction_id
     )
 
 

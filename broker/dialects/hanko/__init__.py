@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import get_args
 
 from broker.dialects.declaration import Dialect, WireFormat
-from broker.model import PolicyKey, TokenAlgorithm
+from broker.model import Opener, PolicyKey, TokenAlgorithm
 from broker.model.values import choice, whole
 from broker.settings import TOKEN_LIFE_LIMIT, Setting
 
@@ -23,6 +23,10 @@ ALGORITHM: PolicyKey[TokenAlgorithm] = PolicyKey(
     "signs the tokens of the Hanko API",
 )
 
+# The openers of ceremonies, with a key and without.
+OPENER: Opener = "hanko"
+KEYLESS: Opener = "hanko_keyless"
+
 
 def _load() -> WireFormat:
     from broker.dialects.hanko import routes
@@ -30,4 +34,12 @@ def _load() -> WireFormat:
     return routes
 
 
-HANKO = Dialect("hanko", _load, signs=True, settings=(TOKEN_LIFE,), policy_keys=(ALGORITHM,))
+HANKO = Dialect(
+    "hanko",
+    _load,
+    segments=("hanko",),
+    openers=(OPENER, KEYLESS),
+    signs=True,
+    settings=(TOKEN_LIFE,),
+    policy_keys=(ALGORITHM,),
+)

@@ -17,7 +17,7 @@ from aiohttp import hdrs, web
 
 from broker import ceremony
 from broker.broker import Signed
-from broker.dialects.hanko import ALGORITHM, TOKEN_LIFE
+from broker.dialects.hanko import ALGORITHM, KEYLESS, OPENER, TOKEN_LIFE
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
 from broker.errors import InvalidKey, InvalidRequest
@@ -76,7 +76,7 @@ async def _begin_registration(
     judge(faults)
     names = Names(user_name, display_name if display_name.strip() else user_name)
     begun = await request.app[BROKER].begin_registration(
-        caller, ByChallenge(user_id), "hanko", names=names, options=options
+        caller, ByChallenge(user_id), OPENER, names=names, options=options
     )
     if icon:
         begun.public_key["user"]["icon"] = icon
@@ -85,14 +85,14 @@ async def _begin_registration(
 
 async def finish_registration(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
-    return await _finish_registration(request, caller, ExpectedCeremony(("hanko",)))
+    return await _finish_registration(request, caller, ExpectedCeremony((OPENER,)))
 
 
 async def finish_second_factor_registration(
     request: web.Request, caller: Caller
 ) -> web.StreamResponse:
     """The browser's answer to `{token}`. The call is keyed, so the passkey is confirmed."""
-    return await _finish_registration(request, caller, ExpectedCeremony(("hanko",), True))
+    return await _finish_registration(request, caller, ExpectedCeremony((OPENER,), True))
 
 
 async def _finish_registration(
@@ -150,7 +150,7 @@ async def _begin_login(
     begun = await request.app[BROKER].begin_authentication(
         caller,
         ByChallenge(user_id),
-        "hanko" if caller.key_id else "hanko_keyless",
+        OPENER if caller.key_id else KEYLESS,
         options=options,
         approval=approval,
     )
@@ -159,7 +159,7 @@ async def _begin_login(
 
 async def finish_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
-    return await _finish_login(request, caller, ExpectedCeremony(("hanko", "hanko_keyless")))
+    return await _finish_login(request, caller, ExpectedCeremony((OPENER, KEYLESS)))
 
 
 async def begin_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
@@ -173,7 +173,7 @@ async def begin_second_factor_login(request: web.Request, caller: Caller) -> web
 
 async def finish_second_factor_login(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`."""
-    return await _finish_login(request, caller, ExpectedCeremony(("hanko",), second_factor=True))
+    return await _finish_login(request, caller, ExpectedCeremony((OPENER,), second_factor=True))
 
 
 # -- transaction: a payload that the user approves -------------------------------------------------
@@ -205,7 +205,7 @@ def _is_given(data: object) -> bool:
 
 async def finish_approval(request: web.Request, caller: Caller) -> web.StreamResponse:
     """The browser's answer to `{token}`. The token's claim `trans` is the transaction's id."""
-    return await _finish_login(request, caller, ExpectedCeremony(("hanko",), approval=True))
+    return await _finish_login(request, caller, ExpectedCeremony((OPENER,), approval=True))
 
 
 # -- token -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ This package declares the dialect; `routes` is its wire format.
 from __future__ import annotations
 
 from broker.dialects.declaration import Dialect, WireFormat
-from broker.model import LONGEST_NONCE
+from broker.model import LONGEST_NONCE, Opener
 from broker.model.values import whole
 from broker.settings import TOKEN_LIFE_LIMIT, Setting
 
@@ -21,6 +21,8 @@ CODE_LIFE = Setting(
     "passlock_code_life", 300, whole(10, LONGEST_NONCE), "seconds that a Passlock `code` lives"
 )
 
+OPENER: Opener = "passlock"
+
 
 def _load() -> WireFormat:
     from broker.dialects.passlock import routes
@@ -28,4 +30,11 @@ def _load() -> WireFormat:
     return routes
 
 
-PASSLOCK = Dialect("passlock", _load, signs=True, settings=(TOKEN_LIFE, CODE_LIFE))
+PASSLOCK = Dialect(
+    "passlock",
+    _load,
+    segments=("v2", ".well-known", "aaguid"),
+    openers=(OPENER,),
+    signs=True,
+    settings=(TOKEN_LIFE, CODE_LIFE),
+)

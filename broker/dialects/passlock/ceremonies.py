@@ -24,7 +24,7 @@ from aiohttp import web
 
 from broker import ceremony
 from broker.broker import Outcome, Signed
-from broker.dialects.passlock import CODE_LIFE, TOKEN_LIFE
+from broker.dialects.passlock import CODE_LIFE, OPENER, TOKEN_LIFE
 from broker.dialects.passlock.fields import (
     Body,
     as_a_page_may,
@@ -55,7 +55,7 @@ from broker.web import BROKER, DIRECTORY, SETTINGS, Handler, json_answer, read_o
 from broker.web.body import text_field
 
 _ISSUER = "passlock.dev"  # the vendor's verifier accepts no other issuer
-_EXPECTED = ExpectedCeremony(("passlock",))
+_EXPECTED = ExpectedCeremony((OPENER,))
 
 # -- authorize -------------------------------------------------------------------------------------
 
@@ -122,13 +122,13 @@ async def begin_registration(request: web.Request, caller: Caller) -> web.Stream
     body, broker = await read_object(request), request.app[BROKER]
     if "registrationToken" in body or "username" not in body:
         link = _transaction(body, "registrationToken")
-        begun = await broker.begin_registration(caller, link, "passlock")
+        begun = await broker.begin_registration(caller, link, OPENER)
     else:
         judge_open(caller.app)
         names = _names(body)
         options = as_a_page_may(registration_options(body), caller.app)
         begun = await broker.begin_registration(
-            caller, ANYONE, "passlock", names=names, options=options
+            caller, ANYONE, OPENER, names=names, options=options
         )
     return json_answer({"sessionToken": begun.handle, "optionsJSON": begun.public_key})
 
@@ -139,12 +139,12 @@ async def begin_authentication(request: web.Request, caller: Caller) -> web.Stre
     body, broker = await read_object(request), request.app[BROKER]
     if "authenticationToken" in body:
         link = _transaction(body, "authenticationToken")
-        begun = await broker.begin_authentication(caller, link, "passlock")
+        begun = await broker.begin_authentication(caller, link, OPENER)
     else:
         if body.get("rpId") is not None:
             judge_rp_id(body, caller.app)
         options = as_a_page_may(authentication_options(body, caller.app), caller.app)
-        begun = await broker.begin_authentication(caller, ANYONE, "passlock", options=options)
+        begun = await broker.begin_authentication(caller, ANYONE, OPENER, options=options)
     return json_answer(
         {
             "sessionToken": begun.handle,

@@ -28,6 +28,7 @@ from typing import Any
 from aiohttp import web
 
 from broker import errors
+from broker.dialects import DIALECTS
 from broker.dialects.passlock import ceremonies, mailbox, management
 from broker.errors import NotFound, Refusal, UnknownApp
 from broker.model import base64url
@@ -35,8 +36,10 @@ from broker.signing import JWKS_MAX_AGE
 from broker.web import SIGNING, browser_routes, edge, json_answer, keyed, public
 from broker.web.body import as_incoming
 
-# First segments of the root that are no tenancy. A test compares them with the router.
-_OTHERS = r"(?:v1|v2|hanko|propelauth|health|metrics|sdk|demo|aaguid|\.well-known)/"
+# First segments of the root that are no tenancy: the service's own, and those of the dialects. A
+# test compares them with the router.
+_SEGMENTS = ("health", "metrics", "sdk", "demo", *(s for d in DIALECTS for s in d.segments))
+_OTHERS = rf"(?:{'|'.join(map(re.escape, _SEGMENTS))})/"
 # A segment in the tenancy's place that can't be an app's id. An escaped slash makes two segments.
 _NO_TENANCY = r"(?![A-Za-z0-9]{24}/)(?:(?!%2[Ff])[^/])+"
 # The unprefixed paths below a tenancy.

@@ -6,6 +6,9 @@ This package declares the dialect; `routes` is its wire format.
 from __future__ import annotations
 
 from broker.dialects.declaration import Dialect, WireFormat
+from broker.model import Opener
+
+OPENER: Opener = "propelauth"
 
 
 def _load() -> WireFormat:
@@ -14,4 +17,4 @@ def _load() -> WireFormat:
     return routes
 
 
-PROPELAUTH = Dialect("propelauth", _load)
+PROPELAUTH = Dialect("propelauth", _load, segments=("propelauth",), openers=(OPENER,))

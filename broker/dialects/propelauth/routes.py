@@ -20,6 +20,7 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from broker import ceremony, errors
+from broker.dialects.propelauth import OPENER
 from broker.errors import InvalidRequest, InvalidSetting, OperationNotAllowed, Refusal
 from broker.model import (
     MAX_TEXT,
@@ -41,7 +42,7 @@ PATHS = re.compile(rf"{PREFIX}(?:/|\Z)")
 _UNEXPECTED = "UnexpectedError"
 _KEY_PREFIX = KEY_PREFIXES["key"]
 _COMMAND = web.RequestKey("COMMAND", str)
-_EXPECTED = ExpectedCeremony(("propelauth",))
+_EXPECTED = ExpectedCeremony((OPENER,))
 
 STATUS: Mapping[type[Refusal], int] = {
     **edge.STATUS,
@@ -159,7 +160,7 @@ async def start_registration(request: web.Request, caller: Caller, data: Data) -
         _optional(data, "passkeyDisplayName") or "",
     )
     _additional_origin(data)
-    begun = await request.app[BROKER].begin_registration(caller, link, "propelauth", names=names)
+    begun = await request.app[BROKER].begin_registration(caller, link, OPENER, names=names)
     return {"registrationOptions": begun.public_key}
 
 
@@ -177,7 +178,7 @@ async def start_authentication(request: web.Request, caller: Caller, data: Data)
     """`{userId, additionalAllowedOrigin?}` to `{authenticationOptions}`."""
     link = ByUser(_text(data, "userId"))
     _additional_origin(data)
-    begun = await request.app[BROKER].begin_authentication(caller, link, "propelauth")
+    begun = await request.app[BROKER].begin_authentication(caller, link, OPENER)
     return {"authenticationOptions": begun.public_key}
 
 

@@ -7,7 +7,7 @@ user's name in the letters that the app's policy says, and how long it may be ke
 from __future__ import annotations
 
 from broker.dialects.declaration import Dialect, WireFormat
-from broker.model import PolicyKey
+from broker.model import Opener, PolicyKey
 from broker.model.values import choice, whole
 from broker.settings import Setting
 
@@ -16,6 +16,8 @@ LETTERS: PolicyKey[str] = PolicyKey(
     "fifth_letters", "small", choice("small", "capital"), "the letters of a name"
 )
 
+OPENER: Opener = "fifth"
+
 
 def _load() -> WireFormat:
     from tests.support.fifth import routes
@@ -23,4 +25,11 @@ def _load() -> WireFormat:
     return routes
 
 
-FIFTH = Dialect("fifth", _load, settings=(KEEP,), policy_keys=(LETTERS,))
+FIFTH = Dialect(
+    "fifth",
+    _load,
+    segments=("fifth",),
+    openers=(OPENER,),
+    settings=(KEEP,),
+    policy_keys=(LETTERS,),
+)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import cast
 
 from aiohttp import web
 
 from broker import ceremony, errors
 from broker.errors import Refusal
-from broker.model import ByUser, Caller, ExpectedCeremony, Opener
+from broker.model import ByUser, Caller, ExpectedCeremony
 from broker.web import BROKER, SETTINGS, edge, json_answer, keyed, read_object
 from broker.web.body import text_field
-from tests.support.fifth import KEEP, LETTERS
+from tests.support.fifth import KEEP, LETTERS, OPENER
 
 PATHS = re.compile(r"/fifth/")
-OPENER = cast("Opener", "fifth")
 _OF_OTHER_ROUTES = (
     errors.UnknownNonce,
     errors.UnknownUser,
