@@ -27,7 +27,7 @@ STEP = step() { printf '  %s… ' "$$1" >&2; shift; began=$$(date +%s); "$$@" ||
 	echo "$$(( $$(date +%s) - began )) s" >&2; }; step
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench bench-peers bench-scale lock clean parts
+.PHONY: help run test check bench bench-peers bench-scale chaos chaos-long chaos-mutants lock clean parts
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,15 @@ bench-peers: $(TEST) ## the same, with a Node server beside it
 bench-scale: $(TEST) ## a login beside 5 million passkeys against one beside 10 thousand: 20 GB of disk, half an hour
 	@$(BIN)/python -m tests.bench --scale $(ARGS)
 
+chaos: $(TEST) parts ## faults of every store and of brokers under load, judged by their history: 2 minutes, part of check
+	@$(BIN)/python -m pytest -m alone tests/chaos $(ARGS)
+
+chaos-long: $(TEST) parts ## faults in mixed order; SEED=, SECONDS=600, STORES=sentinel or cluster
+	@$(BIN)/python -m tests.chaos long --seconds $(or $(SECONDS),600) --stores $(or $(STORES),sentinel) $(if $(SEED),--seed $(SEED))
+
+chaos-mutants: $(TEST) parts ## remove each safeguard from a copy of the tree: each run must break a promise
+	@$(BIN)/python -m tests.chaos mutants $(ARGS)
+
 parts: $(TEST)
 	@$(BIN)/python -m compileall -q broker tests
 	@$(BIN)/python tests/support/parts.py
@@ -72,7 +81,7 @@ lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UP
 	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi
 
 clean: ## remove what make installed and what tools cached; .broker/ with its passkeys stays
-	rm -rf .venv tests/sdk/node_modules tests/bench/peer/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf .venv .chaos tests/sdk/node_modules tests/bench/peer/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
 	find broker tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.python-$(HERE):

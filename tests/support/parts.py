@@ -36,7 +36,7 @@ CHROMIUM_NAMES = (
 CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"),)
 
 # Programs by the package that has them on Debian.
-PROGRAMS = {"haproxy": "haproxy", "nginx": "nginx"}
+PROGRAMS = {name: name for name in ("faketime", "haproxy", "nginx", "pgbouncer")}
 
 
 class MissingPart(Exception):

@@ -1,0 +1,1 @@
+"""A history checker over real faults: see README.md."""

@@ -1,0 +1,470 @@
+"""Faults: coroutines that break the deployment while traffic goes on and prepared values race.
+
+Each acts on a `Run`, notes what it does in the history, and leaves the repair to `Deployment.heal`.
+`ends_values` in a note says that one-time values of that time may be dead until all is well again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from tests.chaos.deployment import Deployment, Kind
+from tests.chaos.history import Recorder
+from tests.chaos.links import replication
+from tests.chaos.traffic import Traffic
+from tests.chaos.valkeys import reached
+from tests.support.servers import MASTERS, Valkey
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a fault acts on."""
+
+    deployment: Deployment
+    traffic: Traffic
+    recorder: Recorder
+    stock: int
+
+    def note(self, name: str, *, ends_values: bool = False, **value: object) -> None:
+        self.recorder.fault(name, **({"ends_values": True} if ends_values else {}), **value)
+
+
+Fault = Callable[[Run], Awaitable[None]]
+
+
+async def calm(run: Run) -> None:
+    """No fault. The stock races within a moment, and people go on."""
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    await run.traffic.race(proofs, ceremonies, 0.05)
+    await asyncio.sleep(3.0)
+
+
+# -- Valkey with Sentinels -------------------------------------------------------------------------
+
+
+async def failover(run: Run) -> None:
+    """The primary dies while its replicas lag, and 2 x `stock` redemptions and finishes race."""
+    deployment, traffic, redis = run.deployment, run.traffic, run.deployment.replicated
+    proofs, ceremonies = await traffic.stock(run.stock)
+    await redis.replicating()
+    old = redis.primary()
+    run.note("replicas lag", ends_values=True)
+    redis.hold_replication(old)
+
+    async def kill() -> None:
+        await asyncio.sleep(1.0)
+        run.note("primary killed")
+        old.kill()
+        old.link.cut()
+        await redis.promoted(old)
+        deployment.follow()
+        run.note("replica promoted")
+        # The values that the new primary still has are tried once more.
+        await traffic.race(proofs, ceremonies, 0.5)
+
+    await asyncio.gather(kill(), traffic.race(proofs, ceremonies, 1.8))
+
+
+async def fail_back(run: Run) -> None:
+    """The primary is demoted and promoted again, while its replica lags before each promotion."""
+    deployment, traffic, redis = run.deployment, run.traffic, run.deployment.replicated
+    proofs, ceremonies = await traffic.stock(run.stock)
+    await redis.replicating()
+    first = redis.nodes[0]  # the one that the Sentinels prefer
+    if redis.primary() is not first:
+        await redis.fail_over()
+    for _ in range(2):
+        old = redis.primary()
+        run.note("replicas lag", ends_values=True)
+        redis.hold_replication(old)
+        await traffic.race(proofs, ceremonies, 0.6)
+        new = await redis.fail_over()
+        deployment.follow()
+        run.note("replica promoted", node=redis.nodes.index(new))
+        await traffic.race(proofs, ceremonies, 0.6)
+        old.link.cut(replication)  # what lags never arrives
+        old.link.release()
+        await asyncio.to_thread(old.ask, "REPLICAOF", "127.0.0.1", new.port)
+        await redis.replicating()
+
+
+async def split_brain(run: Run) -> None:
+    """One broker talks to the old primary, the others to the new one, for some seconds."""
+    deployment, traffic, redis = run.deployment, run.traffic, run.deployment.replicated
+    proofs, ceremonies = await traffic.stock(run.stock)
+    await redis.replicating()
+    old = redis.primary()
+    outsider, insider, _ = deployment.brokers
+    deployment.outsider = outsider
+    run.note("primary isolated", ends_values=True)
+    redis.isolate(old)
+    await redis.promoted(old)
+    run.note("two primaries")
+    await traffic.race(proofs, ceremonies, 2.0, (outsider.door, insider.door))
+
+
+async def redis_stalls(run: Run) -> None:
+    """The primary answers each broker later than the broker waits."""
+    link = run.deployment.replicated.primary().link
+    own = [b.redis for b in run.deployment.brokers if b.redis is not None]
+    run.note("Redis stalls", ends_values=True)
+    for _ in range(3):
+        for each in (link, *own):
+            each.hold(lambda connection: not connection.replicates)
+        await asyncio.sleep(1.2)
+        for each in (link, *own):
+            each.release()
+        await asyncio.sleep(0.8)
+
+
+# -- brokers ---------------------------------------------------------------------------------------
+
+
+async def broker_killed(run: Run) -> None:
+    """One broker is killed, another is restarted, under load."""
+    victim, other, _ = run.deployment.brokers
+    await asyncio.sleep(1.0)
+    run.note("broker killed", broker=victim.number)
+    victim.kill()
+    run.note("broker killed", broker=victim.number)  # calls that came while it died
+    await asyncio.sleep(0.5)
+    victim.spawn()
+    await asyncio.to_thread(victim.wait_ready)
+    await asyncio.sleep(1.0)
+    run.note("broker terminated", broker=other.number)
+    await asyncio.to_thread(other.stop)
+    other.spawn()
+    await asyncio.to_thread(other.wait_ready)
+    await asyncio.sleep(0.5)
+
+
+# -- Postgres --------------------------------------------------------------------------------------
+
+
+async def postgres_failed_over(run: Run) -> None:
+    """The primary dies in the middle of commits, and the standby takes over."""
+    deployment = run.deployment
+    await asyncio.sleep(1.0)
+    run.note("Postgres killed", ends_values=True)
+    await asyncio.to_thread(deployment.postgres.primary.kill)
+    await asyncio.sleep(0.3)
+    await deployment.postgres.fail_over()
+    deployment.follow()
+    run.note("Postgres promoted")
+    await asyncio.sleep(2.0)
+
+
+async def postgres_slow(run: Run) -> None:
+    """Each message between the brokers and Postgres takes 30 ms."""
+    run.note("Postgres slow")
+    for broker in run.deployment.brokers:
+        broker.postgres.delay = 0.03
+    await asyncio.sleep(5.0)
+
+
+# -- Cluster ---------------------------------------------------------------------------------------
+
+
+async def master_stopped(run: Run) -> None:
+    """A master of a Cluster stops, its replica takes over, and the master comes back."""
+    cluster, traffic = run.deployment.cluster, run.traffic
+    proofs, ceremonies = await traffic.stock(run.stock)
+    number = next(n for n, node in enumerate(cluster.nodes[:MASTERS]) if _is_master(node))
+    master, replica = cluster.nodes[number], cluster.nodes[number + MASTERS]
+    run.note("replica lags", ends_values=True)
+    # A replica that is stopped keeps what its kernel has received; a new connection brings no more.
+    replica.process.send_signal(signal.SIGSTOP)
+    await asyncio.to_thread(master.ask, "CLIENT", "KILL", "TYPE", "replica")
+    await traffic.race(proofs, ceremonies, 0.6)
+    run.note("master stopped")
+    master.process.send_signal(signal.SIGSTOP)
+    replica.process.send_signal(signal.SIGCONT)
+    await reached(lambda: _is_master(replica), "the replica is promoted")
+    run.note("replica promoted")
+    await traffic.race(proofs, ceremonies, 1.0)
+    master.process.send_signal(signal.SIGCONT)
+    run.note("master continued")
+    await traffic.race(proofs, ceremonies, 0.5)
+
+
+def _is_master(node: Valkey) -> bool:
+    return b"role:master" in node.ask("INFO", "replication")
+
+
+# -- more faults of Valkey, for the long run -------------------------------------------------------
+
+
+async def _around(run: Run, break_: Callable[[], Awaitable[None]]) -> None:
+    """Let a stock race, break something in the middle, and let the same stock race again."""
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    await run.traffic.race(proofs, ceremonies, 0.5)
+    await break_()
+    await run.traffic.race(proofs, ceremonies, 1.5)
+
+
+async def primary_stopped(run: Run) -> None:
+    """SIGSTOP of the primary until another one is promoted; then it continues."""
+    redis = run.deployment.replicated
+
+    async def stop() -> None:
+        old = redis.primary()
+        run.note("primary stopped", ends_values=True)
+        old.signal(signal.SIGSTOP)
+        await redis.promoted(old)
+        old.signal(signal.SIGCONT)
+        run.note("old primary continues")
+
+    await _around(run, stop)
+
+
+async def old_snapshot(run: Run) -> None:
+    """The primary is killed, and starts again from an old RDB file, before Sentinels notice."""
+    redis = run.deployment.replicated
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    primary = redis.primary()
+    await asyncio.to_thread(primary.ask, "SAVE")
+    run.note("snapshot", ends_values=True)
+    await run.traffic.race(proofs, ceremonies, 0.5)
+    primary.kill()
+    await asyncio.to_thread(primary.restart)
+    run.note("started from the old snapshot")
+    await run.traffic.race(proofs, ceremonies, 1.5)
+
+
+async def truncated_log(run: Run) -> None:
+    """The primary is killed, and starts again from an append-only file that lacks its end."""
+    redis = run.deployment.replicated
+    primary = redis.primary()
+    await asyncio.to_thread(primary.ask, "CONFIG", "SET", "appendonly", "yes")
+    await reached(lambda: "aof_rewrite_in_progress:0" in primary.ask("INFO", "persistence"), "AOF")
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    files = list((primary.home / "appendonlydir").glob("*.incr.aof"))
+    size = sum(file.stat().st_size for file in files)
+    run.note("append-only file noted", ends_values=True)
+    await run.traffic.race(proofs, ceremonies, 0.5)
+    primary.kill()
+    for file in files:
+        with file.open("r+b") as opened:
+            opened.truncate(min(size + 100, file.stat().st_size))
+    await asyncio.to_thread(primary.restart, "--appendonly", "yes")
+    run.note("started from the truncated file")
+    await run.traffic.race(proofs, ceremonies, 1.5)
+
+
+async def flushed(run: Run) -> None:
+    """FLUSHALL."""
+
+    async def flush() -> None:
+        run.note("FLUSHALL", ends_values=True)
+        await asyncio.to_thread(run.deployment.replicated.primary().ask, "FLUSHALL")
+
+    await _around(run, flush)
+
+
+async def full(run: Run) -> None:
+    """The primary is full, and refuses writes for a while."""
+    primary = run.deployment.replicated.primary()
+
+    async def fill() -> None:
+        run.note("primary full", ends_values=True)
+        await asyncio.to_thread(primary.ask, "CONFIG", "SET", "maxmemory", 1)
+        await asyncio.sleep(1.5)
+        await asyncio.to_thread(primary.ask, "CONFIG", "SET", "maxmemory", 0)
+
+    await _around(run, fill)
+
+
+async def writable_replica(run: Run) -> None:
+    """One broker talks to a replica that takes writes."""
+    deployment, redis = run.deployment, run.deployment.replicated
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    outsider, insider, _ = deployment.brokers
+    deployment.outsider = outsider
+    replica = redis.replicas()[0]
+    run.note("writable replica", ends_values=True)
+    await asyncio.to_thread(replica.ask, "CONFIG", "SET", "replica-read-only", "no")
+    assert outsider.redis is not None
+    outsider.redis.point(replica.server.port)
+    await run.traffic.race(proofs, ceremonies, 2.0, (outsider.door, insider.door))
+
+
+async def replica_attaches(run: Run) -> None:
+    """The primary loses its replicas and its backlog, and a replica attaches again."""
+    redis = run.deployment.replicated
+    primary, replicas = redis.primary(), redis.replicas()
+
+    async def attach() -> None:
+        run.note("replicas detached", ends_values=True)
+        await asyncio.to_thread(primary.ask, "CONFIG", "SET", "repl-backlog-ttl", 1)
+        primary.link.closed = True
+        primary.link.cut(replication)
+        await reached(lambda: primary.info()["repl_backlog_active"] == "0", "the backlog is freed")
+        primary.link.closed = False
+        run.note("replicas attach")
+        await reached(lambda: int(primary.info()["connected_slaves"]) == len(replicas), "attached")
+        await asyncio.to_thread(primary.ask, "CONFIG", "SET", "repl-backlog-ttl", 3600)
+
+    await _around(run, attach)
+
+
+async def replies_lost(run: Run) -> None:
+    """Redis executes commands, and their replies are lost."""
+    link = run.deployment.brokers[0].redis
+    assert link is not None
+
+    async def lose() -> None:
+        run.note("replies lost", ends_values=True)
+        for _ in range(5):
+            link.lose_replies()
+            await asyncio.sleep(0.3)
+            link.cut()
+
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    doors = (run.deployment.brokers[0].door, run.deployment.brokers[1].door)
+    await asyncio.gather(lose(), run.traffic.race(proofs, ceremonies, 1.8, doors))
+
+
+async def network_slow(run: Run) -> None:
+    """Each message between Redis and the brokers takes 100 ms."""
+    run.note("Redis slow", ends_values=True)  # a reply after the broker's limit is no reply
+    for node in run.deployment.replicated.nodes:
+        node.link.delay = 0.1
+    await run.traffic.race(*await run.traffic.stock(run.stock), 2.0)
+
+
+# -- more faults of brokers ------------------------------------------------------------------------
+
+
+async def broker_stopped(run: Run) -> None:
+    """SIGSTOP of a broker for two seconds."""
+
+    async def stop() -> None:
+        victim = run.deployment.brokers[2]
+        run.note("broker stopped", ends_values=True)
+        victim.signal(signal.SIGSTOP)
+        await asyncio.sleep(2.0)
+        victim.signal(signal.SIGCONT)
+
+    await _around(run, stop)
+
+
+async def clock_wrong(run: Run) -> None:
+    """The clock of one broker is an hour ahead, then an hour behind."""
+    broker = run.deployment.brokers[2]
+    run.note("clock wrong", ends_values=True)
+    for offset in ("+1h", "-1h"):
+        await asyncio.to_thread(broker.stop)
+        broker.clock = offset
+        broker.spawn()
+        await asyncio.to_thread(broker.wait_ready)
+        await run.traffic.race(*await run.traffic.stock(run.stock // 2), 1.0)
+    await asyncio.to_thread(broker.stop)
+    broker.clock = ""
+
+
+# -- more faults of Postgres -----------------------------------------------------------------------
+
+
+async def postgres_restarted(run: Run) -> None:
+    """SIGKILL of the primary, which starts again on its data."""
+    pair = run.deployment.postgres
+    run.note("Postgres killed", ends_values=True)
+    await asyncio.to_thread(pair.primary.kill)
+    await asyncio.to_thread(pair.primary.start)
+    run.note("Postgres started")
+    await asyncio.sleep(1.5)
+
+
+async def postgres_stopped(run: Run) -> None:
+    """SIGSTOP of the primary for two seconds."""
+    run.note("Postgres stopped", ends_values=True)
+    run.deployment.postgres.primary.freeze()
+    await asyncio.sleep(2.0)
+    run.deployment.postgres.primary.thaw()
+    await asyncio.sleep(1.0)
+
+
+async def commits_cut(run: Run) -> None:
+    """Connections to Postgres are cut between a commit and its answer."""
+    run.note("commits cut", ends_values=True)
+    for _ in range(10):
+        for broker in run.deployment.brokers:
+            broker.postgres.lose_replies()
+        await asyncio.sleep(0.1)
+        for broker in run.deployment.brokers:
+            broker.postgres.cut()
+        await asyncio.sleep(0.2)
+
+
+# -- more faults of a Cluster ----------------------------------------------------------------------
+
+
+async def slots_moved(run: Run) -> None:
+    """Slots with the keys of an app move to another master and back, while values race."""
+    cluster = run.deployment.cluster
+    masters = [node for node in cluster.nodes if _is_master(node)]
+    ids = {node.port: node.ask("CLUSTER MYID").decode() for node in masters}
+    first = cluster.nodes[0].ask("CLUSTER SLOTS")
+    owners = {int(r[2][1]): (int(r[0]), int(r[1])) for r in first}
+    source = next(node for node in masters if node.port in owners)
+    target = next(node for node in masters if node is not source)
+    low, high = owners[source.port]
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    run.note("slots move", ends_values=True)
+
+    async def move(from_: Valkey, to: Valkey) -> None:
+        for slot in range(low, min(high, low + 400)):
+            await asyncio.to_thread(_move_slot, slot, from_, to, ids, masters)
+
+    async def to_and_fro() -> None:
+        await move(source, target)
+        await move(target, source)
+        run.note("slots are back")
+
+    await asyncio.gather(to_and_fro(), run.traffic.race(proofs, ceremonies, 3.0))
+
+
+def _move_slot(
+    slot: int, source: Valkey, target: Valkey, ids: dict[int, str], masters: list[Valkey]
+) -> None:
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
+    while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):
+        source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 1000, "KEYS", *keys)
+    for node in (target, source, *masters):
+        node.ask("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+
+
+_OF_BOTH: tuple[Fault, ...] = (
+    calm,
+    broker_killed,
+    broker_stopped,
+    clock_wrong,
+    postgres_failed_over,
+    postgres_restarted,
+    postgres_stopped,
+    postgres_slow,
+    commits_cut,
+)
+FAULTS: dict[Kind, tuple[Fault, ...]] = {
+    "sentinel": (
+        *_OF_BOTH,
+        failover,
+        fail_back,
+        split_brain,
+        primary_stopped,
+        old_snapshot,
+        truncated_log,
+        flushed,
+        full,
+        writable_replica,
+        replica_attaches,
+        replies_lost,
+        redis_stalls,
+        network_slow,
+    ),
+    "cluster": (*_OF_BOTH, master_stopped, slots_moved),
+}
