@@ -127,6 +127,7 @@ async def assemble(
         openers=openers(),
         rates={limit: getattr(settings, limit) for limit in RATE_KEYS},
         monotonic=monotonic,
+        ledger=durable.ledger if settings.one_time == "postgres" else None,
     )
     directory = Directory(
         durable=durable,
@@ -222,6 +223,14 @@ def application(
     return app
 
 
+async def check_postgres(parts: Parts) -> None:
+    """Raise `Unavailable` unless Postgres takes writes, has every migration, and records this
+    process's mode of one-time values.
+    """
+    await parts.postgres.check()
+    await parts.durable.ledger.check(parts.settings.one_time)
+
+
 def _health(parts: Parts) -> list[web.RouteDef]:
     @public
     async def live(_: web.Request) -> web.StreamResponse:
@@ -231,7 +240,7 @@ def _health(parts: Parts) -> list[web.RouteDef]:
     @public
     async def ready(_: web.Request) -> web.StreamResponse:
         """The stores answer, the database has every migration, and the process goes on."""
-        checks = {"postgres": parts.postgres.check(), "redis": parts.ephemeral.check()}
+        checks = {"postgres": check_postgres(parts), "redis": parts.ephemeral.check()}
         results = await asyncio.gather(*checks.values(), return_exceptions=True)
         missing = ["draining"] if parts.ending else []
         for name, result in zip(checks, results, strict=True):

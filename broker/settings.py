@@ -250,6 +250,7 @@ class Settings:
     store_timeout: float = _setting(_seconds(0.05, 1.5), 0.8)  # limit of one wait for a store
     database_connections: int = _setting(whole(1, 500), 16)
     redis_connections: int = _setting(whole(1, 2000), 64)  # no effect: old deployments set it
+    one_time: str = _setting(choice("term", "postgres"), "term")  # what decides a take
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # that an app or a key stays cached
     event_retention_days: int = _setting(whole(0, 36_500), 90)  # 0: events stay for ever
     max_connections: int = _setting(whole(16, 1_000_000), 4096)  # of one port

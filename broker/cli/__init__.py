@@ -35,6 +35,7 @@ _UNAVAILABLE = {
     "redis": "Redis does not answer; check BROKER_REDIS_URL.",
     "redis_term": "The replication id of Redis can't be read in a script, or differs between "
     "connections; run `broker doctor`.",
+    "postgres_one_time": "BROKER_ONE_TIME is not the recorded mode; see `broker one-time`.",
     "signing_key_sealed": "The signing key was sealed under another BROKER_SECRET_KEY; "
     "run `broker doctor`.",
     "postgres_not_migrated": "The database lacks a migration; run `broker migrate`.",

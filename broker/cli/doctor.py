@@ -166,6 +166,9 @@ async def _postgres(parts: Parts) -> list[Finding]:
     try:
         await parts.postgres.check()
         findings.append(Finding("migrations", True, "complete"))
+        recorded = await parts.durable.ledger.recorded()
+        standbys = facts["synchronous_standbys"]
+        findings.append(one_time(parts.settings.one_time, recorded.mode, standbys))
     except Unavailable as fault:
         found, todo = "some are missing.", "Run `broker migrate`."
         if fault.reason == "postgres_denied":
@@ -183,7 +186,30 @@ async def _redis(parts: Parts) -> list[Finding]:
                 "redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`."
             )
         ]
-    return redis_findings(facts)
+    return redis_findings(facts, parts.settings.one_time)
+
+
+def one_time(mode: str, recorded: str, standbys: str) -> Finding:
+    """Check that the mode of one-time values is the recorded one. `standbys` is Postgres'
+    `synchronous_standby_names`, on which the ledger rests in a failover.
+    """
+    if mode != recorded:
+        return Finding(
+            "one-time",
+            False,
+            f"BROKER_ONE_TIME is {mode}, and Postgres records {recorded}.",
+            f"Set it to {recorded}, or run `broker one-time --set {mode}`.",
+        )
+    if mode == "term":
+        return Finding("one-time", True, mode)
+    if standbys:
+        return Finding("one-time", True, f"{mode}; synchronous_standby_names is {standbys}")
+    return Finding(
+        "one-time",
+        True,
+        f"{mode}; synchronous_standby_names is empty: a failover of Postgres may lose entries.",
+        "Set synchronous_standby_names, if Postgres has a standby.",
+    )
 
 
 def postgres_version(major: int) -> Finding:

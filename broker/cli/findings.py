@@ -25,13 +25,13 @@ class Finding:
     todo: str = ""
 
 
-def redis_findings(facts: RedisFacts) -> list[Finding]:
+def redis_findings(facts: RedisFacts, mode: str) -> list[Finding]:
     """Checks of Redis: of each primary, if there are several."""
     found = [
         redis_version(facts.version),
         clock("redis", facts.clock - time.time()),
         eviction(facts.eviction),
-        term(readable=facts.term_readable),
+        term(readable=facts.term_readable, mode=mode),
         configured(
             "debug command",
             facts.settings.get("enable-debug-command", ()),
@@ -117,15 +117,18 @@ def eviction(policy: str) -> Finding:
     )
 
 
-def term(*, readable: bool) -> Finding:
-    """Check that the term can be read, on which at-most-once rests."""
+def term(*, readable: bool, mode: str) -> Finding:
+    """Check that the term can be read, on which at-most-once rests in the mode `term`."""
+    if mode == "postgres":
+        return Finding("term", True, "not compared; the ledger in Postgres decides")
     if readable:
         return Finding("term", True, "readable in scripts, the same on each connection")
     return Finding(
         "term",
         False,
         "the replication id of Redis can't be read in a script, or differs between connections.",
-        "Allow +info and +eval, and connect to the primary itself, not through a proxy.",
+        "Allow +info and +eval, and connect to the primary itself, not through a proxy; or set "
+        "BROKER_ONE_TIME=postgres.",
     )
 
 

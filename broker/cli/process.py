@@ -118,6 +118,7 @@ async def start(
     from broker.app import serve
 
     settings = parts.settings
+    await _judge_mode(parts)
     await _judge_redis(parts)
     if settings.unknown:
         parts.log("unknown_settings", severity=logging.WARNING, variables=settings.unknown)
@@ -129,6 +130,26 @@ async def start(
         return service
     except OSError as fault:
         raise cannot_listen(settings, fault) from None
+
+
+async def _judge_mode(parts: Parts) -> None:
+    """Compare the mode of one-time values with the recorded one. A Postgres that does not answer
+    may come later: readiness waits for it.
+
+    Raises:
+        ServingFault: another mode is recorded; the stores are closed.
+    """
+    mode = parts.settings.one_time
+    try:
+        await parts.durable.ledger.check(mode)
+    except Unavailable as fault:
+        if fault.reason != "postgres_one_time":
+            return
+        await parts.close()
+        raise ServingFault(
+            f"BROKER_ONE_TIME is {mode}, and Postgres records another mode. Set it as recorded, or "
+            f"change the record with `broker one-time --set {mode}`, which ends logins in flight."
+        ) from None
 
 
 async def _judge_redis(parts: Parts) -> None:
@@ -144,7 +165,7 @@ async def _judge_redis(parts: Parts) -> None:
         if fault.reason != "redis_term":
             return
     try:
-        findings = redis_findings(await parts.ephemeral.facts())
+        findings = redis_findings(await parts.ephemeral.facts(), parts.settings.one_time)
     except Unavailable:
         return
     if faults := [f for f in findings if not f.ok and f.check in NEEDED]:

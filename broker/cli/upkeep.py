@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 from typing import TYPE_CHECKING, get_args
 
 from broker.cli.output import Row
 from broker.cli.parsing import Commands, add_group, option
 from broker.cli.records import Records, add, chosen_app
+from broker.durable.ledger import Mode
 from broker.model import RelyingParty, TokenAlgorithm
 
 if TYPE_CHECKING:
@@ -24,6 +26,23 @@ def add_commands(commands: Commands) -> None:
         migrate,
         empty="Nothing to apply.",
         examples=("migrate",),
+    )
+
+    add(
+        commands,
+        "one-time",
+        "show or change what decides the take of a one-time value",
+        one_time,
+        options=(
+            option(
+                "--set",
+                "record this mode, which ends logins in flight; "
+                "then set BROKER_ONE_TIME and restart every instance",
+                choices=get_args(Mode),
+                dest="mode",
+            ),
+        ),
+        examples=("one-time", "one-time --set postgres"),
     )
 
     group = add_group(commands, "signing-key", "keys that sign tokens")
@@ -84,6 +103,15 @@ async def _app_of_set(records: Records, options: argparse.Namespace) -> RelyingP
 async def migrate(records: Records, _: argparse.Namespace) -> list[str]:
     """The names of the migrations applied."""
     return await records.postgres.migrate(records.directory.now())
+
+
+async def one_time(records: Records, options: argparse.Namespace) -> Row:
+    """The recorded mode, after a change."""
+    ledger = records.durable.ledger
+    if options.mode is not None:
+        stamp = secrets.token_hex(8) if options.mode == "postgres" else ""
+        await ledger.record(options.mode, stamp)
+    return {"mode": (await ledger.recorded()).mode}
 
 
 async def list_signing_keys(records: Records, options: argparse.Namespace) -> list[Row]:

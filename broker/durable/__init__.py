@@ -9,6 +9,7 @@ Reading order:
 
     apps, api_keys, users, credentials, approvals, signing_keys    the tables
     ceremonies      what a login and a registration read and write
+    ledger          spent one-time values, in one of the two modes of one-time values
     events          the audit log: its writer and its readers
     postgres        the connection pool, limits and faults
     group_commit    one statement for all callers of one operation; `batch_input`: its parameters
@@ -26,6 +27,7 @@ from broker.durable.apps import Apps
 from broker.durable.ceremonies import Ceremonies, ExcludedCredential
 from broker.durable.credentials import Credentials
 from broker.durable.events import Events
+from broker.durable.ledger import Ledger
 from broker.durable.migrations import MigrationFault, Patience, sql_files
 from broker.durable.postgres import Postgres
 from broker.durable.signing_keys import SigningKeys
@@ -55,6 +57,7 @@ class Durable:
         self.approvals = Approvals(postgres)
         self.events = Events(postgres)
         self.signing_keys = SigningKeys(postgres)
+        self.ledger = Ledger(postgres)
 
 
 def instant(epoch: float) -> datetime:

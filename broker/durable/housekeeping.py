@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 import asyncpg
 
+from broker.durable import ledger
 from broker.durable.ceremonies import UNCONFIRMED
 from broker.durable.events import ERASE, actor, insert_event
 from broker.durable.postgres import Connection, Postgres
@@ -74,6 +75,7 @@ class Housekeeping:
         self._chores: dict[str, _Chore] = {
             "unconfirmed_passkeys": self._unconfirmed_passkeys,
             "pending_users": self._pending_users,
+            "spent_values": self._spent_values,
         }
         if retention_days:
             self._chores["events"] = self._old_events
@@ -227,6 +229,13 @@ class Housekeeping:
             now,
         )
         return _Batch(len(rows), more=len(rows) == size)
+
+    # -- one-time values ---------------------------------------------------------------------------
+
+    async def _spent_values(self, connection: Connection, now: datetime, size: int) -> _Batch:
+        """Empty the partition of the ledger whose values ended long ago. No row is counted."""
+        await ledger.empty(connection, now)
+        return _Batch(0, more=False)
 
     # -- users -------------------------------------------------------------------------------------
 

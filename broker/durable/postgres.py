@@ -200,11 +200,14 @@ class Postgres:
             raise Unavailable(reason="postgres_not_migrated")
 
     async def facts(self) -> dict[str, Any]:
-        """For `broker doctor`: version, and seconds since the epoch by the server's clock."""
+        """For `broker doctor`: version, seconds since the epoch by the server's clock, and
+        `synchronous_standby_names`.
+        """
         row = await self.row(
             "facts",
             "SELECT current_setting('server_version_num')::int / 10000 AS version,"
-            " extract(epoch FROM clock_timestamp())::float8 AS clock",
+            " extract(epoch FROM clock_timestamp())::float8 AS clock,"
+            " current_setting('synchronous_standby_names') AS synchronous_standbys",
         )
         assert row is not None, "a SELECT without FROM has one row"
         return dict(row)

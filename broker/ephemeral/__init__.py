@@ -18,6 +18,7 @@ from broker.ephemeral.one_time import (
     TERM_OVER,
     Answer,
     FirstTake,
+    Ledger,
     OneTimeStore,
     Replayed,
     Taken,
@@ -69,7 +70,8 @@ class RedisFacts(NamedTuple):
 class Ephemeral:
     """The ephemeral store. `clock` gives seconds since the epoch; `timeout` in seconds limits one
     wait. `openers` are all that begin a ceremony. `rates` are texts of rate limits by name, and
-    `monotonic` is their clock; a rate that is left out limits nothing.
+    `monotonic` is their clock; a rate that is left out limits nothing. A `ledger` decides takes
+    instead of terms.
     """
 
     def __init__(
@@ -83,10 +85,11 @@ class Ephemeral:
         openers: Collection[Opener],
         rates: Mapping[str, str] = MappingProxyType({}),
         monotonic: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
     ) -> None:
         self._transport = Transport(commands, timeout=timeout, metrics=metrics, log=log)
         self._clock = clock
-        store = OneTimeStore(self._transport, clock)
+        store = OneTimeStore(self._transport, clock, ledger)
         self.transactions = Transactions(store, self._transport)
         self.ceremonies = Ceremonies(store, self._transport, clock, metrics, openers)
         self.nonces = Nonces(store, clock)
@@ -94,7 +97,7 @@ class Ephemeral:
         self.tickets = Tickets(store)
         self.mail_codes = MailCodes(store)
         self._store = store
-        self._term_proved = False
+        self._term_proved = ledger is not None  # it needs no term
         self.rate_limits = RateLimits(self._transport, rates, monotonic)
         self.close = self._transport.close
 

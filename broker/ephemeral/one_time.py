@@ -35,6 +35,9 @@ peeks compares that term with its server's, in the same atomic step: `term_over`
   `MIGRATE … REPLACE` of a left-over copy, the restored memory of a virtual machine.
 - A tombstone of any term is believed. A tombstone that was lost makes a second redemption
   `unknown` or `term_over` instead of `Replayed`.
+- *Where a term can't be read* (`BROKER_ONE_TIME=postgres`): values carry the ledger's stamp instead
+  of a term. A script takes the value, and then the insert of its digest into Postgres decides. A
+  digest that was there is `term_over`. If Postgres fails, the value is spent.
 - *Cost*: 15 to 17 us of the server's CPU a take, against 4 us without the comparison.
 
 **Time.** Redis's TTL decides about the life. `end` guards against a restored snapshot, with
@@ -56,8 +59,9 @@ reply is `Unavailable`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.ephemeral.connection import term_of
@@ -172,9 +176,10 @@ TERM_OVER = Unknown("term_over")
 Answer: TypeAlias = Taken[T] | Replayed[T] | Unknown
 
 
-# The server's term, nil unless it is the primary; and a value with a term.
+# The server's term, nil unless it is the primary; and a value with a term. The last ARGV is the
+# ledger's stamp instead of a term, '' without a ledger.
 _STAMP = f"""
-local known, read
+local known, read = ARGV[#ARGV], ARGV[#ARGV] ~= ''
 local function term()
   if not read then
     local info = redis.call('INFO', 'replication')
@@ -214,7 +219,7 @@ local function judge(key, kinds, opener, proof)
       or redis.call('PTTL', key) <= tonumber(ARGV[2]) then
     return 'expired'
   end
-  return 'live', v, at
+  return 'live', v, at, ends
 end
 """
 )
@@ -223,7 +228,7 @@ _SPEND = (
     _JUDGE
     + f"""
 local function take(key)
-  local verdict, v, at = judge(key, ARGV[3], ARGV[4], ARGV[5])
+  local verdict, v, at, ends = judge(key, ARGV[3], ARGV[4], ARGV[5])
   if verdict == 'other_kind' then
     return {{verdict}}
   elseif verdict == 'live' then
@@ -233,7 +238,7 @@ local function take(key)
       redis.call('SET', key, tombstone, 'PX', {TOMBSTONE})
     end
   end
-  return {{verdict, at and string.sub(v, at + #ARGV[5])}}
+  return {{verdict, at and string.sub(v, at + #ARGV[5]), key, ends}}
 end
 """
 )
@@ -324,7 +329,7 @@ return reply
 _TAKE_BESIDE = Script(
     _JUDGE
     + """
-local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
+local verdict, v, at, ends = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
 if verdict ~= 'live' then
   return {verdict}
 end
@@ -334,7 +339,7 @@ if beside ~= 'live' then
 end
 redis.call('SET', KEYS[1], '', 'KEEPTTL')
 redis.call('DEL', KEYS[1])
-return {'live', '\\146' .. string.sub(v, at + #ARGV[5]) .. string.sub(other, from)}
+return {'live', '\\146' .. string.sub(v, at + #ARGV[5]) .. string.sub(other, from), KEYS[1], ends}
 """
 )
 
@@ -360,7 +365,7 @@ return reply
 _GUESS = Script(
     _JUDGE
     + """
-local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
+local verdict, v, at, ends = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
 if verdict ~= 'live' then
   return {verdict}
 end
@@ -374,11 +379,23 @@ v = string.sub(v, 1, content) .. string.char(left) .. string.sub(v, content + 2)
 redis.call('SET', KEYS[1], v, 'KEEPTTL')
 if string.sub(v, guess, content - 1) == ARGV[6] then
   redis.call('DEL', KEYS[1])
-  return {'live', string.sub(v, content)}
+  return {'live', string.sub(v, content), KEYS[1], ends}
 end
 return {'wrong', string.sub(v, content)}
 """
 )
+
+
+class Ledger(Protocol):
+    """Where the mode `postgres` records which values are spent (`broker.durable.ledger`)."""
+
+    async def stamp(self) -> str:
+        """What values carry instead of a term: 16 hex digits."""
+        ...
+
+    async def spend(self, ends: float, digest: bytes) -> bool:
+        """Spend a value that ends at `ends`, in seconds since the epoch. False: it was spent."""
+        ...
 
 
 class OneTimeStore:
@@ -386,13 +403,19 @@ class OneTimeStore:
     raises `Unavailable`; its `operation` names it in metrics and the log.
     """
 
-    def __init__(self, transport: Transport, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, transport: Transport, clock: Callable[[], float], ledger: Ledger | None
+    ) -> None:
         self._transport = transport
         self._clock = clock
+        self._ledger = ledger
 
     async def put(self, operation: str, key: bytes, value: Envelope, *, grace: int = 0) -> None:
         """Put a value, in place of an earlier one."""
-        term = await self._transport.term(operation, key)
+        if self._ledger is None:
+            term = await self._transport.term(operation, key)
+        else:
+            term = (await self._ledger.stamp()).encode()
         life = self._life(value.ends) + grace
         await self._transport.ask(operation, "SET", key, value.serialize(term), "PX", life)
 
@@ -409,6 +432,7 @@ class OneTimeStore:
         args = [value.serialize(), self._life(value.ends) + grace, int(self._clock() * 1000)]
         for group in groups:
             args += group[1:]
+        args.append(await self._stamp())
         keys = [key, *[group.key for group in groups]]
         return Counted(*await self._transport.run(operation, _PUT, keys, args))
 
@@ -476,7 +500,7 @@ class OneTimeStore:
         A proxy may send connections to several servers, and an access control list may refuse INFO.
         """
         survey = self._transport.survey
-        scripts = await survey("term", "EVAL", _TERM, 0, connections=_CONNECTIONS)
+        scripts = await survey("term", "EVAL", _TERM, 0, "", connections=_CONNECTIONS)
         infos = await survey("term", "INFO", "replication", connections=_CONNECTIONS)
         return bool(scripts and infos) and all(
             read[0] and {*read, *map(term_of, told)} == {read[0]}
@@ -486,6 +510,10 @@ class OneTimeStore:
     def drop(self, operation: str, key: bytes) -> Awaitable[int]:
         """Delete a value: how many were there."""
         return self._transport.ask(operation, "DEL", key)
+
+    async def _stamp(self) -> str:
+        """The last argument of a script (`_STAMP`)."""
+        return "" if self._ledger is None else await self._ledger.stamp()
 
     def _life(self, ends: float) -> int:
         return max(1, int((ends - self._clock()) * 1000))
@@ -503,20 +531,35 @@ class OneTimeStore:
         kinds, opener, proof, grace = expected
         among = f"|{'|'.join(kinds)}|" if kinds else ""
         args = [int(self._clock() * 1000), grace, among, opener, proof, *more]
-        verdict, *payload = await self._transport.run(operation, script, keys, args)
+        args.append(await self._stamp())
+        verdict, *rest = await self._transport.run(operation, script, keys, args)
+        payload, *spent = rest or [b""]
         try:
             if verdict == b"replayed":
                 pair: Any = tuple[FirstTake, type_]  # type: ignore[valid-type]
-                return Replayed(*decode(pair, *payload))
-            value = decode(type_, *payload) if payload else None
+                return Replayed(*decode(pair, payload))
+            value = decode(type_, payload) if rest else None
         except DecodeError as fault:
             self._transport.tell(operation, fault)
             return Unknown("unreadable")
         if verdict == b"live" and value is not None:
+            if self._ledger is not None and spent:
+                key, ends = spent
+                if not await self._ledger.spend(int(ends) / 1000, _digest(key, ends)):
+                    return TERM_OVER
             return Taken(value)
         if verdict == b"term_over":
             self._transport.forget_terms()
         return Unknown(verdict.decode(), value)
+
+
+def _digest(key: bytes, ends: bytes) -> bytes:
+    """What the ledger knows a value by: the same in each copy of the value.
+
+    Values that follow each other under one key have ends of their own. The payload would not do:
+    guesses change it.
+    """
+    return hashlib.sha256(b"%b|%b" % (key, ends)).digest()
 
 
 def _left(answer: Answer[T]) -> T | Unknown:

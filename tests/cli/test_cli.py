@@ -1202,8 +1202,8 @@ def test_doctor_finds_all_well(
     findings = _findings(done.out)
     assert all(f.ok and f.todo == "" for f in findings)
     assert [f.check for f in findings] == [
-        "settings", "ports", "metrics", "postgres", "clock", "migrations", "redis", "clock",
-        "eviction", "term", "debug command", "secret key", "apps",
+        "settings", "ports", "metrics", "postgres", "clock", "migrations", "one-time", "redis",
+        "clock", "eviction", "term", "debug command", "secret key", "apps",
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]

@@ -59,6 +59,8 @@ SIZE = seed.Size(users=10_000, credentials=15_000, events=30_000)
 OPERATORS = {
     "apps": "broker app list",
     "facts": "broker doctor",
+    "record_one_time_mode": "broker one-time",
+    "spend_value": "takes with BROKER_ONE_TIME=postgres",
     "all_signing_keys": "broker key reseal, broker doctor",
     "reseal_signing_key": "broker key reseal",
 }

@@ -1,0 +1,121 @@
+"""Ledger of spent one-time values, and the mode of one-time values (`BROKER_ONE_TIME`).
+
+In the mode `postgres` the insert of a value's digest decides its take: one of two takes inserts,
+also if two servers of Redis had the value. The inserts are a group commit. The ledger is as good as
+Postgres' own failover: without synchronous replication a failover may lose entries.
+
+**Mode.** All instances have the mode that `one_time_mode` records. Another instance is not ready. A
+change to `postgres` draws a stamp, which every value then carries instead of a term. So no value of
+one mode is taken in the other, and no value of an earlier period of one mode in a later one.
+
+**Ring.** Digests lie in four partitions, by the hour in which their value ends. `empty` truncates
+the one of two hours ago. Correctness doesn't depend on that, for a digest never occurs twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+from broker.durable.group_commit import OwnStatement
+from broker.durable.postgres import Connection, Postgres
+from broker.errors import Unavailable
+
+Mode = Literal["term", "postgres"]
+
+_HOUR = 3600.0  # seconds; above the life of every value, and above any skew of clocks
+_SLOTS = 4
+
+
+class _Spent(NamedTuple):
+    """A value that is to be spent."""
+
+    slot: int
+    digest: bytes
+
+
+class Recorded(NamedTuple):
+    """The recorded mode, and the stamp of values in the mode `postgres`."""
+
+    mode: Mode
+    stamp: str
+
+
+class Ledger:
+    """The statements on the ledger and on the mode."""
+
+    def __init__(self, postgres: Postgres) -> None:
+        self._pg = postgres
+        self._stamp = ""
+        self._spend = postgres.group_commit(
+            "spend_value", self._spend_batch, key=lambda spent: spent
+        )
+
+    async def recorded(self) -> Recorded:
+        """The recorded mode."""
+        row = await self._pg.row("one_time_mode", "SELECT mode, stamp FROM one_time_mode")
+        if row is None:
+            raise Unavailable(reason="postgres_one_time")
+        return Recorded(row["mode"], row["stamp"])
+
+    async def record(self, mode: Mode, stamp: str) -> None:
+        """Record a mode. `stamp` is random, 16 hex digits; "" in the mode `term`."""
+        await self._pg.row(
+            "record_one_time_mode",
+            "INSERT INTO one_time_mode (mode, stamp) VALUES ($1, $2)"
+            " ON CONFLICT (id) DO UPDATE SET mode = excluded.mode, stamp = excluded.stamp",
+            mode,
+            stamp,
+        )
+
+    async def check(self, mode: str) -> None:
+        """Raise `Unavailable` (reason `postgres_one_time`) unless this mode is recorded."""
+        found = await self.recorded()
+        if found.mode != mode:
+            raise Unavailable(reason="postgres_one_time")
+        self._stamp = found.stamp
+
+    async def stamp(self) -> str:
+        """The stamp of values in the mode `postgres`, as `check` read it last.
+
+        Raises:
+            Unavailable: also where another mode is recorded.
+        """
+        if not self._stamp:
+            await self.check("postgres")
+        return self._stamp
+
+    async def spend(self, ends: float, digest: bytes) -> bool:
+        """Spend a value that ends at `ends`, in seconds since the epoch. False: it was spent.
+
+        Raises:
+            Unavailable: it is unknown whether the value is spent now.
+        """
+        return await self._spend(_Spent(_slot(ends), digest))
+
+    async def _spend_batch(
+        self, batch: Sequence[_Spent], own: bool
+    ) -> Sequence[bool | OwnStatement]:
+        # In one order, so that two statements with digests in common don't wait in a circle.
+        rows = await self._pg.rows(
+            "spend_value",
+            "INSERT INTO one_time_spent (slot, digest)"
+            " SELECT * FROM unnest($1::smallint[], $2::bytea[]) ORDER BY 1, 2"
+            " ON CONFLICT DO NOTHING RETURNING slot, digest",
+            [spent.slot for spent in batch],
+            [spent.digest for spent in batch],
+        )
+        made = {_Spent(*row) for row in rows}
+        return [spent in made for spent in batch]
+
+
+async def empty(connection: Connection, now: datetime) -> None:
+    """Empty the partition of the values that ended two hours ago."""
+    name = f"one_time_spent_{(_slot(now.timestamp()) + 2) % _SLOTS}"
+    if await connection.fetchval(f"SELECT EXISTS (SELECT FROM {name})"):
+        await connection.execute(f"TRUNCATE {name}")
+
+
+def _slot(ends: float) -> int:
+    return int(ends // _HOUR) % _SLOTS
