@@ -5,6 +5,7 @@ python -m tests.bench --peers                   and the Node peer, turn about
 python -m tests.bench --against PATH --control  A/B: this checkout, another one, and itself again
 python -m tests.bench --env-b NAME=value        A/B of a setting
 python -m tests.bench --endurance               memory over 100,000 logins
+python -m tests.bench --day                     a day of one million users, three brokers
 python -m tests.bench --scale                   5 million credentials beside 10 thousand
 """
 
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.bench import endurance, machine, report, rounds, scale
+from tests.bench import day, endurance, machine, report, rounds, scale
 from tests.bench.rounds import Case
 from tests.bench.service import ROOT, LoginFailed, broker, node_peer, stores
 from tests.support.parts import MissingPart
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--args-b", default="", metavar="WORDS", help="B's arguments for `broker serve`")
     add("--control", action="store_true", help="a second process of A, for the noise of the ratio")
     add("--endurance", action="store_true", help="memory over many logins, instead of the cases")
+    add("--day", action="store_true", help="a day of one million users, instead of the cases")
     add("--scale", action="store_true", help="a large database, instead of the cases")
     add("--credentials", type=int, default=5_000_000, help="of --scale (%(default)s)")
     return made
@@ -96,6 +98,9 @@ def main() -> int:
     try:
         if options.endurance:
             endurance.run(result, say)
+            return 0
+        if options.day:
+            day.run(result, say)
             return 0
         with ExitStack() as stack:
             try:
