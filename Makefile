@@ -75,7 +75,7 @@ lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UP
 	"$$tools/bin/pip" --disable-pip-version-check --no-input --quiet install $(UV); \
 	"$$tools/bin/uv" $(COMPILE) --extra dev --group build --output-file deploy/requirements.lock; \
 	"$$tools/bin/uv" $(COMPILE) --constraint deploy/requirements.lock --output-file deploy/image.lock; \
-	"$$tools/bin/uv" $(COMPILE) --extra dev --group test --constraint deploy/requirements.lock --output-file deploy/test.lock; \
+	"$$tools/bin/uv" $(COMPILE) --extra dev --extra otel --group test --constraint deploy/requirements.lock --output-file deploy/test.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group build --constraint deploy/requirements.lock --output-file deploy/build.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group node --output-file deploy/node.lock; \
 	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi

@@ -12,8 +12,9 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -25,7 +26,7 @@ from broker.directory import Directory
 from broker.durable import Durable, Postgres
 from broker.durable.housekeeping import Housekeeping
 from broker.ephemeral import Ephemeral, connect
-from broker.errors import Unavailable
+from broker.errors import Fault, Unavailable
 from broker.mailbox import Mailbox
 from broker.model import RATE_KEYS, RelyingParty
 from broker.settings import Settings
@@ -51,12 +52,16 @@ from broker.web import (
     Limits,
     Listener,
     RefusedOrigins,
+    TracedEdge,
     json_answer,
     listen,
     public,
 )
 from broker.web.body import MAX_BODY
 from broker.web.server import bind
+
+if TYPE_CHECKING:
+    from broker.telemetry.tracing import Tracing
 
 _SDK = Path(__file__).parent / "sdk"
 _SDK_TYPES = {"passkey.js": "text/javascript", "passkey.d.ts": "application/typescript"}
@@ -65,6 +70,10 @@ _SDK_PLACES = {
     "/sdk": "public, max-age=300",
     f"/sdk/{__version__}": "public, max-age=31536000, immutable",
 }
+
+
+class TracingFault(Fault):
+    """Traces can't be made; the sentence says what to do."""
 
 
 @dataclass(slots=True)
@@ -329,17 +338,30 @@ async def _close_all(listeners: Sequence[Listener]) -> None:
     await asyncio.gather(*(listener.close() for listener in listeners))
 
 
+def _tracing() -> Tracing:
+    try:
+        from broker.telemetry.tracing import Tracing
+    except ImportError:
+        raise TracingFault(
+            "BROKER_TRACES=otlp needs OpenTelemetry, which is not installed; "
+            "install passkey-broker[otel]."
+        ) from None
+    return Tracing()
+
+
 async def serve(
     parts: Parts,
     *,
     prepare: Callable[[int], Awaitable[Mapping[str, web.Application]]] | None = None,
     limits: Limits | None = None,
+    tracing: Tracing | None = None,
 ) -> Service:
     """Listen on the ports of the settings. Before the first request is answered, `prepare` takes
     the port and returns further applications by path prefix. `limits` bounds slow callers.
 
     Raises:
         OSError: an address is in use, or not of this machine.
+        TracingFault: the extra `otel` is missing.
     """
     settings = parts.settings
     wire_formats = [dialect.load() for dialect in chosen(settings)]
@@ -348,6 +370,13 @@ async def serve(
     stack.callback(LoopLag(parts.metrics.loop_lag).stop)
     parts.housekeeping.start()
     try:
+        edge_of: Callable[..., Edge] = Edge
+        if settings.traces == "otlp":
+            tracing = tracing or _tracing()
+        if tracing is not None:
+            edge_of = partial(TracedEdge, tracing)
+            parts.metrics.trace = tracing.store_call
+            stack.push_async_callback(tracing.close)
         numbers = [settings.port, *filter(None, [settings.management_port])]
         opened = []
         for number in numbers:
@@ -364,7 +393,7 @@ async def serve(
         listeners: list[Listener] = []
         stack.push_async_callback(_close_all, listeners)
         for sockets, app in zip(opened, apps, strict=True):
-            edge = Edge(
+            edge = edge_of(
                 app,
                 renderers=[(found.PATHS, found.render) for found in wire_formats],
                 default=DIALECTS[0].load().render,

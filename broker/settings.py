@@ -258,6 +258,7 @@ class Settings:
     lame_duck_seconds: float = _setting(_seconds(0, 60), 5)  # SIGTERM: serves on, not ready
     drain_seconds: float = _setting(_seconds(0, 60), 10)
     log_level: str = _setting(choice("debug", "info", "warning", "error"), "info")
+    traces: str = _setting(choice("off", "otlp"), "off")  # otlp needs the extra `otel`
     # Rate limits (`broker.ephemeral.rate_limits`): requests, and how many at once; 0: no limit.
     begin_rate: str = _setting(rate, "600/min:300")
     discoverable_rate: str = _setting(rate, "600/min:300")

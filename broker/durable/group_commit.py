@@ -22,6 +22,7 @@ When a statement has been under way for `_PATIENCE`, the next begins beside it, 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from enum import Enum
 from typing import Generic, TypeVar
@@ -88,10 +89,15 @@ class GroupCommit(Generic[A, T]):
         expiry = loop.call_later(remaining(self._timeout), self._expire, answer)
         self._waiting.append((item, answer))
         self._policy.schedule()
+        began = time.perf_counter()
         try:
             return await answer
         finally:
             expiry.cancel()
+            if self._metrics.trace is not None:
+                failed = answer.cancelled() or answer.exception() is not None
+                seconds = time.perf_counter() - began
+                self._metrics.trace("postgres", self._operation, seconds, failed)
 
     def _expire(self, answer: asyncio.Future[T]) -> None:
         if not answer.done():

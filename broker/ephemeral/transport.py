@@ -198,18 +198,22 @@ class Transport:
         await self._commands.close()
 
     async def _watched(self, operation: str, reply: Awaitable[Any]) -> Any:
-        began = time.perf_counter()
+        began, failed = time.perf_counter(), False
         self._unanswered += 1
         try:
             return await reply
         except NoScriptError:
             raise
         except DOWN as fault:
+            failed = True
             self.tell(operation, fault)
             raise Unavailable(reason="redis") from fault
         finally:
             self._unanswered -= 1
-            self._metrics.store_seconds.observe(time.perf_counter() - began, "redis", operation)
+            seconds = time.perf_counter() - began
+            self._metrics.store_seconds.observe(seconds, "redis", operation)
+            if self._metrics.trace is not None:
+                self._metrics.trace("redis", operation, seconds, failed)
 
 
 class ByClient:

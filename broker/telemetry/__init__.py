@@ -2,6 +2,7 @@
 
 log       structured logs; records of libraries without a caller's data
 metrics   counters, histograms and gauges with bounded labels
+tracing   spans of requests and of waits for stores (OpenTelemetry), if switched on
 
 `Context` has the actor (an API key's id, "browser", "cli") and the id of a request. The durable
 store writes both into events.
@@ -77,6 +78,9 @@ class Stopwatch:
         self._began = time.perf_counter()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._metrics.store_seconds.observe(time.perf_counter() - self._began, *self._names)
+        seconds = time.perf_counter() - self._began
+        self._metrics.store_seconds.observe(seconds, *self._names)
+        if self._metrics.trace is not None:
+            self._metrics.trace(*self._names, seconds, kind is not None)
         if kind is not None:
             self._metrics.store_failures.inc(*self._names)

@@ -177,6 +177,8 @@ class Metrics:
     """
 
     def __init__(self) -> None:
+        # Makes a span of a wait for a store: store, operation, seconds, whether it failed.
+        self.trace: Callable[[str, str, float, bool], None] | None = None
         self.ceremonies = Counts(
             "broker_ceremonies", "Steps of ceremonies.", "kind", "step", "result"
         )

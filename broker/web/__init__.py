@@ -15,7 +15,7 @@ from __future__ import annotations
 from broker.web.answer import json_answer
 from broker.web.body import LIMITS, Limits, read_object
 from broker.web.client_address import ClientAddress
-from broker.web.edge import Edge, Renderer
+from broker.web.edge import Edge, Renderer, TracedEdge
 from broker.web.guards import (
     BROKER,
     CLIENT_ADDRESS,
@@ -64,6 +64,7 @@ __all__ = [
     "Listener",
     "RefusedOrigins",
     "Renderer",
+    "TracedEdge",
     "access_of",
     "authorise",
     "bearer",

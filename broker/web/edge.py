@@ -22,7 +22,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import ClientConnectionResetError, hdrs, web
 from multidict import istr
@@ -47,10 +47,13 @@ from broker.errors import (
     Unavailable,
     UnsupportedEncoding,
 )
-from broker.telemetry import CONTEXT, Context, Log, Metrics, fault
+from broker.telemetry import CONTEXT, Context, Log, Metrics, context, fault
 from broker.web.answer import HEADERS, NO_HEADERS, REQUEST_ID, Answer, as_response
 from broker.web.body import ANSWER_SECONDS, LIMITS, Incoming, Limits
 from broker.web.route_cache import RouteCache
+
+if TYPE_CHECKING:
+    from broker.telemetry.tracing import Tracing
 
 # Writes a refusal in a dialect's shape, which may depend on the request. The request is None if the
 # bytes were not HTTP.
@@ -239,6 +242,33 @@ class Edge:
                 if paths.match(request.path):
                     return renderer
         return self._default
+
+
+class TracedEdge(Edge):
+    """An edge that makes a span of each request."""
+
+    def __init__(self, tracing: Tracing, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._tracing = tracing
+
+    async def __call__(self, request: Incoming) -> web.StreamResponse:
+        with self._tracing.request(request.headers) as span:
+            response = await super().__call__(request)
+            resource, now = request.match_info.route.resource, context()
+            route = resource.canonical if resource else "unmatched"
+            method = request.method if request.method in _METHODS else "_OTHER"
+            span.update_name(f"{method} {route}")
+            # https://opentelemetry.io/docs/specs/semconv/http/http-spans/
+            span.set_attributes(
+                {
+                    "http.request.method": method,
+                    "http.route": route,
+                    "http.response.status_code": response.status,
+                    "broker.request_id": now.request_id,
+                    "broker.app": now.app_id or "",
+                }
+            )
+            return response
 
 
 class _EndedConnection(asyncio.Protocol):

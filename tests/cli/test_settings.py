@@ -102,6 +102,8 @@ GOOD: list[tuple[str, str, object]] = [
     ("discoverable_rate", "7/min:1", "7/min:1"),
     ("keyed_rate", "1000/s:999999999", "1000/s:999999999"),
     ("unknown_finish_rate", "60000/min:2", "60000/min:2"),
+    ("traces", "off", "off"),
+    ("traces", "otlp", "otlp"),
 ]
 BAD: list[tuple[str, str]] = [
     ("database_url", "mysql://h/x"),
@@ -199,6 +201,7 @@ BAD: list[tuple[str, str]] = [
     ("drain_seconds", "61"),
     ("drain_seconds", "ten"),
     ("log_level", "INFO"),
+    ("traces", "on"),
     *(
         (f"{name}_rate", text)
         for name in ("begin", "discoverable", "keyed", "unknown_finish")

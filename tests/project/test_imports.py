@@ -72,6 +72,7 @@ HOMES: dict[str, set[str]] = {
         "console",
         "demo",
     },
+    "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry", "app"},
     "redis": {"ephemeral"},
     "rfc8785": {"dialects"},
