@@ -119,7 +119,13 @@ class Signals:
             for c in credentials
         ]
         prepared = await self._prepare(app, "delete", calls, missing)
-        await self._revoke(app, credentials)
+        if external_id is None:
+            await self._revoke(app, credentials)
+            return prepared
+        user = await self._durable.users.find(app.id, external_id=external_id)
+        if user is not None:
+            now = instant(self._clock())
+            await self._durable.credentials.revoke(app.id, user.id, None, now)
         return prepared
 
     async def _revoke(self, app: RelyingParty, credentials: list[Credential]) -> None:

@@ -11,9 +11,9 @@ before the user, and the user before the passkey, as in deletions.
 
 **The epoch of a user** ends what was begun before. Revoke-all and disable raise it, and a deletion
 ends the row. A transaction, a ceremony and a nonce carry the epoch in which they were made. A new
-passkey needs the user's epoch as locked. A sign-in and a redemption need at least the epoch of the
-passkey's row, which disable raises too. So a login locks and reads no further row. A user is told
-to be disabled where an epoch is read, and nowhere else.
+passkey needs the epoch of the user's locked row. A sign-in and a redemption need at least the epoch
+of the passkey's row, which disable raises too. So a login reads and locks no further row. A
+statement that reads a user's epoch also reads whether the user is disabled.
 
 The look-up of a login is batched too. The look-up of a registration is a plain statement.
 """

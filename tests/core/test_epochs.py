@@ -32,6 +32,11 @@ async def revoke_all(broker: Started, wire: Wire) -> None:
     await directory.revoke(app, await directory.user(app, external_id="ann"), None)
 
 
+async def revoke_all_with_signals(broker: Started, wire: Wire) -> None:
+    app = await broker.parts.directory.app(wire.app_id)
+    await broker.parts.signals.prepare_delete(app, external_id="ann")
+
+
 async def disable(broker: Started, wire: Wire, *, disabled: bool = True) -> None:
     directory = broker.parts.directory
     await directory.disable_user(await directory.app(wire.app_id), "ann", disabled=disabled)
@@ -48,7 +53,8 @@ async def delete(broker: Started, wire: Wire) -> None:
 
 
 ENDINGS: dict[str, Ending] = {
-    ending.__name__: ending for ending in (revoke_all, disable, disable_for_a_moment, delete)
+    ending.__name__: ending
+    for ending in (revoke_all, revoke_all_with_signals, disable, disable_for_a_moment, delete)
 }
 
 
