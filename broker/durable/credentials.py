@@ -279,8 +279,10 @@ class Credentials:
                     lock = "SELECT live FROM credentials WHERE user_id = $1 AND id = $2 FOR UPDATE"
                     live = await connection.fetchval(lock, nobody, passkey_id)
                 user_id = await self._user(connection, app_id, external_id, new_id, new_handle, now)
+                # The nonce of a passkey without an owner has the first epoch, and stays valid.
                 update = (
-                    "UPDATE credentials c SET user_id = u.id, epoch = u.epoch, updated_at = $4"
+                    "UPDATE credentials c SET user_id = u.id, updated_at = $4,"
+                    " epoch = CASE WHEN u.disabled_at IS NULL THEN c.epoch ELSE u.epoch END"
                     " FROM users u WHERE c.app_id = $1 AND c.id = $2 AND u.id = $3"
                 )
                 await connection.execute(update, app_id, passkey_id, user_id, now)

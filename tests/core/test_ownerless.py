@@ -229,6 +229,29 @@ async def test_one_that_waits_for_redemption_makes_nobody_active(
     assert (await wire.redeem(await wire.authenticate(None, device))).json["external_id"] == "ann"
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+async def test_its_nonce_redeems_after_an_assignment_unless_the_owner_is_disabled(
+    broker: Started, wire: Wire, device: Authenticator, disabled: bool
+) -> None:
+    """The owner was disabled before, and perhaps enabled again: another epoch than the nonce's."""
+    directory, verbs = broker.parts.directory, broker.parts.broker
+    app = await directory.app(wire.app_id)
+    await wire.user("ann", Authenticator())
+    await directory.disable_user(app, "ann", disabled=True)
+    await directory.disable_user(app, "ann", disabled=disabled)
+    names = Names("Somebody", "Somebody", "Somebody")
+    nonce = await wire.register(await verbs.open_registration(keyed(app), ANYONE, names), device)
+    listed = (await wire.keyed("GET", "/passkeys?order_by=created_at:DESC")).json["passkeys"]
+    await directory.assign(app, listed[0]["id"], "ann")
+    if disabled:
+        with pytest.raises(UnknownNonce):
+            await verbs.redeem(keyed(app), nonce, ExpectedReceipt(unowned=True))
+    else:
+        await verbs.redeem(keyed(app), nonce, ExpectedReceipt(unowned=True))
+        opened = await wire.open_authentication("ann")
+        assert (await wire.redeem(await wire.authenticate(opened, device))).status == 200
+
+
 async def test_where_it_is_asked_for_it_stands_for_itself(
     broker: Started, open_app: OpenApp, device: Authenticator
 ) -> None:
