@@ -26,11 +26,12 @@ GRANT USAGE ON SCHEMA public TO broker_service;
 
 -- Tables of an installation whose service owned them: change their owner first.
 --   REASSIGN OWNED BY old_role TO broker_owner;
-GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO broker_service;
+-- TRUNCATE empties the ledger of one-time values hour by hour.
+GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA public TO broker_service;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO broker_service;
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO broker_service;
 ALTER DEFAULT PRIVILEGES FOR ROLE broker_owner IN SCHEMA public
-    GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO broker_service;
+    GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON TABLES TO broker_service;
 ALTER DEFAULT PRIVILEGES FOR ROLE broker_owner IN SCHEMA public
     GRANT USAGE, SELECT ON SEQUENCES TO broker_service;
 ALTER DEFAULT PRIVILEGES FOR ROLE broker_owner REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC;
