@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ def redis_findings(facts: RedisFacts, mode: str) -> list[Finding]:
     """Checks of Redis: of each primary, if there are several."""
     found = [
         redis_version(facts.version),
-        clock("redis", facts.clock - time.time()),
+        clock("redis", facts.ahead),
         eviction(facts.eviction),
         term(readable=facts.term_readable, mode=mode),
         configured(

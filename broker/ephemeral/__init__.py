@@ -54,13 +54,13 @@ _SETTINGS = (
 
 
 class RedisFacts(NamedTuple):
-    """Facts about Redis, or about the primaries of a cluster. `clock` in seconds since the epoch,
-    by the server that differs most. `replicas` of the server that has most. `settings` have the
+    """Facts about Redis, or about the primaries of a cluster. `ahead` in seconds, of the server
+    whose clock differs most from ours. `replicas` of the server that has most. `settings` have the
     values of all servers, and lack what the broker's user may not read.
     """
 
     version: str
-    clock: float
+    ahead: float
     eviction: str
     replicas: int
     settings: Mapping[str, Sequence[str]]
@@ -116,7 +116,8 @@ class Ephemeral:
         info = await self._transport.survey("facts", "INFO") or [[b""]]
         servers = [_info(reply) for [reply] in info]
         times = await self._transport.survey("facts", "TIME") or []
-        clocks = [int(now[0]) + int(now[1]) / 1e6 for [now] in times]
+        ours = self._clock()
+        ahead = [int(now[0]) + int(now[1]) / 1e6 - ours for [now] in times]
         given = await self._transport.survey("facts", "CONFIG", "GET", *_SETTINGS) or []
         settings: dict[str, list[str]] = {}
         for [reply] in given:
@@ -126,7 +127,7 @@ class Ephemeral:
         policies = {server.get("maxmemory_policy", "noeviction") for server in servers}
         return RedisFacts(
             version=first.get("valkey_version") or first.get("redis_version") or "0",
-            clock=max(clocks, key=lambda clock: abs(clock - self._clock()), default=self._clock()),
+            ahead=max(ahead, key=abs, default=0.0),
             eviction=", ".join(sorted(policies)),
             replicas=max(int(server.get("connected_slaves", 0)) for server in servers),
             settings={name: sorted(set(values)) for name, values in settings.items()},
