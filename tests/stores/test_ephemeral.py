@@ -729,7 +729,7 @@ async def test_every_key_ends_by_itself_and_holds_no_secret(place: Place) -> Non
     await put_nonce(store, APP, nonce, redeemable(place))
     bound = await begin_one(store, place, token, secrets[0])
     await put_pending(store, secrets[1], authentication(place, None), opener="page", cap=9)
-    ends = {b":t": 600, b":c": 300, b"p:": 300, b"n:": 660, b"d:": 300}
+    ends = {b":t": 600, b":c": 300, b"p:": 300, b"n:": 660, b"d:": 3900}
     secret = [value.partition("_")[2].encode() for value in (token, nonce, *secrets)]
     assert bound.startswith(secrets[0])
     with place.client() as client:
@@ -1120,9 +1120,10 @@ async def test_a_connection_with_unread_bytes_is_not_used(single: Place) -> None
     async with redis_proxy(*single.server.doors) as proxy:
         store, nonce = single.store(through=proxy), MINT.token("nonce")
         await put_nonce(store, APP, nonce, redeemable(single, transaction=b"2" * 32))
-        await put_nonce(store, APP, MINT.token("nonce"), redeemable(single, transaction=b"1" * 32))
+        other = MINT.token("nonce")
+        await put_nonce(store, APP, other, redeemable(single, transaction=b"1" * 32))
         with single.client() as client:
-            stale = next(v for v in map(client.get, client.keys("n:*")) if b"1" * 32 in v)
+            stale = client.get(b"n:" + digest("nonce", other))
         assert len(proxy.clients) == 1
         connection: Any = store._transport._commands
         stream = connection._stream
@@ -1300,7 +1301,7 @@ async def test_a_server_that_takes_no_writes_is_unavailable(tmp_path: Path, trou
 async def test_facts_for_the_operator(real: Place) -> None:
     facts = await real.store().facts()
     assert facts.eviction == "noeviction"
-    assert abs(facts.clock - time.time()) < 60
+    assert abs(facts.ahead) < 60
     assert int(facts.version.split(".")[0]) >= 7
     assert facts.term_readable
     assert facts.settings["enable-debug-command"] == ["no"]

@@ -271,6 +271,18 @@ async def test_a_stale_stamp_kills_the_value(pair: Pair) -> None:
     assert isinstance(await store.nonces.take(APP, nonce), Taken)
 
 
+async def test_a_store_that_takes_nothing_learns_of_a_term_too(pair: Pair) -> None:
+    """A process that only puts meets no refused take: it reads the term again by itself."""
+    store, taker = pair.primary.store(), pair.primary.store()
+    await store.nonces.put(APP, MINT.token("nonce"), redeemable(pair.primary))
+    pair.follow(pair.replica, pair.primary)
+    connection: Any = store._transport._commands
+    connection._stream.term_until = 0.0  # a second is over
+    nonce = MINT.token("nonce")
+    await store.nonces.put(APP, nonce, redeemable(pair.primary))
+    assert isinstance(await taker.nonces.take(APP, nonce), Taken)
+
+
 async def test_a_tombstone_of_another_term_is_believed(pair: Pair) -> None:
     pair.follow(pair.replica, pair.primary)
     nonce, store = MINT.token("nonce"), pair.primary.store()
