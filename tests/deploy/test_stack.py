@@ -22,6 +22,7 @@ import aiohttp
 import asyncpg
 import pytest
 import redis
+import yaml
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -106,40 +107,34 @@ def _server() -> str:
 
 
 def _valkeys(opened: ExitStack, folder: Path, ports: list[int]) -> None:
-    secrets = folder / "secrets"
     for port in ports:
-        home = folder / str(port)
-        home.mkdir()
-        shutil.copy(DEPLOY / "redis.conf", home)
-        if port != ports[0]:
-            with (home / "redis.conf").open("a") as configuration:
-                configuration.write(f"replicaof 127.0.0.1 {ports[0]}\n")
-        argv = [_server(), "redis.conf", "--port", str(port), "--bind", "127.0.0.1"]
-        argv += [
-            "--aclfile",
-            str(secrets / "users.acl"),
-            "--include",
-            str(secrets / "replication.conf"),
-        ]
-        _spawn(opened, home / "log", argv, home, dict(os.environ))
+        role = "# primary" if port == ports[0] else f"replicaof 127.0.0.1 {ports[0]}"
+        _contained(opened, folder, "valkey-1", port, {"ROLE": role, "HOSTNAME": "127.0.0.1"})
 
 
 def _sentinels(opened: ExitStack, folder: Path, ports: list[int]) -> None:
     for port in ports:
-        home = folder / str(port)
-        home.mkdir()
-        parts = (DEPLOY / "sentinel.conf", folder / "secrets" / "monitor.conf")
-        (home / "sentinel.conf").write_text("".join(part.read_text() for part in parts))
-        argv = [
-            _server(),
-            "sentinel.conf",
-            "--sentinel",
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-        ]
-        _spawn(opened, home / "log", argv, home, dict(os.environ))
+        _contained(opened, folder, "sentinel-1", port, {})
+
+
+def _contained(
+    opened: ExitStack, folder: Path, service: str, port: int, variables: dict[str, str]
+) -> None:
+    """Run the shell script that starts a service of `compose.yaml`, on another port."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    script: str = compose["services"][service]["entrypoint"][2]
+    for theirs, ours in (
+        ("$$", "$"),
+        ("/etc/valkey/", f"{DEPLOY}/"),
+        ("/run/secrets/", f"{folder}/secrets/"),
+        ("exec valkey-server", f"exec {_server()}"),
+        (".conf --", f".conf --port {port} --bind 127.0.0.1 --"),
+    ):
+        assert theirs in script or theirs == "$$"
+        script = script.replace(theirs, ours)
+    home = folder / str(port)
+    home.mkdir()
+    _spawn(opened, home / "log", ["sh", "-ec", script], home, os.environ | variables)
 
 
 async def _roles(database: str, secrets: Path) -> None:

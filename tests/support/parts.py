@@ -37,6 +37,7 @@ CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Ch
 
 # Programs by the package that has them on Debian.
 PROGRAMS = {name: name for name in ("faketime", "haproxy", "nginx", "pgbouncer")}
+PROGRAMS["systemd-analyze"] = "systemd"
 
 
 class MissingPart(Exception):
