@@ -353,6 +353,30 @@ async def test_a_passkey_that_is_being_added_ends_with_the_others(
     assert unharmed(durable)
 
 
+@pytest.mark.parametrize("revoked", [True, False])
+async def test_a_user_is_locked_before_the_passkey(
+    durable: Durable, app: RelyingParty, stores: EmbeddedStores, revoked: bool
+) -> None:
+    """A disable, which has the user's row, gets the passkey's while the other one waits."""
+    ann = await ensure(durable, app, "ann")
+    assert await add(durable, app, ann, b"first", live=False) == "added"
+    key = await stored(durable, app, b"first")
+    async with session_of(stores) as session:
+        change = session.transaction()
+        await change.start()
+        await session.execute("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", ann)
+        if revoked:
+            revoking = durable.credentials.revoke(app.id, ann, [key.id], LATER)
+            waiting: asyncio.Task[object] = asyncio.create_task(revoking)
+        else:
+            waiting = asyncio.create_task(durable.ceremonies.confirm(app.id, key.id, 0, LATER))
+        await blocked(stores, session)
+        await session.execute("UPDATE credentials SET epoch = 1 WHERE user_id = $1", ann)
+        await change.commit()
+    assert await waiting == ([key.id] if revoked else False)
+    assert unharmed(durable)
+
+
 async def test_deletions_and_registrations_at_once(
     durable: Durable, other: Durable, app: RelyingParty
 ) -> None:

@@ -75,6 +75,8 @@ KEYED |= {
     ("DELETE", APP + "/passkeys/{passkey_id}"),
     ("POST", APP + "/passkeys/{passkey_id}/owner"),
     ("PATCH", APP + "/users/{user_id}"),
+    ("POST", APP + "/users/{user_id}/disable"),
+    ("POST", APP + "/users/{user_id}/enable"),
     ("GET", APP + "/users/{user_id}/approvals"),
     ("GET", APP + "/events"),
 }

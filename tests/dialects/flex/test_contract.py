@@ -583,6 +583,7 @@ def test_11_codes_and_statuses() -> None:
         ("not_found", 404),
         ("method_not_allowed", 405),
         ("request_timeout", 408),
+        ("user_disabled", 403),
         ("user_has_no_passkeys", 409),
         ("too_many_passkeys", 409),
         ("passkey_has_owner", 409),
