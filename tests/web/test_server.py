@@ -800,7 +800,9 @@ async def test_nothing_of_a_caller_reaches_the_log(
     )
     assert len(broker.log) > 40
     shown = {value for value in said if value in log}
-    assert shown == {wire.app_id} & said, "ids of ours may be logged, nothing a caller can use"
+    assert shown == {wire.app_id, user} & said, "ids of ours, and nothing that a caller can use"
+    naming = {entry["event"] for entry in broker.log if user in entry.values()}
+    assert naming == {"nonce_replayed"}
     assert ORIGIN not in log
     for value in tokens:
         assert value[4:20] not in log
