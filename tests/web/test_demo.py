@@ -1133,20 +1133,21 @@ async def test_a_label_is_judged_like_a_name(ada: Visitor, label: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "code"),
+    ("change", "status", "code", "calls"),
     [
-        ({"broker_url": "http://127.0.0.1:9"}, 503, "broker_down"),
-        ({"api_key": "pbk_" + "x" * 43}, 502, "broker_refused"),
+        ({"broker_url": "http://127.0.0.1:9"}, 503, "broker_down", 2),
+        ({"api_key": "pbk_" + "x" * 43}, 502, "broker_refused", 1),
     ],
 )
 async def test_a_broker_that_is_down_or_refuses_is_one_sentence(
-    start_site: StartSite, change: dict[str, str], status: int, code: str
+    start_site: StartSite, change: dict[str, str], status: int, code: str, calls: int
 ) -> None:
+    """The client repeats a call without an answer once. The trace has every call."""
     site: Site = await start_site(**change)
     refused = await site.visitor().post("/api/sign-up/start", name="Ada")
     assert (refused.status, refused.code) == (status, code)
     assert ("Retry-After" in refused.headers) == (status == 503)
-    assert [hop["path"] for hop in refused.json["trace"]] == ["/transactions/register"]
+    assert [hop["path"] for hop in refused.json["trace"]] == ["/transactions/register"] * calls
     assert b"pbk_" not in refused.body
 
 
