@@ -287,6 +287,7 @@ ANSWERS: dict[str, dict[int, object]] = {
         201: TRANSACTION,
         403: error("user_disabled"),
         409: error("user_has_no_passkeys"),
+        422: error("idempotency_key_reused"),
     },
     "POST /authenticate/verify": {200: SIGNED_RECEIPT, 401: error("invalid_nonce")},
     "GET /users": {200: USERS},

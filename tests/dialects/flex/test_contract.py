@@ -591,6 +591,7 @@ def test_11_codes_and_statuses() -> None:
         ("conflict", 409),
         ("request_too_large", 413),
         ("unsupported_media_type", 415),
+        ("idempotency_key_reused", 422),
         ("too_many_requests", 429),
         ("internal_server_error", 500),
         ("service_unavailable", 503),

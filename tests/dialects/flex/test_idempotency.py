@@ -14,6 +14,7 @@ from broker.sdk.passkey_broker import Answer as SdkAnswer
 from broker.sdk.passkey_broker import AsyncBrokerClient, BrokerUnreachable, Request
 from tests.conftest import ON_BOTH, Started, Starter
 from tests.support.authenticator import Authenticator
+from tests.support.golden import golden
 from tests.support.proxy import Fate, RedisProxy, redis_proxy
 from tests.support.servers import connect_valkey
 from tests.support.signals import counted, refused
@@ -44,6 +45,8 @@ async def test_a_repeated_open_gets_the_same_transaction(
         with refused(broker, "idempotency_key_reused", "idempotency_key_reused"):
             answer = await send(wire, path, other)
         assert (answer.status, answer.code) == (422, "idempotency_key_reused")
+    headers = {"Authorization": f"Bearer {wire.key}", "Idempotency-Key": KEY}
+    await golden(wire, "flex/m2-key-reused", "POST", OPEN, {"external_id": "bob"}, headers=headers)
     (user,) = (await wire.keyed("GET", "/users")).json["users"]
     assert user["external_id"] == "ann", "a refused request makes no user"
 
