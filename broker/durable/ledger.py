@@ -1,8 +1,9 @@
 """Ledger of spent one-time values, and the mode of one-time values (`BROKER_ONE_TIME`).
 
 In the mode `postgres` the insert of a value's digest decides its take: one of two takes inserts,
-also if two servers of Redis had the value. The inserts are a group commit. The ledger is as good as
-Postgres' own failover: without synchronous replication a failover may lose entries.
+also if two servers of Redis had the value. The inserts are a group commit. An idempotent take has a
+second row, its claim: the same request, repeated, finds it and gets the value again. The ledger is
+as good as Postgres' own failover: without synchronous replication a failover may lose entries.
 
 **Mode.** All instances have the mode that `one_time_mode` records. Another instance is not ready. A
 change to `postgres` draws a stamp, which every value then carries instead of a term. So no value of
@@ -33,6 +34,7 @@ class _Spent(NamedTuple):
 
     slot: int
     digest: bytes
+    claim: bytes
 
 
 class Recorded(NamedTuple):
@@ -49,7 +51,7 @@ class Ledger:
         self._pg = postgres
         self._stamp = ""
         self._spend = postgres.group_commit(
-            "spend_value", self._spend_batch, key=lambda spent: spent
+            "spend_value", self._spend_batch, key=lambda spent: spent.digest
         )
 
     async def recorded(self) -> Recorded:
@@ -86,28 +88,46 @@ class Ledger:
             await self.check("postgres")
         return self._stamp
 
-    async def spend(self, ends: float, digest: bytes) -> bool:
-        """Spend a value that ends at `ends`, in seconds since the epoch. False: it was spent.
+    async def spend(self, ends: float, digest: bytes, claim: bytes = b"") -> bool:
+        """Spend a value that ends at `ends`, in seconds since the epoch. False: it was spent, and
+        not with this claim, the digest of value and idempotent request.
 
         Raises:
             Unavailable: it is unknown whether the value is spent now.
         """
-        return await self._spend(_Spent(_slot(ends), digest))
+        return await self._spend(_Spent(_slot(ends), digest, claim))
 
     async def _spend_batch(
         self, batch: Sequence[_Spent], own: bool
     ) -> Sequence[bool | OwnStatement]:
+        """A claim is a row beside the digest that it spent. A claim that another statement commits
+        meanwhile may be missed, which refuses the repeated request.
+        """
         # In one order, so that two statements with digests in common don't wait in a circle.
         rows = await self._pg.rows(
             "spend_value",
-            "INSERT INTO one_time_spent (slot, digest)"
-            " SELECT * FROM unnest($1::smallint[], $2::bytea[]) ORDER BY 1, 2"
-            " ON CONFLICT DO NOTHING RETURNING slot, digest",
+            """
+            WITH a AS (
+                SELECT * FROM unnest($1::smallint[], $2::bytea[], $3::bytea[])
+                    AS a (slot, digest, claim)
+            ), made AS (
+                INSERT INTO one_time_spent (slot, digest) SELECT slot, digest FROM a ORDER BY 1, 2
+                ON CONFLICT DO NOTHING RETURNING slot, digest
+            ), claimed AS (
+                INSERT INTO one_time_spent (slot, digest)
+                SELECT slot, claim FROM a JOIN made USING (slot, digest) WHERE claim <> ''
+                ON CONFLICT DO NOTHING
+            )
+            SELECT slot, digest FROM made
+            UNION ALL SELECT s.slot, a.digest FROM a
+            JOIN one_time_spent s ON s.slot = a.slot AND s.digest = a.claim
+            """,
             [spent.slot for spent in batch],
             [spent.digest for spent in batch],
+            [spent.claim for spent in batch],
         )
-        made = {_Spent(*row) for row in rows}
-        return [spent in made for spent in batch]
+        made = {tuple(row) for row in rows}
+        return [(spent.slot, spent.digest) in made for spent in batch]
 
 
 async def empty(connection: Connection, now: datetime) -> None:

@@ -66,6 +66,8 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeV
 from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.ephemeral.connection import term_of
 from broker.ephemeral.transport import Script, Transport
+from broker.errors import IdempotencyConflict
+from broker.model import IDEMPOTENCY_LIFE
 
 T = TypeVar("T")
 
@@ -147,6 +149,19 @@ class FirstTake(NamedTuple):
     idempotency_key: bytes = b""
     request: bytes = b""
 
+    def repeats(self, earlier: FirstTake) -> bool:
+        """True if both are one idempotent request, within `IDEMPOTENCY_LIFE`.
+
+        Raises:
+            IdempotencyConflict: the same key, and another request.
+        """
+        same = self.idempotency_key and self.idempotency_key == earlier.idempotency_key
+        if not same or self.at - earlier.at >= IDEMPOTENCY_LIFE:
+            return False
+        if self.request != earlier.request:
+            raise IdempotencyConflict
+        return True
+
 
 class Taken(NamedTuple, Generic[T]):
     """The value, which is spent now. `repeated`: the same idempotent request took it before."""
@@ -214,7 +229,7 @@ local function judge(key, kinds, opener, proof)
   elseif kinds ~= '' and not string.find(kinds, '|' .. kind .. '|', 1, true) then
     return 'other_kind', v, at
   elseif state == 's' then
-    return 'replayed', v, at
+    return 'replayed', v, at, ends
   elseif ends + {TOLERANCE} <= tonumber(ARGV[1])
       or redis.call('PTTL', key) <= tonumber(ARGV[2]) then
     return 'expired'
@@ -393,8 +408,10 @@ class Ledger(Protocol):
         """What values carry instead of a term: 16 hex digits."""
         ...
 
-    async def spend(self, ends: float, digest: bytes) -> bool:
-        """Spend a value that ends at `ends`, in seconds since the epoch. False: it was spent."""
+    async def spend(self, ends: float, digest: bytes, claim: bytes) -> bool:
+        """Spend a value that ends at `ends`, in seconds since the epoch. False: it was spent, and
+        not with this claim.
+        """
         ...
 
 
@@ -466,10 +483,11 @@ class OneTimeStore:
         first: FirstTake | None = None,
     ) -> Awaitable[Answer[T]]:
         """Take the value under the first key; the other keys are deleted with it. `first` describes
-        this take in a tombstone; None leaves none. A value with a proof leaves none.
+        this take in a tombstone; None leaves none. A value with a proof leaves none. A take that
+        repeats the first one (`FirstTake.repeats`) gets the value again.
         """
         tombstone = b"\x92" + encode(first) if first else b""  # an array of two
-        return self._run(operation, _TAKE, keys, type_, expected, tombstone)
+        return self._run(operation, _TAKE, keys, type_, expected, tombstone, first=first)
 
     def take_beside(
         self, operation: str, key: bytes, beside: bytes, type_: type[T], expected: Expected
@@ -526,6 +544,7 @@ class OneTimeStore:
         type_: type[T],
         expected: Expected,
         *more: Any,
+        first: FirstTake | None = None,
     ) -> Answer[T]:
         """Run a script, and say what its reply means."""
         kinds, opener, proof, grace = expected
@@ -537,29 +556,41 @@ class OneTimeStore:
         try:
             if verdict == b"replayed":
                 pair: Any = tuple[FirstTake, type_]  # type: ignore[valid-type]
-                return Replayed(*decode(pair, payload))
+                earlier, content = decode(pair, payload)
+                if first and first.repeats(earlier) and await self._decide(first, *spent):
+                    return Taken(content, repeated=True)
+                return Replayed(earlier, content)
             value = decode(type_, payload) if rest else None
         except DecodeError as fault:
             self._transport.tell(operation, fault)
             return Unknown("unreadable")
         if verdict == b"live" and value is not None:
-            if self._ledger is not None and spent:
-                key, ends = spent
-                if not await self._ledger.spend(int(ends) / 1000, _digest(key, ends)):
-                    return TERM_OVER
+            if spent and not await self._decide(first, *spent):
+                return TERM_OVER
             return Taken(value)
         if verdict == b"term_over":
             self._transport.forget_terms()
         return Unknown(verdict.decode(), value)
 
+    async def _decide(self, first: FirstTake | None, key: bytes, ends: bytes) -> bool:
+        """True without a ledger, or if it lets this take spend the value. A tombstone alone proves
+        no take there."""
+        if self._ledger is None:
+            return True
+        claim = b""
+        if first and first.idempotency_key:
+            claim = _digest(key, ends, first.idempotency_key, first.request)
+        return await self._ledger.spend(int(ends) / 1000, _digest(key, ends), claim)
 
-def _digest(key: bytes, ends: bytes) -> bytes:
-    """What the ledger knows a value by: the same in each copy of the value.
+
+def _digest(key: bytes, ends: bytes, *claim: bytes) -> bytes:
+    """What the ledger knows a value by: the same in each copy of the value. With `claim`, also by
+    whom it was taken.
 
     Values that follow each other under one key have ends of their own. The payload would not do:
     guesses change it.
     """
-    return hashlib.sha256(b"%b|%b" % (key, ends)).digest()
+    return hashlib.sha256(b"|".join((key, ends, *claim))).digest()
 
 
 def _left(answer: Answer[T]) -> T | Unknown:

@@ -312,14 +312,8 @@ class Nonces:
         except (DecodeError, SealBroken):
             return Unknown("unreadable")
         if isinstance(found, Replayed):
-            first = found.first
-            fresh = self._clock() - first.at < IDEMPOTENCY_LIFE
-            if key and key == first.idempotency_key and fresh:
-                if request != first.request:
-                    raise IdempotencyConflict
-                return Taken(redeemable, repeated=True)
-            return Replayed(first, redeemable)
-        return Taken(redeemable)
+            return Replayed(found.first, redeemable)
+        return Taken(redeemable, found.repeated)
 
 
 class OpenAnswers:

@@ -19,9 +19,11 @@ from broker.durable import Postgres
 from broker.durable.housekeeping import Housekeeping
 from broker.durable.ledger import Ledger
 from broker.embedded import EmbeddedStores
-from broker.ephemeral import TERM_OVER, Ephemeral, Unknown
+from broker.ephemeral import TERM_OVER, Ephemeral, Replayed, Taken, Unknown
 from broker.errors import Unavailable
+from broker.model import Idempotency
 from broker.telemetry import Log, Metrics
+from broker.tokens import digest
 from tests.conftest import Starter
 from tests.stores.test_ephemeral import APP, MINT, TIMEOUT, Place, redeemable
 from tests.stores.test_terms import ALL, Pair, Takes, pair, put_values, server
@@ -89,6 +91,34 @@ async def test_one_of_many_spends_a_value(scene: Scene) -> None:
     assert sum(spent) == len(digests)
     assert [await ledgers[0].spend(60.0, digest) for digest in digests[:2]] == [False, False]
     assert await ledgers[0].spend(3660.0, digests[0]), "a value with another end is another value"
+
+
+async def test_a_claim_spends_again_what_it_spent(scene: Scene) -> None:
+    """And nothing else: a claim that came too late is not recorded."""
+    ledgers = [await scene.ledger() for _ in range(2)]
+    value, mine, other = (bytes([number]) * 32 for number in range(3))
+    assert await ledgers[0].spend(60.0, value, mine)
+    assert [await each.spend(60.0, value, mine) for each in ledgers] == [True, True]
+    for claim in (other, other, b""):
+        assert not await ledgers[1].spend(60.0, value, claim)
+
+
+async def test_a_repeated_redemption_is_decided_by_the_ledger(scene: Scene, pair: Pair) -> None:
+    """A nonce is in two servers. The tombstone of the second server proves no redemption: the
+    ledger refused it, and refuses the repeated request.
+    """
+    first, second = [await scene.store(place) for place in (pair.primary, pair.replica)]
+    nonce = MINT.token("nonce")
+    await first.nonces.put(APP, nonce, redeemable(pair.primary))
+    key = b"n:" + digest("nonce", nonce)
+    with server(pair.primary).client() as here, server(pair.replica).client() as there:
+        there.set(key, here.get(key), px=700_000)
+    mine, other = Idempotency("pbk_a:1", b"r" * 32), Idempotency("pbk_a:2", b"r" * 32)
+    taken = await first.nonces.take(APP, nonce, mine)
+    assert isinstance(taken, Taken)
+    assert await second.nonces.take(APP, nonce, other) == TERM_OVER
+    assert isinstance(await second.nonces.take(APP, nonce, other), Replayed)
+    assert await first.nonces.take(APP, nonce, mine) == taken._replace(repeated=True)
 
 
 async def test_failover_to_a_lagging_replica(scene: Scene, pair: Pair) -> None:
