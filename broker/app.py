@@ -171,6 +171,7 @@ async def assemble(
             ephemeral=ephemeral,
             durable=durable,
             signing=signing,
+            secret_keys=settings.secret_key,
             metrics=metrics,
             log=log,
             clock=clock,

@@ -49,10 +49,11 @@ Clock and chance are arguments.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from broker.broker.authentication import Authentication, metric_of, restart_of
+from broker.broker.decoys import Decoys
 from broker.broker.redemption import Nonce, Outcome, Redemption, Signed
 from broker.broker.registration import Registration
 from broker.broker.steps import Begun, is_discoverable, require_binding, retry_from
@@ -89,8 +90,8 @@ _ANY_RECEIPT = ExpectedReceipt()
 
 
 class Broker:
-    """The verbs. `clock` gives seconds since the epoch, `mint` is the source of chance. Each verb
-    may raise `Unavailable`.
+    """The verbs. `clock` gives seconds since the epoch, `mint` is the source of chance, and decoys
+    derive from `secret_keys`. Each verb may raise `Unavailable`.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Broker:
         ephemeral: Ephemeral,
         durable: Durable,
         signing: Signing,
+        secret_keys: Sequence[str] = (),
         metrics: Metrics,
         log: Log,
         clock: Callable[[], float] = time.time,
@@ -106,7 +108,7 @@ class Broker:
     ) -> None:
         parts = (ephemeral, durable, signing, metrics, clock, mint or SystemMint())
         self._registration = Registration(*parts)
-        self._authentication = Authentication(*parts)
+        self._authentication = Authentication(*parts, decoys=Decoys(secret_keys))
         self._redemption = Redemption(*parts, log=log)
         self._rate_limits = ephemeral.rate_limits
         self._metrics = metrics

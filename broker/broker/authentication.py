@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from broker import ceremony
+from broker.broker.decoys import Decoys
 from broker.broker.steps import Begun, Steps, retry_from
 from broker.durable import instant
 from broker.errors import (
@@ -58,11 +60,22 @@ Allowed = Sequence[Credential] | Sequence[AllowedCredential]
 class Authentication(Steps):
     """The steps of an authentication."""
 
+    def __init__(self, *parts: Any, decoys: Decoys) -> None:
+        super().__init__(*parts)
+        self._decoys = decoys
+
     async def permit(
-        self, app: RelyingParty, external_id: str | Anyone, options: CeremonyOptions
+        self,
+        app: RelyingParty,
+        external_id: str | Anyone,
+        options: CeremonyOptions,
+        *,
+        approves: bool = False,
     ) -> tuple[Transaction, Allowed]:
         """A transaction for one authentication, not stored, and the passkeys that may answer: the
-        user's, or those of `options.allow`; an empty list allows any.
+        user's, or those of `options.allow`; an empty list allows any. Where the policy says so, a
+        user who has none gets decoys, unless the ceremony is about an approval, a second factor or
+        given passkeys.
 
         Raises:
             InvalidRequest, UnknownUser, UserDisabled, Unavailable; NoPasskeys: no live passkey is
@@ -76,13 +89,19 @@ class Authentication(Steps):
             found = await self._durable.ceremonies.allowed(
                 app.id, external_id, second_factor=options.second_factor
             )
-            if found is None:
+            mine: Sequence[AllowedCredential] = ()
+            if found is not None:
+                user_id, epoch, disabled, held = found
+                if disabled:
+                    raise UserDisabled
+                subject = Named(user_id, external_id, epoch)
+                mine = [c for c in held if options.allow is None or c.id in options.allow]
+            is_hidden = options.allow is None and not options.second_factor and not approves
+            if not mine and app.policy.decoys and is_hidden:
+                mine = self._decoys.of(app.id, external_id, found.user_id if found else "")
+                subject = subject if found else Named(mine[0].user_id, external_id, 0)
+            elif found is None:
                 raise UnknownUser
-            user_id, epoch, disabled, held = found
-            if disabled:
-                raise UserDisabled
-            subject = Named(user_id, external_id, epoch)
-            mine = [c for c in held if options.allow is None or c.id in options.allow]
             allowed, inlined = mine, tuple(mine) if len(mine) <= _INLINED else ()
         elif options.allow is not None:
             allowed = [
@@ -136,7 +155,9 @@ class Authentication(Steps):
                 # Not listed in the options: a page by itself learns nothing of credentials.
                 ids = options.allow or ()
             else:
-                transaction, allowed = await self.permit(app, link.external_id, options)
+                transaction, allowed = await self.permit(
+                    app, link.external_id, options, approves=approval is not None
+                )
                 ids = tuple([c.id for c in allowed])
             begun = begun._replace(allowed=ids)
             if approval is not None:

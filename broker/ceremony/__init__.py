@@ -75,6 +75,7 @@ Reading order: `finish`, `client_data`, `authenticator_data`, `cose`, `attestati
 from __future__ import annotations
 
 from broker.ceremony.client_data import challenge_of
+from broker.ceremony.cose import public_key_without_owner
 from broker.ceremony.finish import finish_authentication, finish_registration
 from broker.ceremony.identity import authenticator_name, user_handle_matches
 from broker.ceremony.options import begin_authentication, begin_registration
@@ -92,5 +93,6 @@ __all__ = [
     "finish_registration",
     "parse_authentication",
     "parse_registration",
+    "public_key_without_owner",
     "user_handle_matches",
 ]

@@ -74,6 +74,13 @@ _P256_BEGINS, _P256_BETWEEN = bytes.fromhex("a5010203262001215820"), bytes.fromh
 _P256_SIZE = 77
 
 
+def public_key_without_owner() -> bytes:
+    """A new COSE public key of ES256 whose private key is not kept, so nobody can sign for it."""
+    numbers = ec.generate_private_key(ec.SECP256R1()).public_key().public_numbers()
+    x, y = numbers.x.to_bytes(32, "big"), numbers.y.to_bytes(32, "big")
+    return _P256_BEGINS + x + _P256_BETWEEN + y
+
+
 class _Edwards(NamedTuple):
     """A curve ax² + y² = 1 + dx²y² modulo p. `small` holds y of all points of small order, whose
     order divides the cofactor.

@@ -254,6 +254,12 @@ class Policy:
             "whether pages of old Passlock clients may register passkeys that nobody owns yet",
         ),
     )
+    decoys: bool = field(
+        default=False,
+        metadata=_key(
+            SWITCH, "whether sign-ins of users who are unknown or have no passkey begin with decoys"
+        ),
+    )
     begin_rate: str = field(
         default=DEFAULT_RATE, metadata=_key(RATE, "begins of one client address")
     )

@@ -302,6 +302,7 @@ def test_every_hint_about_a_policy_names_a_key() -> None:
         "ceremony_life",
         "nonce_life",
         "allow_weaker",
+        "decoys",
         "hanko_algorithm",
     }
     named = {key for key in KEYS if any(f"{key};" in hint for hint in REMEDIES.values())}

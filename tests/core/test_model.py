@@ -72,6 +72,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("ceremony_life", "0600", 600),
     ("nonce_life", "5", 5),
     ("discoverable_limit", "1000000", 1_000_000),
+    ("decoys", "true", True),
     ("begin_rate", "default", "default"),
     ("begin_rate", "600/min:300", "600/min:300"),
     ("discoverable_rate", "0", "0"),
@@ -128,6 +129,7 @@ BAD: list[tuple[str, str, str]] = [
     ("nonce_life", "٦٠", "nonce_life is a whole number"),
     ("nonce_life", "9" * 5000, "nonce_life is a whole number"),
     ("discoverable_limit", "0", "discoverable_limit is a whole number from 1 to 1000000, not '0'."),
+    ("decoys", "on", "decoys is true or false, not 'on'."),
     *(
         (f"{name}_rate", text, f"{name}_rate is a rate with its burst like 600/min:300 or")
         for name in ("begin", "discoverable", "keyed", "unknown_finish")
