@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,8 @@ CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Ch
 
 # Programs by the package that has them on Debian.
 PROGRAMS = {name: name for name in ("faketime", "haproxy", "nginx", "pgbouncer")}
-PROGRAMS["systemd-analyze"] = "systemd"
+PROGRAMS |= {"promtool": "prometheus", "systemd-analyze": "systemd"}
+EXTRACTED = ("promtool",)  # of a package that brings a service and 100 MB: the program alone
 
 
 class MissingPart(Exception):
@@ -81,8 +83,11 @@ def chromium() -> str:
 
 
 def program(name: str) -> str:
-    """The path of one of `PROGRAMS`, on PATH or where Debian has servers. Raises MissingPart."""
-    found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin")
+    """The path of one of `PROGRAMS`: on PATH, where Debian has servers, or in this environment.
+    Raises MissingPart.
+    """
+    places = (os.environ.get("PATH", os.defpath), "/usr/sbin", sys.exec_prefix + "/bin")
+    found = shutil.which(name, path=os.pathsep.join(places))
     if found:
         return found
     package = PROGRAMS[name]
@@ -135,7 +140,10 @@ def install() -> None:
         try:
             program(name)
         except MissingPart:
-            _apt_install(package)
+            if name in EXTRACTED:
+                _apt_extract(package, name)
+            else:
+                _apt_install(package)
             program(name)
     install_node()
     install_npm(SDK)
@@ -185,6 +193,23 @@ def _apt_install(*packages: str) -> None:
             _say(f"Installing {package}.")
             argv = ("apt-get", "-q", "-y", "--no-install-recommends", "install", package)
             if _run(*argv, environment=environment, needed=False):
+                return
+
+
+def _apt_extract(package: str, name: str) -> None:
+    """One program of a package into this virtual environment."""
+    if not shutil.which("apt-get"):
+        return
+    _say(f"Downloading {package} for {name}.")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for refresh in (False, True):
+            if refresh:
+                _run("apt-get", "-q", "update", needed=False)
+            if _run("apt-get", "-q", "download", package, cwd=place, needed=False):
+                (archive,) = place.glob("*.deb")
+                _run("dpkg-deb", "--extract", str(archive), str(place))
+                shutil.copy(place / "usr" / "bin" / name, Path(sys.exec_prefix, "bin", name))
                 return
 
 
