@@ -118,7 +118,7 @@ class Expected(NamedTuple):
 class Group(NamedTuple):
     """A sorted set of keys that a put joins with `score` (ms since the epoch). When it has `limit`
     members: `refuse` the put, or `evict` the oldest values; `replace` deletes all others. `cap`
-    refuses too, and keeps members that have ended for an hour, so that the next put counts them.
+    refuses too, and keeps members that have ended for 10 minutes, so that the next put counts them.
     """
 
     key: bytes
@@ -295,7 +295,7 @@ for i = 2, #KEYS do
     redis.call('ZREMRANGEBYRANK', KEYS[i], 0, over - 1)
   end
   redis.call('ZADD', KEYS[i], score, KEYS[1])
-  local life = score - now + (action == 'cap' and 3600000 or 0)
+  local life = score - now + (action == 'cap' and 600000 or 0)
   redis.call('PEXPIRE', KEYS[i], life, 'GT')
   redis.call('PEXPIRE', KEYS[i], life, 'NX')
 end
