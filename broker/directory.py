@@ -365,10 +365,13 @@ class Directory:
         end: datetime | None = None,
         kinds: Sequence[tuple[str, str]] | None = None,
         user: str | None = None,
+        address: str | None = None,
+        either: str | None = None,
     ) -> tuple[list[AuditRow], int]:
         """A page of events, newest first, and how many there are in all. `kinds` are pairs of
-        action and result, None for all; `user` is a part of the external id; `start` and `end` are
-        exclusive."""
+        action and result, None for all; `user` is a part of the external id, `address` one of the
+        address, and `either` one of one of them; `start` and `end` are exclusive.
+        """
         return await self._durable.events.page(
             app.id,
             limit=limit,
@@ -377,6 +380,8 @@ class Directory:
             end=end,
             kinds=kinds,
             user=user,
+            address=address,
+            either=either,
         )
 
     async def disable_user(self, app: RelyingParty, external_id: str, *, disabled: bool) -> None:

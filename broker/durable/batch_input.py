@@ -19,6 +19,7 @@ _TYPES: dict[object, str] = {
     bool: "boolean",
     datetime: "timestamptz",
     tuple[str, ...]: "text[]",
+    dict[str, str]: "jsonb",
 }
 
 

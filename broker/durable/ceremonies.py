@@ -87,7 +87,7 @@ class _Use(NamedTuple):
     at: datetime
     flag_counter: bool
     actor: str
-    request_id: str
+    request: dict[str, str]
     action: str
     approval: str | None
 
@@ -119,7 +119,7 @@ class _New(NamedTuple):
     second_factor: bool
     at: datetime
     actor: str
-    request_id: str
+    request: dict[str, str]
     action: str
     max_passkeys: int
     counted_from: datetime
@@ -133,7 +133,7 @@ class _Confirmation(NamedTuple):
     epoch: int
     at: datetime
     actor: str
-    request_id: str
+    request: dict[str, str]
 
 
 class _Redeemed(NamedTuple):
@@ -441,7 +441,7 @@ class Ceremonies:
             "FROM new JOIN a ON a.id = new.id",
             at="a.at",
             app_id="a.app_id",
-            by="a.actor, a.request_id",
+            by="a.actor, a.request",
             user_id="new.user_id",
             passkey_id="new.id",
         )

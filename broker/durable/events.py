@@ -2,7 +2,7 @@
 by a cursor that never skips an event.
 
 An event is inserted by the statement that makes the change it reports, so both are committed or
-neither. `actor()` and the request id come from the context of the request.
+neither. `actor()` takes the actor and the request from the context.
 
 **The cursor** is an event's id. Ids are drawn before the commit, so a lower id may be committed
 after a higher one, and a reader that remembers the higher one would miss it. Therefore the reader
@@ -33,13 +33,14 @@ _STEP = 0.02  # seconds between two looks
 # What a caller chose, erased from the events of users who are gone. A column that is added to
 # events has its place here, or is ours.
 ERASE = """
-    UPDATE events SET request_id = '', payload = NULL
-    WHERE user_id = ANY ($1::text[]) AND (request_id <> '' OR payload IS NOT NULL)
+    UPDATE events SET request_id = '', payload = NULL, address = NULL, user_agent = NULL
+    WHERE user_id = ANY ($1::text[])
+        AND (request_id <> '' OR num_nonnulls(payload, address, user_agent) > 0)
 """
 
 _EVENT = (
     "e.id, e.at, e.app_id, e.actor, e.action, e.user_id, e.passkey_id, e.result, e.reason,"
-    " e.request_id, e.payload"
+    " e.request_id, e.payload, e.address, e.user_agent"
 )
 # A range of one app, so that the index on (app_id, id) alone has the rows in order. With "=" the
 # order would be that of ids, and a plan for any app may walk through everybody's events for the few
@@ -53,10 +54,17 @@ _WRITERS = """
 """
 
 
-def actor() -> tuple[str, str]:
-    """The actor and the request id of the running request or command."""
+def actor() -> tuple[str, dict[str, str]]:
+    """The actor of the running request or command, and that request: `id`, `address`,
+    `user_agent`; an address or a user agent that is not known is missing.
+    """
     now = context()
-    return now.actor, now.request_id
+    request = {"id": now.request_id}
+    if now.address:
+        request["address"] = now.address
+    if now.user_agent:
+        request["user_agent"] = now.user_agent
+    return now.actor, request
 
 
 def insert_event(
@@ -65,7 +73,7 @@ def insert_event(
     *,
     at: str = "at",
     app_id: str = "app_id",
-    by: str = "actor, request_id",
+    by: str = "actor, request",
     user_id: str = "NULL",
     passkey_id: str = "NULL",
     result: str = "'done'",
@@ -75,11 +83,14 @@ def insert_event(
     """The insert of an event for each row of `source`, a FROM; all arguments are SQL. `by` are two
     columns, as `actor()` gives them.
     """
+    actor, request = by.split(", ")
     return (
         "INSERT INTO events"
-        " (at, app_id, actor, request_id, action, user_id, passkey_id, result, reason, payload)"
-        f" SELECT {at}, {app_id}, {by}, {action}, {user_id}, {passkey_id}, {result}, {reason},"
-        f" {payload} {source}"
+        " (at, app_id, actor, request_id, address, user_agent, action, user_id, passkey_id, result,"
+        " reason, payload)"
+        f" SELECT {at}, {app_id}, {actor}, {request}::jsonb ->> 'id',"
+        f" {request}::jsonb ->> 'address', {request}::jsonb ->> 'user_agent', {action}, {user_id},"
+        f" {passkey_id}, {result}, {reason}, {payload} {source}"
     )
 
 
@@ -183,14 +194,20 @@ class Events:
         end: datetime | None,
         kinds: Sequence[tuple[str, str]] | None,
         user: str | None,
+        address: str | None = None,
+        either: str | None = None,
     ) -> tuple[list[AuditRow], int]:
         """A page of events, newest first, and how many there are in all. `kinds` are pairs of
-        action and result; `user` is a part of the external id; `start` and `end` are exclusive."""
+        action and result; `user` is a part of the external id, `address` one of the address, and
+        `either` one of one of them; `start` and `end` are exclusive.
+        """
         conditions, values = [_OF_APP], cast("list[object]", [app_id])
         for condition, value in (
             ("e.at > {}", start),
             ("e.at < {}", end),
             ("strpos(u.external_id, {}) > 0", user),
+            ("strpos(e.address, {}) > 0", address),
+            ("(strpos(u.external_id, {0}) > 0 OR strpos(e.address, {0}) > 0)", either),
             (
                 "e.action || ' ' || e.result = ANY({}::text[])",
                 None if kinds is None else [" ".join(k) for k in kinds],

@@ -306,6 +306,8 @@ class Event:
     reason: str | None
     request_id: str
     payload: dict[str, Any] | None
+    address: str | None = None
+    user_agent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

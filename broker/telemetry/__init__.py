@@ -34,13 +34,15 @@ __all__ = [
 @dataclass(slots=True)
 class Context:
     """The request id, the actor ("key:<id>", "browser" or "cli") and the deadline of a request or
-    command.
+    command. `address` and `user_agent` are the client's, for events; "" is unknown.
     """
 
     request_id: str
     actor: str
     app_id: str | None = None
     deadline: float | None = None  # of the monotonic clock
+    address: str = ""
+    user_agent: str = ""
 
 
 CONTEXT: ContextVar[Context] = ContextVar("broker_context")

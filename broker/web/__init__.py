@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from broker.web.answer import json_answer
 from broker.web.body import LIMITS, Limits, read_object
-from broker.web.client_address import ClientAddress
+from broker.web.client_address import CLIENT_ADDRESS, ClientAddress
 from broker.web.edge import Edge, Renderer, TracedEdge
 from broker.web.guards import (
     BROKER,
-    CLIENT_ADDRESS,
     DIRECTORY,
     MAILBOX,
     METRICS,

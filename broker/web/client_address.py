@@ -22,6 +22,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 from aiohttp import web
 
+CLIENT_ADDRESS: web.AppKey[ClientAddress] = web.AppKey("CLIENT_ADDRESS")
 Network = IPv4Network | IPv6Network
 Address = IPv4Address | IPv6Address
 

@@ -22,6 +22,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import ClientConnectionResetError, hdrs, web
@@ -50,6 +51,7 @@ from broker.errors import (
 from broker.telemetry import CONTEXT, Context, Log, Metrics, context, fault
 from broker.web.answer import HEADERS, NO_HEADERS, REQUEST_ID, Answer, as_response
 from broker.web.body import ANSWER_SECONDS, LIMITS, Incoming, Limits
+from broker.web.client_address import CLIENT_ADDRESS, ClientAddress
 from broker.web.route_cache import RouteCache
 
 if TYPE_CHECKING:
@@ -105,6 +107,12 @@ def _words_of(refusal: Refusal) -> dict[str, str]:
     return {**told, "hint": refusal.hint} if refusal.hint else told
 
 
+@lru_cache(1024)
+def _user_agent(header: str) -> str:
+    """A `User-Agent` header as events keep it: 255 printable ASCII characters at most."""
+    return "".join(c if " " <= c <= "~" else "?" for c in header[:255])
+
+
 class Edge:
     """Request handler around an aiohttp application.
 
@@ -130,6 +138,7 @@ class Edge:
         self._metrics = metrics
         self._docs_url = docs_url
         self._most_requests = app.get(LIMITS, Limits()).requests
+        self._client_address = app.get(CLIENT_ADDRESS, ClientAddress())
         self._in_flight = 0
         metrics.requests_in_flight.add(lambda: self._in_flight)
 
@@ -137,7 +146,12 @@ class Edge:
         began = time.monotonic()
         headers = request.headers
         now = Context(
-            _request_id(headers.get(_REQUEST_ID_HEADER)), "browser", None, began + ANSWER_SECONDS
+            _request_id(headers.get(_REQUEST_ID_HEADER)),
+            "browser",
+            None,
+            began + ANSWER_SECONDS,
+            self._client_address.of(request),
+            _user_agent(headers.get(hdrs.USER_AGENT, "")),
         )
         CONTEXT.set(now)
         refusal: Refusal | None = None

@@ -40,7 +40,6 @@ from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import CONTEXT, Metrics, context
 from broker.web.body import as_incoming, only_header, read_bytes
-from broker.web.client_address import ClientAddress
 from broker.web.refused_origins import RefusedOrigins
 
 Access = Literal["key", "browser", "public"]
@@ -48,7 +47,6 @@ Handler = Callable[[web.Request, Caller], Awaitable[web.StreamResponse]]
 KeyReader = Callable[[web.Request], str]
 
 BROKER = web.AppKey("BROKER", Broker)
-CLIENT_ADDRESS = web.AppKey("CLIENT_ADDRESS", ClientAddress)
 DIRECTORY = web.AppKey("DIRECTORY", Directory)
 MAILBOX = web.AppKey("MAILBOX", Mailbox)
 SIGNALS = web.AppKey("SIGNALS", Signals)
@@ -186,7 +184,7 @@ async def _admitted(request: web.Request) -> Caller:
                 reason="origin",
                 hint="`broker app update --app A --add-origin ORIGIN` registers an origin.",
             )
-    return caller._replace(address=request.app[CLIENT_ADDRESS].of(request))
+    return caller._replace(address=context().address)
 
 
 def _browser(handler: Handler) -> AnyHandler:

@@ -19,6 +19,7 @@ import pytest
 from broker.durable import Durable, Postgres
 from broker.durable.ceremonies import UserCredentials
 from broker.durable.events import ERASE
+from broker.durable.postgres import _init
 from broker.embedded import EmbeddedStores
 from broker.errors import Conflict, Unavailable, UnknownApp
 from broker.model import (
@@ -544,7 +545,7 @@ async def test_every_column_of_events_is_ours_or_erased(stores: EmbeddedStores) 
             " WHERE table_schema = 'public' AND table_name = 'events'"
         )
     assert {row["column_name"] for row in rows} == ours | erased
-    assert erased == {"request_id", "payload"}
+    assert erased == {"request_id", "payload", "address", "user_agent"}
 
 
 async def found_in(stores: EmbeddedStores, text: str) -> dict[str, int]:
@@ -1071,6 +1072,7 @@ async def test_every_hot_statement_uses_an_index(
     key = await add(durable, app, user_id)
     sent: list[tuple[str, str, tuple[object, ...]]] = []
     session = await asyncpg.connect(own_database)
+    await _init(session)
     try:
         await session.execute(
             """

@@ -7,18 +7,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from ipaddress import ip_network
 from typing import Any
 
+import aiohttp
 import asyncpg
 import pytest
 
 from broker.durable import Durable, Postgres, events
 from broker.embedded import EmbeddedStores
 from broker.model import RelyingParty
-from tests.conftest import OpenApp, Started
+from tests.conftest import OpenApp, Started, Starter
 from tests.stores.test_durable import new_app
+from tests.support.authenticator import Authenticator
 from tests.support.servers import eventually, pool, session_of, statements
-from tests.support.wire import Wire
+from tests.support.wire import ORIGIN, Wire
 
 NOW = datetime(2026, 3, 4, tzinfo=UTC)
 INSERT = (
@@ -180,3 +183,39 @@ async def test_a_cursor_by_http(wire: Wire, open_app: OpenApp, broker: Started) 
         answer = await wire.keyed("GET", f"/events?{query}")
         assert (answer.status, answer.code) == (400, "invalid_request"), query
     assert answer.json["error"] == "cursor stands alone with limit, without after."
+
+
+AGENT = "Fox/1 \xe9" + "x" * 600
+
+
+async def test_an_event_has_the_client_of_its_request(
+    start_broker: Starter, session: aiohttp.ClientSession, device: Authenticator
+) -> None:
+    """Behind a proxy; of writes that callers share, and of one that stands alone."""
+    broker = await start_broker(trusted_proxies=[ip_network("127.0.0.0/8")])
+    wire = await Wire.open(broker.service, session)
+    session.headers["X-Forwarded-For"] = "198.51.100.1, 203.0.113.9"
+    session.headers["User-Agent"] = AGENT
+    await wire.user("ann", device)
+    handle, options = await wire.begin("authenticate", await wire.open_authentication("ann"))
+    session.headers["X-Forwarded-For"] = "2001:db8:1:2:3::4"
+    session.headers["User-Agent"] = "Fox/2"
+    await wire.finish("authenticate", handle, device.authenticate(options, ORIGIN))
+    answer = await wire.keyed("GET", "/events?limit=100")
+    created, *others, used = answer.json["events"][::-1]
+    assert created["action"] == "app.created"
+    assert (created["address"], created["user_agent"]) == (None, None)
+    assert [event["action"] for event in others] == [
+        "user.created",
+        "passkey.registered",
+        "passkey.confirmed",
+    ]
+    shown = "Fox/1 ?" + "x" * 248
+    assert {(event["address"], event["user_agent"]) for event in others} == {("203.0.113.9", shown)}
+    assert used["action"] == "passkey.used"
+    assert (used["address"], used["user_agent"]) == ("2001:db8:1:2::/64", "Fox/2")
+    await broker.parts.directory.delete_user(await broker.parts.directory.app(wire.app_id), "ann")
+    kept = (await wire.keyed("GET", "/events?limit=100")).json["events"]
+    clients = [(e["address"], e["user_agent"]) for e in kept if e["user_id"] is not None]
+    assert len(clients) == 5
+    assert set(clients) == {(None, None)}

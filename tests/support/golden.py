@@ -126,6 +126,8 @@ def masked(value: Any, key: str = "") -> Any:
     if isinstance(value, str):
         if key == "command":  # a word of the wire; one of them happens to have an id's shape
             return value
+        if key in ("user_agent", "meta_user_agent") and value:
+            return "<user agent>"
         if key in _TIMES and _TIME.fullmatch(value):
             return "<time>"
         if key in _SENTENCES and _SENTENCE.fullmatch(value):

@@ -150,7 +150,8 @@ async def list_events(request: web.Request, caller: Caller) -> web.StreamRespons
         end=_moment(query, "before"),
         kinds=[(action, result) for result in _RESULTS] if action else None,
         user=query.get("user") or None,
-        **place,
+        page=place["page"],
+        limit=place["limit"],
     )
     return json_answer({"events": [event_object(row) for row in rows], **place, "total": total})
 

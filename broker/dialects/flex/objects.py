@@ -175,6 +175,8 @@ def event_object(row: AuditRow) -> dict[str, Any]:
         "passkey_id": event.passkey_id,
         "request_id": event.request_id,
         "payload": event.payload,
+        "address": event.address,
+        "user_agent": event.user_agent,
     }
 
 

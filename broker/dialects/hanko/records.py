@@ -170,16 +170,12 @@ _TYPES: Mapping[tuple[str, str], str] = {
 
 async def list_audit_logs(request: web.Request, caller: Caller) -> web.StreamResponse:
     """A page of events, filtered by `type` (may be repeated), `start_time` and `end_time`
-    (exclusive), and by parts of the user's id (`actor_user_id`, `q`). No address is stored, so a
-    filter by `meta_source_ip` matches no event."""
+    (exclusive), by a part of the user's id (`actor_user_id`) or of the client's address
+    (`meta_source_ip`), and by a part of one of both (`q`).
+    """
     query = read_query(request)
     page, limit = _page(query)
     start, end = _instant(query, "start_time"), _instant(query, "end_time")
-    user, part = _one(query, "actor_user_id"), _one(query, "q")
-    if user and part:
-        raise InvalidRequest(
-            "actor_user_id and q both look for a user's id; send one.", reason=FIELDS
-        )
     wanted = query.getall("type", [])
     kinds = [kind for kind, name in _TYPES.items() if not wanted or name in wanted]
     found, total = await request.app[DIRECTORY].audit(
@@ -188,21 +184,23 @@ async def list_audit_logs(request: web.Request, caller: Caller) -> web.StreamRes
         page=page,
         start=start,
         end=end,
-        kinds=[] if _one(query, "meta_source_ip") else kinds,
-        user=user or part or None,
+        kinds=kinds,
+        user=_one(query, "actor_user_id") or None,
+        address=_one(query, "meta_source_ip") or None,
+        either=_one(query, "q") or None,
     )
     return _listed(request, query, [audit_object(row, caller.app) for row in found], total)
 
 
 def audit_object(row: AuditRow, app: RelyingParty) -> dict[str, Any]:
-    """An event, without addresses, user agents and transactions, which are not stored."""
+    """An event, without its transaction, which is not stored."""
     event = row.event
     shown = {
         "id": str(event.id),
         "type": _TYPES[event.action, event.result],
         "meta_http_request_id": event.request_id,
-        "meta_source_ip": "",
-        "meta_user_agent": "",
+        "meta_source_ip": event.address or "",
+        "meta_user_agent": event.user_agent or "",
         "created_at": _time(event.at),
         "updated_at": _time(event.at),
         "tenant_id": app.id,

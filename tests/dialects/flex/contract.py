@@ -254,6 +254,8 @@ EVENT: Shape = {
     "passkey_id": Maybe(ID),
     "request_id": ID,
     "payload": Maybe(OBJECT),
+    "address": Maybe(str),
+    "user_agent": Maybe(str),
 }
 APPROVAL: Shape = {"id": str, "data": OBJECT, "created_at": TIME, "approved_at": Maybe(TIME)}
 TICKET: Shape = {"ticket": text("<ticket>"), "expires_at": TIME, "missing": [ID], "empty": bool}

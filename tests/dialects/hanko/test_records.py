@@ -210,7 +210,10 @@ async def test_failures_stay_in_the_audit_log(
         ("q=bo", [0]),
         ("q=%25", []),
         ("q=", [0, 1, 2]),
-        ("meta_source_ip=127", []),
+        ("meta_source_ip=127", [0, 1, 2]),
+        ("meta_source_ip=127&actor_user_id=an", [1, 2]),
+        ("q=127.0.0.1", [0, 1, 2]),
+        ("meta_source_ip=192", []),
         (f"start_time={start}", [0]),
         (f"end_time={start}", [2]),
         (f"start_time={logs[2]['created_at']}&end_time={logs[0]['created_at']}", [1]),
@@ -226,7 +229,6 @@ async def test_failures_stay_in_the_audit_log(
         "start_time=now",
         "end_time=2026-01-01T00:00:00",
         "start_time=0001-01-01T00:00:00%2B14:00",
-        "q=a&actor_user_id=b",
     ):
         await hanko.refused(400, "unable to validate request", f"/audit_logs?{query}", method="GET")
 
