@@ -45,11 +45,12 @@ from broker.ephemeral.transport import Script, Transport
 from broker.errors import TooManyRequests, policy_hint
 from broker.model import RATE_KEYS, UNLIMITED, Caller, Rate, rate_of
 
+_PROXIES = " Behind a proxy all clients are one address, unless BROKER_TRUSTED_PROXIES names it."
 _HINTS = {
-    "begin_rate": policy_hint("begin_rate", "RATE"),
-    "discoverable_rate": policy_hint("discoverable_rate", "RATE"),
+    "begin_rate": policy_hint("begin_rate", "RATE") + _PROXIES,
+    "discoverable_rate": policy_hint("discoverable_rate", "RATE") + _PROXIES,
     "keyed_rate": policy_hint("keyed_rate", "RATE"),
-    "unknown_finish_rate": policy_hint("unknown_finish_rate", "RATE"),
+    "unknown_finish_rate": policy_hint("unknown_finish_rate", "RATE") + _PROXIES,
 }
 _ROUNDING = 0.002  # seconds: Redis counts whole ms
 _PRUNED_AT = 10_000  # buckets in memory

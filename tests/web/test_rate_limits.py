@@ -20,7 +20,7 @@ from broker.settings import Settings
 from tests.conftest import ON_BOTH, Starter
 from tests.support.authenticator import Authenticator
 from tests.support.servers import eventually, frozen
-from tests.support.signals import refused
+from tests.support.signals import lines, refused
 from tests.support.wire import ORIGIN, Answer, Wire
 
 START = "/authenticate/transactions/webauthn/start"
@@ -91,6 +91,7 @@ async def test_a_caller_can_not_choose_its_address(
         (await page(wire, START, {}, f"203.0.113.{last}")).of(200)
     with refused(broker, "too_many_requests", "begin_rate"):
         assert (await page(wire, START, {}, "203.0.113.9")).status == 429
+    assert "BROKER_TRUSTED_PROXIES" in lines(broker)[-1]["hint"]
 
 
 async def test_discoverable_begins_have_a_limit_of_their_own(
