@@ -97,3 +97,9 @@ def test_only_haproxy_is_reachable_and_its_management_port_from_this_machine_alo
     environment = SERVICES["haproxy"]["environment"]
     assert [each.rpartition(":")[2] for each in public] == [environment["PAGES_BIND"].lstrip(":")]
     assert COMPOSE["networks"]["internal"]["internal"] is True
+
+
+def test_the_page_on_secrets_names_each() -> None:
+    page = (DEPLOY / "SECRETS.md").read_text()
+    names = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    assert [name for name in names if f"`{name}`" not in page] == []

@@ -214,4 +214,5 @@ def test_no_page_names_a_machine() -> None:
             "DECISIONS.md",
             "MONITORING.md",
             "LIMITS.md",
+            "SECRETS.md",
         }
