@@ -32,7 +32,7 @@ from tests.chaos.postgreses import Pair
 from tests.chaos.valkeys import Replicated, reached
 from tests.support.commands import CLEAN
 from tests.support.load_balancers import LoadBalancer, haproxy
-from tests.support.parts import ROOT
+from tests.support.parts import ROOT, program
 from tests.support.processes import free_port, get, until
 from tests.support.servers import Cluster
 
@@ -90,13 +90,11 @@ class BrokerProcess:
 
     def spawn(self) -> None:
         argv = [sys.executable, "-c", "from broker.cli import main; main()", "serve", "--migrate"]
-        if self.clock:
-            argv = ["faketime", "-f", self.clock, *argv]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 argv,
                 cwd=self.tree,
-                env=self.environment(),
+                env=self.environment() | _faked(self.clock),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -275,6 +273,17 @@ async def _broker(
         return BrokerProcess(number, tree, log, link, None, stores.url)
     to_redis = await Link(stores.primary().server.port).open()
     return BrokerProcess(number, tree, log, link, to_redis, f"redis://127.0.0.1:{to_redis.port}")
+
+
+def _faked(clock: str) -> dict[str, str]:
+    """The environment of a process whose clock has this offset. The command `faketime` itself would
+    stay as the process's parent, and take its signals.
+    """
+    if not clock:
+        return {}
+    argv = [program("faketime"), "-f", clock, "printenv", "LD_PRELOAD"]
+    library = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    return {"LD_PRELOAD": library, "FAKETIME": clock, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 async def _operator(link: Link) -> Parts:

@@ -32,6 +32,7 @@ class Run:
         self.recorder.fault(name, **({"ends_values": True} if ends_values else {}), **value)
 
 
+_SLOTS = 40  # that move
 Fault = Callable[[Run], Awaitable[None]]
 
 
@@ -107,17 +108,22 @@ async def split_brain(run: Run) -> None:
 
 
 async def redis_stalls(run: Run) -> None:
-    """The primary answers each broker later than the broker waits."""
+    """The primary answers each broker later than the broker waits, while nonces are redeemed."""
+    proofs, ceremonies = await run.traffic.stock(run.stock)
     link = run.deployment.replicated.primary().link
     own = [b.redis for b in run.deployment.brokers if b.redis is not None]
     run.note("Redis stalls", ends_values=True)
-    for _ in range(3):
-        for each in (link, *own):
-            each.hold(lambda connection: not connection.replicates)
-        await asyncio.sleep(1.2)
-        for each in (link, *own):
-            each.release()
-        await asyncio.sleep(0.8)
+
+    async def stall() -> None:
+        for _ in range(3):
+            for each in (link, *own):
+                each.hold(lambda connection: not connection.replicates)
+            await asyncio.sleep(1.2)
+            for each in (link, *own):
+                each.release()
+            await asyncio.sleep(0.8)
+
+    await asyncio.gather(stall(), run.traffic.race(proofs, ceremonies, 6.0))
 
 
 # -- brokers ---------------------------------------------------------------------------------------
@@ -356,13 +362,16 @@ async def clock_wrong(run: Run) -> None:
     broker = run.deployment.brokers[2]
     run.note("clock wrong", ends_values=True)
     for offset in ("+1h", "-1h"):
+        proofs, ceremonies = await run.traffic.stock(run.stock // 2)
         await asyncio.to_thread(broker.stop)
         broker.clock = offset
         broker.spawn()
         await asyncio.to_thread(broker.wait_ready)
-        await run.traffic.race(*await run.traffic.stock(run.stock // 2), 1.0)
-    await asyncio.to_thread(broker.stop)
-    broker.clock = ""
+        await run.traffic.race(proofs, ceremonies, 1.0)
+        await asyncio.to_thread(broker.stop)
+        broker.clock = ""
+        broker.spawn()
+        await asyncio.to_thread(broker.wait_ready)
 
 
 # -- more faults of Postgres -----------------------------------------------------------------------
@@ -403,28 +412,34 @@ async def commits_cut(run: Run) -> None:
 
 
 async def slots_moved(run: Run) -> None:
-    """Slots with the keys of an app move to another master and back, while values race."""
+    """Slots that have keys move to another master and back, while values race."""
     cluster = run.deployment.cluster
     masters = [node for node in cluster.nodes if _is_master(node)]
     ids = {node.port: node.ask("CLUSTER MYID").decode() for node in masters}
-    first = cluster.nodes[0].ask("CLUSTER SLOTS")
-    owners = {int(r[2][1]): (int(r[0]), int(r[1])) for r in first}
-    source = next(node for node in masters if node.port in owners)
-    target = next(node for node in masters if node is not source)
-    low, high = owners[source.port]
     proofs, ceremonies = await run.traffic.stock(run.stock)
-    run.note("slots move", ends_values=True)
-
-    async def move(from_: Valkey, to: Valkey) -> None:
-        for slot in range(low, min(high, low + 400)):
-            await asyncio.to_thread(_move_slot, slot, from_, to, ids, masters)
+    source, target, _ = masters
+    slots = await asyncio.to_thread(_slots_with_keys, source)
+    run.note("slots move", slots=len(slots), ends_values=True)
 
     async def to_and_fro() -> None:
-        await move(source, target)
-        await move(target, source)
+        for from_, to in ((source, target), (target, source)):
+            for slot in slots:
+                await asyncio.to_thread(_move_slot, slot, from_, to, ids, masters)
         run.note("slots are back")
 
     await asyncio.gather(to_and_fro(), run.traffic.race(proofs, ceremonies, 3.0))
+    # Values of these slots tell every broker where the slots are.
+    await run.traffic.race(*await run.traffic.stock(run.stock), 1.0)
+
+
+def _slots_with_keys(node: Valkey) -> list[int]:
+    """Some slots of a master."""
+    with node.client() as client:
+        keys = [key for key, _ in zip(client.scan_iter(count=1000), range(_SLOTS), strict=False)]
+        pipeline = client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.execute_command("CLUSTER KEYSLOT", key)
+        return sorted(set(pipeline.execute()))
 
 
 def _move_slot(

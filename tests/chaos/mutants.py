@@ -133,7 +133,7 @@ MUTANTS = {
         "revoked is final",
     ),
     "replies": Mutant(
-        "a connection whose reply is overdue ends, so each reply reaches its own caller",
+        "a connection with an overdue reply ends, so each reply reaches its own caller",
         (
             Edit(
                 "broker/ephemeral/connection.py",
@@ -142,7 +142,7 @@ MUTANTS = {
             ),
         ),
         faults.redis_stalls,
-        "no crossing",
+        "no faults",
     ),
 }
 

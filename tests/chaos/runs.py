@@ -20,6 +20,7 @@ from tests.support.authenticator import b64
 
 _FINAL = 150  # passkeys that sign in at the end, the newest first
 _UNNOTICED = 4.0  # seconds after which the Sentinels have noticed a failover
+_SETTLES = 1.0  # seconds that a broker stamps values with a term that it knows
 _TRIES = 4  # of a final sign-in, because a store may have failed at that moment
 
 
@@ -43,6 +44,7 @@ async def run(
                 async with traffic.people(people):
                     await fault(Run(deployment, traffic, recorder, stock))
                     await deployment.heal()
+                    await asyncio.sleep(_SETTLES)
                     recorder.fault("healed")
                     await asyncio.sleep(0.5)  # traffic after the faults
             finally:
@@ -108,6 +110,7 @@ async def mixed(folder: Path, kind: Kind, seed: int, seconds: float) -> int:
                 for fault in chosen:
                     await fault(run_)
                     await deployment.heal()
+                    await asyncio.sleep(_SETTLES)
                     run_.note("healed")
 
             number += 1
