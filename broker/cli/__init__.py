@@ -39,7 +39,8 @@ _UNAVAILABLE = {
     "signing_key_sealed": "The signing key was sealed under another BROKER_SECRET_KEY; "
     "run `broker doctor`.",
     "postgres_not_migrated": "The database lacks a migration; run `broker migrate`.",
-    "postgres_denied": "The database's role may not do that; make it the owner of the tables.",
+    "postgres_denied": "The database's role may not do that; deploy/grants.sql has the rights "
+    "that it needs.",
 }
 _NO_POSTGRES = "Postgres does not answer; check BROKER_DATABASE_URL, or start `broker dev`."
 

@@ -172,7 +172,7 @@ async def _postgres(parts: Parts) -> list[Finding]:
     except Unavailable as fault:
         found, todo = "some are missing.", "Run `broker migrate`."
         if fault.reason == "postgres_denied":
-            found, todo = "can't be seen.", "Make the database's role the owner of the tables."
+            found, todo = "can't be seen.", "Give the role the rights of deploy/grants.sql."
         findings.append(Finding("migrations", False, found, todo))
     return findings
 

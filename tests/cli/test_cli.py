@@ -1121,7 +1121,9 @@ async def powerless(cli: Cli, stores: EmbeddedStores, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("powerless")
 async def test_a_role_without_rights_is_one_sentence(cli: Cli) -> None:
-    sentence = "The database's role may not do that; make it the owner of the tables."
+    sentence = (
+        "The database's role may not do that; deploy/grants.sql has the rights that it needs."
+    )
     assert refusal(await beside(cli)("app", "list")) == sentence
     sentence = (
         "The database's role may not make tables; migrate as their owner, or grant it CREATE "

@@ -61,9 +61,10 @@ def instructions() -> list[tuple[str, str]]:
 def base_python() -> tuple[str, Account]:
     """The Python of the base image: one that an account without rights can run, if there is one."""
     account = server_account()
+    probe = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
     for python in (sys._base_executable, "/usr/bin/python3"):  # type: ignore[attr-defined]
         try:
-            if account.run(python, "-c", "import ensurepip, venv").returncode == 0:
+            if account.run(python, "-c", probe).returncode == 0:
                 return python, account
         except OSError:
             continue
