@@ -16,11 +16,13 @@ from tests.support.servers import Valkey
 
 PACKAGE = Path(__file__).parents[2] / "broker"
 HOME = "ephemeral/one_time.py"
-# What else writes to Redis, and what: probes of `check`, the runner of scripts, a counter.
+# What else writes to Redis, and what: probes of `check`, the runner of scripts, a counter, the
+# answers of idempotent opens, the buckets of rate limits.
 OTHERS = {
     "ephemeral/cluster.py": {"SET", "EVAL", "EVALSHA"},
     "ephemeral/connection.py": {"SET"},
-    "ephemeral/stores.py": {"INCR", "PEXPIRE"},
+    "ephemeral/rate_limits.py": {"SET"},
+    "ephemeral/stores.py": {"INCR", "PEXPIRE", "SET"},
     "ephemeral/transport.py": {"SET", "EVAL", "EVALSHA"},
 }
 # Words of SQL and HTTP that are names of Redis' commands too, where no Redis is at hand.
