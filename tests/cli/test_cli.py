@@ -1137,7 +1137,7 @@ async def test_a_role_without_rights_is_one_sentence(cli: Cli) -> None:
             "migrations",
             False,
             "can't be seen.",
-            "Make the database's role the owner of the tables.",
+            "Give the role the rights of deploy/grants.sql.",
         )
     ]
 
