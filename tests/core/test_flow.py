@@ -35,5 +35,6 @@ async def test_registers_and_signs_in(broker: Started, wire: Wire, device: Authe
         ("passkey.registered", "done", None),
         ("passkey.confirmed", "done", None),
         ("passkey.used", "done", None),
+        ("nonce.replayed", "refused", "nonce_replayed"),
         ("passkey.used", "done", None),
     ]
