@@ -215,4 +215,5 @@ def test_no_page_names_a_machine() -> None:
             "MONITORING.md",
             "LIMITS.md",
             "SECRETS.md",
+            "RUNBOOK.md",
         }

@@ -1,0 +1,96 @@
+"""The pages for operators: entries of the runbook; commands, queries and names on a page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from broker.cli import parser
+from broker.cli.parsing import Usage
+from broker.settings import PREFIX
+from tests.deploy.test_monitoring import RULES, labels_of_metrics
+from tests.project.test_docs import MONITORING, PAGES, log_events, setting_names
+from tests.support.pages import without_blocks
+from tests.support.parts import program
+
+RUNBOOK = "deploy/RUNBOOK.md"
+WORDS = ("Means", "Look at", "Do")
+OPERATORS = [page for page in PAGES if page.startswith("deploy/")]
+
+
+def section(page: str, heading: str) -> str:
+    """The text below a heading, up to the next heading of its level."""
+    level = heading.partition(" ")[0]
+    return PAGES[page].partition(f"\n{heading}\n")[2].partition(f"\n{level} ")[0]
+
+
+def first_cells(text: str) -> set[str]:
+    """The code spans in the first cells of a table's rows, without its head."""
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    return {name for row in rows[1:] for name in re.findall(r"`(\w+)`", row)}
+
+
+def spans(page: str) -> list[str]:
+    """The code spans of a page."""
+    return re.findall(r"`([^`\n]+)`", without_blocks(PAGES[page]))
+
+
+def test_the_runbook_has_an_entry_for_each_alert() -> None:
+    """And none for an alert that is gone."""
+    entries = section(RUNBOOK, "## Alerts")
+    assert re.findall(r"^### (\w+)$", entries, re.M) == [rule["alert"] for rule in RULES]
+    for rule in RULES:
+        entry = section(RUNBOOK, f"### {rule['alert']}")
+        told = [re.search(rf"^\*\*{word}:\*\* \S", entry, re.M) for word in WORDS]
+        assert all(told), rule["alert"]
+        critical = rule["labels"]["severity"] == "critical"
+        assert ("**Means:** Critical." in entry) == critical, rule["alert"]
+
+
+@pytest.mark.parametrize("page", [RUNBOOK, MONITORING])
+def test_a_page_has_a_row_for_each_log_line(page: str) -> None:
+    """`request` stands in the text of MONITORING.md."""
+    heading = {RUNBOOK: "## Log lines", MONITORING: "## Logs"}[page]
+    assert first_cells(section(page, heading)) | {"request"} == set(log_events())
+
+
+@pytest.mark.parametrize("page", OPERATORS)
+def test_a_command_in_a_sentence_is_one(page: str) -> None:
+    """Words in capitals stand for values. A sentence may leave out options that are required."""
+    known = parser()
+    for span in spans(page):
+        if span.startswith("broker ") and "…" not in span:
+            words = shlex.split(span.replace("ALGORITHM", "ES256"))[1:]
+            try:
+                known.parse_args(words)
+            except Usage as fault:
+                if "arguments are required" not in str(fault):
+                    pytest.fail(f"{span}: {fault}")
+
+
+@pytest.mark.parametrize("page", OPERATORS)
+def test_metrics_and_settings_in_a_sentence_exist(page: str) -> None:
+    metrics = set(labels_of_metrics())
+    settings = {PREFIX + name.upper() for name in setting_names()}
+    for span in spans(page):
+        for name in re.findall(r"\bbroker_[a-z_]+[a-z]\b", span):
+            told = {name, f"{name}_total", f"{name}_bucket"}
+            assert told & metrics or name in {"broker_owner", "broker_service"}, name
+        for name in re.findall(r"\bBROKER_[A-Z_]+", span):
+            assert name.removesuffix("_FILE") in settings, name
+
+
+def test_promtool_reads_the_queries(tmp_path: Path) -> None:
+    queries = [each for page in OPERATORS for each in spans(page) if re.match(r"sum |rate\(", each)]
+    assert queries
+    rules = [{"record": f"x:{n}", "expr": query} for n, query in enumerate(queries)]
+    written = tmp_path / "queries.yaml"
+    written.write_text(yaml.safe_dump({"groups": [{"name": "pages", "rules": rules}]}))
+    argv = [program("promtool"), "check", "rules", "--lint=none", str(written)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
