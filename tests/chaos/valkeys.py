@@ -210,7 +210,10 @@ class Replicated:
         is one.
         """
         old = self.primary()
-        await asyncio.to_thread(self._sentinel, "FAILOVER", MASTER_NAME)
+        # The Sentinels refuse while an earlier failover goes on.
+        await reached(
+            lambda: self._sentinel("FAILOVER", MASTER_NAME) == b"OK", "the Sentinels take the order"
+        )
         return await self.promoted(old)
 
     # -- states ------------------------------------------------------------------------------------
