@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from broker.ephemeral.transport import Script, Transport
@@ -94,7 +95,7 @@ class RateLimits:
             buckets = [self._of_address(caller, "begin_rate", b"b")]
             if discoverable:
                 buckets.append(self._of_address(caller, "discoverable_rate", b"d"))
-            self._charge(buckets, admitted=False)
+            self._charge(buckets)
 
     def keyed_call(self, caller: Caller) -> None:
         """Charge a call to its API key.
@@ -105,7 +106,7 @@ class RateLimits:
         assert caller.key_id is not None
         key = b"l:{%b}:k" % caller.key_id.encode()
         bucket = _Bucket("keyed_rate", key, self._rate(caller, "keyed_rate"))
-        self._charge([bucket], admitted=False)
+        self._charge([bucket])
 
     def finish(self, caller: Caller) -> None:
         """Admit a finish, and charge nothing.
@@ -119,8 +120,10 @@ class RateLimits:
     def unknown_finish(self, caller: Caller) -> None:
         """Charge a finish that found no ceremony to its client address."""
         if caller.key_id is None:
-            bucket = self._of_address(caller, "unknown_finish_rate", b"f")
-            self._charge([bucket], admitted=True)
+            # Parallel finishes are all admitted before the first is charged. Beyond a full bucket
+            # they would refuse the address for longer than its rate says.
+            with suppress(TooManyRequests):
+                self._charge([self._of_address(caller, "unknown_finish_rate", b"f")])
 
     def _of_address(self, caller: Caller, limit: str, suffix: bytes) -> _Bucket:
         key = b"l:{%b|%b}:%b" % (caller.app.id.encode(), caller.address.encode(), suffix)
@@ -138,15 +141,16 @@ class RateLimits:
             if burst and wait > _ROUNDING:
                 raise TooManyRequests(reason=limit, hint=_HINTS[limit], retry_after=math.ceil(wait))
 
-    def _charge(self, buckets: Sequence[_Bucket], *, admitted: bool) -> None:
-        """Charge a request to buckets that share a slot, unless one is full and the request is not
-        `admitted` already.
+    def _charge(self, buckets: Sequence[_Bucket]) -> None:
+        """Charge a request to buckets that share a slot.
+
+        Raises:
+            TooManyRequests: one is full; none is charged.
         """
         buckets = [bucket for bucket in buckets if bucket.rate.burst]
         if not buckets:
             return
-        if not admitted:
-            self._judge(buckets)
+        self._judge(buckets)
         now = self._clock()
         for _, key, (interval, _) in buckets:
             self._empty_at[key] = max(self._empty_at.get(key, now), now) + interval / 1000

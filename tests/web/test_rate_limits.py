@@ -222,6 +222,22 @@ async def test_unknown_finishes_of_one_address(
     assert (await wire.redeem(nonce)).status == 200
 
 
+async def test_parallel_unknown_finishes_refuse_no_longer(
+    start_broker: Starter, session: aiohttp.ClientSession, device: Authenticator
+) -> None:
+    """All were admitted before the first was found unknown. They fill the bucket, and no more."""
+    broker = await start_broker(unknown_finish_rate=FEW)
+    wire = await Wire.open(broker.service, session)
+    await wire.user("ann", device)
+    response = device.authenticate((await wire.begin("authenticate", None))[1], ORIGIN)
+    wrong = {"handshake_id": "pbh_" + "a" * 43, "handshake_response": response}
+    answers = await asyncio.gather(*(wire.page(FINISH, wrong) for _ in range(40)))
+    assert {answer.status for answer in answers} <= {404, 429}
+    with refused(broker, "too_many_requests", "unknown_finish_rate"):
+        answer = await wire.page(FINISH, wrong)
+    assert 0 < int(answer.headers["Retry-After"]) <= 60
+
+
 # -- instances and outages -------------------------------------------------------------------------
 
 
