@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -15,10 +16,11 @@ from broker.cli.parsing import Usage
 from broker.settings import PREFIX
 from tests.deploy.test_monitoring import RULES, labels_of_metrics
 from tests.project.test_docs import MONITORING, PAGES, log_events, setting_names
-from tests.support.pages import without_blocks
+from tests.support.load_balancers import DEPLOY, variables
+from tests.support.pages import blocks, without_blocks
 from tests.support.parts import program
 
-RUNBOOK = "deploy/RUNBOOK.md"
+RUNBOOK, PROXIES = "deploy/RUNBOOK.md", "deploy/PROXIES.md"
 WORDS = ("Means", "Look at", "Do")
 OPERATORS = [page for page in PAGES if page.startswith("deploy/")]
 
@@ -94,3 +96,27 @@ def test_promtool_reads_the_queries(tmp_path: Path) -> None:
     argv = [program("promtool"), "check", "rules", "--lint=none", str(written)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_haproxy_accepts_what_the_page_on_proxies_shows(tmp_path: Path) -> None:
+    """The lines for a content network in their place, and the listener with the PROXY protocol."""
+    behind_a_network, listener = blocks(PROXIES, "haproxy")
+    networks = tmp_path / "network.lst"
+    networks.write_text("192.0.2.0/24\n")
+    whole = (DEPLOY / "haproxy.cfg").read_text()
+    replaced = "    http-request set-header X-Forwarded-For %[src]\n"
+    shown = behind_a_network.replace("/etc/haproxy/network.lst", str(networks))
+    assert whole.count(replaced) == 2
+    changed = tmp_path / "haproxy.cfg"
+    changed.write_text(whole.replace(replaced, shown, 1))
+    alone = tmp_path / "listener.cfg"
+    times = "".join(f" timeout {side} 9s\n" for side in ("connect", "client", "server"))
+    alone.write_text(f"defaults\n{times}{listener}")
+    (check,) = blocks(PROXIES, "sh")
+    given = os.environ | variables(tmp_path, pages=[1, 2, 3], management=[4, 5, 6])
+    for path in (DEPLOY / "haproxy.cfg", changed, alone):
+        argv = shlex.split(check.replace("haproxy.cfg", str(path)))
+        done = subprocess.run(argv, env=given, capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        judged = re.findall(r"(?i)warn|alert|emerg", said)
+        assert (done.returncode, judged) == (0, []), said

@@ -178,7 +178,7 @@ QUESTIONS = {
     "can't be reached, on my page": (TROUBLESHOOTING, "**The page SDK says `network`.**"),
     "lost passkeys": (TROUBLESHOOTING, "**People lost their passkeys.**"),
     "back up and restore": (OPERATE, "## Back up and restore"),
-    "behind Cloudflare": (OPERATE, "**Behind Cloudflare**"),
+    "behind Cloudflare": ("deploy/PROXIES.md", "## Cloudflare"),
     "many people behind one NAT": ("deploy/LIMITS.md", "## Client address"),
     "upgrade and roll back": (OPERATE, "## Upgrade and roll back"),
     "CSP for my page": ("broker/sdk/README.md", "Content-Security-Policy"),
@@ -216,4 +216,5 @@ def test_no_page_names_a_machine() -> None:
             "LIMITS.md",
             "SECRETS.md",
             "RUNBOOK.md",
+            "PROXIES.md",
         }

@@ -141,13 +141,16 @@ RUN = {
     PASSLOCK: ["sh", "python"],
     PROPELAUTH: ["sh", "python"],
     OPERATE: ["sh", "sh", "sh", "sh"],
+    "deploy/PROXIES.md": ["sh", "haproxy", "haproxy"],
     BENCH: ["sh"],
     CLIENT_PACKAGE: ["sh", "python"],
 }
 
 
 def test_every_block_is_run() -> None:
-    """By a test below, but for those of the SDKs, which run beside the SDKs' tests."""
+    """By a test below, but for those of the SDKs, which run beside the SDKs' tests, and those of
+    proxies, which run beside the load balancers' tests.
+    """
     found = {
         page: [
             language for language, _ in every_block(page) if language not in {"", "mermaid", "text"}
