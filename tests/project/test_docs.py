@@ -192,6 +192,16 @@ def test_a_question_is_answered_in_two_clicks(question: str) -> None:
     assert answer in PAGES[page]
 
 
+def test_every_promise_has_tests_that_exist() -> None:
+    page = PAGES["broker/PROMISES.md"]
+    promises = re.findall(r"^\| (\d+) \| \*\*.+\*\*.* \| (`tests/.+`) \|$", page, re.M)
+    assert [int(number) for number, _ in promises] == list(range(1, 19))
+    for named in re.findall(r"`(tests/[^`]+)`", page):
+        path, _, function = named.partition("::")
+        definition = rf"^(?:async )?def {function}\(" if function else r"^(?:async )?def test_"
+        assert re.search(definition, (ROOT / path).read_text(), re.M), named
+
+
 def test_the_layout_shows_where_things_are() -> None:
     """It has every part of the code under its present name, and no other."""
     package = ROOT / "broker"
@@ -215,6 +225,7 @@ def test_no_page_names_a_machine() -> None:
             "MONITORING.md",
             "LIMITS.md",
             "SECRETS.md",
+            "PROMISES.md",
             "RUNBOOK.md",
             "PROXIES.md",
         }
