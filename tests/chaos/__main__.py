@@ -1,10 +1,11 @@
 """The harness as a program.
 
-    python -m tests.chaos run FAULT [--seed N] [--stores sentinel|cluster]
-    python -m tests.chaos long [--seed N] [--seconds N] [--stores sentinel|cluster]
+    python -m tests.chaos run FAULT [--seed N]
+    python -m tests.chaos long [--seed N] [--seconds N]
     python -m tests.chaos mutants [NAME …]
     python -m tests.chaos judge FILE
 
+`run` and `long` take `--stores sentinel|cluster` and `--one-time term|postgres` (BROKER_ONE_TIME).
 Histories and timelines are written to `.chaos/`. The exit status is 1 where a promise was broken,
 or where a mutant was not found out.
 """
@@ -29,7 +30,7 @@ from tests.chaos.runs import mixed, run
 async def run_one(options: argparse.Namespace) -> int:
     fault = {found.__name__: found for found in FAULTS[options.stores]}[options.fault]
     path = FOLDER / f"{options.fault}-{options.seed}.jsonl"
-    async with deployed(options.stores) as deployment:
+    async with deployed(options.stores, one_time=options.one_time) as deployment:
         found = await run(deployment, fault, path, seed=options.seed)
     return 0 if report(path, found) else 1
 
@@ -37,7 +38,9 @@ async def run_one(options: argparse.Namespace) -> int:
 async def run_long(options: argparse.Namespace) -> int:
     """Mixed faults until the time is over, in histories of about a minute."""
     print(f"seed {options.seed}", flush=True)
-    return min(1, await mixed(FOLDER, options.stores, options.seed, options.seconds))
+    return min(
+        1, await mixed(FOLDER, options.stores, options.one_time, options.seed, options.seconds)
+    )
 
 
 async def run_mutants(options: argparse.Namespace) -> int:
@@ -69,6 +72,7 @@ def main() -> int:
     shared.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     stores = argparse.ArgumentParser(add_help=False)
     stores.add_argument("--stores", choices=("sentinel", "cluster"), default="sentinel")
+    stores.add_argument("--one-time", choices=("term", "postgres"), default="term")
     one = commands.add_parser("run", parents=[shared, stores])
     one.add_argument("fault")
     one.set_defaults(act=run_one)

@@ -37,8 +37,10 @@ from tests.support.processes import free_port, get, until
 from tests.support.servers import Cluster
 
 Kind = Literal["sentinel", "cluster"]
+OneTime = Literal["term", "postgres"]
 SECRET_KEY = "chaos-only-0123456789abcdefghijklmnopqrstuvwxyz"
 BROKERS = 3
+_BROKER = (sys.executable, "-c", "import sys; from broker.cli import main; sys.exit(main())")
 _RATES = ("BEGIN", "DISCOVERABLE", "KEYED", "UNKNOWN_FINISH")
 _UP = 'state="UP"'
 
@@ -61,6 +63,7 @@ class BrokerProcess:
     postgres: Link
     redis: Link | None
     redis_url: str
+    one_time: OneTime
     port: int = field(default_factory=free_port)
     management: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
@@ -80,6 +83,7 @@ class BrokerProcess:
             "BROKER_PORT": str(self.port),
             "BROKER_MANAGEMENT_PORT": str(self.management),
             "BROKER_SECRET_KEY": SECRET_KEY,
+            "BROKER_ONE_TIME": self.one_time,
             "BROKER_LOG_LEVEL": "warning",
             "BROKER_DRAIN_SECONDS": "5",
             "BROKER_LAME_DUCK_SECONDS": "3",  # HAProxy notices after 2
@@ -88,8 +92,20 @@ class BrokerProcess:
             **{f"BROKER_{name}_RATE": "1000/s:9999" for name in _RATES},
         }
 
+    def run(self, *words: str) -> None:
+        """Run a command of `broker` with the settings of this one."""
+        done = subprocess.run(
+            [*_BROKER, *words],
+            cwd=self.tree,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
     def spawn(self) -> None:
-        argv = [sys.executable, "-c", "from broker.cli import main; main()", "serve", "--migrate"]
+        argv = [*_BROKER, "serve", "--migrate"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 argv,
@@ -226,7 +242,9 @@ class Deployment:
 
 
 @contextlib.asynccontextmanager
-async def deployed(kind: Kind, tree: Path = ROOT) -> AsyncIterator[Deployment]:
+async def deployed(
+    kind: Kind, tree: Path = ROOT, one_time: OneTime = "term"
+) -> AsyncIterator[Deployment]:
     """A deployment in a temporary folder, of the broker in `tree`."""
     async with contextlib.AsyncExitStack() as stack:
         home = stack.enter_context(_folder())
@@ -244,11 +262,14 @@ async def deployed(kind: Kind, tree: Path = ROOT) -> AsyncIterator[Deployment]:
             stack.callback(stores.stop)
         link = await Link(postgres.primary.port).open()
         operator = await _operator(link)
-        brokers = [await _broker(n, home, tree, postgres, stores) for n in range(BROKERS)]
+        brokers = [await _broker(n, home, tree, postgres, stores, one_time) for n in range(BROKERS)]
         pages, management = [b.port for b in brokers], [b.management for b in brokers]
         balancer = stack.enter_context(haproxy(home, pages=pages, management=management))
         made = Deployment(home, kind, tree, postgres, stores, brokers, operator, link, balancer)
         stack.push_async_callback(made.stop)
+        if one_time == "postgres":
+            await asyncio.to_thread(brokers[0].run, "migrate")
+            await asyncio.to_thread(brokers[0].run, "one-time", "--set", "postgres")
         await made.heal()
         yield made
 
@@ -263,16 +284,23 @@ def _folder() -> Iterator[Path]:
 
 
 async def _broker(
-    number: int, home: Path, tree: Path, postgres: Pair, stores: Replicated | Cluster
+    number: int,
+    home: Path,
+    tree: Path,
+    postgres: Pair,
+    stores: Replicated | Cluster,
+    one_time: OneTime,
 ) -> BrokerProcess:
     link = await Link(postgres.primary.port).open()
     log = home / f"broker-{number}.log"
     if isinstance(stores, Cluster):
-        return BrokerProcess(number, tree, log, link, None, stores.url)
+        return BrokerProcess(number, tree, log, link, None, stores.url, one_time)
     if number > 0:
-        return BrokerProcess(number, tree, log, link, None, stores.url)
+        return BrokerProcess(number, tree, log, link, None, stores.url, one_time)
     to_redis = await Link(stores.primary().server.port).open()
-    return BrokerProcess(number, tree, log, link, to_redis, f"redis://127.0.0.1:{to_redis.port}")
+    return BrokerProcess(
+        number, tree, log, link, to_redis, f"redis://127.0.0.1:{to_redis.port}", one_time
+    )
 
 
 def _faked(clock: str) -> dict[str, str]:

@@ -66,12 +66,11 @@ MUTANTS = {
             ),
             Edit(
                 _ONE_TIME,
-                "        return self._run(operation, _TAKE, keys, type_, expected, tombstone)\n",
-                "        return self._take_in_two(operation, keys, type_, expected, tombstone)\n\n"
-                "    async def _take_in_two(self, operation, keys, type_, expected, tombstone):\n"
-                "        take = operation, _TAKE, keys, type_, expected, tombstone\n"
-                "        found = await self._run(*take)\n"
-                '        await self._transport.ask(operation, "DEL", keys[0])\n'
+                "_run(operation, _TAKE, keys, type_, expected, tombstone, first=first)\n",
+                "_take_in_two(first, operation, _TAKE, keys, type_, expected, tombstone)\n\n"
+                "    async def _take_in_two(self, first, *take):\n"
+                "        found = await self._run(*take, first=first)\n"
+                '        await self._transport.ask(take[0], "DEL", take[2][0])\n'
                 "        return found\n",
             ),
         ),

@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncpg
 
 from tests.chaos.checker import Violation, judge
-from tests.chaos.deployment import Deployment, Kind, deployed
+from tests.chaos.deployment import Deployment, Kind, OneTime, deployed
 from tests.chaos.faults import FAULTS, Fault, Run
 from tests.chaos.history import NEMESIS, Recorder, read
 from tests.chaos.report import report
@@ -96,13 +96,13 @@ async def _rows(deployment: Deployment, traffic: Traffic) -> dict[str, list[dict
     }
 
 
-async def mixed(folder: Path, kind: Kind, seed: int, seconds: float) -> int:
+async def mixed(folder: Path, kind: Kind, one_time: OneTime, seed: int, seconds: float) -> int:
     """Faults in the order that the seed gives, until the time is over. Each history has a few of
     them, and is reported as it ends. How many histories broke a promise.
     """
     chance = random.Random(seed)
     ends, broken, number = time.monotonic() + seconds, 0, 0
-    async with deployed(kind) as deployment:
+    async with deployed(kind, one_time=one_time) as deployment:
         while time.monotonic() < ends:
             chosen = chance.sample(FAULTS[kind], 3)
 
