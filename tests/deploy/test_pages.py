@@ -87,6 +87,15 @@ def test_metrics_and_settings_in_a_sentence_exist(page: str) -> None:
             assert name.removesuffix("_FILE") in settings, name
 
 
+@pytest.mark.parametrize("page", OPERATORS)
+def test_a_service_of_compose_in_a_sentence_exists(page: str) -> None:
+    """In `docker compose run` and `up`, behind the options."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for span in spans(page):
+        if found := re.fullmatch(r"docker compose (?:run|up)(?: --\w[\w-]*)*(?: (\S+).*)?", span):
+            assert found[1] is None or found[1] in services, span
+
+
 def test_promtool_reads_the_queries(tmp_path: Path) -> None:
     queries = [each for page in OPERATORS for each in spans(page) if re.match(r"sum |rate\(", each)]
     assert queries

@@ -227,5 +227,6 @@ def test_no_page_names_a_machine() -> None:
             "SECRETS.md",
             "PROMISES.md",
             "RUNBOOK.md",
+            "UPGRADE.md",
             "PROXIES.md",
         }
