@@ -226,7 +226,10 @@ def test_no_page_names_a_machine() -> None:
             "LIMITS.md",
             "SECRETS.md",
             "PROMISES.md",
+            "HARDENING.md",
+            "PRIVACY.md",
             "RUNBOOK.md",
+            "TOPOLOGIES.md",
             "UPGRADE.md",
             "PROXIES.md",
         }
