@@ -106,12 +106,17 @@ class Redemption(Steps):
     def require_bound(
         self, app: RelyingParty, pending: Pending, reward: Nonce | Signed | None
     ) -> None:
-        """Refuse a finish whose nonce would lack the binding that the policy requires by now.
+        """Refuse a finish whose nonce would lack the binding that the policy requires by now, and
+        one whose signed token would escape the binding: a verifier of tokens asks for none.
 
         Raises:
             UnknownTransaction.
         """
         bound = pending.options.binding_challenge is not None
+        if bound and isinstance(reward, Signed):
+            raise UnknownTransaction(
+                reason="binding_offline", hint="A bound transaction is finished by the Flex API."
+            )
         if reward is not None and app.policy.binding_required and not bound:
             raise UnknownTransaction(
                 reason="binding_missing", hint=policy_hint("binding_required", "false")

@@ -11,6 +11,7 @@ from broker.model import Policy, base64url
 from broker.sdk.passkey_broker import new_binding
 from tests.conftest import OpenApp, Started
 from tests.support.authenticator import Authenticator
+from tests.support.passlock import Passlock
 from tests.support.signals import counted, refused, same_answer
 from tests.support.wire import ORIGIN, Wire
 
@@ -128,6 +129,26 @@ async def test_a_policy_that_requires_bindings(
         assert answer.status == 200
     start = await wire.keyed("POST", "/authenticate/start", {"external_id": "ann"})
     assert start.status == 200, "a ceremony without a nonce has nothing to bind"
+
+
+async def test_a_bound_transaction_gives_no_token_to_be_checked_offline(
+    broker: Started, wire: Wire, device: Authenticator
+) -> None:
+    """A verifier of tokens asks for no binding. So the door of another dialect, which hands a token
+    to the page, refuses the transaction before the passkey is used; its own door finishes it.
+    """
+    await wire.user("ann", device)
+    body = {"external_id": "ann", "binding_challenge": BINDING.challenge}
+    opened = await wire.keyed("POST", "/transactions/authenticate", body)
+    transaction = opened.of(201)["transaction_id"]
+    passlock = Passlock(wire)
+    token = {"authenticationToken": transaction}
+    session, options = await passlock.begin("authentication", token)
+    answer = device.authenticate(options, ORIGIN)
+    with refused(broker, "transaction_not_found", "binding_offline"):
+        assert (await passlock.finish("authentication", session, answer)).status == 400
+    nonce = await wire.authenticate(transaction, device)
+    assert (await wire.redeem(nonce, binding_verifier=BINDING.verifier)).status == 200
 
 
 @pytest.mark.parametrize("value", [None, "", 7, "a" * 42, "a" * 44, "a" * 42 + "+", "é" * 43])
