@@ -106,9 +106,10 @@ class Broker:
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
     ) -> None:
-        parts = (ephemeral, durable, signing, metrics, clock, mint or SystemMint())
+        decoys = Decoys(secret_keys)
+        parts = (ephemeral, durable, signing, decoys, metrics, clock, mint or SystemMint())
         self._registration = Registration(*parts)
-        self._authentication = Authentication(*parts, decoys=Decoys(secret_keys))
+        self._authentication = Authentication(*parts)
         self._redemption = Redemption(*parts, log=log)
         self._rate_limits = ephemeral.rate_limits
         self._metrics = metrics

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from broker import ceremony
-from broker.broker.decoys import Decoys
 from broker.broker.steps import Begun, Steps, retry_from
 from broker.durable import instant
 from broker.errors import (
@@ -60,10 +58,6 @@ Allowed = Sequence[Credential] | Sequence[AllowedCredential]
 class Authentication(Steps):
     """The steps of an authentication."""
 
-    def __init__(self, *parts: Any, decoys: Decoys) -> None:
-        super().__init__(*parts)
-        self._decoys = decoys
-
     async def permit(
         self,
         app: RelyingParty,
@@ -98,7 +92,7 @@ class Authentication(Steps):
                 mine = [c for c in held if options.allow is None or c.id in options.allow]
             is_hidden = options.allow is None and not options.second_factor and not approves
             if not mine and app.policy.decoys and is_hidden:
-                mine = self._decoys.of(app.id, external_id, found.user_id if found else "")
+                mine = self._decoys.of(app, external_id, found.user_id if found else "")
                 subject = subject if found else Named(mine[0].user_id, external_id, 0)
             elif found is None:
                 raise UnknownUser
@@ -265,9 +259,11 @@ class Authentication(Steps):
 
     async def _owned(
         self, app: RelyingParty, pending: PendingAuthentication, answer: AuthenticationAnswer
-    ) -> tuple[Credential, Named | Unowned]:
+    ) -> tuple[Credential | AllowedCredential, Named | Unowned]:
         """The answering passkey and its owner, where they were not read before."""
         owned = await self._durable.credentials.find(app.id, credential_id=answer.credential_id)
+        if owned is None and (decoy := self._decoys.find(app, answer.credential_id)):
+            return decoy, Named(decoy.user_id, "", 0)
         if owned is None:
             signal = await self._orphan(app, answer.credential_id)
             raise CeremonyRefused(reason="unknown_credential", signal=signal)

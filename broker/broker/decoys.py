@@ -9,6 +9,11 @@ Decoys are stable: an HMAC of the user's external id, under a key derived from t
 secret of `BROKER_SECRET_KEY`. So a second look finds the same ids, on every instance, until that
 secret is removed. Lengths and transports are those of common authenticators.
 
+The second half of a decoy's credential id is an HMAC of the first half. So the broker recognises a
+decoy that a page brings to another ceremony, and judges it like another user's passkey: there is no
+signal of an unknown passkey, and the registration of a decoy's id is refused as a duplicate. The
+key of that HMAC is derived from the RP ID, because at another RP ID a genuine passkey is unknown.
+
 No answer passes as a decoy. The private key of its public key was never kept, and the write of a
 sign-in finds no such credential.
 
@@ -23,7 +28,7 @@ from collections.abc import Sequence
 
 from broker import ceremony
 from broker.errors import Unavailable
-from broker.model import AllowedCredential, base64url
+from broker.model import AllowedCredential, RelyingParty, base64url
 
 # Length of a credential id in bytes, and transports.
 _KINDS: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -42,7 +47,7 @@ class Decoys:
         self._secret = secret_keys[-1].encode() if secret_keys else b""
         self._public_key = ceremony.public_key_without_owner()
 
-    def of(self, app_id: str, external_id: str, user_id: str) -> Sequence[AllowedCredential]:
+    def of(self, app: RelyingParty, external_id: str, user_id: str) -> Sequence[AllowedCredential]:
         """The decoys of a user. An unknown user's id is "": the decoys then have one.
 
         Raises:
@@ -50,28 +55,66 @@ class Decoys:
         """
         if not self._secret:
             raise Unavailable(reason="no_secret_key")
-        key = hmac.digest(self._secret, b"decoys:" + app_id.encode(), "sha256")
+        key = hmac.digest(self._secret, b"decoys:" + app.id.encode(), "sha256")
 
         def derive(name: str) -> bytes:
             return hmac.digest(key, f"{name}:{external_id}".encode(), "sha256")
 
         shape = derive("shape")
+        kinds = [_KINDS[shape[1 + number] % len(_KINDS)] for number in range(2)]
         return [
-            AllowedCredential(
+            self._decoy(
+                app,
+                self._marked(app.rp_id, derive(f"credential{number}"), length),
                 id=derive(f"passkey{number}").hex()[:24],
-                credential_id=derive(f"credential{number}")[:length],
                 transports=transports,
                 user_handle=base64url(derive("handle")),
-                public_key=self._public_key,
-                algorithm=-7,
-                sign_count=0,
-                backup_eligible=True,
-                backed_up=True,
-                attestation_trust="none",
-                aaguid="00000000-0000-0000-0000-000000000000",
                 user_id=user_id or derive("user").hex()[:24],
-                app_id=app_id,
             )
-            for number in range(2 if shape[0] < _SECOND else 1)
-            for length, transports in [_KINDS[shape[1 + number] % len(_KINDS)]]
+            for number, (length, transports) in enumerate(kinds[: 2 if shape[0] < _SECOND else 1])
         ]
+
+    def find(self, app: RelyingParty, credential_id: bytes) -> AllowedCredential | None:
+        """The decoy with this credential id, of whatever user."""
+        return self._decoy(app, credential_id) if self.has(app.rp_id, credential_id) else None
+
+    def has(self, rp_id: str, credential_id: bytes) -> bool:
+        """True if the credential id is a decoy's of an app of this RP ID."""
+        length = len(credential_id)
+        return (
+            bool(self._secret)
+            and any(length == known for known, _ in _KINDS)
+            and hmac.compare_digest(credential_id, self._marked(rp_id, credential_id, length))
+        )
+
+    def _decoy(
+        self,
+        app: RelyingParty,
+        credential_id: bytes,
+        *,
+        id: str = "",
+        transports: tuple[str, ...] = (),
+        user_handle: str = "",
+        user_id: str = "",
+    ) -> AllowedCredential:
+        return AllowedCredential(
+            id=id,
+            credential_id=credential_id,
+            transports=transports,
+            user_handle=user_handle,
+            public_key=self._public_key,
+            algorithm=-7,
+            sign_count=0,
+            backup_eligible=True,
+            backed_up=True,
+            attestation_trust="none",
+            aaguid="00000000-0000-0000-0000-000000000000",
+            user_id=user_id,
+            app_id=app.id,
+        )
+
+    def _marked(self, rp_id: str, derived: bytes, length: int) -> bytes:
+        """A credential id of this length from the beginning of `derived`."""
+        half = derived[: length // 2]
+        key = hmac.digest(self._secret, b"decoy ids:" + rp_id.encode(), "sha256")
+        return half + hmac.digest(key, half, "sha256")[: length // 2]

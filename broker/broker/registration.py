@@ -177,14 +177,19 @@ class Registration(Steps):
         with retry_from("backend"):
             await self._take_transaction(pending.transaction)
             now = self._clock()
-            outcome = await self._durable.ceremonies.add(
-                pending,
-                verified,
-                new_id=passkey_id,
-                live=confirmed or app.policy.live_at == "finish",
-                confirmed=confirmed,
-                max_passkeys=app.policy.max_passkeys,
-                now=instant(now),
+            is_decoy = self._decoys.has(app.rp_id, verified.credential_id)
+            outcome = (
+                "duplicate"
+                if is_decoy
+                else await self._durable.ceremonies.add(
+                    pending,
+                    verified,
+                    new_id=passkey_id,
+                    live=confirmed or app.policy.live_at == "finish",
+                    confirmed=confirmed,
+                    max_passkeys=app.policy.max_passkeys,
+                    now=instant(now),
+                )
             )
         if outcome != "added":
             refused = CeremonyRefused(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from broker import ceremony
+from broker.broker.decoys import Decoys
 from broker.broker.limited_events import LimitedEvents
 from broker.durable import Durable, instant
 from broker.ephemeral import TERM_OVER, Ephemeral, Taken, Unknown
@@ -95,6 +96,7 @@ class Steps:
         ephemeral: Ephemeral,
         durable: Durable,
         signing: Signing,
+        decoys: Decoys,
         metrics: Metrics,
         clock: Callable[[], float],
         mint: Mint,
@@ -102,6 +104,7 @@ class Steps:
         self._ephemeral = ephemeral
         self._durable = durable
         self._signing = signing
+        self._decoys = decoys
         self._metrics = metrics
         self._clock = clock
         self._mint = mint
@@ -300,12 +303,14 @@ class Steps:
         return refusals <= MAX_REFUSALS
 
     async def _orphan(self, app: RelyingParty, credential_id: bytes) -> Signal | None:
-        """The signal that no user of the RP ID has this credential. None: a user has it, or the
-        store is unavailable.
+        """The signal that no user of the RP ID has this credential. None: a user has it, it is a
+        decoy, or the store is unavailable.
 
         The query covers the RP ID, not the app: authenticators know no apps, and two apps may share
         an RP ID.
         """
+        if self._decoys.has(app.rp_id, credential_id):
+            return None
         try:
             held = await self._durable.credentials.exists(app.rp_id, credential_id)
         except Unavailable:

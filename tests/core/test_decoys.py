@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from broker.broker.decoys import Decoys
-from broker.model import Policy
+from broker.model import Policy, RelyingParty
 from tests.conftest import SECRET_KEY, OpenApp, Started, Starter
 from tests.support.authenticator import Authenticator, unb64
 from tests.support.byo import Byo
@@ -105,7 +105,8 @@ async def test_decoys_are_stable(
 def test_decoys_look_like_a_population() -> None:
     """Of a thousand users some have two, and every kind of authenticator occurs."""
     decoys = Decoys(("0123456789abcdef" * 2,))
-    found = [decoys.of("a" * 24, f"user{n}", "") for n in range(1000)]
+    app = RelyingParty("a" * 24, "App", RP_ID, (ORIGIN,))
+    found = [decoys.of(app, f"user{n}", "") for n in range(1000)]
     assert {len(some) for some in found} == {1, 2}
     assert sum(len(some) == 2 for some in found) in range(150, 350)
     kinds = {(len(c.credential_id), c.transports) for some in found for c in some}
@@ -143,6 +144,36 @@ async def test_every_answer_is_refused_alike(
     assert len(answers["ann"]) == 31
     assert answers["bob"] == answers["nobody"] == answers["ann"]
     assert {status for status, _ in answers["ann"]} == {0, 200, 401, 404}
+
+
+async def test_other_ceremonies_tell_nothing_of_a_decoy(
+    broker: Started, opened: Wire, device: Authenticator
+) -> None:
+    """A page that answers another ceremony with an offered passkey, or registers its id, gets no
+    signal that the passkey is unknown. An id that was never offered still has one.
+    """
+    other = Authenticator()
+    await opened.user("carl", other)
+    told: dict[str, list[tuple[int, Any]]] = {}
+    shown = {user: unb64(offered(await _flex(opened, user))[0]["id"]) for user in ("ann", *HIDDEN)}
+    for user, credential_id in (*shown.items(), ("", b"another credential id")):
+        told[user] = []
+        for transaction in (None, await opened.open_authentication("carl")):
+            handle, options = await opened.begin("authenticate", transaction)
+            free = {**options, "allowCredentials": []}
+            response = other.authenticate(
+                free, ORIGIN, credential_id=credential_id, user_handle=None
+            )
+            answer = await opened.finish("authenticate", handle, response)
+            told[user].append((answer.status, answer.json))
+        if user:
+            handle, options = await opened.begin("register", await opened.open_registration("eve"))
+            response = Authenticator().register(options, ORIGIN, credential_id=credential_id)
+            answer = await opened.finish("register", handle, response)
+            told[user].append((answer.status, answer.json))
+    assert told["ann"][-1][0] == 401
+    assert told["bob"] == told["nobody"] == told["ann"]
+    assert all("signal" in body for _, body in told[""])
 
 
 async def test_a_registered_passkey_ends_the_decoys(opened: Wire) -> None:
