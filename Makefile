@@ -10,6 +10,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 UV := uv==0.13.8
+SBOM := dist/passkey-broker.cdx.json
 
 HERE := $(shell pwd | cksum | cut -d ' ' -f 1)
 BIN := .venv/bin
@@ -27,7 +28,7 @@ STEP = step() { printf '  %s… ' "$$1" >&2; shift; began=$$(date +%s); "$$@" ||
 	echo "$$(( $$(date +%s) - began )) s" >&2; }; step
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench bench-peers bench-scale chaos chaos-long chaos-mutants lock clean parts
+.PHONY: help run test check bench bench-peers bench-scale chaos chaos-long chaos-mutants lock sbom clean parts
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -79,6 +80,11 @@ lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UP
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group build --constraint deploy/requirements.lock --output-file deploy/build.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group node --output-file deploy/node.lock; \
 	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi
+
+sbom: $(TEST) ## write dist/passkey-broker.cdx.json: the packages of an image with their hashes, as CycloneDX; SBOM=path
+	@mkdir -p $(dir $(SBOM))
+	@$(BIN)/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file $(SBOM) deploy/image.lock
 
 clean: ## remove what make installed and what tools cached; .broker/ with its passkeys stays
 	rm -rf .venv .chaos tests/sdk/node_modules tests/bench/peer/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -4,6 +4,7 @@ what its code does.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -109,12 +110,12 @@ def locked(name: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", ["requirements", "test", "node"])
+@pytest.mark.parametrize("name", ["requirements", "image", "test", "node"])
 def test_a_lock_file_pins_by_hash_and_names_no_address(name: str) -> None:
     pinned = locked(name)
     assert pinned
     for requirement, hashes in pinned.items():
-        assert re.match(r"[a-z0-9._-]+(\[[a-z,]+\])?==[\w.+!]+", requirement), requirement
+        assert re.match(r"[a-z0-9._-]+(\[[a-z,-]+\])?==[\w.+!]+", requirement), requirement
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", hashes), requirement
     assert "://" not in (ROOT / "deploy" / f"{name}.lock").read_text()
 
@@ -130,6 +131,25 @@ def test_the_lock_has_what_the_project_asks_for() -> None:
     old = [r for r in locked("requirements") if r.startswith("async-timeout==")]
     assert len(old) == 1, "redis needs it on Python before 3.11.3"
     assert "python_full_version < '3.11.3'" in old[0]
+
+
+def test_the_bill_of_materials_is_the_lock_of_an_image(tmp_path: Path) -> None:
+    bom, installed = tmp_path / "bom.json", f".venv/.test-{here(ROOT)}"
+    argv = ["make", "-s", "-o", installed, "sbom", f"SBOM={bom}"]
+    subprocess.run(argv, cwd=ROOT, capture_output=True, check=True)
+    made = json.loads(bom.read_text())
+    assert (made["bomFormat"], made["specVersion"]) == ("CycloneDX", "1.6")
+    listed = {
+        f"{part['name']}=={part['version']}": {
+            each["content"] for each in part["externalReferences"][0]["hashes"]
+        }
+        for part in made["components"]
+    }
+    assert listed == {
+        re.sub(r"\[.*\]| ;.*", "", requirement): set(re.findall(r"sha256:([0-9a-f]{64})", hashes))
+        for requirement, hashes in locked("image").items()
+    }
+    assert made["metadata"]["component"]["name"] == "passkey-broker"
 
 
 def test_the_types_of_the_page_sdk_name_what_its_code_has() -> None:
@@ -172,19 +192,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def here(folder: Path) -> str:
+    """What the Makefile adds to the names of the stamps of this folder."""
+    argv = ["sh", "-c", "pwd | cksum | cut -d ' ' -f 1"]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def make(
     folder: Path, *arguments: str, together: int = 0, alone: int = 0
 ) -> tuple[bool, list[str]]:
     """Whether it succeeded, and what `python` was given; what is set up before is left out."""
-    here = subprocess.run(
-        ["sh", "-c", "pwd | cksum | cut -d ' ' -f 1"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     done = subprocess.run(
-        ["make", "-s", "-o", "parts", "-o", f".venv/.test-{here}", *arguments],
+        ["make", "-s", "-o", "parts", "-o", f".venv/.test-{here(folder)}", *arguments],
         cwd=folder,
         env={**os.environ, "WORKERS": "2", "FIRST": str(together), "SECOND": str(alone)},
         capture_output=True,
