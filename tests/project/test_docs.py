@@ -24,7 +24,7 @@ from tests.support.pages import ROOT
 
 PAGES = pages.pages()
 TROUBLESHOOTING, OPERATE = "broker/TROUBLESHOOTING.md", "deploy/README.md"
-MONITORING = "deploy/MONITORING.md"
+MONITORING, SECURITY = "deploy/MONITORING.md", "deploy/SECURITY.md"
 SOURCES = {path: path.read_text() for path in (ROOT / "broker").rglob("*.py")}
 MOST_LINES, MOST_WORDS = 400, 4000
 README_LINES, README_WORDS = 150, 1500
@@ -105,6 +105,25 @@ def missing(kind: str) -> list[str]:
 def test_a_page_names_every(kind: str) -> None:
     assert len(NAMED[kind][1]()) > 5
     assert missing(kind) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names_are_there(page: str) -> None:
+    """As `tests/web/test_guards.py::test_one_port_for_everything`, or the file alone."""
+    for named in re.findall(r"`(tests/[\w/]+\.py[^`]*)`", PAGES[page]):
+        path, _, function = named.partition("::")
+        if not function:
+            assert (ROOT / path).exists(), named
+            continue
+        definition = rf"^(?:async )?def {function}\("
+        assert re.search(definition, (ROOT / path).read_text(), re.M), named
+
+
+def test_every_row_of_the_threat_model_names_its_test() -> None:
+    table = PAGES[SECURITY].partition("\n## Threat model\n")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 20
+    assert [row for row in rows if "::test_" not in row and "| not defended" not in row] == []
 
 
 def test_every_command_is_told_of() -> None:
@@ -192,14 +211,10 @@ def test_a_question_is_answered_in_two_clicks(question: str) -> None:
     assert answer in PAGES[page]
 
 
-def test_every_promise_has_tests_that_exist() -> None:
+def test_every_promise_names_tests() -> None:
     page = PAGES["broker/PROMISES.md"]
     promises = re.findall(r"^\| (\d+) \| \*\*.+\*\*.* \| (`tests/.+`) \|$", page, re.M)
     assert [int(number) for number, _ in promises] == list(range(1, 19))
-    for named in re.findall(r"`(tests/[^`]+)`", page):
-        path, _, function = named.partition("::")
-        definition = rf"^(?:async )?def {function}\(" if function else r"^(?:async )?def test_"
-        assert re.search(definition, (ROOT / path).read_text(), re.M), named
 
 
 def test_the_layout_shows_where_things_are() -> None:
@@ -228,6 +243,7 @@ def test_no_page_names_a_machine() -> None:
             "PROMISES.md",
             "HARDENING.md",
             "PRIVACY.md",
+            "SECURITY.md",
             "RUNBOOK.md",
             "TOPOLOGIES.md",
             "UPGRADE.md",
