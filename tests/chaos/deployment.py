@@ -329,13 +329,3 @@ async def _operator(link: Link) -> Parts:
 
 def _postgres_url(port: int) -> str:
     return f"postgresql://broker@127.0.0.1:{port}/postgres?sslmode=disable"
-
-
-def log_lines(deployment: Deployment, choose: Callable[[str], bool]) -> list[str]:
-    """The chosen lines of the brokers' logs."""
-    return [
-        line
-        for broker in deployment.brokers
-        for line in broker.log.read_text().splitlines()
-        if choose(line)
-    ]

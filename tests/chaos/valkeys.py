@@ -20,7 +20,7 @@ import redis
 
 from broker.embedded.binaries import find_redis
 from broker.embedded.directories import server_account
-from tests.chaos.links import Connection, Link, replication
+from tests.chaos.links import Link, replication
 from tests.support.processes import DEADLINE, free_port
 from tests.support.servers import Valkey
 
@@ -267,8 +267,7 @@ class Replicated:
         """Let the replicas lag: they keep their connections, and nothing arrives."""
         primary.link.hold(replication)
 
-    def isolate(self, node: Node, but: Callable[[Connection], bool] = lambda _: False) -> None:
+    def isolate(self, node: Node) -> None:
         """Cut a server off from the processes that reach it through its link."""
         node.link.closed = True
-        node.link.hold(lambda connection: not but(connection))
-        node.link.cut(lambda connection: not but(connection))
+        node.link.cut()
