@@ -23,6 +23,7 @@ digest() { printf %s "$1" | openssl dgst -sha256 -r | cut -d ' ' -f 1; }
 
 random > postgres_password
 owner=$(random) service=$(random) broker=$(random) replica=$(random) sentinel=$(random) watch=$(random)
+random > redis_password
 
 openssl rand -base64 48 | tr -d '\n' > secret_key
 echo "postgresql://broker_service:$service@$postgres/broker" > database_url
@@ -38,6 +39,7 @@ cat > users.acl <<END
 user default off
 user broker on #$(digest "$broker") ~* resetchannels -@all +@all -@admin -@dangerous +info +config|get
 user replica on #$(digest "$replica") resetchannels -@all +psync +replconf +ping
+user operator on #$(digest "$(cat redis_password)") ~* allchannels +@all
 user sentinel on #$(digest "$sentinel") allchannels -@all +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info +client|setname +client|kill +script|kill
 END
 cat > replication.conf <<END

@@ -262,3 +262,10 @@ def test_accounts_of_redis_may_do_no_more_than_they_need(stack: Stack) -> None:
         pytest.raises(redis.AuthenticationError),
     ):
         client.ping()
+
+
+def test_the_operator_s_account_loads_accounts_and_changes_settings(stack: Stack) -> None:
+    password = stack.secret("redis_password")
+    with redis.Redis(port=stack.valkeys[1], username="operator", password=password) as client:
+        assert client.acl_load()
+        assert client.config_set("maxmemory", "1gb")
