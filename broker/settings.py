@@ -100,15 +100,32 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
             raise ValueError(
                 "a URL with one host; those of redis+sentinel:// and redis+cluster:// take several"
             )
-        if not all(value in ("yes", "no") for name, value in given if name == "sentinel_tls"):
-            raise ValueError("a URL whose sentinel_tls is yes or no")
+        if len({name for name, _ in given}) < len(given):
+            raise ValueError("a URL that names no option twice")
+        if fault := _tls_fault(parts.scheme, dict(given)):
+            raise ValueError(fault)
         numbers = [value for name, value in given if name in ("port", "db")]
         if not all(re.fullmatch(r"[0-9]{1,5}", number) for number in numbers):
             raise ValueError(malformed)
-        return text
+        return parts.scheme + text[len(parts.scheme) :]  # in lower case, as drivers want it
 
     malformed = f"a URL like {example}, with reserved characters of the password as %XX"
     return parse
+
+
+def _tls_fault(scheme: str, given: Mapping[str, str]) -> str:
+    """What a Redis URL's TLS options must be; "" if they are. An option that has no effect would
+    hide that the connection is not encrypted.
+    """
+    tls = given.get("sentinel_tls", "yes" if scheme == "rediss+sentinel" else "no")
+    if tls not in ("yes", "no"):
+        return "a URL whose sentinel_tls is yes or no"
+    if tls == "no" and any(name.startswith("sentinel_ssl_") for name in given):
+        return "a URL with sentinel_tls=yes, or without options that begin with sentinel_ssl_"
+    checks = {given[name] for name in ("ssl_cert_reqs", "sentinel_ssl_cert_reqs") if name in given}
+    if not checks <= {"required", "optional", "none"}:
+        return "a URL whose ssl_cert_reqs is required, optional or none"
+    return ""
 
 
 def _target_is_sound(parts: SplitResult) -> bool:
