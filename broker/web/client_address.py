@@ -4,7 +4,8 @@ The client is the peer of the connection, unless `BROKER_TRUSTED_PROXIES` lists 
 the right-most address of `X-Forwarded-For` that the list lacks; without that header, of `Forwarded`
 (RFC 7239 §5.2). Each proxy appends the address of its own peer. So every address from the client's
 on was written by a trusted proxy, and a caller can forge none of them. An entry that is no address
-ends the walk: the client is then the proxy that wrote the entry.
+ends the walk: the client is then the proxy that wrote the entry. So does an entry of `Forwarded`
+whose quoted text has a separator: a proxy may repeat the caller's Host there.
 
 An IPv6 client is counted by its /64, which is what a provider gives to one customer. An
 IPv4-mapped address is the IPv4 address.
@@ -16,7 +17,7 @@ microsecond.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
@@ -28,7 +29,8 @@ Address = IPv4Address | IPv6Address
 
 _CACHED = 1024
 _MOST_HOPS = 32  # addresses of one request that are looked at
-_FOR = re.compile(r"(?:^|;)\s*for\s*=\s*([^;]+)", re.I)
+_LONGEST = 2048  # characters of a header that are looked at and cached, from its end
+_PAIR = re.compile(r'\s*([A-Za-z]+)\s*=\s*("[^"]*"|[^"]*)')
 
 
 class ClientAddress:
@@ -45,8 +47,8 @@ class ClientAddress:
             return self._found(peer, "", "")
         return self._found(
             peer,
-            ",".join(request.headers.getall("X-Forwarded-For", ())),
-            ",".join(request.headers.getall("Forwarded", ())),
+            ",".join(request.headers.getall("X-Forwarded-For", ()))[-_LONGEST:],
+            ",".join(request.headers.getall("Forwarded", ()))[-_LONGEST:],
         )
 
     def _find(self, peer: str, listed: str, forwarded: str) -> str:
@@ -54,7 +56,7 @@ class ClientAddress:
         if client is None:
             return peer
         if self._is_trusted(client):
-            for address in _addresses(listed) if listed else _addresses(forwarded, _FOR):
+            for address in _addresses(listed) if listed else _addresses(forwarded, _for):
                 if address is None:
                     break
                 client = address
@@ -68,11 +70,18 @@ class ClientAddress:
         return any(address in network for network in self._trusted)
 
 
-def _addresses(text: str, within: re.Pattern[str] | None = None) -> Iterator[Address | None]:
+def _addresses(
+    text: str, within: Callable[[str], str] = lambda entry: entry
+) -> Iterator[Address | None]:
     """The addresses of a list, right-most first; None for an entry that is none."""
     for entry in reversed(text.rsplit(",", _MOST_HOPS)[-_MOST_HOPS:]):
-        found = within.search(entry) if within else None
-        yield _parse(found[1] if found else "" if within else entry)
+        yield _parse(within(entry))
+
+
+def _for(entry: str) -> str:
+    """The parameter `for` of an entry of `Forwarded`; "" without one, or if quotes don't match."""
+    pairs = [_PAIR.fullmatch(pair) for pair in entry.split(";") if pair.strip()]
+    return {p[1].lower(): p[2] for p in pairs if p}.get("for", "") if all(pairs) else ""
 
 
 def _parse(text: str) -> Address | None:

@@ -109,8 +109,8 @@ def _words_of(refusal: Refusal) -> dict[str, str]:
 
 @lru_cache(1024)
 def _user_agent(header: str) -> str:
-    """A `User-Agent` header as events keep it: 255 printable ASCII characters at most."""
-    return "".join(c if " " <= c <= "~" else "?" for c in header[:255])
+    """A `User-Agent` header as events keep it: in printable ASCII."""
+    return "".join(c if " " <= c <= "~" else "?" for c in header)
 
 
 class Edge:
@@ -151,7 +151,7 @@ class Edge:
             None,
             began + ANSWER_SECONDS,
             self._client_address.of(request),
-            _user_agent(headers.get(hdrs.USER_AGENT, "")),
+            _user_agent(headers.get(hdrs.USER_AGENT, "")[:255]),
         )
         CONTEXT.set(now)
         refusal: Refusal | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from ipaddress import ip_address, ip_network
 from typing import Any, cast
@@ -68,6 +69,10 @@ FORWARDED: list[tuple[str, str]] = [
     (f"for={CLIENT}, for=_hidden", PROXY),
     (f"for={CLIENT}, for=unknown", PROXY),
     (f'for="198.51.100.1, for={CLIENT}', CLIENT),
+    # A proxy that repeats the caller's Host, which looks like an address.
+    (f'host="a;for=198.51.100.1";for={CLIENT}', PROXY),
+    (f'host="a, for=198.51.100.1";for={CLIENT}', PROXY),
+    (f'for={CLIENT};host="a:1"', CLIENT),
     (f"by={CLIENT}", PROXY),
     ("for=", PROXY),
     ("for", PROXY),
@@ -88,6 +93,19 @@ def test_several_headers_are_one_list() -> None:
     one, two = ("X-Forwarded-For", "198.51.100.1"), ("X-Forwarded-For", CLIENT)
     assert client(PROXY, one, two) == CLIENT
     assert client(PROXY, ("Forwarded", "for=198.51.100.1"), two) == CLIENT
+
+
+def test_a_long_header_is_not_kept() -> None:
+    """An address that was found is cached by its header, of which the end decides."""
+    found = ClientAddress(TRUSTED)
+    header = ("X-Forwarded-For", "198.51.100.1," * 5000 + CLIENT)
+    tracemalloc.start()
+    for number in range(100):
+        asked = Peer(PROXY, ("X-Forwarded-For", f"10.0.{number}.1"), header)
+        assert found.of(cast("web.Request", asked)) == CLIENT
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 1_000_000
 
 
 def test_headers_of_other_peers_are_ignored() -> None:
