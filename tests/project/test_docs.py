@@ -17,6 +17,7 @@ from broker import dialects
 from broker.cli import parser
 from broker.dialects import policy_keys
 from broker.errors import Refusal
+from broker.model import Policy
 from broker.settings import PREFIX, Settings
 from broker.telemetry import Metrics
 from tests.support import pages
@@ -117,6 +118,13 @@ def test_tests_that_a_page_names_are_there(page: str) -> None:
             continue
         definition = rf"^(?:async )?def {function}\("
         assert re.search(definition, (ROOT / path).read_text(), re.M), named
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_policies_that_a_page_sets_are_accepted(page: str) -> None:
+    """As `--set keyed_rate=1000/s:2000`; `key=value` is none."""
+    for key, value in re.findall(r"--set\s+(?!key=value)([a-z_]+)=([a-z0-9/:]+)", PAGES[page]):
+        Policy().set(key, value)
 
 
 def test_every_row_of_the_threat_model_names_its_test() -> None:
@@ -244,6 +252,7 @@ def test_no_page_names_a_machine() -> None:
             "HARDENING.md",
             "PRIVACY.md",
             "SECURITY.md",
+            "SCALING.md",
             "RUNBOOK.md",
             "TOPOLOGIES.md",
             "UPGRADE.md",
