@@ -8,6 +8,7 @@ pages on one port, and keyed callers, health and metrics on the other.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -196,6 +197,18 @@ def _logged(log: Log) -> Callable[[RelyingParty, str], None]:
     return notify
 
 
+def _warning(log: Log) -> Callable[[], None]:
+    def warn() -> None:
+        log(
+            "proxy_not_trusted",
+            severity=logging.WARNING,
+            todo="Name the proxy in BROKER_TRUSTED_PROXIES: otherwise all its clients share one "
+            "rate limit, and one client can use it up. Without a proxy ignore this.",
+        )
+
+    return warn
+
+
 def application(
     parts: Parts,
     *,
@@ -207,7 +220,7 @@ def application(
     """The routes of one port."""
     app = web.Application(client_max_size=MAX_BODY)
     app[BROKER] = parts.broker
-    app[CLIENT_ADDRESS] = ClientAddress(parts.settings.trusted_proxies)
+    app[CLIENT_ADDRESS] = ClientAddress(parts.settings.trusted_proxies, _warning(parts.log))
     app[DIRECTORY] = parts.directory
     app[SIGNALS] = parts.signals
     app[MAILBOX] = parts.mailbox

@@ -34,16 +34,24 @@ _PAIR = re.compile(r'\s*([A-Za-z]+)\s*=\s*("[^"]*"|[^"]*)')
 
 
 class ClientAddress:
-    """Finds the client of a request. `trusted` are the networks of the proxies."""
+    """Finds the client of a request. `trusted` are the networks of the proxies. Without any,
+    `on_proxy` is called at the first request that a proxy seems to have forwarded.
+    """
 
-    def __init__(self, trusted: Sequence[Network] = ()) -> None:
+    def __init__(
+        self, trusted: Sequence[Network] = (), on_proxy: Callable[[], None] | None = None
+    ) -> None:
         self._trusted = tuple(trusted)
+        self._on_proxy = on_proxy
         self._found = lru_cache(_CACHED)(self._find)
 
     def of(self, request: web.Request) -> str:
         """The client's IPv4 address or IPv6 network; the peer's name where it is no IP address."""
         peer = request.remote or ""
         if not self._trusted:
+            if self._on_proxy is not None and "X-Forwarded-For" in request.headers:
+                told, self._on_proxy = self._on_proxy, None
+                told()
             return self._found(peer, "", "")
         return self._found(
             peer,

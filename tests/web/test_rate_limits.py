@@ -94,6 +94,21 @@ async def test_a_caller_can_not_choose_its_address(
     assert "BROKER_TRUSTED_PROXIES" in lines(broker)[-1]["hint"]
 
 
+async def test_a_proxy_that_is_not_trusted_is_told_once(
+    start_broker: Starter, session: aiohttp.ClientSession
+) -> None:
+    for proxies, times in (((), 1), (PROXIES, 0)):
+        broker = await start_broker(trusted_proxies=proxies)
+        wire = await Wire.open(broker.service, session)
+        (await wire.page(START, {})).of(200)
+        assert "proxy_not_trusted" not in {line["event"] for line in broker.log}
+        for _ in range(2):
+            (await page(wire, START, {}, "203.0.113.7")).of(200)
+        told = [line for line in broker.log if line["event"] == "proxy_not_trusted"]
+        assert len(told) == times
+        assert all("BROKER_TRUSTED_PROXIES" in line["todo"] for line in told)
+
+
 async def test_discoverable_begins_have_a_limit_of_their_own(
     start_broker: Starter, session: aiohttp.ClientSession, device: Authenticator
 ) -> None:
