@@ -164,11 +164,12 @@ async def postgres_failed_over(run: Run) -> None:
 
 
 async def postgres_slow(run: Run) -> None:
-    """Each message between the brokers and Postgres takes 30 ms."""
+    """Each message between the brokers and Postgres takes 30 ms, while pages share transactions."""
     run.note("Postgres slow")
     for broker in run.deployment.brokers:
         broker.postgres.delay = 0.03
-    await asyncio.sleep(5.0)
+    for _ in range(3):
+        await asyncio.gather(*(run.traffic.two_pages() for _ in range(12)))
 
 
 # -- Cluster ---------------------------------------------------------------------------------------
