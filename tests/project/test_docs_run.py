@@ -38,6 +38,7 @@ from tests.support.authenticator import Authenticator
 from tests.support.pages import ROOT, blocks, every_block, pages
 
 README, OPERATE, BENCH = "README.md", "deploy/README.md", "tests/bench/README.md"
+CHAOS, PROXIES = "tests/chaos/README.md", "deploy/PROXIES.md"
 SDK, EXAMPLES = "broker/sdk/README.md", "tests/examples/README.md"
 CLIENT_PACKAGE = "broker/sdk/passkey_broker/README.md"
 FLEX, HANKO, PASSLOCK, PROPELAUTH = (
@@ -141,7 +142,8 @@ RUN = {
     PASSLOCK: ["sh", "python"],
     PROPELAUTH: ["sh", "python"],
     OPERATE: ["sh", "sh", "sh", "sh"],
-    "deploy/PROXIES.md": ["sh", "haproxy", "haproxy"],
+    PROXIES: ["sh", "haproxy", "haproxy"],
+    CHAOS: ["sh"],
     BENCH: ["sh"],
     CLIENT_PACKAGE: ["sh", "python"],
 }
@@ -186,6 +188,20 @@ def test_the_benchmarks_commands_are_there() -> None:
         assert started is not None
         options = [word for word in shlex.split(started[1]) if word.startswith("--")]
         assert [option for option in options if option not in known] == []
+
+
+def test_the_history_checkers_commands_are_there() -> None:
+    """They run for minutes: so that make starts it, and that it takes these options."""
+    (block,) = blocks(CHAOS, "sh")
+    for line in block.splitlines():
+        program, *words = shlex.split(line, comments=True)
+        if program == "make":
+            command = ["make", "-n", *words]
+        else:
+            command = [sys.executable, *words[:3], "--help"]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert re.search(r"tests[./]chaos", shown), line
+        assert [word for word in words[3:] if word.startswith("--") and word not in shown] == []
 
 
 @pytest.mark.parametrize("page", [FLEX, HANKO, PASSLOCK, PROPELAUTH])
