@@ -91,7 +91,7 @@ async def test_a_callers_trace_goes_on(traced: Wire, spans: InMemorySpanExporter
     assert f"{span.parent.span_id:016x}" == PARENT
     assert span.attributes is not None
     assert span.attributes["broker.request_id"] == "mine-1234"
-    assert sorted(calls) == ["postgres check", "redis check"]
+    assert sorted(calls) == ["postgres check", "postgres one_time_mode", "redis check"]
 
 
 async def test_a_malformed_context_and_a_refusal(traced: Wire, spans: InMemorySpanExporter) -> None:
