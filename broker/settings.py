@@ -19,12 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from broker.model.values import SWITCH, choice, items, rate, whole
 
 T = TypeVar("T")
+OneTimeMode = Literal["term", "postgres"]  # what decides the take of a one-time value
 PREFIX = "BROKER_"
 _FILE = "_FILE"
 TOKEN_LIFE_LIMIT = 3600  # seconds: no setting lets a signed token live longer
@@ -267,7 +268,7 @@ class Settings:
     store_timeout: float = _setting(_seconds(0.05, 1.5), 0.8)  # limit of one wait for a store
     database_connections: int = _setting(whole(1, 500), 16)
     redis_connections: int = _setting(whole(1, 2000), 64)  # no effect: old deployments set it
-    one_time: str = _setting(choice("term", "postgres"), "term")  # what decides a take
+    one_time: str = _setting(choice(*get_args(OneTimeMode)), "term")
     cache_seconds: float = _setting(_seconds(0, 1), 0.9)  # that an app or a key stays cached
     event_retention_days: int = _setting(whole(0, 36_500), 90)  # 0: events stay for ever
     max_connections: int = _setting(whole(16, 1_000_000), 4096)  # of one port

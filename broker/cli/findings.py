@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from broker.ephemeral import RedisFacts
+if TYPE_CHECKING:
+    from broker.ephemeral import RedisFacts
 
 MIN_REDIS = (7, 0)
 MAX_SKEW = 1.0  # seconds

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, get_args
 from broker.cli.output import Row
 from broker.cli.parsing import Commands, add_group, option
 from broker.cli.records import Records, add, chosen_app
-from broker.durable.ledger import Mode
 from broker.model import RelyingParty, TokenAlgorithm
+from broker.settings import OneTimeMode
 
 if TYPE_CHECKING:
     from broker.durable.signing_keys import StoredKey
@@ -38,7 +38,7 @@ def add_commands(commands: Commands) -> None:
                 "--set",
                 "record this mode, which ends logins in flight; "
                 "then set BROKER_ONE_TIME and restart every instance",
-                choices=get_args(Mode),
+                choices=get_args(OneTimeMode),
                 dest="mode",
             ),
         ),

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from broker.durable.group_commit import OwnStatement
 from broker.durable.postgres import Connection, Postgres
 from broker.errors import Unavailable
-
-Mode = Literal["term", "postgres"]
+from broker.settings import OneTimeMode
 
 _HOUR = 3600.0  # seconds; above the life of every value, and above any skew of clocks
 _SLOTS = 4
@@ -40,7 +39,7 @@ class _Spent(NamedTuple):
 class Recorded(NamedTuple):
     """The recorded mode, and the stamp of values in the mode `postgres`."""
 
-    mode: Mode
+    mode: OneTimeMode
     stamp: str
 
 
@@ -61,7 +60,7 @@ class Ledger:
             raise Unavailable(reason="postgres_one_time")
         return Recorded(row["mode"], row["stamp"])
 
-    async def record(self, mode: Mode, stamp: str) -> None:
+    async def record(self, mode: OneTimeMode, stamp: str) -> None:
         """Record a mode. `stamp` is random, 16 hex digits; "" in the mode `term`."""
         await self._pg.row(
             "record_one_time_mode",
