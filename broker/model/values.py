@@ -110,7 +110,7 @@ def _rate_or_default(text: str) -> str:
         raise ValueError(f"{_RATE_WORDS}, or {DEFAULT_RATE}") from None
 
 
-RATE = Values(f"{_RATE_WORDS}; {DEFAULT_RATE} is the setting", _rate_or_default)
+RATE = Values(f"{DEFAULT_RATE}, {_RATE_WORDS}; {DEFAULT_RATE} is the setting", _rate_or_default)
 
 
 def items(text: str) -> tuple[str, ...]:

@@ -246,6 +246,9 @@ def test_policy_lists_every_key_without_a_database(
             assert row["default"] in row["values"].split(", ")
         low, to, high = row["values"].partition(" to ")
         values = [low, high] if to else row["values"].split(", ")
+        if " a rate" in row["values"]:
+            values = [row["default"], *re.findall(r"[0-9]+/\w+:[0-9]+", row["values"]), "0"]
+            assert len(values) > 3
         if not row["values"].startswith(("a list", "PEM")):
             for value in values:
                 set_to = Policy().set(row["key"], value, policy_keys())[key]
