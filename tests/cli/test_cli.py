@@ -792,7 +792,7 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
     events = (await run("events", "--app", wire.app_id, "--json")).json
     assert list(events[0]) == [
         "id", "at", "app_id", "actor", "action", "user_id", "passkey_id", "result", "reason",
-        "request_id", "payload",
+        "request_id", "payload", "address", "user_agent",
     ]  # fmt: skip
     (key,) = (await run("key", "list", "--app", wire.app_id, "--json")).json
     assert [(e["actor"], e["action"], e["result"], e["reason"]) for e in events] == [
