@@ -1,9 +1,10 @@
-"""Rate limit for events of refusals: a window of a minute for each app and action.
+"""Rate limit for events of refusals: a window of a minute for each app, action and reason.
 
 A caller can present any number of wrong answers, and the holder of a key any number of wrong
-nonces. So an app gets `LIMIT` events of one action a minute from each process. One further event
-carries the number of the rest (`limited` in its payload), when the minute ends or the process
-stops.
+nonces. So an app gets `LIMIT` events of one action and reason a minute from each process. One
+further event carries the reason and the number of the rest (`limited` in its payload), when the
+minute ends or the process stops. A flood of wrong signatures therefore hides no counter that went
+back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from broker.model import RelyingParty
 
-LIMIT = 60  # events of one action in a window
+LIMIT = 60  # events of one action and reason in a window
 WINDOW = 60.0  # seconds
 
 # App, action, user id, reason, passkey id, payload.
@@ -38,7 +39,7 @@ class LimitedEvents:
 
     def __init__(self, write: Write) -> None:
         self._write = write
-        self._windows: dict[tuple[str, str], _Window] = {}
+        self._windows: dict[tuple[str, str, str], _Window] = {}  # by app, action and reason
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def add(
@@ -51,8 +52,8 @@ class LimitedEvents:
         passkey_id: str | None,
         payload: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the event, or count it where the window of its app and action is full."""
-        key = (app.id, action)
+        """Write the event, or count it where its window is full."""
+        key = (app.id, action, reason)
         window = self._windows.get(key)
         if window is None:
             # An empty context: the event of the rest belongs to no request.
@@ -69,14 +70,16 @@ class LimitedEvents:
         ends = [self._end(key) for key in tuple(self._windows)]
         await asyncio.gather(*ends, *self._tasks)
 
-    def _end_soon(self, key: tuple[str, str]) -> None:
+    def _end_soon(self, key: tuple[str, str, str]) -> None:
         task = asyncio.get_running_loop().create_task(self._end(key))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _end(self, key: tuple[str, str]) -> None:
+    async def _end(self, key: tuple[str, str, str]) -> None:
         window = self._windows.pop(key)
         window.timer.cancel()
         rest = window.events - LIMIT
         if rest > 0:
-            await self._write(window.app, key[1], None, "limited", None, {"limited": rest})
+            _, action, reason = key
+            payload = {"limited": rest, "reason": reason}
+            await self._write(window.app, action, None, "limited", None, payload)
