@@ -20,8 +20,9 @@ the next reply has been due for the whole limit: the server hangs or the network
 later reply is behind that one. Replies have one order, so a slow script delays all callers of the
 process, as it delays all clients of a server with one thread.
 
-A reply of READONLY ends the connection too: after a failover the address may be a replica's, and a
-new connection resolves the name again.
+A reply of READONLY or NOREPLICAS ends the connection too, and a new connection finds the primary
+again. READONLY comes from a primary that became a replica. NOREPLICAS comes from a primary whose
+replicas have left for a newer one; Sentinels demote the former primary 10 s later.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool, DefaultParser
 from redis.exceptions import ConnectionError as Lost
-from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
+from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError, ResponseError
 
 from broker.batching import FlushPolicy
 
@@ -170,8 +171,10 @@ class _Stream(asyncio.Protocol):
                         future.set_exception(reply)
                     else:
                         future.set_result(reply)
-                if isinstance(reply, ReadOnlyError):
-                    raise Lost("the server is a replica") from reply
+                if isinstance(reply, ResponseError) and (
+                    isinstance(reply, ReadOnlyError) or str(reply).startswith("NOREPLICAS")
+                ):
+                    raise Lost("the server takes no writes") from reply
         except RedisError as fault:
             self.end(fault)
 

@@ -8,9 +8,9 @@ time limit.
 **Why no library's.** redis-py connects to the primary: TLS, AUTH and SELECT are its part. Its own
 discovery asks one Sentinel after another and takes the first answer, which may be the old primary.
 
-**After a failover** the old connection ends: the old primary hangs, closes it, or answers READONLY.
-The next command makes a new connection, which asks again. An old primary that still takes writes
-does no harm: see "Terms" in `broker.ephemeral.one_time`.
+**After a failover** the old connection ends: the old primary hangs, closes it, or answers READONLY
+or NOREPLICAS. The next command makes a new connection, which asks again. An old primary that still
+takes writes does no harm: see "Terms" in `broker.ephemeral.one_time`.
 """
 
 from __future__ import annotations

@@ -173,6 +173,37 @@ async def test_a_refusal_is_its_callers(commands: Commands, door: Door) -> None:
     assert door.connections == 1
 
 
+@pytest.mark.parametrize(
+    ("deny", "allow", "code"),
+    [
+        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "replica"),
+        (
+            ("CONFIG", "SET", "min-replicas-to-write", "1"),
+            ("CONFIG", "SET", "min-replicas-to-write", "0"),
+            "NOREPLICAS",
+        ),
+    ],
+)
+async def test_a_server_that_takes_no_writes_is_left(
+    valkey: Valkey,
+    commands: Commands,
+    door: Door,
+    deny: tuple[str, ...],
+    allow: tuple[str, ...],
+    code: str,
+) -> None:
+    """After a failover the former primary stays one for a while, without replicas."""
+    assert await commands.ask("SET", "key", b"a", limit=LIMIT) == b"OK"
+    valkey.ask(*deny)
+    try:
+        with pytest.raises(ResponseError, match=code):
+            await commands.ask("SET", "key", b"b", limit=LIMIT)
+    finally:
+        valkey.ask(*allow)
+    assert await commands.ask("ECHO", b"c", limit=LIMIT) == b"c"
+    assert door.connections == 2
+
+
 async def test_the_server_closes_while_callers_wait(commands: Commands, door: Door) -> None:
     """All of them are told, each by an exception of their own; the next has a new connection."""
     assert await commands.ask("ECHO", b"a", limit=LIMIT) == b"a"
