@@ -45,6 +45,7 @@ _TARGET = frozenset(("host", "port", "dbname", "database", "user", "password", "
 _SSL = {"sslmode", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation"}
 _SESSION = {"target_session_attrs", "search_path", "statement_timeout", "lock_timeout", "options"}
 _POSTGRES = dict.fromkeys(("postgresql", "postgres"), _TARGET | _SSL | _SESSION)
+_TLS_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _PLAIN = frozenset(("db", "username", "password"))
 _TLS = _PLAIN | {
     "ssl_cert_reqs",
@@ -115,9 +116,14 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
 
 
 def _tls_fault(scheme: str, given: Mapping[str, str]) -> str:
-    """What a Redis URL's TLS options must be; "" if they are. An option that has no effect would
-    hide that the connection is not encrypted.
+    """What a URL's TLS options must be; "" if they are. An option that has no effect would hide
+    that the connection is not encrypted.
     """
+    mode = given.get("sslmode", "prefer").replace("_", "-")  # asyncpg takes either
+    if mode not in _TLS_MODES:
+        return f"a URL whose sslmode is one of {', '.join(_TLS_MODES)}"
+    if "sslrootcert" in given and mode in ("disable", "allow", "prefer"):
+        return "a URL with sslmode=verify-full, or without sslrootcert"
     tls = given.get("sentinel_tls", "yes" if scheme == "rediss+sentinel" else "no")
     if tls not in ("yes", "no"):
         return "a URL whose sentinel_tls is yes or no"

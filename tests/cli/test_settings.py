@@ -33,6 +33,11 @@ GOOD: list[tuple[str, str, object]] = [
         "postgresql://u@a:1,b:2/x?sslmode=require",
         "postgresql://u@a:1,b:2/x?sslmode=require",
     ),
+    (
+        "database_url",
+        "postgresql://u@a/x?sslmode=require&sslrootcert=/ca",
+        "postgresql://u@a/x?sslmode=require&sslrootcert=/ca",
+    ),
     ("database_url", "postgresql://u@[::1]:5432/x", "postgresql://u@[::1]:5432/x"),
     (
         "database_url",
@@ -121,6 +126,9 @@ BAD: list[tuple[str, str]] = [
     ("database_url", "postgresql://u:zq9w@h:65536/x"),
     ("database_url", "postgresql://u:zq9w@h/x?port=y"),
     ("database_url", "postgresql://u:zq9w@h/x?connect_timeout=10"),
+    ("database_url", "postgresql://u:zq9w@h/x?sslmode=requre"),
+    ("database_url", "postgresql://u@h/x?sslrootcert=zq9w"),
+    ("database_url", "postgresql://u@h/x?sslmode=prefer&sslrootcert=zq9w"),
     ("database_url", "postgresql://u:zq9w@h/x\n"),
     ("database_url", "postgresql://u:zq 9w@h/x"),
     ("redis_url", "http://h"),
