@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
@@ -38,6 +39,7 @@ from tests.support.wire import ORIGIN, RP_ID, UnexpectedStatus, Wire
 BROKERS, USERS = 3, 24
 RATE = 8.0  # logins a second
 ALONE = 8.0  # seconds with the brokers of one checkout
+SETTLE = 10.0  # seconds in which HAProxy's last process ends what it has begun
 _PATIENCE = 15.0  # seconds that a login may take
 _CLI = [sys.executable, "-c", "import sys; from broker.cli import main; sys.exit(main())"]
 _APP = ("app", "create", "--name", "Shop", "--rp-id", RP_ID, "--origin", ORIGIN, "--json")
@@ -84,6 +86,7 @@ class Installation:
         self._ports.reverse()
         beside = [self._start(checkout, *ports) for ports in self._ports[0]]
         self._proxy = self._reload("-sf", str(self._proxy.pid))
+        time.sleep(SETTLE)
         for process in self._brokers:
             _stop(process)
         self._brokers = beside
