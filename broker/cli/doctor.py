@@ -159,9 +159,10 @@ def metrics(settings: Settings) -> Finding:
 async def _postgres(parts: Parts) -> list[Finding]:
     try:
         facts = await parts.postgres.facts()
-    except Unavailable:
+    except Unavailable as fault:
+        found = f"does not answer ({type(fault.__cause__).__name__})."
         todo = "Check BROKER_DATABASE_URL, or start `broker dev`."
-        return [Finding("postgres", False, "does not answer.", todo)]
+        return [Finding("postgres", False, found, todo)]
     findings = [postgres_version(facts["version"]), clock("postgres", facts["clock"] - time.time())]
     try:
         await parts.postgres.check()

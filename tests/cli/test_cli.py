@@ -1316,7 +1316,9 @@ def test_doctor_tells_which_store_is_down(cli: Cli, monkeypatch: pytest.MonkeyPa
     ]
     monkeypatch.setenv("BROKER_DATABASE_URL", "postgresql://broker:zq9w@127.0.0.1:1/x")
     done = cli("doctor", "--json")
-    assert [f.check for f in _findings(done.out) if not f.ok] == ["postgres", "redis"]
+    postgres, redis = (f for f in _findings(done.out) if not f.ok)
+    assert (postgres.check, redis.check) == ("postgres", "redis")
+    assert postgres.found == "does not answer (ConnectionRefusedError)."
     assert "zq9w" not in done.out + done.err
 
 
