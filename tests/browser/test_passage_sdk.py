@@ -88,13 +88,17 @@ async def test_registers_and_signs_in(
         )
         assert used["passkey_id"] == receipt["passkey_id"]
 
+    replayed = ("nonce.replayed", "refused", "nonce_replayed")
     assert await site.broker.events(site.wire.app_id) == [
         ("app.created", "done", None),
         ("user.created", "done", None),
         ("passkey.registered", "done", None),
         ("passkey.confirmed", "done", None),
+        replayed,
         ("passkey.used", "done", None),
+        replayed,
         ("passkey.used", "done", None),
+        replayed,
     ]
     steps = [verb + step for verb in (REGISTER, AUTHENTICATE) for step in ("start", "finish")]
     assert site.served("OPTIONS") == [
