@@ -116,8 +116,8 @@ def _url(example: str, options: Mapping[str, frozenset[str]]) -> Callable[[str],
 
 
 def _tls_fault(scheme: str, given: Mapping[str, str]) -> str:
-    """What a URL's TLS options must be; "" if they are. An option that has no effect would hide
-    that the connection is not encrypted.
+    """The requirement that a URL's TLS options break, as a noun phrase; "" if they break none. An
+    option that has no effect would hide that the connection is not encrypted.
     """
     mode = given.get("sslmode", "prefer").replace("_", "-")  # asyncpg takes either
     if mode not in _TLS_MODES:

@@ -103,7 +103,7 @@ class Envelope(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a take expects of a value: its kind (one of these, none for any), its opener ("" for
+    """Expectation of a take: the value's kind (one of these, none for any), its opener ("" for
     any), and the digest that its payload begins with. `grace` in ms.
     """
 
@@ -403,7 +403,7 @@ class Ledger(Protocol):
     """Where the mode `postgres` records which values are spent (`broker.durable.ledger`)."""
 
     async def stamp(self) -> str:
-        """What values carry instead of a term: 16 hex digits."""
+        """Stamp of values in place of a term: 16 hex digits."""
         ...
 
     async def spend(self, ends: float, digest: bytes, claim: bytes) -> bool:
@@ -582,8 +582,8 @@ class OneTimeStore:
 
 
 def _digest(key: bytes, ends: bytes, *claim: bytes) -> bytes:
-    """What the ledger knows a value by: the same in each copy of the value. With `claim`, also by
-    whom it was taken.
+    """Name of a value in the ledger: the same in each copy of the value. With `claim`, also of the
+    request that took it.
 
     Values that follow each other under one key have ends of their own. The payload would not do:
     guesses change it.

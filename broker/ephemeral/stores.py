@@ -24,8 +24,8 @@ prove. One script writes `{T}:c` while `{T}:t` lives and is of an expected kind.
 transaction stays until it is taken, and its ceremony ends with it.
 
 **Nonces.** The name of a nonce lacks the app, so that a nonce of another app is told apart
-(`foreign`); it stays. A nonce is known for 10 minutes after it was taken or has ended. What it
-stands for is sealed under a key derived from the nonce, which Redis lacks.
+(`foreign`); it stays. A nonce is known for 10 minutes after it was taken or has ended. Its
+content is sealed under a key derived from the nonce, which Redis lacks.
 
 **Idempotent requests.** The tombstone of a nonce is the record of an idempotent redemption: it has
 the digests of key and request, and the sealed content. An idempotent open has a record of its own,

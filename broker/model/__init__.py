@@ -520,7 +520,7 @@ class Receipt(NamedTuple):
 
 
 class Redeemable(NamedTuple):
-    """What a nonce stands for: the receipt, the transaction (digest of its id) that the caller may
+    """Content of a nonce: the receipt, the transaction (digest of its id) that the caller may
     expect, and the challenge whose verifier the caller must bring (None: none).
     """
 

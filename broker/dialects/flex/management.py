@@ -105,7 +105,7 @@ async def rename_user(request: web.Request, caller: Caller) -> web.StreamRespons
 
 
 async def disable_user(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """What was begun for the user before ends, as do nonces; the passkeys stay."""
+    """Disabling ends the user's ceremonies and nonces; the passkeys stay."""
     return await _disable_user(request, caller, disabled=True)
 
 
