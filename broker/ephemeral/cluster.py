@@ -86,7 +86,7 @@ class ClusterRouter:
         self._doubted = False
         self._fault: BaseException | None = None  # why a node did not tell the topology
 
-    async def ask(self, *command: Any, limit: float) -> Any:
+    async def ask(self, *command: Any, limit: float, patient: bool = False) -> Any:
         """The reply to a command, within `limit` seconds. Its keys share a slot. Without a key any
         node answers.
 
@@ -103,7 +103,9 @@ class ClusterRouter:
         while True:
             sends += 1
             try:
-                return await self._node(address).ask(*command, limit=limit, asking=asking)
+                return await self._node(address).ask(
+                    *command, limit=limit, asking=asking, patient=patient
+                )
             except AskError as redirection:
                 asking = not isinstance(redirection, MovedError)
                 address = (redirection.host.strip("?") or address[0], redirection.port)

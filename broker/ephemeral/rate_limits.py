@@ -9,8 +9,8 @@ Each is a setting, and a policy key that overrides it for an app. A bucket belon
 address is an IPv4 address or an IPv6 /64 (`broker.web.client_address`).
 
 **A refusal spends and writes nothing.** The process decides before the verb's first command, by its
-own copy of the bucket. The charge goes to Redis without a wait, in the flush of the request's own
-commands. Its reply tells what all instances have charged, and moves the copy. So a limit costs no
+own copy of the bucket. The charge goes to Redis without a wait, with the next batch of commands.
+Its reply tells what all instances have charged, and moves the copy. So a limit costs no
 round trip, on a single server and in a Cluster, where a bucket lies in another slot than the value.
 A script that judged the bucket and wrote the value would need one slot; a bucket asked first costs
 every begin a round trip; a write that is undone has replaced the earlier ceremony.

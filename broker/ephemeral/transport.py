@@ -46,7 +46,7 @@ class Script:
 class Commands(Protocol):
     """One server, or a cluster."""
 
-    def ask(self, *command: Any, limit: float) -> Awaitable[Any]:
+    def ask(self, *command: Any, limit: float, patient: bool = False) -> Awaitable[Any]:
         """The reply to one command within `limit` seconds; bytes, integers, None and lists of
         these.
 
@@ -170,7 +170,8 @@ class Transport:
         def send(*script_words: Any) -> None:
             command = (*script_words, len(keys), *keys, *args)
             # A single server's reply is a future already. A cluster's takes a task.
-            reply = asyncio.ensure_future(self._commands.ask(*command, limit=self._timeout))
+            asked = self._commands.ask(*command, limit=self._timeout, patient=True)
+            reply = asyncio.ensure_future(asked)
             self._posted.add(reply)
             reply.add_done_callback(done)
 
@@ -223,7 +224,7 @@ class ByClient:
         client.response_callbacks.clear()  # replies stay raw
         self._client = client
 
-    async def ask(self, *command: Any, limit: float) -> Any:
+    async def ask(self, *command: Any, limit: float, patient: bool = False) -> Any:
         async with asyncio.timeout(limit):
             return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
 
