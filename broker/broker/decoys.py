@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
+from functools import lru_cache
 
 from broker import ceremony
 from broker.errors import Unavailable
@@ -46,6 +47,11 @@ class Decoys:
     def __init__(self, secret_keys: Sequence[str]) -> None:
         self._secret = secret_keys[-1].encode() if secret_keys else b""
         self._public_key = ceremony.public_key_without_owner()
+        # Few digests, so that decoys take no longer than a genuine passkey's row.
+        self._key = lru_cache(1024)(self._derive)
+
+    def _derive(self, purpose: bytes) -> bytes:
+        return hmac.digest(self._secret, purpose, "sha256")
 
     def of(self, app: RelyingParty, external_id: str, user_id: str) -> Sequence[AllowedCredential]:
         """The decoys of a user. An unknown user's id is "": the decoys then have one.
@@ -55,24 +61,24 @@ class Decoys:
         """
         if not self._secret:
             raise Unavailable(reason="no_secret_key")
-        key = hmac.digest(self._secret, b"decoys:" + app.id.encode(), "sha256")
-
-        def derive(name: str) -> bytes:
-            return hmac.digest(key, f"{name}:{external_id}".encode(), "sha256")
-
-        shape = derive("shape")
-        kinds = [_KINDS[shape[1 + number] % len(_KINDS)] for number in range(2)]
-        return [
-            self._decoy(
-                app,
-                self._marked(app.rp_id, derive(f"credential{number}"), length),
-                id=derive(f"passkey{number}").hex()[:24],
-                transports=transports,
-                user_handle=base64url(derive("handle")),
-                user_id=user_id or derive("user").hex()[:24],
+        name = external_id.encode()
+        key = self._key(b"decoys:" + app.id.encode())
+        user = hmac.digest(key, b"user:" + name, "sha512")
+        decoys = []
+        for number in range(2 if user[0] < _SECOND else 1):
+            length, transports = _KINDS[user[1 + number] % len(_KINDS)]
+            passkey = hmac.digest(key, b"passkey%d:" % number + name, "sha512")
+            decoys.append(
+                self._decoy(
+                    app,
+                    self._marked(app.rp_id, passkey, length),
+                    id=passkey[32:44].hex(),
+                    transports=transports,
+                    user_handle=base64url(user[32:]),
+                    user_id=user_id or user[4:16].hex(),
+                )
             )
-            for number, (length, transports) in enumerate(kinds[: 2 if shape[0] < _SECOND else 1])
-        ]
+        return decoys
 
     def find(self, app: RelyingParty, credential_id: bytes) -> AllowedCredential | None:
         """The decoy with this credential id, of whatever user."""
@@ -116,5 +122,5 @@ class Decoys:
     def _marked(self, rp_id: str, derived: bytes, length: int) -> bytes:
         """A credential id of this length from the beginning of `derived`."""
         half = derived[: length // 2]
-        key = hmac.digest(self._secret, b"decoy ids:" + rp_id.encode(), "sha256")
+        key = self._key(b"decoy ids:" + rp_id.encode())
         return half + hmac.digest(key, half, "sha256")[: length // 2]

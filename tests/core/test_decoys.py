@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
@@ -243,18 +244,25 @@ ROUNDS = 300
 
 
 @pytest.mark.alone
-async def test_times_tell_nothing(opened: Wire) -> None:
+async def test_times_tell_nothing(open_app: OpenApp, device: Authenticator) -> None:
     """A sign test: in half of the rounds a step takes longer for a user without a passkey than for
-    one with a passkey. Users take turns within a round, so what disturbs the machine favours none.
-    The bound is five standard errors (0.029 with `ROUNDS`) away.
+    one with a passkey. Users take turns in a random order, so neither the machine nor the user
+    before favours one. Each has one passkey or one decoy, for two take longer. The bound is seven
+    standard errors (0.029 with `ROUNDS`) away; some microseconds make 0.57 of one half.
     """
+    while True:
+        opened = await open_app(SHOWN)
+        await opened.user("ann", device)
+        await opened.open_registration("bob")
+        if all([len(offered(await _flex(opened, user))) == 1 for user in HIDDEN]):
+            break
     other = Authenticator()  # its signatures are well-formed, and of another key
     await opened.user("carl", other)
     users = ("ann", *HIDDEN)
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for number in range(ROUNDS):
-        for place in range(3):
-            user = users[(number + place) % 3]
+    chance = random.Random(0)
+    for _ in range(ROUNDS):
+        for user in chance.sample(users, len(users)):
             began = time.perf_counter()
             transaction = await opened.open_authentication(user)
             opened_at = time.perf_counter()
@@ -272,4 +280,4 @@ async def test_times_tell_nothing(opened: Wire) -> None:
         for step in ("open", "begin", "finish"):
             pairs = zip(times[user, step], times["ann", step], strict=True)
             longer = sum(hidden > genuine for hidden, genuine in pairs) / ROUNDS
-            assert 0.355 < longer < 0.645, (user, step)
+            assert 0.3 < longer < 0.7, (user, step)
