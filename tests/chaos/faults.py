@@ -179,8 +179,8 @@ async def master_stopped(run: Run) -> None:
     """A master of a Cluster stops, its replica takes over, and the master comes back."""
     cluster, traffic = run.deployment.cluster, run.traffic
     proofs, ceremonies = await traffic.stock(run.stock)
-    number = next(n for n, node in enumerate(cluster.nodes[:MASTERS]) if _is_master(node))
-    master, replica = cluster.nodes[number], cluster.nodes[number + MASTERS]
+    number = next(n for n, node in enumerate(cluster.nodes) if _is_master(node))
+    master, replica = cluster.nodes[number], cluster.nodes[number - MASTERS]  # of six
     run.note("replica lags", ends_values=True)
     # A replica that is stopped keeps what its kernel has received; a new connection brings no more.
     replica.process.send_signal(signal.SIGSTOP)
