@@ -31,8 +31,8 @@ _JSON_HEADERS = {hdrs.CONTENT_TYPE: "application/json", **HEADERS}
 
 
 class Answer(web.Response):
-    """A JSON answer. What its parents offer beyond `status`, `body` and `headers` is to be asked of
-    `as_response`: their state is never made.
+    """A JSON answer with `status`, `body` and `headers`. The other state of its parents is never
+    made; `as_response` makes a whole response.
     """
 
     def __init__(self, body: bytes, status: int) -> None:

@@ -139,8 +139,8 @@ async def _read(request: web.Request) -> bytes:
 
 
 async def idempotency_of(request: web.Request, api_key: str) -> Idempotency | None:
-    """What makes the request idempotent: its header Idempotency-Key, 1 to 255 visible ASCII
-    characters. None without it.
+    """The idempotency of a request: its header Idempotency-Key, 1 to 255 visible ASCII characters.
+    None without it.
 
     Source: draft-ietf-httpapi-idempotency-key-header; the value is taken as it stands, quotes too.
 

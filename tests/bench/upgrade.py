@@ -86,7 +86,7 @@ class Installation:
         self._ports.reverse()
         beside = [self._start(checkout, *ports) for ports in self._ports[0]]
         self._proxy = self._reload("-sf", str(self._proxy.pid))
-        time.sleep(SETTLE)
+        time.sleep(SETTLE)  # sign-ins go on meanwhile
         for process in self._brokers:
             _stop(process)
         self._brokers = beside

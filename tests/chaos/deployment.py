@@ -191,7 +191,7 @@ class Deployment:
             return
         known = await asyncio.to_thread(self.redis.primary)
         while True:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # between two looks
             with contextlib.suppress(redis.RedisError):
                 primary = await asyncio.to_thread(self.redis.primary)
                 if primary is not known:

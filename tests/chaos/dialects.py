@@ -210,7 +210,7 @@ class PropelAuth:
         return None
 
     def opened(self, body: Any) -> str:
-        raise NotImplementedError
+        raise AssertionError("this API opens no transactions")
 
     def begin(self, app: App, purpose: Purpose, user: str, transaction: str) -> Request:
         if purpose == "register":
@@ -233,10 +233,10 @@ class PropelAuth:
         return {}
 
     def redeem(self, app: App, proof: str) -> Request:
-        raise NotImplementedError
+        raise AssertionError("this API hands out no nonces")
 
     def receipt(self, body: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        raise AssertionError("this API hands out no nonces")
 
 
 def revoke(app: App, credential: str) -> Request:

@@ -40,7 +40,7 @@ async def calm(run: Run) -> None:
     """No fault. The stock races within a moment, and people go on."""
     proofs, ceremonies = await run.traffic.stock(run.stock)
     await run.traffic.race(proofs, ceremonies, 0.05)
-    await asyncio.sleep(3.0)
+    await asyncio.sleep(3.0)  # traffic goes on meanwhile
 
 
 # -- Valkey with Sentinels -------------------------------------------------------------------------
@@ -56,7 +56,7 @@ async def failover(run: Run) -> None:
     redis.hold_replication(old)
 
     async def kill() -> None:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)  # traffic goes on meanwhile
         run.note("primary killed")
         old.kill()
         old.link.cut()
@@ -118,10 +118,10 @@ async def redis_stalls(run: Run) -> None:
         for _ in range(3):
             for each in (link, *own):
                 each.hold(lambda connection: not connection.replicates)
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(1.2)  # traffic goes on meanwhile
             for each in (link, *own):
                 each.release()
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(0.8)  # traffic goes on meanwhile
 
     await asyncio.gather(stall(), run.traffic.race(proofs, ceremonies, 6.0))
 
@@ -132,19 +132,19 @@ async def redis_stalls(run: Run) -> None:
 async def broker_killed(run: Run) -> None:
     """One broker is killed, another is restarted, under load."""
     victim, other, _ = run.deployment.brokers
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # traffic goes on meanwhile
     run.note("broker killed", broker=victim.number)
     victim.kill()
     run.note("broker killed", broker=victim.number)  # calls that came while it died
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # traffic goes on meanwhile
     victim.spawn()
     await asyncio.to_thread(victim.wait_ready)
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # traffic goes on meanwhile
     run.note("broker terminated", broker=other.number)
     await asyncio.to_thread(other.stop)
     other.spawn()
     await asyncio.to_thread(other.wait_ready)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.5)  # traffic goes on meanwhile
 
 
 # -- Postgres --------------------------------------------------------------------------------------
@@ -153,14 +153,14 @@ async def broker_killed(run: Run) -> None:
 async def postgres_failed_over(run: Run) -> None:
     """The primary dies in the middle of commits, and the standby takes over."""
     deployment = run.deployment
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # traffic goes on meanwhile
     run.note("Postgres killed", ends_values=True)
     await asyncio.to_thread(deployment.postgres.primary.kill)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)  # traffic goes on meanwhile
     await deployment.postgres.fail_over()
     deployment.follow()
     run.note("Postgres promoted")
-    await asyncio.sleep(2.0)
+    await asyncio.sleep(2.0)  # traffic goes on meanwhile
 
 
 async def postgres_slow(run: Run) -> None:
@@ -278,7 +278,7 @@ async def full(run: Run) -> None:
     async def fill() -> None:
         run.note("primary full", ends_values=True)
         await asyncio.to_thread(primary.ask, "CONFIG", "SET", "maxmemory", 1)
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.5)  # traffic goes on meanwhile
         await asyncio.to_thread(primary.ask, "CONFIG", "SET", "maxmemory", 0)
 
     await _around(run, fill)
@@ -326,7 +326,7 @@ async def replies_lost(run: Run) -> None:
         run.note("replies lost", ends_values=True)
         for _ in range(5):
             link.lose_replies()
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.3)  # traffic goes on meanwhile
             link.cut()
 
     proofs, ceremonies = await run.traffic.stock(run.stock)
@@ -352,7 +352,7 @@ async def broker_stopped(run: Run) -> None:
         victim = run.deployment.brokers[2]
         run.note("broker stopped", ends_values=True)
         victim.signal(signal.SIGSTOP)
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(2.0)  # traffic goes on meanwhile
         victim.signal(signal.SIGCONT)
 
     await _around(run, stop)
@@ -385,16 +385,16 @@ async def postgres_restarted(run: Run) -> None:
     await asyncio.to_thread(pair.primary.kill)
     await asyncio.to_thread(pair.primary.start)
     run.note("Postgres started")
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(1.5)  # traffic goes on meanwhile
 
 
 async def postgres_stopped(run: Run) -> None:
     """SIGSTOP of the primary for two seconds."""
     run.note("Postgres stopped", ends_values=True)
     run.deployment.postgres.primary.freeze()
-    await asyncio.sleep(2.0)
+    await asyncio.sleep(2.0)  # traffic goes on meanwhile
     run.deployment.postgres.primary.thaw()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # traffic goes on meanwhile
 
 
 async def commits_cut(run: Run) -> None:
@@ -403,10 +403,10 @@ async def commits_cut(run: Run) -> None:
     for _ in range(10):
         for broker in run.deployment.brokers:
             broker.postgres.lose_replies()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # traffic goes on meanwhile
         for broker in run.deployment.brokers:
             broker.postgres.cut()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # traffic goes on meanwhile
 
 
 # -- more faults of a Cluster ----------------------------------------------------------------------
