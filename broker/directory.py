@@ -1,9 +1,9 @@
 """Directory of relying parties, API keys, users and passkeys: the look-ups and changes of operators
 and keyed callers. Ceremonies are in `broker.broker`.
 
-**Cache.** Every request needs its relying party, every keyed one its key. Both are cached for less
-than a second (`broker.durable.cache`), so a changed policy or a revoked key is effective on every
-instance within that time. Unknown ids and keys are not cached.
+**Cache.** Every request needs its relying party, and every keyed request its key. Both are cached
+for less than a second (`broker.durable.cache`), so a changed policy or a revoked key is effective
+on every instance within that time. Unknown ids and keys are not cached.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Directory:
         """The server's time."""
         return instant(self._clock())
 
-    # -- who asks ----------------------------------------------------------------------------------
+    # -- callers -----------------------------------------------------------------------------------
 
     async def tell_refused_origin(self, app: RelyingParty, origin: str) -> None:
-        """Write the event of a page that was refused for its origin. `origin` was judged: an event
-        is shown to people.
+        """Write the event of a page that was refused for its origin. `origin` must be validated:
+        operators read events.
         """
         await self._durable.events.add(
             app.id, "origin.refused", result="refused", reason=origin, now=self.now()
@@ -101,9 +101,7 @@ class Directory:
         return key_id
 
     def remembered(self, key: str) -> tuple[str, RelyingParty] | None:
-        """The id of an API key and its app, where both are cached: for nearly every request
-        they are.
-        """
+        """The id of an API key and its app, where both are cached, as for nearly every request."""
         if not key.isascii():
             return None
         found = self._keys.get(key_digest(key))
@@ -177,8 +175,8 @@ class Directory:
         return await self._durable.credentials.of_user(app.id, user.id)
 
     async def revoke(self, app: RelyingParty, user: User, passkey_id: str | None) -> list[str]:
-        """Revoke one passkey, or all (`passkey_id` None); it never signs in again. Returns the ids
-        revoked.
+        """Revoke one passkey, or all (`passkey_id` None). A revoked passkey never signs in again.
+        Returns the ids revoked.
 
         Raises:
             UnknownPasskey: the user has no such passkey.
@@ -296,8 +294,8 @@ class Directory:
             raise UnknownPasskey
 
     async def rename_user(self, app: RelyingParty, external_id: str, user_name: str) -> list[str]:
-        """Change the user's name on every passkey of theirs; returns the passkeys' ids.
-        Authenticators hear of it by a signal.
+        """Change the user's name on all their passkeys; returns the passkeys' ids. A signal tells
+        authenticators the new name.
 
         Raises:
             InvalidRequest, Unavailable.
@@ -369,8 +367,8 @@ class Directory:
         either: str | None = None,
     ) -> tuple[list[AuditRow], int]:
         """A page of events, newest first, and how many there are in all. `kinds` are pairs of
-        action and result, None for all; `user` is a part of the external id, `address` one of the
-        address, and `either` one of one of them; `start` and `end` are exclusive.
+        action and result, None for all. `user` is a part of the external id, `address` a part of
+        the address, and `either` a part of external id or address. `start` and `end` are exclusive.
         """
         return await self._durable.events.page(
             app.id,
@@ -385,8 +383,8 @@ class Directory:
         )
 
     async def disable_user(self, app: RelyingParty, external_id: str, *, disabled: bool) -> None:
-        """Disable a user, or enable a disabled one. A disabled user neither signs in nor registers;
-        what was begun before, and nonces, end. The passkeys stay.
+        """Disable a user, or enable a disabled one. A disabled user neither signs in nor registers.
+        The user's open transactions, ceremonies and nonces end. The passkeys stay.
 
         Raises:
             UnknownUser, Unavailable.
@@ -397,7 +395,7 @@ class Directory:
             raise UnknownUser
 
     async def delete_user(self, app: RelyingParty, external_id: str) -> None:
-        """Delete a user with passkeys and approvals; events keep kind, time and our ids.
+        """Delete a user with passkeys and approvals. The user's events keep kind, time and our ids.
 
         Raises:
             UnknownUser, Unavailable.
@@ -416,7 +414,7 @@ class Directory:
         related_origins: Sequence[str] = (),
         policy: Policy | None = None,
     ) -> tuple[RelyingParty, str]:
-        """Make a relying party and its first API key; the key is shown this once.
+        """Make a relying party and its first API key. Only this call returns the key.
 
         Raises:
             InvalidSetting, Unavailable.
@@ -433,8 +431,8 @@ class Directory:
         return await self._durable.apps.all()
 
     async def update_app(self, app: RelyingParty) -> RelyingParty:
-        """Replace an app's name, RP ID, origins and policy, as they were read. Effective everywhere
-        when cached look-ups have ended.
+        """Replace the name, RP ID, origins and policy of an app as it was read. The change is
+        effective everywhere when cached look-ups have ended.
 
         Raises:
             Conflict: the app was changed since it was read.
@@ -459,7 +457,7 @@ class Directory:
         self._apps.forget(app_id)
 
     async def create_key(self, app_id: str, name: str) -> tuple[ApiKey, str]:
-        """Make another API key; it is shown this once.
+        """Make another API key. Only this call returns the key.
 
         Raises:
             UnknownApp, Unavailable.
@@ -488,6 +486,7 @@ class Directory:
     async def events_after(
         self, app_id: str, cursor: int, *, limit: int
     ) -> tuple[list[AuditRow], int]:
-        """The first events of an app behind a cursor (an event's id; 0 for all), oldest first, and
-        the next cursor: an event that is committed later comes behind that one."""
+        """The first events of an app after a cursor (an event's id; 0 for all), oldest first, and
+        the next cursor. An event that is committed later has a greater id than that cursor.
+        """
         return await self._durable.events.after(app_id, cursor, limit=limit)

@@ -56,7 +56,7 @@ class Apps:
         (compare-and-swap), which no two versions share. Returns the new version; None: no such app.
 
         Raises:
-            Conflict: there is another version meanwhile.
+            Conflict: the app has another version meanwhile.
         """
         event = insert_event(
             "'app.updated'",
@@ -102,8 +102,8 @@ class Apps:
         return replace(app, updated_at=row["updated_at"])
 
     async def delete(self, app_id: str, now: datetime) -> bool:
-        """Delete a relying party with its keys, users and credentials. Its events stay, and one
-        more. False: no such app.
+        """Delete a relying party with its keys, users and credentials. Its events stay, and
+        `app.deleted` is added. False: no such app.
         """
         event = insert_event("'app.deleted'", "", at="$1", app_id="$2", by="$3, $4")
 
@@ -112,8 +112,8 @@ class Apps:
                 deleted = "DELETE FROM relying_parties WHERE id = $1 RETURNING id"
                 if await connection.fetchrow(deleted, app_id) is None:
                     return False
-                # Last: readers of events wait for a transaction that writes one, and a large app
-                # takes its time.
+                # Last: readers of events wait for a transaction that writes an event, and the
+                # deletion of a large app is slow.
                 await connection.execute(event, now, app_id, *actor())
             return True
 

@@ -1,7 +1,7 @@
 """HTTP fast path: one task answers all requests of a connection, and a JSON answer is one write.
 
 **What it gains.** aiohttp hands each request from its connection's task to a task of its own and
-back, and writes an answer in steps that any response might need. Without the fast path a
+back, and writes an answer in several steps. Without the fast path a
 four-request login takes 1.18 times the CPU with 16 logins in flight, and 1.27 times with 64 (A/B in
 turns, six pairs, 2026-11-30).
 
@@ -14,13 +14,13 @@ turns, six pairs, 2026-11-30).
   more data to send'") gets the answers to its whole requests.
 - During shutdown the body of a request that is being answered may still come.
 - An offer to upgrade is ignored.
-- A header of the PROXY protocol, where one is expected, says the peer's address.
+- With `proxy_protocol` the peer's address is that of the connection's PROXY protocol header.
 
 **What it rests on.** Private names of aiohttp occur in this module only. `BaseProtocol`, with
 `_buffer_paused`, `_pause_reading_for_buffer` and `_resume_reading_for_buffer`, lets readers and
 writers pause a connection. A `StreamReader` has a body in `_buffer`. `HttpRequestParser`, with
 `feed_data`, `message_consumed` and `set_upgraded`, makes `RawRequestMessage`s. `ERROR` stands for
-bytes that are no HTTP. Undocumented are also the constructors of `StreamWriter` and `web.Request`,
+bytes that are not HTTP. Undocumented are also the constructors of `StreamWriter` and `web.Request`,
 and `rfc822_formatted_time`.
 
 At each start `checked_server` sends requests through a socket pair. Where a name is missing or
@@ -55,7 +55,7 @@ _EMPTY_LINE = b"\r\n\r\n"
 
 
 class Connection(BaseProtocol):
-    """One HTTP/1.1 connection. `is_surplus`: it is above the cap."""
+    """HTTP/1.1 connection. `is_surplus`: the cap on connections is reached."""
 
     def __init__(self, server: Server, *, is_surplus: bool) -> None:
         self._http: Any = HttpRequestParser(
@@ -102,11 +102,12 @@ class Connection(BaseProtocol):
     # -- reading -----------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`. A head that it leaves incomplete has `Limits.head` seconds from here on.
+        """Parse `data`. An incomplete head at its end has `Limits.head` seconds from here on.
 
-        The parser does not say whether it holds an incomplete head. It does where no body is
-        awaited and the last byte has completed no request, so that byte is parsed by itself. Data
-        that ends with an empty line leaves no incomplete head, and is parsed at once.
+        The parser does not report whether its buffer has an incomplete head. The buffer has one
+        where no body is awaited and the last byte has completed no request, so that byte is parsed
+        by itself. Data that ends with an empty line leaves no incomplete head, and is parsed at
+        once.
         """
         if data and self._ending and self._last_body.is_eof():
             return
@@ -179,8 +180,8 @@ class Connection(BaseProtocol):
         self._go_on()
 
     def eof_received(self) -> bool:
-        """The peer sends no more (a half-close, or the end of its process). It gets the answers to
-        whole requests, then the connection ends.
+        """The peer sends no more (a half-close, or the end of its process). The peer gets the
+        answers to whole requests, then the connection ends.
         """
         left = self._received - self._answered
         if left and not self._last_body.is_eof():  # the last one will never be whole
@@ -194,7 +195,7 @@ class Connection(BaseProtocol):
         return left > 0
 
     def _make_room(self) -> None:
-        """A queued request is taken. The parser goes on where it waited for that."""
+        """Tell the parser that a queued request was taken. A parser that waits for room goes on."""
         self._http.message_consumed()
         if self._buffer_paused and len(self._queue) <= QUEUE // 2:
             self.data_received(b"")
@@ -276,7 +277,7 @@ class Connection(BaseProtocol):
             self._closing = True
 
     def pause_writing(self) -> None:
-        """The peer does not read. It gets as long for that as for sending a body."""
+        """The peer does not read. The connection ends after `Limits.body` without a read."""
         super().pause_writing()
         self._start("write", self._server.limits.body, self._abort)
 
@@ -322,8 +323,8 @@ class Connection(BaseProtocol):
             self.transport.abort()
 
     def _end_if_idle(self) -> None:
-        """End a connection without a request for `Limits.idle`, one that never had one for
-        `Limits.head`.
+        """End a connection without a request for `Limits.idle`, or for `Limits.head` before the
+        first request.
         """
         limits = self._server.limits
         limit = limits.idle if self._received else limits.head
@@ -337,8 +338,8 @@ class Connection(BaseProtocol):
 
 
 class Server:
-    """Makes a `Connection` of each accepted socket. With `proxy_protocol` each begins with its
-    header.
+    """Makes a `Connection` of each accepted socket. With `proxy_protocol` each connection begins
+    with a header of the PROXY protocol.
     """
 
     def __init__(self, edge: Edge, limits: Limits, *, proxy_protocol: bool = False) -> None:
@@ -368,7 +369,7 @@ async def checked_server(edge: Edge, limits: Limits, *, proxy_protocol: bool) ->
     """A `Server`, if the fast path works with the aiohttp that is installed.
 
     Raises:
-        Exception: of any kind, where it does not.
+        Exception: of any kind, where a probe fails.
     """
 
     async def echo(request: Incoming) -> web.StreamResponse:

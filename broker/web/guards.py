@@ -12,11 +12,11 @@ Each guard but `public` calls the handler with the request's `Caller`, which nam
 handler never looks an app up.
 
 CORS (Fetch standard §3.3): answers echo the registered origin with `Vary: Origin`, never with
-credentials. An unregistered origin is refused, and its page may read that refusal alone, so that a
-developer sees the reason. Browsers show a page only what a preflight has permitted, so the
-preflight before the refusal is granted. "null" is no page's origin: it gets no CORS headers, as do
-origins in a form that browsers don't write. `Access-Control-Allow-Headers` lists what the vendors'
-SDKs send.
+credentials. A request from an unregistered origin is refused. Its page can read that refusal alone,
+so that a developer learns the reason. Browsers show a page an answer only after a granted
+preflight, so the preflight before the refusal is granted. An answer to the origin "null", or to an
+origin in a form that browsers don't write, has no CORS headers. `Access-Control-Allow-Headers`
+lists the headers that the vendors' SDKs send.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def access_of(handler: object) -> Access | None:
 
 
 async def _slow_body(request: web.Request) -> bool:
-    """Read the body, if there is one. True if it took so long that an earlier look-up may be
+    """Read the request's body. True if the body took so long that an earlier look-up may be
     outdated.
     """
     if as_incoming(request).whole_body is not None or not request.can_read_body:
@@ -105,7 +105,7 @@ async def authorise(request: web.Request, key_in: KeyReader = bearer) -> Caller:
 
     Raises:
         InvalidKey: none, malformed, unknown, revoked, or not a key of the app in the path; also for
-            an unknown app. One answer for all; `reason` tells them apart.
+            an unknown app. All have the same answer, and differ in `reason`.
         Unavailable.
     """
     directory = request.app[DIRECTORY]
@@ -132,8 +132,8 @@ def _act(key_id: str, app_id: str) -> None:
 
 
 def keyed(handler: Handler, key_in: KeyReader = bearer, *, limited: bool = True) -> AnyHandler:
-    """Guard a handler by an API key, which `key_in` finds in the request. The key is looked at
-    before the body, and again after a slow one. The key's calls are `limited` in rate, but for
+    """Guard a handler by an API key, which `key_in` finds in the request. The key is checked before
+    the body is read, and again after a slow body. The key's calls are `limited` in rate, but for
     finishes and redemptions.
     """
 
@@ -156,10 +156,9 @@ async def _anonymous(request: web.Request) -> Caller:
 
 
 async def _admitted(request: web.Request) -> Caller:
-    """An anonymous caller of the app in the path: one of its pages, or a caller without an origin.
+    """An anonymous caller of the app in the path: a page of the app, or a caller without an origin.
 
-    A preflight from any page is granted: the request after it is refused, and its page can read
-    that refusal.
+    A preflight from any page is granted, so that the page can read the refusal that follows.
     """
     try:
         caller = await _anonymous(request)
@@ -216,8 +215,8 @@ def browser_routes(
     headers: str,
     gets: Mapping[str, Handler] = MappingProxyType({}),
 ) -> list[web.RouteDef]:
-    """POST and GET routes for pages, each with its preflight. `headers` are those a page may
-    send.
+    """POST and GET routes for pages, each with its preflight. `headers` are the names that a page
+    may send.
     """
     routes = [web.post(path, _browser(handler)) for path, handler in posts.items()]
     routes += [web.get(path, _browser(handler), allow_head=False) for path, handler in gets.items()]
