@@ -1,9 +1,9 @@
 """Ephemeral store: one-time values with a life, on Redis.
 
-Read in this order: `one_time` (envelope, scripts, the answer of a take), `stores` (keys; the stores
-of transactions, ceremonies, nonces and tickets), `mail_codes`, `rate_limits`. Below them:
-`transport` (limits and failures), `connection`, `sentinel` and `cluster` (the way to a server),
-`codec`, `faults`.
+Read in this order: `one_time` (envelope, the answer of a take), `one_time_scripts`, `stores` (keys;
+the stores of transactions, ceremonies, nonces and tickets), `mail_codes`, `rate_limits`. Below
+them: `transport` (limits and failures), `connection`, `sentinel` and `cluster` (the way to a
+server), `codec`, `faults`.
 """
 
 from __future__ import annotations

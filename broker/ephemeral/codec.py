@@ -1,7 +1,7 @@
 """One-time values as bytes: msgpack of the model's types, by msgspec.
 
 A NamedTuple is an array, in the order of its fields. A field that is added, moved or removed is a
-new format: raise `VERSION` in `broker.ephemeral.one_time` with it.
+new format: raise `VERSION` in `broker.ephemeral.one_time_scripts` with it.
 """
 
 from __future__ import annotations

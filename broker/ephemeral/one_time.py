@@ -1,8 +1,9 @@
-"""One-time store: the envelope of a one-time value and the Lua scripts that put, peek and take it.
+"""One-time store: the envelope of a one-time value, and the puts, peeks and takes of values.
 
 **Taking is validating.** A take is one atomic script: it judges the value and spends it. Of any
 number of takes, on any number of instances, one gets the value. The answer is `Taken`, `Replayed`
-or `Unknown`. `Unknown.reason` is for operators; callers get one answer for all reasons.
+or `Unknown`. `Unknown.reason` is for operators; callers get one answer for all reasons. The scripts
+stand in `broker.ephemeral.one_time_scripts`.
 
 **Envelope.** A value in Redis is a header in ASCII and a payload:
 
@@ -61,6 +62,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from broker.ephemeral import one_time_scripts as scripts
 from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.ephemeral.connection import term_of
 from broker.ephemeral.transport import Script, Transport
@@ -69,9 +71,7 @@ from broker.model import IDEMPOTENCY_LIFE
 
 T = TypeVar("T")
 
-VERSION = b"\x02"  # not the first byte of any earlier format
-TOLERANCE = 5000  # ms
-TOMBSTONE = 600_000  # ms that a tombstone stays
+_CONNECTIONS = 3  # that must read the same term
 
 # `foreign`: of another opener or app. `term_over`: put in another term. `wrong`: the guess.
 # `spent`: the guesses are used up.
@@ -90,10 +90,10 @@ class Envelope(NamedTuple):
     payload: bytes
 
     def serialize(self, term: bytes = b"") -> bytes:
-        """The value as Redis holds it. Without a term, a script stamps it (`_STAMP`)."""
+        """The value as Redis holds it. Without a term, a script stamps it."""
         kind, opener, ends, payload = self
         return b"%b%b|%b|%b|%d|l|%b" % (
-            VERSION,
+            scripts.VERSION,
             term,
             kind.encode(),
             opener.encode(),
@@ -189,216 +189,6 @@ TERM_OVER = Unknown("term_over")
 Answer: TypeAlias = Taken[T] | Replayed[T] | Unknown
 
 
-# The server's term, nil unless it is the primary; and a value with a term. The last ARGV is the
-# ledger's stamp instead of a term, '' without a ledger.
-_STAMP = f"""
-local known, read = ARGV[#ARGV], ARGV[#ARGV] ~= ''
-local function term()
-  if not read then
-    local info = redis.call('INFO', 'replication')
-    read, known = true, string.match(info, 'role:master\\r.-master_replid:({"%x" * 16})')
-  end
-  return known
-end
-local function stamped(value, term)
-  return string.sub(value, 1, {len(VERSION)}) .. term .. string.sub(value, {len(VERSION)} + 1)
-end
-"""
-_TERM = _STAMP + "return term() or ''"
-_CONNECTIONS = 3  # that must read the same term
-# ARGV of every script but the puts: 1 now in ms, 2 grace in ms, 3 kinds, each between bars, 4
-# opener, 5 digest. `judge` answers a verdict, the value and where its payload begins.
-_JUDGE = (
-    _STAMP
-    + f"""
-local function judge(key, kinds, opener, proof)
-  local v = redis.call('GET', key)
-  if not v then
-    return 'unknown'
-  end
-  local stamp, kind, by, ends, state, at =
-    string.match(v, '^{VERSION.decode()}(%x*)|([%w_]*)|([%w_]*)|(%d+)|([ls])|()')
-  if not at or string.sub(v, at, at + #proof - 1) ~= proof then
-    return 'unknown'
-  elseif opener ~= '' and opener ~= by then
-    return 'foreign'
-  elseif state == 'l' and stamp ~= term() then
-    return 'term_over'
-  elseif kinds ~= '' and not string.find(kinds, '|' .. kind .. '|', 1, true) then
-    return 'other_kind', v, at
-  elseif state == 's' then
-    return 'replayed', v, at, ends
-  elseif ends + {TOLERANCE} <= tonumber(ARGV[1])
-      or redis.call('PTTL', key) <= tonumber(ARGV[2]) then
-    return 'expired'
-  end
-  return 'live', v, at, ends
-end
-"""
-)
-# ARGV: 6 what a tombstone puts before the content, or ''.
-_SPEND = (
-    _JUDGE
-    + f"""
-local function take(key)
-  local verdict, v, at, ends = judge(key, ARGV[3], ARGV[4], ARGV[5])
-  if verdict == 'other_kind' then
-    return {{verdict}}
-  elseif verdict == 'live' then
-    redis.call('DEL', key)
-    if ARGV[6] ~= '' then
-      local tombstone = string.sub(v, 1, at - 3) .. 's|' .. ARGV[6] .. string.sub(v, at)
-      redis.call('SET', key, tombstone, 'PX', {TOMBSTONE})
-    end
-  end
-  return {{verdict, at and string.sub(v, at + #ARGV[5]), key, ends}}
-end
-"""
-)
-
-# KEYS: the value, groups. ARGV: 1 value, 2 life in ms, 3 now in ms, then of each group its limit,
-# score and action. Answers `Counted`. SET is the first write: a full server refuses it, and would
-# let later ones go on.
-_PUT = Script(
-    _STAMP
-    + """
-local now, wait, members, ended = tonumber(ARGV[3]), 0, 0, 0
-for i = 2, #KEYS do
-  local limit = tonumber(ARGV[3 * i - 2])
-  local count = redis.call('ZCOUNT', KEYS[i], '(' .. ARGV[3], '+inf')
-  if (ARGV[3 * i] == 'refuse' or ARGV[3 * i] == 'cap') and count >= limit then
-    local found = redis.call('ZRANGEBYSCORE', KEYS[i], '(' .. ARGV[3], '+inf', 'WITHSCORES',
-      'LIMIT', count - limit, 1)
-    wait = math.max(wait, tonumber(found[2]) - now)
-  end
-end
-if wait > 0 then
-  return {wait, 0, 0}
-end
-redis.call('SET', KEYS[1], stamped(ARGV[1], term() or ''), 'PX', ARGV[2])
-for i = 2, #KEYS do
-  local score, action = ARGV[3 * i - 1], ARGV[3 * i]
-  local gone = redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', ARGV[3])
-  local over = redis.call('ZCARD', KEYS[i])
-  if i == 2 then
-    members, ended = over + 1, gone
-  end
-  if action == 'evict' then
-    over = over + 1 - tonumber(ARGV[3 * i - 2])
-  end
-  if (action == 'evict' or action == 'replace') and over > 0 then
-    for _, key in ipairs(redis.call('ZRANGE', KEYS[i], 0, over - 1)) do
-      redis.call('DEL', key)
-    end
-    redis.call('ZREMRANGEBYRANK', KEYS[i], 0, over - 1)
-  end
-  redis.call('ZADD', KEYS[i], score, KEYS[1])
-  local life = score - now + (action == 'cap' and 600000 or 0)
-  redis.call('PEXPIRE', KEYS[i], life, 'GT')
-  redis.call('PEXPIRE', KEYS[i], life, 'NX')
-end
-return {0, members, ended}
-"""
-)
-
-# KEYS: a value, the value to put beside it. ARGV: 6 the latter, 7 its life in ms, which ends with
-# the former's.
-_PUT_BESIDE = Script(
-    _JUDGE
-    + """
-local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
-if verdict == 'live' then
-  local life = math.min(ARGV[7], redis.call('PTTL', KEYS[1]))
-  redis.call('SET', KEYS[2], stamped(ARGV[6], term()), 'PX', life)
-end
-return {verdict, at and string.sub(v, at)}
-"""
-)
-
-# ARGV: 6 how many bytes stand before the msgpack.
-_PEEK = Script(
-    _JUDGE
-    + """
-local verdict, v, at = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
-return {verdict, at and string.sub(v, at + ARGV[6])}
-"""
-)
-
-# KEYS: the value, and those to delete with it.
-_TAKE = Script(
-    _SPEND
-    + """
-local reply = take(KEYS[1])
-if reply[1] == 'live' and KEYS[2] then
-  redis.call('DEL', KEYS[2])
-end
-return reply
-"""
-)
-
-# KEYS: the value, the one that it was put beside and can't be taken without. The payload is the
-# msgpack array of both. A full server refuses the SET, so it spends nothing that a finish, which
-# must put a nonce, could not complete.
-_TAKE_BESIDE = Script(
-    _JUDGE
-    + """
-local verdict, v, at, ends = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
-if verdict ~= 'live' then
-  return {verdict}
-end
-local beside, other, from = judge(KEYS[2], '', '', '')
-if beside ~= 'live' then
-  return {'unknown'}
-end
-redis.call('SET', KEYS[1], '', 'KEEPTTL')
-redis.call('DEL', KEYS[1])
-return {'live', '\\146' .. string.sub(v, at + #ARGV[5]) .. string.sub(other, from), KEYS[1], ends}
-"""
-)
-
-# KEYS: the group, the values, of which the first that is there is taken.
-_TAKE_COUNTED = Script(
-    _SPEND
-    + """
-local reply = {'unknown'}
-for i = 2, #KEYS do
-  reply = take(KEYS[i])
-  if reply[1] ~= 'unknown' then
-    redis.call('ZREM', KEYS[1], KEYS[i])
-    break
-  end
-end
-return reply
-"""
-)
-
-# ARGV: 6 digest of the guess, which follows on the secret's. The msgpack is an array that begins
-# with the guesses left, below 128. A guess is counted before it is compared, by a write: a server
-# that refuses writes judges nothing.
-_GUESS = Script(
-    _JUDGE
-    + """
-local verdict, v, at, ends = judge(KEYS[1], ARGV[3], ARGV[4], ARGV[5])
-if verdict ~= 'live' then
-  return {verdict}
-end
-local guess = at + #ARGV[5]
-local content = guess + #ARGV[6]
-local left = string.byte(v, content + 1) - 1
-if left < 0 then
-  return {'spent'}
-end
-v = string.sub(v, 1, content) .. string.char(left) .. string.sub(v, content + 2)
-redis.call('SET', KEYS[1], v, 'KEEPTTL')
-if string.sub(v, guess, content - 1) == ARGV[6] then
-  redis.call('DEL', KEYS[1])
-  return {'live', string.sub(v, content), KEYS[1], ends}
-end
-return {'wrong', string.sub(v, content)}
-"""
-)
-
-
 class Ledger(Protocol):
     """Where the mode `postgres` records which values are spent (`broker.durable.ledger`)."""
 
@@ -449,7 +239,7 @@ class OneTimeStore:
             args += group[1:]
         args.append(await self._stamp())
         keys = [key, *[group.key for group in groups]]
-        return Counted(*await self._transport.run(operation, _PUT, keys, args))
+        return Counted(*await self._transport.run(operation, scripts.PUT, keys, args))
 
     async def put_beside(
         self,
@@ -463,13 +253,13 @@ class OneTimeStore:
         """Put a value while the one `beside` lives and is as expected: the latter's content."""
         more = (value.serialize(), self._life(value.ends))
         keys = [beside, key]
-        return _left(await self._run(operation, _PUT_BESIDE, keys, type_, expected, *more))
+        return _left(await self._run(operation, scripts.PUT_BESIDE, keys, type_, expected, *more))
 
     async def peek(
         self, operation: str, key: bytes, type_: type[T], expected: Expected, *, skip: int = 0
     ) -> T | Unknown:
         """A value, which stays. `skip`: bytes of digest before the content."""
-        return _left(await self._run(operation, _PEEK, [key], type_, expected, skip))
+        return _left(await self._run(operation, scripts.PEEK, [key], type_, expected, skip))
 
     def take(
         self,
@@ -485,13 +275,13 @@ class OneTimeStore:
         repeats the first one (`FirstTake.repeats`) gets the value again.
         """
         tombstone = b"\x92" + encode(first) if first else b""  # an array of two
-        return self._run(operation, _TAKE, keys, type_, expected, tombstone, first=first)
+        return self._run(operation, scripts.TAKE, keys, type_, expected, tombstone, first=first)
 
     def take_beside(
         self, operation: str, key: bytes, beside: bytes, type_: type[T], expected: Expected
     ) -> Awaitable[Answer[T]]:
         """Take a value that was put beside another one: the contents of both."""
-        return self._run(operation, _TAKE_BESIDE, [key, beside], type_, expected)
+        return self._run(operation, scripts.TAKE_BESIDE, [key, beside], type_, expected)
 
     def take_counted(
         self,
@@ -502,13 +292,13 @@ class OneTimeStore:
         expected: Expected,
     ) -> Awaitable[Answer[T]]:
         """Take the value under the first key that has one, out of its group too."""
-        return self._run(operation, _TAKE_COUNTED, [group, *keys], type_, expected, b"")
+        return self._run(operation, scripts.TAKE_COUNTED, [group, *keys], type_, expected, b"")
 
     def guess(
         self, operation: str, key: bytes, type_: type[T], expected: Expected, guess: bytes
     ) -> Awaitable[Answer[T]]:
         """Take a value if the guess (a digest) is right, else count it."""
-        return self._run(operation, _GUESS, [key], type_, expected, guess)
+        return self._run(operation, scripts.GUESS, [key], type_, expected, guess)
 
     async def is_term_readable(self) -> bool:
         """True if several connections read one term of each server, in a script and outside.
@@ -516,11 +306,11 @@ class OneTimeStore:
         A proxy may send connections to several servers, and an access control list may refuse INFO.
         """
         survey = self._transport.survey
-        scripts = await survey("term", "EVAL", _TERM, 0, "", connections=_CONNECTIONS)
+        evals = await survey("term", "EVAL", scripts.READ_TERM, 0, "", connections=_CONNECTIONS)
         infos = await survey("term", "INFO", "replication", connections=_CONNECTIONS)
-        return bool(scripts and infos) and all(
+        return bool(evals and infos) and all(
             read[0] and {*read, *map(term_of, told)} == {read[0]}
-            for read, told in zip(scripts or (), infos or (), strict=False)
+            for read, told in zip(evals or (), infos or (), strict=False)
         )
 
     def drop(self, operation: str, key: bytes) -> Awaitable[int]:
@@ -528,7 +318,7 @@ class OneTimeStore:
         return self._transport.ask(operation, "DEL", key)
 
     async def _stamp(self) -> str:
-        """The last argument of a script (`_STAMP`)."""
+        """The last argument of a script."""
         return "" if self._ledger is None else await self._ledger.stamp()
 
     def _life(self, ends: float) -> int:

@@ -47,8 +47,6 @@ from typing import Any, get_args
 
 from broker.ephemeral.codec import DecodeError, decode, encode
 from broker.ephemeral.one_time import (
-    TOLERANCE,
-    TOMBSTONE,
     Answer,
     Envelope,
     Expected,
@@ -59,6 +57,7 @@ from broker.ephemeral.one_time import (
     Taken,
     Unknown,
 )
+from broker.ephemeral.one_time_scripts import TOLERANCE, TOMBSTONE
 from broker.ephemeral.transport import Script, Transport
 from broker.errors import IdempotencyConflict, TooManyRequests
 from broker.model import (

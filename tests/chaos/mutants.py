@@ -48,11 +48,12 @@ class Mutant:
 
 
 _ONE_TIME = "broker/ephemeral/one_time.py"
+_SCRIPTS = "broker/ephemeral/one_time_scripts.py"
 
 MUTANTS = {
     "term": Mutant(
         "the term of a value is compared",
-        (Edit(_ONE_TIME, "elseif state == 'l' and stamp ~= term() then", "elseif false then"),),
+        (Edit(_SCRIPTS, "elseif state == 'l' and stamp ~= term() then", "elseif false then"),),
         faults.split_brain,
         "bought once",
     ),
@@ -60,14 +61,14 @@ MUTANTS = {
         "a take reads and deletes in one script",
         (
             Edit(
-                _ONE_TIME,
+                _SCRIPTS,
                 "    redis.call('DEL', key)\n    if ARGV[6] ~= '' then",
                 "    if false then",
             ),
             Edit(
                 _ONE_TIME,
-                "_run(operation, _TAKE, keys, type_, expected, tombstone, first=first)\n",
-                "_take_in_two(first, operation, _TAKE, keys, type_, expected, tombstone)\n\n"
+                "_run(operation, scripts.TAKE, keys, type_, expected, tombstone, first=first)\n",
+                "_take_in_two(first, operation, scripts.TAKE, keys, type_, expected, tombstone)\n\n"
                 "    async def _take_in_two(self, first, *take):\n"
                 "        found = await self._run(*take, first=first)\n"
                 '        await self._transport.ask(take[0], "DEL", take[2][0])\n'
@@ -81,7 +82,7 @@ MUTANTS = {
         "a ceremony is taken before any cryptography",
         (
             Edit(
-                _ONE_TIME,
+                _SCRIPTS,
                 "redis.call('SET', KEYS[1], '', 'KEEPTTL')\nredis.call('DEL', KEYS[1])\n",
                 "",
             ),

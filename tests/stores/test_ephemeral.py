@@ -19,7 +19,7 @@ import fakeredis
 import pytest
 
 from broker.dialects import openers
-from broker.ephemeral import Answer, Ephemeral, Taken, Unknown, one_time, stores
+from broker.ephemeral import Answer, Ephemeral, Taken, Unknown, one_time_scripts, stores
 from broker.ephemeral.transport import ByClient, Commands, Script
 from broker.errors import TooManyRequests, Unavailable
 from broker.model import (
@@ -60,7 +60,7 @@ REAL = ("valkey", "cluster", *(["redis"] if shutil.which("redis-server") else []
 MINT = SystemMint()
 REGISTER: tuple[Opener, Purpose] = ("page", "register")
 SIGN_IN: tuple[Opener, Purpose] = ("page", "authenticate")
-SCRIPTS = [s for s in (vars(one_time) | vars(stores)).values() if isinstance(s, Script)]
+SCRIPTS = [s for s in (vars(one_time_scripts) | vars(stores)).values() if isinstance(s, Script)]
 
 
 @dataclass(slots=True)

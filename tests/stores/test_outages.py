@@ -28,7 +28,7 @@ import pytest
 import redis
 
 from broker.embedded import EmbeddedStores
-from broker.ephemeral import one_time
+from broker.ephemeral import one_time_scripts as scripts
 from tests.conftest import Started, Starter
 from tests.support.authenticator import Authenticator, flex_wire_form
 from tests.support.processes import DEADLINE, free_port
@@ -478,8 +478,8 @@ async def passkeys(scene: Scene, external_id: str) -> list[dict[str, Any]]:
 
 
 LOSSES = {
-    "take(pending)": ((b"EVALSHA", one_time._TAKE_BESIDE.sha1), "page"),
-    "take(transaction)": ((b"EVALSHA", one_time._TAKE.sha1), "backend"),
+    "take(pending)": ((b"EVALSHA", scripts.TAKE_BESIDE.sha1), "page"),
+    "take(transaction)": ((b"EVALSHA", scripts.TAKE.sha1), "backend"),
     "put(nonce)": ((b"SET",), "backend"),
 }
 
