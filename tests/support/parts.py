@@ -38,8 +38,8 @@ CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Ch
 
 # Programs by the package that has them on Debian.
 PROGRAMS = {name: name for name in ("faketime", "haproxy", "nginx")}
-PROGRAMS |= {"promtool": "prometheus", "systemd-analyze": "systemd"}
-EXTRACTED = ("promtool",)  # of a package that brings a service and 100 MB: the program alone
+PROGRAMS |= {"prometheus": "prometheus", "promtool": "prometheus", "systemd-analyze": "systemd"}
+EXTRACTED = ("prometheus",)  # packages that would start a service: their programs alone
 
 
 class MissingPart(Exception):
@@ -140,8 +140,8 @@ def install() -> None:
         try:
             program(name)
         except MissingPart:
-            if name in EXTRACTED:
-                _apt_extract(package, name)
+            if package in EXTRACTED:
+                _apt_extract(package)
             else:
                 _apt_install(package)
             program(name)
@@ -196,11 +196,11 @@ def _apt_install(*packages: str) -> None:
                 return
 
 
-def _apt_extract(package: str, name: str) -> None:
-    """One program of a package into this virtual environment."""
+def _apt_extract(package: str) -> None:
+    """The programs of a package into this virtual environment."""
     if not shutil.which("apt-get"):
         return
-    _say(f"Downloading {package} for {name}.")
+    _say(f"Downloading {package}.")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for refresh in (False, True):
@@ -209,7 +209,8 @@ def _apt_extract(package: str, name: str) -> None:
             if _run("apt-get", "-q", "download", package, cwd=place, needed=False):
                 (archive,) = place.glob("*.deb")
                 _run("dpkg-deb", "--extract", str(archive), str(place))
-                shutil.copy(place / "usr" / "bin" / name, Path(sys.exec_prefix, "bin", name))
+                for name in (each for each in PROGRAMS if PROGRAMS[each] == package):
+                    shutil.copy(place / "usr" / "bin" / name, Path(sys.exec_prefix, "bin", name))
                 return
 
 
