@@ -109,18 +109,32 @@ async def test_a_shorter_queue_waits_no_longer_than_quiet() -> None:
     assert scene.flushed[2] == ["e"], "a lone caller waits for one iteration"
 
 
-@pytest.mark.usefixtures("quiet")
-async def test_a_queue_that_was_emptied_is_not_flushed() -> None:
+async def test_a_queue_that_was_emptied_says_nothing_of_the_next_batch() -> None:
     scene = Scene()
     scene.add(*"abc")
     await iterations(2)
     scene.add("d")
     scene.queue.clear()
-    await iterations(2)
-    assert scene.flushed == [["a", "b", "c"], []]
+    await eventually(lambda: len(scene.flushed) == 2, "a flush of what is left")
+    assert scene.flushed[1] == []
     scene.add("e")
+    await iterations(5)
+    assert len(scene.flushed) == 2, "the last batch had three"
+
+
+async def test_a_queue_that_grows_is_not_flushed_by_its_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batching, "QUIET", 0.05)
+    scene = Scene()
+    scene.add(*"abcd")
     await iterations(2)
-    assert scene.flushed[-1] == [], "nor does that say anything of the next batch"
+    for name in "ef":
+        scene.add(name)
+        await asyncio.sleep(0.03)
+    assert len(scene.flushed) == 1, "within the first 0.05 s a second command has come"
+    await eventually(lambda: len(scene.flushed) == 2, "a flush without a further command")
+    assert scene.flushed[1] == ["e", "f"]
 
 
 async def test_without_patience_a_batch_under_way_delays_nothing() -> None:
