@@ -30,7 +30,7 @@ from broker.ephemeral import Ephemeral, connect
 from broker.errors import Fault, Unavailable
 from broker.mailbox import Mailbox
 from broker.model import RATE_KEYS, RelyingParty
-from broker.settings import Settings
+from broker.settings import Secrets, Settings
 from broker.signals import Signals
 from broker.signing import Signing
 from broker.telemetry import Log, LoopLag, Metrics, context
@@ -82,6 +82,7 @@ class Parts:
     """The parts of a process: stores, verbs, log and metrics."""
 
     settings: Settings
+    secrets: Secrets
     postgres: Postgres
     housekeeping: Housekeeping
     durable: Durable
@@ -120,16 +121,18 @@ async def assemble(
     """
     chosen(settings)
     metrics, log, mint = Metrics(), log or Log(level=settings.log_level), mint or SystemMint()
+    secrets = Secrets(settings, log)
     postgres = Postgres(
         settings.database_url,
         timeout=settings.store_timeout,
         connections=settings.database_connections,
         metrics=metrics,
+        read_url=secrets.database_url,
     )
     await postgres.open()
     durable = Durable(postgres)
     ephemeral = Ephemeral(
-        connect(settings.redis_url, timeout=settings.store_timeout),
+        connect(settings.redis_url, timeout=settings.store_timeout, read_url=secrets.redis_url),
         timeout=settings.store_timeout,
         metrics=metrics,
         log=log,
@@ -149,7 +152,7 @@ async def assemble(
     )
     signing = Signing(
         durable.signing_keys,
-        settings.secret_key,
+        secrets.secret_key,
         clock=clock,
         mint=mint,
         cache_seconds=settings.cache_seconds,
@@ -158,6 +161,7 @@ async def assemble(
     )
     return Parts(
         settings=settings,
+        secrets=secrets,
         postgres=postgres,
         housekeeping=Housekeeping(
             postgres,
@@ -172,7 +176,7 @@ async def assemble(
             ephemeral=ephemeral,
             durable=durable,
             signing=signing,
-            secret_keys=settings.secret_key,
+            secret_keys=secrets.secret_key,
             metrics=metrics,
             log=log,
             clock=clock,

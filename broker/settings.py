@@ -14,8 +14,9 @@ dialect's package.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -291,6 +292,8 @@ class Settings:
     # The values of the dialects' settings. A setting that is missing has its default.
     declared: Mapping[str, object] = field(default_factory=dict, repr=False)
     unknown: tuple[str, ...] = ()  # names of variables that name no setting
+    # The files of secrets, by the setting's name.
+    files: Mapping[str, Path] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, setting: Setting[T]) -> T:
         """The value of a dialect's setting."""
@@ -322,6 +325,7 @@ class Settings:
         """
         faults: list[str] = []
         unknown: list[str] = []
+        paths = {n: environment.get(PREFIX + n.upper() + _FILE) for n in _secret_names()}
         try:
             environment = with_secrets(environment)
         except SettingsFault as fault:
@@ -330,7 +334,7 @@ class Settings:
         parsers = {f.name: f.metadata["parse"] for f in fields(cls) if f.metadata}
         parsers |= {setting.name: setting.parse for setting in declared}
         known = {PREFIX + name.upper(): name for name in parsers}
-        files = {variable + _FILE for variable in _secret_variables()}
+        files = {PREFIX + name.upper() + _FILE for name in paths}
         for variable, text in environment.items():
             if not variable.startswith(PREFIX) or _is_of_kubernetes(variable, text):
                 continue
@@ -352,6 +356,7 @@ class Settings:
         settings = cls(
             declared={s.name: values.pop(s.name) for s in declared if s.name in values},
             unknown=tuple(sorted(unknown)),
+            files={name: Path(path) for name, path in paths.items() if path},
             **values,
         )
         if settings.management_port and settings.management_port == settings.port:
@@ -359,8 +364,8 @@ class Settings:
         return settings
 
 
-def _secret_variables() -> list[str]:
-    return [PREFIX + f.name.upper() for f in fields(Settings) if f.metadata and not f.repr]
+def _secret_names() -> list[str]:
+    return [f.name for f in fields(Settings) if f.metadata and not f.repr]
 
 
 def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -370,18 +375,111 @@ def with_secrets(environment: Mapping[str, str]) -> dict[str, str]:
         SettingsFault: a file can't be read, or a secret is also given by itself.
     """
     found, faults = dict(environment), []
-    for variable in _secret_variables():
+    for name in _secret_names():
+        variable = PREFIX + name.upper()
         path = found.pop(variable + _FILE, "")
         if path and found.get(variable):
             faults.append(f"{variable}{_FILE} and {variable} are both set; remove one.")
         elif path:
             try:
-                found[variable] = Path(path).read_text("utf-8").strip()
-            except (OSError, ValueError) as fault:
-                faults.append(f"{variable}{_FILE} can't be read ({type(fault).__name__}).")
-            else:
-                if not found[variable]:
-                    faults.append(f"{variable}{_FILE} names an empty file.")
+                found[variable] = _content(variable, Path(path))
+            except SettingsFault as fault:
+                faults += fault.faults
     if faults:
         raise SettingsFault(faults)
     return found
+
+
+def _content(variable: str, path: Path) -> str:
+    try:
+        content = path.read_text("utf-8").strip()
+    except (OSError, ValueError) as fault:
+        raise SettingsFault(
+            [f"{variable}{_FILE} can't be read ({type(fault).__name__})."]
+        ) from None
+    if not content:
+        raise SettingsFault([f"{variable}{_FILE} names an empty file."])
+    return content
+
+
+class Secrets:
+    """Rotation of secrets: the values in use, replaced while the process runs by what their files
+    hold.
+
+    Each new connection to a store takes its user and password from the file of the URL. The secret
+    key is read again by `reload`. A file that can't be used leaves the value in use, and so does a
+    URL of another server: a process with connections to two servers would find half of its values.
+    """
+
+    def __init__(self, settings: Settings, log: Callable[..., None]) -> None:
+        self._values = {name: getattr(settings, name) for name in _secret_names()}
+        self._parsers = {f.name: f.metadata["parse"] for f in fields(Settings) if f.metadata}
+        self._files = settings.files
+        self._log = log
+        self._told: dict[str, str] = {}  # by setting, why its file does not count: logged once
+
+    def database_url(self) -> str:
+        """The URL for a new connection to Postgres."""
+        return self._latest("database_url")
+
+    def redis_url(self) -> str:
+        """The URL for a new connection to Redis or a Sentinel."""
+        return self._latest("redis_url")
+
+    def secret_key(self) -> tuple[str, ...]:
+        """The secrets of `BROKER_SECRET_KEY`: the first seals keys, and all open them."""
+        keys: tuple[str, ...] = self._values["secret_key"]
+        return keys
+
+    def reload(self) -> None:
+        """Read every file, and log the names of the settings that changed or need a restart."""
+        self._told.clear()
+        self._read(self._files, signalled=True)
+
+    def _latest(self, name: str) -> str:
+        if name in self._files:
+            self._read([name])
+        url: str = self._values[name]
+        return url
+
+    def _read(self, names: Iterable[str], *, signalled: bool = False) -> None:
+        changed, restart = [], []
+        for name in names:
+            variable = PREFIX + name.upper()
+            try:
+                value = self._parsers[name](_content(variable, self._files[name]))
+            except SettingsFault as fault:
+                self._refuse(name, str(fault))
+            except ValueError as fault:
+                self._refuse(name, f"{variable} must be {fault}.")
+            else:
+                if _target(value) == _target(self._values[name]):
+                    self._told.pop(name, None)
+                    if value != self._values[name]:
+                        self._values[name] = value
+                        changed.append(variable)
+                elif self._is_news(name, "restart"):
+                    restart.append(variable)
+        if changed or restart or signalled:
+            self._log("settings_reloaded", changed=changed, restart=restart)
+
+    def _refuse(self, name: str, sentence: str) -> None:
+        if self._is_news(name, sentence):
+            variable = PREFIX + name.upper()
+            self._log("secret_refused", severity=logging.ERROR, variable=variable, cause=sentence)
+
+    def _is_news(self, name: str, word: str) -> bool:
+        before, self._told[name] = self._told.get(name), word
+        return before != word
+
+
+_CREDENTIALS = ("user", "username", "password", "sentinel_username", "sentinel_password")
+
+
+def _target(value: str | tuple[str, ...]) -> object:
+    """What of a store's URL needs a restart: all but the credentials. None for another secret."""
+    if isinstance(value, tuple):
+        return None
+    parts = urlsplit(value)
+    options = [pair for pair in parse_qsl(parts.query) if pair[0] not in _CREDENTIALS]
+    return parts.scheme, parts.netloc.rpartition("@")[2], parts.path, options

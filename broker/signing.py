@@ -95,13 +95,14 @@ class _KeySet:
 class Signing:
     """Signs tokens, publishes and rotates keys.
 
-    `secret_keys` seal private keys (`broker.tokens.signed`): the first seals, any opens.
+    `secret_keys` gives the secrets that seal private keys (`broker.tokens.signed`): the first
+    seals, any opens.
     """
 
     def __init__(
         self,
         keys: SigningKeys,
-        secret_keys: Sequence[str],
+        secret_keys: Callable[[], Sequence[str]],
         *,
         clock: Callable[[], float] = time.time,
         mint: Mint | None = None,
@@ -110,7 +111,7 @@ class Signing:
         metrics: Metrics | None = None,
     ) -> None:
         self._keys = keys
-        self._seal = Seal(secret_keys)
+        self._secret_keys = secret_keys
         self._clock = clock
         self._mint = mint or SystemMint()
         self._sets: Cache[_KeySet] = Cache(cache_seconds, monotonic)
@@ -229,6 +230,10 @@ class Signing:
         return resealed, lost
 
     # -- below -------------------------------------------------------------------------------------
+
+    @property
+    def _seal(self) -> Seal:
+        return Seal(self._secret_keys())
 
     async def _signer(
         self, app: RelyingParty | None, algorithm: TokenAlgorithm

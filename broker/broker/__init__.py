@@ -100,7 +100,7 @@ class Broker:
         ephemeral: Ephemeral,
         durable: Durable,
         signing: Signing,
-        secret_keys: Sequence[str] = (),
+        secret_keys: Callable[[], Sequence[str]],
         metrics: Metrics,
         log: Log,
         clock: Callable[[], float] = time.time,

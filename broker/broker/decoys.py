@@ -24,7 +24,7 @@ decoys end.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from broker import ceremony
@@ -42,16 +42,16 @@ _SECOND = 64  # of 256 users have a second decoy
 
 
 class Decoys:
-    """The decoys of each user. `secret_keys` are the setting's."""
+    """The decoys of each user. `secret_keys` gives the setting's secrets."""
 
-    def __init__(self, secret_keys: Sequence[str]) -> None:
-        self._secret = secret_keys[-1].encode() if secret_keys else b""
+    def __init__(self, secret_keys: Callable[[], Sequence[str]]) -> None:
+        self._secret_keys = secret_keys
         self._public_key = ceremony.public_key_without_owner()
         # Few digests, so that decoys take no longer than a genuine passkey's row.
-        self._key = lru_cache(1024)(self._derive)
+        self._derived = lru_cache(1024)(_derive)
 
-    def _derive(self, purpose: bytes) -> bytes:
-        return hmac.digest(self._secret, purpose, "sha256")
+    def _key(self, purpose: bytes) -> bytes:
+        return self._derived(self._secret_keys()[-1], purpose)
 
     def of(self, app: RelyingParty, external_id: str, user_id: str) -> Sequence[AllowedCredential]:
         """The decoys of a user. An unknown user's id is "": the decoys then have one.
@@ -59,7 +59,7 @@ class Decoys:
         Raises:
             Unavailable: no secret key is set (reason `no_secret_key`).
         """
-        if not self._secret:
+        if not self._secret_keys():
             raise Unavailable(reason="no_secret_key")
         name = external_id.encode()
         key = self._key(b"decoys:" + app.id.encode())
@@ -88,7 +88,7 @@ class Decoys:
         """True if the credential id is a decoy's of an app of this RP ID."""
         length = len(credential_id)
         return (
-            bool(self._secret)
+            bool(self._secret_keys())
             and any(length == known for known, _ in _KINDS)
             and hmac.compare_digest(credential_id, self._marked(rp_id, credential_id, length))
         )
@@ -124,3 +124,7 @@ class Decoys:
         half = derived[: length // 2]
         key = self._key(b"decoy ids:" + rp_id.encode())
         return half + hmac.digest(key, half, "sha256")[: length // 2]
+
+
+def _derive(secret: str, purpose: bytes) -> bytes:
+    return hmac.digest(secret.encode(), purpose, "sha256")

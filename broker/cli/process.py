@@ -220,6 +220,14 @@ def cannot_listen(settings: Settings, fault: OSError) -> ServingFault:
     return ServingFault(f"Can't listen on {settings.host}, {ports}: {fault.strerror or fault}.")
 
 
+def reload_at_hangup(parts: Parts) -> None:
+    """Read the files of secrets again at each SIGHUP. On a terminal SIGHUP ends the process, as its
+    window closes.
+    """
+    if not os.isatty(0):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, parts.secrets.reload)
+
+
 def until_told() -> asyncio.Future[signal.Signals]:
     """The first SIGTERM or SIGINT, which are handled from this call on. A second one ends the
     process at once: SIGTERM by its default, SIGINT with status 130 and not by an exception, which

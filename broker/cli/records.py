@@ -81,7 +81,7 @@ async def with_records(settings: Settings, work: Callable[[Records], Awaitable[o
     durable = Durable(postgres)
     directory = Directory(durable=durable)
     try:
-        signing = Signing(durable.signing_keys, settings.secret_key)
+        signing = Signing(durable.signing_keys, lambda: settings.secret_key)
         return await work(Records(postgres, directory, durable, signing, settings.app))
     finally:
         await postgres.close()

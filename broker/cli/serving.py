@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from broker.cli.parsing import Commands, add_command
 from broker.cli.process import (
     apply_migrations,
+    reload_at_hangup,
     run_with_log,
     start,
     tell_until_migrated,
@@ -67,6 +68,7 @@ async def _serve(settings: Settings, log: Log, *, migrate: bool) -> None:
         except BaseException:
             await parts.close()
             raise
+    reload_at_hangup(parts)
     service = await start(parts)
     told = until_told()  # before anybody learns that it listens
     if left := left_out(settings):

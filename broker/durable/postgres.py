@@ -73,11 +73,21 @@ class _Connection(asyncpg.Connection):
 
 class Postgres:
     """At most `connections` connections. `timeout` in seconds limits one wait; they are made when
-    needed, so `open` needs no server.
+    needed, so `open` needs no server. `read_url` gives the URL for a connection, whose credentials
+    may differ by then.
     """
 
-    def __init__(self, url: str, *, timeout: float, connections: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float,
+        connections: int,
+        metrics: Metrics,
+        read_url: Callable[[], str] | None = None,
+    ) -> None:
         self._url = url
+        self._read_url = read_url or (lambda: url)
         self._timeout = timeout
         self._connections = connections
         self._metrics = metrics
@@ -91,6 +101,7 @@ class Postgres:
         self._wanted = migrations.sql_files()[-1][0]
         self._pool: asyncpg.Pool[asyncpg.Record] = await asyncpg.create_pool(
             self._url,
+            connect=self._connect,
             min_size=0,
             max_size=self._connections,
             max_inactive_connection_lifetime=_IDLE,
@@ -108,6 +119,13 @@ class Postgres:
         readings.add(pool.get_idle_size, "idle")
         readings.add(lambda: pool.get_size() - pool.get_idle_size(), "busy")
         self._metrics.postgres_connections_limit.add(pool.get_max_size)
+
+    async def _connect(
+        self,
+        dsn: str | None = None,
+        **options: Any,
+    ) -> asyncpg.Connection[asyncpg.Record]:
+        return await asyncpg.connect(self._read_url(), **options)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -218,7 +236,7 @@ class Postgres:
         Raises:
             MigrationFault: see `broker.durable.migrations.migrate`.
         """
-        return await migrations.migrate(self._url, now, patience)
+        return await migrations.migrate(self._read_url(), now, patience)
 
 
 async def _init(connection: asyncpg.Connection[asyncpg.Record]) -> None:

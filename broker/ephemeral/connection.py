@@ -290,13 +290,14 @@ class Batch:
 class MultiplexedConnection:
     """Commands to one server over one connection, which is made when a command needs it.
 
+    `pool` gives redis-py's pool that makes a connection; its credentials may differ by then.
     `timeout` in seconds limits a wait for the server, and the making of a connection. `on_end` is
     called when a connection ends by a fault.
     """
 
     def __init__(
         self,
-        pool: ConnectionPool,
+        pool: Callable[[], ConnectionPool],
         *,
         timeout: float,
         batch: Batch | None = None,
@@ -363,7 +364,8 @@ class MultiplexedConnection:
         """The stream, a new one if it has ended."""
         stream = self._stream
         if stream is None or stream.ended:
-            made = cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call]  # redis-py
+            self._held = self._pool()  # a connection of Sentinels has a weak reference to it
+            made = cast("AbstractConnection", self._held.make_connection())  # type: ignore[no-untyped-call]  # redis-py
             stream = self._stream = _Stream(made, self._timeout, self._batch, self._on_end)
         return stream
 

@@ -244,11 +244,13 @@ class ByClient:
         await self._client.aclose()
 
 
-def connect(url: str, *, timeout: float) -> Commands:
+def connect(url: str, *, timeout: float, read_url: Callable[[], str] | None = None) -> Commands:
     """Commands to the server that `url` names, to the primary of `redis+sentinel://` or
     `rediss+sentinel://` (`broker.ephemeral.sentinel`), or to the cluster (`redis+cluster://`,
-    `rediss+cluster://`; one or more of its nodes). Nothing is connected yet.
+    `rediss+cluster://`; one or more of its nodes). Nothing is connected yet. `read_url` gives the
+    URL for a connection, whose credentials may differ by then.
     """
+    read = read_url or (lambda: url)
     limits: dict[str, Any] = {
         # `ask` limits every wait. redis-py's own limit would swallow that one: until Python 3.12 a
         # cancelled asyncio.wait_for returns what happens to be there, and the wait goes on past the
@@ -261,23 +263,34 @@ def connect(url: str, *, timeout: float) -> Commands:
         "protocol": 2,
     }
     if "+sentinel://" in url:
-        return MultiplexedConnection(sentinel_pool(url, limits, timeout=timeout), timeout=timeout)
+        return MultiplexedConnection(
+            lambda: sentinel_pool(read(), limits, timeout=timeout), timeout=timeout
+        )
     if "+cluster://" not in url:
-        return MultiplexedConnection(ConnectionPool.from_url(url, **limits), timeout=timeout)
-    parts = urlsplit(url.replace("+cluster://", "://"))
-    credentials, at, hosts = parts.netloc.rpartition("@")
-    pools = [
-        ConnectionPool.from_url(parts._replace(netloc=credentials + at + host).geturl(), **limits)
-        for host in hosts.split(",")
-    ]
-    kind, options = pools[0].connection_class, pools[0].connection_kwargs
+        return MultiplexedConnection(
+            lambda: ConnectionPool.from_url(read(), **limits), timeout=timeout
+        )
+
+    def pools(url: str) -> list[ConnectionPool]:
+        parts = urlsplit(url.replace("+cluster://", "://"))
+        credentials, at, hosts = parts.netloc.rpartition("@")
+        return [
+            ConnectionPool.from_url(
+                parts._replace(netloc=credentials + at + each).geturl(), **limits
+            )
+            for each in hosts.split(",")
+        ]
 
     batch = Batch()
 
     def node(address: Address, on_end: Callable[[], None]) -> MultiplexedConnection:
-        pool = ConnectionPool(kind, **{**options, "host": address[0], "port": address[1]})
+        def pool() -> ConnectionPool:
+            seed = pools(read())[0]
+            options = {**seed.connection_kwargs, "host": address[0], "port": address[1]}
+            return ConnectionPool(seed.connection_class, **options)
+
         return MultiplexedConnection(pool, timeout=timeout, batch=batch, on_end=on_end)
 
-    given = [pool.connection_kwargs for pool in pools]
+    given = [pool.connection_kwargs for pool in pools(url)]
     seeds = [(one.get("host", "localhost"), one.get("port", 6379)) for one in given]
     return ClusterRouter(seeds, node, timeout=timeout)

@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import pty
 import re
 import resource
 import secrets
@@ -57,11 +58,12 @@ class Serve:
         environment: dict[str, str],
         *options: str,
         command: Sequence[str] = (str(BROKER), "serve"),
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         self.process = subprocess.Popen(
             [*command, *options],
             env=CLEAN | SERVING | environment,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -494,6 +496,37 @@ def test_a_peer_that_half_closes_gets_its_answers(serve: Start, expect: str) -> 
             opened.sendall(part)
             opened.shutdown(socket.SHUT_WR)
             assert b" 200 " not in opened.makefile("rb").read()
+
+
+# -- SIGHUP ----------------------------------------------------------------------------------------
+
+
+def test_a_hangup_reads_secrets_again(serve: Start, tmp_path: Path) -> None:
+    place = tmp_path / "key"
+    place.write_text(SECRET_KEY)
+    started = serve(secret_key="", secret_key_file=str(place)).begun()
+    place.write_text(f"{SECRET_KEY[::-1]},{SECRET_KEY}")
+
+    def reloads() -> list[list[str]]:
+        return [line["changed"] for line in started.log if line["event"] == "settings_reloaded"]
+
+    started.tell(signal.SIGHUP)
+    until(lambda: reloads() != [], "it says so")
+    started.tell(signal.SIGHUP)
+    until(lambda: len(reloads()) > 1, "it says so")
+    assert reloads() == [["BROKER_SECRET_KEY"], []]
+    started.tell(signal.SIGTERM)
+    assert started.end() == 0
+
+
+def test_a_hangup_of_its_terminal_ends_it(stores: EmbeddedStores) -> None:
+    ours, terminal = pty.openpty()
+    urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
+    started = Serve(urls, stdin=terminal).begun()
+    started.tell(signal.SIGHUP)
+    assert started.end() == -signal.SIGHUP
+    os.close(terminal)
+    os.close(ours)
 
 
 # -- the end ---------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ async def test_decoys_are_stable(
 
 def test_decoys_look_like_a_population() -> None:
     """Of a thousand users some have two, and every kind of authenticator occurs."""
-    decoys = Decoys(("0123456789abcdef" * 2,))
+    decoys = Decoys(lambda: ("0123456789abcdef" * 2,))
     app = RelyingParty("a" * 24, "App", RP_ID, (ORIGIN,))
     found = [decoys.of(app, f"user{n}", "") for n in range(1000)]
     assert {len(some) for some in found} == {1, 2}

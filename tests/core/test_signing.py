@@ -13,6 +13,7 @@ import re
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast, get_args
 
@@ -123,7 +124,7 @@ async def start(stores: EmbeddedStores, clock: Clock) -> AsyncIterator[Start]:
         opened.append(parts)
         if barrier:
             parts.signing = Signing(
-                Together(parts.postgres, barrier), settings.secret_key, clock=clock
+                Together(parts.postgres, barrier), parts.secrets.secret_key, clock=clock
             )
         return Instance(parts.signing, parts.directory, SigningKeys(parts.postgres))
 
@@ -456,7 +457,7 @@ async def test_another_secret_signs_nothing_and_publishes_the_same(start: Start)
 
 async def test_without_a_secret_nothing_is_made(stores: EmbeddedStores, one: Instance) -> None:
     app = await one.app()
-    signing = Signing(one.keys, ())
+    signing = Signing(one.keys, tuple)
     for attempt in (
         signing.sign(app, "ES256", CLAIMS),
         signing.key_set(app),
@@ -473,7 +474,8 @@ async def test_the_secret_changes_without_a_pause(own_stores: EmbeddedStores) ->
     parts = await assemble(settings_for(own_stores))
     keys = SigningKeys(parts.postgres)
     app, _ = await parts.directory.create_app("Example", RP_ID, [ORIGIN])
-    old, both, new = (Signing(keys, s) for s in ((OTHER,), (SECRET_KEY, OTHER), (SECRET_KEY,)))
+    secrets = ((OTHER,), (SECRET_KEY, OTHER), (SECRET_KEY,))
+    old, both, new = (Signing(keys, partial(tuple, each)) for each in secrets)
     try:
         tokens = [await old.sign(of, "ES256", CLAIMS) for of in (app, None)]
         await old.rotate(app, "ES256", now=True)

@@ -158,6 +158,26 @@ async def test_one_seed_suffices(cluster: Cluster, tmp_path: Path, seeds: str) -
         other.stop()
 
 
+async def test_a_connection_takes_the_password_of_then(cluster: Cluster) -> None:
+    words = ["old-word"]
+
+    def url() -> str:
+        return f"redis+cluster://ann:{words[-1]}@127.0.0.1:{cluster.nodes[0].port}"
+
+    router = connect(url(), timeout=LIMIT, read_url=url)
+    try:
+        for word in ("old-word", "new-word"):
+            words.append(word)
+            for node in cluster.nodes:
+                node.ask("ACL SETUSER", "ann", "on", "resetpass", f">{word}", "~*", "+@all")
+            for tag in SHARD:
+                assert await router.ask("SET", tag, b"x", "PX", 5000, limit=LIMIT) == b"OK"
+            await router.close()
+    finally:
+        for node in cluster.nodes:
+            node.ask("ACL DELUSER", "ann")
+
+
 @pytest.mark.parametrize(
     "url", ["redis+cluster://u:p@h1,h2:2", "rediss+cluster://u:p@h1,h2:2?ssl_cert_reqs=none"]
 )
@@ -167,7 +187,7 @@ async def test_each_node_is_reached_as_the_url_says(url: str) -> None:
     assert isinstance(router, ClusterRouter)
     assert router._seeds == {("h1", 6379), ("h2", 2)}
     for address in (("h2", 2), ("node-7.example", 7000)):
-        pool: Any = router._node(address)._pool
+        pool: Any = router._node(address)._pool()
         made = pool.make_connection()
         assert (made.host, made.port, made.username, made.password) == (*address, "u", "p")
         assert isinstance(made, SSLConnection) == url.startswith("rediss")

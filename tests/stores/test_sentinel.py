@@ -76,6 +76,24 @@ async def test_without_the_sentinels_own_credentials_nothing_is_found(
     assert SECRET not in repr(caught.value)
 
 
+async def test_a_connection_takes_the_passwords_of_then(sentinels: Sentinels) -> None:
+    """Of the primary and of the Sentinels."""
+    words = ["old-word"]
+
+    def url() -> str:
+        options = f"sentinel_username=ann&sentinel_password={words[-1]}"
+        parts = urlsplit(sentinels.url)
+        return parts._replace(netloc=f"ann:{words[-1]}@{parts.netloc}", query=options).geturl()
+
+    made = connect(url(), timeout=LIMIT, read_url=url)
+    for word in ("old-word", "new-word"):
+        words.append(word)
+        for server in (sentinels.primary(), *sentinels.watchers):
+            server.ask("ACL SETUSER", "ann", "on", "resetpass", f">{word}", "~*", "+@all")
+        await written(made, word)
+        await made.close()
+
+
 async def test_failovers_are_followed(sentinels: Sentinels) -> None:
     """The primary is killed, then the next one hangs."""
     async with commands(url_of(sentinels)) as made:
@@ -117,8 +135,9 @@ async def test_tls_and_credentials_of_sentinels_are_apart() -> None:
     def pool(url: str) -> SentinelPool:
         made = connect(url, timeout=LIMIT)
         assert isinstance(made, MultiplexedConnection)
-        assert isinstance(made._pool, SentinelPool)
-        return made._pool
+        found = made._pool()
+        assert isinstance(found, SentinelPool)
+        return found
 
     options = "db=3&ssl_ca_certs=/ca&sentinel_username=s&sentinel_password=q%26"
     both = pool(f"rediss+sentinel://u:p%2F@a,[::1]:7/main?{options}")
