@@ -48,14 +48,14 @@ def test_a_python_that_will_not_do_is_one_sentence(
     assert sentence in said[0]
 
 
-def first_run(folder: Path, pip: str) -> subprocess.CompletedProcess[str]:
-    """`make run` in a fresh folder, where Python makes an environment of stubs, with this script as
-    pip.
+def first_run(folder: Path, pip: str, uv: str = "exit 1") -> subprocess.CompletedProcess[str]:
+    """`make run` in a fresh folder, where Python makes an environment of stubs, with these scripts
+    as pip and uv.
     """
-    for name in ("Makefile", "pyproject.toml", "deploy/requirements.lock"):
+    for name in ("Makefile", "pyproject.toml", "deploy/uv.lock", "deploy/requirements.lock"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    stubs = {"pip": pip, "python": "exit 0", "broker": "echo started"}
+    stubs = {"pip": pip, "uv": uv, "python": "exit 0", "broker": "echo started"}
     made = [
         f"printf '#!/bin/sh\\n%s\\n' '{script}' >.venv/bin/{name}" for name, script in stubs.items()
     ]
@@ -101,6 +101,15 @@ def test_a_step_of_make_that_fails_ends_the_run(tmp_path: Path) -> None:
     assert "Compiling" not in made.stderr
 
 
+@pytest.mark.parametrize(
+    ("status", "installed"), [(0, ["uv.lock"]), (1, ["uv.lock", "requirements.lock"])]
+)
+def test_pip_installs_what_uv_does_not(tmp_path: Path, status: int, installed: list[str]) -> None:
+    made = first_run(tmp_path, 'echo "$*" >>asked', f"exit {status}")
+    assert made.returncode == 0, made.stderr
+    assert re.findall(r"-r deploy/(\S+)", (tmp_path / "asked").read_text()) == installed
+
+
 def locked(name: str) -> dict[str, str]:
     """What a lock file pins: requirement (with its marker) to the rest of its lines."""
     text = (ROOT / "deploy" / f"{name}.lock").read_text()
@@ -110,7 +119,7 @@ def locked(name: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", ["requirements", "image", "test", "node"])
+@pytest.mark.parametrize("name", ["requirements", "image", "test", "node", "uv"])
 def test_a_lock_file_pins_by_hash_and_names_no_address(name: str) -> None:
     pinned = locked(name)
     assert pinned
