@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from broker.cli.findings import Finding, clock, redis_findings
+from broker.cli.findings import Finding, cause_of, clock, redis_findings
 from broker.cli.output import GREEN, RED, YELLOW, has_colour, painted, print_answer, progress, say
 from broker.cli.parsing import JSON, Commands, add_command, option
 from broker.cli.process import run, with_parts
@@ -150,8 +150,8 @@ def metrics(settings: Settings) -> Finding:
     says = {
         "management": f"served on port {settings.management_port}",
         "public": f"served on port {settings.port}, to all who reach it",
-        "nowhere": "served nowhere; set BROKER_MANAGEMENT_PORT,"
-        " or BROKER_METRICS=public where only operators reach the port",
+        "nowhere": "served nowhere, unless `serve --management-port` names a port; set"
+        " BROKER_MANAGEMENT_PORT, or BROKER_METRICS=public where only operators reach the port",
     }
     return Finding("metrics", True, says[settings.metrics_at])
 
@@ -160,7 +160,7 @@ async def _postgres(parts: Parts) -> list[Finding]:
     try:
         facts = await parts.postgres.facts()
     except Unavailable as fault:
-        found = f"does not answer ({type(fault.__cause__).__name__})."
+        found = f"can't be used ({cause_of(fault)})."
         todo = "Check BROKER_DATABASE_URL, or start `broker dev`."
         return [Finding("postgres", False, found, todo)]
     findings = [postgres_version(facts["version"]), clock("postgres", facts["clock"] - time.time())]
@@ -181,12 +181,9 @@ async def _postgres(parts: Parts) -> list[Finding]:
 async def _redis(parts: Parts) -> list[Finding]:
     try:
         facts = await parts.ephemeral.facts()
-    except Unavailable:
-        return [
-            Finding(
-                "redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`."
-            )
-        ]
+    except Unavailable as fault:
+        found = f"can't be used ({cause_of(fault)})."
+        return [Finding("redis", False, found, "Check BROKER_REDIS_URL, or start `broker dev`.")]
     return redis_findings(facts, parts.settings.one_time)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from broker.errors import Unavailable
 
 if TYPE_CHECKING:
     from broker.ephemeral import RedisFacts
@@ -24,6 +28,42 @@ class Finding:
     ok: bool
     found: str
     todo: str = ""
+
+
+# By the names of types, because those of the drivers belong to the packages of the stores.
+_CAUSES = {
+    "gaierror": "its host name can't be resolved",
+    "SSLError": "TLS failed",
+    "AuthenticationError": "user or password refused",
+    "InvalidAuthorizationSpecificationError": "user or password refused",
+    "InvalidCatalogNameError": "no such database",
+    "TooManyConnectionsError": "too many connections",
+    "NoPermissionError": "a permission is missing",
+    "InsufficientPrivilegeError": "a permission is missing",
+    "TimeoutError": "no answer in time",
+    "OperatorInterventionError": "the server starts or stops",
+    "PostgresConnectionError": "connection lost",
+    "InterfaceError": "connection lost",
+    "InternalClientError": "connection lost",
+}
+
+
+def cause_of(outage: Unavailable) -> str:
+    """Why a store can't be used. The text of an error may quote a secret, so it is left out."""
+    seen = first = outage.__cause__
+    if first is None:
+        return "it takes no writes"
+    while seen is not None:
+        for kind in type(seen).__mro__:
+            if kind.__name__ in _CAUSES:
+                return _CAUSES[kind.__name__]
+        if isinstance(seen, OSError) and "rejected SSL upgrade" in str(seen):  # asyncpg
+            return _CAUSES["SSLError"]
+        # The loop joins the errors of several addresses to one without a number.
+        if isinstance(seen, OSError) and (found := re.search(r"\[Errno ([0-9]+)\]", str(seen))):
+            return os.strerror(int(found[1])).lower()
+        seen = seen.__cause__ or seen.__context__
+    return type(first).__name__
 
 
 def redis_findings(facts: RedisFacts, mode: str) -> list[Finding]:

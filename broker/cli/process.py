@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from broker.cli.findings import NEEDED, redis_findings
+from broker.cli.findings import NEEDED, cause_of, redis_findings
 from broker.errors import Fault, Unavailable
 from broker.settings import Settings
 from broker.telemetry import Log, capture_library_records
@@ -30,7 +30,7 @@ if (
 T = TypeVar("T")
 
 LOG_HOLD = 0.05  # seconds
-LOOK_SECONDS = 60.0  # between two looks whether the database is migrated
+LOOK_SECONDS = 60.0  # between two looks at Postgres
 OTHER_FILES = 64  # open files besides connections of callers and of Postgres
 # Thresholds of the garbage collector: allocations, and younger collections. A request leaves hardly
 # any cycles. The default (a search for each 700 objects) takes a twelfth of a login's time.
@@ -80,28 +80,35 @@ async def apply_migrations(parts: Parts) -> None:
     await parts.postgres.migrate(datetime.now(UTC))
 
 
-async def tell_until_migrated(
+async def watch_postgres(
     parts: Parts, *, pause: Callable[[float], Awaitable[None]] = asyncio.sleep
 ) -> None:
-    """Look whether the database is migrated, now and every minute, and say what to do as long as it
-    is not. Ends when it is.
+    """Look at Postgres now and every minute, and log why it can't be used and what to do. Runs
+    until it is cancelled.
     """
-    told = False
+    unmigrated = False
     while True:
         try:
             await parts.postgres.check()
+            if unmigrated:
+                parts.log("migrated")
+            unmigrated = False
         except Unavailable as fault:
             if fault.reason == "postgres_not_migrated":
-                told = True
+                unmigrated = True
                 todo = (
                     "Run `broker migrate`, or start `broker serve --migrate`; "
                     "until then requests that need the database get 503."
                 )
                 parts.log("not_migrated", severity=logging.WARNING, todo=todo)
-        else:
-            if told:
-                parts.log("migrated")
-            return
+            else:
+                parts.log(
+                    "postgres_failed",
+                    severity=logging.WARNING,
+                    cause=cause_of(fault),
+                    error=type(fault.__cause__).__name__ if fault.__cause__ else None,
+                    todo="Check BROKER_DATABASE_URL and the server; requests get 503.",
+                )
         await pause(LOOK_SECONDS)
 
 

@@ -14,8 +14,8 @@ from broker.cli.process import (
     reload_at_hangup,
     run_with_log,
     start,
-    tell_until_migrated,
     until_told,
+    watch_postgres,
 )
 from broker.dialects import left_out, load_settings
 from broker.settings import Settings
@@ -80,7 +80,7 @@ async def _serve(settings: Settings, log: Log, *, migrate: bool) -> None:
         management_port=service.management_port,
         metrics=settings.metrics_at,
     )
-    looking = asyncio.create_task(tell_until_migrated(parts))
+    looking = asyncio.create_task(watch_postgres(parts))
     if await told == signal.SIGTERM and settings.lame_duck_seconds:
         parts.ending = True
         log("lame_duck", seconds=settings.lame_duck_seconds)

@@ -14,9 +14,13 @@ import re
 import secrets
 import select
 import signal
+import socket
+import socketserver
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import quote
@@ -1236,7 +1240,7 @@ SHARED = (
     "unless `serve --management-port` parts them"
 )
 NOWHERE = (
-    "served nowhere; set BROKER_MANAGEMENT_PORT, "
+    "served nowhere, unless `serve --management-port` names a port; set BROKER_MANAGEMENT_PORT, "
     "or BROKER_METRICS=public where only operators reach the port"
 )
 
@@ -1311,14 +1315,80 @@ def test_doctor_tells_which_store_is_down(cli: Cli, monkeypatch: pytest.MonkeyPa
     assert done.status == 1
     assert [f for f in _findings(done.out) if not f.ok] == [
         Finding(
-            "redis", False, "does not answer.", "Check BROKER_REDIS_URL, or start `broker dev`."
+            "redis",
+            False,
+            "can't be used (connection refused).",
+            "Check BROKER_REDIS_URL, or start `broker dev`.",
         )
     ]
     monkeypatch.setenv("BROKER_DATABASE_URL", "postgresql://broker:zq9w@127.0.0.1:1/x")
     done = cli("doctor", "--json")
     postgres, redis = (f for f in _findings(done.out) if not f.ok)
     assert (postgres.check, redis.check) == ("postgres", "redis")
-    assert postgres.found == "does not answer (ConnectionRefusedError)."
+    assert postgres.found == "can't be used (connection refused)."
+    assert "zq9w" not in done.out + done.err
+
+
+class _Refusal(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.recv(1)
+        self.request.sendall(b"N" * 64)  # Postgres' refusal of TLS, and no TLS
+
+
+@contextmanager
+def server_without_tls() -> Iterator[int]:
+    """The port of a server that speaks neither TLS nor a store's protocol."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Refusal) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("redis_url", "database_url", "cause"),
+    [
+        ("redis://:zq9w@{mute}", "postgresql://a:zq9w@{mute}/x", "no answer in time"),
+        ("rediss://:zq9w@{plain}", "postgresql://a:zq9w@{plain}/x?sslmode=require", "TLS failed"),
+        (
+            "redis://:zq9w@zq9w.invalid",
+            "postgresql://a:zq9w@zq9w.invalid/x",
+            "its host name can't be resolved",
+        ),
+        (
+            "unix://zq9w:zq9w@{valkey}",
+            "postgresql://zq9w:zq9w@/postgres?host={postgres}",
+            "user or password refused",
+        ),
+        ("unix:///zq9w", "postgresql://broker@/zq9w?host={postgres}", "no such "),
+    ],
+)
+def test_doctor_tells_why_a_store_can_not_be_used(
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    stores: EmbeddedStores,
+    redis_url: str,
+    database_url: str,
+    cause: str,
+) -> None:
+    """A server that never answers, one without TLS, an unknown host, an unknown user, a socket and
+    a database that are not there.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as mute, server_without_tls() as port:
+        places = {
+            "mute": f"127.0.0.1:{mute.getsockname()[1]}",
+            "plain": f"127.0.0.1:{port}",
+            "valkey": stores.redis_url.removeprefix("unix://"),
+            "postgres": stores.database_url.partition("host=")[2],
+        }
+        monkeypatch.setenv("BROKER_REDIS_URL", redis_url.format(**places))
+        monkeypatch.setenv("BROKER_DATABASE_URL", database_url.format(**places))
+        monkeypatch.setenv("BROKER_STORE_TIMEOUT", "0.2")
+        done = cli("doctor", "--json")
+    found = [f.found for f in _findings(done.out) if not f.ok]
+    assert len(found) == 2
+    assert all(sentence.startswith(f"can't be used ({cause}") for sentence in found), found
     assert "zq9w" not in done.out + done.err
 
 

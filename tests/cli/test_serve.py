@@ -344,11 +344,11 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
         await connection.close()
 
 
-async def test_the_log_says_what_to_do_until_the_database_is_migrated(
+async def test_the_log_says_every_minute_why_postgres_can_not_be_used(
     stores: EmbeddedStores, fresh_database: str
 ) -> None:
-    """At each look: one finds an unmigrated database, one none that answers, and one that somebody
-    has migrated, which ends it.
+    """At each look: two find an unmigrated database, one none that answers, one a migrated
+    database, and one a database that takes no writes.
     """
     stream = io.StringIO()
     settings = settings_for(stores, database_url=fresh_database, store_timeout=0.3)
@@ -361,27 +361,36 @@ async def test_the_log_says_what_to_do_until_the_database_is_migrated(
         looks.append(seconds)
         if len(looks) == 2:
             # A kept connection could still ask: the lock stops new ones.
-            await operator.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
+            await parts.postgres._pool.expire_connections()
             await holding.start()
             await operator.execute("LOCK pg_class IN ACCESS EXCLUSIVE MODE")
         elif len(looks) == 3:
             await holding.rollback()
             await process.apply_migrations(parts)
+        elif len(looks) == 4:
+            database = await operator.fetchval("SELECT current_database()")
+            await operator.execute(
+                f"ALTER DATABASE {database} SET default_transaction_read_only = on"
+            )
+            await parts.postgres._pool.expire_connections()
+        elif len(looks) == 5:
+            raise asyncio.CancelledError
 
     try:
         async with asyncio.timeout(30):
-            await process.tell_until_migrated(parts, pause=pause)
+            with pytest.raises(asyncio.CancelledError):
+                await process.watch_postgres(parts, pause=pause)
     finally:
         await parts.close()
         await operator.close()
-    assert looks == [60.0] * 3
-    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == [
-        "not_migrated",
-        "not_migrated",
-        "migrated",
+    assert looks == [60.0] * 5
+    lines = map(json.loads, stream.getvalue().splitlines())
+    assert [(line["event"], line.get("cause")) for line in lines] == [
+        ("not_migrated", None),
+        ("not_migrated", None),
+        ("postgres_failed", "no answer in time"),
+        ("migrated", None),
+        ("postgres_failed", "it takes no writes"),
     ]
 
 
@@ -396,6 +405,14 @@ async def test_several_may_migrate_at_once(serve: Start, fresh_database: str) ->
     numbers = [row["version"] for row in versions]
     assert numbers == list(range(1, len(numbers) + 1))
     assert numbers
+
+
+def test_an_unreachable_postgres_is_told(serve: Start) -> None:
+    started = serve(database_url="postgresql://broker:zq9w@127.0.0.1:1/x").begun()
+    until(lambda: "postgres_failed" in started.events, "it says so")
+    (said,) = [line for line in started.log if line["event"] == "postgres_failed"]
+    assert (said["level"], said["cause"]) == ("warning", "connection refused")
+    assert "zq9w" not in "".join(started.lines)
 
 
 def test_migrating_without_a_database_is_one_sentence(serve: Start, tmp_path: Path) -> None:
