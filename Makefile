@@ -30,8 +30,11 @@ STEP = step() { printf '  %s… ' "$$1" >&2; shift; began=$$(date +%s); "$$@" ||
 # installs where uv fails.
 INSTALL = install() { { $(PIP) install --require-hashes -r deploy/uv.lock && \
 	UV_DEFAULT_INDEX=$${PIP_INDEX_URL:-$$($(PIP) config get global.index-url)} \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r "$$1"; } 2>/dev/null || \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r "$$1"; } 2>/dev/null || \
 	$(PIP) install --require-hashes -r "$$1"; }
+
+# Tests start many Pythons, each of which would compile its modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench bench-peers bench-scale chaos chaos-long chaos-mutants lock sbom clean parts
