@@ -9,6 +9,7 @@ install.
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import shutil
@@ -76,6 +77,11 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker begins one when the others are done."""
     items.sort(key=lambda item: not item.path.stem.startswith(_LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Freeze what is collected: a full garbage collection otherwise takes 0.2 s to traverse it."""
+    gc.freeze()
 
 
 SKEW = 5  # seconds by which the broker's clock alone may be past the end of a one-time value
