@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -54,6 +53,8 @@ def test_every_file_is_a_resource() -> None:
     "kind_and_name", [key for key in BY_KIND if key[0] != "ServiceMonitor"], ids="/".join
 )
 def test_kubernetes_knows_each_field(kind_and_name: tuple[str, str]) -> None:
+    import kubernetes_validate  # takes seconds, so not at collection by every worker
+
     version = kubernetes_validate.latest_version()
     kubernetes_validate.validate(BY_KIND[kind_and_name], version, strict=True)
 
