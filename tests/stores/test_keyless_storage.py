@@ -10,7 +10,7 @@ ids in the transaction's own value.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import orjson
@@ -27,6 +27,7 @@ from tests.support import hanko, passlock
 from tests.support.authenticator import Authenticator
 from tests.support.hanko import Hanko
 from tests.support.passlock import Passlock
+from tests.support.servers import Valkey
 from tests.support.signals import counted
 from tests.support.wire import ORIGIN, RP_ID, Wire
 from tests.web.test_guards import APP
@@ -40,6 +41,19 @@ LONGEST_CREDENTIAL_ID = 1023  # bytes, WebAuthn's limit
 Body = dict[str, Any]
 # Does what the request needs before it, as ann's backend and page; the largest body.
 Case = Callable[[Wire, Authenticator], Awaitable[Body]]
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """A server with few keys, for each measurement reads all of them."""
+    started = Valkey.start(tmp_path_factory.mktemp("valkey"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def redis_url(valkey: Valkey) -> str:
+    return valkey.url
 
 
 async def _token(wire: Wire, kind: str) -> str:
