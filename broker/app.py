@@ -388,11 +388,9 @@ async def serve(
     stack.callback(LoopLag(parts.metrics.loop_lag).stop)
     parts.housekeeping.start()
     try:
-        edge_of: Callable[..., Edge] = Edge
         if settings.traces == "otlp":
             tracing = tracing or _tracing()
         if tracing is not None:
-            edge_of = partial(TracedEdge, tracing)
             parts.metrics.trace = tracing.store_call
             stack.push_async_callback(tracing.close)
         numbers = [settings.port, *filter(None, [settings.management_port])]
@@ -411,6 +409,9 @@ async def serve(
         listeners: list[Listener] = []
         stack.push_async_callback(_close_all, listeners)
         for sockets, app in zip(opened, apps, strict=True):
+            edge_of: Callable[..., Edge] = Edge
+            if tracing is not None:  # pages reach the first port
+                edge_of = partial(TracedEdge, tracing, trusts_callers=sockets is not opened[0])
             edge = edge_of(
                 app,
                 renderers=[(found.PATHS, found.render) for found in wire_formats],

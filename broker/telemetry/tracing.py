@@ -1,5 +1,7 @@
 """Distributed tracing (OpenTelemetry): a server span for each request, a client span for each wait
-for a store. W3C Trace Context in a request's headers is the parent of its span.
+for a store. The parent of a request's span is the W3C Trace Context in its headers, where callers
+are trusted. Otherwise the span begins a new trace, with a link to that context: a caller that
+chooses the parent, or the trace's id alone, chooses whether the request is sampled.
 
 **Cost.** This module is imported only with `BROKER_TRACES=otlp` and the extra `otel`. Without it a
 store call costs a comparison with None more.
@@ -22,11 +24,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind, StatusCode, get_current_span
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from broker import __version__
@@ -48,11 +51,18 @@ class Tracing:
         self._tracer = self._provider.get_tracer("broker", __version__)
 
     @contextmanager
-    def request(self, headers: Mapping[str, str]) -> Iterator[Span]:
-        """The span of a request; waits for stores inside are its children."""
+    def request(self, headers: Mapping[str, str], *, trusted: bool) -> Iterator[Span]:
+        """The span of a request; waits for stores inside are its children. `trusted`: its caller
+        may choose the parent.
+        """
+        parent, links = _PROPAGATOR.extract(headers), []
+        if not trusted:
+            given = get_current_span(parent).get_span_context()
+            parent, links = Context(), [Link(given)] if given.is_valid else []
         with self._tracer.start_as_current_span(
             "request",
-            context=_PROPAGATOR.extract(headers),
+            context=parent,
+            links=links,
             kind=SpanKind.SERVER,
             record_exception=False,
             set_status_on_exception=False,

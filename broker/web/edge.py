@@ -259,14 +259,17 @@ class Edge:
 
 
 class TracedEdge(Edge):
-    """An edge that makes a span of each request."""
+    """An edge that makes a span of each request. `trusts_callers`: a caller's trace goes on."""
 
-    def __init__(self, tracing: Tracing, *arguments: Any, **more: Any) -> None:
+    def __init__(
+        self, tracing: Tracing, *arguments: Any, trusts_callers: bool, **more: Any
+    ) -> None:
         super().__init__(*arguments, **more)
         self._tracing = tracing
+        self._trusts_callers = trusts_callers
 
     async def __call__(self, request: Incoming) -> web.StreamResponse:
-        with self._tracing.request(request.headers) as span:
+        with self._tracing.request(request.headers, trusted=self._trusts_callers) as span:
             response = await super().__call__(request)
             resource, now = request.match_info.route.resource, context()
             route = resource.canonical if resource else "unmatched"

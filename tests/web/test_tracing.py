@@ -15,12 +15,13 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from broker.app import TracingFault, assemble, serve
+from broker.app import Service, TracingFault, assemble, serve
 from broker.embedded import EmbeddedStores
 from broker.telemetry import Log
 from broker.telemetry.tracing import Tracing
 from tests.conftest import settings_for
 from tests.support.authenticator import Authenticator
+from tests.support.processes import free_port
 from tests.support.wire import Wire
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -32,14 +33,22 @@ def spans() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-async def traced(
-    stores: EmbeddedStores, spans: InMemorySpanExporter, session: ClientSession
-) -> AsyncIterator[Wire]:
+async def service(
+    request: pytest.FixtureRequest, stores: EmbeddedStores, spans: InMemorySpanExporter
+) -> AsyncIterator[Service]:
+    """A broker that traces, with a management port if asked."""
+    parted = getattr(request, "param", False)
+    settings = settings_for(stores, management_port=free_port() if parted else 0)
+    parts = await assemble(settings, log=Log(StringIO()))
+    started = await serve(parts, tracing=Tracing(SimpleSpanProcessor(spans)))
+    yield started
+    await started.close()
+
+
+@pytest.fixture
+async def traced(service: Service, session: ClientSession) -> Wire:
     """An app of a broker that traces."""
-    parts = await assemble(settings_for(stores), log=Log(StringIO()))
-    service = await serve(parts, tracing=Tracing(SimpleSpanProcessor(spans)))
-    yield await Wire.open(service, session)
-    await service.close()
+    return await Wire.open(service, session)
 
 
 def trees(spans: InMemorySpanExporter) -> list[tuple[ReadableSpan, list[str]]]:
@@ -79,11 +88,15 @@ async def test_a_login_has_a_span_for_each_request_and_store_call(
         assert secret not in text
 
 
-async def test_a_callers_trace_goes_on(traced: Wire, spans: InMemorySpanExporter) -> None:
+@pytest.mark.parametrize("service", [True], indirect=True)
+async def test_the_trace_of_a_caller_of_the_management_port_goes_on(
+    traced: Wire, service: Service, spans: InMemorySpanExporter
+) -> None:
+    ready = f"http://127.0.0.1:{service.management_port}/health/ready"
     spans.clear()
     for flag in ("01", "00"):
         sent = {"traceparent": f"00-{TRACE}-{PARENT}-{flag}", "X-Request-Id": "mine-1234"}
-        await traced.send("GET", f"{traced.url}/health/ready", headers=sent)
+        await traced.send("GET", ready, headers=sent)
     (span, calls), *others = trees(spans)
     assert others == [], "the caller samples the second one out"
     assert span.parent is not None
@@ -92,6 +105,24 @@ async def test_a_callers_trace_goes_on(traced: Wire, spans: InMemorySpanExporter
     assert span.attributes is not None
     assert span.attributes["broker.request_id"] == "mine-1234"
     assert sorted(calls) == ["postgres check", "postgres one_time_mode", "redis check"]
+
+
+@pytest.mark.parametrize("service", [False, True], indirect=True)
+async def test_a_page_chooses_neither_its_trace_nor_what_is_sampled(
+    traced: Wire, spans: InMemorySpanExporter
+) -> None:
+    """Its context is a link. The chosen id would pass any ratio."""
+    spans.clear()
+    chosen = f"{1:032x}"
+    for flag in ("01", "00"):
+        sent = {"traceparent": f"00-{chosen}-{PARENT}-{flag}"}
+        await traced.send("GET", f"{traced.url}/health/live", headers=sent)
+    made = [span for span, _ in trees(spans)]
+    assert len(made) == 2
+    for span in made:
+        assert span.parent is None
+        assert f"{span.context.trace_id:032x}" != chosen
+        assert [f"{link.context.trace_id:032x}" for link in span.links] == [chosen]
 
 
 async def test_a_malformed_context_and_a_refusal(traced: Wire, spans: InMemorySpanExporter) -> None:
