@@ -3,7 +3,11 @@ and keyed callers. Ceremonies are in `broker.broker`.
 
 **Cache.** Every request needs its relying party, and every keyed request its key. Both are cached
 for less than a second (`broker.durable.cache`), so a changed policy or a revoked key is effective
-on every instance within that time. Unknown ids and keys are not cached.
+on every instance within that time.
+
+**Unknown ids and keys** are cached apart, so that those of a flood evict no other. No id and no key
+becomes known later: the broker makes both at random. Look-ups that miss the caches share statements
+(`broker.durable.group_commit`), so a flood of different ones holds few connections.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ class Directory:
         self._mint = mint or SystemMint()
         self._apps: Cache[RelyingParty] = Cache(cache_seconds, monotonic)
         self._keys: Cache[tuple[str, str]] = Cache(cache_seconds, monotonic)
+        self._unknown: Cache[bool] = Cache(cache_seconds, monotonic)
         if metrics is not None:
             self._apps.report("apps", metrics)
             self._keys.report("keys", metrics)
@@ -79,9 +84,12 @@ class Directory:
         """
         app = self._apps.get(app_id)
         if app is None:
+            if not ID.match(app_id) or self._unknown.get(app_id):
+                raise UnknownApp
             asked_at = self._apps.now()
-            app = await self._durable.apps.find(app_id) if ID.match(app_id) else None
+            app = await self._durable.apps.find(app_id)
             if app is None:
+                self._unknown.put(app_id, True, asked_at)
                 raise UnknownApp
             self._apps.put(app_id, app, asked_at)
         return app
@@ -120,9 +128,12 @@ class Directory:
         name = key_digest(key)
         found = self._keys.get(name)
         if found is None:
+            if self._unknown.get(name):
+                raise InvalidKey(reason="key_unknown")
             asked_at = self._keys.now()
             found = await self._durable.api_keys.find(name)
             if found is None:
+                self._unknown.put(name, True, asked_at)
                 raise InvalidKey(reason="key_unknown")
             self._keys.put(name, found, asked_at)
         return found

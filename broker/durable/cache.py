@@ -1,11 +1,11 @@
 """A cache with a time to live: look-ups of the store that are repeated after less than a second, so
 a change is effective on every instance within that time.
 
-Only what exists is cached, so a caller that asks for unknown names fills no memory; above `_MOST`
-values the cache starts again. Callers judge values that end by themselves. A cache with LISTEN,
-that is told of changes, gained no CPU (0.96 of a login's, 12 pairs) and no faster revocation; the
-triggers of migration 4 serve older instances that run beside. No library: `cachetools` has one time
-to live that counts from the put, and here it counts from the question.
+Above `_MOST` values the cache starts again, so many names fill no memory. Callers judge values that
+end by themselves. A cache with LISTEN, that is told of changes, gained no CPU (0.96 of a login's,
+12 pairs) and no faster revocation; the triggers of migration 4 serve older instances that run
+beside. No library: `cachetools` has one time to live that counts from the put, and here it counts
+from the question.
 """
 
 from __future__ import annotations

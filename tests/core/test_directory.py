@@ -147,18 +147,41 @@ async def test_what_is_remembered_is_not_asked_again(one: Started) -> None:
     assert (asked(one, "app"), asked(one, "key")) == (1, 1)
 
 
-async def test_the_unknown_is_not_remembered(one: Started) -> None:
-    """Neither to spare a look-up, nor in memory: strangers would fill it."""
-    app, _ = await one.parts.directory.create_app("App", RP_ID, [ORIGIN])
-    app_id, key = secrets.token_hex(12), "pbk_" + secrets.token_urlsafe(32)
-    for _ in range(3):
-        with pytest.raises(UnknownApp):
-            await one.parts.directory.app(app_id)
-        with pytest.raises(InvalidKey):
-            await one.parts.directory.authorise(app.id, key)
-    assert (asked(one, "app"), asked(one, "key")) == (3, 3)
-    assert not one.parts.directory._apps._values
-    assert not one.parts.directory._keys._values
+async def test_the_unknown_is_not_asked_for_again(one: Started) -> None:
+    """For as long as the known is remembered; and it evicts nothing that is known."""
+    app, known = await one.parts.directory.create_app("App", RP_ID, [ORIGIN])
+    await one.parts.directory.app(app.id)
+    await one.parts.directory.authorise(app.id, known)
+    app_id, key = secrets.token_hex(12), new_key()
+    for asked_before in (1, 2):
+        for _ in range(3):
+            with pytest.raises(UnknownApp):
+                await one.parts.directory.app(app_id)
+            with pytest.raises(InvalidKey) as caught:
+                await one.parts.directory.authorise(app.id, key)
+            assert caught.value.reason == "key_unknown"
+        assert (asked(one, "app"), asked(one, "key")) == (1 + asked_before, 1 + asked_before)
+        one.clock.ahead += REMEMBERS
+    assert list(one.parts.directory._apps._values) == [app.id]
+    assert len(one.parts.directory._keys._values) == 1
+
+
+async def test_a_flood_of_unknown_names_shares_statements(one: Started) -> None:
+    """And what an operator makes meanwhile works at once."""
+    directory = one.parts.directory
+    app, _ = await directory.create_app("App", RP_ID, [ORIGIN])
+    flood = [directory.app(secrets.token_hex(12)) for _ in range(200)]
+    keys = [directory.authorise(app.id, new_key()) for _ in range(200)]
+    told = asyncio.gather(*flood, *keys, return_exceptions=True)
+    made, second = await directory.create_key(app.id, "second")
+    assert await directory.authorise(app.id, second) == made.id
+    assert {type(fault) for fault in await told} == {UnknownApp, InvalidKey}
+    assert asked(one, "app") <= 10
+    assert asked(one, "key") <= 10
+
+
+def new_key() -> str:
+    return "pbk_" + secrets.token_urlsafe(32)
 
 
 @pytest.mark.parametrize(
