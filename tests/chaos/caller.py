@@ -103,6 +103,8 @@ class Caller:
             with contextlib.suppress(orjson.JSONDecodeError):
                 body = orjson.loads(raw)
             kind, result = _judged(status, body, told)
+            if kind == "fail":
+                result["request"] = response.headers.get("X-Request-Id", "")
         except (aiohttp.ClientError, TimeoutError, OSError) as fault:
             result = {"fault": type(fault).__name__}
         finally:

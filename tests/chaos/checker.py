@@ -7,15 +7,18 @@ it may have spent explains a later refusal.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from math import inf
 from typing import Any, NamedTuple
 
+from broker.broker.limited_events import LIMIT
 from tests.chaos.history import Call, History
 
 NONCE_LIFE = 60.0  # seconds; the policy's default
 CEREMONY_LIFE = 300.0
 KEYS_SETTLE = 1.0  # promise 13
+TERM_SETTLES = 1.5  # seconds in which a broker may stamp values with an earlier term, or learn one
 _ENDS_AVAILABILITY = ("broker killed", "broker terminated")
 
 
@@ -60,19 +63,23 @@ def bought_once(history: History) -> Iterator[Violation]:
 
 
 def refused_once(history: History) -> Iterator[Violation]:
-    """Promise 1, "on success and on failure": a ceremony whose answer was refused is spent. While a
-    fault ends values, a refusal may have judged nothing.
+    """Promise 1, "on success and on failure": a ceremony whose answer was refused is spent. Where
+    the ceremony is unknown, no answer was judged.
     """
-    windows = _windows(history)
+    windows = _ended_values(history)
     for calls in _by(history.of("finish"), "ceremony").values():
         refused = [
             call
             for call in calls
             if call.type == "fail"
             and call.result.get("status") != 429  # which spends nothing
+            and call.result.get("code") != "transaction_not_found"
             and not call.value["right"]
             and call.value["opener"] == call.value["dialect"]
-            and not any(b <= call.completed and call.invoked <= e for b, e in windows)
+            and (
+                call.result.get("code") == "webauthn_login_failed"
+                or not any(b <= call.completed and call.invoked <= e for b, e in windows)
+            )
         ]
         for call in calls:
             before = [other for other in refused if other.completed < call.invoked]
@@ -235,9 +242,10 @@ def no_faults(history: History) -> Iterator[Violation]:
 
 def refused_for_a_reason(history: History) -> Iterator[Violation]:
     """Every refusal has a cause in the history: the value was spent, replaced, cancelled or
-    expired, its passkey revoked, the answer wrong, or a fault ended values.
+    expired, its passkey revoked, the answer wrong or older than another one of the passkey, its
+    term changed, or a fault ended values.
     """
-    windows = _windows(history)
+    windows = _ended_values(history)
     begun = {key[0]: calls[0] for key, calls in _by(history.of("begin"), "ceremony").items()}
     opened = {key[0]: calls[0] for key, calls in _by(history.of("open"), "transaction").items()}
     minted = {key[0]: calls[0] for key, calls in _by(history.of("finish"), "nonce").items()}
@@ -248,10 +256,16 @@ def refused_for_a_reason(history: History) -> Iterator[Violation]:
     begins = _by(history.of("begin"), "transaction")
     replacing = _by(history.of("begin"), "app", "user", "dialect", "purpose")
     cancelled = _by(history.of("cancel"), "transaction")
+    answers = _by((c for c in history.of("finish") if c.type != "fail"), "app", "credential")
 
     def tried_before(call: Call, name: str) -> bool:
         others = takes[name].get((call.value.get(name),), [])
         return any(o is not call and o.invoked < call.completed for o in others)
+
+    def counted_back(call: Call) -> bool:
+        others = answers.get((call.value["app"], call.value["credential"]), [])
+        count = call.value.get("counter", 0)
+        return any(o.value.get("counter", 0) > count and o.invoked < call.completed for o in others)
 
     def ended(call: Call, made: Call | None, life: float) -> bool:
         since = made.invoked if made else 0.0
@@ -276,6 +290,7 @@ def refused_for_a_reason(history: History) -> Iterator[Violation]:
             )
             explained |= (
                 not value["right"]
+                or counted_back(call)
                 or tried_before(call, "ceremony")
                 or tried_before(call, "transaction")
                 or ended(call, made, CEREMONY_LIFE)
@@ -304,19 +319,61 @@ def _replaces(begin: Call, made: Call | None, finish: Call) -> bool:
     return made is None or begin.type == "info" or begin.completed > made.invoked
 
 
-def _windows(history: History) -> list[tuple[float, float]]:
-    """The times in which one-time values may have ended: from a fault that ends them until all
-    was well again.
-    """
-    found: list[tuple[float, float]] = []
+Window = tuple[float, float]
+
+
+def _ended_values(history: History) -> list[Window]:
+    """The times in which one-time values may have ended, by a change of term or by a fault."""
+    return [*_unsettled(history), *_windows(history, "ends_values")]
+
+
+def _windows(history: History, effect: str) -> list[Window]:
+    """From each fault with this effect until all was well again."""
+    found: list[Window] = []
     began: float | None = None
     for fault in history.faults:
-        if fault.value.get("ends_values") and began is None:
-            began = fault.completed - fault.value.get("earlier", 0.0)
+        if fault.value.get(effect) and began is None:
+            began = fault.completed
         elif fault.f == "healed" and began is not None:
             found.append((began, fault.completed))
             began = None
-    return found if began is None else [*found, (began, float("inf"))]
+    return found if began is None else [*found, (began, inf)]
+
+
+def _unsettled(history: History) -> list[Window]:
+    """The times in which a value could meet another term than its own: a term or the owner of a
+    slot changed, there were more primaries than shards or fewer, or brokers were led elsewhere.
+
+    A change lies between two samples of its server, so a window begins with the last sample that
+    was answered.
+    """
+    found: list[Window] = []
+    began = silent = inf
+    known: dict[int, Any] | None = None
+    for note in history.terms:
+        state, at = note.value, note.completed
+        since = at - state["earlier"]
+        if any(server.get("silent") for server in state["servers"]):
+            silent = min(silent, since)
+        primaries = {
+            number: [server["term"], *map(server.get, ("slots", "migrations"))]
+            for number, server in enumerate(state["servers"])
+            if server.get("role") == "master" and server.get("slots") != []
+        }
+        settled = (
+            len(primaries) == state["shards"]
+            and set(state.get("leads", primaries)) <= {None, *primaries}
+            and not any(server.get("migrations") for server in state["servers"])
+        )
+        if not settled or (known is not None and primaries != known):
+            began = min(began, since, silent)
+        if settled and began < inf:
+            found.append((began, at + TERM_SETTLES))
+            began = inf
+        if not any(server.get("silent") for server in state["servers"]):
+            silent = inf
+        known = primaries
+    return found if began == inf else [*found, (began, inf)]
 
 
 # -- availability ----------------------------------------------------------------------------------
@@ -340,24 +397,25 @@ def only_those_in_flight(history: History) -> Iterator[Violation]:
 
 
 def replays_are_events(history: History) -> Iterator[Violation]:
-    """Promise 7: a redemption of a nonce that this history shows as redeemed, and that no fault
-    ended, is an event.
+    """Promise 7: each redemption of a nonce after the successful one is an event of its own, where
+    no change of term took the tombstone. Beyond the limit of events an app has fewer.
     """
-    events: Mapping[str, int] = {
-        row["app"]: row["replays"] for row in history.final.get("replays", [])
-    }
-    windows = _windows(history)
-    expected: dict[str, int] = defaultdict(int)
+    if "replays" not in history.final:
+        return
+    told = {row["request"] for row in history.final["replays"]}
+    counts = Counter(row["app"] for row in history.final["replays"])
+    windows = [*_ended_values(history), *_windows(history, "loses_events")]
     for calls in _by(history.of("redeem"), "nonce").values():
         first = next((call for call in calls if call.ok), None)
         for call in calls:
             if first is None or call.type != "fail" or call.invoked < first.completed:
                 continue
-            if not any(b <= call.completed and first.invoked <= e for b, e in windows):
-                expected[call.value["app"]] += 1
-    for app, count in expected.items():
-        if history.final.get("replays") and events.get(app, 0) < min(count, 1):
-            yield Violation("replays are events", f"{count} replays and no event", ())
+            if (
+                call.result["request"] not in told
+                and counts[call.value["app"]] < LIMIT
+                and not any(b <= call.completed and first.invoked <= e for b, e in windows)
+            ):
+                yield Violation("replays are events", "a replay is no event", (first, call))
 
 
 RULES: tuple[Rule, ...] = (

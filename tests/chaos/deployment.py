@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -183,9 +183,9 @@ class Deployment:
                 broker.redis.point(primary.server.port)
         self.operator_link.point(self.postgres.primary.port)
 
-    async def watch(self, changed: Callable[[], None]) -> None:
-        """Follow the primary of the Sentinels, as a virtual address does, and tell of each change.
-        A machine that is busy may bring one that no scenario asked for.
+    async def follow_changes(self) -> None:
+        """Follow the primary of the Sentinels, as a virtual address does. A machine that is busy
+        may bring a change that no scenario asked for.
         """
         if not isinstance(self.redis, Replicated):
             return
@@ -196,7 +196,6 @@ class Deployment:
                 primary = await asyncio.to_thread(self.redis.primary)
                 if primary is not known:
                     known = primary
-                    changed()
                     self.follow()
 
     async def heal(self) -> None:

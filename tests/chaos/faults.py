@@ -1,7 +1,8 @@
 """Faults: coroutines that break the deployment while traffic goes on and prepared values race.
 
 Each acts on a `Run`, notes what it does in the history, and leaves the repair to `Deployment.heal`.
-`ends_values` in a note says that one-time values of that time may be dead until all is well again.
+A note says what else may happen until all is well again (`Recorder.fault`). A change of term needs
+no word there, because the history records terms.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Run:
     recorder: Recorder
     stock: int
 
-    def note(self, name: str, *, ends_values: bool = False, **value: object) -> None:
-        self.recorder.fault(name, **({"ends_values": True} if ends_values else {}), **value)
+    def note(self, name: str, **value: object) -> None:
+        self.recorder.fault(name, **value)
 
 
 _SLOTS = 40  # that move
@@ -52,7 +53,7 @@ async def failover(run: Run) -> None:
     proofs, ceremonies = await traffic.stock(run.stock)
     await redis.replicating()
     old = redis.primary()
-    run.note("replicas lag", ends_values=True)
+    run.note("replicas lag")
     redis.hold_replication(old)
 
     async def kill() -> None:
@@ -79,7 +80,7 @@ async def fail_back(run: Run) -> None:
         await redis.fail_over()
     for _ in range(2):
         old = redis.primary()
-        run.note("replicas lag", ends_values=True)
+        run.note("replicas lag")
         redis.hold_replication(old)
         await traffic.race(proofs, ceremonies, 0.6)
         new = await redis.fail_over()
@@ -100,7 +101,7 @@ async def split_brain(run: Run) -> None:
     old = redis.primary()
     outsider, insider, _ = deployment.brokers
     deployment.outsider = outsider
-    run.note("primary isolated", ends_values=True)
+    run.note("primary isolated")
     redis.isolate(old)
     await redis.promoted(old)
     run.note("two primaries")
@@ -112,7 +113,7 @@ async def redis_stalls(run: Run) -> None:
     proofs, ceremonies = await run.traffic.stock(run.stock)
     link = run.deployment.replicated.primary().link
     own = [b.redis for b in run.deployment.brokers if b.redis is not None]
-    run.note("Redis stalls", ends_values=True)
+    run.note("Redis stalls")
 
     async def stall() -> None:
         for _ in range(3):
@@ -154,7 +155,7 @@ async def postgres_failed_over(run: Run) -> None:
     """The primary dies in the middle of commits, and the standby takes over."""
     deployment = run.deployment
     await asyncio.sleep(1.0)  # traffic goes on meanwhile
-    run.note("Postgres killed", ends_values=True)
+    run.note("Postgres killed", loses_events=True)
     await asyncio.to_thread(deployment.postgres.primary.kill)
     await asyncio.sleep(0.3)  # traffic goes on meanwhile
     await deployment.postgres.fail_over()
@@ -165,7 +166,7 @@ async def postgres_failed_over(run: Run) -> None:
 
 async def postgres_slow(run: Run) -> None:
     """Each message between the brokers and Postgres takes 30 ms, while pages share transactions."""
-    run.note("Postgres slow")
+    run.note("Postgres slow", loses_events=True)
     for broker in run.deployment.brokers:
         broker.postgres.delay = 0.03
     for _ in range(3):
@@ -181,7 +182,7 @@ async def master_stopped(run: Run) -> None:
     proofs, ceremonies = await traffic.stock(run.stock)
     number = next(n for n, node in enumerate(cluster.nodes) if _is_master(node))
     master, replica = cluster.nodes[number], cluster.nodes[number - MASTERS]  # of six
-    run.note("replica lags", ends_values=True)
+    run.note("replica lags")
     # A replica that is stopped keeps what its kernel has received; a new connection brings no more.
     replica.process.send_signal(signal.SIGSTOP)
     await asyncio.to_thread(master.ask, "CLIENT", "KILL", "TYPE", "replica")
@@ -218,7 +219,7 @@ async def primary_stopped(run: Run) -> None:
 
     async def stop() -> None:
         old = redis.primary()
-        run.note("primary stopped", ends_values=True)
+        run.note("primary stopped")
         old.signal(signal.SIGSTOP)
         await redis.promoted(old)
         old.signal(signal.SIGCONT)
@@ -233,7 +234,7 @@ async def old_snapshot(run: Run) -> None:
     proofs, ceremonies = await run.traffic.stock(run.stock)
     primary = redis.primary()
     await asyncio.to_thread(primary.ask, "SAVE")
-    run.note("snapshot", ends_values=True)
+    run.note("snapshot")
     await run.traffic.race(proofs, ceremonies, 0.5)
     primary.kill()
     await asyncio.to_thread(primary.restart)
@@ -250,7 +251,7 @@ async def truncated_log(run: Run) -> None:
     proofs, ceremonies = await run.traffic.stock(run.stock)
     files = list((primary.home / "appendonlydir").glob("*.incr.aof"))
     size = sum(file.stat().st_size for file in files)
-    run.note("append-only file noted", ends_values=True)
+    run.note("append-only file noted")
     await run.traffic.race(proofs, ceremonies, 0.5)
     primary.kill()
     for file in files:
@@ -276,7 +277,7 @@ async def full(run: Run) -> None:
     primary = run.deployment.replicated.primary()
 
     async def fill() -> None:
-        run.note("primary full", ends_values=True)
+        run.note("primary full")
         await asyncio.to_thread(primary.ask, "CONFIG", "SET", "maxmemory", 1)
         await asyncio.sleep(1.5)  # traffic goes on meanwhile
         await asyncio.to_thread(primary.ask, "CONFIG", "SET", "maxmemory", 0)
@@ -291,7 +292,7 @@ async def writable_replica(run: Run) -> None:
     outsider, insider, _ = deployment.brokers
     deployment.outsider = outsider
     replica = redis.replicas()[0]
-    run.note("writable replica", ends_values=True)
+    run.note("writable replica")
     await asyncio.to_thread(replica.ask, "CONFIG", "SET", "replica-read-only", "no")
     assert outsider.redis is not None
     outsider.redis.point(replica.server.port)
@@ -304,7 +305,7 @@ async def replica_attaches(run: Run) -> None:
     primary, replicas = redis.primary(), redis.replicas()
 
     async def attach() -> None:
-        run.note("replicas detached", ends_values=True)
+        run.note("replicas detached")
         await asyncio.to_thread(primary.ask, "CONFIG", "SET", "repl-backlog-ttl", 1)
         primary.link.closed = True
         primary.link.cut(replication)
@@ -323,7 +324,7 @@ async def replies_lost(run: Run) -> None:
     assert link is not None
 
     async def lose() -> None:
-        run.note("replies lost", ends_values=True)
+        run.note("replies lost")
         for _ in range(5):
             link.lose_replies()
             await asyncio.sleep(0.3)  # traffic goes on meanwhile
@@ -336,7 +337,7 @@ async def replies_lost(run: Run) -> None:
 
 async def network_slow(run: Run) -> None:
     """Each message between Redis and the brokers takes 100 ms."""
-    run.note("Redis slow", ends_values=True)  # a reply after the broker's limit is no reply
+    run.note("Redis slow")
     for node in run.deployment.replicated.nodes:
         node.link.delay = 0.1
     await run.traffic.race(*await run.traffic.stock(run.stock), 2.0)
@@ -350,7 +351,7 @@ async def broker_stopped(run: Run) -> None:
 
     async def stop() -> None:
         victim = run.deployment.brokers[2]
-        run.note("broker stopped", ends_values=True)
+        run.note("broker stopped")
         victim.signal(signal.SIGSTOP)
         await asyncio.sleep(2.0)  # traffic goes on meanwhile
         victim.signal(signal.SIGCONT)
@@ -381,7 +382,7 @@ async def clock_wrong(run: Run) -> None:
 async def postgres_restarted(run: Run) -> None:
     """SIGKILL of the primary, which starts again on its data."""
     pair = run.deployment.postgres
-    run.note("Postgres killed", ends_values=True)
+    run.note("Postgres killed", loses_events=True)
     await asyncio.to_thread(pair.primary.kill)
     await asyncio.to_thread(pair.primary.start)
     run.note("Postgres started")
@@ -390,7 +391,7 @@ async def postgres_restarted(run: Run) -> None:
 
 async def postgres_stopped(run: Run) -> None:
     """SIGSTOP of the primary for two seconds."""
-    run.note("Postgres stopped", ends_values=True)
+    run.note("Postgres stopped", loses_events=True)
     run.deployment.postgres.primary.freeze()
     await asyncio.sleep(2.0)  # traffic goes on meanwhile
     run.deployment.postgres.primary.thaw()
@@ -399,7 +400,7 @@ async def postgres_stopped(run: Run) -> None:
 
 async def commits_cut(run: Run) -> None:
     """Connections to Postgres are cut between a commit and its answer."""
-    run.note("commits cut", ends_values=True)
+    run.note("commits cut", loses_events=True)
     for _ in range(10):
         for broker in run.deployment.brokers:
             broker.postgres.lose_replies()
@@ -420,7 +421,7 @@ async def slots_moved(run: Run) -> None:
     proofs, ceremonies = await run.traffic.stock(run.stock)
     source, target, _ = masters
     slots = await asyncio.to_thread(_slots_with_keys, source)
-    run.note("slots move", slots=len(slots), ends_values=True)
+    run.note("slots move", slots=len(slots))
 
     async def to_and_fro() -> None:
         for from_, to in ((source, target), (target, source)):

@@ -9,9 +9,10 @@
     fail   the broker refused: nothing was done for this caller
     info   unknown: no answer, or an answer that leaves the outcome open (502, 503, 504, 408)
 
-A process makes one call at a time. Faults are calls of process -1 ("nemesis"), of type `info`. The
-last line, `f` "final", holds the rows of Postgres at the end. One-time values stand in a history as
-digests (`mark`).
+A process makes one call at a time. Faults are calls of process -1 ("nemesis"), of type `info`, and
+so are the states of the one-time store's servers, `f` "terms" (`tests.chaos.terms`). The last line,
+`f` "final", holds the rows of Postgres at the end. One-time values stand in a history as digests
+(`mark`).
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The calls in the order of their completion, the faults, and the final rows of Postgres."""
+    """The calls in the order of their completion, the faults, the states of the one-time store's
+    servers, and the final rows of Postgres.
+    """
 
     calls: tuple[Call, ...]
     faults: tuple[Call, ...]
+    terms: tuple[Call, ...]
     final: dict[str, list[dict[str, Any]]]
 
     def of(self, *names: str) -> Iterator[Call]:
@@ -78,6 +82,7 @@ def load(lines: Iterable[str | bytes]) -> History:
     open_: dict[int, dict[str, Any]] = {}
     calls: list[Call] = []
     faults: list[Call] = []
+    terms: list[Call] = []
     final: dict[str, list[dict[str, Any]]] = {}
     at = 0.0
     for line in lines:
@@ -87,7 +92,8 @@ def load(lines: Iterable[str | bytes]) -> History:
         if f == "final":
             final = value
         elif process == NEMESIS:
-            faults.append(Call(process, f, value, at, at, "info", {}))
+            notes = terms if f == "terms" else faults
+            notes.append(Call(process, f, value, at, at, "info", {}))
         elif entry["type"] == "invoke":
             open_[process] = entry
         else:
@@ -97,7 +103,7 @@ def load(lines: Iterable[str | bytes]) -> History:
     for process, asked in open_.items():
         began = asked["time"] / 1e6
         calls.append(Call(process, asked["f"], asked["value"], began, at, "info", {}))
-    return History(tuple(calls), tuple(faults), final)
+    return History(tuple(calls), tuple(faults), tuple(terms), final)
 
 
 def read(path: Path) -> History:
@@ -141,6 +147,12 @@ class Recorder:
         }
         self._file.write(orjson.dumps(entry) + b"\n")
 
+    def terms(self, state: dict[str, Any], *, earlier: float) -> None:
+        """Note the state of the store's servers, which has changed (`tests.chaos.terms`)."""
+        self.write(NEMESIS, "info", "terms", {**state, "earlier": round(earlier, 6)})
+
     def fault(self, name: str, **value: Any) -> None:
-        """Note a fault, or its end. `ends_values`: one-time values from before may be dead now."""
+        """Note a fault, or its end. `ends_values`: one-time values from before may be dead now,
+        though no term has changed. `loses_events`: an event may not be written.
+        """
         self.write(NEMESIS, "info", name, value)

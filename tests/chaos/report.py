@@ -39,7 +39,9 @@ def summary(history: History, violations: Sequence[Violation]) -> str:
     counts = Counter((call.f, call.type) for call in history.calls)
     lines += [f"  {f} {kind}: {count}" for (f, kind), count in sorted(counts.items())]
     told = (fault for fault in history.faults if fault.f != "key revoked")
-    lines += [f"{fault.completed:8.3f} s  {fault.f}" for fault in told]
+    notes = [(fault.completed, fault.f) for fault in told]
+    notes += [(at, f"servers: {servers}") for at, servers in _changes(history)]
+    lines += [f"{at:8.3f} s  {what}" for at, what in sorted(notes)]
     if not violations:
         return "\n".join([*lines, "No violation."])
     found = Counter((violation.rule, violation.text) for violation in violations)
@@ -50,6 +52,24 @@ def summary(history: History, violations: Sequence[Violation]) -> str:
             seen.add(violation.rule)
             lines += [f"  {violation.rule}, for example:", *map(_line, violation.calls[:4])]
     return "\n".join(lines)
+
+
+def _changes(history: History) -> Iterable[tuple[float, str]]:
+    """The roles and terms of the one-time store's servers, whenever they changed."""
+    known = ""
+    for note in history.terms:
+        words = (
+            (
+                state.get("role", "down"),
+                state.get("term", ""),
+                "silent" * state.get("silent", False),
+            )
+            for state in note.value["servers"]
+        )
+        told = ", ".join(" ".join(filter(None, each)) for each in words)
+        if told != known:
+            known = told
+            yield note.completed, told
 
 
 def _line(call: Call) -> str:

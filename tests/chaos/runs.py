@@ -15,11 +15,11 @@ from tests.chaos.deployment import Deployment, Kind, OneTime, deployed
 from tests.chaos.faults import FAULTS, Fault, Run
 from tests.chaos.history import NEMESIS, Recorder, read
 from tests.chaos.report import report
+from tests.chaos.terms import recorded_terms
 from tests.chaos.traffic import FLEX, Passkey, Traffic, at_once, traffic_on
 from tests.support.authenticator import b64
 
 _FINAL = 150  # passkeys that sign in at the end, the newest first
-_UNNOTICED = 4.0  # seconds after which the Sentinels have noticed a failover
 _SETTLES = 1.0  # seconds that a broker stamps values with a term that it knows
 _TRIES = 4  # of a final sign-in, because a store may have failed at that moment
 
@@ -35,11 +35,11 @@ async def run(
 ) -> list[Violation]:
     """Run the traffic with a fault, write its history to `path`, and judge it."""
     with Recorder(path) as recorder:
-        async with traffic_on(deployment, recorder, seed) as traffic:
-            changed = partial(
-                recorder.fault, "primary changed", ends_values=True, earlier=_UNNOTICED
-            )
-            watching = asyncio.create_task(deployment.watch(changed))
+        async with (
+            recorded_terms(deployment, recorder),
+            traffic_on(deployment, recorder, seed) as traffic,
+        ):
+            watching = asyncio.create_task(deployment.follow_changes())
             try:
                 async with traffic.people(people):
                     await fault(Run(deployment, traffic, recorder, stock))
@@ -81,8 +81,8 @@ async def _rows(deployment: Deployment, traffic: Traffic) -> dict[str, list[dict
             "SELECT app_id, credential_id, sign_count FROM credentials WHERE app_id = ANY($1)", apps
         )
         replays = await session.fetch(
-            "SELECT app_id, count(*) FROM events WHERE app_id = ANY($1)"
-            " AND action = 'nonce.replayed' GROUP BY app_id",
+            "SELECT app_id, request_id FROM events WHERE app_id = ANY($1)"
+            " AND action = 'nonce.replayed'",
             apps,
         )
     finally:
@@ -92,7 +92,7 @@ async def _rows(deployment: Deployment, traffic: Traffic) -> dict[str, list[dict
             {"app": app, "credential": b64(id_), "counter": count}
             for app, id_, count in credentials
         ],
-        "replays": [{"app": app, "replays": count} for app, count in replays],
+        "replays": [{"app": app, "request": request} for app, request in replays],
     }
 
 

@@ -58,6 +58,17 @@ class Doctor:
         entry = {"process": -1, "time": self.now * 1000, "type": "info", "f": name, "value": value}
         self.lines.append((self.now, orjson.dumps(entry)))
 
+    def terms(self, *terms: str, silent: bool = False, earlier: int = 200, **state: Any) -> None:
+        """The state of the servers: primaries with these terms, of which the first may be silent,
+        and a replica.
+        """
+        servers: list[dict[str, Any]] = [{"role": "master", "term": term} for term in terms]
+        servers.append({"role": "slave", "term": "other"})
+        if silent:
+            servers[0]["silent"] = True
+        state = {"shards": 1, "servers": servers, "earlier": earlier / 1000, **state}
+        self.fault("terms", **state)
+
     def final(self, **row: Any) -> None:
         credentials = [{"app": APP, "credential": "cred", "counter": 2, **row}]
         entry = {
@@ -65,7 +76,7 @@ class Doctor:
             "time": (self.now + 1) * 1000,
             "type": "info",
             "f": "final",
-            "value": {"credentials": credentials, "replays": [{"app": APP, "replays": 1}]},
+            "value": {"credentials": credentials, "replays": [{"app": APP, "request": "second"}]},
         }
         self.lines.append((self.now + 1, orjson.dumps(entry)))
 
@@ -90,7 +101,11 @@ class Doctor:
 
     def redeem(self, number: int = 1, *, type: str = "ok", **result: Any) -> None:
         value = {**SIGN_IN, "nonce": f"n{number}"}
-        told = {"user": USER, "credential": "cred"} if type == "ok" else {"status": 401}
+        told = (
+            {"user": USER, "credential": "cred"}
+            if type == "ok"
+            else {"status": 401, "request": "second"}
+        )
         self.call("redeem", value, {**told, **result}, type=type)
 
 
@@ -190,6 +205,13 @@ def defect(doctor: Doctor) -> None:
     doctor.call("keyed", {"app": APP, "key": "k"}, {"status": 500}, type="fail")
 
 
+def refused_with_the_next_counter(doctor: Doctor) -> None:
+    doctor.call("begin", {**SIGN_IN}, {"ceremony": "c3"})
+    value = {**SIGN_IN, "ceremony": "c3", "counter": 3}
+    doctor.call("finish", value, {"status": 401}, type="fail")
+    doctor.sign_in(4)
+
+
 def refused_without_cause(doctor: Doctor) -> None:
     doctor.sign_in(3)
     doctor.redeem(3, type="fail")
@@ -219,6 +241,7 @@ DOCTORED: dict[Callable[[Doctor], None], str] = {
     crossed: "no crossing",
     one_nonce_for_two: "no crossing",
     defect: "no faults",
+    refused_with_the_next_counter: "refused for a reason",
     refused_without_cause: "refused for a reason",
     failed_though_up: "only those in flight",
 }
@@ -246,13 +269,145 @@ def test_a_doctored_history_breaks_its_rule(
     assert DOCTORED[doctored] in (tmp_path / "page.html").read_text()
 
 
-def test_replays_without_an_event_are_found() -> None:
+def test_each_replay_without_an_event_of_its_own_is_found() -> None:
     doctor = Doctor()
     sound(doctor)
+    doctor.redeem(2, type="fail", request="third")
     doctor.final()
-    history = doctor.history()
-    history.final["replays"] = [{"app": "another", "replays": 1}]
-    assert [violation.rule for violation in judge(history)] == ["replays are events"]
+    found = judge(doctor.history())
+    assert [(violation.rule, violation.calls[1].result["request"]) for violation in found] == [
+        ("replays are events", "third")
+    ]
+
+
+def redeemed_in_vain(
+    before: Callable[[Doctor], None], between: Callable[[Doctor], None]
+) -> list[str]:
+    """The rules that a history breaks in which a nonce is refused, with these states of the servers
+    before it was made and until it is redeemed. All is settled again 10 s later.
+    """
+    doctor = Doctor()
+    sound(doctor)
+    before(doctor)
+    doctor.now += 10_000
+    doctor.sign_in(3)
+    doctor.now += 10_000
+    between(doctor)
+    doctor.now += 10_000
+    doctor.redeem(3, type="fail")
+    doctor.now += 10_000
+    doctor.terms("z")
+    return [violation.rule for violation in judge(doctor.history())]
+
+
+UNEXPLAINED = ["refused for a reason"]
+
+
+def in_cluster(first: str, second: str, *slots: list[list[str]], **more: Any) -> dict[str, Any]:
+    """The state of two masters with these terms and slots."""
+    pairs = zip((first, second), slots, strict=True)
+    servers = [{"role": "master", "term": t, "slots": s, "migrations": []} for t, s in pairs]
+    servers[0] |= more
+    return {"shards": 2, "servers": servers}
+
+
+LOW, HIGH = [["0", "99"]], [["100", "199"]]
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "rules"),
+    [
+        (lambda d: d.terms("a"), lambda d: None, UNEXPLAINED),
+        (lambda d: d.terms("a"), lambda d: d.terms("b"), []),
+        (lambda d: d.terms("a"), lambda d: d.terms("a", leads=[0, None, 0]), UNEXPLAINED),
+        (lambda d: d.terms("a"), lambda d: d.terms("a", leads=[0, 1, 0]), []),
+        (lambda d: d.terms("a"), lambda d: (d.terms("a", silent=True), d.terms("a")), UNEXPLAINED),
+        (lambda d: d.terms("a", "b"), lambda d: None, []),
+        (lambda d: (d.terms("a"), d.terms("b")), lambda d: None, UNEXPLAINED),
+        (
+            lambda d: d.terms(**in_cluster("a", "b", LOW, HIGH)),
+            lambda d: d.terms(**in_cluster("a", "b", LOW, HIGH, epoch=9)),
+            UNEXPLAINED,
+        ),
+        (
+            lambda d: d.terms(**in_cluster("a", "b", LOW, HIGH)),
+            lambda d: d.terms(**in_cluster("a", "c", LOW, HIGH)),
+            [],
+        ),
+        (
+            lambda d: d.terms(**in_cluster("a", "b", LOW, HIGH)),
+            lambda d: d.terms(**in_cluster("a", "b", HIGH, LOW)),
+            [],
+        ),
+        (
+            lambda d: d.terms(**in_cluster("a", "b", LOW, HIGH, migrations=[{"slot": "7"}])),
+            lambda d: None,
+            [],
+        ),
+    ],
+    ids=(
+        "no-change",
+        "another-term",
+        "a-sentinel-that-does-not-answer",
+        "a-sentinel-that-names-a-replica",
+        "a-primary-that-does-not-answer",
+        "two-primaries",
+        "a-change-before-the-value",
+        "another-epoch-alone",
+        "another-master",
+        "slots-moved",
+        "slots-being-moved",
+    ),
+)
+def test_a_refusal_is_explained_by_a_change_of_term_alone(
+    before: Callable[[Doctor], None], between: Callable[[Doctor], None], rules: list[str]
+) -> None:
+    assert redeemed_in_vain(before, between) == rules
+
+
+@pytest.mark.parametrize(
+    ("silent", "earlier", "rules"),
+    [(False, 200, UNEXPLAINED), (False, 11_000, []), (True, 200, [])],
+)
+def test_a_change_of_term_lies_between_two_samples(
+    silent: bool, earlier: int, rules: list[str]
+) -> None:
+    """It was seen after the refusal. It came at most `earlier` ms before, or in a silence."""
+    doctor = Doctor()
+    sound(doctor)
+    doctor.terms("a")
+    doctor.sign_in(3)
+    doctor.terms("a", silent=silent)
+    doctor.redeem(3, type="fail")
+    doctor.now += 10_000
+    doctor.terms("b", earlier=earlier)
+    assert [violation.rule for violation in judge(doctor.history())] == rules
+
+
+@pytest.mark.parametrize(
+    ("code", "primaries", "rules"),
+    [
+        ("webauthn_login_failed", "ab", ["refused once"]),
+        ("transaction_not_found", "ab", []),
+        ("transaction_not_found", "a", []),
+        ("unauthorized", "ab", []),
+        ("unauthorized", "a", ["refused once"]),
+    ],
+)
+def test_a_ceremony_that_is_unknown_at_one_primary_may_succeed_at_the_other(
+    code: str, primaries: str, rules: list[str]
+) -> None:
+    """An answer of the form that tells of a judgement spends it at every one."""
+    doctor = Doctor()
+    sound(doctor)
+    doctor.terms(*primaries)
+    doctor.call("begin", {**SIGN_IN}, {"ceremony": "c3"})
+    value = {**SIGN_IN, "ceremony": "c3", "counter": 3}
+    doctor.call("finish", {**value, "right": False}, {"status": 400, "code": code}, type="fail")
+    doctor.call("finish", value, {"nonce": "n3"})
+    assert [violation.rule for violation in judge(doctor.history())] == rules
+    doctor.call("finish", {**value, "counter": 4}, {"nonce": "n4"})
+    assert {violation.rule for violation in judge(doctor.history())} == {"bought once", *rules}
 
 
 def test_values_that_a_fault_ended_may_be_refused() -> None:
@@ -260,7 +415,7 @@ def test_values_that_a_fault_ended_may_be_refused() -> None:
     for late, rules in ((False, []), (True, ["refused for a reason"])):
         doctor = Doctor()
         sound(doctor)
-        doctor.fault("primary killed", ends_values=True)
+        doctor.fault("FLUSHALL", ends_values=True)
         doctor.sign_in(3)
         if not late:
             doctor.redeem(3, type="fail")
@@ -269,6 +424,16 @@ def test_values_that_a_fault_ended_may_be_refused() -> None:
         doctor.sign_in(4)
         doctor.redeem(4, type="fail" if late else "ok")
         assert [violation.rule for violation in judge(doctor.history())] == rules
+
+
+def test_an_answer_that_another_one_overtook_may_be_refused() -> None:
+    doctor = Doctor()
+    sound(doctor)
+    doctor.call("begin", {**SIGN_IN}, {"ceremony": "c3"})
+    doctor.sign_in(4)
+    value = {**SIGN_IN, "ceremony": "c3", "counter": 3}
+    doctor.call("finish", value, {"status": 401}, type="fail")
+    assert judge(doctor.history()) == []
 
 
 def test_a_call_of_unknown_outcome_buys_nothing_and_explains_a_refusal() -> None:
