@@ -103,8 +103,9 @@ class Caller:
             with contextlib.suppress(orjson.JSONDecodeError):
                 body = orjson.loads(raw)
             kind, result = _judged(status, body, told)
-            if kind == "fail":
+            if kind != "ok":
                 result["request"] = response.headers.get("X-Request-Id", "")
+                result["server"] = response.headers.get("X-Server", "")  # by HAProxy
         except (aiohttp.ClientError, TimeoutError, OSError) as fault:
             result = {"fault": type(fault).__name__}
         finally:

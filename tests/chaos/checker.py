@@ -380,17 +380,38 @@ def _unsettled(history: History) -> list[Window]:
 
 
 def only_those_in_flight(history: History) -> Iterator[Violation]:
-    """Where only brokers were killed or restarted: a call through HAProxy fails only if it was in
-    flight at that moment.
+    """Where only brokers were killed or restarted until all was well again: a call through HAProxy
+    fails only if a broker had it at the moment at which that broker was killed.
     """
-    faults = [f for f in history.faults if f.f not in ("healed", "key revoked")]
-    if not faults or any(f.f not in _ENDS_AVAILABILITY for f in faults):
-        return
-    kills = [f.completed for f in faults if f.f == "broker killed"]
-    for call in history.calls:
-        hit = any(call.invoked <= at <= call.completed for at in kills)
-        if call.type == "info" and "via" not in call.value and not hit:
-            yield Violation("only those in flight", f"{call.f} failed: {call.result}", (call,))
+    unsettled = _unsettled(history)
+    for begin, faults, end in _episodes(history):
+        if not faults or any(f.f not in _ENDS_AVAILABILITY for f in faults):
+            continue
+        kills = [
+            (f"broker-{fault.value['broker'] + 1}", fault.completed)
+            for fault in faults
+            if fault.f == "broker killed"
+        ]
+        for call in history.calls:
+            if call.type != "info" or "via" in call.value or not begin <= call.invoked <= end:
+                continue
+            if any(b <= call.completed and call.invoked <= e for b, e in unsettled):
+                continue
+            had = call.result.get("server")
+            if not any(had == s and call.invoked <= at <= call.completed for s, at in kills):
+                yield Violation("only those in flight", f"{call.f} failed: {call.result}", (call,))
+
+
+def _episodes(history: History) -> Iterator[tuple[float, list[Call], float]]:
+    """The faults from one time at which all was well to the next."""
+    begin, faults = 0.0, list[Call]()
+    for fault in history.faults:
+        if fault.f == "healed":
+            yield begin, faults, fault.completed
+            begin, faults = fault.completed, []
+        elif fault.f != "key revoked":
+            faults.append(fault)
+    yield begin, faults, inf
 
 
 # -- replays ---------------------------------------------------------------------------------------

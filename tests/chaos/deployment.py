@@ -31,7 +31,7 @@ from tests.chaos.links import Link
 from tests.chaos.postgreses import Pair
 from tests.chaos.valkeys import Replicated, reached
 from tests.support.commands import CLEAN
-from tests.support.load_balancers import LoadBalancer, haproxy
+from tests.support.load_balancers import DEPLOY, LoadBalancer, haproxy
 from tests.support.parts import ROOT, program
 from tests.support.processes import free_port, get, until
 from tests.support.servers import Cluster
@@ -43,6 +43,8 @@ BROKERS = 3
 _BROKER = (sys.executable, "-c", "import sys; from broker.cli import main; sys.exit(main())")
 _RATES = ("BEGIN", "DISCOVERABLE", "KEYED", "UNKNOWN_FINISH")
 _UP = 'state="UP"'
+_BALANCE = "    balance leastconn\n"
+_NAME_SERVER = "    http-after-response set-header X-Server %[srv_name]\n"
 
 
 class Door(NamedTuple):
@@ -263,7 +265,13 @@ async def deployed(
         operator = await _operator(link)
         brokers = [await _broker(n, home, tree, postgres, stores, one_time) for n in range(BROKERS)]
         pages, management = [b.port for b in brokers], [b.management for b in brokers]
-        balancer = stack.enter_context(haproxy(home, pages=pages, management=management))
+        configuration = home / "haproxy.cfg"
+        configuration.write_text(
+            (DEPLOY / "haproxy.cfg").read_text().replace(_BALANCE, _BALANCE + _NAME_SERVER)
+        )
+        balancer = stack.enter_context(
+            haproxy(home, configuration, pages=pages, management=management)
+        )
         made = Deployment(home, kind, tree, postgres, stores, brokers, operator, link, balancer)
         stack.push_async_callback(made.stop)
         if one_time == "postgres":

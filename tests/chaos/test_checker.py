@@ -218,9 +218,31 @@ def refused_without_cause(doctor: Doctor) -> None:
 
 
 def failed_though_up(doctor: Doctor) -> None:
-    doctor.fault("broker killed")
-    at = doctor.now + 100
-    doctor.call("keyed", {"app": APP, "key": "k"}, {"status": 503}, type="info", at=at)
+    doctor.fault("broker killed", broker=0)
+    failed(doctor, "broker-1", at=doctor.now + 100)
+
+
+def failed_at_another_broker(doctor: Doctor) -> None:
+    doctor.fault("broker killed", broker=0)
+    failed(doctor, "broker-2", at=doctor.now - 1)
+
+
+def failed_while_one_was_restarted(doctor: Doctor) -> None:
+    doctor.fault("broker terminated", broker=0)
+    failed(doctor, "broker-1", at=doctor.now - 1)
+
+
+def failed_before_another_fault(doctor: Doctor) -> None:
+    failed_though_up(doctor)
+    doctor.fault("healed")
+    doctor.fault("primary killed")
+
+
+def failed(doctor: Doctor, server: str, *, at: int) -> None:
+    """A call that HAProxy answers with 502 after it gave the call to this broker."""
+    result = {"status": 502, "server": server}
+    value = {"app": APP, "key": "k"}
+    doctor.call("keyed", value, result, type="info", at=at, until=at + 10)
 
 
 DOCTORED: dict[Callable[[Doctor], None], str] = {
@@ -244,6 +266,9 @@ DOCTORED: dict[Callable[[Doctor], None], str] = {
     refused_with_the_next_counter: "refused for a reason",
     refused_without_cause: "refused for a reason",
     failed_though_up: "only those in flight",
+    failed_at_another_broker: "only those in flight",
+    failed_while_one_was_restarted: "only those in flight",
+    failed_before_another_fault: "only those in flight",
 }
 
 
@@ -267,6 +292,17 @@ def test_a_doctored_history_breaks_its_rule(
     assert f"x {DOCTORED[doctored]}" in summary(history, violations)
     timeline(history, violations, tmp_path / "page.html")
     assert DOCTORED[doctored] in (tmp_path / "page.html").read_text()
+
+
+def test_a_call_in_flight_at_a_broker_that_is_killed_may_fail() -> None:
+    doctor = Doctor()
+    sound(doctor)
+    doctor.fault("broker killed", broker=0)
+    failed(doctor, "broker-1", at=doctor.now - 1)
+    doctor.fault("healed")
+    doctor.fault("primary killed")
+    failed(doctor, "broker-2", at=doctor.now + 1)
+    assert judge(doctor.history()) == []
 
 
 def test_each_replay_without_an_event_of_its_own_is_found() -> None:

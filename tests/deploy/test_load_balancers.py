@@ -31,7 +31,7 @@ from tests.support.processes import DEADLINE, free_port
 from tests.support.wire import Wire
 
 Balance = Callable[..., AbstractContextManager[LoadBalancer]]
-KINDS = {"haproxy": haproxy, "nginx": nginx}
+KINDS: dict[str, Balance] = {"haproxy": haproxy, "nginx": nginx}
 
 
 @pytest.fixture(params=KINDS)

@@ -122,9 +122,11 @@ def variables(home: Path, *, pages: Sequence[int], management: Sequence[int]) ->
 
 
 @contextmanager
-def haproxy(home: Path, **ports: Sequence[int]) -> Iterator[LoadBalancer]:
-    """HAProxy with `deploy/haproxy.cfg`, in front of the `pages` and `management` ports."""
-    argv = [program("haproxy"), "-f", str(DEPLOY / "haproxy.cfg")]
+def haproxy(
+    home: Path, configuration: Path = DEPLOY / "haproxy.cfg", **ports: Sequence[int]
+) -> Iterator[LoadBalancer]:
+    """HAProxy with this file, in front of the `pages` and `management` ports."""
+    argv = [program("haproxy"), "-f", str(configuration)]
     with _running(argv, variables(home, **ports), home) as running:
         yield running
 
