@@ -210,13 +210,22 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.split(",")))
 
 
+_WIDEST = {4: 8, 6: 7}  # bits of the widest private networks: 10.0.0.0/8 and fc00::/7
+
+
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
     try:
-        return tuple(dict.fromkeys(ip_network(item) for item in items(text)))
+        networks = tuple(dict.fromkeys(ip_network(item) for item in items(text)))
     except ValueError:
         raise ValueError(
             "networks with commas between, like 10.0.0.0/8,2001:db8::1, without host bits"
         ) from None
+    if any(network.prefixlen < _WIDEST[network.version] for network in networks):
+        raise ValueError(
+            "networks of /8 or narrower (IPv6: /7), because a caller inside chooses its address;"
+            " for a load balancer without a fixed address name its subnets, like 10.0.0.0/8"
+        )
+    return networks
 
 
 def _secrets(text: str) -> tuple[str, ...]:
