@@ -170,6 +170,7 @@ async def _postgres(parts: Parts) -> list[Finding]:
         recorded = await parts.durable.ledger.recorded()
         standbys = facts["synchronous_standbys"]
         findings.append(one_time(parts.settings.one_time, recorded.mode, standbys))
+        findings.append(event_months(**await parts.durable.events.months()))
     except Unavailable as fault:
         found, todo = "some are missing.", "Run `broker migrate`."
         if fault.reason == "postgres_denied":
@@ -208,6 +209,28 @@ def one_time(mode: str, recorded: str, standbys: str) -> Finding:
         f"{mode}; synchronous_standby_names is empty: a failover of Postgres may lose entries.",
         "Set synchronous_standby_names, if Postgres has a standby.",
     )
+
+
+def event_months(*, covered: bool, astray: bool) -> Finding:
+    """Check the monthly partitions of events. `covered`: this month and the next have theirs.
+    `astray`: some events belong to no month.
+    """
+    check = "event months"
+    if not covered:
+        return Finding(
+            check,
+            True,
+            "this month or the next has no partition; its events go to events_default.",
+            "Let an instance of this release run, and look for its log line `housekeeping_failed`.",
+        )
+    if astray:
+        return Finding(
+            check,
+            True,
+            "events_default has events: their time was in no month.",
+            "Check the clocks of all instances. Retention deletes those events like others.",
+        )
+    return Finding(check, True, "this and the next are there")
 
 
 def postgres_version(major: int) -> Finding:

@@ -1208,8 +1208,8 @@ def test_doctor_finds_all_well(
     findings = _findings(done.out)
     assert all(f.ok and f.todo == "" for f in findings)
     assert [f.check for f in findings] == [
-        "settings", "ports", "metrics", "postgres", "clock", "migrations", "one-time", "redis",
-        "clock", "eviction", "term", "debug command", "secret key", "apps",
+        "settings", "ports", "metrics", "postgres", "clock", "migrations", "one-time",
+        "event months", "redis", "clock", "eviction", "term", "debug command", "secret key", "apps",
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
@@ -1417,6 +1417,21 @@ def test_doctor_tells_why_a_store_can_not_be_used(
 def test_what_doctor_makes_of_a_fact(finding: Finding, ok: bool, found: str) -> None:
     assert (finding.ok, finding.found) == (ok, found)
     assert bool(finding.todo) is not ok
+
+
+@pytest.mark.parametrize(
+    ("covered", "astray", "found"),
+    [
+        (True, False, "this and the next are there"),
+        (False, False, "this month or the next has no partition; its events go to events_default."),
+        (False, True, "this month or the next has no partition; its events go to events_default."),
+        (True, True, "events_default has events: their time was in no month."),
+    ],
+)
+def test_doctor_warns_of_events_without_a_month(covered: bool, astray: bool, found: str) -> None:
+    finding = doctor.event_months(covered=covered, astray=astray)
+    assert (finding.ok, finding.found) == (True, found)
+    assert bool(finding.todo) is (not covered or astray)
 
 
 def test_what_is_to_be_done_is_said_wherever_something_is() -> None:
