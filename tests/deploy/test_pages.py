@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -13,12 +14,14 @@ import yaml
 
 from broker.cli import parser
 from broker.cli.parsing import Usage
+from broker.embedded import EmbeddedStores
 from broker.settings import PREFIX
 from tests.deploy.test_monitoring import RULES, labels_of_metrics
-from tests.project.test_docs import MONITORING, PAGES, log_events, setting_names
+from tests.project.test_docs import MONITORING, PAGES, SOURCES, log_events, setting_names
 from tests.support.load_balancers import DEPLOY, variables
 from tests.support.pages import blocks, without_blocks
 from tests.support.parts import program
+from tests.support.servers import session_of
 
 RUNBOOK, PROXIES = "deploy/RUNBOOK.md", "deploy/PROXIES.md"
 WORDS = ("Means", "Look at", "Do")
@@ -129,3 +132,41 @@ def test_haproxy_accepts_what_the_page_on_proxies_shows(tmp_path: Path) -> None:
         said = done.stdout + done.stderr
         judged = re.findall(r"(?i)warn|alert|emerg", said)
         assert (done.returncode, judged) == (0, []), said
+
+
+def fields_of_log_lines() -> dict[str, set[str]]:
+    """The fields of each log line, by its event. A call that unpacks a mapping may have any key of
+    its module, and those of `fault`.
+    """
+    found: dict[str, set[str]] = {}
+    for text in SOURCES.values():
+        unpacked = {"error", "trace", *re.findall(r'"(\w+)"', text)}
+        for call in ast.walk(ast.parse(text)):
+            match call:
+                case ast.Call(args=[ast.Constant(str(event)), *_], keywords=keywords):
+                    for keyword in keywords:
+                        found.setdefault(event, set()).update(
+                            unpacked if keyword.arg is None else {keyword.arg}
+                        )
+    return found
+
+
+def test_fields_of_a_log_line_exist() -> None:
+    """Those that the runbook says to look at."""
+    known = fields_of_log_lines()
+    _, *rows = re.findall(r"^\| (`\w.*)$", section(RUNBOOK, "## Log lines"), re.M)
+    for row in rows:
+        events, _, look_at, *_ = row.split(" | ")
+        named = set(re.findall(r"`(\w+)`", look_at)) - set(log_events())
+        fields = {field for event in re.findall(r"`(\w+)`", events) for field in known[event]}
+        assert named <= fields, events
+
+
+async def test_the_runbook_s_query_finds_a_long_transaction(stores: EmbeddedStores) -> None:
+    (query,) = blocks(RUNBOOK, "sql")
+    async with session_of(stores) as blocking, session_of(stores) as operator:
+        pid = await blocking.fetchval("SELECT pg_backend_pid()")
+        async with blocking.transaction():
+            await blocking.execute("LOCK TABLE events")
+            found = await operator.fetch(query.replace("10 seconds", "0 seconds"))
+            assert (pid, "LOCK TABLE events") in [(row["pid"], row["query"]) for row in found]
