@@ -82,12 +82,19 @@ class Caller:
         told: Callable[[Any], dict[str, Any]] = lambda _: {},
         *,
         via: Door | None = None,
+        repeat: str = "",
         **value: Any,
     ) -> Outcome:
-        """Make a call and record it. `told` reads what the history keeps of a success."""
+        """Make a call and record it. `told` reads what the history keeps of a success. `repeat` is
+        the call's Idempotency-Key.
+        """
         door = via or self.door
         process = self._free.pop() if self._free else self.new_process()
         value = {"app": app.id, **value, **({"via": via.name} if via else {})}
+        headers = request.headers(app)
+        if repeat:
+            value["repeat"] = mark(repeat)
+            headers["Idempotency-Key"] = repeat
         self.recorder.write(process, "invoke", f, value)
         kind: Type = "info"
         result: dict[str, Any] = {"fault": "cancelled"}
@@ -97,7 +104,7 @@ class Caller:
                 request.method,
                 (door.keyed if request.auth else door.pages) + request.path,
                 data=None if request.body is None else orjson.dumps(request.body),
-                headers=request.headers(app),
+                headers=headers,
             ) as response:
                 status, raw = response.status, await response.read()
             with contextlib.suppress(orjson.JSONDecodeError):
@@ -118,7 +125,9 @@ class Caller:
         self._made += 1
         return self._made
 
-    async def open(self, app: App, user: str, dialect: Dialect, purpose: Purpose) -> str | None:
+    async def open(
+        self, app: App, user: str, dialect: Dialect, purpose: Purpose, *, repeat: str = ""
+    ) -> str | None:
         """The transaction; "" in a dialect that has none, None after a failure."""
         request = dialect.open(app, purpose, user)
         if request is None:
@@ -128,6 +137,7 @@ class Caller:
             app,
             request,
             lambda body: {"transaction": mark(dialect.opened(body))},
+            repeat=repeat,
             user=user,
             purpose=purpose,
             dialect=dialect.name,
@@ -209,13 +219,14 @@ class Caller:
         app, user, purpose = ceremony.app, ceremony.user, ceremony.purpose
         return Finished(True, Proof(app, user, by, purpose, answer["id"], nonce))
 
-    async def redeem(self, proof: Proof, *, via: Door | None = None) -> Outcome:
+    async def redeem(self, proof: Proof, *, via: Door | None = None, repeat: str = "") -> Outcome:
         return await self.call(
             "redeem",
             proof.app,
             proof.dialect.redeem(proof.app, proof.nonce),
             proof.dialect.receipt,
             via=via,
+            repeat=repeat,
             user=proof.user,
             purpose=proof.purpose,
             dialect=proof.dialect.name,

@@ -8,7 +8,7 @@ it may have spent explains a later refusal.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tests.chaos.history import Call, History
 
 NONCE_LIFE = 60.0  # seconds; the policy's default
 CEREMONY_LIFE = 300.0
+REPEAT_LIFE = 60.0
 KEYS_SETTLE = 1.0  # promise 13
 TERM_SETTLES = 1.5  # seconds in which a broker may stamp values with an earlier term, or learn one
 _ENDS_AVAILABILITY = ("broker killed", "broker terminated")
@@ -53,13 +54,39 @@ def _by(calls: Iterable[Call], *names: str) -> dict[tuple[Any, ...], list[Call]]
 
 def bought_once(history: History) -> Iterator[Violation]:
     """Promises 1 and 2: of any number of takes of a nonce, a ceremony or a transaction, one
-    succeeds.
+    succeeds. Takes with one Idempotency-Key count as one.
     """
     for f, name in (("redeem", "nonce"), ("finish", "ceremony"), ("finish", "transaction")):
         for calls in _by(history.of(f), name).values():
             bought = [call for call in calls if call.ok]
-            if len(bought) > 1:
+            if len(bought) > 1 and not _is_one(bought):
                 yield Violation("bought once", f"{name} bought {len(bought)} times", tuple(bought))
+
+
+def _is_one(calls: Sequence[Call]) -> bool:
+    """True if all calls have the same Idempotency-Key."""
+    return len({call.value.get("repeat", call.process) for call in calls}) == 1
+
+
+def repeats_agree(history: History) -> Iterator[Violation]:
+    """Promise 8: for a minute, a call that is repeated with its Idempotency-Key gets the answer of
+    the first success. A change of term may have taken what it needs.
+    """
+    windows = _ended_values(history)
+    for calls in _by(history.of("open", "redeem"), "app", "repeat").values():
+        first = min((c for c in calls if c.ok), key=lambda c: c.completed, default=None)
+        for call in calls:
+            if (
+                first is None
+                or call.type == "info"
+                or call.invoked < first.completed
+                or call.completed - first.invoked > REPEAT_LIFE
+                or _revocations(history, call)
+                or any(b <= call.completed and first.invoked <= e for b, e in windows)
+            ):
+                continue
+            if not call.ok or call.result != first.result:
+                yield Violation("repeats agree", "a repeated call has another end", (first, call))
 
 
 def refused_once(history: History) -> Iterator[Violation]:
@@ -229,7 +256,7 @@ def no_crossing(history: History) -> Iterator[Violation]:
     for f, name in (("open", "transaction"), ("begin", "ceremony"), ("finish", "nonce")):
         for calls in _by((c for c in history.of(f) if c.ok), name).values():
             given = {call.process for call in calls}
-            if len(calls) > 1 and name in calls[0].result:
+            if len(calls) > 1 and name in calls[0].result and not _is_one(calls):
                 yield Violation("no crossing", f"{len(given)} callers got one {name}", tuple(calls))
 
 
@@ -431,6 +458,8 @@ def replays_are_events(history: History) -> Iterator[Violation]:
         for call in calls:
             if first is None or call.type != "fail" or call.invoked < first.completed:
                 continue
+            if "repeat" in call.value and _is_one((first, call)):
+                continue
             if (
                 call.result["request"] not in told
                 and counts[call.value["app"]] < LIMIT
@@ -441,6 +470,7 @@ def replays_are_events(history: History) -> Iterator[Violation]:
 
 RULES: tuple[Rule, ...] = (
     bought_once,
+    repeats_agree,
     refused_once,
     refused_writes_nothing,
     own_door,

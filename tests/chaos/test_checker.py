@@ -99,8 +99,10 @@ class Doctor:
         self.call("begin", {**SIGN_IN, "transaction": f"t{number}"}, {"ceremony": f"c{number}"})
         self.call("finish", value, {"nonce": f"n{number}"})
 
-    def redeem(self, number: int = 1, *, type: str = "ok", **result: Any) -> None:
-        value = {**SIGN_IN, "nonce": f"n{number}"}
+    def redeem(
+        self, number: int | str = 1, *, type: str = "ok", repeat: str = "", **result: Any
+    ) -> None:
+        value = {**SIGN_IN, "nonce": f"n{number}", **({"repeat": repeat} if repeat else {})}
         told = (
             {"user": USER, "credential": "cred"}
             if type == "ok"
@@ -110,17 +112,39 @@ class Doctor:
 
 
 def sound(doctor: Doctor) -> None:
-    """Registers, signs in twice, redeems, redeems again in vain."""
+    """Registers, signs in twice, redeems, redeems again in vain; repeats an open and a
+    redemption.
+    """
+    doctor.call("open", {**SIGN_IN, "repeat": "o"}, {"transaction": "t0"})
+    doctor.call("open", {**SIGN_IN, "repeat": "o"}, {"transaction": "t0"})
     doctor.register()
     doctor.sign_in(1)
     doctor.redeem(1)
     doctor.redeem(1, type="fail")
     doctor.sign_in(2)
     doctor.redeem(2)
+    doctor.redeem("r", repeat="r")
+    doctor.redeem("r", repeat="r")
 
 
 def nonce_twice(doctor: Doctor) -> None:
     doctor.redeem(2)
+
+
+def nonce_by_two_keys(doctor: Doctor) -> None:
+    doctor.redeem("r", repeat="s")
+
+
+def nonce_again_without_the_key(doctor: Doctor) -> None:
+    doctor.redeem("r")
+
+
+def repeated_in_vain(doctor: Doctor) -> None:
+    doctor.redeem("r", repeat="r", type="fail")
+
+
+def repeated_with_another_answer(doctor: Doctor) -> None:
+    doctor.call("open", {**SIGN_IN, "repeat": "o"}, {"transaction": "t5"})
 
 
 def ceremony_twice(doctor: Doctor) -> None:
@@ -247,6 +271,10 @@ def failed(doctor: Doctor, server: str, *, at: int) -> None:
 
 DOCTORED: dict[Callable[[Doctor], None], str] = {
     nonce_twice: "bought once",
+    nonce_by_two_keys: "bought once",
+    nonce_again_without_the_key: "bought once",
+    repeated_in_vain: "repeats agree",
+    repeated_with_another_answer: "repeats agree",
     ceremony_twice: "bought once",
     transaction_twice: "bought once",
     tried_again: "refused once",

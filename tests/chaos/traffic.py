@@ -70,6 +70,10 @@ class Traffic:
         self._users += 1
         return f"user-{self._users}"
 
+    def new_repeat(self) -> str:
+        """A new Idempotency-Key."""
+        return f"{self.chance.getrandbits(128):x}"
+
     def new_device(self) -> Authenticator:
         """An authenticator. Half of them count; a counter alone would refuse a repeated answer."""
         return Authenticator(counts=self.chance.random() < 0.5)
@@ -109,9 +113,15 @@ class Traffic:
             return await self.finish_twice(ceremony, answer)
 
     async def redeem_twice(self, proof: Proof) -> None:
-        """Redeem, in half of the cases twice at the same time, in some once more afterwards."""
+        """Redeem, in half of the cases twice at the same time, in some once more afterwards; in
+        half of the cases all but the last with one Idempotency-Key, where the dialect has it.
+        """
+        has_key = proof.dialect is not PASSLOCK
+        repeat = self.new_repeat() if has_key and self.chance.random() < 0.5 else ""
         times = 2 if self.chance.random() < 0.5 else 1
-        await asyncio.gather(*(self.caller.redeem(proof) for _ in range(times)))
+        await asyncio.gather(*(self.caller.redeem(proof, repeat=repeat) for _ in range(times)))
+        if repeat:
+            await self.caller.redeem(proof, repeat=repeat)
         if self.chance.random() < 0.3:
             await self.caller.redeem(proof)
 
@@ -223,6 +233,23 @@ class Traffic:
         if finished.proof:
             await self.caller.redeem(finished.proof)
 
+    async def open_again(self) -> None:
+        """A backend opens a transaction several times with one Idempotency-Key, and a page
+        registers on it.
+        """
+        app, user, repeat = self.chance.choice(self.apps), self.new_user(), self.new_repeat()
+        opened = [
+            await self.caller.open(app, user, FLEX, "register", repeat=repeat) for _ in range(3)
+        ]
+        if opened[-1] is None:
+            return
+        ceremony = await self.caller.begin(app, user, FLEX, "register", opened[-1])
+        if ceremony is not None:
+            device = self.new_device()
+            answer = device.register(ceremony.options, ORIGIN)
+            if (await self.caller.finish(ceremony, answer)).ok:
+                self.passkeys.append(Passkey(app, user, device, answer["id"]))
+
     async def cancel(self) -> None:
         """A transaction is cancelled, and begun and finished afterwards."""
         app, user = self.chance.choice(self.apps), self.new_user()
@@ -263,6 +290,7 @@ class Traffic:
             (self.two_pages, 2),
             (self.revoke, 3),
             (self.revoke_all, 2),
+            (self.open_again, 2),
             (self.cancel, 1),
             (self.rotate, 1),
         )
