@@ -144,10 +144,9 @@ def fields_of_log_lines() -> dict[str, set[str]]:
         for call in ast.walk(ast.parse(text)):
             match call:
                 case ast.Call(args=[ast.Constant(str(event)), *_], keywords=keywords):
+                    fields = found.setdefault(event, set())
                     for keyword in keywords:
-                        found.setdefault(event, set()).update(
-                            unpacked if keyword.arg is None else {keyword.arg}
-                        )
+                        fields |= unpacked if keyword.arg is None else {keyword.arg}
     return found
 
 
@@ -157,7 +156,7 @@ def test_fields_of_a_log_line_exist() -> None:
     _, *rows = re.findall(r"^\| (`\w.*)$", section(RUNBOOK, "## Log lines"), re.M)
     for row in rows:
         events, _, look_at, *_ = row.split(" | ")
-        named = set(re.findall(r"`(\w+)`", look_at)) - set(log_events())
+        named = set(re.findall(r"`([a-z_]+)`", look_at)) - set(log_events())
         fields = {field for event in re.findall(r"`(\w+)`", events) for field in known[event]}
         assert named <= fields, events
 
