@@ -84,6 +84,7 @@ class ClusterRouter:
         self._reading: asyncio.Task[None] | None = None
         self._next_read = 0.0
         self._doubted = False
+        self._closed_changes = 0  # of terms, by connections that are closed
         self._fault: BaseException | None = None  # why a node did not tell the topology
 
     async def ask(self, *command: Any, limit: float, patient: bool = False) -> Any:
@@ -110,6 +111,7 @@ class ClusterRouter:
                 asking = not isinstance(redirection, MovedError)
                 address = (redirection.host.strip("?") or address[0], redirection.port)
                 if not asking and self._owners:
+                    self._hand_over(self._owners[slot], address)
                     self._owners[slot] = address
                     self._doubt()
                 if sends == _SENDS:
@@ -140,6 +142,11 @@ class ClusterRouter:
         """Have the terms of the nodes read anew."""
         for node in self._nodes.values():
             node.forget_terms()
+
+    @property
+    def term_changes(self) -> int:
+        """How often a term was another one than the last one known of these slots."""
+        return self._closed_changes + sum(node.term_changes for node in self._nodes.values())
 
     async def survey(self, *command: Any, connections: int, limit: float) -> list[list[Any]]:
         """The replies to a command without keys, of each master that owns slots, over so many new
@@ -242,7 +249,9 @@ class ClusterRouter:
             if answers and answers.keys() >= self._masters and not self._doubted:
                 for address in self._nodes.keys() - self._masters:
                     if self._nodes[address].idle:
-                        await self._nodes.pop(address).close()
+                        leaving = self._nodes.pop(address)
+                        self._closed_changes += leaving.term_changes
+                        await leaving.close()
                 if self._nodes.keys() <= self._masters:
                     return
 
@@ -282,9 +291,18 @@ class ClusterRouter:
         owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         for _, _, owner, first, last in sorted(frozenset().union(*(a.claims for a in answers))):
             owners[first : last + 1] = [owner] * (last + 1 - first)
+        for former, taker in set(zip(self._owners, owners, strict=False)):
+            self._hand_over(former, taker)
         self._owners, self._probes = owners, []
         self._masters = frozenset(owner for owner in owners if owner is not None)
         self._known = frozenset().union(*(answer.nodes for answer in answers))
+
+    def _hand_over(self, former: Address | None, owner: Address | None) -> None:
+        """Carry the former owner's term over, so that the new owner's counts as a change."""
+        left = self._nodes.get(former) if former and former != owner else None
+        if owner and left and left.known_term:
+            taker = self._node(owner)
+            taker.known_term = taker.known_term or left.known_term
 
 
 def _key(command: tuple[Any, ...]) -> bytes | None:

@@ -308,6 +308,8 @@ class MultiplexedConnection:
         self._batch = Batch() if batch is None else batch
         self._on_end = on_end
         self._stream: _Stream | None = None
+        self.known_term = b""  # the last one, of any stream
+        self.term_changes = 0
 
     @property
     def idle(self) -> bool:
@@ -338,6 +340,9 @@ class MultiplexedConnection:
         if not stream.term or stream.term_until <= now:
             stream.term_until = now + _TERM_AGE
             stream.term = term_of(await self.ask("INFO", "replication", limit=limit))
+            if stream.term and stream.term != self.known_term:
+                self.term_changes += self.known_term != b""
+                self.known_term = stream.term
         return stream.term
 
     def forget_terms(self) -> None:

@@ -46,6 +46,11 @@ class Script:
 class Commands(Protocol):
     """One server, or a cluster."""
 
+    @property
+    def term_changes(self) -> int:
+        """How often `term` read another term than before of that server or of its slots."""
+        ...
+
     def ask(self, *command: Any, limit: float, patient: bool = False) -> Awaitable[Any]:
         """The reply to one command within `limit` seconds; bytes, integers, None and lists of
         these.
@@ -99,6 +104,7 @@ class Transport:
         self._faults = Faults(metrics, log, time.monotonic)
         self._unanswered = 0
         metrics.queued.add(lambda: self._unanswered, "redis")
+        metrics.redis_term_changes.add(lambda: commands.term_changes)
         self.tell = self._faults.tell
         self.forget_terms = commands.forget_terms
 
@@ -219,6 +225,8 @@ class Transport:
 
 class ByClient:
     """A client of redis-py that stands in for a server in tests."""
+
+    term_changes = 0
 
     def __init__(self, client: Redis) -> None:
         client.response_callbacks.clear()  # replies stay raw

@@ -199,6 +199,11 @@ class Metrics:
             "broker_store_failures", "Failures of a store.", "store", "operation"
         )
         self.redis_failures = Counts("broker_redis_failures", "Failed commands to Redis.", "cause")
+        self.redis_term_changes = Readings(
+            "broker_redis_term_changes",
+            "Terms of Redis that differ from the last one known.",
+            family=CounterMetricFamily,
+        )
         self.requests = Times(
             "broker_request_seconds", "Time of a request.", "route", "status", buckets=_STEPS
         )

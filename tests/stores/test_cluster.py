@@ -691,6 +691,7 @@ async def test_a_master_that_fails_is_left(
     failures = {labels[0] for labels in metrics.redis_failures.values}
     assert failures <= {"timeout", "connection", "cluster_down"}
     assert failures
+    assert metrics.registry.get_sample_value("broker_redis_term_changes_total") == 1
 
     await reached(broker.parts.ephemeral.check)  # an idle broker learns of it by its readiness
     nonce = await wire.authenticate(None, device)

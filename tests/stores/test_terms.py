@@ -35,7 +35,7 @@ from tests.stores.test_ephemeral import (
     registration,
 )
 from tests.support.processes import until
-from tests.support.servers import Valkey
+from tests.support.servers import Valkey, reached
 
 EACH = 5  # values of each of the eight kinds
 ALL = 40
@@ -281,6 +281,27 @@ async def test_a_store_that_takes_nothing_learns_of_a_term_too(pair: Pair) -> No
     nonce = MINT.token("nonce")
     await store.nonces.put(APP, nonce, redeemable(pair.primary))
     assert isinstance(await taker.nonces.take(APP, nonce), Taken)
+
+
+async def test_changes_of_the_term_are_counted(pair: Pair, tmp_path: Path) -> None:
+    """Also those that a new connection meets. The first term is no change."""
+    store = pair.primary.store()
+    assert await changes_after_a_put(pair.primary, store) == 0
+    pair.follow(pair.replica, pair.primary)
+    assert await changes_after_a_put(pair.primary, store) == 1
+    assert await changes_after_a_put(pair.primary, store) == 1
+    old = server(pair.primary)
+    old.stop()
+    pair.primary.server = Valkey.start(tmp_path / "primary", port=old.port)
+    assert await changes_after_a_put(pair.primary, store) == 2
+
+
+async def changes_after_a_put(place: Place, store: Ephemeral) -> float | None:
+    """The metric after a put that reads the term."""
+    store._transport.forget_terms()
+    nonce = MINT.token("nonce")
+    await reached(lambda: store.nonces.put(APP, nonce, redeemable(place)))
+    return place.metrics.registry.get_sample_value("broker_redis_term_changes_total")
 
 
 async def test_a_tombstone_of_another_term_is_believed(pair: Pair) -> None:
