@@ -5,7 +5,8 @@ first tries to take an advisory lock. So one of many instances works, and the ot
 pass. A batch has at most `BATCH` rows, keeps within the limit of any wait for Postgres, and skips
 rows that another transaction has locked. A pause of several times the batch's length follows, so
 that requests go first. A failed batch ends the chore's pass and counts in
-`broker_housekeeping_failures_total`. The next batch is half as large.
+`broker_housekeeping_failures_total`. The next batch is half as large. Postgres ends a batch whose
+instance hangs, and its locks.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _HAS_NOTHING = (
 )
 _REST = 4  # times as long as a batch took
 _SHORTEST_REST = 0.02  # seconds
+_IDLE = 2.0  # seconds that Postgres waits for an instance that hangs in a batch and holds its locks
 _LOCK = 0x636C_6561_6E75_70  # "cleanup"
 _CHANCE = random.Random()  # noqa: S311 - spreads the passes of instances that started together
 
@@ -146,7 +148,13 @@ class Housekeeping:
 
         async def work(connection: Connection) -> _Batch | None:
             async with connection.transaction():
-                if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
+                alone = await connection.fetchval(
+                    "SELECT pg_try_advisory_xact_lock($1),"
+                    " set_config('idle_in_transaction_session_timeout', $2, true)",
+                    _LOCK,
+                    str(round(_IDLE * 1000)),
+                )
+                if not alone:
                     return None
                 return await chore(connection, now, size)
 

@@ -444,6 +444,29 @@ async def test_a_batch_that_fails_is_counted_and_the_next_one_is_smaller(house: 
     assert keeping._sizes["events"] == BATCH
 
 
+async def test_an_instance_that_hangs_in_a_batch_does_not_keep_its_locks(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping, "_IDLE", 0.05)
+    keeping, resumed = house.keeping(), asyncio.Event()
+
+    async def hang(connection: Any, *_: object) -> housekeeping._Batch:
+        await connection.execute("LOCK TABLE events")
+        await resumed.wait()
+        return housekeeping._Batch(0, more=False)
+
+    keeping._chores = {"events": hang}
+    batch = asyncio.create_task(keeping.clean())
+    held = "SELECT count(*) FROM pg_locks WHERE relation = 'events'::regclass AND granted"
+    while not await house.session.fetchval(held):
+        assert not batch.done()
+        await asyncio.sleep(0.005)  # between two looks
+    await new_app(house.durable)  # waits for the lock
+    resumed.set()
+    assert await batch == {}
+    assert house.metric("failures", "events") == 1
+
+
 async def test_a_broker_cleans_up_by_its_setting(
     house: House, start_broker: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
