@@ -7,19 +7,11 @@ What the stores make of it, and what a lost reply means, is in tests/stores/test
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import datetime
-import ipaddress
-import ssl
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from redis.exceptions import ConnectionError as Lost
 from redis.exceptions import ResponseError
 
@@ -27,6 +19,8 @@ from broker.cli import process
 from broker.ephemeral import connect
 from broker.ephemeral.connection import MultiplexedConnection
 from broker.ephemeral.transport import Commands
+from tests.support.load_balancers import certificate
+from tests.support.relay import Door, relay
 from tests.support.servers import Valkey, eventually
 
 LIMIT = 5.0
@@ -40,80 +34,14 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that signs itself, for the loopback address, with its key in the same file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder(
-            name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1)
-        )
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("certificate") / "both.pem"
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
-    return path
-
-
-@dataclass(slots=True)
-class Door:
-    """In front of the server: forwards bytes, and closes what is open when told to."""
-
-    url: str = ""
-    open: set[asyncio.StreamWriter] = field(default_factory=set)
-    connections: int = 0
-
-    def close(self) -> None:
-        for writer in self.open:
-            writer.close()
-
-
 @pytest.fixture(params=["plain", "TLS"])
 async def door(
-    request: pytest.FixtureRequest, valkey: Valkey, certificate: Path
+    request: pytest.FixtureRequest, valkey: Valkey, tmp_path: Path
 ) -> AsyncIterator[Door]:
-    made, tasks = Door(), set[asyncio.Task[None]]()
-    context = None
-    if request.param == "TLS":
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate)
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        made.connections += 1
-        made.open.add(writer)
-        upstream = await valkey.connect()
-        await asyncio.gather(pump(reader, upstream[1]), pump(upstream[0], writer))
-        made.open.discard(writer)
-        tasks.discard(task)
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    port = server.sockets[0].getsockname()[1]
-    made.url = (
-        f"rediss://127.0.0.1:{port}/?ssl_ca_certs={certificate}" if context else valkey.url_at(port)
-    )
-    yield made
-    server.close()
-    made.close()
-    if tasks:
-        await asyncio.wait(tasks)
+    """In front of the server."""
+    trust = certificate(tmp_path) if request.param == "TLS" else None
+    async with relay(valkey.connect, trust) as made:
+        yield made
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from broker.ephemeral import connect
 from broker.ephemeral.connection import MultiplexedConnection
 from broker.ephemeral.sentinel import SentinelPool
 from broker.ephemeral.transport import DOWN, Commands
+from tests.support.load_balancers import certificate
 from tests.support.processes import DEADLINE, until
+from tests.support.relay import Door, relay
 from tests.support.servers import Sentinels, Valkey
 
 LIMIT = 0.8
@@ -39,8 +41,8 @@ def url_of(sentinels: Sentinels, *more: Valkey) -> str:
 
 
 @asynccontextmanager
-async def commands(url: str) -> AsyncIterator[Commands]:
-    made = connect(url, timeout=LIMIT)
+async def commands(url: str, limit: float = LIMIT) -> AsyncIterator[Commands]:
+    made = connect(url, timeout=limit)
     try:
         yield made
     finally:
@@ -129,6 +131,67 @@ async def test_the_newest_configuration_counts(sentinels: Sentinels, tmp_path: P
     finally:
         cut_off.stop()
         lone.stop()
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """A primary without replicas."""
+    made = Valkey.start(tmp_path_factory.mktemp("lone"), password=SECRET[::-1])
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("encrypted", [("Sentinel",), ("primary",), ("Sentinel", "primary")])
+async def test_tls_with_sentinels_is_apart_from_the_primarys(
+    lone: Valkey, tmp_path: Path, encrypted: tuple[str, ...]
+) -> None:
+    """Each has a certificate and a password of its own, and the other's CA is refused.
+
+    The Valkey at hand has no TLS, so relays end it. The Sentinel itself speaks no TLS with the
+    primary: it calls the primary down, and names its address all the same.
+    """
+    ca = {}
+    for name in ("Sentinel", "primary"):
+        (tmp_path / name).mkdir()
+        ca[name] = certificate(tmp_path / name)
+
+    def own(name: str) -> Path | None:
+        return ca[name] if name in encrypted else None
+
+    async with relay(lone.connect, own("primary")) as primary:
+        seen = Valkey(lone.process, primary.port)
+        watcher = Sentinels([lone], []).watch(tmp_path / "watcher", SECRET, seen)
+        try:
+            async with relay(watcher.connect, own("Sentinel")) as sentinel:
+                url = tls_url(sentinel.port, {name: ca[name] for name in encrypted})
+                async with commands(url, DEADLINE) as made:
+                    assert await made.ask("PING", limit=DEADLINE) == b"PONG"
+                for name, door in (("Sentinel", sentinel), ("primary", primary)):
+                    if name in encrypted:
+                        (other,) = ca.keys() - {name}
+                        wrong = {each: ca[each] for each in encrypted} | {name: ca[other]}
+                        await is_refused(tls_url(sentinel.port, wrong), door)
+        finally:
+            watcher.stop()
+
+
+def tls_url(port: int, trusted: dict[str, Path]) -> str:
+    """The URL with both passwords, a Sentinel's port, and the CAs of what speaks TLS."""
+    scheme = "rediss" if "primary" in trusted else "redis"
+    options = f"sentinel_password={SECRET}&sentinel_tls={'yes' if 'Sentinel' in trusted else 'no'}"
+    for name, prefix in (("Sentinel", "sentinel_"), ("primary", "")):
+        if name in trusted:
+            options += f"&{prefix}ssl_ca_certs={trusted[name]}"
+    return f"{scheme}+sentinel://:{SECRET[::-1]}@127.0.0.1:{port}/main?{options}"
+
+
+async def is_refused(url: str, door: Door) -> None:
+    """No TLS handshake with the door succeeds."""
+    before = door.connections
+    async with commands(url, DEADLINE) as made:
+        with pytest.raises(DOWN):
+            await made.ask("PING", limit=DEADLINE)
+    assert door.connections == before
 
 
 async def test_tls_and_credentials_of_sentinels_are_apart() -> None:
