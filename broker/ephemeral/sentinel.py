@@ -63,8 +63,7 @@ class SentinelPool(SentinelConnectionPool):
         told = await asyncio.gather(*map(self._ask, self._sentinels), return_exceptions=True)
         states = [state for state in told if not isinstance(state, BaseException)]
         if not states:
-            faults = {type(fault).__name__ for fault in told}
-            raise MasterNotFoundError(f"no Sentinel names the primary: {', '.join(faults)}")
+            raise MasterNotFoundError("no Sentinel names the primary") from told[0]
         newest = max(states, key=lambda state: int(state["config-epoch"]))
         return newest["ip"], int(newest["port"])
 

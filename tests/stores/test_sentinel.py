@@ -14,6 +14,7 @@ from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSL
 
 from broker.ephemeral import connect
 from broker.ephemeral.connection import MultiplexedConnection
+from broker.ephemeral.faults import cause_of
 from broker.ephemeral.sentinel import SentinelPool
 from broker.ephemeral.transport import DOWN, Commands
 from tests.support.load_balancers import certificate
@@ -76,6 +77,7 @@ async def test_without_the_sentinels_own_credentials_nothing_is_found(
         with pytest.raises(DOWN) as caught:
             await made.ask("PING", limit=LIMIT)
     assert SECRET not in repr(caught.value)
+    assert cause_of(caught.value)[0] == "auth", "the log says so"
 
 
 async def test_a_connection_takes_the_passwords_of_then(sentinels: Sentinels) -> None:
