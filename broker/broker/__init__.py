@@ -84,7 +84,7 @@ from broker.signing import Signing
 from broker.telemetry import Log, Metrics
 from broker.tokens import Mint, SystemMint
 
-__all__ = ["Begun", "Broker", "Nonce", "Outcome", "Signed"]
+__all__ = ["Begun", "Broker", "Nonce", "Outcome", "Signed", "require_binding"]
 
 _ANY_RECEIPT = ExpectedReceipt()
 

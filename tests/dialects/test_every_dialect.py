@@ -76,6 +76,67 @@ async def _is_refused(sign_in: SignIn, wire: Wire, device: Authenticator) -> Non
     assert b"The passkey could not be verified" in told.value.answer.body
 
 
+@pytest.mark.parametrize(
+    ("run", "user"),
+    [
+        *((run, "new") for name, run in REGISTER.items() if name != "propelauth"),
+        *((run, "ann") for name, run in BY_NAME.items() if name != "propelauth"),
+        *((run, None) for run in WITHOUT.values()),
+    ],
+)
+async def test_a_required_binding_is_asked_for_before_the_authenticator_is(
+    broker: Started, open_app: OpenApp, device: Authenticator, run: SignIn, user: str | None
+) -> None:
+    """A dialect whose finish gives a nonce or a token begins nothing without a binding."""
+    wire = await open_app(Policy(binding_required=True))
+    await Byo(wire).register("ann", device)
+    with (
+        refused(broker, "invalid_request", "binding_missing"),
+        pytest.raises((UnexpectedStatus, AssertionError), match=r"400|BadRequest"),
+    ):
+        await run(wire, user, device)
+
+
+async def test_a_finish_that_gives_its_keyed_caller_the_receipt_needs_no_binding(
+    open_app: OpenApp, device: Authenticator
+) -> None:
+    """There is no nonce that could reach another browser's session."""
+    wire = await open_app(Policy(binding_required=True))
+    await REGISTER["propelauth"](wire, "ann", device)
+    assert await BY_NAME["propelauth"](wire, "ann", device) == "ann"
+    begun = await wire.keyed("POST", "/authenticate/start", {"external_id": "ann"})
+    credential = device.authenticate(begun.of(200)["options"], ORIGIN)
+    body = {"external_id": "ann", "credential": credential}
+    receipt = (await wire.keyed("POST", "/authenticate/finish", body)).of(200)
+    assert receipt["external_id"] == "ann"
+
+
+async def test_what_was_begun_before_a_binding_was_required_ends_without_a_proof(
+    broker: Started, open_app: OpenApp, device: Authenticator
+) -> None:
+    wire = await open_app()
+    hanko, passlock, key = Hanko(wire), Passlock(wire), Authenticator()
+    await REGISTER["flex"](wire, "ann", device)
+    code = (await passlock.authenticate("ann", device))["code"]
+    new = key.register(await hanko.begin_registration("new"), ORIGIN)
+    login = device.authenticate(await hanko.begin(user_id="ann"), ORIGIN)
+    token = await passlock.authorize_authentication("ann")
+    session, options = await passlock.begin("authentication", {"authenticationToken": token})
+
+    directory = broker.parts.directory
+    app = await directory.app(wire.app_id)
+    await directory.update_app(replace(app, policy=Policy(binding_required=True)))
+    with refused(broker, "transaction_not_found", "binding_missing", times=2):
+        assert (await hanko.page("/registration/finalize", new)).status == 400
+        assert (await hanko.page("/login/finalize", login)).status == 401
+    with refused(broker, "transaction_not_found", "binding_missing"):
+        answer = device.authenticate(options, ORIGIN)
+        assert (await passlock.finish("authentication", session, answer)).status == 400
+    with refused(broker, "invalid_nonce", "binding_mismatch"):
+        assert (await passlock.keyed("GET", f"/principal/{code}")).status == 404
+    assert [p["credentialId"] for p in await Byo(wire).passkeys("new")] == []
+
+
 @ON_BOTH
 async def test_a_second_factor_is_one_in_every_dialect(broker: Started, wire: Wire) -> None:
     hanko, key, device = Hanko(wire), Authenticator(), Authenticator()

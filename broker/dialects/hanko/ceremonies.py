@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from aiohttp import hdrs, web
 
 from broker import ceremony
-from broker.broker import Signed
+from broker.broker import Signed, require_binding
 from broker.dialects.hanko import ALGORITHM, KEYLESS, OPENER, TOKEN_LIFE
 from broker.dialects.hanko.refusals import FIELDS
 from broker.dialects.hanko.serialised import go_json_again
@@ -75,6 +75,7 @@ async def _begin_registration(
         faults.append("icon must be a valid URL")
     judge(faults)
     names = Names(user_name, display_name if display_name.strip() else user_name)
+    require_binding(caller.app, options)
     begun = await request.app[BROKER].begin_registration(
         caller, ByChallenge(user_id), OPENER, names=names, options=options
     )
@@ -147,6 +148,7 @@ async def _begin_login(
     options: CeremonyOptions = NO_OPTIONS,
     approval: Approval | None = None,
 ) -> web.StreamResponse:
+    require_binding(caller.app, options)
     begun = await request.app[BROKER].begin_authentication(
         caller,
         ByChallenge(user_id),
