@@ -82,6 +82,7 @@ def repeats_agree(history: History) -> Iterator[Violation]:
                 or call.invoked < first.completed
                 or call.completed - first.invoked > REPEAT_LIFE
                 or _revocations(history, call)
+                or _of_user(history, call, "disable")
                 or any(b <= call.completed and first.invoked <= e for b, e in windows)
             ):
                 continue
@@ -229,6 +230,33 @@ def revoked_is_final(history: History) -> Iterator[Violation]:
                 )
 
 
+def disabled_is_final(history: History) -> Iterator[Violation]:
+    """Promise 18: after a user was disabled nothing begun before signs in, registers or redeems,
+    and nothing else does before the user is enabled.
+    """
+    begun = {
+        name: {key[0]: calls[0].invoked for key, calls in _by(history.of(f), name).items()}
+        for f, name in (("begin", "ceremony"), ("finish", "nonce"))
+    }
+    for call in history.of("finish", "redeem"):
+        name = "ceremony" if call.f == "finish" else "nonce"
+        since = begun[name].get(call.value[name], 0.0)
+        for disabled in _of_user(history, call, "disable"):
+            if not call.ok or not disabled.ok or call.invoked <= disabled.completed:
+                continue
+            enabled = [e for e in _of_user(history, call, "enable") if e.type != "fail"]
+            if since < disabled.completed or all(call.completed < e.invoked for e in enabled):
+                yield Violation(
+                    "disabled is final", f"a {call.f} of a disabled user", (disabled, call)
+                )
+
+
+def _of_user(history: History, call: Call, *names: str) -> list[Call]:
+    """The calls of these kinds that concern the user of this call."""
+    app, user = call.value["app"], call.value.get("user")
+    return [c for c in history.of(*names) if (c.value["app"], c.value["user"]) == (app, user)]
+
+
 def keys_are_revoked(history: History) -> Iterator[Violation]:
     """Promise 13: a revoked key is refused on every instance within one second."""
     revoked = {f.value["key"]: f.completed for f in history.faults if f.f == "key revoked"}
@@ -269,8 +297,8 @@ def no_faults(history: History) -> Iterator[Violation]:
 
 def refused_for_a_reason(history: History) -> Iterator[Violation]:
     """Every refusal has a cause in the history: the value was spent, replaced, cancelled or
-    expired, its passkey revoked, the answer wrong or older than another one of the passkey, its
-    term changed, or a fault ended values.
+    expired, its passkey revoked, its user disabled, the answer wrong or older than another one of
+    the passkey, its term changed, or a fault ended values.
     """
     windows = _ended_values(history)
     begun = {key[0]: calls[0] for key, calls in _by(history.of("begin"), "ceremony").items()}
@@ -304,6 +332,7 @@ def refused_for_a_reason(history: History) -> Iterator[Violation]:
         if call.type != "fail" or call.result.get("status") == 500:
             continue
         value, explained = call.value, bool(_revocations(history, call))
+        explained |= any(d.invoked < call.completed for d in _of_user(history, call, "disable"))
         transaction = (value.get("transaction"),)
         if call.f == "redeem":
             made = minted.get(value["nonce"])
@@ -479,6 +508,7 @@ RULES: tuple[Rule, ...] = (
     registrations_sign_in,
     counters_rise,
     revoked_is_final,
+    disabled_is_final,
     keys_are_revoked,
     no_crossing,
     no_faults,

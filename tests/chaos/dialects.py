@@ -254,6 +254,17 @@ def cancel(app: App, transaction: str) -> Request:
     return Request("POST", path, {"transaction_id": transaction}, "Authorization")
 
 
+def passkeys_of(app: App, user: str) -> Request:
+    """A keyed read of a user's passkeys."""
+    return Request("GET", f"/v1/apps/{app.id}/passkeys?external_id={user}", None, "Authorization")
+
+
+def disable(app: App, user_id: str, *, disabled: bool = True) -> Request:
+    """Disable a user, or enable them again."""
+    verb = "disable" if disabled else "enable"
+    return Request("POST", f"/v1/apps/{app.id}/users/{user_id}/{verb}", None, "Authorization")
+
+
 def show_app(app: App) -> Request:
     """A keyed read."""
     return Request("GET", f"/v1/apps/{app.id}/passkeys?limit=1", None, "Authorization")

@@ -210,6 +210,29 @@ def registered_before_revocation(doctor: Doctor) -> None:
     doctor.call("finish", {**value, "credential": "other"}, {"nonce": "nr2"})
 
 
+def disabled(doctor: Doctor) -> None:
+    doctor.call("disable", {"app": APP, "user": USER})
+
+
+def begun_before_disabled(doctor: Doctor) -> None:
+    doctor.call("begin", {**SIGN_IN}, {"ceremony": "c3"})
+    disabled(doctor)
+    doctor.call("enable", {"app": APP, "user": USER})
+    doctor.call("finish", {**SIGN_IN, "ceremony": "c3", "counter": 3}, {"nonce": "n3"})
+
+
+def redeemed_after_disabled(doctor: Doctor) -> None:
+    doctor.sign_in(3)
+    disabled(doctor)
+    doctor.redeem(3)
+
+
+def signs_in_while_disabled(doctor: Doctor) -> None:
+    disabled(doctor)
+    doctor.sign_in(3)
+    doctor.call("enable", {"app": APP, "user": USER})
+
+
 def key_lives(doctor: Doctor) -> None:
     doctor.fault("key revoked", key="k")
     doctor.call("keyed", {"app": APP, "key": "k"}, at=doctor.now + 1100)
@@ -287,6 +310,9 @@ DOCTORED: dict[Callable[[Doctor], None], str] = {
     counter_lost: "counters rise",
     after_revocation: "revoked is final",
     registered_before_revocation: "revoked is final",
+    begun_before_disabled: "disabled is final",
+    redeemed_after_disabled: "disabled is final",
+    signs_in_while_disabled: "disabled is final",
     key_lives: "keys are revoked",
     crossed: "no crossing",
     one_nonce_for_two: "no crossing",
@@ -320,6 +346,17 @@ def test_a_doctored_history_breaks_its_rule(
     assert f"x {DOCTORED[doctored]}" in summary(history, violations)
     timeline(history, violations, tmp_path / "page.html")
     assert DOCTORED[doctored] in (tmp_path / "page.html").read_text()
+
+
+def test_a_user_who_is_enabled_again_signs_in() -> None:
+    doctor = Doctor()
+    sound(doctor)
+    disabled(doctor)
+    doctor.redeem(2, type="fail")
+    doctor.call("enable", {"app": APP, "user": USER})
+    doctor.sign_in(3)
+    doctor.redeem(3)
+    assert judge(doctor.history()) == []
 
 
 def test_a_call_in_flight_at_a_broker_that_is_killed_may_fail() -> None:

@@ -233,6 +233,35 @@ class Traffic:
         if finished.proof:
             await self.caller.redeem(finished.proof)
 
+    async def disable(self) -> None:
+        """A user is disabled while a ceremony waits and a nonce is not redeemed; both are tried
+        afterwards, and the user signs in when enabled again.
+        """
+        app, user = self.chance.choice(self.apps), self.new_user()
+        passkey, _ = await self.register(app, user, self.chance.choice(DIALECTS))
+        if passkey is None:
+            return
+        passkey.revoked = True
+        finished = await self.sign_in(passkey, FLEX)
+        waiting = await self.caller.start(app, user, FLEX, "authenticate")
+        read = dialects.passkeys_of(app, user)
+        found = await self.caller.call("keyed", app, read, key=mark(app.key))
+        if not found.ok:
+            return
+        user_id = found.body["passkeys"][0]["user_id"]
+        await self.caller.call("disable", app, dialects.disable(app, user_id), user=user)
+        if waiting is not None:
+            answer = passkey.device.authenticate(waiting.options, ORIGIN)
+            await self.caller.finish(waiting, answer)
+        if finished.proof:
+            await self.caller.redeem(finished.proof)
+        await self.sign_in(passkey, self.chance.choice(DIALECTS))
+        enable = dialects.disable(app, user_id, disabled=False)
+        enabled = await self.caller.call("enable", app, enable, user=user)
+        if enabled.ok:
+            passkey.revoked = False
+            await self.sign_in(passkey, FLEX)
+
     async def open_again(self) -> None:
         """A backend opens a transaction several times with one Idempotency-Key, and a page
         registers on it.
@@ -290,6 +319,7 @@ class Traffic:
             (self.two_pages, 2),
             (self.revoke, 3),
             (self.revoke_all, 2),
+            (self.disable, 2),
             (self.open_again, 2),
             (self.cancel, 1),
             (self.rotate, 1),
