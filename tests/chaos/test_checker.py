@@ -364,6 +364,8 @@ def test_a_call_in_flight_at_a_broker_that_is_killed_may_fail() -> None:
     sound(doctor)
     doctor.fault("broker killed", broker=0)
     failed(doctor, "broker-1", at=doctor.now - 1)
+    value, cut = {"app": APP, "key": "k"}, {"fault": "ServerDisconnectedError"}
+    doctor.call("keyed", value, cut, type="info", at=doctor.now - 11)
     doctor.fault("healed")
     doctor.fault("primary killed")
     failed(doctor, "broker-2", at=doctor.now + 1)
