@@ -180,7 +180,7 @@ class Deployment:
         """Point the links at the primaries of the stores; those of the `outsider` stay."""
         primary = self.redis.primary() if isinstance(self.redis, Replicated) else None
         for broker in self.brokers:
-            broker.postgres.point(self.postgres.primary.port)
+            broker.postgres.point(self.postgres.port)
             if broker.redis is not None and primary is not None and broker is not self.outsider:
                 broker.redis.point(primary.server.port)
         self.operator_link.point(self.postgres.primary.port)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tests.chaos.deployment import Deployment, Kind
 from tests.chaos.history import Recorder
 from tests.chaos.links import replication
+from tests.chaos.postgreses import Pooler
 from tests.chaos.traffic import Traffic
 from tests.chaos.valkeys import reached
 from tests.support.servers import MASTERS, Valkey
@@ -410,6 +411,29 @@ async def commits_cut(run: Run) -> None:
         await asyncio.sleep(0.2)  # traffic goes on meanwhile
 
 
+async def pooler_killed(run: Run) -> None:
+    """Brokers reach Postgres through PgBouncer, which is stopped for a moment, then killed and
+    started again.
+    """
+    pair = run.deployment.postgres
+    pooler = pair.pooler = Pooler(pair.home, pair.primary.port)
+    await asyncio.to_thread(pooler.start)
+    run.note("connections pooled", loses_events=True)
+    run.deployment.follow()
+    await asyncio.sleep(1.5)  # traffic goes on meanwhile
+    run.note("pooler stopped")
+    pooler.signal(signal.SIGSTOP)
+    await asyncio.sleep(1.5)  # traffic goes on meanwhile
+    pooler.signal(signal.SIGCONT)
+    await asyncio.sleep(1.0)  # traffic goes on meanwhile
+    run.note("pooler killed")
+    pooler.kill()
+    await asyncio.sleep(0.5)  # traffic goes on meanwhile
+    await asyncio.to_thread(pooler.start)
+    run.note("pooler started")
+    await asyncio.sleep(1.5)  # traffic goes on meanwhile
+
+
 # -- more faults of a Cluster ----------------------------------------------------------------------
 
 
@@ -465,6 +489,7 @@ _OF_BOTH: tuple[Fault, ...] = (
     postgres_stopped,
     postgres_slow,
     commits_cut,
+    pooler_killed,
 )
 FAULTS: dict[Kind, tuple[Fault, ...]] = {
     "sentinel": (

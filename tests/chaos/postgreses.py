@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import asyncpg
 
 from broker.embedded.binaries import Binaries, find_postgres
 from broker.embedded.directories import server_account, server_environment
+from tests.support.parts import program
 from tests.support.processes import DEADLINE, alive, descendants, free_port, until
 
 _CONFIG = """
@@ -37,6 +39,18 @@ fsync = on
 wal_receiver_timeout = 5s
 wal_sender_timeout = 5s
 wal_retrieve_retry_interval = 200ms
+"""
+_POOLER = """
+[databases]
+* = host=127.0.0.1 port={target} user=broker
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = session
+default_pool_size = 60
+ignore_startup_parameters = statement_timeout
 """
 
 
@@ -131,12 +145,54 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 @dataclass(eq=False, slots=True)
+class Pooler:
+    """PgBouncer in front of a server, with the settings that `deploy/README.md` names."""
+
+    home: Path
+    target: int
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        configuration = self.home / "pgbouncer.ini"
+        configuration.write_text(_POOLER.format(target=self.target, port=self.port))
+        with (self.home / "pgbouncer.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [program("pgbouncer"), str(configuration)],
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **server_account().identity,
+            )
+        until(self._open, "PgBouncer accepts connections")
+
+    def _open(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.home / "pgbouncer.log").read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, also where it is stopped."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@dataclass(eq=False, slots=True)
 class Pair:
-    """A primary and its standby."""
+    """A primary and its standby. While there is a pooler, brokers reach the primary through it."""
 
     home: Path
     primary: Instance
     standby: Instance | None = None
+    pooler: Pooler | None = None
     _numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1000)))
 
     @classmethod
@@ -164,7 +220,18 @@ class Pair:
             raise
         return made
 
+    @property
+    def port(self) -> int:
+        """The port for brokers."""
+        return self.primary.port if self.pooler is None else self.pooler.port
+
+    def end_pooler(self) -> None:
+        if self.pooler is not None:
+            self.pooler.kill()
+            self.pooler = None
+
     async def stop(self) -> None:
+        self.end_pooler()
         for instance in (self.standby, self.primary):
             if instance is not None and instance.process is not None:
                 instance.thaw()
@@ -208,7 +275,8 @@ class Pair:
         await self.primary.run("SELECT pg_promote(true, 30)")
 
     async def heal(self) -> None:
-        """Undo every fault: the primary runs, with a standby."""
+        """Undo every fault: the primary runs, with a standby, and without a pooler."""
+        self.end_pooler()
         if self.primary.process is None:
             await asyncio.to_thread(self.primary.start)
         self.primary.thaw()
