@@ -8,9 +8,12 @@ no word there, because the history records terms.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+import redis
 
 from tests.chaos.deployment import Deployment, Kind
 from tests.chaos.history import Recorder
@@ -35,6 +38,8 @@ class Run:
 
 
 _SLOTS = 40  # that move
+_STUCK = 10  # slots whose MIGRATE times out
+_BRIEF = 50  # ms that such a MIGRATE waits
 Fault = Callable[[Run], Awaitable[None]]
 
 
@@ -458,6 +463,46 @@ async def slots_moved(run: Run) -> None:
     await run.traffic.race(*await run.traffic.stock(run.stock), 1.0)
 
 
+async def migrate_timed_out(run: Run) -> None:
+    """The target of slots that move stops, so each MIGRATE times out and leaves copies there. The
+    operator deletes the copies of values that the source still has, and moves the slots.
+    """
+    cluster = run.deployment.cluster
+    masters = [node for node in cluster.nodes if _is_master(node)]
+    ids = {node.port: node.ask("CLUSTER MYID").decode() for node in masters}
+    proofs, ceremonies = await run.traffic.stock(run.stock)
+    source, target, _ = masters
+    slots = (await asyncio.to_thread(_slots_with_keys, source))[:_STUCK]
+    run.note("MIGRATE times out", slots=len(slots))
+
+    async def move_in_vain() -> None:
+        for slot in slots:
+            await asyncio.to_thread(_open_slot, slot, source, target, ids)
+        target.process.send_signal(signal.SIGSTOP)
+        for slot in slots:
+            await asyncio.to_thread(_migrate_in_vain, slot, source, target)
+        target.process.send_signal(signal.SIGCONT)
+        run.note("copies are left")
+
+    await asyncio.gather(move_in_vain(), run.traffic.race(proofs, ceremonies, 1.5))
+    if not _is_master(target):  # a busy machine was slow to continue it
+        for slot in slots:
+            await asyncio.to_thread(source.ask, "CLUSTER", "SETSLOT", slot, "STABLE")
+        return
+    copies = [
+        await asyncio.to_thread(_move_slot, slot, source, target, ids, masters) for slot in slots
+    ]
+    run.note("slots moved", copies=sum(copies))
+    await run.traffic.race(proofs, ceremonies, 1.0)
+
+
+def _migrate_in_vain(slot: int, source: Valkey, target: Valkey) -> None:
+    if keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):
+        with contextlib.suppress(redis.ResponseError):  # IOERR
+            source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, _BRIEF, "KEYS", *keys)
+            raise AssertionError("the target has stopped, and MIGRATE succeeds")
+
+
 def _slots_with_keys(node: Valkey) -> list[int]:
     """Some slots of a master."""
     with node.client() as client:
@@ -470,13 +515,35 @@ def _slots_with_keys(node: Valkey) -> list[int]:
 
 def _move_slot(
     slot: int, source: Valkey, target: Valkey, ids: dict[int, str], masters: list[Valkey]
-) -> None:
-    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
-    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
+) -> int:
+    """Move a slot: how many values had a copy at the target, which was deleted."""
+    copies = 0
+    _open_slot(slot, source, target, ids)
     while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):
-        source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 1000, "KEYS", *keys)
+        try:
+            source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 1000, "KEYS", *keys)
+        except redis.ResponseError as fault:  # what a MIGRATE left before
+            if "BUSYKEY" not in str(fault):
+                raise
+            copies += _delete(target, source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100))
     for node in (target, source, *masters):
         node.ask("CLUSTER", "SETSLOT", slot, "NODE", ids[target.port])
+    return copies
+
+
+def _open_slot(slot: int, source: Valkey, target: Valkey, ids: dict[int, str]) -> None:
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
+
+
+def _delete(target: Valkey, keys: list[bytes]) -> int:
+    """Delete keys of a slot that is being moved to this server: how many were there."""
+    with target.client() as client:
+        pipeline = client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.execute_command("ASKING")
+            pipeline.execute_command("DEL", key)
+        return sum(pipeline.execute()[1::2])
 
 
 _OF_BOTH: tuple[Fault, ...] = (
@@ -508,5 +575,5 @@ FAULTS: dict[Kind, tuple[Fault, ...]] = {
         redis_stalls,
         network_slow,
     ),
-    "cluster": (*_OF_BOTH, master_stopped, slots_moved),
+    "cluster": (*_OF_BOTH, master_stopped, slots_moved, migrate_timed_out),
 }
