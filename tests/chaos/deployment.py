@@ -328,7 +328,7 @@ async def _operator(link: Link) -> Parts:
         redis_url="redis://127.0.0.1:1",  # never asked
         secret_key=(SECRET_KEY,),
         cache_seconds=0.0,
-        store_timeout=1.5,
+        store_timeout=8.0,  # a busy machine
         database_connections=4,
     )
     return await assemble(settings, log=Log(io.StringIO()))
