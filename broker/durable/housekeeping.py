@@ -91,7 +91,6 @@ class Housekeeping:
         slow a restart down.
         """
         self._task = asyncio.create_task(self._run(), name="housekeeping")
-        self._task.add_done_callback(self._ended)
 
     async def close(self) -> None:
         """Stop, even during a batch: its transaction is rolled back."""
@@ -106,13 +105,17 @@ class Housekeeping:
 
     async def clean(self) -> dict[str, int]:
         """Run one pass: each chore until no row is left, another instance works, or a batch fails.
-        Returns rows by chore.
+        Returns rows by chore. A defect counts as a failed batch.
         """
         done = {}
         self._seen = 0
         for name, chore in self._chores.items():
-            if rows := await self._all_of(name, chore):
-                done[name] = rows
+            try:
+                if rows := await self._all_of(name, chore):
+                    done[name] = rows
+            except Exception as error:  # noqa: BLE001 - a defect ends neither other chores nor passes
+                self._metrics.housekeeping_failures.inc(name)
+                self._log("defect", severity=logging.ERROR, chore=name, **fault(error))
         if done:
             self._log("housekeeping", rows=done)
         return done
@@ -295,7 +298,3 @@ class Housekeeping:
         )
         await connection.execute(ERASE, [row["id"] for row in gone])
         return _Batch(len(gone), more=len(rows) == size)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log("defect", severity=logging.ERROR, **fault(error))

@@ -467,6 +467,22 @@ async def test_an_instance_that_hangs_in_a_batch_does_not_keep_its_locks(
     assert house.metric("failures", "events") == 1
 
 
+async def test_a_defect_of_a_chore_is_told_and_ends_no_other_chore(house: House) -> None:
+    await house.fill(await new_app(house.durable), 5)
+    house.pass_time(days=91)
+    keeping = house.keeping()
+
+    async def defective(*_: object) -> housekeeping._Batch:
+        raise KeyError("secret")
+
+    keeping._chores["pending_users"] = defective
+    assert await keeping.clean() == {"events": 6}
+    assert house.metric("failures", "pending_users") == 1
+    (told,) = [line for line in house.lines if line["event"] == "defect"]
+    assert (told["chore"], told["error"]) == ("pending_users", "KeyError")
+    assert "secret" not in house.stream.getvalue()
+
+
 async def test_a_broker_cleans_up_by_its_setting(
     house: House, start_broker: Starter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
