@@ -241,7 +241,7 @@ def application(
         app.add_routes(dialect.load().routes(management=management, browser=browser))
     app.add_routes(_health(parts))
     if management and (not browser or parts.settings.metrics_at == "public"):
-        app.router.add_get("/metrics", _metrics(parts.metrics), allow_head=False)
+        app.router.add_get("/metrics", _metrics(parts), allow_head=False)
     if browser:
         app.add_routes(_sdk())
     for prefix, subapp in (subapps or {}).items():
@@ -258,6 +258,18 @@ async def check_postgres(parts: Parts) -> None:
     await parts.durable.ledger.check(parts.settings.one_time)
 
 
+async def _faults_of_readiness(parts: Parts) -> dict[str, BaseException | None]:
+    """The reasons why the process is not ready, each with its fault; none if it is."""
+    checks = {"postgres": check_postgres(parts), "redis": parts.ephemeral.check()}
+    results = await asyncio.gather(*checks.values(), return_exceptions=True)
+    faults: dict[str, BaseException | None] = {"draining": None} if parts.ending else {}
+    for name, fault in zip(checks, results, strict=True):
+        if fault is not None:
+            reason = fault.reason if isinstance(fault, Unavailable) else name
+            faults[reason if reason.startswith(name) else name] = fault
+    return faults
+
+
 def _health(parts: Parts) -> list[web.RouteDef]:
     @public
     async def live(_: web.Request) -> web.StreamResponse:
@@ -267,19 +279,15 @@ def _health(parts: Parts) -> list[web.RouteDef]:
     @public
     async def ready(_: web.Request) -> web.StreamResponse:
         """The stores answer, the database has every migration, and the process goes on."""
-        checks = {"postgres": check_postgres(parts), "redis": parts.ephemeral.check()}
-        results = await asyncio.gather(*checks.values(), return_exceptions=True)
-        missing = ["draining"] if parts.ending else []
-        for name, result in zip(checks, results, strict=True):
-            if isinstance(result, Unavailable):
-                missing.append(result.reason if result.reason.startswith(name) else name)
-            elif isinstance(result, BaseException):
-                raise result
+        missing = await _faults_of_readiness(parts)
+        for fault in missing.values():
+            if fault is not None and not isinstance(fault, Unavailable):
+                raise fault
         if missing:
             body = {
                 "code": "not_ready",
                 "error": f"Not ready: {', '.join(missing)}.",
-                "missing": missing,
+                "missing": list(missing),
             }
             return json_answer(body, status=503, headers={"Retry-After": "1"})
         return json_answer({"status": "ready"})
@@ -290,13 +298,17 @@ def _health(parts: Parts) -> list[web.RouteDef]:
     ]
 
 
-def _metrics(metrics: Metrics) -> Callable[[web.Request], Any]:
+def _metrics(parts: Parts) -> Callable[[web.Request], Any]:
+    metrics = parts.metrics
+
     @public
     async def answer(_: web.Request) -> web.StreamResponse:
         """Prometheus' text format. The label `reason` is for operators only, so nothing in a
         request can open the route (`Settings.metrics_at`): a proxy on this machine has a loopback
         address and need not forward the client's.
         """
+        reasons = await _faults_of_readiness(parts)
+        metrics.ready.values = {(reason,): 0.0 for reason in reasons} or {("",): 1.0}
         return web.Response(
             body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )

@@ -134,6 +134,21 @@ class Readings:
         return family
 
 
+class Gauges:
+    """Gauge, by labels, whose values are set together: labels that are left out end."""
+
+    def __init__(self, name: str, help_: str, *labels: str) -> None:
+        self._name, self._help, self._labels = name, help_, labels
+        self.values: dict[tuple[str, ...], float] = {}
+
+    def family(self) -> Metric:
+        """The values in Prometheus' form."""
+        family = GaugeMetricFamily(self._name, self._help, labels=self._labels)
+        for labels, number in self.values.items():
+            family.add_metric(labels, number)
+        return family
+
+
 class LoopLag:
     """Measures how late the event loop runs its timers: every `LAG_SECONDS`."""
 
@@ -159,7 +174,7 @@ class LoopLag:
 class Tally(Collector):
     """The figures of this process."""
 
-    def __init__(self, metrics: Sequence[Counts | Times | Readings]) -> None:
+    def __init__(self, metrics: Sequence[Counts | Times | Readings | Gauges]) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
@@ -247,12 +262,15 @@ class Metrics:
         self.loop_lag = Times(
             "broker_loop_lag_seconds", "How late the event loop runs a timer.", buckets=_STEPS
         )
+        self.ready = Gauges(
+            "broker_ready", "1 if the process is ready, else 0 for each reason.", "reason"
+        )
         self.build_info = Readings(
             "broker_build_info", "1, with the release and Python's version.", "version", "python"
         )
         self.build_info.add(lambda: 1.0, __version__, platform.python_version())
         self.tally = Tally(
-            [m for m in vars(self).values() if isinstance(m, Counts | Times | Readings)]
+            [m for m in vars(self).values() if isinstance(m, Counts | Times | Readings | Gauges)]
         )
         self.registry = CollectorRegistry()
         self.registry.register(self.tally)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ class Serve:
         told: dict[str, Any] = json.loads(answer.read())
         connection.close()
         return {"http": answer.status, **told}
+
+    def scraped_readiness(self) -> dict[str, float]:
+        """The gauge of readiness, by reason."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            found = re.findall(
+                r'^broker_ready{reason="(\w*)"} (\S+)$', answer.read().decode(), re.M
+            )
+        return {reason: float(number) for reason, number in found}
 
     def tell(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -316,13 +325,14 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
     """Without a restart; and stays so when newer code has migrated further, so that a roll-back is
     safe.
     """
-    started = serve(database_url=fresh_database).begun()
+    started = serve(database_url=fresh_database, metrics="public").begun()
     assert started.ready() == {
         "http": 503,
         "code": "not_ready",
         "error": "Not ready: postgres_not_migrated.",
         "missing": ["postgres_not_migrated"],
     }
+    assert started.scraped_readiness() == {"postgres_not_migrated": 0}
     assert get(started.port, "/health/live") == 200
     until(lambda: "not_migrated" in started.events, "it says so")
     (said,) = [line for line in started.log if line["event"] == "not_migrated"]
@@ -331,6 +341,7 @@ async def test_is_ready_once_migrated(serve: Start, fresh_database: str) -> None
     assert migrate(fresh_database).startswith("0001_first\n")
     assert migrate(fresh_database) == "Nothing to apply.\n"
     assert started.ready() == {"http": 200, "status": "ready"}
+    assert started.scraped_readiness() == {"": 1}
     connection = await asyncpg.connect(fresh_database)
     try:
         await connection.execute(
@@ -437,8 +448,10 @@ def test_is_ready_when_the_stores_are(serve: Start, valkey: Valkey, tmp_path: Pa
     both = serve(
         redis_url=f"unix://{valkey.socket}",
         database_url=f"postgresql://broker@/postgres?host={tmp_path}",
+        metrics="public",
     ).begun()
     assert both.ready()["missing"] == ["postgres", "redis"]
+    assert both.scraped_readiness() == {"postgres": 0, "redis": 0}
 
 
 # -- ports -----------------------------------------------------------------------------------------
@@ -623,10 +636,11 @@ def test_finishes_what_runs_and_refuses_the_new(
 
 def test_serves_on_without_being_ready_before_it_drains(serve: Start, app: dict[str, str]) -> None:
     """Until a second signal, here."""
-    started = serve(lame_duck_seconds="60").begun()
+    started = serve(lame_duck_seconds="60", metrics="public").begun()
     started.tell(signal.SIGTERM)
     until(lambda: started.ready()["http"] == 503, "readiness ends")
     assert started.ready()["missing"] == ["draining"]
+    assert started.scraped_readiness() == {"draining": 0}
     assert get(started.port, "/health/live") == 200
     with in_flight(started.port, app) as running:
         assert finish(running) == b"HTTP/1.1 201 Created\r\n"

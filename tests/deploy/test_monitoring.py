@@ -63,6 +63,12 @@ HEALTHY: dict[str, str] = {
     **series("broker_build_info", "1+0", 'version="1",python="3"'),
     **requests("0+6000", "0+6"),
     **buckets("broker_request_seconds", "0+6000", "0+6000", 'route="/x",status="200"'),
+    **series("broker_request_seconds_count", "0+6000", 'route="/health/ready",status="503"'),
+    **series("broker_request_seconds_count", "0+6000", 'route="/metrics",status="200"'),
+    **buckets("broker_request_seconds", "0+0", "0+6000", 'route="/metrics",status="200"'),
+    **buckets("broker_request_seconds", "0+0", "0+6000", 'route="/health/ready",status="503"'),
+    **series("broker_ready", "1+0"),
+    **series("broker_ready", f"_x{MINUTES - 3} 0+0", 'reason="redis"', instance="b"),
     **ceremonies("0+600", "0+540", "0+50"),
     **series("broker_redemptions_total", "0+600", 'result="ok"'),
     **series("broker_redemptions_total", "7+0", 'result="replayed"'),
@@ -85,8 +91,11 @@ HEALTHY: dict[str, str] = {
     **series("broker_housekeeping_failures_total", "0+0.01", 'chore="events"'),
 }
 APPEARS = f"_x{MINUTES - 2} 1"
+GONE = series("broker_ready", "_")
 FIRING: list[tuple[str, dict[str, str]]] = [
     ("BrokerInstanceDown", series("up", "0+0")),
+    ("BrokerNoneReady", series("broker_ready", "0+0", 'reason="postgres_not_migrated"') | GONE),
+    ("BrokerNotReady", series("broker_ready", "0+0", 'reason="redis_term"', instance="b")),
     ("BrokerRestarts", series("process_start_time_seconds", "0+9")),
     ("BrokerReleasesDiffer", series("broker_build_info", "1+0", 'version="2",python="3"')),
     ("BrokerErrors", requests("0+6000", "0+70")),
