@@ -47,11 +47,21 @@ _RAM = Path("/dev/shm")
 _ROOM = 2 << 30  # bytes that the stores, profiles and environments of one run stay below
 
 _LONGEST = (
-    "test_wheel",
-    "test_embedded",
-    "test_outages",
+    "test_cli",
+    "test_client_wheel",
+    "test_cluster",
+    "test_demo",
     "test_dev",
+    "test_docs_run",
+    "test_embedded",
+    "test_ephemeral",
+    "test_epochs",
+    "test_fast_path",
+    "test_image",
+    "test_outages",
+    "test_passkey_js",
     "test_serve",
+    "test_wheel",
 )
 
 

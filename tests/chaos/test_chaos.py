@@ -20,6 +20,7 @@ SEED = 19
 
 pytestmark = [
     pytest.mark.alone,  # Sentinels and clusters judge servers by time
+    pytest.mark.xdist_group("chaos"),  # one deployment at a time
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(120),
 ]

@@ -226,8 +226,8 @@ def make(
 def test_tests_that_run_alone_run_when_the_others_are_done(folder: Path) -> None:
     good, (first, second) = make(folder, "test", "ARGS=-k name")
     assert good
-    assert first == "-m pytest -n 2 --dist loadfile -m not alone -k name"
-    assert second == "-m pytest -m alone -k name"
+    assert first == "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not alone -k name"
+    assert second == "-m pytest -n 2 --dist loadgroup -m alone -k name"
 
 
 @pytest.mark.parametrize(
@@ -252,10 +252,10 @@ def test_make_test_fails_where_either_run_does(
     assert (succeeded, len(ran)) == (good, runs)
 
 
-def test_what_ci_runs_covers_with_both_runs() -> None:
+def test_what_ci_runs_judges_coverage_and_then_time() -> None:
     shown = subprocess.run(
         ["make", "-n", "check"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     first, second = [line for line in shown.splitlines() if "-m pytest" in line]
-    assert first.endswith("-m 'not alone' --cov --cov-report=")
-    assert second.endswith("-m alone --cov --cov-append --cov-report=term --cov-fail-under=95")
+    assert first.endswith("-m 'not alone' --cov --cov-report=term --cov-fail-under=95")
+    assert second.endswith("-m alone")
