@@ -29,6 +29,7 @@ GRANT USAGE ON SCHEMA public TO broker_service;
 -- TRUNCATE empties the ledger of one-time values hour by hour.
 GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA public TO broker_service;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO broker_service;
+-- Two functions make and drop months of events with the rights of their owner.
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO broker_service;
 ALTER DEFAULT PRIVILEGES FOR ROLE broker_owner IN SCHEMA public
     GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON TABLES TO broker_service;

@@ -18,7 +18,7 @@ too, so a reader sees the writers of all months. The clean-up (`broker.durable.h
 months ahead and drops those that are over. An event outside all months is in the partition
 `events_default`, so no insert fails for want of a month. Readers by id merge the indexes of all
 months: 100 events out of 28 months cost Postgres 1.2 ms of CPU, out of a single table 0.2 ms. An
-insert costs up to 4 % more than into a single table.
+insert of 16 events costs 0 to 7 % more CPU than into a single table.
 """
 
 from __future__ import annotations
