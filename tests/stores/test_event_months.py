@@ -312,6 +312,26 @@ async def test_an_event_outside_all_months_is_kept_and_moves_when_its_month_is_m
     assert clean_up.months("event_months_made") == [made]
 
 
+async def test_partitions_of_another_table_are_none_of_events(
+    opened: Postgres, session: Session
+) -> None:
+    """Their bounds need not be times. The plan that reads all of them first may be chosen."""
+    database = await session.fetchval("SELECT current_database()")
+    await session.execute(f"ALTER DATABASE {database} SET enable_nestloop = off")
+    await session.execute(
+        "CREATE TABLE others (name text) PARTITION BY RANGE (name);"
+        "CREATE TABLE others_a PARTITION OF others FOR VALUES FROM ('a') TO ('m')"
+    )
+    await opened.migrate(NOW)
+    assert await Durable(opened).events.months() == {"covered": True, "astray": False}
+    clean_up = CleanUp(opened)
+    await clean_up.run()
+    assert clean_up.failed == []
+    names = await session.fetch("SELECT name FROM event_months ORDER BY ends")
+    assert names[0]["name"] == "events_first"
+    assert all(row["name"].startswith("events_") for row in names)
+
+
 async def test_a_user_is_erased_from_every_month(opened: Postgres, session: Session) -> None:
     await opened.migrate(NOW)
     await seed.part_by_month(session, 3)
