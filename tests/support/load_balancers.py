@@ -113,6 +113,7 @@ def variables(home: Path, *, pages: Sequence[int], management: Sequence[int]) ->
     return {
         **named,
         "TLS_CERTIFICATE": str(certificate(home)),
+        "HOP": str(home),
         "PAGES_BIND": f"127.0.0.1:{free_port()}",
         "MANAGEMENT_BIND": f"127.0.0.1:{free_port()}",
         "PROXY_METRICS_BIND": f"127.0.0.1:{free_port()}",

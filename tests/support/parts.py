@@ -37,7 +37,7 @@ CHROMIUM_NAMES = (
 CHROMIUM_PATHS = (Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"),)
 
 # Programs by the package that has them on Debian.
-PROGRAMS = {name: name for name in ("faketime", "haproxy", "nginx", "pgbouncer")}
+PROGRAMS = {name: name for name in ("curl", "faketime", "haproxy", "nginx", "pgbouncer")}
 PROGRAMS |= {"prometheus": "prometheus", "promtool": "prometheus", "systemd-analyze": "systemd"}
 EXTRACTED = ("prometheus",)  # packages that would start a service: their programs alone
 
