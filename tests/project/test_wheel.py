@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.environments import install, new_environment
 from tests.support.processes import free_port, get, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,25 +79,9 @@ def test_it_holds_what_runs_and_nothing_else(wheel: Path) -> None:
 def test_installed_into_an_empty_environment_it_runs_broker_dev(
     wheel: Path, workshop: Path
 ) -> None:
-    environment = workshop / "environment"
-    venv.create(environment, with_pip=True)
-    python = str(environment / "bin" / "python")
-    for arguments in (
-        ["--require-hashes", "-r", str(ROOT / "deploy" / "requirements.lock")],
-        ["--no-deps", "--no-index", str(wheel)],
-    ):
-        pip = [
-            python,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--quiet",
-            "install",
-            *arguments,
-        ]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    python = new_environment(workshop / "environment")
+    install(python, "--require-hashes", "-r", ROOT / "deploy" / "requirements.lock")
+    install(python, "--no-deps", "--no-index", wheel)
     port = free_port()
     clean = {
         name: value
@@ -105,7 +89,7 @@ def test_installed_into_an_empty_environment_it_runs_broker_dev(
         if not name.startswith(("BROKER_", "COV", "PYTHON"))
     }
     broker = subprocess.Popen(
-        [str(environment / "bin" / "broker"), "dev", "--no-open", "--data", str(workshop / "data")],
+        [python.with_name("broker"), "dev", "--no-open", "--data", workshop / "data"],
         cwd=workshop,
         env={**clean, "PORT": str(port), "BROKER_METRICS": "public"},
         stdin=subprocess.DEVNULL,

@@ -8,7 +8,6 @@ import asyncio
 import re
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from broker import __version__
 from tests.conftest import Started
 from tests.support.authenticator import Authenticator
+from tests.support.environments import install, new_environment
 from tests.support.signals import counted
 from tests.support.wire import Wire
 
@@ -105,17 +105,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an environment with the wheel, httpx as the lock file has it, and nothing else."""
     folder = tmp_path_factory.mktemp("client")
-    venv.create(folder / "environment", with_pip=True)
-    python = folder / "environment" / "bin" / "python"
+    python = new_environment(folder / "environment")
     lock = (ROOT / "deploy" / "requirements.lock").read_text()
     pins = {
         found[1]: found[0] for found in re.finditer(r"^([a-z0-9-]+)==.*\n(?:    .*\n)*", lock, re.M)
     }
     (folder / "httpx.lock").write_text("".join(pins[name] for name in HTTPX))
-    pip = (python, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet")
-    run(*pip, "install", "--require-hashes", "-r", "httpx.lock", cwd=folder)
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
-    run(*pip, "check", cwd=folder)
+    install(python, "--require-hashes", "-r", folder / "httpx.lock")
+    install(python, "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "pip", "--python", python, "check", cwd=folder)
     (folder / "program.py").write_text(PROGRAM)
     return python
 
