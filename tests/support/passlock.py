@@ -16,6 +16,7 @@ its own to a success. So these are looked at in every answer.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -158,10 +159,17 @@ class Passlock:
         return f"{self.wire.url}{self.prefix}/{self.wire.app_id}"
 
     async def keyed(
-        self, method: str, path: str, json: object = None, *, key: str | None = None
+        self,
+        method: str,
+        path: str,
+        json: object = None,
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """As the backend."""
-        headers = {"Authorization": f"Bearer {self.wire.key if key is None else key}"}
+        bearer = {"Authorization": f"Bearer {self.wire.key if key is None else key}"}
+        headers = {**bearer, **(headers or {})}
         answer = await self.wire.send(method, self.base + path, json=json, headers=headers)
         judge(answer)
         return answer

@@ -51,8 +51,8 @@ from broker.model import (
     RelyingParty,
     base64url,
 )
-from broker.web import BROKER, DIRECTORY, SETTINGS, Handler, json_answer, read_object
-from broker.web.body import text_field
+from broker.web import BROKER, DIRECTORY, SETTINGS, Handler, bearer, json_answer, read_object
+from broker.web.body import idempotency_of, text_field
 
 _ISSUER = "passlock.dev"  # the vendor's verifier accepts no other issuer
 _EXPECTED = ExpectedCeremony((OPENER,))
@@ -250,7 +250,7 @@ def _principal_id(code: str) -> str:
 
 
 async def exchange_code(request: web.Request, caller: Caller) -> web.StreamResponse:
-    """Exchange the code in the path for its principal, once."""
+    """Exchange the code in the path for its principal, once or idempotently."""
     receipt = await _redeem(request, caller)
     return _principal(request, receipt, _user_id(receipt))
 
@@ -262,20 +262,28 @@ async def exchange_code_for(request: web.Request, caller: Caller) -> web.StreamR
     user_id = short_text(await read_object(request), "userId")
     receipt = await _redeem(request, caller)
     if _user_id(receipt) != user_id:
-        await request.app[DIRECTORY].assign(caller.app, receipt.passkey_id, user_id)
+        directory, passkey_id = request.app[DIRECTORY], receipt.passkey_id
+        # The receipt of a repeated exchange has no owner, and the passkey has one.
+        if (await directory.passkey(caller.app, passkey_id)).external_id != user_id:
+            await directory.assign(caller.app, passkey_id, user_id)
     return _principal(request, receipt, user_id)
 
 
 async def _redeem(request: web.Request, caller: Caller) -> Receipt:
-    """The receipt of the code in the path, once. Ownerless passkeys sign in while the policy
-    permits them.
+    """The receipt of the code in the path, once, and again for the same idempotent request.
+    Ownerless passkeys sign in while the policy permits them.
     """
-    expect = ExpectedReceipt(unowned=caller.app.policy.ownerless_registration)
-    return (await request.app[BROKER].redeem(caller, request.match_info["code"], expect)).receipt
+    outcome = await request.app[BROKER].redeem(
+        caller,
+        request.match_info["code"],
+        ExpectedReceipt(unowned=caller.app.policy.ownerless_registration),
+        idempotency=await idempotency_of(request, bearer(request)),
+    )
+    return outcome.receipt
 
 
 def _principal(request: web.Request, receipt: Receipt, user_id: str) -> web.StreamResponse:
-    """The principal of a receipt. `metadata` is empty: the broker stores no address and no user
+    """The principal of a receipt. `metadata` is empty: a receipt has no address and no user
     agent.
     """
     passkey: Body = {"verified": True, "userVerified": receipt.user_verified}

@@ -4,7 +4,7 @@ browser SDK reads their tags.
 What that SDK merely calls optional may be absent and may not be null; only `cursor` and a
 challenge's `metadata` may. Of the errors each call knows a few tags and throws on any other, so
 every call lists its own. Both generations of paths have the same answers: `/v2` is left out. Beyond
-the contract: `purpose` in a principal and an id_token.
+the contract: `purpose` in a principal and an id_token, and 422 for a reused Idempotency-Key.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ ANSWERS: dict[str, dict[int, object]] = {
         400: either(BAD_REQUEST, PASSKEY_NOT_FOUND),
     },
     "GET /{t}/principal/{code}": {200: PRINCIPAL, 404: error("InvalidCode")},
-    "POST /{t}/principal/{code}": {200: PRINCIPAL},
+    "POST /{t}/principal/{code}": {200: PRINCIPAL, 422: BAD_REQUEST},
     "GET /{t}/passkeys/": {200: FIND_ALL, 403: FORBIDDEN},
     "GET /{t}/passkeys/{id}": {200: PASSKEY, 404: NOT_FOUND},
     "PATCH /{t}/passkeys/{id}": {200: PASSKEY, 403: FORBIDDEN},

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import ON_BOTH, SKEW, OpenApp, Started
 from tests.support.authenticator import Authenticator
+from tests.support.golden import golden
 from tests.support.passlock import Passlock
 from tests.support.signals import counted, refused, same_answer
 from tests.support.wire import ORIGIN, Answer, Wire
@@ -83,6 +84,32 @@ async def test_of_50_exchanges_one_succeeds(
         (200, "ExtendedPrincipal"): 1,
         (404, "@error/InvalidCode"): PARALLEL - 1,
     }
+
+
+async def test_a_repeated_exchange_is_no_replay(
+    broker: Started, passlock: Passlock, device: Authenticator
+) -> None:
+    """The same Idempotency-Key and request of the same API key, for a minute."""
+    same, other = {"Idempotency-Key": "first"}, {"Idempotency-Key": "second"}
+    path = f"/principal/{(await passlock.register('ann', device))['code']}"
+    first = await passlock.keyed("GET", path, headers=same)
+    with counted(broker, "broker_redemptions_total", result="repeated"):
+        again = await passlock.keyed("GET", path, headers=same)
+    assert (first.status, first.json) == (200, again.json)
+    with refused(broker, "idempotency_key_reused", "idempotency_key_reused"):
+        answer = await golden(
+            passlock.wire,
+            "passlock/principal-key-reused",
+            "POST",
+            path,
+            {"userId": "ann"},
+            headers=same | {"Authorization": f"Bearer {passlock.wire.key}"},
+            below="/v2/{app_id}",
+        )
+    assert (answer.status, answer.json["_tag"]) == (422, "@error/BadRequest")
+    with refused(broker, "invalid_nonce", "nonce_replayed", times=2):
+        for headers in (other, None):
+            assert (await passlock.keyed("GET", path, headers=headers)).status == 404
 
 
 @ON_BOTH

@@ -230,6 +230,16 @@ async def test_an_owner_is_given_once(
     assert (await opened.wire.redeem(nonce)).json["external_id"] == "ann"
 
 
+async def test_a_repeated_exchange_names_the_owner_that_the_first_gave(
+    opened: Passlock, device: Authenticator
+) -> None:
+    _, code = await ownerless(opened, device)
+    given, headers = {"userId": "ann"}, {"Idempotency-Key": "first"}
+    first = await opened.keyed("POST", f"/principal/{code}", given, headers=headers)
+    again = await opened.keyed("POST", f"/principal/{code}", given, headers=headers)
+    assert (first.status, first.json["userId"], again.json) == (200, "ann", first.json)
+
+
 async def test_a_code_is_exchanged_for_its_owner_only(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
