@@ -163,7 +163,10 @@ def _wanted(rows: Sequence[AuditRow], options: argparse.Namespace) -> list[Audit
 
 async def _export(records: Records, app_id: str, options: argparse.Namespace) -> None:
     """Print all events that are there now."""
-    async for rows in _pages(records, app_id, options.after or 0):
+    cursor = options.after or 0
+    if options.since is not None:
+        cursor = max(cursor, await records.durable.events.cursor_before(app_id, options.since))
+    async for rows in _pages(records, app_id, cursor):
         if not rows:
             return
         for row in _wanted(rows, options):

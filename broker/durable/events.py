@@ -168,6 +168,20 @@ class Events:
         found = _audited(rows)
         return found, found[-1].event.id if len(found) == limit else newest
 
+    async def cursor_before(self, app_id: str, since: datetime) -> int:
+        """A cursor before every event of an app from `since` on. It skips the months that ended
+        before; 0 if there are none.
+        """
+        row = await self._pg.row(
+            "event_cursor",
+            f"SELECT e.id - 1 AS cursor FROM events e WHERE {_OF_APP}"
+            " AND e.at >= (SELECT max(ends) FROM event_months WHERE ends <= $2)"
+            " ORDER BY e.app_id, e.id LIMIT 1",
+            app_id,
+            since,
+        )
+        return 0 if row is None else cast("int", row["cursor"])
+
     async def _settled(self, app_id: str, cursor: int) -> int | None:
         """The id up to which every event of the app is committed or never will be; None: nothing
         new, or a writer stays open.

@@ -367,3 +367,30 @@ async def test_a_cursor_goes_by_id_whatever_the_months(opened: Postgres, session
     assert [action for _, action in found[1:]] == [str(n) for n in range(30)]
     newest = await Durable(opened).events.newest(app.id, limit=5)
     assert [event.action for event in newest] == [str(n) for n in range(25, 30)]
+
+
+async def test_a_cursor_of_a_time_skips_months_and_no_event(
+    opened: Postgres, session: Session
+) -> None:
+    """An event of the earlier month has a lower, one a higher id than the first of the later."""
+    await opened.migrate(NOW)
+    await seed.part_by_month(session, 3)
+    app = await new_app(Durable(opened))
+    later = await session.fetchval(
+        "SELECT ends FROM event_months ORDER BY ends OFFSET 1 LIMIT 1"
+    )  # where the second month ends
+    ids = {}
+    for name, minutes in (("before", -2), ("ahead", 1), ("behind", -1), ("after", 2)):
+        ids[name] = await session.fetchval(
+            "INSERT INTO events (at, app_id, actor, action, result, request_id)"
+            " VALUES ($1, $2, 'test', $3, 'done', '') RETURNING id",
+            later + timedelta(minutes=minutes),
+            app.id,
+            name,
+        )
+    durable = Durable(opened)
+    for since in (later, later + timedelta(days=20)):
+        assert await durable.events.cursor_before(app.id, since) == ids["ahead"] - 1
+    assert await durable.events.cursor_before(app.id, later - timedelta(minutes=1)) < ids["before"]
+    assert await durable.events.cursor_before(app.id, NOW - timedelta(days=9999)) == 0
+    assert await durable.events.cursor_before("nobody", later) == 0

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import aiohttp
 
 from broker.app import Service
+from broker.durable import instant
 from broker.durable.housekeeping import Housekeeping
 from broker.model import Policy
 from tests.support.authenticator import Authenticator
@@ -286,6 +287,7 @@ async def _operators(service: Service, wire: Wire) -> None:
     await directory.revoke_key(app.id, key.id)
     await directory.events(app.id, limit=10)
     await directory.events_after(app.id, 0, limit=10)
+    await service.parts.durable.events.cursor_before(app.id, instant(time.time()))
     await signing.rotate(app, "ES256")
     await directory.delete_user(app, "bob")
     doomed, _ = await directory.create_app("Doomed", "example.org", (ORIGIN,))
