@@ -111,7 +111,7 @@ def test_promtool_reads_the_queries(tmp_path: Path) -> None:
 
 
 def test_haproxy_accepts_what_the_page_on_proxies_shows(tmp_path: Path) -> None:
-    """The lines for a content network in their place, and the listener with the PROXY protocol."""
+    """The lines for a CDN in their place, and the listener with the PROXY protocol."""
     behind_a_network, listener = blocks(PROXIES, "haproxy")
     networks = tmp_path / "network.lst"
     networks.write_text("192.0.2.0/24\n")
