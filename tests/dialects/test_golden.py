@@ -19,6 +19,7 @@ from broker.errors import Unavailable
 from broker.model import Policy
 from tests.conftest import OpenApp, Started
 from tests.dialects.ways import WAYS
+from tests.support.byo import Byo
 from tests.support.golden import FOLDER, golden
 from tests.support.signals import refused
 from tests.support.wire import ORIGIN, RP_ID, Answer, Wire
@@ -188,6 +189,13 @@ async def test_too_many_open_sign_ins(broker: Started, open_app: OpenApp) -> Non
             wire, "passlock/error-429", "POST", options, {}, headers=page, below="/v2/{app_id}"
         )
         WAYS["passlock"].judge(answer)
+
+
+async def test_too_many_commands(broker: Started, open_app: OpenApp) -> None:
+    wire = await open_app(Policy(keyed_rate="1/min:1"))
+    await Byo(wire).ok("Ping")
+    with refused(broker, "too_many_requests", "keyed_rate"):
+        await told(wire, "propelauth", "error-429", json_body={"command": "Ping", "data": {}})
 
 
 async def test_a_user_without_passkeys(broker: Started, wire: Wire) -> None:

@@ -58,7 +58,7 @@ ANSWERS: dict[str, dict[int, object]] = {
     },
 }
 # Whatever the command, and where none is understood.
-EVERYWHERE: dict[int, object] = dict.fromkeys((400, 404, 405, 413, 415, 500, 503), UNEXPECTED)
+EVERYWHERE: dict[int, object] = dict.fromkeys((400, 404, 405, 413, 415, 429, 500, 503), UNEXPECTED)
 
 
 def call(_method: str, _path: str, body: Any) -> str:
