@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from broker.cli.findings import Finding, cause_of, clock, redis_findings
+from broker.cli.findings import Finding, cause_of, clock, postgres_findings, redis_findings
 from broker.cli.output import GREEN, RED, YELLOW, has_colour, painted, print_answer, progress, say
 from broker.cli.parsing import JSON, Commands, add_command, option
 from broker.cli.process import run, with_parts
@@ -113,6 +113,7 @@ async def _look(parts: Parts) -> list[Finding]:
     return [
         ports(parts.settings),
         metrics(parts.settings),
+        traces(parts.settings),
         *await _postgres(parts),
         *await _redis(parts),
         *await _signing(parts),
@@ -156,6 +157,21 @@ def metrics(settings: Settings) -> Finding:
     return Finding("metrics", True, says[settings.metrics_at])
 
 
+def traces(settings: Settings) -> Finding:
+    """Check that what makes traces is installed, where the settings ask for traces."""
+    if settings.traces == "otlp":
+        try:
+            import broker.telemetry.tracing  # noqa: F401 - whether it can be imported
+        except ImportError:
+            return Finding(
+                "traces",
+                False,
+                "BROKER_TRACES is otlp, and OpenTelemetry is not installed: `serve` won't start.",
+                "Install passkey-broker[otel], or unset BROKER_TRACES.",
+            )
+    return Finding("traces", True, settings.traces)
+
+
 async def _postgres(parts: Parts) -> list[Finding]:
     try:
         facts = await parts.postgres.facts()
@@ -163,7 +179,11 @@ async def _postgres(parts: Parts) -> list[Finding]:
         found = f"can't be used ({cause_of(fault)})."
         todo = "Check BROKER_DATABASE_URL, or start `broker dev`."
         return [Finding("postgres", False, found, todo)]
-    findings = [postgres_version(facts["version"]), clock("postgres", facts["clock"] - time.time())]
+    findings = [
+        postgres_version(facts["version"]),
+        clock("postgres", facts["clock"] - time.time()),
+        *postgres_findings(facts, parts.settings.database_connections),
+    ]
     try:
         await parts.postgres.check()
         findings.append(Finding("migrations", True, "complete"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from broker.errors import Unavailable
 
@@ -64,6 +64,98 @@ def cause_of(outage: Unavailable) -> str:
             return os.strerror(int(found[1])).lower()
         seen = seen.__cause__ or seen.__context__
     return type(first).__name__
+
+
+def postgres_findings(facts: Mapping[str, Any], pool: int) -> list[Finding]:
+    """Checks of Postgres' settings and of the service's role. `pool` is
+    `BROKER_DATABASE_CONNECTIONS`.
+    """
+    return [
+        *(
+            Finding(name, is_warning, f"off: {reason}", todo)
+            if facts[name] == "off"
+            else Finding(name, True, facts[name] or "unseen")
+            for name, is_warning, reason, todo in _OF_COMMITS
+        ),
+        standby(facts["synchronous_standbys"], facts["synchronous_commit"], facts["standbys"]),
+        role(superuser=facts["superuser"], owner=facts["owner"]),
+        connections(facts["connections"], pool),
+    ]
+
+
+# Settings of Postgres that acknowledged commits rest on: whether `off` is a warning, what it means,
+# the remedy.
+_OF_COMMITS = (
+    (
+        "fsync",
+        False,
+        "a crash of the machine loses acknowledged registrations, and may damage all data.",
+        "Set fsync on.",
+    ),
+    (
+        "synchronous_commit",
+        False,
+        "a crash of Postgres loses acknowledged registrations.",
+        "Set it on, also where the role or the database sets it.",
+    ),
+    (
+        "full_page_writes",
+        True,
+        "a crash of the machine may damage pages.",
+        "Set it on, unless the file system writes whole pages.",
+    ),
+)
+
+
+def standby(names: str, synchronous_commit: str, standbys: int) -> Finding:
+    """Check that a failover loses no acknowledged registration. `names` is
+    `synchronous_standby_names`.
+    """
+    if names and synchronous_commit == "local":
+        return Finding(
+            "standby",
+            True,
+            "synchronous_commit is local: a failover may lose acknowledged registrations.",
+            "Set synchronous_commit on.",
+        )
+    if names:
+        return Finding("standby", True, f"synchronous_standby_names is {names}")
+    if not standbys:
+        return Finding("standby", True, "none follows")
+    return Finding(
+        "standby",
+        True,
+        "none is synchronous: a failover may lose acknowledged registrations.",
+        "Set synchronous_standby_names.",
+    )
+
+
+def role(*, superuser: bool, owner: bool) -> Finding:
+    """Check that the service's role owns no table. `owner`: it has the rights of an owner."""
+    if not superuser and not owner:
+        return Finding("role", True, "owns no table")
+    says = "is a superuser" if superuser else "owns tables"
+    return Finding(
+        "role",
+        True,
+        f"{says}: a leaked password of the service can change the schema.",
+        "Let `serve` connect as broker_service of deploy/grants.sql.",
+    )
+
+
+def connections(limit: int, pool: int) -> Finding:
+    """Check that Postgres has connections for two instances, which an upgrade runs beside each
+    other.
+    """
+    found = f"{limit} at most, and an instance takes {pool + 1}"
+    if limit >= 2 * (pool + 1):
+        return Finding("connections", True, found)
+    return Finding(
+        "connections",
+        True,
+        f"{found}: an upgrade runs two beside each other.",
+        "Raise max_connections, or lower BROKER_DATABASE_CONNECTIONS.",
+    )
 
 
 def redis_findings(facts: RedisFacts, mode: str) -> list[Finding]:

@@ -222,16 +222,38 @@ class Postgres:
             raise Unavailable(reason="postgres_not_migrated")
 
     async def facts(self) -> dict[str, Any]:
-        """For `broker doctor`: version, seconds since the epoch by the server's clock, and
-        `synchronous_standby_names`.
+        """For `broker doctor`: version, seconds since the epoch by the server's clock, settings
+        that commits and failovers rest on, the number of standbys, rights of our role, and how
+        many connections roles like ours may have. "" or None stands for a setting that a
+        Postgres-compatible database lacks.
         """
         row = await self.row(
             "facts",
-            "SELECT current_setting('server_version_num')::int / 10000 AS version,"
-            " extract(epoch FROM clock_timestamp())::float8 AS clock,"
-            " current_setting('synchronous_standby_names') AS synchronous_standbys",
+            """
+            SELECT current_setting('server_version_num')::int / 10000 AS version,
+                extract(epoch FROM clock_timestamp())::float8 AS clock,
+                current_setting('synchronous_standby_names', true) AS synchronous_standbys,
+                current_setting('fsync', true) AS fsync,
+                current_setting('full_page_writes', true) AS full_page_writes,
+                current_setting('synchronous_commit', true) AS synchronous_commit,
+                (SELECT count(*) FROM pg_stat_replication) AS standbys,
+                role.rolsuper AS superuser,
+                EXISTS (
+                    SELECT FROM pg_class
+                    WHERE relnamespace = quote_ident(current_schema())::regnamespace
+                        AND relkind IN ('r', 'p') AND pg_has_role(relowner, 'USAGE')
+                ) AS owner,
+                least(
+                    current_setting('max_connections')::int
+                        - current_setting('superuser_reserved_connections')::int
+                        - coalesce(current_setting('reserved_connections', true)::int, 0),
+                    nullif(role.rolconnlimit, -1), nullif(datconnlimit, -1)
+                ) AS connections
+            FROM pg_roles AS role, pg_database
+            WHERE rolname = current_user AND datname = current_database()
+            """,
         )
-        assert row is not None, "a SELECT without FROM has one row"
+        assert row is not None, "the role and the database are there"
         return dict(row)
 
     async def migrate(self, now: datetime, patience: Patience = _PATIENCE) -> list[str]:

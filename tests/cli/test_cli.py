@@ -1200,23 +1200,28 @@ def _findings(out: str) -> list[Finding]:
 def test_doctor_finds_all_well(
     own_stores: EmbeddedStores, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And each fault that can be made in stores of the test's own."""
+    """And each fault that can be made in stores of the test's own, whose role is a superuser."""
     monkeypatch.setenv("BROKER_DATABASE_URL", own_stores.database_url)
     monkeypatch.setenv("BROKER_REDIS_URL", own_stores.redis_url)
     done = cli("doctor", "--json")
     assert (done.status, done.err) == (0, "")
     findings = _findings(done.out)
-    assert all(f.ok and f.todo == "" for f in findings)
+    assert all(f.ok for f in findings)
+    assert [f.check for f in findings if f.todo] == ["role"]
+    assert Finding("standby", True, "none follows") in findings
     assert [f.check for f in findings] == [
-        "settings", "ports", "metrics", "postgres", "clock", "migrations", "one-time",
-        "event months", "redis", "clock", "eviction", "term", "debug command", "secret key", "apps",
+        "settings", "ports", "metrics", "traces", "postgres", "clock", "fsync",
+        "synchronous_commit", "full_page_writes", "standby", "role", "connections", "migrations",
+        "one-time", "event months", "redis", "clock", "eviction", "term", "debug command",
+        "secret key", "apps",
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
     assert _findings(cli("doctor", "--json").out)[-1] == Finding(
         "app", True, f"{app} example.org: {ORIGIN}"
     )
-    assert all(line.startswith("ok   ") for line in cli("doctor").out.splitlines())
+    lines = [line for line in cli("doctor").out.splitlines() if not line.startswith("ok   ")]
+    assert [line.split(":")[0] for line in lines] == ["warn role"]
 
     asyncio.run(query(own_stores, "UPDATE relying_parties SET origins = '{http://example.org}'"))
     done = cli("doctor", "--json")

@@ -16,6 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from broker.app import Service, TracingFault, assemble, serve
+from broker.cli import doctor
+from broker.cli.findings import Finding
 from broker.embedded import EmbeddedStores
 from broker.telemetry import Log
 from broker.telemetry.tracing import Tracing
@@ -191,9 +193,20 @@ async def test_without_the_extra_the_start_says_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "broker.telemetry.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    parts = await assemble(settings_for(stores, traces="otlp"), log=Log(StringIO()))
+    settings = settings_for(stores, traces="otlp")
+    parts = await assemble(settings, log=Log(StringIO()))
     with pytest.raises(TracingFault, match=r"install passkey-broker\[otel\]"):
         await serve(parts)
+    found = doctor.traces(settings)
+    assert (found.ok, found.todo) == (
+        False,
+        "Install passkey-broker[otel], or unset BROKER_TRACES.",
+    )
+
+
+@pytest.mark.parametrize("traces", ["otlp", "off"])
+def test_the_doctor_finds_the_extra(stores: EmbeddedStores, traces: str) -> None:
+    assert doctor.traces(settings_for(stores, traces=traces)) == Finding("traces", True, traces)
 
 
 def test_nothing_is_loaded_without_the_setting() -> None:
