@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from broker.cli.findings import Finding
-from tests.support.commands import Cli
+from tests.support.commands import Cli, refused_serve
 from tests.support.processes import until
 from tests.support.proxy import Streams, redis_proxy
 from tests.support.servers import Valkey
@@ -69,7 +69,7 @@ async def test_connections_that_reach_several_servers(
             monkeypatch.setenv("BROKER_REDIS_URL", f"redis://127.0.0.1:{proxy.port}")
             found = (await asyncio.to_thread(findings, cli))["term"]
             assert not found.ok
-            assert "differs between connections" in await asyncio.to_thread(refusal, cli)
+            assert "differs between connections" in await asyncio.to_thread(refused_serve)
     finally:
         second.stop()
 

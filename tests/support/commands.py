@@ -74,6 +74,16 @@ def program(
     )
 
 
+def refused_serve() -> str:
+    """Why `broker serve` does not start, as a program of this process's environment: it handles
+    signals, so it needs a main thread.
+    """
+    argv = [str(BROKER), "serve", "--port", "0"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
 class Terminal:
     """A command at a terminal of its own; `shown` is what it has written there."""
 
