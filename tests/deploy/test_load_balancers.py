@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import aiohttp
@@ -264,3 +265,99 @@ async def test_a_body_above_64_kib_is_refused(
     url = f"https://localhost:{proxy.pages}/v1/apps/{'A' * 24}/authenticate/verify"
     assert (await client.post(url, data=b"x" * 65_537)).status == 413
     assert [line for each in brokers for line in each.log if line["event"] == "request"] == []
+
+
+@dataclass(slots=True)
+class Client:
+    """A connection to the port for pages, with the client's address in the PROXY protocol."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def open(cls, proxy: LoadBalancer, address: str) -> Client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.pages)
+        version = ip_address(address).version
+        writer.write(f"PROXY TCP{version} {address} {address} 1 443\r\n".encode())
+        await writer.start_tls(proxy.trust, server_hostname="localhost")
+        return cls(reader, writer)
+
+    async def status(self, *head: str) -> int:
+        """The status of the answer to this request, 0 where there is none."""
+        self.writer.write("\r\n".join((*head, "Host: localhost", "", "")).encode())
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            answer = await self.reader.readuntil(b"\r\n\r\n")
+            return int(answer.split()[1])
+        return 0
+
+
+# Addresses of clients and whether a request of each is answered, with 2 for each client.
+CLIENTS = [
+    ("192.0.2.1", True),
+    ("192.0.2.1", True),
+    ("192.0.2.1", False),
+    ("192.0.2.2", True),
+    ("2001:db8::1", True),
+    ("2001:db8::ff:0:0:2", True),
+    ("2001:db8::3", False),
+    ("2001:db8:0:1::1", True),
+]
+
+
+async def test_haproxy_limits_the_connections_of_an_address_or_a_64(
+    dying: list[Dying], tmp_path: Path
+) -> None:
+    """Behind the PROXY protocol, so rules on connections become rules on sessions."""
+    changed = (
+        (DEPLOY / "haproxy.cfg")
+        .read_text()
+        .replace("tcp-request connection", "tcp-request session")
+    )
+    changed = changed.replace('bind "${PAGES_BIND}" ssl', 'bind "${PAGES_BIND}" accept-proxy ssl')
+    (tmp_path / "haproxy.cfg").write_text(changed)
+    ports = [each.port for each in dying]
+    limit = {"CONNECTIONS_PER_ADDRESS": "2"}
+    with haproxy(tmp_path, tmp_path / "haproxy.cfg", limit, pages=ports, management=ports) as proxy:
+        clients, statuses = [], []
+        for address, _ in CLIENTS:
+            clients.append(await Client.open(proxy, address))
+            statuses.append(await clients[-1].status("GET /answered HTTP/1.1"))
+        for client in clients:
+            client.writer.close()
+    assert statuses == [200 if answered else 0 for _, answered in CLIENTS]
+
+
+async def test_nginx_limits_the_requests_of_an_address_or_a_64(
+    dying: list[Dying], tmp_path: Path
+) -> None:
+    """nginx asks for a body with status 100 where the limit permits the request."""
+    changed = (DEPLOY / "nginx.conf").read_text().replace("addresses 500", "addresses 2")
+    changed = changed.replace("${PAGES_BIND} ssl", "${PAGES_BIND} proxy_protocol ssl")
+    trusted = "set_real_ip_from 127.0.0.1; real_ip_header proxy_protocol;"
+    changed = changed.replace("    upstream pages {", f"    {trusted}\n    upstream pages {{")
+    (tmp_path / "template").write_text(changed)
+    ports = [each.port for each in dying]
+    with nginx(tmp_path, tmp_path / "template", pages=ports, management=ports) as proxy:
+        clients, statuses = [], []
+        head = ("POST /answered HTTP/1.1", "Content-Length: 1", "Expect: 100-continue")
+        for address, _ in CLIENTS:
+            clients.append(await Client.open(proxy, address))
+            statuses.append(await clients[-1].status(*head))
+        for client in clients:
+            client.writer.close()
+    assert statuses == [100 if answered else 429 for _, answered in CLIENTS]
+
+
+async def test_pages_leave_connections_of_haproxy_to_backends(
+    dying: list[Dying], tmp_path: Path
+) -> None:
+    ports = [each.port for each in dying]
+    limits = {"CONNECTIONS": "20", "PAGES_CONNECTIONS": "10"}
+    with haproxy(tmp_path, changed=limits, pages=ports, management=ports) as proxy:
+        opened = [await asyncio.open_connection("127.0.0.1", proxy.pages) for _ in range(20)]
+        # HAProxy ends connections without a request after 10 seconds.
+        url = f"https://localhost:{proxy.management}/answered"
+        statuses = await curl(proxy, "--max-time", "5", url)
+        for _, writer in opened:
+            writer.close()
+    assert statuses == ["200"]

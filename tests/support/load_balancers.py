@@ -118,33 +118,43 @@ def variables(home: Path, *, pages: Sequence[int], management: Sequence[int]) ->
         "MANAGEMENT_BIND": f"127.0.0.1:{free_port()}",
         "PROXY_METRICS_BIND": f"127.0.0.1:{free_port()}",
         "CONNECTIONS": "2000",
+        "PAGES_CONNECTIONS": "1000",
         "PROXY_USER": getpass.getuser(),
     }
 
 
 @contextmanager
 def haproxy(
-    home: Path, configuration: Path = DEPLOY / "haproxy.cfg", **ports: Sequence[int]
+    home: Path,
+    configuration: Path = DEPLOY / "haproxy.cfg",
+    changed: Mapping[str, str] | None = None,
+    **ports: Sequence[int],
 ) -> Iterator[LoadBalancer]:
-    """HAProxy with this file, in front of the `pages` and `management` ports."""
+    """HAProxy with this file, in front of the `pages` and `management` ports. `changed` are other
+    values for its variables.
+    """
     argv = [program("haproxy"), "-f", str(configuration)]
-    with _running(argv, variables(home, **ports), home) as running:
+    with _running(argv, variables(home, **ports) | dict(changed or {}), home) as running:
         yield running
 
 
 @contextmanager
-def nginx(home: Path, **ports: Sequence[int]) -> Iterator[LoadBalancer]:
-    """nginx with `deploy/nginx.conf`, in front of the `pages` and `management` ports."""
+def nginx(
+    home: Path, template: Path = DEPLOY / "nginx.conf", **ports: Sequence[int]
+) -> Iterator[LoadBalancer]:
+    """nginx with this file, in front of the `pages` and `management` ports."""
     given = variables(home, **ports)
-    argv = [*nginx_command(home, given), "-g", "daemon off;"]
+    argv = [*nginx_command(home, given, template), "-g", "daemon off;"]
     with _running(argv, given, home) as running:
         yield running
 
 
-def nginx_command(home: Path, given: Mapping[str, str]) -> list[str]:
+def nginx_command(
+    home: Path, given: Mapping[str, str], template: Path = DEPLOY / "nginx.conf"
+) -> list[str]:
     """The command of an nginx whose file has the values `given`, as `envsubst` puts them in."""
     configuration = home / "nginx.conf"
-    filled = Template((DEPLOY / "nginx.conf").read_text()).safe_substitute(given)
+    filled = Template(template.read_text()).safe_substitute(given)
     configuration.write_text(filled)
     return [program("nginx"), "-p", str(home), "-c", str(configuration)]
 
