@@ -183,14 +183,15 @@ class Housekeeping:
     async def _old_events(self, connection: Connection, now: datetime, size: int) -> _Batch:
         """Delete events of all apps that are older than the retention. The scan goes by id and ends
         at the first batch without an old event: event times rise with ids, but for the difference
-        of the instances' clocks. `at < $3` keeps the DELETE to the oldest partitions."""
+        of the instances' clocks. The bounds of `at` keep the DELETE to the oldest partitions."""
         row = await connection.fetchrow(
             """
             WITH oldest AS MATERIALIZED (
                 SELECT id, at FROM events WHERE id > $1 ORDER BY id LIMIT $2
             ), gone AS (
                 DELETE FROM events
-                WHERE at < $3 AND id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3))
+                WHERE at >= (SELECT min(at) FROM oldest) AND at < $3
+                    AND id = ANY (ARRAY(SELECT id FROM oldest WHERE at < $3))
                 RETURNING id
             )
             SELECT (SELECT max(id) FROM oldest) AS last, (SELECT count(*) FROM oldest) AS seen,
