@@ -14,6 +14,8 @@ turns, six pairs, 2026-11-30).
   more data to send'") gets the answers to its whole requests.
 - During shutdown the body of a request that is being answered may still come.
 - An offer to upgrade is ignored.
+- Of pipelined requests one is answered in an iteration of the event loop, so that a flood of them
+  on one connection lets the others have their turn.
 - With `proxy_protocol` the peer's address is that of the connection's PROXY protocol header.
 
 **What it rests on.** Private names of aiohttp occur in this module only. `BaseProtocol`, with
@@ -214,6 +216,8 @@ class Connection(BaseProtocol):
                     await self._answer(message, body)
                     self._answered += 1
                     self._idle_since = self._server.loop.time()
+                    if self._queue:  # answers without a wait would keep the loop from the others
+                        await asyncio.sleep(0)
                 elif self._ending:
                     break
                 else:

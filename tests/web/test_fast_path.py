@@ -263,6 +263,21 @@ async def test_pipelined_requests_in_one_segment(line: Line, number: int) -> Non
     assert await told(line) == {"is": "plain"}
 
 
+async def test_a_flood_of_pipelined_requests_lets_others_have_their_turn(
+    place: Place, dial: Dial, line: Line
+) -> None:
+    """A request of another connection that comes with the flood is answered among its first."""
+    other, flood = await used(await dial(place.listener.ports[0])), 1000
+    line.writer.write(PLAIN * flood)
+    other.writer.write(request("GET", "/text"))
+    assert (await other.answer())[0] == 200
+    for _ in range(flood):
+        await told(line)
+    order = [entry["route"] for entry in place.log][2:]
+    assert len(order) == flood + 1
+    assert order.index("/text") < 10
+
+
 async def test_requests_that_come_while_one_is_answered(place: Place, line: Line) -> None:
     """They wait for their turn, also where they come one by one, and where one of them needs no
     body.
