@@ -42,7 +42,7 @@ SECRET_KEY = "chaos-only-0123456789abcdefghijklmnopqrstuvwxyz"
 BROKERS = 3
 _BROKER = (sys.executable, "-c", "import sys; from broker.cli import main; sys.exit(main())")
 _RATES = ("BEGIN", "DISCOVERABLE", "KEYED", "UNKNOWN_FINISH")
-_UP = 'state="UP"'
+_SERVER, _UP = 'server="broker-', 'state="UP"'
 _BALANCE = "    balance leastconn\n"
 _NAME_SERVER = "    http-after-response set-header X-Server %[srv_name]\n"
 
@@ -229,7 +229,8 @@ class Deployment:
         """True if HAProxy sends requests to every broker."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.balancer.metrics}/metrics") as page:
             lines = page.read().decode().splitlines()
-        up = [line for line in lines if line.startswith("haproxy_server_status") and _UP in line]
+        states = [line for line in lines if line.startswith("haproxy_server_status")]
+        up = [line for line in states if _SERVER in line and _UP in line]
         return len(up) == 2 * BROKERS and all(line.endswith(" 1") for line in up)
 
     async def stop(self) -> None:

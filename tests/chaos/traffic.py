@@ -114,10 +114,9 @@ class Traffic:
 
     async def redeem_twice(self, proof: Proof) -> None:
         """Redeem, in half of the cases twice at the same time, in some once more afterwards; in
-        half of the cases all but the last with one Idempotency-Key, where the dialect has it.
+        half of the cases all but the last with one Idempotency-Key.
         """
-        has_key = proof.dialect is not PASSLOCK
-        repeat = self.new_repeat() if has_key and self.chance.random() < 0.5 else ""
+        repeat = self.new_repeat() if self.chance.random() < 0.5 else ""
         times = 2 if self.chance.random() < 0.5 else 1
         await asyncio.gather(*(self.caller.redeem(proof, repeat=repeat) for _ in range(times)))
         if repeat:
