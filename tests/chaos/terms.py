@@ -25,6 +25,7 @@ from redis.exceptions import TimeoutError as Silence
 from tests.chaos.deployment import Deployment
 from tests.chaos.history import Recorder
 from tests.chaos.valkeys import MASTER_NAME, Node, Replicated
+from tests.support.processes import DEADLINE
 from tests.support.servers import MASTERS
 
 _PAUSE = 0.2  # seconds between two samples
@@ -36,7 +37,9 @@ State = dict[str, Any]
 
 @contextlib.asynccontextmanager
 async def recorded_terms(deployment: Deployment, recorder: Recorder) -> AsyncIterator[None]:
-    """Inside, the history gets a note of each change; at the beginning one of the state."""
+    """Inside, the history gets a note of each change; at the beginning one of the state, in which
+    each shard must have one primary.
+    """
     stores = deployment.redis
     async with contextlib.AsyncExitStack() as stack:
         servers = [node.server if isinstance(node, Node) else node for node in stores.nodes]
@@ -46,14 +49,21 @@ async def recorded_terms(deployment: Deployment, recorder: Recorder) -> AsyncIte
             for port in (stores.sentinel_ports if isinstance(stores, Replicated) else ())
         ]
         watch = _Watch(deployment, clients, sentinels, [{} for _ in clients])
-        known = await watch.sample()
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                known = await watch.sample()
+                roles = [server.get("role") for server in known["servers"]]
+                if roles.count("master") == known["shards"]:
+                    break
+                await asyncio.sleep(_PAUSE)
         recorder.terms(known, earlier=0.0)
         task = asyncio.create_task(watch.note_changes(recorder, known))
         try:
             yield
         finally:
             task.cancel()
-            await asyncio.wait([task])
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 def _client(port: int) -> Redis:
