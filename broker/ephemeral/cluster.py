@@ -85,6 +85,7 @@ class ClusterRouter:
         self._next_read = 0.0
         self._doubted = False
         self._closed_changes = 0  # of terms, by connections that are closed
+        self.moves = 0
         self._fault: BaseException | None = None  # why a node did not tell the topology
 
     async def ask(self, *command: Any, limit: float, patient: bool = False) -> Any:
@@ -113,6 +114,7 @@ class ClusterRouter:
                 if not asking and self._owners:
                     self._hand_over(self._owners[slot], address)
                     self._owners[slot] = address
+                    self.moves += 1
                     self._doubt()
                 if sends == _SENDS:
                     raise

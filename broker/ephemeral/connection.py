@@ -310,6 +310,7 @@ class MultiplexedConnection:
         self._stream: _Stream | None = None
         self.known_term = b""  # the last one, of any stream
         self.term_changes = 0
+        self.moves = 0  # a single server names no other owner
 
     @property
     def idle(self) -> bool:

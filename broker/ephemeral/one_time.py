@@ -28,7 +28,8 @@ peeks compares that term with its server's, in the same atomic step: `term_over`
   data that is not its own latest. Replication, persistence and clocks don't matter. `run_id` would
   not do: a server that is demoted and promoted again keeps it.
 - *Stale stamps.* A plain put stamps what its connection knew at most a second ago
-  (`Commands.term`). A stale stamp ends the value, and can't duplicate it.
+  (`Commands.term`). A stale stamp ends the value, and can't duplicate it. A put that meets MOVED
+  is repeated, because its stamp is the former owner's.
 - *Not covered.* Old data written into a living primary: `DEBUG RELOAD NOSAVE`, `RESTORE`, the
   restored memory of a virtual machine, and `MIGRATE` of a left-over copy. A `MIGRATE` that timed
   out leaves a copy. If its slot moves back within the value's life, the copy is in its term again.
@@ -217,12 +218,17 @@ class OneTimeStore:
 
     async def put(self, operation: str, key: bytes, value: Envelope, *, grace: int = 0) -> None:
         """Put a value, in place of an earlier one."""
-        if self._ledger is None:
-            term = await self._transport.term(operation, key)
-        else:
-            term = (await self._ledger.stamp()).encode()
-        life = self._life(value.ends) + grace
-        await self._transport.ask(operation, "SET", key, value.serialize(term), "PX", life)
+        for _ in range(2):
+            moves = self._transport.moves
+            if self._ledger is None:
+                term = await self._transport.term(operation, key)
+            else:
+                term = (await self._ledger.stamp()).encode()
+            life = self._life(value.ends) + grace
+            await self._transport.ask(operation, "SET", key, value.serialize(term), "PX", life)
+            if self._transport.moves == moves:
+                return
+            # The slot has another owner, so the stamp may be the former owner's.
 
     async def put_counted(
         self,

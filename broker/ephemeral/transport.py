@@ -51,6 +51,11 @@ class Commands(Protocol):
         """How often `term` read another term than before of that server or of its slots."""
         ...
 
+    @property
+    def moves(self) -> int:
+        """How often a node named another owner of a slot (MOVED)."""
+        ...
+
     def ask(self, *command: Any, limit: float, patient: bool = False) -> Awaitable[Any]:
         """The reply to one command within `limit` seconds; bytes, integers, None and lists of
         these.
@@ -107,6 +112,11 @@ class Transport:
         metrics.redis_term_changes.add(lambda: commands.term_changes)
         self.tell = self._faults.tell
         self.forget_terms = commands.forget_terms
+
+    @property
+    def moves(self) -> int:
+        """`Commands.moves`."""
+        return self._commands.moves
 
     def ask(self, operation: str, *command: Any) -> Awaitable[Any]:
         """The reply to one command.
@@ -227,6 +237,7 @@ class ByClient:
     """A client of redis-py that stands in for a server in tests."""
 
     term_changes = 0
+    moves = 0
 
     def __init__(self, client: Redis) -> None:
         client.response_callbacks.clear()  # replies stay raw

@@ -28,7 +28,9 @@ from redis.exceptions import ConnectionError as Lost
 from broker.dialects import openers
 from broker.ephemeral import Ephemeral, Taken, Unknown, connect
 from broker.ephemeral.cluster import Address, ClusterRouter, _Answer, _Claim, _parsed
-from broker.ephemeral.transport import DOWN
+from broker.ephemeral.codec import encode
+from broker.ephemeral.one_time import Envelope, Expected, OneTimeStore
+from broker.ephemeral.transport import DOWN, Transport
 from broker.errors import Unavailable
 from broker.telemetry import Log, Metrics
 from broker.tokens import SystemMint, digest
@@ -447,6 +449,25 @@ async def test_moved(cluster: Cluster, behind: ClusterRouter, proxy: RedisProxy)
         assert len(proxy.named(b"GETDEL")) == 3
         await settled(behind)
         assert behind._owners[slot] == ("127.0.0.1", cluster.nodes[1].port)
+    finally:
+        _open(cluster, slot, 1, 0)
+        _give(cluster, slot, 1, 0)
+
+
+async def test_a_value_put_by_an_outdated_topology_can_be_taken(
+    cluster: Cluster, router: ClusterRouter
+) -> None:
+    """The put follows MOVED, and the value has the term of the node that has it."""
+    slot, key = key_slot(SHARD[0]), SHARD[0] + b"put"
+    transport = Transport(router, timeout=LIMIT, metrics=Metrics(), log=Log(io.StringIO()))
+    store = OneTimeStore(transport, time.time, None)
+    await router.check(limit=LIMIT)
+    await settled(router)
+    _open(cluster, slot, 0, 1)
+    _give(cluster, slot, 0, 1)
+    try:
+        await store.put("put", key, Envelope("ticket", "", time.time() + 60, encode("x")))
+        assert await store.take("take", [key], str, Expected(["ticket"])) == Taken("x")
     finally:
         _open(cluster, slot, 1, 0)
         _give(cluster, slot, 1, 0)
