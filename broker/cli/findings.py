@@ -79,6 +79,7 @@ def postgres_findings(facts: Mapping[str, Any], pool: int) -> list[Finding]:
         ),
         standby(facts["synchronous_standbys"], facts["synchronous_commit"], facts["standbys"]),
         role(superuser=facts["superuser"], owner=facts["owner"]),
+        rights(facts["denied"]),
         connections(facts["connections"], pool),
     ]
 
@@ -127,6 +128,20 @@ def standby(names: str, synchronous_commit: str, standbys: int) -> Finding:
         True,
         "none is synchronous: a failover may lose acknowledged registrations.",
         "Set synchronous_standby_names.",
+    )
+
+
+def rights(denied: str) -> Finding:
+    """Check that the service's role may read and write each table. `denied` names the tables on
+    which it lacks a right. Readiness reads a few tables only.
+    """
+    if not denied:
+        return Finding("rights", True, "on all tables")
+    return Finding(
+        "rights",
+        True,
+        f"lacks some on {denied}: requests that need them get 503.",
+        "Run deploy/grants.sql again.",
     )
 
 

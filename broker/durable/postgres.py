@@ -223,9 +223,9 @@ class Postgres:
 
     async def facts(self) -> dict[str, Any]:
         """For `broker doctor`: version, seconds since the epoch by the server's clock, settings
-        that commits and failovers rest on, the number of standbys, rights of our role, and how
-        many connections roles like ours may have. "" or None stands for a setting that a
-        Postgres-compatible database lacks.
+        that commits and failovers rest on, the number of standbys, rights of our role, tables on
+        which it lacks some, and how many connections roles like ours may have. "" or None stands
+        for a setting that a Postgres-compatible database lacks.
         """
         row = await self.row(
             "facts",
@@ -243,6 +243,16 @@ class Postgres:
                     WHERE relnamespace = quote_ident(current_schema())::regnamespace
                         AND relkind IN ('r', 'p') AND pg_has_role(relowner, 'USAGE')
                 ) AS owner,
+                -- Statements reach a partition by the rights on its parent.
+                (
+                    SELECT coalesce(string_agg(relname, ', ' ORDER BY relname), '') FROM pg_class
+                    WHERE relnamespace = quote_ident(current_schema())::regnamespace
+                        AND relkind IN ('r', 'p') AND NOT relispartition
+                        AND NOT (has_table_privilege(oid, 'SELECT')
+                            AND has_table_privilege(oid, 'INSERT')
+                            AND has_table_privilege(oid, 'UPDATE')
+                            AND has_table_privilege(oid, 'DELETE'))
+                ) AS denied,
                 least(
                     current_setting('max_connections')::int
                         - current_setting('superuser_reserved_connections')::int

@@ -22,6 +22,7 @@ WELL = {
     "full_page_writes": "on",
     "standby": "synchronous_standby_names is *",
     "role": "owns no table",
+    "rights": "on all tables",
     "connections": "117 at most, and an instance takes 17",
 }
 SOUND = (
@@ -116,6 +117,13 @@ def doctor(cli: Cli, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Doctor:
             True,
             "owns tables: a leaked password of the service can change the schema.",
             "broker_service",
+        ),
+        (
+            ["CREATE TABLE owned ()", "GRANT SELECT, INSERT, DELETE ON owned TO service"],
+            "rights",
+            True,
+            "lacks some on owned: requests that need them get 503.",
+            "Run deploy/grants.sql again.",
         ),
         (
             ["ALTER ROLE service CONNECTION LIMIT 33"],
