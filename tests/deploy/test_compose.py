@@ -4,6 +4,7 @@ files that it names.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -90,6 +91,17 @@ def test_the_grace_period_is_longer_than_the_end_of_a_broker() -> None:
     settings = Settings()
     period = int(SERVICES["broker-1"]["stop_grace_period"].removesuffix("s"))
     assert period > settings.lame_duck_seconds + settings.drain_seconds + 1
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name.startswith("broker-")])
+def test_up_waits_until_a_broker_is_ready(name: str) -> None:
+    """By the command of the image, which `test_image` runs, at another path."""
+    found = re.search(r"^HEALTHCHECK .*\n *CMD (.*)$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    assert found
+    live: list[str] = json.loads(found[1])
+    assert "/health/live" in live[-1]
+    ready = [word.replace("/health/live", "/health/ready") for word in live]
+    assert SERVICES[name]["healthcheck"]["test"] == ["CMD", *ready]
 
 
 def test_only_haproxy_is_reachable_and_its_management_port_from_this_machine_alone() -> None:

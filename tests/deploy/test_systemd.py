@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -53,3 +54,29 @@ def test_it_stops_later_than_the_broker_ends() -> None:
     found = re.search(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.M)
     assert found
     assert int(found[1]) > settings.lame_duck_seconds + settings.drain_seconds + 1
+
+
+def test_the_loop_in_its_head_waits_until_an_instance_is_ready(tmp_path: Path) -> None:
+    """The shell runs it with commands that write what they are called with. Each instance is ready
+    at the second question.
+    """
+    found = re.search(r"^(#   for n in .*?^#   done$)", UNIT.read_text(), re.M | re.S)
+    assert found
+    loop = re.sub(r"^#   ", "", found[1], flags=re.M)
+    called = tmp_path / "called"
+    scripts = {
+        "systemctl": f'echo "$@" >> {called}',
+        "curl": f'echo "$3" >> {called}; [ $(grep -c "$3" {called}) = 2 ]',
+        "sleep": "",
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["sh", "-ec", loop], env=environment, check=True, timeout=10)
+    expected = [
+        line
+        for n in (1, 2)
+        for line in (f"restart passkey-broker@{n}", *[f"localhost:900{n}/health/ready"] * 2)
+    ]
+    assert called.read_text().splitlines() == expected
