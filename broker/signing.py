@@ -226,7 +226,7 @@ class Signing:
                 sealed = self._seal.close(
                     opened[0], kid=key.id, scope=key.scope, algorithm=key.algorithm
                 )
-                resealed += await self._keys.reseal(key, sealed)
+                resealed += await self._keys.reseal(key, sealed, instant(self._clock()))
         return resealed, lost
 
     # -- below -------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import pwd
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -111,6 +113,27 @@ def settings_for_data(*needed: str, given: Mapping[str, str] | None = None) -> S
     return settings
 
 
+# -- the operator ----------------------------------------------------------------------------------
+
+
+def operator_account() -> str:
+    """The actor of a command's events: `cli:` and the account of the operating system."""
+    number = os.getuid()
+    try:
+        return f"cli:{pwd.getpwuid(number).pw_name}"
+    except KeyError:  # a container may run as any number
+        return f"cli:{number}"
+
+
+def operator_address() -> str:
+    """The address from which the operator came by SSH; "" if it is not known."""
+    given = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_CLIENT") or ""
+    try:
+        return str(ip_address(given.partition(" ")[0]))
+    except ValueError:
+        return ""
+
+
 # -- declaring a command ---------------------------------------------------------------------------
 
 
@@ -148,7 +171,8 @@ def add(
 
     def act(options: argparse.Namespace) -> int:
         async def main(records: Records) -> object:
-            CONTEXT.set(Context(request_id=f"cli-{secrets.token_hex(8)}", actor="cli"))
+            request_id = f"cli-{secrets.token_hex(8)}"
+            CONTEXT.set(Context(request_id, operator_account(), address=operator_address()))
             sentence = ""
             if app:
                 with shown():

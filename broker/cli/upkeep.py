@@ -110,7 +110,7 @@ async def one_time(records: Records, options: argparse.Namespace) -> Row:
     ledger = records.durable.ledger
     if options.mode is not None:
         stamp = secrets.token_hex(8) if options.mode == "postgres" else ""
-        await ledger.record(options.mode, stamp)
+        await ledger.record(options.mode, stamp, records.directory.now())
     return {"mode": (await ledger.recorded()).mode}
 
 

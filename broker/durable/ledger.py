@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
+from broker.durable.events import actor, insert_event
 from broker.durable.group_commit import OwnStatement
 from broker.durable.postgres import Connection, Postgres
 from broker.errors import Unavailable
@@ -60,14 +61,32 @@ class Ledger:
             raise Unavailable(reason="postgres_one_time")
         return Recorded(row["mode"], row["stamp"])
 
-    async def record(self, mode: OneTimeMode, stamp: str) -> None:
-        """Record a mode. `stamp` is random, 16 hex digits; "" in the mode `term`."""
+    async def record(self, mode: OneTimeMode, stamp: str, now: datetime) -> None:
+        """Record a mode. `stamp` is random, 16 hex digits; "" in the mode `term`. The event is
+        `one_time_mode.recorded`, under the app id "".
+        """
+        event = insert_event(
+            "'one_time_mode.recorded'",
+            "FROM recorded",
+            at="$3",
+            app_id="''",
+            by="$4, $5",
+            payload="jsonb_build_object('mode', mode)",
+        )
         await self._pg.row(
             "record_one_time_mode",
-            "INSERT INTO one_time_mode (mode, stamp) VALUES ($1, $2)"
-            " ON CONFLICT (id) DO UPDATE SET mode = excluded.mode, stamp = excluded.stamp",
+            f"""
+            WITH recorded AS (
+                INSERT INTO one_time_mode (mode, stamp) VALUES ($1, $2)
+                ON CONFLICT (id) DO UPDATE SET mode = excluded.mode, stamp = excluded.stamp
+                RETURNING mode
+            )
+            {event}
+            """,
             mode,
             stamp,
+            now,
+            *actor(),
         )
 
     async def check(self, mode: str) -> None:

@@ -162,16 +162,31 @@ class SigningKeys:
         )
         return row is not None
 
-    async def reseal(self, key: StoredKey, sealed: bytes) -> bool:
-        """Replace the sealed form of a key. False: the key was resealed or deleted since it was
-        read.
+    async def reseal(self, key: StoredKey, sealed: bytes, now: datetime) -> bool:
+        """Replace the sealed form of a key. The event is `signing_key.resealed`, under the app id
+        as a rotation's. False: the key was resealed or deleted since it was read.
         """
+        event = insert_event(
+            "'signing_key.resealed'",
+            "FROM key",
+            at="$4",
+            app_id="coalesce(app_id, '')",
+            by="$5, $6",
+        )
         row = await self._pg.row(
             "reseal_signing_key",
-            "UPDATE signing_keys SET sealed = $3 WHERE id = $1 AND sealed = $2 RETURNING id",
+            f"""
+            WITH key AS (
+                UPDATE signing_keys SET sealed = $3 WHERE id = $1 AND sealed = $2
+                RETURNING id, app_id
+            ), event AS ({event})
+            SELECT id FROM key
+            """,
             key.id,
             key.sealed,
             sealed,
+            now,
+            *actor(),
         )
         return row is not None
 

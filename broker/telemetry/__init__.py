@@ -33,8 +33,8 @@ __all__ = [
 
 @dataclass(slots=True)
 class Context:
-    """The request id, the actor ("key:<id>", "browser" or "cli") and the deadline of a request or
-    command. `address` and `user_agent` are the client's, for events; "" is unknown.
+    """The request id, the actor ("key:<id>", "browser" or "cli:<account>") and the deadline of a
+    request or command. `address` and `user_agent` are the client's, for events; "" is unknown.
     """
 
     request_id: str

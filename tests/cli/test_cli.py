@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import json
 import os
+import pwd
 import re
 import secrets
 import select
@@ -29,7 +30,7 @@ import asyncpg
 import pytest
 
 from broker import __version__
-from broker.cli import dev, doctor, findings
+from broker.cli import dev, doctor, findings, records
 from broker.cli.findings import Finding
 from broker.dialects import DIALECTS, policy_keys
 from broker.embedded import EmbeddedStores
@@ -56,6 +57,8 @@ from tests.support.commands import (
 from tests.support.processes import until
 from tests.support.servers import session_of
 from tests.support.wire import ORIGIN, RP_ID, Wire
+
+ACTOR = f"cli:{pwd.getpwuid(os.getuid()).pw_name}"
 
 
 @pytest.fixture
@@ -201,7 +204,7 @@ async def test_a_new_app_works_and_its_key_is_stored_hashed(
     assert told["api_key"].startswith(row["hint"].removesuffix("…"))
     assert len(row["hint"]) == len("pbk_") + 4 + 1
     (event, *_) = await broker.parts.directory.events(told["app_id"], limit=1000)
-    assert (event.action, event.actor) == ("app.created", "cli")
+    assert (event.action, event.actor) == ("app.created", ACTOR)
     assert re.fullmatch(r"cli-[0-9a-f]{16}", event.request_id)
 
 
@@ -543,8 +546,48 @@ def test_delete_an_app(cli: Cli, app: str) -> None:
     assert refusal(cli("app", "delete", "--app", app, "--yes")) == "There is no such app."
     created, event = cli("events", "--app", app, "--json").json
     assert created["action"] == "app.created"
-    assert (event["action"], event["actor"], event["result"]) == ("app.deleted", "cli", "done")
+    assert (event["action"], event["actor"], event["result"]) == ("app.deleted", ACTOR, "done")
     assert cli("events", "--app", app, "--after", str(created["id"]), "--json").json == [event]
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({"SSH_CONNECTION": "192.0.2.7 50022 198.51.100.1 22"}, "192.0.2.7"),
+        ({"SSH_CLIENT": "2001:db8:1:2::7 50022 22"}, "2001:db8:1:2::7"),
+        (
+            {"SSH_CONNECTION": "192.0.2.7 1 198.51.100.1 22", "SSH_CLIENT": "192.0.2.8 1 22"},
+            "192.0.2.7",
+        ),
+        ({"SSH_CONNECTION": "192.0.2.7, 198.51.100.1"}, None),
+        ({"SSH_CLIENT": "somewhere 50022 22"}, None),
+        ({}, None),
+    ],
+)
+def test_an_event_has_the_address_of_the_operator(
+    cli: Cli,
+    app: str,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    address: str | None,
+) -> None:
+    for name in ("SSH_CONNECTION", "SSH_CLIENT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    cli("key", "create", "--app", app)
+    event = cli("events", "--app", app, "--json").json[-1]
+    assert [event[name] for name in ("action", "actor", "address", "user_agent")] == [
+        "key.created",
+        ACTOR,
+        address,
+        None,
+    ]
+
+
+def test_an_account_without_a_name_is_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 2_000_000_000)
+    assert records.operator_account() == "cli:2000000000"
 
 
 @pytest.mark.parametrize(
@@ -805,7 +848,7 @@ async def test_events_tell_who_did_what(cli: Cli, wire: Wire, device: Authentica
         ("browser", "passkey.registered", "done", None),
         (f"key:{key['key_id']}", "passkey.confirmed", "done", None),
         ("browser", "passkey.used", "refused", "origin"),
-        ("cli", "passkey.revoked", "done", None),
+        (ACTOR, "passkey.revoked", "done", None),
     ]
     assert {e["passkey_id"] for e in events[2:]} == {passkey}
     assert [e["id"] for e in events] == sorted(e["id"] for e in events)
@@ -883,7 +926,7 @@ def test_the_brokers_own_signing_keys(cli: Cli) -> None:
     assert len({row["kid"] for row in rows} - before) == 1
     assert cli("signing-key", "list", "--json").json == rows
     event = cli("events", "--app", "", "--json").json[-1]
-    assert (event["action"], event["actor"], event["app_id"]) == ("signing_key.rotated", "cli", "")
+    assert (event["action"], event["actor"], event["app_id"]) == ("signing_key.rotated", ACTOR, "")
 
 
 def test_signing_keys_are_sealed_anew(cli: Cli, app: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -896,6 +939,8 @@ def test_signing_keys_are_sealed_anew(cli: Cli, app: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("BROKER_SECRET_KEY", f"{SECRET_KEY},{other}")
     assert next(f for f in _findings(cli("doctor", "--json").out) if f.check == "secret key").ok
     assert cli("signing-key", "reseal", "--json").json == {"resealed": 1, "lost": 0}
+    event = cli("events", "--app", app, "--json").json[-1]
+    assert (event["action"], event["actor"]) == ("signing_key.resealed", ACTOR)
     monkeypatch.setenv("BROKER_SECRET_KEY", SECRET_KEY)
     assert cli("signing-key", "reseal").out == "resealed         0\nlost             0\n"
     found = next(f for f in _findings(cli("doctor", "--json").out) if f.check == "secret key")

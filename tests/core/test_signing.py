@@ -498,7 +498,9 @@ async def test_the_secret_changes_without_a_pause(own_stores: EmbeddedStores) ->
         await both.reseal()
         changed = (await keys.of(app.id))[0]
         assert not await keys.reseal(
-            StoredKey(changed.id, app.id, "ES256", 1, b"old", {}, *[instant(0)] * 2), b"x"
+            StoredKey(changed.id, app.id, "ES256", 1, b"old", {}, *[instant(0)] * 2),
+            b"x",
+            instant(0),
         )
         assert [key.sealed for key in await keys.of(app.id)] == [key.sealed for key in stale]
     finally:

@@ -75,7 +75,7 @@ async def scene(stores: EmbeddedStores) -> AsyncIterator[Scene]:
         made = Scene(url, [])
         ledger = await made.ledger()
         await made.pools[0].migrate(NOW)
-        await ledger.record("postgres", STAMPS[0])
+        await ledger.record("postgres", STAMPS[0], NOW)
         yield made
         for opened in made.pools:
             await opened.close()
@@ -146,8 +146,8 @@ async def test_a_change_of_the_mode_ends_values(scene: Scene, pair: Pair) -> Non
     await first.nonces.put(APP, nonces[1], redeemable(pair.primary))
     assert await term.nonces.take(APP, nonces[1]) == TERM_OVER
     ledger = await scene.ledger()
-    await ledger.record("term", "")
-    await ledger.record("postgres", STAMPS[1])
+    await ledger.record("term", "", NOW)
+    await ledger.record("postgres", STAMPS[1], NOW)
     second = await scene.store(pair.primary)
     assert await second.nonces.take(APP, nonces[1]) == TERM_OVER, "one of an earlier period"
 
@@ -190,7 +190,7 @@ async def test_logins_with_the_ledger(
     answers = await asyncio.gather(*(wire.redeem(nonce) for _ in range(5)))
     assert sorted(answer.status for answer in answers) == [200, 401, 401, 401, 401]
     ledger = await scene.ledger()
-    await ledger.record("term", "")
+    await ledger.record("term", "", NOW)
     async with session.get(f"{broker.url}/health/ready") as answer:
         assert (await answer.json())["missing"] == ["postgres_one_time"]
 
@@ -213,3 +213,6 @@ async def test_the_mode_of_an_instance_is_the_recorded_one(
     assert (await ledger.recorded()).stamp not in ("", before.stamp)
     await asyncio.to_thread(cli, "one-time", "--set", "term")
     assert (await ledger.recorded()) == ("term", "")
+    (*_, event) = (await asyncio.to_thread(cli, "events", "--app", "", "--json")).json
+    assert (event["action"], event["payload"]) == ("one_time_mode.recorded", {"mode": "term"})
+    assert event["actor"].startswith("cli:")
