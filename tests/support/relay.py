@@ -14,12 +14,15 @@ from tests.support.proxy import Connect
 
 @dataclass(slots=True)
 class Door:
-    """The relay's port on loopback, the URL of a Redis behind it, and its connections."""
+    """The relay's port on loopback, the URL of a Redis behind it, and its connections. With
+    `loses` the next answer of the server is lost: its connection ends instead.
+    """
 
     port: int = 0
     url: str = ""
     open: set[asyncio.StreamWriter] = field(default_factory=set)
     connections: int = 0
+    loses: bool = False
 
     def close(self) -> None:
         for writer in self.open:
@@ -35,9 +38,14 @@ async def relay(connect: Connect, certificate: Path | None = None) -> AsyncItera
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate)
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def pump(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             while data := await reader.read(65536):
+                if answers and made.loses:
+                    made.loses = False
+                    break
                 writer.write(data)
                 await writer.drain()
         writer.close()
@@ -49,7 +57,7 @@ async def relay(connect: Connect, certificate: Path | None = None) -> AsyncItera
         made.connections += 1
         made.open.add(writer)
         upstream = await connect()
-        await asyncio.gather(pump(reader, upstream[1]), pump(upstream[0], writer))
+        await asyncio.gather(pump(reader, upstream[1]), pump(upstream[0], writer, answers=True))
         made.open.discard(writer)
         tasks.discard(task)
 

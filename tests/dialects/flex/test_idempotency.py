@@ -5,17 +5,18 @@ minute; another request with the key is refused, and any other redemption is a r
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 import pytest
 import redis
 
 from broker.embedded import EmbeddedStores
-from broker.sdk.passkey_broker import Answer as SdkAnswer
-from broker.sdk.passkey_broker import AsyncBrokerClient, BrokerUnreachable, Request
+from broker.sdk.passkey_broker import AsyncBrokerClient
 from tests.conftest import ON_BOTH, Started, Starter
 from tests.support.authenticator import Authenticator
 from tests.support.golden import golden
-from tests.support.proxy import Fate, RedisProxy, redis_proxy
+from tests.support.proxy import Fate, RedisProxy, Streams, redis_proxy
+from tests.support.relay import relay
 from tests.support.servers import connect_valkey
 from tests.support.signals import counted, refused
 from tests.support.wire import Answer, Wire
@@ -166,25 +167,24 @@ async def test_the_client_survives_a_lost_reply_of_redis(
         await lossy.service.close()
 
 
-class LosingClient(AsyncBrokerClient):
-    """Loses the first answer to each path."""
-
-    async def send(self, request: Request) -> SdkAnswer:
-        answer = await super().send(request)
-        lost: set[str] = self.__dict__.setdefault("lost", set())
-        if request.path not in lost:
-            lost.add(request.path)
-            raise BrokerUnreachable("unreachable", "The answer was lost.")
-        return answer
-
-
 async def test_the_client_survives_lost_answers(
     broker: Started, wire: Wire, device: Authenticator
 ) -> None:
-    async with LosingClient(broker.url, wire.app_id, wire.key) as client:
-        registration = await client.create_register_transaction("ann", "Ann")
-        nonce = await wire.register(registration, device)
-        with counted(broker, "broker_redemptions_total", result="repeated"):
-            receipt = await client.verify_nonce(nonce, purpose="register")
-        assert receipt.external_id == "ann"
+    """The broker has answered, and the connection ends before the answer reaches the client."""
+
+    def connect() -> Awaitable[Streams]:
+        return asyncio.open_connection("127.0.0.1", broker.service.port)
+
+    async with relay(connect) as door:
+        url = f"http://127.0.0.1:{door.port}"
+        async with AsyncBrokerClient(url, wire.app_id, wire.key) as client:
+            door.loses = True
+            opened = "/v1/apps/{app_id}/transactions/register"
+            with counted(broker, "broker_request_seconds_count", 2, route=opened, status="201"):
+                registration = await client.create_register_transaction("ann", "Ann")
+            nonce = await wire.register(registration, device)
+            door.loses = True
+            with counted(broker, "broker_redemptions_total", result="repeated"):
+                receipt = await client.verify_nonce(nonce, purpose="register")
+            assert (receipt.external_id, door.loses) == ("ann", False)
     assert ("nonce.replayed", "refused", "nonce_replayed") not in await broker.events(wire.app_id)
