@@ -241,7 +241,9 @@ def read_query(request: web.Request) -> MultiDict[str]:
             )
         )
     except ValueError:
-        raise InvalidRequest("The query is not form-encoded UTF-8.", reason="query") from None
+        raise InvalidRequest(
+            "The query is not form-encoded UTF-8 of at most 32 fields.", reason="query"
+        ) from None
 
 
 def text_field(body: dict[str, Any], name: str) -> str:
