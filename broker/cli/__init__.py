@@ -23,6 +23,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 from broker import __version__
 from broker.cli import apps, completion, dev, doctor, events, serving, upkeep, users
@@ -45,6 +46,7 @@ _UNAVAILABLE = {
 _NO_POSTGRES = "Postgres does not answer; check BROKER_DATABASE_URL, or start `broker dev`."
 
 
+@cache  # argparse takes 10 ms, and tests run many commands in one process
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. Each module of this package adds its commands; `run` is
     the function to call.
