@@ -8,7 +8,8 @@
 # newest release of it, which no lock names.
 
 PYTHON ?= python3
-WORKERS ?= 2
+# One more than CI has cores, for tests wait for timeouts and servers.
+WORKERS ?= 3
 SBOM := dist/passkey-broker.cdx.json
 
 HERE := $(shell pwd | cksum | cut -d ' ' -f 1)
