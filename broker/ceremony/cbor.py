@@ -3,8 +3,8 @@
 Accepted: integers, byte and text strings, arrays, maps with integer or text keys, false, true, null
 and floats, as WebAuthn L3 §6.5 and §8 use them. Refused: tags, indefinite lengths, other simple
 values, lengths and integers longer than their shortest form, equal keys, invalid UTF-8, more than
-`DEPTH` levels. So the same bytes have one meaning in every reader. Work and memory are linear in
-the input.
+`DEPTH` levels, more than `MAX_VALUES` values. So the same bytes have one meaning in every reader.
+An attestation object of empty values, within its limit of bytes, would take 100 ms to read.
 
 Home-made, because cbor2 (6.2) is too lenient. It can refuse indefinite lengths, equal keys and
 depth. It accepts every longer form of a length. It decodes tags to objects (regular expressions,
@@ -19,22 +19,30 @@ Source: CTAP 2.1 §8 "Message Encoding"; RFC 8949 §3, §4.2.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from broker.ceremony.reasons import refuse, require
 
 DEPTH = 8
+MAX_VALUES = 1000  # with keys; the test vectors of WebAuthn L3 have 20 at most
 
 _FLOATS = {25: ">e", 26: ">f", 27: ">d"}
 _SIMPLE = {20: False, 21: True, 22: None}
 
 
-def read(data: bytes, at: int = 0, depth: int = DEPTH) -> tuple[Any, int]:
+def read(data: bytes, at: int = 0) -> tuple[Any, int]:
     """Read the value that begins at offset `at`; return the value and the offset of its end.
 
     Raises:
         CeremonyRefused: "malformed".
     """
+    return _read(data, at, DEPTH, iter(range(MAX_VALUES)))
+
+
+def _read(data: bytes, at: int, depth: int, left: Iterator[int]) -> tuple[Any, int]:
+    """As `read`, with at most `depth` levels, and a value for each item of `left`."""
+    require(next(left, None) is not None, "malformed", "The CBOR has too many values.")
     head, at = _take(data, at, 1)
     major, low = head[0] >> 5, head[0] & 0x1F
     if major == 7:
@@ -57,7 +65,7 @@ def read(data: bytes, at: int = 0, depth: int = DEPTH) -> tuple[Any, int]:
     if major == 4:
         items = []
         for _ in range(number):
-            item, at = read(data, at, depth - 1)
+            item, at = _read(data, at, depth - 1, left)
             items.append(item)
         return items, at
     members: dict[int | str, Any] = {}
@@ -67,9 +75,9 @@ def read(data: bytes, at: int = 0, depth: int = DEPTH) -> tuple[Any, int]:
             "malformed",
             "A CBOR map has a key that is neither a number nor text.",
         )
-        key, at = read(data, at, 0)
+        key, at = _read(data, at, 0, left)
         require(key not in members, "malformed", "A CBOR map has the same key twice.")
-        members[key], at = read(data, at, depth - 1)
+        members[key], at = _read(data, at, depth - 1, left)
     return members, at
 
 

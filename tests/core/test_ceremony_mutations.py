@@ -322,6 +322,9 @@ WRONG_CBOR: list[tuple[str, str]] = [
     ("nine maps deep", "a101" * 9 + "00"),
     ("a thousand lists deep", "81" * 20_000),
     ("float that ends early", "fb00"),
+    ("list of a thousand", "9903e8" + "00" * 1000),
+    ("lists of a thousand in all", "98c8" + "8400000000" * 200),
+    ("map of five hundred", "b901f4" + "".join(f"19{n:04x}00" for n in range(1000, 1500))),
 ]
 
 
@@ -334,6 +337,10 @@ def test_cbor_that_is_refused(raw: bytes) -> None:
     assert refused.value.reason == "malformed"
     rp = relying_party()
     assert judged(rp, parsed("none", rp)._replace(attestation_object=raw)) is None
+
+
+def test_cbor_of_as_many_values_as_may_be() -> None:
+    assert len(strict.read_all(bytes.fromhex("9903e7" + "00" * 999))) == 999
 
 
 LEAVES = (
