@@ -32,6 +32,7 @@ from tests.support.processes import DEADLINE, free_port
 from tests.support.wire import Wire
 
 Balance = Callable[..., AbstractContextManager[LoadBalancer]]
+HSTS = "max-age=63072000"
 KINDS: dict[str, Balance] = {"haproxy": haproxy, "nginx": nginx}
 
 
@@ -282,13 +283,12 @@ class Client:
         await writer.start_tls(proxy.trust, server_hostname="localhost")
         return cls(reader, writer)
 
-    async def status(self, *head: str) -> int:
-        """The status of the answer to this request, 0 where there is none."""
+    async def ask(self, *head: str) -> list[str]:
+        """The lines of the answer's head, none where the connection ends."""
         self.writer.write("\r\n".join((*head, "Host: localhost", "", "")).encode())
         with suppress(ConnectionError, asyncio.IncompleteReadError):
-            answer = await self.reader.readuntil(b"\r\n\r\n")
-            return int(answer.split()[1])
-        return 0
+            return (await self.reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+        return []
 
 
 # Addresses of clients and whether a request of each is answered, with 2 for each client.
@@ -318,13 +318,13 @@ async def test_haproxy_limits_the_connections_of_an_address_or_a_64(
     ports = [each.port for each in dying]
     limit = {"CONNECTIONS_PER_ADDRESS": "2"}
     with haproxy(tmp_path, tmp_path / "haproxy.cfg", limit, pages=ports, management=ports) as proxy:
-        clients, statuses = [], []
+        clients, heads = [], []
         for address, _ in CLIENTS:
             clients.append(await Client.open(proxy, address))
-            statuses.append(await clients[-1].status("GET /answered HTTP/1.1"))
+            heads.append(await clients[-1].ask("GET /answered HTTP/1.1"))
         for client in clients:
             client.writer.close()
-    assert statuses == [200 if answered else 0 for _, answered in CLIENTS]
+    assert ["http/1.1 200 ok" in head for head in heads] == [answered for _, answered in CLIENTS]
 
 
 async def test_nginx_limits_the_requests_of_an_address_or_a_64(
@@ -338,14 +338,26 @@ async def test_nginx_limits_the_requests_of_an_address_or_a_64(
     (tmp_path / "template").write_text(changed)
     ports = [each.port for each in dying]
     with nginx(tmp_path, tmp_path / "template", pages=ports, management=ports) as proxy:
-        clients, statuses = [], []
+        clients = []
         head = ("POST /answered HTTP/1.1", "Content-Length: 1", "Expect: 100-continue")
-        for address, _ in CLIENTS:
+        for address, answered in CLIENTS:
             clients.append(await Client.open(proxy, address))
-            statuses.append(await clients[-1].status(*head))
+            first, *others = await clients[-1].ask(*head)
+            assert first.split()[1] == ("100" if answered else "429"), address
+            assert answered or {"retry-after: 1", f"strict-transport-security: {HSTS}"} <= {*others}
         for client in clients:
             client.writer.close()
-    assert statuses == [100 if answered else 429 for _, answered in CLIENTS]
+
+
+async def test_haproxy_tells_when_to_come_back(tmp_path: Path) -> None:
+    """Where no broker answers."""
+    ports = [free_port() for _ in range(3)]
+    with haproxy(tmp_path, pages=ports, management=ports) as proxy:
+        connector = aiohttp.TCPConnector(ssl=proxy.trust)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            for port in (proxy.pages, proxy.management):
+                answer = await client.post(f"https://localhost:{port}/x")
+                assert (answer.status, answer.headers.get("Retry-After")) == (503, "2")
 
 
 async def test_pages_leave_connections_of_haproxy_to_backends(
