@@ -147,6 +147,18 @@ class Started:
 Starter = Callable[..., Awaitable[Started]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def uncovered_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs that the tests of documentation and deployment start run without coverage, which
+    doubles their cost: other tests cover the same code.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name in ("project", "deploy"):
+            for name in [name for name in os.environ if name.startswith("COV")]:
+                patch.delenv(name)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stores() -> Iterator[EmbeddedStores]:
     """PostgreSQL and Valkey, migrated, shared by the tests of one worker."""
