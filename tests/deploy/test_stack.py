@@ -244,9 +244,12 @@ async def test_the_service_s_role_owns_nothing(stack: Stack) -> None:
             "CREATE TEMP TABLE mine (x int)",
             "DROP TABLE credentials",
             "ALTER TABLE users ADD COLUMN mine int",
+            "TRUNCATE events",
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await service.execute(statement)
+        for slot in range(4):
+            await service.execute(f"TRUNCATE one_time_spent_{slot}")
     finally:
         await service.close()
 

@@ -184,6 +184,7 @@ async def test_a_role_that_owns_nothing_does_all_that_an_instance_does(
     name = SystemMint().id().lower()
     owner, service = f"owner_{name}", f"service_{name}"
     grants = (DEPLOY / "grants.sql").read_text()
+    grants = grants.replace("broker_owner", owner).replace("broker_service", service)
     async with AsyncExitStack() as stack:
         superuser = await asyncpg.connect(url)
         stack.push_async_callback(superuser.close)
@@ -198,8 +199,7 @@ async def test_a_role_that_owns_nothing_does_all_that_an_instance_does(
             await opened[role].open()
             stack.push_async_callback(opened[role].close)
         if by == "grants.sql":
-            renamed = grants.replace("broker_owner", owner).replace("broker_service", service)
-            await superuser.execute(renamed)
+            await superuser.execute(grants)
         else:
             await superuser.execute(f"GRANT CREATE ON SCHEMA public TO {owner}")
         await migrate_before(opened[owner], monkeypatch)
@@ -225,6 +225,14 @@ async def test_a_role_that_owns_nothing_does_all_that_an_instance_does(
         await durable.users.delete(app.id, "ann", NOW)
         assert len(await all_after(opened[service], app, 10)) == 2
         assert await durable.events.months() == {"covered": True, "astray": True}
+
+        await superuser.execute(grants)
+        truncated = (
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+            f" AND relkind IN ('r', 'p') AND has_table_privilege('{service}', oid, 'TRUNCATE')"
+        )
+        ledger = [f"one_time_spent_{slot}" for slot in range(4)]
+        assert sorted(row["relname"] for row in await superuser.fetch(truncated)) == ledger
 
 
 # -- months ----------------------------------------------------------------------------------------
