@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, suppress
@@ -301,6 +302,7 @@ CLIENTS = [
     ("2001:db8::ff:0:0:2", True),
     ("2001:db8::3", False),
     ("2001:db8:0:1::1", True),
+    *((f"::ffff:198.51.100.{number}", True) for number in range(3)),
 ]
 
 
@@ -347,6 +349,51 @@ async def test_nginx_limits_the_requests_of_an_address_or_a_64(
             assert answered or {"retry-after: 1", f"strict-transport-security: {HSTS}"} <= {*others}
         for client in clients:
             client.writer.close()
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """A frame of HTTP/2 (RFC 9113 §4.1)."""
+    head = len(payload).to_bytes(3, "big") + bytes((kind, flags))
+    return head + stream.to_bytes(4, "big") + payload
+
+
+async def test_haproxy_limits_the_requests_of_an_address_on_one_connection(
+    dying: list[Dying], tmp_path: Path
+) -> None:
+    """Three whose bodies are not there yet, with 2 for each client."""
+    ports = [each.port for each in dying]
+    limit = {"REQUESTS_PER_ADDRESS": "2"}
+    fields = {":method": "POST", ":path": "/x", ":scheme": "https", ":authority": "localhost"}
+    fields["content-length"] = "1"
+    head = b"".join(  # RFC 7541 §6.2.2
+        bytes((0, len(name))) + name.encode() + bytes((len(text),)) + text.encode()
+        for name, text in fields.items()
+    )
+    with haproxy(tmp_path, changed=limit, pages=ports, management=ports) as proxy:
+        trust = proxy.trust
+        trust.set_alpn_protocols(["h2"])
+        reader, writer = await asyncio.open_connection(
+            "localhost", proxy.pages, ssl=trust, family=socket.AF_INET
+        )
+        answers: dict[int, bytes] = {}
+
+        async def read_answers(number: int) -> None:
+            async with asyncio.timeout(DEADLINE):
+                while len(answers) < number:
+                    read = await reader.readexactly(9)
+                    payload = await reader.readexactly(int.from_bytes(read[:3], "big"))
+                    if read[3] == 1:
+                        answers[int.from_bytes(read[5:], "big")] = payload
+
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+        writer.write(b"".join(frame(1, 4, stream, head) for stream in (1, 3, 5)))
+        await read_answers(1)
+        ((refused, answer),) = answers.items()
+        assert b"\x48\x03429\x75\x011" in answer  # :status 429, retry-after 1
+        writer.write(b"".join(frame(0, 1, s, b"x") for s in (1, 3, 5) if s != refused))
+        await read_answers(3)
+        writer.close()
+    assert sum(len(each.heads) for each in dying) == 2
 
 
 async def test_haproxy_tells_when_to_come_back(tmp_path: Path) -> None:
