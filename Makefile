@@ -39,7 +39,7 @@ INSTALL = install() { { $(PIP) install --require-hashes -r deploy/uv.lock && \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench bench-peers bench-scale chaos chaos-long chaos-mutants lock sbom clean parts
+.PHONY: help run test check bench bench-peers bench-scale chaos chaos-long chaos-mutants lock audit sbom clean parts
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -91,8 +91,17 @@ lock: .venv/.python-$(HERE) ## write the lock files anew from pyproject.toml; UP
 	"$$tools/bin/uv" $(COMPILE) --extra otel --constraint deploy/test.lock --output-file deploy/image-otel.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group build --constraint deploy/requirements.lock --output-file deploy/build.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group node --output-file deploy/node.lock; \
+	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group audit --output-file deploy/audit.lock; \
 	"$$tools/bin/uv" $(subst pyproject.toml,,$(COMPILE)) --group uv --output-file deploy/uv.lock; \
 	if grep -n -i -E '://|^-' deploy/*.lock; then echo "A lock file holds an address." >&2; exit 1; fi
+
+audit: .venv/.python-$(HERE) ## ask PyPI for known vulnerabilities of what an image and broker dev install
+	@set -eu; tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
+	$(BIN)/python -m venv "$$tools"; \
+	"$$tools/bin/pip" --disable-pip-version-check --no-input --quiet install --require-hashes -r deploy/audit.lock; \
+	failed=0; for lock in image-otel requirements; do \
+		"$$tools/bin/pip-audit" --strict --progress-spinner off --disable-pip --require-hashes --requirement deploy/$$lock.lock || failed=1; \
+	done; exit $$failed
 
 sbom: $(TEST) ## write dist/passkey-broker.cdx.json: the packages of an image with their hashes, as CycloneDX; SBOM=path EXTRAS=otel
 	@mkdir -p $(dir $(SBOM))

@@ -119,7 +119,9 @@ def locked(name: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", ["requirements", "image", "image-otel", "test", "node", "uv"])
+@pytest.mark.parametrize(
+    "name", ["requirements", "image", "image-otel", "test", "node", "uv", "audit"]
+)
 def test_a_lock_file_pins_by_hash_and_names_no_address(name: str) -> None:
     pinned = locked(name)
     assert pinned
