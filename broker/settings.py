@@ -486,9 +486,16 @@ _CREDENTIALS = ("user", "username", "password", "sentinel_username", "sentinel_p
 
 
 def _target(value: str | tuple[str, ...]) -> object:
-    """What of a store's URL needs a restart: all but the credentials. None for another secret."""
+    """What of a store's URL needs a restart: all but the credentials, and the user where the URL
+    names no database. None for another secret.
+    """
     if isinstance(value, tuple):
         return None
     parts = urlsplit(value)
-    options = [pair for pair in parse_qsl(parts.query) if pair[0] not in _CREDENTIALS]
-    return parts.scheme, parts.netloc.rpartition("@")[2], parts.path, options
+    given = dict(parse_qsl(parts.query))
+    options = {name: text for name, text in given.items() if name not in _CREDENTIALS}
+    database: object = parts.path
+    if parts.scheme in _POSTGRES and not {"dbname", "database"} & given.keys():
+        # Postgres takes the user's name for the database.
+        database = parts.path.strip("/") or (parts.username, given.get("user"))
+    return parts.scheme, parts.netloc.rpartition("@")[2], database, options

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from broker.embedded import EmbeddedStores
+from broker.settings import Secrets, Settings
 from tests.conftest import SECRET_KEY, Started, Starter
 from tests.support.authenticator import Authenticator
 from tests.support.processes import DEADLINE
@@ -159,6 +160,27 @@ async def test_a_file_that_can_not_be_used_leaves_the_url(rotated: Rotated) -> N
     assert (last["changed"], sorted(last["restart"])) == ([], urls)
     assert len(rotated.told("secret_refused")) == 2
     assert "zq9w" not in rotated.broker.stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "counts"),
+    [
+        ("postgresql://ann:a@h", "postgresql://ann:b@h", True),
+        ("postgresql://ann:a@h", "postgresql://ben:b@h", False),
+        ("postgresql://ann:a@h/", "postgresql://ben:b@h/", False),
+        ("postgresql://h?user=ann", "postgresql://h?user=ben", False),
+        ("postgresql://ann:a@h/d", "postgresql://ben:b@h/d", True),
+        ("postgresql://ann:a@h?dbname=d", "postgresql://ben:b@h?dbname=d", True),
+    ],
+)
+def test_another_user_without_a_named_database_is_another_database(
+    tmp_path: Path, before: str, after: str, counts: bool
+) -> None:
+    file = tmp_path / "url"
+    file.write_text(after)
+    settings = Settings(database_url=before, files={"database_url": file})
+    secrets = Secrets(settings, lambda event, **_: None)
+    assert secrets.database_url() == (after if counts else before)
 
 
 async def test_the_secret_key_is_read_again_on_demand(rotated: Rotated) -> None:
