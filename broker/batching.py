@@ -5,12 +5,14 @@ the wake-ups on both sides, whether it carries one command or thirty.
 
 **The rule.** A queue that is as long as the last batch is flushed as soon as an iteration of the
 event loop brings no further command, and after `QUIET` at the latest. A shorter one waits by a
-timer until `QUIET` brings no further command: the callers of the last batch are about to ask for
-their next step. So a lone caller is flushed at the next iteration, and the first batch after a
-larger one waits for `QUIET` once more. With a wait of 150 us, a login cost 1.33 times as much CPU
-and its median time was 1.09 times as long (16 in flight, 12 pairs, quartiles of CPU 1.22 to 1.37):
-callers who are answered together need longer than that to ask for their next step. The timer
-replaces a look in every iteration, which took 90 iterations a login.
+timer until `QUIET` brings no further command, and for `LONGEST` at most: the callers of the last
+batch are about to ask for their next step. Without that limit, a steady flow of commands after a
+burst would make all callers wait for as many commands as the burst had. So a lone caller is
+flushed at the next iteration, and the first batch after a larger one waits for `QUIET` once more.
+With a wait of 150 us, a login cost 1.33 times as much CPU and its median time was 1.09 times as
+long (16 in flight, 12 pairs, quartiles of CPU 1.22 to 1.37): callers who are answered together need
+longer than that to ask for their next step. The timer replaces a look in every iteration, which
+took 90 iterations a login.
 
 While the latest batch is under way, the queue waits for the end of a batch, for `patience` seconds
 at most. So the busier the store, the larger the batch.
@@ -30,6 +32,7 @@ import time
 from collections.abc import Callable, Sized
 
 QUIET = 1e-3  # seconds
+LONGEST = 0.05  # seconds that a queue waits to be as long as the last batch
 
 
 class FlushPolicy:
@@ -46,6 +49,7 @@ class FlushPolicy:
         "_flush",
         "_flushed",
         "_last",
+        "_latest",
         "_next",
         "_patience",
         "_queue",
@@ -65,6 +69,7 @@ class FlushPolicy:
         self._last = 1  # commands of the last batch
         self._before = 0  # commands at the last look
         self._ends = 0.0  # by the monotonic clock: the loop's has milliseconds
+        self._latest = 0.0  # by the same clock: the end of waits for `QUIET`
         self._next: asyncio.Handle | None = None
         self._quiet = False  # `_next` waits for `QUIET`
 
@@ -83,6 +88,7 @@ class FlushPolicy:
                 self._next = loop.call_later(wait, self._run, context=self._context)
                 return
         if len(self._queue) < self._last:
+            self._latest = time.monotonic() + LONGEST
             self._wait_quiet()
         else:
             self._ends = time.monotonic() + QUIET
@@ -104,12 +110,12 @@ class FlushPolicy:
         self._next = loop.call_later(QUIET, self._look, context=self._context)
 
     def _look(self) -> None:
-        count = len(self._queue)
+        count, now = len(self._queue), time.monotonic()
         if count <= self._before:
             self._run()
-        elif count < self._last:
+        elif count < self._last and now < self._latest:
             self._wait_quiet()
-        elif time.monotonic() < self._ends:
+        elif count >= self._last and now < self._ends:
             self._look_next()
         else:
             self._run()

@@ -126,6 +126,7 @@ async def test_a_queue_that_grows_is_not_flushed_by_its_timer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batching, "QUIET", 0.05)
+    monkeypatch.setattr(batching, "LONGEST", 60.0)
     scene = Scene()
     scene.add(*"abcd")
     await iterations(2)
@@ -135,6 +136,20 @@ async def test_a_queue_that_grows_is_not_flushed_by_its_timer(
     assert len(scene.flushed) == 1, "within the first 0.05 s a second command has come"
     await eventually(lambda: len(scene.flushed) == 2, "a flush without a further command")
     assert scene.flushed[1] == ["e", "f"]
+
+
+async def test_a_steady_flow_does_not_keep_a_queue_as_long_as_a_burst(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batching, "QUIET", 0.0)
+    monkeypatch.setattr(batching, "LONGEST", 0.0)
+    scene = Scene()
+    scene.add(*"a" * 1000)
+    await iterations(2)
+    while len(scene.flushed) == 1:
+        scene.add("b")
+        await iterations(1)
+    assert len(scene.flushed[1]) < 10
 
 
 async def test_without_patience_a_batch_under_way_delays_nothing() -> None:
