@@ -285,11 +285,16 @@ def failed_before_another_fault(doctor: Doctor) -> None:
     doctor.fault("primary killed")
 
 
-def failed(doctor: Doctor, server: str, *, at: int) -> None:
-    """A call that HAProxy answers with 502 after it gave the call to this broker."""
-    result = {"status": 502, "server": server}
+def failed_while_a_store_was_slow(doctor: Doctor) -> None:
+    doctor.fault("broker terminated", broker=0)
+    failed(doctor, "broker-2", at=doctor.now + 1, took=1000, request="id")
+
+
+def failed(doctor: Doctor, server: str, *, at: int, took: int = 10, **result: str) -> None:
+    """A call that HAProxy gave to this broker, whose answer has an id of the request."""
     value = {"app": APP, "key": "k"}
-    doctor.call("keyed", value, result, type="info", at=at, until=at + 10)
+    result |= {"server": server}
+    doctor.call("keyed", value, result, type="info", at=at, until=at + took)
 
 
 DOCTORED: dict[Callable[[Doctor], None], str] = {
@@ -323,6 +328,7 @@ DOCTORED: dict[Callable[[Doctor], None], str] = {
     failed_at_another_broker: "only those in flight",
     failed_while_one_was_restarted: "only those in flight",
     failed_before_another_fault: "only those in flight",
+    failed_while_a_store_was_slow: "only those in flight",
 }
 
 
@@ -364,12 +370,30 @@ def test_a_call_in_flight_at_a_broker_that_is_killed_may_fail() -> None:
     sound(doctor)
     doctor.fault("broker killed", broker=0)
     failed(doctor, "broker-1", at=doctor.now - 1)
-    value, cut = {"app": APP, "key": "k"}, {"fault": "ServerDisconnectedError"}
-    doctor.call("keyed", value, cut, type="info", at=doctor.now - 11)
     doctor.fault("healed")
     doctor.fault("primary killed")
     failed(doctor, "broker-2", at=doctor.now + 1)
     assert judge(doctor.history()) == []
+
+
+@pytest.mark.parametrize(
+    ("took", "result", "rules"),
+    [
+        (1000, {"request": "id"}, []),
+        (100, {"request": "id"}, ["only those in flight"]),
+        (1000, {}, ["only those in flight"]),
+    ],
+)
+def test_among_several_faults_a_broker_may_wait_in_vain_for_a_slow_store(
+    took: int, result: dict[str, str], rules: list[str]
+) -> None:
+    doctor = Doctor()
+    sound(doctor)
+    doctor.fault("broker terminated", broker=0)
+    failed(doctor, "broker-2", at=doctor.now + 1, took=took, **result)
+    doctor.fault("healed")
+    doctor.fault("primary killed")
+    assert [violation.rule for violation in judge(doctor.history())] == rules
 
 
 def test_each_replay_without_an_event_of_its_own_is_found() -> None:
