@@ -454,7 +454,8 @@ def only_those_in_flight(history: History) -> Iterator[Violation]:
             if fault.f == "broker killed"
         ]
         for call in history.calls:
-            if call.type != "info" or "via" in call.value or not begin <= call.invoked <= end:
+            within = begin <= call.invoked and call.completed <= end
+            if call.type != "info" or "via" in call.value or not within:
                 continue
             if any(b <= call.completed and call.invoked <= e for b, e in unsettled):
                 continue

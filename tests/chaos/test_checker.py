@@ -396,6 +396,18 @@ def test_among_several_faults_a_broker_may_wait_in_vain_for_a_slow_store(
     assert [violation.rule for violation in judge(doctor.history())] == rules
 
 
+def test_a_call_that_the_next_fault_met_may_fail() -> None:
+    doctor = Doctor()
+    sound(doctor)
+    doctor.fault("broker terminated", broker=0)
+    at = doctor.now + 1
+    doctor.now += 5
+    doctor.fault("healed")
+    doctor.fault("Postgres stopped")
+    failed(doctor, "broker-2", at=at, request="id")
+    assert judge(doctor.history()) == []
+
+
 def test_each_replay_without_an_event_of_its_own_is_found() -> None:
     doctor = Doctor()
     sound(doctor)
