@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import os
 import pwd
+import re
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -129,7 +130,8 @@ def operator_address() -> str:
     """The address from which the operator came by SSH; "" if it is not known."""
     given = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_CLIENT") or ""
     try:
-        return str(ip_address(given.partition(" ")[0]))
+        # Behind a % is the interface, where Python takes any text.
+        return str(ip_address(re.split("[ %]", given, maxsplit=1)[0]))
     except ValueError:
         return ""
 

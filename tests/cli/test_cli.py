@@ -560,6 +560,7 @@ def test_delete_an_app(cli: Cli, app: str) -> None:
             "192.0.2.7",
         ),
         ({"SSH_CONNECTION": "192.0.2.7, 198.51.100.1"}, None),
+        ({"SSH_CONNECTION": "fe80::7%\udcff 1 fe80::8%eth0 22"}, "fe80::7"),
         ({"SSH_CLIENT": "somewhere 50022 22"}, None),
         ({}, None),
     ],
