@@ -39,6 +39,7 @@ from tests.support.pages import ROOT, blocks, every_block, pages
 
 README, OPERATE, BENCH = "README.md", "deploy/README.md", "tests/bench/README.md"
 CHAOS, PROXIES = "tests/chaos/README.md", "deploy/PROXIES.md"
+RUNBOOK = "deploy/RUNBOOK.md"
 SDK, EXAMPLES = "broker/sdk/README.md", "tests/examples/README.md"
 CLIENT_PACKAGE = "broker/sdk/passkey_broker/README.md"
 FLEX, HANKO, PASSLOCK, PROPELAUTH = (
@@ -143,6 +144,7 @@ RUN = {
     PROPELAUTH: ["sh", "python"],
     OPERATE: ["sh", "sh", "sh", "sh"],
     PROXIES: ["sh", "haproxy", "haproxy"],
+    RUNBOOK: ["sql"],
     CHAOS: ["sh"],
     BENCH: ["sh"],
     CLIENT_PACKAGE: ["sh", "python"],
@@ -151,7 +153,7 @@ RUN = {
 
 def test_every_block_is_run() -> None:
     """By a test below, but for those of the SDKs, which run beside the SDKs' tests, and those of
-    proxies, which run beside the load balancers' tests.
+    proxies and of the runbook, which run in tests/deploy.
     """
     found = {
         page: [
