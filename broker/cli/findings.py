@@ -79,6 +79,7 @@ def postgres_findings(facts: Mapping[str, Any], pool: int) -> list[Finding]:
         ),
         standby(facts["synchronous_standbys"], facts["synchronous_commit"], facts["standbys"]),
         role(superuser=facts["superuser"], owner=facts["owner"]),
+        schema(is_open=facts["open_schema"]),
         rights(facts["denied"]),
         connections(facts["connections"], pool),
     ]
@@ -155,6 +156,20 @@ def role(*, superuser: bool, owner: bool) -> Finding:
         True,
         f"{says}: a leaked password of the service can change the schema.",
         "Let `serve` connect as broker_service of deploy/grants.sql.",
+    )
+
+
+def schema(*, is_open: bool) -> Finding:
+    """Check that not every role may create in the schema. A function with the arguments of a call
+    replaces Postgres' own `format` there, and runs with the caller's rights.
+    """
+    if not is_open:
+        return Finding("schema", True, "not open to every role")
+    return Finding(
+        "schema",
+        True,
+        "is open: every role of the database can make functions that run with the broker's rights.",
+        "Run deploy/grants.sql.",
     )
 
 

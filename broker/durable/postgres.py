@@ -224,8 +224,9 @@ class Postgres:
     async def facts(self) -> dict[str, Any]:
         """For `broker doctor`: version, seconds since the epoch by the server's clock, settings
         that commits and failovers rest on, the number of standbys, rights of our role, tables on
-        which it lacks some, and how many connections roles like ours may have. "" or None stands
-        for a setting that a Postgres-compatible database lacks.
+        which it lacks some, whether every role may create in the schema, and how many connections
+        roles like ours may have. "" or None stands for a setting that a Postgres-compatible
+        database lacks.
         """
         row = await self.row(
             "facts",
@@ -243,6 +244,7 @@ class Postgres:
                     WHERE relnamespace = quote_ident(current_schema())::regnamespace
                         AND relkind IN ('r', 'p') AND pg_has_role(relowner, 'USAGE')
                 ) AS owner,
+                has_schema_privilege('public', current_schema(), 'CREATE') AS open_schema,
                 -- Statements reach a partition by the rights on its parent.
                 (
                     SELECT coalesce(string_agg(relname, ', ' ORDER BY relname), '') FROM pg_class

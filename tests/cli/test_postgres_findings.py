@@ -22,6 +22,7 @@ WELL = {
     "full_page_writes": "on",
     "standby": "synchronous_standby_names is *",
     "role": "owns no table",
+    "schema": "not open to every role",
     "rights": "on all tables",
     "connections": "117 at most, and an instance takes 17",
 }
@@ -30,6 +31,7 @@ SOUND = (
     "ALTER SYSTEM SET synchronous_standby_names = '*'",
     "DROP TABLE IF EXISTS owned",
     "ALTER ROLE service NOSUPERUSER CONNECTION LIMIT -1",
+    "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
     "SELECT pg_reload_conf()",
 )
 Doctor = Callable[[], dict[str, Finding]]
@@ -124,6 +126,13 @@ def doctor(cli: Cli, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Doctor:
             True,
             "lacks some on owned: requests that need them get 503.",
             "Run deploy/grants.sql again.",
+        ),
+        (
+            ["GRANT CREATE ON SCHEMA public TO PUBLIC"],
+            "schema",
+            True,
+            "is open: every role of the database can make functions that run with the broker's",
+            "Run deploy/grants.sql.",
         ),
         (
             ["ALTER ROLE service CONNECTION LIMIT 33"],
