@@ -50,6 +50,14 @@ async def calm(run: Run) -> None:
     await asyncio.sleep(3.0)  # traffic goes on meanwhile
 
 
+async def mistakes(run: Run) -> None:
+    """No fault. Many ceremonies get a wrong answer first, or are finished through another door."""
+    await run.traffic.stock(run.stock)
+    for _ in range(3):
+        tries = [verb() for verb in (run.traffic.try_again, run.traffic.enter_elsewhere) * 12]
+        await asyncio.gather(*tries)
+
+
 # -- Valkey with Sentinels -------------------------------------------------------------------------
 
 

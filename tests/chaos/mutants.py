@@ -87,7 +87,7 @@ MUTANTS = {
                 "",
             ),
         ),
-        faults.calm,
+        faults.mistakes,
         "refused once",
     ),
     "transaction-first": Mutant(
@@ -117,7 +117,7 @@ MUTANTS = {
                 'f"{kind}:{token}"',
             ),
         ),
-        faults.calm,
+        faults.mistakes,
         "own door",
     ),
     "epoch": Mutant(
