@@ -444,8 +444,8 @@ def only_those_in_flight(history: History) -> Iterator[Violation]:
     a wait for a slow store.
     """
     unsettled, episodes = _unsettled(history), list(_episodes(history))
-    shared = sum(bool(faults) for _, faults, _ in episodes) > 1
-    for begin, faults, end in episodes:
+    shared = sum(bool(faults) for faults, _ in episodes) > 1
+    for faults, end in episodes:
         if not faults or any(f.f not in _ENDS_AVAILABILITY for f in faults):
             continue
         kills = [
@@ -454,7 +454,7 @@ def only_those_in_flight(history: History) -> Iterator[Violation]:
             if fault.f == "broker killed"
         ]
         for call in history.calls:
-            within = begin <= call.invoked and call.completed <= end
+            within = faults[0].completed <= call.completed <= end
             if call.type != "info" or "via" in call.value or not within:
                 continue
             if any(b <= call.completed and call.invoked <= e for b, e in unsettled):
@@ -467,16 +467,16 @@ def only_those_in_flight(history: History) -> Iterator[Violation]:
                 yield Violation("only those in flight", f"{call.f} failed: {call.result}", (call,))
 
 
-def _episodes(history: History) -> Iterator[tuple[float, list[Call], float]]:
-    """The faults from one time at which all was well to the next."""
-    begin, faults = 0.0, list[Call]()
+def _episodes(history: History) -> Iterator[tuple[list[Call], float]]:
+    """The faults until all was well again, and that time."""
+    faults: list[Call] = []
     for fault in history.faults:
         if fault.f == "healed":
-            yield begin, faults, fault.completed
-            begin, faults = fault.completed, []
+            yield faults, fault.completed
+            faults = []
         elif fault.f != "key revoked":
             faults.append(fault)
-    yield begin, faults, inf
+    yield faults, inf
 
 
 # -- replays ---------------------------------------------------------------------------------------

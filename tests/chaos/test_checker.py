@@ -396,9 +396,11 @@ def test_among_several_faults_a_broker_may_wait_in_vain_for_a_slow_store(
     assert [violation.rule for violation in judge(doctor.history())] == rules
 
 
-def test_a_call_that_the_next_fault_met_may_fail() -> None:
+def test_calls_before_a_broker_is_restarted_and_those_that_the_next_fault_met_may_fail() -> None:
     doctor = Doctor()
     sound(doctor)
+    failed(doctor, "", at=doctor.now + 1)
+    doctor.now += 1
     doctor.fault("broker terminated", broker=0)
     at = doctor.now + 1
     doctor.now += 5
