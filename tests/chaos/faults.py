@@ -556,6 +556,7 @@ def _delete(target: Valkey, keys: list[bytes]) -> int:
 
 _OF_BOTH: tuple[Fault, ...] = (
     calm,
+    mistakes,
     broker_killed,
     broker_stopped,
     clock_wrong,
