@@ -1257,9 +1257,9 @@ def test_doctor_finds_all_well(
     assert Finding("standby", True, "none follows") in findings
     assert [f.check for f in findings] == [
         "settings", "ports", "metrics", "traces", "postgres", "clock", "fsync",
-        "synchronous_commit", "full_page_writes", "standby", "role", "connections", "migrations",
-        "one-time", "event months", "redis", "clock", "eviction", "term", "debug command",
-        "secret key", "apps",
+        "synchronous_commit", "full_page_writes", "standby", "role", "schema", "rights",
+        "connections", "migrations", "one-time", "event months", "redis", "clock", "eviction",
+        "term", "debug command", "secret key", "apps",
     ]  # fmt: skip
 
     app = cli(*NEW, "--json").json["app_id"]
