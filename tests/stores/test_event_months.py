@@ -320,6 +320,24 @@ async def test_an_event_outside_all_months_is_kept_and_moves_when_its_month_is_m
     assert clean_up.months("event_months_made") == [made]
 
 
+async def test_a_function_of_another_role_is_not_run(opened: Postgres, session: Session) -> None:
+    """In a schema in which every role may create, as `public` was until Postgres 15."""
+    await opened.migrate(NOW)
+    await seed.part_by_month(session, 5)
+    last = await session.fetchval("SELECT name FROM event_months ORDER BY ends DESC LIMIT 1")
+    await session.execute(f"DROP TABLE {last}")
+    for more in ("text", "text, timestamptz, timestamptz", "timestamptz, timestamptz, text"):
+        await session.execute(
+            f"CREATE FUNCTION format(text, {more}) RETURNS text LANGUAGE plpgsql"
+            " AS 'BEGIN RAISE EXCEPTION ''mine''; END'"
+        )
+    clean_up = CleanUp(opened)
+    await clean_up.run()
+    assert clean_up.failed == []
+    assert clean_up.months("event_months_made") == [[last]]
+    assert len(clean_up.months("event_months_dropped")) == 1
+
+
 async def test_partitions_of_another_table_are_none_of_events(
     opened: Postgres, session: Session
 ) -> None:
