@@ -1435,7 +1435,7 @@ def test_doctor_tells_why_a_store_can_not_be_used(
         }
         monkeypatch.setenv("BROKER_REDIS_URL", redis_url.format(**places))
         monkeypatch.setenv("BROKER_DATABASE_URL", database_url.format(**places))
-        monkeypatch.setenv("BROKER_STORE_TIMEOUT", "0.2")
+        monkeypatch.setenv("BROKER_STORE_TIMEOUT", "1")
         done = cli("doctor", "--json")
     found = [f.found for f in _findings(done.out) if not f.ok]
     assert len(found) == 2

@@ -552,7 +552,9 @@ def test_a_hangup_reads_secrets_again(serve: Start, tmp_path: Path) -> None:
 def test_a_hangup_of_its_terminal_ends_it(stores: EmbeddedStores) -> None:
     ours, terminal = pty.openpty()
     urls = {"BROKER_DATABASE_URL": stores.database_url, "BROKER_REDIS_URL": stores.redis_url}
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
     started = Serve(urls, stdin=terminal).begun()
+    signal.signal(signal.SIGHUP, inherited)
     started.tell(signal.SIGHUP)
     assert started.end() == -signal.SIGHUP
     os.close(terminal)

@@ -188,7 +188,7 @@ async def test_refused_finishes_at_once_write_ten_events(
             handle, options = _handle(begun)
             await way.finish(wire, handle, _answer(way, options, device, "https://evil.example"))
             # In step, each begin would replace the ceremony of another before its finish.
-            await asyncio.sleep(random.random() / 20)
+            await asyncio.sleep(random.random() / 4)
 
     await asyncio.gather(*(insist() for _ in range(20)))
     assert len(lines(broker, reason="origin")) >= LIMIT

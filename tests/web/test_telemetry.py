@@ -301,7 +301,7 @@ async def _odd_requests(wire: Wire) -> None:
     await wire.keyed("POST", "/transactions/authenticate", {"external_id": chance})
     await wire.redeem("pbn_" + secrets.token_urlsafe(32))
     await wire.redeem(chance)
-    await wire.keyed("POST", "/authenticate/verify", data=chance.encode())
+    await wire.keyed("POST", "/authenticate/verify", data=b"not JSON " + chance.encode())
     await wire.keyed("POST", "/authenticate/verify", data=b"{" + b" " * 70_000)
     await wire.page(
         "/authenticate/transactions/webauthn/start", {}, origin=f"https://{chance}.example"
