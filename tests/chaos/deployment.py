@@ -223,6 +223,10 @@ class Deployment:
                 broker.signal(signal.SIGCONT)
         for broker in self.brokers:
             await asyncio.to_thread(broker.wait_ready)
+        await self.balanced()
+
+    async def balanced(self) -> None:
+        """Wait until HAProxy sends requests to every broker."""
         await asyncio.to_thread(until, self._balanced, "HAProxy sends requests to every broker")
 
     def _balanced(self) -> bool:

@@ -108,7 +108,7 @@ async def fail_back(run: Run) -> None:
 
 
 async def split_brain(run: Run) -> None:
-    """One broker talks to the old primary, the others to the new one, for some seconds."""
+    """One broker talks to the old primary, the others to the new one, for 10 seconds."""
     deployment, traffic, redis = run.deployment, run.traffic, run.deployment.replicated
     proofs, ceremonies = await traffic.stock(run.stock)
     await redis.replicating()
@@ -119,7 +119,7 @@ async def split_brain(run: Run) -> None:
     redis.isolate(old)
     await redis.promoted(old)
     run.note("two primaries")
-    await traffic.race(proofs, ceremonies, 2.0, (outsider.door, insider.door))
+    await traffic.race(proofs, ceremonies, 10.0, (outsider.door, insider.door))
 
 
 async def redis_stalls(run: Run) -> None:
@@ -160,6 +160,16 @@ async def broker_killed(run: Run) -> None:
     other.spawn()
     await asyncio.to_thread(other.wait_ready)
     await asyncio.sleep(0.5)  # traffic goes on meanwhile
+
+
+async def brokers_restarted(run: Run) -> None:
+    """Each broker is restarted under load, when HAProxy sends requests to all of them again."""
+    for broker in run.deployment.brokers:
+        run.note("broker terminated", broker=broker.number)
+        await asyncio.to_thread(broker.stop)
+        broker.spawn()
+        await asyncio.to_thread(broker.wait_ready)
+        await run.deployment.balanced()
 
 
 # -- Postgres --------------------------------------------------------------------------------------
@@ -558,6 +568,7 @@ _OF_BOTH: tuple[Fault, ...] = (
     calm,
     mistakes,
     broker_killed,
+    brokers_restarted,
     broker_stopped,
     clock_wrong,
     postgres_failed_over,

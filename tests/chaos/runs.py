@@ -33,7 +33,7 @@ async def run(
     *,
     seed: int,
     people: int = 10,
-    stock: int = 80,
+    stock: int = 100,
 ) -> list[Violation]:
     """Run the traffic with a fault, write its history to `path`, and judge it."""
     with Recorder(path) as recorder:
