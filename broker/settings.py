@@ -486,8 +486,8 @@ _CREDENTIALS = ("user", "username", "password", "sentinel_username", "sentinel_p
 
 
 def _target(value: str | tuple[str, ...]) -> object:
-    """What of a store's URL needs a restart: all but the credentials, and the user where the URL
-    names no database. None for another secret.
+    """The parts of a store's URL that need a restart: all but the credentials, and the user where
+    the URL names no database. None for another secret.
     """
     if isinstance(value, tuple):
         return None
