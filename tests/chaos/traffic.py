@@ -195,6 +195,16 @@ class Traffic:
 
         await asyncio.gather(*(page(self.chance.random() * 0.03) for _ in range(4)))
 
+    async def try_afterwards(
+        self, passkey: Passkey, waiting: Ceremony | None, finished: Finished
+    ) -> None:
+        """Finish a sign-in that waits, and redeem the nonce of an earlier one."""
+        if waiting is not None:
+            answer = passkey.device.authenticate(waiting.options, ORIGIN)
+            await self.caller.finish(waiting, answer)
+        if finished.proof:
+            await self.caller.redeem(finished.proof)
+
     async def revoke(self) -> None:
         """A passkey is revoked while a ceremony waits and a nonce is not redeemed; both are tried
         afterwards.
@@ -208,11 +218,7 @@ class Traffic:
         waiting = await self.caller.start(app, user, FLEX, "authenticate")
         request = dialects.revoke(app, passkey.credential)
         await self.caller.call("revoke", app, request, user=user, credential=passkey.credential)
-        if waiting is not None:
-            answer = passkey.device.authenticate(waiting.options, ORIGIN)
-            await self.caller.finish(waiting, answer)
-        if finished.proof:
-            await self.caller.redeem(finished.proof)
+        await self.try_afterwards(passkey, waiting, finished)
 
     async def revoke_all(self) -> None:
         """All passkeys of a user are revoked while a registration waits, which is tried
@@ -249,11 +255,7 @@ class Traffic:
             return
         user_id = found.body["passkeys"][0]["user_id"]
         await self.caller.call("disable", app, dialects.disable(app, user_id), user=user)
-        if waiting is not None:
-            answer = passkey.device.authenticate(waiting.options, ORIGIN)
-            await self.caller.finish(waiting, answer)
-        if finished.proof:
-            await self.caller.redeem(finished.proof)
+        await self.try_afterwards(passkey, waiting, finished)
         await self.sign_in(passkey, self.chance.choice(DIALECTS))
         enable = dialects.disable(app, user_id, disabled=False)
         enabled = await self.caller.call("enable", app, enable, user=user)
